@@ -1,0 +1,1 @@
+"""Other libraries' interfaces, translated into sftx."""

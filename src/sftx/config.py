@@ -1,0 +1,216 @@
+"""The schema of a run: one frozen section per concern, one docstring per setting.
+
+The schema is the only list of settings: help, documentation and checks are made from it.
+`batch`, `optim`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes the machine it
+happens to run on, and nothing in `runtime` but `precision` changes a result beyond rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, every field documented."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
+
+    path: str
+    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the hub."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, if it is not the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
+
+
+class Source(Section):
+    """One data set of a mixture."""
+
+    path: str
+    """A file, glob, folder or hub data set."""
+    name: str | None = None
+    """Name in reports; default: the path."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source in the mixture, relative to the others'. 2.0 shows every row twice per epoch."""
+
+
+class Data(Section):
+    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data: {train: PATH}`."""
+
+    train: str | list[str | Source] | None = None
+    """Training rows: a path (.jsonl .json .txt .csv .parquet .arrow, .gz or .zst of them, a glob, a folder), or several."""
+    rows: list[Any] | None = None
+    """Training rows held in memory (Python only): texts, [prompt, output, ...] lists or dictionaries."""
+    eval: str | list[str | Source] | None = None
+    """Held-out rows, in the same forms as `train`."""
+    eval_rows: list[Any] | None = None
+    """Held-out rows held in memory (Python only)."""
+    eval_split: float = Field(0.0, ge=0, lt=1)
+    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
+    format: Literal[
+        "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
+    ] = "auto"
+    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    template: str = "auto"
+    """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they are,
+    EOS after the last output; else a .jinja file or the name of a bundled template."""
+    train_on: Literal["all", "last"] | list[str] = "all"
+    """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest example in tokens; default: the positions of the model, at most 8,192."""
+    too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"] = "split"
+    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue is cut between turns
+    where its turns fit, each piece keeping as much context as fits."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
+    forced_opening: Literal["close", "error"] = "close"
+    """For templates whose prompt opens a thought the row does not have: close it as the template would, or refuse."""
+    special_tokens: Literal["escape", "allow"] = "escape"
+    """Text in a row that spells a special token: `escape` keeps it ordinary text; `allow` makes it the control token."""
+    cache: str | None = None
+    """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that encode; default: one per core. 0 encodes in this process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"train": value}
+        return {"rows": value} if isinstance(value, list) else value
+
+
+class Batch(Section):
+    """The step: which examples share one update. A property of the run, not of the machine."""
+
+    examples_per_step: int = Field(16, ge=1)
+    """Examples in one optimiser step, over all processes."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """Instead: as many examples as make up to this many tokens (at least one)."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training examples; each pass is shuffled anew."""
+    steps: int | None = Field(None, ge=0)
+    """Stop after this many steps instead of after `epochs`."""
+    shuffle: bool = True
+    """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
+
+
+class Optim(Section):
+    """AdamW and its learning rate, as pure functions of the step."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate; default: 2e-5 for all weights, 2e-4 for an adapter."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the run."""
+    warmup: float = Field(0.03, ge=0)
+    """Linear warm-up: a share of the steps if below 1, else a number of steps."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of the steps in which `wsd` decays."""
+    final_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, relative to the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only (never on norms, biases or embeddings)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's running means."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0 does not clip."""
+    max_bad_steps: int = Field(3, ge=0)
+    """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
+
+
+class Adapter(Section):
+    """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
+
+    method: Literal["none", "lora", "rslora", "dora"] = "none"
+    """`none` trains all weights; the others train a low-rank adapter through peft."""
+    rank: int = Field(16, ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapter: alpha / rank (rslora: alpha / sqrt(rank))."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: str | list[str] = "all-linear"
+    """Modules to adapt: `all-linear` (all but the head), or names."""
+    merge: bool = False
+    """Also write the merged model, into `OUTPUT/merged`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class Eval(Section):
+    """Held-out loss and perplexity, over the rows of `data.eval` or `data.eval_split`."""
+
+    every: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 = before the first step and after the last only."""
+    at_start: bool = True
+    """Evaluate before the first step, so that the gain can be seen."""
+
+
+class Checkpoint(Section):
+    """State to continue from."""
+
+    every: int = Field(0, ge=0)
+    """Save every so many steps; 0 = only when the run is stopped by a signal."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints to keep."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` continues a run found in the output folder; `never` refuses to touch one; `must` refuses to start anew."""
+
+
+class Runtime(Section):
+    """The machine. Only `precision` changes the numbers beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` computes in bfloat16 over fp32 weights; `auto` = bf16 on a GPU, fp32 on a CPU."""
+    tokens_per_pack: int | None = Field(None, ge=1)
+    """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
+    longer than this is a pack of its own."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; default: one per physical core."""
+    progress: bool = True
+    """Show progress on the terminal."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: Model
+    """The model to start from."""
+    data: Data
+    """What to train on."""
+    output: str
+    """Folder of the run: the trained model, the record and the checkpoints."""
+    batch: Batch = Batch()
+    """Which examples share one update."""
+    optim: Optim = Optim()
+    """AdamW and its learning rate."""
+    adapter: Adapter = Adapter()
+    """Which weights train."""
+    eval: Eval = Eval()
+    """Held-out loss."""
+    checkpoint: Checkpoint = Checkpoint()
+    """State to continue from."""
+    runtime: Runtime = Runtime()
+    """The machine."""
+    seed: int = 0
+    """Seed of shuffling, adapter initialisation and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            return {**value, "model": {"path": value["model"]}}
+        return value

@@ -1,0 +1,1 @@
+"""All contact with torch modules, transformers and peft."""

@@ -1,0 +1,1 @@
+"""The optimiser step, its schedule, the loop over steps, and checkpoints."""

@@ -1,0 +1,175 @@
+"""The shared vocabulary: what the data layer hands to the model layer, and what a run reports.
+
+Numpy only, so that everything that looks at data works without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: shown as one message, without a traceback, exit code 2."""
+
+
+class RowError(UserError):
+    """A mistake in one row. The message names the field; whoever knows the row's place puts `file:line: ` before it."""
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation, in the OpenAI shape that chat templates read."""
+
+    role: str
+    content: str
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    weight: float
+    train: bool
+
+
+class Phrase(NamedTuple):
+    """A piece of text in a row and its weight as a target: 0 for a prompt, 1 for an output."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of data, whatever file format it came from, before it becomes tokens.
+
+    Exactly one of the five contents is set, named by `kind`: `text` (every token is a target), `phrases` (alternating
+    prompts and outputs, with no roles), `messages` (with `tools` and `template_kwargs`), `segments` (joined exactly as
+    they stand, nothing added but what they say), `tokens` (`ids` with `weights`, both already final).
+    """
+
+    kind: Literal["text", "phrases", "messages", "segments", "tokens"]
+    source: str
+    line: int  # 1-based line of a file, or row number where rows are not lines
+    text: str = ""
+    phrases: tuple[Phrase, ...] = ()  # also holds the segments
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A sequence of tokens and the weight of each as a target.
+
+    `ids` int32[T]; `weights` float32[T]: the weight of predicting `ids[t]` from `ids[:t]`. 0 means context only.
+    `weights[0]` is always 0: nothing stands before it. `note` says what was done to the row, if anything
+    ("split 2 of 3", "forced opening closed"); `part` numbers the examples that came from one row.
+    """
+
+    ids: Int32
+    weights: Float32
+    note: str = ""
+    part: int = 0
+
+    @property
+    def targets(self) -> int:
+        """How many tokens carry weight."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """Segments laid end to end in one flat stream, without padding.
+
+    The hidden state at `index[m]` predicts `label[m]` with `weight[m]`: labels are already shifted, so nothing
+    downstream shifts again. `positions` restart at 0 in every segment; segment i is
+    `ids[cu_seqlens[i]:cu_seqlens[i + 1]]` and sees only itself.
+    """
+
+    ids: Int32  # [T]
+    positions: Int32  # [T]
+    cu_seqlens: Int32  # [n + 1]
+    index: Int32  # [M]
+    label: Int32  # [M]
+    weight: Float32  # [M]
+    examples: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Length T of the stream."""
+        return len(self.ids)
+
+
+class LedgerRow(TypedDict):
+    """One row that was not trained on, or was changed: where it stands and why."""
+
+    source: str
+    line: int
+    action: Literal["dropped", "split", "truncated", "forced_opening"]
+    reason: str
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too."""
+
+    read: int = 0
+    trained: int = 0
+    split: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    tokens_truncated: int = 0
+    targets_truncated: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    rows: list[LedgerRow] = field(default_factory=list)
+
+    def add(self, other: Ledger) -> None:
+        """Add the counts of `other`, the rows listed included."""
+        for name, value in asdict(other).items():
+            if name == "notes":
+                for note, count in value.items():
+                    self.notes[note] = self.notes.get(note, 0) + count
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def summary(self) -> str:
+        """One line: `read 7,473 = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311 tokens are targets`."""
+        share = 100 * self.targets / max(self.tokens, 1)
+        cut = f"; {self.truncated:,} rows lost {self.tokens_truncated:,} tokens to truncation" if self.truncated else ""
+        return (
+            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}; "
+            f"{self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets{cut}"
+        )
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one optimiser step did. Losses are in nats per unit of weight; `seconds` is wall time."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    targets: int
+    weight: float
+    packs: int
+    seconds: float
+    tokens_per_second: float
+    memory: int
+    total_tokens: int
+    total_targets: int
+    eval: dict[str, float] | None = None
