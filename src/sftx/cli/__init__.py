@@ -1,0 +1,147 @@
+"""The command line: `sftx VERB [file.yaml] key=value ...`.
+
+Every verb is one module of this package, imported when it is called. It has `run`; it may have `EXTRA`, the keys it
+takes besides the settings of a run (their values stay text), and `DEFAULTS`, overrides such as `output=unused` for
+settings that this verb can do without. A verb whose `run` takes no `config` reads no settings at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from sftx import __version__
+from sftx.types import UserError
+
+_USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `sftx ... | head`
+        sys.stderr.close()
+        return 141
+
+
+def verbs() -> dict[str, str]:
+    """Every verb with the first line of its module's docstring, read without importing it."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem] = doc.partition("\n")[0]
+    return found
+
+
+def _dispatch(arguments: list[str]) -> int:
+    match arguments:
+        case [] | ["-h" | "--help" | "help"]:
+            print(_overview())
+            return 0
+        case ["--version" | "-V"]:
+            print(f"sftx {__version__}")
+            return 0
+        case [verb, *_] if verb not in verbs():
+            close = get_close_matches(verb, verbs(), 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(verbs())}"
+            raise UserError(f"no verb {verb!r}; {hint}\n{_USAGE}")
+    verb, *rest = arguments
+    module = import_module(f"sftx.cli.{verb}")
+    if "-h" in rest or "--help" in rest:
+        print(_verb_help(verb, module))
+        return 0
+    return _call(verb, module, rest)
+
+
+def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
+    extra_keys: dict[str, str] = vars(module).get("EXTRA", {})
+    path, overrides, extra = _split(verb, arguments, extra_keys)
+    if "config" not in inspect.signature(module.run).parameters:
+        if path is not None or overrides:
+            known = f"it takes {', '.join(f'{key}=...' for key in extra_keys)}" if extra_keys else "it takes nothing"
+            raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; {known}")
+        return module.run(**extra)
+
+    from sftx.settings import load_config
+
+    return module.run(load_config(path, overrides, vars(module).get("DEFAULTS", ())), **extra)
+
+
+def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple[str | None, list[str], dict[str, str]]:
+    """The YAML file, the settings, and the verb's own keys."""
+    path: str | None = None
+    overrides: list[str] = []
+    extra: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise UserError(f"sftx {verb}: {argument!r}: settings are written key=value, for example batch.epochs=2")
+        if not equals:
+            if path is not None:
+                raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
+            path = argument
+        elif key in extra_keys:
+            extra[key] = value
+        elif close := [] if "." in key else get_close_matches(key, extra_keys, 1, 0.75):
+            raise UserError(f"sftx {verb}: no key {key!r}; did you mean `{close[0]}`?")
+        else:
+            overrides.append(argument)
+    return path, overrides, extra
+
+
+def _overview() -> str:
+    names = verbs()
+    width = max(map(len, names))
+    lines = [f"  {name:{width}}  {doc}" for name, doc in names.items()]
+    return "\n".join(
+        [
+            "Supervised fine-tuning of causal language models in which every token is accounted for.",
+            "",
+            _USAGE,
+            "",
+            *lines,
+            "",
+            "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a run.",
+        ]
+    )
+
+
+def _verb_help(verb: str, module: ModuleType) -> str:
+    """The verb's docstring, its own keys, and every setting if it reads settings."""
+    import textwrap
+
+    def entry(key: str, *texts: str) -> list[str]:
+        return [
+            f"  {key}",
+            *(
+                line
+                for text in texts
+                for line in textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            ),
+        ]
+
+    lines = [(module.__doc__ or "").strip(), ""]
+    for key, doc in vars(module).get("EXTRA", {}).items():
+        lines += entry(f"{key}=...", doc)
+    if "config" not in inspect.signature(module.run).parameters:
+        return "\n".join([f"usage: sftx {verb} [key=value ...]", "", *lines])
+
+    from sftx.schema import default_in_words, settings
+
+    lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
+    for key, setting in settings().items():
+        lines += entry(key, f"{setting.allowed}; {default_in_words(setting)}", setting.doc)
+    return "\n".join([f"usage: sftx {verb} [file.yaml] [key=value ...]", "", *lines])

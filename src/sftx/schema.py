@@ -1,0 +1,294 @@
+"""The schema as data: every setting with its dotted key, what it allows, its default and its documentation.
+
+Help, documentation, the JSON schema for editors and the "did you mean" of error messages are all made from here, and
+`Config` is the only list of settings they read.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from sftx.config import Config, Section
+
+SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
+"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
+
+# The names other tools use for the same idea: ours, and a sentence where the meaning differs or there is no such thing.
+_WHOLE_STEP = "counts the whole step over all processes: their micro batch x accumulation x processes"
+_PACKED = "examples are always packed, never padded, and never see each other: nothing to set"
+FOREIGN_NAMES: dict[str, tuple[str, str]] = {
+    "model_name_or_path": ("model.path", ""),
+    "model_name": ("model.path", ""),
+    "model_path": ("model.path", ""),
+    "model_id": ("model.path", ""),
+    "base_model": ("model.path", ""),
+    "checkpoint_dir": ("model.path", "is the model to start from; `output` is where the run is written"),
+    "tokenizer_name": ("model.tokenizer", ""),
+    "tokenizer_name_or_path": ("model.tokenizer", ""),
+    "tokenizer_path": ("model.tokenizer", ""),
+    "dataset": ("data.train", ""),
+    "datasets": ("data.train", "takes one path or a list; weights go there too: {path: ..., weight: ...}"),
+    "dataset_name": ("data.train", ""),
+    "dataset_path": ("data.train", ""),
+    "train_file": ("data.train", ""),
+    "data_path": ("data.train", ""),
+    "train_dataset": ("data.train", ""),
+    "samples": ("data.rows", ""),
+    "eval_dataset": ("data.eval", ""),
+    "validation_file": ("data.eval", ""),
+    "val_dataset": ("data.eval", ""),
+    "test_datasets": ("data.eval", ""),
+    "val_size": ("data.eval_split", "is a share between 0 and 1"),
+    "val_set_size": ("data.eval_split", "is a share between 0 and 1"),
+    "test_size": ("data.eval_split", "is a share between 0 and 1"),
+    "chat_template": ("data.template", ""),
+    "max_seq_length": ("data.max_length", ""),
+    "max_seq_len": ("data.max_length", ""),
+    "seq_length": ("data.max_length", ""),
+    "seq_len": ("data.max_length", ""),
+    "sequence_len": ("data.max_length", ""),
+    "sequence_length": ("data.max_length", ""),
+    "cutoff_len": ("data.max_length", ""),
+    "block_size": ("data.max_length", ""),
+    "model_max_length": ("data.max_length", ""),
+    "truncation_side": ("data.too_long", "takes truncate_left or truncate_right; its default, split, loses nothing"),
+    "assistant_only_loss": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
+    "completion_only_loss": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
+    "train_on_inputs": ("data.train_on", "names the roles that are targets, by default the outputs"),
+    "train_on_prompt": ("data.train_on", "names the roles that are targets, by default the outputs"),
+    "train_on_responses_only": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
+    "roles_to_train": ("data.train_on", ""),
+    "mask_history": ("data.train_on", "takes `last` for the last output only"),
+    "preprocessing_num_workers": ("data.workers", ""),
+    "dataset_num_proc": ("data.workers", ""),
+    "num_proc": ("data.workers", ""),
+    "per_device_train_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
+    "train_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
+    "micro_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
+    "batch_size": ("batch.examples_per_step", _WHOLE_STEP),
+    "gradient_accumulation_steps": ("batch.examples_per_step", _WHOLE_STEP),
+    "global_batch_size": ("batch.examples_per_step", ""),
+    "per_device_eval_batch_size": ("runtime.tokens_per_pack", "counts tokens and never changes a result"),
+    "num_train_epochs": ("batch.epochs", ""),
+    "num_epochs": ("batch.epochs", ""),
+    "max_epochs": ("batch.epochs", ""),
+    "max_steps": ("batch.steps", ""),
+    "total_steps": ("batch.steps", ""),
+    "num_steps": ("batch.steps", ""),
+    "lr": ("optim.learning_rate", ""),
+    "lr_scheduler": ("optim.schedule", ""),
+    "lr_scheduler_type": ("optim.schedule", ""),
+    "warmup_ratio": ("optim.warmup", "below 1 is a share of the steps"),
+    "warmup_steps": ("optim.warmup", "from 1 on is a number of steps"),
+    "num_warmup_steps": ("optim.warmup", "from 1 on is a number of steps"),
+    "min_lr": ("optim.final_ratio", "is relative to the peak"),
+    "min_lr_ratio": ("optim.final_ratio", ""),
+    "adam_beta1": ("optim.betas", "takes both: [0.9, 0.999]"),
+    "adam_beta2": ("optim.betas", "takes both: [0.9, 0.999]"),
+    "adam_epsilon": ("optim.eps", ""),
+    "gradient_clipping": ("optim.max_grad_norm", ""),
+    "gradient_clip_val": ("optim.max_grad_norm", ""),
+    "clip_grad_norm": ("optim.max_grad_norm", ""),
+    "use_peft": ("adapter.method", "takes none, lora, rslora or dora"),
+    "finetuning_type": ("adapter.method", "takes none (all weights), lora, rslora or dora"),
+    "use_rslora": ("adapter.method", "takes rslora"),
+    "use_dora": ("adapter.method", "takes dora"),
+    "peft_use_dora": ("adapter.method", "takes dora"),
+    "lora": ("adapter.method", "takes lora"),
+    "r": ("adapter.rank", ""),
+    "lora_r": ("adapter.rank", ""),
+    "lora_rank": ("adapter.rank", ""),
+    "lora_alpha": ("adapter.alpha", ""),
+    "lora_dropout": ("adapter.dropout", ""),
+    "lora_target": ("adapter.targets", ""),
+    "lora_target_modules": ("adapter.targets", ""),
+    "target_modules": ("adapter.targets", ""),
+    "merge_lora": ("adapter.merge", ""),
+    "eval_steps": ("eval.every", ""),
+    "eval_interval": ("eval.every", ""),
+    "evals_per_epoch": ("eval.every", "counts steps"),
+    "eval_on_start": ("eval.at_start", ""),
+    "save_steps": ("checkpoint.every", ""),
+    "save_interval": ("checkpoint.every", ""),
+    "checkpoint_interval": ("checkpoint.every", ""),
+    "save_total_limit": ("checkpoint.keep", ""),
+    "resume_from_checkpoint": (
+        "checkpoint.resume",
+        "is auto, never or must; the newest checkpoint in `output` is taken",
+    ),
+    "bf16": ("runtime.precision", "takes bf16"),
+    "fp32": ("runtime.precision", "takes fp32"),
+    "fp16": ("runtime.precision", "takes bf16 or fp32; float16 is not offered"),
+    "dtype": ("runtime.precision", "takes bf16 or fp32"),
+    "torch_dtype": ("runtime.precision", "takes bf16 or fp32"),
+    "mixed_precision": ("runtime.precision", "takes bf16 or fp32"),
+    "output_dir": ("output", ""),
+    "out_dir": ("output", ""),
+    "save_dir": ("output", ""),
+    "random_seed": ("seed", ""),
+    "data_seed": ("seed", "is the one seed of a run"),
+    "packing": ("", _PACKED),
+    "sample_packing": ("", _PACKED),
+    "neat_packing": ("", _PACKED),
+    "packed": ("", _PACKED),
+    "pad_to_sequence_len": ("", _PACKED),
+    "padding_free": ("", _PACKED),
+    "group_by_length": ("", _PACKED),
+    "logging_steps": ("", "every step is recorded: nothing to set"),
+    "report_to": ("", "the record of a run is metrics.jsonl in its folder: nothing is sent anywhere"),
+}
+
+
+class Setting(NamedTuple):
+    """One setting: dotted key, what it allows in words, default (None and `required` told apart), documentation."""
+
+    key: str
+    allowed: str
+    default: Any
+    required: bool
+    doc: str
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section class of a field that is a section, else None."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def fields(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[str, FieldInfo]]:
+    """Every field with its dotted key, sections before their settings."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if inner := section_of(field):
+            yield from fields(f"{prefix}{name}.", inner)
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting (sections left out) by its dotted key, in the order of the schema."""
+    return {
+        key: Setting(
+            key, allowed(field), field.default, field.is_required(), " ".join((field.description or "").split())
+        )
+        for key, field in fields()
+        if section_of(field) is None
+    }
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field allows, in words: `a whole number >= 1, or null`."""
+    if inner := section_of(field):
+        return "settings (" + ", ".join(inner.model_fields) + ")"
+    text = _type_in_words(field.annotation)
+    limits = [
+        f"{sign} {getattr(limit, attribute)}"
+        for limit in field.metadata
+        for kind, sign, attribute in ((Ge, ">=", "ge"), (Gt, ">", "gt"), (Le, "<=", "le"), (Lt, "<", "lt"))
+        if isinstance(limit, kind)
+    ]
+    words = text.removesuffix(", or null")
+    return words + " " * bool(limits) + " and ".join(limits) + text[len(words) :]
+
+
+def _type_in_words(annotation: Any) -> str:
+    simple = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "anything"}
+    if annotation in simple:
+        return simple[annotation]
+    arguments = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            return "one of " + ", ".join(str(value) for value in arguments)
+        case origin if origin in (Union, types.UnionType):
+            words = " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
+            return words + ", or null" if type(None) in arguments else words
+        case origin if origin is list:
+            return "a list of " + (
+                "rows" if arguments[0] is Any else _type_in_words(arguments[0]).replace(" or ", " / ")
+            )
+        case origin if origin is tuple:
+            return f"a list of {len(arguments)} numbers"
+    return "{" + ", ".join(annotation.model_fields) + "}"
+
+
+def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> str:
+    """What to write instead of the unknown `key` found in `section`, whose dotted name is `prefix`."""
+    name = key.strip("-").replace("-", "_").rpartition(".")[2]
+    known = settings()
+    same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
+    if same_name:
+        return "it is " + " or ".join(f"`{dotted}`" for dotted in same_name)
+    if close := get_close_matches(name, section.model_fields, 1, 0.75):
+        return f"did you mean `{prefix}{close[0]}`?"
+    if name.lower() in FOREIGN_NAMES:
+        ours, meaning = FOREIGN_NAMES[name.lower()]
+        return (f"here it is `{ours}`" if ours else "") + (", which " if ours and meaning else "") + meaning
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)} | {name: name for name in SHORT_FORMS}
+    if close := get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7):
+        ours = leaves[close[0]] if close[0] in leaves else FOREIGN_NAMES[close[0]][0]
+        return f"did you mean `{ours}`?" if ours else FOREIGN_NAMES[close[0]][1]
+    return f"known here: {', '.join(section.model_fields)}"
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would show it, for help and messages; long ones are cut."""
+    match value:
+        case None | bool():
+            text = {None: "null", True: "true", False: "false"}[value]
+        case str():
+            text = repr(value)
+        case list() | tuple():
+            text = "[" + ", ".join(shown(item) for item in value[:8]) + (", ...]" if len(value) > 8 else "]")
+        case dict():
+            text = "{" + ", ".join(f"{name}: {shown(item)}" for name, item in list(value.items())[:8]) + "}"
+        case _:
+            text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def default_in_words(setting: Setting) -> str:
+    """`required`, or the default as YAML would show it."""
+    return "required" if setting.required else f"default {shown(setting.default)}"
+
+
+def as_markdown() -> str:
+    """The page `docs/settings.md`."""
+    lines = [
+        "# Settings",
+        "",
+        "Made from the schema by `sftx schema format=markdown`; do not edit.",
+        "",
+        "A key is written nested in YAML (`batch:` with `epochs: 2` beneath it), nested in Python",
+        "(`batch={'epochs': 2}`) and dotted on the command line (`batch.epochs=2`). Relative paths are relative to the",
+        "folder the command is run in, wherever the YAML lies. `model: PATH`, `data: PATH` and `adapter: METHOD` are",
+        "short for `model: {path: PATH}`, `data: {train: PATH}` and `adapter: {method: METHOD}`.",
+        "",
+    ]
+    for key, field in fields():
+        doc = " ".join((field.description or "").split())
+        if section_of(field):
+            lines += ["", f"## {key}", "", doc, ""]
+        elif "." in key or key in ("output", "seed"):
+            if "." not in key:
+                lines += ["", f"## {key}", ""]
+            lines += [f"* **`{key}`** ({allowed(field)}; {default_in_words(settings()[key])}): {doc}"]
+    text = "\n".join(lines) + "\n"
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text
+
+
+def as_json_schema() -> dict[str, Any]:
+    """JSON schema for editors, short forms included."""
+    schema = Config.model_json_schema()
+    for section, main in SHORT_FORMS.items():
+        full = schema["properties"][section]
+        short = schema["$defs"][section.capitalize()]["properties"][main]
+        schema["properties"][section] = {"anyOf": [{"type": "string"}, full], "description": short["description"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sftx run", **schema}

@@ -1,0 +1,202 @@
+"""From YAML, the command line and Python to a `Config`, with every mistake found at once and named by its place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from sftx.config import Config, Section
+from sftx.schema import SHORT_FORMS, allowed, section_of, shown, suggestion
+from sftx.strict_yaml import KeyPath, Places, dotted, parse
+from sftx.types import UserError
+
+_COMMAND_LINE = "command line"
+_DATA_FILE = re.compile(r"[^\n]+\.(jsonl|json|txt|csv|parquet|arrow)(\.gz|\.zst)?")
+
+
+def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path` (or none), apply overrides such as `batch.epochs=2`, and check the whole.
+
+    `defaults` look like overrides and stand for top-level keys that neither the file nor an override names. Relative
+    paths are relative to the working directory. Raises `UserError` with every problem found, one per line, each with
+    its file and line and its dotted key.
+    """
+    data: Any = {}
+    places: Places = {}
+    problems: list[str] = []
+    if path is not None:
+        data, places = parse(_read(path), path, problems)
+        data = {} if data is None else data
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
+    given = {override.partition("=")[0].partition(".")[0] for override in overrides} | set(data)
+    absent = [default for default in defaults if default.partition("=")[0].partition(".")[0] not in given]
+    for override in (*absent, *overrides):
+        _override(data, override, places, problems)
+    return _checked(data, places, problems, source=path or "")
+
+
+def make_config(**sections: Any) -> Config:
+    """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a", batch={"epochs": 2})`.
+
+    Sections are nested dictionaries, their short forms, or section objects of `sftx.config`. Raises `UserError` with
+    every problem found, one per line.
+    """
+    return _checked(sections, {}, [], source="")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _long_form(name: str, value: Any) -> Any:
+    """A section's value with its short form written out; an empty section is an empty mapping."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if value is None:
+        return {}
+    if name in SHORT_FORMS and isinstance(value, str | os.PathLike):
+        return {SHORT_FORMS[name]: value}
+    return {"rows": value} if name == "data" and isinstance(value, list | tuple) else value
+
+
+def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
+    """Put `a.b=c` into `data`. A section given whole is merged into what stands there; a setting is replaced."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        problems.append(f"{_COMMAND_LINE}: {override!r}: write a setting as key=value, for example batch.epochs=2")
+        return
+    value, below = parse(text, f"{_COMMAND_LINE}: {key}", problems, numbered=False)
+    inner = data
+    for depth, part in enumerate(path[:-1]):
+        inner[part] = _long_form(part, inner.get(part)) if depth == 0 else inner.get(part, {})
+        places.setdefault(path[: depth + 1], _COMMAND_LINE)
+        inner = inner[part]
+        if not isinstance(inner, dict):
+            problems.append(f"{_COMMAND_LINE}: {key}: {dotted(path[: depth + 1])} is not a section")
+            return
+    if len(path) == 1 and isinstance(section := _long_form(key, value), dict) and key in Config.model_fields:
+        before = _long_form(key, data.get(key))
+        value = {**before, **section} if isinstance(before, dict) else section
+    elif places.get(path) == _COMMAND_LINE:
+        problems.append(f"{_COMMAND_LINE}: {key}: given twice")
+    inner[path[-1]] = value
+    places.update({(*path, *rest): _COMMAND_LINE for rest in below} | {path: _COMMAND_LINE})
+
+
+def _checked(data: dict[str, Any], places: Places, problems: list[str], *, source: str) -> Config:
+    known = _known(data, Config, (), places, problems)
+    try:
+        config = Config.model_validate(known, strict=True)
+    except ValidationError as error:
+        problems += _translated(error, known, places, source)
+    else:
+        if not problems:
+            return config
+    raise UserError("\n".join(problems))
+
+
+def _place(path: KeyPath, places: Places) -> str:
+    """`run.yaml:12: ` for the value at `path` or the nearest above it that was written; empty for Python."""
+    while path not in places and path:
+        path = path[:-1]
+    return f"{places[path]}: " if path in places else ""
+
+
+def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Places, problems: list[str]) -> Any:
+    """`data` with short forms written out and unknown keys taken out, each of them reported."""
+    known: dict[str, Any] = {}
+    for key, value in data.items():
+        path = (*at, key)
+        field = section.model_fields.get(key)
+        if field is None:
+            problems += _unknown(path, value, section, places)
+        elif inner := section_of(field):
+            value = _long_form(key, value)
+            known[key] = _known(value, inner, path, places, problems) if isinstance(value, dict) else value
+        else:
+            known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
+            if key == "rows" and (paths := _as_paths(value)):
+                short = f"{_place(path, places)}{dotted(at)}: found a list of paths; a list here means rows in memory; "
+                problems.append(f"{short}for files write `data: {{train: [{', '.join(paths[:3])}]}}`")
+    return known
+
+
+def _plain(value: Any, *, as_tuple: bool) -> Any:
+    """Paths as text, and lists and tuples as the one the schema wants."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        items = [_plain(item, as_tuple=False) if isinstance(item, os.PathLike) else item for item in value]
+        return tuple(items) if as_tuple else items
+    return value
+
+
+def _as_paths(value: Any) -> list[str]:
+    """The strings of a list whose every entry is the name of a data file; empty if it is anything else."""
+    texts = [os.fspath(item) for item in value if isinstance(item, str | os.PathLike)] if value else []
+    if len(texts) != len(value or []):
+        return []
+    return (
+        texts if all(_DATA_FILE.fullmatch(text) or (len(text) < 250 and Path(text).exists()) for text in texts) else []
+    )
+
+
+def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) -> list[str]:
+    """What to say of a key that the schema does not have: one line, or one for each key of a foreign section."""
+    key, at = str(path[-1]), path[:-1]
+    place = _place(path, places)
+    if "." in key:
+        head, _, tail = key.partition(".")
+        nested = f"`{head}:` with `{tail}:` beneath it" if place else f"{head}={{{tail!r}: ...}}"
+        return [f"{place}{dotted(path)}: dotted keys are for the command line; write {nested}"]
+    prefix = "".join(f"{part}." for part in at)
+    if isinstance(value, dict) and value and not get_close_matches(key, section.model_fields, 1, 0.75):
+        return [
+            f"{_place((*path, name), places)}{dotted((*path, name))}: no such setting; {suggestion(str(name))}"
+            for name in value
+        ]
+    return [f"{place}{dotted(path)}: no such setting; {suggestion(key, section, prefix)}"]
+
+
+def _translated(error: ValidationError, data: dict[str, Any], places: Places, source: str) -> list[str]:
+    """One line in our words for each setting that pydantic refused, or for each key inside it where that is known."""
+    whole: dict[KeyPath, str] = {}
+    inside: dict[KeyPath, str] = {}
+    for problem in error.errors(include_url=False):
+        section, path, field, found = Config, (), None, data
+        for part in problem["loc"]:
+            if section is None or part not in section.model_fields:
+                break
+            field = section.model_fields[str(part)]
+            section, path = section_of(field), (*path, part)
+            found = found.get(part) if isinstance(found, dict) else found
+        rest = problem["loc"][len(path) :]
+        name = f"{_place(path, places)}{dotted(path)}"
+        if problem["type"] == "value_error":
+            whole[path] = f"{name}: {problem.get('ctx', {})['error']}".removeprefix(": ")
+        elif field is None:
+            whole[path] = f"{source}: found {shown(data)}"
+        elif problem["type"] == "missing" and not rest:
+            first = f"{source}: " if source else ""
+            whole[path] = f"{first}{dotted(path)}: missing: {' '.join((field.description or '').split())}"
+        elif problem["type"] in ("missing", "extra_forbidden"):
+            keys = (*path, *(part for part in rest if isinstance(part, int) or part == rest[-1]))
+            what = "missing" if problem["type"] == "missing" else "no such setting"
+            inside[keys] = f"{_place(keys, places)}{dotted(keys)}: {what}; allowed: {allowed(field)}"
+        else:
+            whole.setdefault(path, f"{name}: found {shown(found)}; allowed: {allowed(field)}")
+    outer = {path: line for path, line in whole.items() if not any(keys[: len(path)] == path for keys in inside)}
+    return [*outer.values(), *inside.values()]

@@ -1,0 +1,103 @@
+"""A strict subset of YAML, with the line of every key.
+
+YAML 1.2's scalars instead of 1.1's: `1e-4` is a number, only `true` and `false` are booleans, `0123` is text.
+A key may stand once; tags, anchors and aliases are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+from typing import Any
+
+import yaml
+
+from sftx.types import UserError
+
+KeyPath = tuple[str | int, ...]
+Places = dict[KeyPath, str]
+"""Where each value was written, by its path of keys: `run.yaml:12`, or `command line`."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML reads it from the class)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor:
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not read: write the value out", problem_mark=event.start_mark
+            )
+        if event.tag:
+            raise yaml.MarkedYAMLError(problem=f"tags such as {event.tag} are not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
+    ("bool", r"^(?:true|false)$", ["t", "f"]),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)(?:[eE]\+?[0-9]{1,2})?$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE]-[0-9]+)$", list("-+.0123456789")),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def parse(text: str, source: str, problems: list[str], *, numbered: bool = True) -> tuple[Any, Places]:
+    """The value that `text` spells and the place of each of its keys: `source:line`, or `source` if not `numbered`.
+
+    Appends what is wrong with a value to `problems`. Raises `UserError` where the text is not YAML at all.
+    """
+    try:
+        node = yaml.compose(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{source}:{mark.line + 1}" if mark and numbered else source
+        raise UserError(f"{place}: not readable as YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+    places: Places = {}
+
+    def place_of(node: yaml.Node) -> str:
+        return f"{source}:{node.start_mark.line + 1}" if numbered else source
+
+    def value(node: yaml.Node, at: KeyPath) -> Any:
+        places.setdefault(at, place_of(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [value(item, (*at, i)) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return _scalar(node, f"{places[at]}: {dotted(at)}", problems)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problems.append(f"{place_of(key_node)}: {dotted(at)}: a key must be a plain word")
+                continue
+            path = (*at, key_node.value)
+            if path in places:
+                problems.append(f"{place_of(key_node)}: {dotted(path)}: written twice, first at {places[path]}")
+            places.setdefault(path, place_of(key_node))
+            values[key_node.value] = value(value_node, path)
+        return values
+
+    return (None if node is None else value(node, ())), places
+
+
+def _scalar(node: yaml.Node, name: str, problems: list[str]) -> Any:
+    text = node.value
+    match node.tag.rpartition(":")[2]:
+        case "null":
+            return None
+        case "bool":
+            return text == "true"
+        case "int":
+            digits, _, exponent = text.lower().partition("e")
+            return int(digits) * 10 ** int(exponent or 0)
+        case "float":
+            if not isfinite(float(text)):
+                problems.append(f"{name}: {text} is too large a number")
+            return float(text)
+    return text
+
+
+def dotted(path: KeyPath) -> str:
+    """`("data", "train", 0, "path")` as `data.train[0].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
