@@ -224,11 +224,11 @@ def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> s
     same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
     if same_name:
         return "it is " + " or ".join(f"`{dotted}`" for dotted in same_name)
-    if close := get_close_matches(name, section.model_fields, 1, 0.75):
-        return f"did you mean `{prefix}{close[0]}`?"
     if name.lower() in FOREIGN_NAMES:
         ours, meaning = FOREIGN_NAMES[name.lower()]
         return (f"here it is `{ours}`" if ours else "") + (", which " if ours and meaning else "") + meaning
+    if close := get_close_matches(name, section.model_fields, 1, 0.75):
+        return f"did you mean `{prefix}{close[0]}`?"
     leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)} | {name: name for name in SHORT_FORMS}
     if close := get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7):
         ours = leaves[close[0]] if close[0] in leaves else FOREIGN_NAMES[close[0]][0]
