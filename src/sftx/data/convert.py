@@ -1,0 +1,210 @@
+"""Every file format that is not JSONL becomes lines of JSON, so that all that follows knows one shape."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from sftx.data.read import CHUNK, ERROR_MARK, kind_of, parse_line
+from sftx.types import RowError, UserError
+
+VERSION = "1"  # raise when the lines made from a file change
+
+
+def dump(value: Any) -> bytes:
+    """One row as a line of JSON. What JSON cannot hold becomes an object, which no field accepts as text."""
+
+    def plain(item: Any) -> Any:
+        return item.tolist() if isinstance(item, np.ndarray | np.generic) else {"unreadable": type(item).__name__}
+
+    return json.dumps(value, default=plain).encode()
+
+
+def convert(files: list[Path], out: IO[bytes]) -> None:
+    """Write the rows of `files` (one file, or several .txt: one document each) to `out` as JSON lines.
+
+    Line i of `out` is row i of the file, or what stood on line i of a .csv or compressed .jsonl.
+    """
+    for file in files:
+        kind = kind_of(file)
+        try:
+            with _open(file) as stream:
+                _CONVERTERS[kind](stream, out, file.name)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{file}: the compressed file is damaged or cut off ({error})") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+
+
+def _open(file: Path) -> IO[bytes]:
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(file))
+    if name.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError("reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+        return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
+    return file.open("rb")
+
+
+def _lines(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    while chunk := stream.read(CHUNK):
+        out.write(chunk)
+
+
+def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    data = stream.read()
+    try:
+        out.write(dump(data.decode("utf-8-sig")) + b"\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        out.write(ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line} of {name}\n".encode())
+
+
+def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    """A JSON array, row by row; also JSON lines under the name .json."""
+    data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1}") from None
+    del data
+    position = _skip(text, 0)
+    if text[position : position + 1] != "[" or _is_list_line(text, position):
+        first = text[position:].split("\n", 1)[0]
+        if first and isinstance(parse_line(first.encode("utf-8", "surrogatepass")), RowError):
+            raise UserError("expected a JSON array of rows, or one JSON value per line")
+        out.write(text.encode())
+        return
+    decode, position = json.JSONDecoder().raw_decode, _skip(text, position + 1)
+    while text[position : position + 1] != "]":
+        try:
+            row, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        out.write(dump(row) + b"\n")
+        position = _skip(text, position)
+        if text[position : position + 1] not in (",", "]") or not text[position:]:
+            raise UserError(f"{text.count(chr(10), 0, position) + 1}: not valid JSON: expected ',' or ']' after a row")
+        if text[position] == ",":
+            position = _skip(text, position + 1)
+
+
+def _is_list_line(text: str, position: int) -> bool:
+    """Whether the text is lines of JSON lists, rather than one array of rows."""
+    first, _, rest = text[position:].partition("\n")
+    return bool(rest.strip()) and isinstance(parse_line(first.encode("utf-8", "surrogatepass")), list)
+
+
+def _skip(text: str, position: int) -> int:
+    found = re.compile(r"[ \t\r\n]*").match(text, position)
+    return found.end() if found else position
+
+
+def _table(delimiter: str) -> Callable[[IO[bytes], IO[bytes], str], None]:
+    """CSV: the first line names the columns; every value is text. A row keeps the number of its first line."""
+
+    def convert_table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+        number = 0  # of the last physical line handed to the parser
+
+        def decoded() -> Iterator[str]:
+            nonlocal number
+            for number, raw in enumerate(stream, 1):
+                try:
+                    yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{number}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+
+        csv.field_size_limit(1 << 30)
+        header, before = None, 0
+        try:
+            for values in csv.reader(decoded(), delimiter=delimiter, strict=True):
+                line = b"\n" * (number - before - 1)  # blank lines keep the numbering where values span lines
+                if header is None:
+                    header = values
+                    out.write(b"\n" + line)
+                elif not values:
+                    out.write(b"\n" + line)
+                elif len(values) != len(header):
+                    found = f"{len(values)} values where the first line names {len(header)} columns\n"
+                    out.write(ERROR_MARK + found.encode() + line)
+                else:
+                    out.write(dump(dict(zip(header, values, strict=True))) + b"\n" + line)
+                before = number
+        except csv.Error as error:
+            raise UserError(f"{before + 1}: not valid CSV: {error}") from None
+
+    return convert_table
+
+
+def _parquet(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    arrow = _import_arrow()
+    try:
+        for batch in arrow.parquet.ParquetFile(stream).iter_batches(1024):
+            write_rows(batch.to_pylist(), out)
+    except arrow.ArrowInvalid as error:
+        raise UserError(f"not a readable Parquet file: {error}") from None
+
+
+def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    arrow = _import_arrow()
+    magic = stream.read(6)
+    stream.seek(0)
+    try:
+        if magic == b"ARROW1":
+            file = arrow.ipc.open_file(stream)
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        else:
+            batches = iter(arrow.ipc.open_stream(stream))
+        for batch in batches:
+            write_rows(batch.to_pylist(), out)
+    except arrow.ArrowInvalid as error:
+        raise UserError(f"not a readable Arrow file: {error}") from None
+
+
+def _import_arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'") from None
+    return pyarrow
+
+
+def write_rows(rows: Iterable[Any], out: IO[bytes]) -> None:
+    """Write rows that come from Arrow, without the null keys its unified structs invent."""
+    for row in rows:
+        clean = {k: _without_nulls(v) for k, v in row.items()} if isinstance(row, dict) else row
+        out.write(dump(clean) + b"\n")
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+        case list():
+            return [_without_nulls(v) for v in value]
+        case _:
+            return value
+
+
+_CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".txt": _text,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

@@ -1,0 +1,281 @@
+"""Raw rows become `Row`s: the eight shapes a row of data may have, how they are told apart, and what is wrong with one.
+
+The shape is decided once per file, from its first row; a later row of another shape is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from sftx.data.fields import checked_text, checked_weight, from_json, kind_name
+from sftx.data.messages import SHAREGPT_ROLES, parse_messages
+from sftx.types import Message, Phrase, Row, RowError
+
+# The fields that make a format, and those it may have besides. Any other column is unused, and said to be.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "pairs": ("prompt", "completion"),
+    "dialogue": ("dialogue",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "segments": ("segments",),
+    "tokens": ("input_ids",),
+}
+_CHAT = ("tools", "chat_template_kwargs")
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "pairs": _CHAT,
+    "messages": _CHAT,
+    "sharegpt": ("system", *_CHAT),
+    "alpaca": ("input",),
+    "tokens": ("labels", "weights"),
+}
+_RENAME = "; rename the columns to prompt and completion"
+_ELSEWHERE = {  # layouts other tools take, and what to do with them here
+    ("question", "answer"): _RENAME,
+    ("query", "response"): _RENAME,
+    ("prompt", "response"): _RENAME,
+    ("input", "output"): _RENAME,
+    ("chosen", "rejected"): "; this is preference data: keep `chosen` alone, as messages or as a completion",
+    ("prompt", "chosen"): "; this is preference data: rename `chosen` to completion",
+}
+_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
+
+
+def detect(raw: Any) -> str:
+    """The format of a row by its shape.
+
+    Raises:
+        RowError: no format has this shape, or more than one.
+    """
+    if isinstance(raw, str):
+        return "text"
+    if isinstance(raw, list):
+        return _detect_list(raw)
+    if not isinstance(raw, dict):
+        raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
+    found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
+    if "tokens" in found:  # columns made from others: the tokens are what was meant
+        return "tokens"
+    if found == ["sharegpt"] and _has_roles(raw["conversations"]):
+        raise RowError("`conversations` holds role and content: rename the column to messages")
+    if len(found) > 1:
+        raise RowError(f"the row fits the formats {' and '.join(found)}; choose one with data.format")
+    if not found:
+        raise RowError(_unknown_shape(raw))
+    return found[0]
+
+
+def _detect_list(raw: list[Any]) -> str:
+    if raw and all(isinstance(item, str) for item in raw):
+        return "dialogue"
+    if _has_roles(raw):
+        return "messages"
+    if raw and all(isinstance(item, dict) and "from" in item for item in raw):
+        return "sharegpt"
+    if raw and all(isinstance(item, int) for item in raw):
+        raise RowError('a list of numbers: write tokens as {"input_ids": [...], "labels" or "weights": [...]}')
+    raise RowError("a list must hold prompt and output texts in turn, or messages with role and content")
+
+
+def _has_roles(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _unknown_shape(raw: dict[str, Any]) -> str:
+    names = ", ".join(map(str, raw)) or "none"
+    for fields, advice in _ELSEWHERE.items():
+        if all(field in raw for field in fields):
+            return f"no format has the columns {names}{advice}"
+    for fields in REQUIRED.values():
+        for field in fields:
+            if field not in raw and (close := difflib.get_close_matches(field, map(str, raw), 1, 0.75)):
+                return f"no format has the columns {names}; did you mean {field!r} where it says {close[0]!r}?"
+    shapes = " | ".join("+".join(fields) for fields in REQUIRED.values())
+    return f"no format has the columns {names}; expected one of {shapes}"
+
+
+def parse(raw: Any, form: str, source: str = "", line: int = 0) -> Row:
+    """A raw row of a known format (one of `REQUIRED`) as a `Row`.
+
+    Raises:
+        RowError: the row has another shape, or a field of it is wrong. The message names the field.
+    """
+    fields = REQUIRED[form]
+    if not isinstance(raw, dict):
+        wrapped = {"text": (str,), "dialogue": (list,), "messages": (list,), "sharegpt": (list,)}.get(form, ())
+        if not isinstance(raw, wrapped):
+            raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
+        raw = {fields[0]: raw}
+    for field in fields:
+        if field not in raw:
+            close = difflib.get_close_matches(field, map(str, raw), 1, 0.75)
+            hint = f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
+            raise RowError(
+                f"field {field!r} is missing (format {form}); found {', '.join(map(str, raw)) or 'none'}{hint}"
+            )
+    if bad := _misspelt(tuple(raw), form):
+        raise RowError(bad)
+    return _PARSERS[form](raw, source, line)
+
+
+@lru_cache(1024)
+def unused(columns: tuple[str, ...], form: str) -> tuple[str, ...]:
+    """The columns of a row that its format does not read."""
+    known = {*REQUIRED[form], *OPTIONAL.get(form, ())}
+    return tuple(column for column in columns if column not in known)
+
+
+@lru_cache(1024)
+def _misspelt(columns: tuple[str, ...], form: str) -> str:
+    for column in unused(columns, form):
+        close = difflib.get_close_matches(str(column), [o for o in OPTIONAL.get(form, ()) if o not in columns], 1, 0.8)
+        if close:
+            return f"unknown field {column!r}; did you mean {close[0]!r}?"
+        if form == "tokens" and column in _MASKS:
+            return f"field {column!r} is not read; rename it to 'weights'"
+        if form == "alpaca" and column in ("history", "system"):
+            return f"field {column!r} is not part of format alpaca; write these rows as messages"
+    return ""
+
+
+def _text_row(raw: dict[str, Any], source: str, line: int) -> Row:
+    return Row("text", source, line, text=checked_text(raw["text"], "text"))
+
+
+def _pairs(raw: dict[str, Any], source: str, line: int) -> Row:
+    prompt, completion = raw["prompt"], raw["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before: list[Message] = [{**m, "train": False} for m in parse_messages(prompt, "prompt")]
+        return _chat(raw, tuple(before) + parse_messages(completion, "completion"), source, line)
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError("fields 'prompt' and 'completion' must both be texts or both be lists of messages")
+    for field in _CHAT:
+        if raw.get(field):
+            raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
+    pair = (Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0))
+    return Row("phrases", source, line, phrases=pair)
+
+
+def _dialogue(raw: dict[str, Any], source: str, line: int) -> Row:
+    texts = raw["dialogue"]
+    if not isinstance(texts, list) or not texts:
+        raise RowError(f"field 'dialogue' must be a list of texts, not {kind_name(texts)}")
+    if len(texts) % 2:
+        raise RowError(
+            f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} phrases, an odd number"
+        )
+    phrases = tuple(Phrase(checked_text(t, f"dialogue[{i}]"), float(i % 2)) for i, t in enumerate(texts))
+    return Row("phrases", source, line, phrases=phrases)
+
+
+def _messages_row(raw: dict[str, Any], source: str, line: int) -> Row:
+    return _chat(raw, parse_messages(raw["messages"], "messages"), source, line)
+
+
+def _alpaca(raw: dict[str, Any], source: str, line: int) -> Row:
+    prompt = checked_text(raw["instruction"], "instruction")
+    if extra := raw.get("input"):
+        prompt = f"{prompt}\n\n{checked_text(extra, 'input')}"
+    return Row(
+        "phrases", source, line, phrases=(Phrase(prompt, 0.0), Phrase(checked_text(raw["output"], "output"), 1.0))
+    )
+
+
+def _segments(raw: dict[str, Any], source: str, line: int) -> Row:
+    pieces = raw["segments"]
+    if not isinstance(pieces, list) or not pieces:
+        raise RowError(f'field \'segments\' must be a list of {{"text", "weight"}}, not {kind_name(pieces)}')
+    phrases = []
+    for i, piece in enumerate(pieces):
+        if not isinstance(piece, dict) or not {"text", "weight"} <= piece.keys():
+            raise RowError(f"segments[{i}] must be an object with text and weight")
+        if extra := piece.keys() - {"text", "weight"}:
+            raise RowError(f"segments[{i}] has unknown fields: {', '.join(sorted(extra))}")
+        phrases.append(
+            Phrase(
+                checked_text(piece["text"], f"segments[{i}].text"),
+                checked_weight(piece["weight"], f"segments[{i}].weight"),
+            )
+        )
+    return Row("segments", source, line, phrases=tuple(phrases))
+
+
+def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
+    ids = raw["input_ids"]
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise RowError("field 'input_ids' must be a list of whole numbers that is not empty")
+    if min(ids) < 0 or max(ids) > 2**31 - 1:
+        bad = next(i for i in ids if not 0 <= i <= 2**31 - 1)
+        raise RowError(f"field 'input_ids' holds {bad}, which no vocabulary has")
+    mask = raw.get("attention_mask")
+    if isinstance(mask, list) and not all(mask):
+        raise RowError("field 'attention_mask' marks padding: remove the padded positions, rows need none")
+    labels, weights = raw.get("labels"), raw.get("weights")
+    if labels is not None and weights is not None:
+        raise RowError("give labels or weights, not both")
+    for field, values in (("labels", labels), ("weights", weights)):
+        if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
+            length = len(values) if isinstance(values, list) else kind_name(values)
+            raise RowError(f"field {field!r} must be a list as long as input_ids ({len(ids)}), found {length}")
+    if labels is not None:
+        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in (-100, token):
+                shifted = labels[:-1] == ids[1:]
+                hint = "; the labels look shifted by one: leave them unshifted" if shifted else ""
+                raise RowError(f"labels[{i}] is {label}, but must be -100 or equal to input_ids[{i}] = {token}{hint}")
+        weights = [float(label != -100) for label in labels]
+    checked = (
+        [checked_weight(w, f"weights[{i}]") for i, w in enumerate(weights)] if weights is not None else [1.0] * len(ids)
+    )
+    return Row("tokens", source, line, ids=tuple(ids), weights=tuple(checked))
+
+
+def _sharegpt(raw: dict[str, Any], source: str, line: int) -> Row:
+    turns = raw["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"field 'conversations' must be a list of turns, not {kind_name(turns)}")
+    messages = []
+    for i, turn in enumerate(turns):
+        at = f"conversations[{i}]"
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise RowError(f"{at} must be an object with from and value")
+        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise RowError(f"{at}.from is {turn['from']!r}, an unknown role; known: {', '.join(SHAREGPT_ROLES)}")
+        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        if turn["from"] in ("function_call", "tool_call"):
+            calls = from_json(turn["value"], f"{at}.value")
+            message |= {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        else:
+            message |= {"role": role, "content": turn["value"]}
+        messages.append(message)
+    if raw.get("system"):
+        messages.insert(0, {"role": "system", "content": raw["system"]})
+    return _chat(raw, parse_messages(messages, "conversations"), source, line)
+
+
+def _chat(raw: dict[str, Any], messages: tuple[Message, ...], source: str, line: int) -> Row:
+    tools = raw.get("tools")
+    tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("field 'tools' must be a list of tool descriptions")
+    kwargs = raw.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise RowError(f"field 'chat_template_kwargs' must be an object, not {kind_name(kwargs)}")
+    return Row("messages", source, line, messages=messages, tools=tuple(tools), template_kwargs=kwargs)
+
+
+_PARSERS: dict[str, Callable[[dict[str, Any], str, int], Row]] = {
+    "text": _text_row,
+    "pairs": _pairs,
+    "dialogue": _dialogue,
+    "messages": _messages_row,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "segments": _segments,
+    "tokens": _tokens,
+}
