@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make their own environment in .venv first.
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST ?=
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check lint format docs clean
+
+demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
+	@$(RUN) -m sftx.demo
+
+test: lint  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
+	$(RUN) -m pytest $(PYTEST)
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+docs: $(VENV)/.installed  ## pages made from the code
+	$(RUN) -m sftx schema format=markdown > docs/settings.md
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; name one: make demo PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that nothing after it can choose another build of it.
+$(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV): a few minutes the first time, nothing the next."
+	$(INSTALL) torch==2.13.0 --constraint requirements.txt
+	$(INSTALL) --requirement requirements.txt
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(INSTALL) --requirement requirements-dev.txt
+	@touch $@
