@@ -27,6 +27,8 @@ class Model(Section):
     """Folder or hub name of the tokenizer, if it is not the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
+    save_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """How the trained weights are stored; `auto` = as in the model the run starts from. Training itself is in fp32."""
 
 
 class Source(Section):
@@ -113,7 +115,7 @@ class Optim(Section):
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps in which `wsd` decays."""
     final_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the last step, relative to the peak."""
+    """Where the schedule ends, relative to the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, on matrices only (never on norms, biases or embeddings)."""
     betas: tuple[float, float] = (0.9, 0.999)

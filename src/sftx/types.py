@@ -154,14 +154,17 @@ class Ledger:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one optimiser step did. Losses are in nats per unit of weight; `seconds` is wall time."""
+    """What one optimiser step did. Losses are in nats per unit of weight; `seconds` is wall time; `memory` is bytes.
+
+    `loss` and `grad_norm` are None where they were not finite: such a step was not applied.
+    """
 
     step: int
     num_steps: int
     epoch: float
-    loss: float
+    loss: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     examples: int
     tokens: int
     targets: int

@@ -1,0 +1,116 @@
+"""The plan: which examples every step of a run trains on, known before the first one.
+
+A pure function of the corpus, `batch` and `seed`. Nothing about the machine enters `examples` or `total_weight`; pack
+size and number of processes only decide how a step is cut, in `packs`. So resuming needs one integer, and the step's
+divisor needs no communication.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftx.config import Batch
+from sftx.data.pack import Bins, balanced
+from sftx.types import Int32, UserError
+
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+
+
+class Plan:
+    """Steps of a run over examples of the given `lengths` (tokens) and `weights` (sum of target weights).
+
+    Examples are taken from one endless stream, epoch after epoch, each epoch in its own order; steps are consecutive
+    cuts of that stream. The last step takes what is left.
+    """
+
+    def __init__(self, lengths: Int32, weights: Float64, batch: Batch, seed: int) -> None:
+        if len(lengths) == 0:
+            raise UserError("there is nothing to train on: the data holds no examples")
+        self.lengths = np.asarray(lengths, np.int64)
+        self.weights = np.asarray(weights, np.float64)
+        self.batch = batch
+        self.seed = seed
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._starts = self._cut()
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in the run."""
+        return len(self._starts) - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the steps; a run may be continued only under the same one."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.lengths.tobytes())
+        digest.update(self.weights.tobytes())
+        digest.update(self._starts.tobytes())
+        digest.update(f"{self.seed} {self.batch.shuffle}".encode())
+        return digest.hexdigest()
+
+    def examples(self, step: int) -> Int64:
+        """Indices of the examples of `step` (0-based), in stream order; int64[examples in the step]."""
+        return self._stream(int(self._starts[step]), int(self._starts[step + 1]))
+
+    def total_weight(self, step: int) -> float:
+        """The step's divisor: the weights of all its targets, over all packs and processes, summed in float64."""
+        return float(self.weights[self.examples(step)].sum())
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed once `step` is done."""
+        return float(self._starts[step + 1] / len(self.lengths))
+
+    def packs(self, step: int, tokens_per_pack: int, world_size: int = 1) -> list[Bins]:
+        """For every rank, its packs as tuples of example indices; equally many on each rank."""
+        chosen = self.examples(step)
+        ranks = balanced(self.lengths[chosen].astype(np.int32), tokens_per_pack, world_size)
+        return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
+
+    def step_of(self, example: int, epoch: int = 0) -> int:
+        """The step (0-based) that trains on `example` in `epoch`; -1 if the run ends before."""
+        position = epoch * len(self.lengths) + int(np.flatnonzero(self._order(epoch) == example)[0])
+        step = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return step if step < self.num_steps else -1
+
+    def _shuffled(self, epoch: int) -> Int64:
+        count = len(self.lengths)
+        if not self.batch.shuffle:
+            return np.arange(count, dtype=np.int64)
+        # RandomState, not Generator: numpy promises that its stream never changes between releases.
+        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(count).astype(np.int64)
+
+    def _stream(self, start: int, stop: int) -> Int64:
+        count = len(self.lengths)
+        parts = [
+            self._order(epoch)[max(start - epoch * count, 0) : stop - epoch * count]
+            for epoch in range(start // count, (stop - 1) // count + 1)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _cut(self) -> Int64:
+        """Positions in the stream where steps begin, and the end; int64[num_steps + 1]."""
+        batch, count = self.batch, len(self.lengths)
+        total = max(1, round(batch.epochs * count))
+        if batch.tokens_per_step is None:
+            size = batch.examples_per_step
+            if batch.steps is not None:
+                return np.arange(batch.steps + 1, dtype=np.int64) * size
+            return np.minimum(np.arange(-(-total // size) + 1, dtype=np.int64) * size, total)
+        starts = [0]
+        # `ends` holds the running token count of the epochs looked at so far; it grows as steps need it.
+        ends = np.cumsum(self.lengths[self._order(0)])
+        limit = None if batch.steps is not None else total
+        while (len(starts) - 1 < batch.steps) if batch.steps is not None else (starts[-1] < total):
+            start = starts[-1]
+            while len(ends) < start + count:
+                more = np.cumsum(self.lengths[self._order(len(ends) // count)])
+                ends = np.concatenate([ends, ends[-1] + more])
+            budget = batch.tokens_per_step + (int(ends[start - 1]) if start else 0)
+            stop = max(start + 1, int(np.searchsorted(ends, budget, side="right")))
+            starts.append(stop if limit is None else min(stop, limit))
+        return np.array(starts, dtype=np.int64)

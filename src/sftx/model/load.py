@@ -1,0 +1,148 @@
+"""Loading a Hugging Face model, and the module that turns a pack into its loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from sftx.config import Model
+from sftx.model import attention
+from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.types import Pack, UserError
+
+
+def load_config(model: Model) -> Any:
+    """The model's Hugging Face configuration; UserError if the folder does not hold one."""
+    path = Path(model.path)
+    if path.exists() and not (path / "config.json").exists():
+        raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
+    try:
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {model.path} cannot be read as a model: {error}") from error
+
+
+def load_model(model: Model, device: torch.device) -> PreTrainedModel:
+    """The causal language model in float32 on `device`; UserError if weights are missing or do not fit."""
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            trust_remote_code=model.trust_remote_code,
+            dtype=torch.float32,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
+            f"(first: {missing[0]}); training would start from random numbers there"
+        )
+    loaded.config.use_cache = False
+    return loaded.to(device)
+
+
+class PackLoss(nn.Module):
+    """A causal language model as the trainer sees it: a pack goes in, the weighted sum of its losses comes out.
+
+    `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with segment attention
+    and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
+    `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
+    `checks` turns to them when measuring shows that the fast one is not equal.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.isolate = True
+        self.transform: LogitTransform | None = LogitTransform()
+        self.own_attention = model.config._attn_implementation
+        self.use_segments(True)
+
+    def use_segments(self, on: bool) -> None:
+        """Compute attention by segments of a pack (training), or by the model's own kernel (generation, reference)."""
+        self.model.set_attn_implementation(attention.NAME if on and self.isolate else self.own_attention)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor,
+        longest: int,
+    ) -> Tensor:
+        """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1]; `index`, `label` int64[M]; `weight` float32[M];
+        `longest` = tokens in the longest segment. Returns the sum over targets, a float32 scalar."""
+        if len(index) == 0:  # nothing to learn here, but every rank must take part in the backward pass
+            return self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
+        if not self.isolate:
+            return self._one_by_one(ids, positions, cu_seqlens, index, label, weight)
+        if self.transform is None:
+            return cross_entropy_sum(self.own_logits(ids, positions, cu_seqlens, index, longest), label, weight)
+        hidden = self.hidden(ids, positions, cu_seqlens, longest)[index]
+        head = self.model.get_output_embeddings()
+        return fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform)
+
+    def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Hidden states after the final norm, [T, h]."""
+        out = self.model.base_model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, **_segment_kwargs(cu_seqlens, longest)
+        )
+        return out.last_hidden_state[0]
+
+    def own_logits(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, longest: int) -> Tensor:
+        """Logits [M, V] at `index` through the model's own forward, whatever it does after the head."""
+        out = self.model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=index,
+            **_segment_kwargs(cu_seqlens, longest),
+        )
+        return _keep(out.logits[0], index)
+
+    def _one_by_one(
+        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), device=ids.device)
+        borders = cu_seqlens.tolist()
+        for a, b in zip(borders, borders[1:], strict=False):
+            mine = (index >= a) & (index < b)
+            if mine.any():
+                out = self.model(input_ids=ids[None, a:b], use_cache=False)
+                total = total + cross_entropy_sum(out.logits[0][index[mine] - a], label[mine], weight[mine])
+        return total
+
+
+def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
+    """The arguments of `PackLoss.forward` on `device`; copies from pinned memory do not wait for the device."""
+
+    def move(array: Any, dtype: torch.dtype) -> Tensor:
+        tensor = torch.as_tensor(array).to(dtype)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return {
+        "ids": move(pack.ids, torch.int64),
+        "positions": move(pack.positions, torch.int64),
+        "cu_seqlens": move(pack.cu_seqlens, torch.int32),
+        "index": move(pack.index, torch.int64),
+        "label": move(pack.label, torch.int64),
+        "weight": move(pack.weight, torch.float32),
+        "longest": int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
+    }
+
+
+def _segment_kwargs(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
+    # The names are those of transformers' own variable-length kernels, so models that pass them on pass these on.
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _keep(logits: Tensor, index: Tensor) -> Tensor:
+    """Some models ignore `logits_to_keep`; then the rows are taken here."""
+    return logits if logits.shape[0] == index.shape[0] else logits[index]

@@ -1,0 +1,66 @@
+"""Writing a Hugging Face folder that serves what was trained: weights, tokenizer, template, stop tokens, card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from sftx.config import Model
+from sftx.types import UserError
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer as transformers and its servers load it."""
+    path = model.tokenizer or model.path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.tokenizer: {path} cannot be loaded: {error}") from error
+
+
+def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) -> GenerationConfig:
+    """The model's generation config, whose EOS now includes every token that training taught to stop at."""
+    config = model.generation_config if model.generation_config is not None else GenerationConfig()
+    config = GenerationConfig.from_dict(config.to_dict())
+    before = config.eos_token_id
+    eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
+    config.eos_token_id = list(dict.fromkeys(eos)) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample and any(x is not None for x in (config.temperature, config.top_p, config.top_k)):
+        # Some published folders set a temperature without sampling; saving that is refused by transformers.
+        config.do_sample = (config.temperature not in (None, 1.0)) or (config.top_p not in (None, 1.0)) or None
+    return config
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel | PeftModel, tokenizer: Any, stop_ids: list[int], card: str, dtype: torch.dtype
+) -> None:
+    """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
+
+    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names.
+    Matrices of a whole model are stored in `dtype`; adapters always in float32.
+    """
+    temporary = folder / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(temporary))
+    else:
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+        kept = model.config.dtype
+        model.config.dtype = dtype
+        model.save_pretrained(str(temporary), state_dict=state)
+        model.config.dtype = kept
+    tokenizer.save_pretrained(str(temporary))
+    serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    for path in sorted(temporary.iterdir()):
+        path.replace(folder / path.name)
+    temporary.rmdir()

@@ -1,0 +1,109 @@
+"""What a run shows while it runs: a live line on a terminal, plain lines elsewhere. It reads records and computes nothing."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+
+from sftx.data.corpus import Corpus
+from sftx.data.plan import Plan
+from sftx.track.record import Run
+from sftx.types import StepRecord
+
+PLAIN_EVERY = 10.0
+"""Seconds between lines where the output is not a terminal."""
+
+
+class Progress:
+    """Prints to stderr; silent when `on` is false."""
+
+    def __init__(self, on: bool) -> None:
+        self.console = Console(stderr=True, quiet=not on, highlight=False)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+        self._smooth: float | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def encoding(self, done: int, total: int) -> None:
+        """Rows encoded so far."""
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_EVERY / 5 and done < total:
+            self._last_line = now
+            self.say(f"encoding {done:,} of {total:,} rows")
+
+    def data(self, corpus: Corpus, held_out: Corpus | None, plan: Plan) -> None:
+        """The ledger and the plan, before anything is loaded."""
+        self.say(f"train    {corpus.ledger.summary()}")
+        for note, count in corpus.ledger.notes.items():
+            self.say(f"         {note}: {count:,}")
+        if held_out is not None:
+            self.say(f"held out {held_out.ledger.summary()}")
+        targets = int(corpus.targets.sum())
+        self.say(f"plan     {plan.num_steps:,} steps of about {targets / max(len(corpus), 1):,.0f} targets per example")
+
+    def model(
+        self, name: str, parameters: tuple[int, int], machine: Any, peak: float, notes: list[str], start: int
+    ) -> None:
+        """The model and the machine, after the checks."""
+        precision = str(machine.precision).removeprefix("torch.")
+        self.say(
+            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {precision} on {machine.device}, "
+            f"{machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
+        )
+        for note in notes:
+            self.say(f"note     {note}")
+        if start:
+            self.say(f"resume   after step {start:,}")
+
+    def step(self, record: StepRecord) -> None:
+        """One step done."""
+        if record.loss is not None:
+            self._smooth = record.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * record.loss
+        shown = "not finite" if record.loss is None else f"{record.loss:.4f}"
+        text = f"loss {shown}  lr {record.learning_rate:.2e}  {record.tokens_per_second:,.0f} tok/s"
+        if self.console.is_terminal:
+            self._live(record, text)
+        elif time.monotonic() - self._last_line >= PLAIN_EVERY or record.step in (1, record.num_steps):
+            self._last_line = time.monotonic()
+            self.say(f"step     {record.step:,}/{record.num_steps:,}  {text}")
+        if record.loss is None:
+            self.say(f"warning  step {record.step:,}: loss or gradient not finite; the update was not applied")
+        if record.eval is not None:
+            self.evaluated(record.step, record.eval)
+
+    def evaluated(self, step: int, numbers: dict[str, float]) -> None:
+        """A held-out loss."""
+        if numbers:
+            self.say(f"held out loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}  after step {step:,}")
+
+    def finished(self, run: Run) -> None:
+        """Where the result is."""
+        self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
+
+    def finished_before(self, run: Run) -> None:
+        """The run needs no step."""
+        self.say(f"done     {run.folder} is finished already: no step was taken")
+
+    def _live(self, record: StepRecord, text: str) -> None:
+        if self._bar is None:
+            columns = TextColumn("step {task.completed:,}/{task.total:,}"), BarColumn(), TimeRemainingColumn()
+            self._bar = Bar(*columns, TextColumn("{task.description}"), console=self.console)
+            self._task = self._bar.add_task(text, total=record.num_steps)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, completed=record.step, description=text)

@@ -1,0 +1,112 @@
+"""The run folder, and `metrics.jsonl`: the one record that progress, reports and trackers read.
+
+    OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
+    OUTPUT/metrics.jsonl   one line per optimiser step
+    OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
+    OUTPUT/checkpoints/    states to continue from
+    OUTPUT/*               the trained model, a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sftx.config import Config
+from sftx.types import StepRecord, UserError
+
+PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that the file is either the old one or the new one, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Run:
+    """The folder of one run. Opening it does not change it; `start` does."""
+
+    def __init__(self, config: Config) -> None:
+        self.folder = Path(config.output)
+        self.config = config
+        self._metrics = None
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output: {self.folder} is a file; a folder is needed")
+        path = self.folder / "run.json"
+        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started in this folder before."""
+        return bool(self.facts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether that run reached its end."""
+        return self.facts.get("status") == "finished"
+
+    def start(self, step: int, **facts: Any) -> None:
+        """Begin at `step`: write run.json, and drop metrics of steps that will be taken again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in self.metrics() if line["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        earlier = self.facts.get("started", []) if step else []
+        settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
+        self.facts = {
+            "status": "running", "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            "config": settings, "versions": _versions(), **facts,
+        }
+        write_json(self.folder / "run.json", self.facts)
+
+    def write(self, record: StepRecord) -> StepRecord:
+        """Append one step to metrics.jsonl."""
+        assert self._metrics is not None, "the run was not started"
+        self._metrics.write(json.dumps(asdict(record)) + "\n")
+        return record
+
+    def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
+        """Append a step whose loss or gradient was not finite, with the rows it was made of, to bad_steps.jsonl."""
+        line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
+        with (self.folder / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.facts.update(facts)
+        write_json(self.folder / "run.json", self.facts)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The steps recorded so far; a half-written last line is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines if line]
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None

@@ -1,0 +1,231 @@
+"""The loop: a generator over optimiser steps, and `train`, which runs it to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from sftx.config import Config
+from sftx.data.pack import build_pack
+from sftx.eval.loss import held_out_loss
+from sftx.model.adapter import merge
+from sftx.model.load import load_model, to_tensors
+from sftx.model.runtime import machine
+from sftx.model.save import save_model
+from sftx.settings import make_config
+from sftx.track.card import model_card
+from sftx.track.progress import Progress
+from sftx.track.record import Run
+from sftx.train import checkpoint
+from sftx.train.optim import learning_rate
+from sftx.train.prepare import Job, prepare
+from sftx.train.step import StepResult, train_step
+from sftx.train.stop import Diverged, Stopped, StopFlag, listening
+from sftx.types import StepRecord, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished run leaves: its folder, and its numbers."""
+
+    folder: Path
+    steps: int
+    seconds: float
+    loss: float | None  # of the last step
+    eval_before: dict[str, float] | None
+    eval_after: dict[str, float] | None
+
+
+def train(config: Config | None = None, **sections: Any) -> Result:
+    """Run to the end and write the trained model to `output`.
+
+    Takes a `Config`, or its sections by name: `train(model="folder", data=["a text", ...], output="runs/first",
+    batch={"epochs": 2})`. Raises UserError for a mistake in them; exits with code 75 when stopped by a signal (run the
+    same again to continue) and 3 when the loss is not finite.
+    """
+    config = _one_config(config, sections)
+    began = time.perf_counter()
+    last = None
+    for last in steps(config):
+        pass
+    facts = Run(config).facts
+    return Result(
+        folder=Path(config.output), steps=facts["num_steps"], seconds=time.perf_counter() - began,
+        loss=None if last is None else last.loss,
+        eval_before=facts.get("eval_before"), eval_after=facts.get("eval_after"),
+    )
+
+
+def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]:
+    """Train, yielding one record per optimiser step; the model is saved when the generator is exhausted.
+
+    Records come one step late, so that reading them never makes the device wait.
+    """
+    config = _one_config(config, sections)
+    with ExitStack() as stack:
+        here = stack.enter_context(machine(config.runtime))
+        stop = stack.enter_context(listening())
+        run = Run(config)
+        stack.callback(run.close)
+        progress = stack.enter_context(Progress(config.runtime.progress))
+        job = prepare(config, here, run, progress)
+        if run.finished:
+            progress.finished_before(run)
+            return
+        if config.eval.at_start and job.start == 0 and job.held_out is not None:
+            run.update(eval_before=_evaluate(job, stop))
+            progress.evaluated(0, run.facts["eval_before"])
+        for record in _steps(job, stop):
+            progress.step(record)
+            yield run.write(record)
+        _finish(job, stop, progress)
+
+
+def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
+    """The steps from `job.start` on, with evaluation and checkpoints when due."""
+    config, plan = job.config, job.plan
+    bad_steps, clock = 0, time.perf_counter()
+    pending: tuple[int, StepResult] | None = None
+    for step in range(job.start, plan.num_steps):
+        result = _step(job, step)
+        if pending is not None:
+            bad_steps, clock, record = _read(job, *pending, bad_steps, clock)
+            yield record
+        pending = (step, result)
+        last, done = step + 1 == plan.num_steps, step + 1
+        eval_due = job.held_out is not None and not last and _due(config.eval.every, done)
+        save_due = not last and _due(config.checkpoint.every, done)
+        if not (eval_due or save_due or last or stop()):
+            continue
+        bad_steps, clock, record = _read(job, *pending, bad_steps, clock)
+        pending = None
+        if eval_due:
+            record.eval = _evaluate(job, stop) or None
+        yield record
+        if save_due or stop():
+            _save(job, done)
+        _leave_if_asked(job, stop, done)
+        clock = time.perf_counter()
+
+
+def _step(job: Job, step: int) -> StepResult:
+    """Launch step `step` (0-based)."""
+    # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
+    torch.manual_seed((job.config.seed * 1_000_003 + step) % 2**63)
+    members = job.plan.packs(step, job.machine.tokens_per_pack)[0]
+    packs = (build_pack([job.corpus.example(i) for i in pack], pack) for pack in members)
+    return train_step(
+        job.loss,
+        job.optimizer,
+        (to_tensors(pack, job.machine.device) for pack in packs),
+        job.plan.total_weight(step),
+        learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
+        job.config.optim.max_grad_norm,
+        job.machine.autocast,
+    )
+
+
+def _read(job: Job, step: int, result: StepResult, bad_steps: int, clock: float) -> tuple[int, float, StepRecord]:
+    """Wait for a step's numbers and make its record; stop the run when too many in a row were not finite."""
+    loss, grad_norm, bad = (float(x) for x in torch.stack([result.loss, result.grad_norm, result.bad]).tolist())
+    now = time.perf_counter()
+    chosen = job.plan.examples(step)
+    tokens, targets = int(job.corpus.lengths[chosen].sum()), int(job.corpus.targets[chosen].sum())
+    job.total_tokens += tokens
+    job.total_targets += targets
+    record = StepRecord(
+        step=step + 1, num_steps=job.plan.num_steps, epoch=job.plan.epoch(step), loss=None if bad else loss,
+        learning_rate=learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
+        grad_norm=None if bad else grad_norm,
+        examples=len(chosen), tokens=tokens, targets=targets, weight=job.plan.total_weight(step),
+        packs=len(job.plan.packs(step, job.machine.tokens_per_pack)[0]), seconds=now - clock,
+        tokens_per_second=tokens / max(now - clock, 1e-9), memory=job.machine.memory(),
+        total_tokens=job.total_tokens, total_targets=job.total_targets,
+    )
+    if not bad:
+        return 0, now, record
+    rows = [f"{job.corpus.sources[job.corpus.source[i]]}:{job.corpus.line[i]}" for i in chosen]
+    job.run.bad_step(step + 1, loss, grad_norm, rows)
+    if bad_steps + 1 > job.config.optim.max_bad_steps:
+        good = checkpoint.newest(job.checkpoints)
+        job.run.update(status="diverged")
+        raise Diverged(
+            f"loss {loss} or gradient norm {grad_norm} was not finite for {bad_steps + 1} steps in a row, up to step "
+            f"{step + 1}; no such update was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
+            f"{'none' if good is None else f'step {good.step}'}"
+        )
+    return bad_steps + 1, now, record
+
+
+def _due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _evaluate(job: Job, stop: StopFlag) -> dict[str, float]:
+    assert job.held_out is not None
+    return held_out_loss(job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop)
+
+
+def _save(job: Job, done: int) -> None:
+    state = checkpoint.State(done, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets)
+    checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep)
+
+
+def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
+    if stop():
+        job.run.update(status="stopped", stopped_at=done)
+        raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
+
+
+def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
+    """Last evaluation, the model in its folder, and the run marked finished."""
+    folder, config = job.run.folder, job.config
+    if job.held_out is not None:
+        after = _evaluate(job, stop)
+        if stop():
+            _save(job, job.plan.num_steps)
+            _leave_if_asked(job, stop, job.plan.num_steps)
+        job.run.update(eval_after=after)
+        progress.evaluated(job.plan.num_steps, after)
+    job.loss.use_segments(False)  # the saved configuration must not name our attention
+    job.loss.model.config.use_cache = True
+    if job.encoder.chat_template is not None:
+        job.tokenizer.chat_template = job.encoder.chat_template
+    stop_ids = [] if job.encoder.stop_id is None else [job.encoder.stop_id]
+    dtype = _stored_dtype(config)
+    save_model(folder, job.trained, job.tokenizer, stop_ids, model_card(job.run, job.corpus), dtype)
+    if config.adapter.merge:
+        merged = merge(folder, load_model(config.model, torch.device("cpu")))
+        (folder / "merged").mkdir(exist_ok=True)
+        save_model(folder / "merged", merged, job.tokenizer, stop_ids, model_card(job.run, job.corpus), dtype)
+    job.run.update(status="finished", total_tokens=job.total_tokens, total_targets=job.total_targets)
+    progress.finished(job.run)
+
+
+def _stored_dtype(config: Config) -> torch.dtype:
+    """`model.save_dtype`; `auto` = that of the folder the run started from."""
+    match config.model.save_dtype:
+        case "fp32":
+            return torch.float32
+        case "bf16":
+            return torch.bfloat16
+        case "auto":
+            stored = AutoConfig.from_pretrained(
+                config.model.path, trust_remote_code=config.model.trust_remote_code
+            ).dtype
+            return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:
+    if config is None:
+        return make_config(**sections)
+    if sections:
+        raise UserError(f"give either a Config or its sections, not both (got {', '.join(sections)})")
+    return config

@@ -1,0 +1,182 @@
+"""Everything that happens before the first step: data, then model, then checks, then what is left to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sftx.config import Config
+from sftx.data.corpus import Corpus
+from sftx.data.encode import load_corpora, write_ledger
+from sftx.data.plan import Plan
+from sftx.data.render import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.model.adapter import attach, trainable
+from sftx.model.checks import check_paths, check_sizes
+from sftx.model.load import PackLoss, load_config, load_model
+from sftx.model.runtime import Machine
+from sftx.model.save import load_tokenizer
+from sftx.track.progress import Progress
+from sftx.track.record import Run
+from sftx.train import checkpoint
+from sftx.train.optim import build_optimizer, peak_learning_rate
+from sftx.types import UserError
+
+LONGEST_DEFAULT = 8192
+
+
+@dataclass
+class Job:
+    """A run that is ready to take steps."""
+
+    config: Config
+    machine: Machine
+    run: Run
+    encoder: Encoder
+    corpus: Corpus
+    held_out: Corpus | None
+    plan: Plan
+    loss: PackLoss
+    adapted: PeftModel | None
+    tokenizer: Any  # the transformers tokenizer that is saved with the model
+    optimizer: torch.optim.AdamW
+    peak: float
+    mathematics: str
+    start: int = 0
+    total_tokens: int = 0
+    total_targets: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def trained(self) -> PreTrainedModel | PeftModel:
+        """What is saved: the adapter where there is one, else the model."""
+        return self.loss.model if self.adapted is None else self.adapted
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.run.folder / "checkpoints"
+
+
+def longest_example(config: Config, model_config: Any) -> int:
+    """`data.max_length`, or the model's positions up to 8,192 tokens."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT
+    return config.data.max_length or min(positions, LONGEST_DEFAULT)
+
+
+def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> Job:
+    """Read and check everything a run needs. Bad data is found before the model is loaded."""
+    _refuse_wrong_folder(config, run)
+    model_config = load_config(config.model)
+    max_length = longest_example(config, model_config)
+    fast_tokenizer = Tokenizer.load(config.model.tokenizer or config.model.path)
+    encoder = Encoder(fast_tokenizer, config.data, max_length)
+    corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
+    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    progress.data(corpus, held_out, plan)
+    _check_stop_token(corpus, encoder)
+
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    _check_same_tokens(fast_tokenizer, tokenizer, corpus)
+    model = load_model(config.model, machine.device)
+    adapted = attach(model, config.adapter, config.seed)
+    loss = PackLoss(model)
+    check_sizes(loss, max_length, _largest_id(corpus, held_out))
+    notes = check_paths(loss, [corpus.example(int(i)) for i in plan.examples(0)[:3]] if plan.num_steps else [],
+                        machine.precision)
+    loss.train()
+    job = Job(
+        config, machine, run, encoder, corpus, held_out, plan, loss, adapted, tokenizer,
+        build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter),
+        _mathematics(config, corpus, held_out, max_length), notes=notes,
+    )
+    _continue_or_start(job)
+    progress.model(type(model).__name__, trainable(loss), machine, job.peak, notes, job.start)
+    return job
+
+
+def _refuse_wrong_folder(config: Config, run: Run) -> None:
+    source, target = Path(config.model.path), run.folder
+    if source.exists() and target.exists() and source.resolve() == target.resolve():
+        raise UserError(f"output: {target} is the folder of the model itself; choose another, it would be overwritten")
+    if config.checkpoint.resume == "must" and not run.exists:
+        raise UserError(f"checkpoint.resume: must, but there is no run in {target}")
+    if config.checkpoint.resume == "never" and run.exists:
+        raise UserError(f"checkpoint.resume: never, but {target} holds a run; choose another output folder")
+    if not run.exists and (target / "config.json").exists():
+        raise UserError(f"output: {target} holds a model that is no run of sftx; choose another folder")
+
+
+def _largest_id(*corpora: Corpus | None) -> int:
+    return max(corpus.largest_id for corpus in corpora if corpus is not None)
+
+
+def _check_stop_token(corpus: Corpus, encoder: Encoder) -> None:
+    """The model must be taught to stop: the stop token is among the targets of the first examples that end whole."""
+    if encoder.stop_id is None:
+        return
+    for i in range(min(len(corpus), 2000)):
+        example = corpus.example(i)
+        if np.any((example.ids == encoder.stop_id) & (example.weights > 0)):
+            return
+    raise UserError(
+        f"the stop token (id {encoder.stop_id}) is not among the targets of the data: the model would never learn to stop"
+    )
+
+
+def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
+    """Training and serving must cut text into the same tokens."""
+    texts = [fast.decode(corpus.example(i).ids.tolist()) for i in range(min(len(corpus), 5))]
+    for text in texts:
+        ours = list(fast.encode_batch([text])[0])
+        theirs = list(served(text, add_special_tokens=False)["input_ids"])
+        if ours != theirs:
+            raise UserError(
+                "model.tokenizer: tokenizer.json and the class transformers loads for it cut a text differently, so a "
+                f"server would not see what was trained: {text[:60]!r} -> {ours[:12]} and {theirs[:12]}"
+            )
+
+
+def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_length: int) -> str:
+    """The settings that decide the result, as JSON: what a run may not change when it is continued."""
+    facts = config.model_dump(mode="json", include={"model", "batch", "optim", "adapter", "seed"})
+    facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
+    facts["precision"] = config.runtime.precision
+    return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def _continue_or_start(job: Job) -> None:
+    """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
+    run, config = job.run, job.config
+    facts: dict[str, Any] = {}
+    if run.exists:
+        before = run.facts.get("mathematics", "")
+        if before != job.mathematics:
+            diff = difflib.unified_diff(before.split("\n"), job.mathematics.split("\n"), "the run", "now", n=0, lineterm="")
+            raise UserError(
+                f"output: {run.folder} holds a run with other settings or data; choose another folder.\n" + "\n".join(diff)
+            )
+        if run.finished:
+            job.start = job.plan.num_steps
+            return
+        state = checkpoint.restore(job.checkpoints, job.loss, job.optimizer)
+        if state is not None:
+            assert state.plan == job.plan.fingerprint, "equal settings and data give an equal plan"
+            job.start, job.total_tokens, job.total_targets = state.step, state.total_tokens, state.total_targets
+            facts = {key: run.facts[key] for key in ("eval_before",) if key in run.facts}
+    run.start(
+        job.start, mathematics=job.mathematics, plan=job.plan.fingerprint, num_steps=job.plan.num_steps,
+        device=str(job.machine.device), precision=str(job.machine.precision).removeprefix("torch."),
+        parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)), notes=job.notes,
+        peak_learning_rate=job.peak, stop_id=job.encoder.stop_id, **facts,
+    )
+    write_ledger(job.corpus, run.folder)

@@ -1,0 +1,59 @@
+"""One optimiser step. This is the whole of the mathematics; everything else decides what goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sftx.model.load import PackLoss
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcome of a step, still on the device: reading it is what waits for the device."""
+
+    loss: Tensor  # weighted mean over the step's targets, float32 scalar
+    grad_norm: Tensor  # before clipping
+    bad: Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
+
+
+def train_step(
+    model: PackLoss,
+    optimizer: torch.optim.AdamW,
+    packs: Iterable[dict[str, Any]],
+    total_weight: float,
+    learning_rate: float,
+    max_grad_norm: float,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> StepResult:
+    """Gradient of sum(w * nll) / total_weight over all packs, clipped, applied.
+
+    `total_weight` is the weight of the whole step, known from the plan: however the step is cut into packs, each adds
+    its share of one and the same sum.
+    """
+    loss = torch.zeros((), device=next(model.parameters()).device)
+    for pack in packs:
+        with autocast():
+            pack_loss = model(**pack)
+        (pack_loss / total_weight).backward()
+        loss += pack_loss.detach() / total_weight
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+
+    # The fused kernel leaves every weight alone where `found_inf` is 1, without the host having to look.
+    bad = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
+    optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm, bad)

@@ -1,0 +1,61 @@
+"""Signals ask a run to stop; it stops at the next step boundary, saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
+EXIT_DIVERGED = 3
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and saved its state; exit code 75, run the same command to continue."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.message = message
+
+
+class Diverged(SystemExit):
+    """Loss or gradients were not finite for too many steps in a row; exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(EXIT_DIVERGED)
+        self.message = message
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1. A second SIGINT quits at once: what is saved stays whole."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.signal is not None
+
+    def set(self, number: int, _: FrameType | None) -> None:
+        """The signal handler."""
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextmanager
+def listening() -> Iterator[StopFlag]:
+    """Catch the signals inside; handlers can only be set from the main thread, elsewhere the flag stays down."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, flag.set) for number in numbers}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
