@@ -44,12 +44,15 @@ class Block(NamedTuple):
 def find_files(path: str) -> list[Path]:
     """The data files a path, glob or folder stands for, sorted by name.
 
+    A .txt file is one document. In a folder that holds other data, it is taken for a note and left out.
+
     Raises:
         UserError: nothing is there, or what is there is not a data file.
     """
     target = Path(path).expanduser()
     if target.is_dir():
-        files = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and f.name not in NOT_ROWS]
+        found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and f.name not in NOT_ROWS]
+        files = [f for f in found if kind_of(f) != ".txt"] or found
         if not files:
             raise UserError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)}, also .gz and .zst of them)")
         return files

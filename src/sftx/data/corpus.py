@@ -1,0 +1,251 @@
+"""A corpus: encoded examples in order, mapped from the cache, with where each came from and where every row went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sftx.data.cache import Entry, TokenBlock, make_block, open_block
+from sftx.types import Example, Int32, Ledger, UserError
+
+OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A file of rows, as messages name it. `unit` says what its numbers count; `names` holds one file per row."""
+
+    name: str
+    unit: str = "line"
+    names: tuple[str, ...] = ()
+
+    def place(self, line: int) -> str:
+        """`file:line`, or `file, row n` where rows are not lines."""
+        if self.names:
+            return self.names[line - 1]
+        return f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, row {line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One encoded block in its place: from which source and file, and the number of its first line."""
+
+    block: Path | TokenBlock
+    source: int
+    origin: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A row that gave no example. `bad` if the row itself is wrong."""
+
+    source: int
+    origin: int
+    line: int
+    reason: str
+    bad: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """What is known of every example without reading its tokens; each field is an array of N."""
+
+    lengths: Int32
+    weights: NDArray[np.float64]
+    targets: Int32
+    source: NDArray[np.int16]
+    origin: Int32
+    line: NDArray[np.int64]
+    part: Int32
+    split: NDArray[np.uint8]
+    cut_tokens: Int32
+    cut_targets: Int32
+    digest: NDArray[np.uint64]
+    row: NDArray[np.uint64]
+    block: Int32
+    index: Int32
+
+    def take(self, indices: NDArray[np.intp]) -> Columns:
+        """The columns of some examples, in the order given."""
+        return Columns(*(getattr(self, name)[indices] for name in self.__slots__))
+
+
+class Corpus:
+    """Examples that can be indexed, larger than memory if need be.
+
+    Attributes:
+        lengths: int32[N], tokens of each example.
+        weights: float64[N], sum of the weights of each example.
+        targets: int32[N], tokens of each example that carry weight.
+        source: int16[N], index into `sources`.
+        line: int64[N], 1-based line (or row) in the file; `place` names the file too.
+        part: int32[N], number of the example among those of its row.
+        sources: names of the sources.
+        ledgers: where every row of each source went.
+    """
+
+    def __init__(self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]) -> None:
+        self.sources, self.origins = list(sources), list(origins)
+        self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
+        self._open = lru_cache(OPEN_BLOCKS)(self._load)
+        self._columns, self.drops, self._notes = self._collect()
+        self.ledgers = self._ledgers(self.drops, self._notes)
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example], source: str = "memory") -> Corpus:
+        """A corpus held in memory, one row per example."""
+        block = make_block([Entry(example, i, row=i) for i, example in enumerate(examples)], {})
+        return cls([Part(block, 0, 0, 1)], [source], [Origin(source, "row")])
+
+    def __len__(self) -> int:
+        return len(self._columns.lengths)
+
+    @property
+    def lengths(self) -> Int32:
+        """int32[N]: tokens of each example."""
+        return self._columns.lengths
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """float64[N]: sum of the weights of each example."""
+        return self._columns.weights
+
+    @property
+    def targets(self) -> Int32:
+        """int32[N]: tokens of each example that carry weight."""
+        return self._columns.targets
+
+    @property
+    def source(self) -> NDArray[np.int16]:
+        """int16[N]: index into `sources`."""
+        return self._columns.source
+
+    @property
+    def line(self) -> NDArray[np.int64]:
+        """int64[N]: 1-based line, or row number where rows are not lines."""
+        return self._columns.line
+
+    @property
+    def part(self) -> Int32:
+        """int32[N]: number of the example among those of its row."""
+        return self._columns.part
+
+    @property
+    def columns(self) -> Columns:
+        """Everything known of the examples without reading tokens."""
+        return self._columns
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all tokens and weights, in order."""
+        return blake2b(self._columns.digest.tobytes(), digest_size=16).hexdigest()
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where every row went, over all sources."""
+        whole = Ledger()
+        for ledger in self.ledgers.values():
+            whole.add(ledger)
+        return whole
+
+    def example(self, index: int) -> Example:
+        """Example `index`; its ids are a view of the cache.
+
+        Raises:
+            UserError: the cache was damaged after it was written.
+        """
+        return self._open(int(self._columns.block[index])).example(int(self._columns.index[index]))
+
+    def place(self, index: int) -> str:
+        """`file:line` of the row that example `index` came from."""
+        return self.origins[int(self._columns.origin[index])].place(int(self._columns.line[index]))
+
+    def subset(self, indices: ArrayLike) -> Corpus:
+        """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the whole."""
+        chosen = object.__new__(Corpus)
+        chosen.__dict__.update(self.__dict__)
+        chosen.__dict__.pop("fingerprint", None)
+        chosen._columns = self._columns.take(np.asarray(indices, np.intp))
+        return chosen
+
+    def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
+        """(the others, those held out), each with a ledger of its own. Dropped rows stay with the first."""
+        rest, held = self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+        rest.ledgers = rest._ledgers(self.drops, self._notes)
+        held.ledgers, held.drops = held._ledgers([], {}), []
+        return rest, held
+
+    def _load(self, index: int) -> TokenBlock:
+        block = self._parts[index].block
+        if isinstance(block, TokenBlock):
+            return block
+        opened = open_block(block)
+        if opened is None:
+            raise UserError(f"{block}: this file of the token cache is gone or damaged; start again to make it anew")
+        return opened
+
+    def _collect(self) -> tuple[Columns, list[Drop], dict[int, dict[str, int]]]:
+        """Columns of all examples, dropped rows in the order of the data, and per source the counts of notes."""
+        columns: dict[str, list[Any]] = {name: [] for name in Columns.__slots__}
+        drops: list[Drop] = []
+        notes: dict[int, dict[str, int]] = {}
+        for number, part in enumerate(self._parts):
+            block = self._load(number)  # not kept: a large corpus has more blocks than may be open
+            count = len(block.line)
+            given = {
+                "lengths": np.diff(block.starts).astype(np.int32),
+                "weights": block.sums,
+                "source": np.full(count, part.source, np.int16),
+                "origin": np.full(count, part.origin, np.int32),
+                "line": block.line + np.int64(part.line),
+                "block": np.full(count, number, np.int32),
+                "index": np.arange(count, dtype=np.int32),
+            }
+            for name, arrays in columns.items():
+                arrays.append(given[name] if name in given else np.array(getattr(block, name)))
+            here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
+            drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
+            counts = notes.setdefault(part.source, {})
+            for column, rows in block.meta["unused"].items():
+                note = f"column {column!r} not used"
+                counts[note] = counts.get(note, 0) + rows
+            coded = np.bincount(block.note[block.part == 0], minlength=len(block.meta["notes"]))
+            for note, rows in zip(block.meta["notes"], coded.tolist(), strict=True):
+                if note and rows:
+                    counts[note] = counts.get(note, 0) + rows
+        return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
+
+    def _ledgers(self, drops: list[Drop], notes: dict[int, dict[str, int]]) -> dict[str, Ledger]:
+        columns, ledgers = self._columns, {}
+        for number, name in enumerate(self.sources):
+            mine = columns.source == number
+            first = mine & (columns.part == 0)
+            dropped = [drop for drop in drops if drop.source == number]
+            split = int((first & (columns.split != 0)).sum())
+            rows = int(first.sum())
+            ledgers[name] = Ledger(
+                read=rows + len(dropped),
+                trained=rows - split,
+                split=split,
+                dropped=len(dropped),
+                truncated=int((columns.cut_tokens[first] > 0).sum()),
+                examples=int(mine.sum()),
+                tokens=int(columns.lengths[mine].sum()),
+                targets=int(columns.targets[mine].sum()),
+                tokens_truncated=int(columns.cut_tokens[first].sum()),
+                targets_truncated=int(columns.cut_targets[first].sum()),
+                notes=dict(notes.get(number, {})),
+                rows=[
+                    {"source": self.origins[d.origin].name, "line": d.line, "action": "dropped", "reason": d.reason}
+                    for d in dropped
+                ],
+            )
+        return ledgers

@@ -1,0 +1,236 @@
+"""From a run's data settings to its two corpora: every row read, encoded once into the cache, and accounted for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from sftx.config import Config, Data, Source
+from sftx.data.cache import VERSION, Cache
+from sftx.data.corpus import Columns, Corpus, Part
+from sftx.data.encode_pool import Job, Progress, encode_jobs
+from sftx.data.rows import detect, parse
+from sftx.data.sources import Table, named_sources, open_tables
+from sftx.data.template import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import Example, RowError, UserError
+
+log = logging.getLogger("sftx")
+ENCODING = {
+    "format",
+    "template",
+    "train_on",
+    "max_length",
+    "too_long",
+    "on_bad_row",
+    "forced_opening",
+    "special_tokens",
+}
+DEFAULT_LENGTH = 8192  # where no model says how many positions it has
+_adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
+
+
+def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
+    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
+
+    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers
+    tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data` that decide how a row is encoded
+    (`max_length`, `template`, `train_on`, ...). More than one example comes back where a row was split, or where its
+    turns cannot share one sequence; none where it was dropped.
+
+    Raises:
+        UserError: the row or a setting is wrong; the message names the field.
+    """
+    if strange := settings.keys() - ENCODING:
+        raise UserError(f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}")
+    try:
+        data = Data.model_validate(settings)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError("encode: " + "; ".join(problems)) from None
+    encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
+    try:
+        plain = _plain(row)
+        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+    except RowError:
+        if data.on_bad_row == "skip":
+            return []
+        raise
+    return list(encoded.examples)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return value.tolist()
+        case _:
+            return value
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A `Tokenizer` from what users have: one, a transformers tokenizer (adapted once), or a path."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return _load_tokenizer(str(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
+    known = _adapted.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
+    return known[1]
+
+
+_load_tokenizer = lru_cache(4)(Tokenizer.load)
+
+
+@lru_cache(16)
+def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
+    return Encoder(tokenizer, Data.model_validate_json(settings), max_length)
+
+
+def load_corpora(
+    config: Config, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> tuple[Corpus, Corpus | None]:
+    """The training and the held-out corpus of a run, encoded now or taken from the cache.
+
+    Rows of `data.eval_split` are chosen by their content and the seed: a row keeps its side when others are added,
+    and equal rows share a side.
+
+    Raises:
+        UserError: a file or row is wrong, or nothing is left to train on.
+    """
+    data = config.data
+    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    if not train:
+        raise UserError("data.train: nothing to train on is given")
+    if held and data.eval_split:
+        raise UserError("data.eval_split and data.eval are both set; held-out rows come from one of them")
+    cache, encoder = Cache(data.cache), Encoder(tokenizer, data, max_length)
+    with cache.scratch() as scratch:
+        tables = open_tables(train, data.rows, data, cache, scratch)
+        held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
+        jobs = _missing([*tables, *held_tables], encoder.fingerprint, cache, scratch)
+        encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
+        corpus = _assemble(train, tables, encoder.fingerprint, cache)
+        held_out = _assemble(held, held_tables, encoder.fingerprint, cache) if held else None
+    for each in filter(None, (corpus, held_out)):
+        _check(each, data)
+    if data.eval_split:
+        corpus, held_out = _split(corpus, data.eval_split, config.seed)
+    return _weighted(corpus, train, config.seed), held_out and _weighted(held_out, held, config.seed)
+
+
+def block_key(digest: str, form: str, fingerprint: str) -> str:
+    """The name in the cache of a block: its bytes, how they are read, and how they are encoded."""
+    return blake2b(f"{VERSION} {digest} {form} {fingerprint}".encode(), digest_size=20).hexdigest()
+
+
+def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: Path) -> list[Job]:
+    jobs: dict[str, Job] = {}
+    for table in tables:
+        for block in table.blocks:
+            key = block_key(block.digest, table.form, fingerprint)
+            if key not in jobs and cache.load(key) is None:
+                path, place = table.open_lines(scratch), table.origin.place(block.line)
+                jobs[key] = Job(key, path, block.start, block.stop, table.form, block.lines, place)
+    return list(jobs.values())
+
+
+def _assemble(sources: Sequence[Source], tables: Sequence[Table], fingerprint: str, cache: Cache) -> Corpus:
+    parts = [
+        Part(cache.path(block_key(block.digest, table.form, fingerprint)), table.source, origin, block.line)
+        for origin, table in enumerate(tables)
+        for block in table.blocks
+    ]
+    return Corpus(parts, [source.name or source.path for source in sources], [table.origin for table in tables])
+
+
+def _check(corpus: Corpus, data: Data) -> None:
+    """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were dropped."""
+    bad = [drop for drop in corpus.drops if drop.bad]
+    if bad and data.on_bad_row == "stop":
+        more = f"\n({len(bad) - 1:,} more bad rows; " if len(bad) > 1 else "\n("
+        place = corpus.origins[bad[0].origin].place(bad[0].line)
+        raise UserError(f"{place}: {bad[0].reason}{more}data.on_bad_row=skip leaves bad rows out and lists them)")
+    for name, ledger in corpus.ledgers.items():
+        if not ledger.read:
+            raise UserError(f"{name}: the data set is empty")
+        first = f"; the first, line {ledger.rows[0]['line']}: {ledger.rows[0]['reason']}" if ledger.rows else ""
+        if ledger.dropped == ledger.read:
+            raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
+        if ledger.dropped > 0.01 * ledger.read:
+            share = 100 * ledger.dropped / ledger.read
+            log.warning("warning: %s: %.1f %% of %s rows were dropped%s", name, share, f"{ledger.read:,}", first)
+
+
+def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
+    held_out = _choose(corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1)
+    if held_out.all():
+        raise UserError("data.eval_split: too few different rows to hold some out")
+    return corpus.divide(held_out)
+
+
+def _choose(columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0) -> NDArray[np.bool_]:
+    """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row and salt."""
+    number = max(least, round(share * int((mask & (columns.part == 0)).sum())))
+    if not number:
+        return np.zeros(len(mask), np.bool_)
+    keys = columns.row ^ np.uint64(int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixing of splitmix64
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    keys ^= keys >> np.uint64(31)
+    last = np.partition(keys[mask & (columns.part == 0)], number - 1)[number - 1]
+    return mask & (keys <= last)
+
+
+def _weighted(corpus: Corpus, sources: Sequence[Source], seed: int) -> Corpus:
+    """Every source as often as its weight says: whole copies, then a seeded share of its rows for the fraction."""
+    if all(source.weight == 1 for source in sources):
+        return corpus
+    order: list[NDArray[np.intp]] = []
+    for number, source in enumerate(sources):
+        mine = corpus.source == number
+        copies = int(source.weight)
+        order += [np.flatnonzero(mine)] * copies
+        if fraction := source.weight - copies:
+            order.append(np.flatnonzero(_choose(corpus.columns, mine, fraction, f"{source.name} {seed}")))
+        rows = sum(int((corpus.part[chosen] == 0).sum()) for chosen in order[-copies - bool(fraction) :])
+        if source.weight != 1:
+            ledger = corpus.ledgers[source.name or source.path]
+            ledger.notes[f"rows in one epoch at weight {source.weight:g}"] = rows
+    return corpus.subset(np.concatenate(order))
+
+
+def write_ledger(corpus: Corpus, folder: str | Path) -> None:
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, Any] = {"fingerprint": corpus.fingerprint, "summary": corpus.ledger.summary()}
+    for name, ledger in {"all": corpus.ledger, **corpus.ledgers}.items():
+        counted = {key: value for key, value in asdict(ledger).items() if key != "rows"}
+        counts |= {"all": counted} if name == "all" else {"sources": {**counts.get("sources", {}), name: counted}}
+    (folder / "ledger.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as out:
+        for drop in corpus.drops:
+            origin = corpus.origins[drop.origin]
+            file = origin.names[drop.line - 1] if origin.names else origin.name
+            row = {"file": file, "line": drop.line, "reason": drop.reason}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")

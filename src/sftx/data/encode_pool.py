@@ -1,0 +1,157 @@
+"""Encoding the blocks that the cache lacks: in this process, or by several that each take one block at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+import sftx
+from sftx.config import Data
+from sftx.data.cache import Cache
+from sftx.data.encode_worker import encode_block, read_block, tokenizer_state
+from sftx.data.template import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import UserError
+
+Progress = Callable[[int, int, float], None]
+"""Called with rows done, rows in all, and the seconds that are left."""
+WORTH_A_PROCESS = 2 << 20  # bytes; starting one costs about a second
+
+
+class Job(NamedTuple):
+    """One block to encode and the name of its file in the cache."""
+
+    key: str
+    path: Path
+    start: int
+    stop: int
+    form: str
+    lines: int
+    place: str
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_jobs(
+    jobs: Sequence[Job],
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    data: Data,
+    max_length: int,
+    cache: Cache,
+    scratch: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Encode all `jobs` into the cache.
+
+    Raises:
+        UserError: encoding cannot go on (a template that fails for every row, a full disk), or a process died.
+    """
+    report = _Report(sum(job.lines for job in jobs), progress)
+    workers = cores() if data.workers is None else data.workers
+    size = sum(job.stop - job.start for job in jobs)
+    workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
+    # Processes that share a cache begin at different places, and skip what another has done.
+    first = os.getpid() * 7919 % max(len(jobs), 1)
+    ordered = [*jobs[first:], *jobs[:first]]
+    if workers < 2:
+        for job in ordered:
+            if cache.load(job.key) is None:
+                cache.save(job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder))
+            report.add(job.lines)
+        return
+    setup = {
+        "tokenizer": tokenizer_state(tokenizer, scratch),
+        "data": data.model_dump(exclude={"rows", "eval_rows"}),
+        "max_length": max_length,
+        "fingerprint": encoder.fingerprint,
+        "cache": str(cache.folder),
+    }
+    _run_workers(workers, ordered, json.dumps(setup), report)
+
+
+class _Report:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress, self.began = 0, total, progress, time.monotonic()
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        if self.progress:
+            spent = time.monotonic() - self.began
+            self.progress(self.done, self.total, spent * (self.total - self.done) / max(self.done, 1))
+
+
+def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: _Report) -> None:
+    waiting = deque(jobs)
+    answers: SimpleQueue[Job | UserError] = SimpleQueue()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_start()) for _ in range(count)]
+        for process in processes:
+            stack.callback(process.kill)  # runs first, so that leaving early waits for nobody
+            Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
+        for _ in jobs:
+            answer = answers.get()
+            if isinstance(answer, UserError):
+                raise answer
+            report.add(answer.lines)
+
+
+def _start() -> subprocess.Popen[str]:
+    home = str(Path(sftx.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "sftx.data.encode_worker"],  # -P: the user's folder shadows no module
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+    )
+
+
+def _serve(
+    process: subprocess.Popen[str], setup: str, waiting: deque[Job], answers: SimpleQueue[Job | UserError]
+) -> None:
+    """Hand jobs to one process, one at a time, until none is left."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    message, job = setup, None
+    while True:
+        try:
+            process.stdin.write(message + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline() if job else "ready"
+        except (BrokenPipeError, ValueError):
+            answer = ""
+        if not answer:
+            where = f" at {job.place}" if job else ""
+            answers.put(
+                UserError(
+                    f"a process that encodes rows ended{where} with code {process.wait()}; if memory ran out, "
+                    "set data.workers to fewer processes"
+                )
+            )
+            return
+        if job:
+            error = json.loads(answer).get("error")
+            answers.put(UserError(error) if error else job)
+        try:
+            job = waiting.popleft()
+        except IndexError:
+            process.stdin.close()
+            return
+        message = json.dumps(
+            {"key": job.key, "path": str(job.path), "start": job.start, "stop": job.stop, "form": job.form}
+        )

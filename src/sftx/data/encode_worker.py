@@ -1,0 +1,101 @@
+"""Encoding one block of rows, and the process that does it beside others.
+
+`python -m sftx.data.encode_worker` reads jobs as lines of JSON and answers each with one line. It is a plain child
+process rather than multiprocessing, which would run the user's own script again.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from sftx.config import Data
+from sftx.data.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.read import rows_in
+from sftx.data.rows import parse, unused
+from sftx.data.template import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import Row, RowError, UserError
+
+
+def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
+    """Encode the rows in the lines of `data`. What is wrong with a row is kept in the block's `bad`."""
+    rows: list[tuple[int, int, Row]] = []
+    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}}
+    for line, raw, value in rows_in(data, 0):
+        try:
+            if isinstance(value, RowError):
+                raise value
+            row = parse(value, form, line=line)
+        except RowError as error:
+            meta["bad"].append((line, str(error)))
+            continue
+        rows.append((line, row_hash(raw), row))
+        for column in unused(tuple(value), form) if isinstance(value, dict) else ():
+            meta["unused"][column] = meta["unused"].get(column, 0) + 1
+    entries: list[Entry] = []
+    for (line, digest, _), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
+        if isinstance(encoded, RowError):
+            meta["bad"].append((line, str(encoded)))
+        elif encoded.action == "dropped":
+            meta["dropped"].append((line, encoded.reason))
+        else:
+            lost = (encoded.action == "split", encoded.tokens_truncated, encoded.targets_truncated)
+            entries += [Entry(example, line, digest, *lost) for example in encoded.examples]
+    return make_block(entries, meta)
+
+
+def row_hash(raw: bytes) -> int:
+    """64-bit hash of a row as it stands in its file."""
+    return int.from_bytes(blake2b(raw.strip(), digest_size=8).digest(), "little")
+
+
+def read_block(path: Path, start: int, stop: int) -> bytes:
+    """Bytes `start:stop` of a file."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def tokenizer_state(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """What `main` needs to make the same tokenizer again; the large part goes to a file in `folder`."""
+    path = folder / "tokenizer.json"
+    path.write_text(tokenizer.backend.to_str(), encoding="utf-8")
+    return {
+        "path": str(path),
+        "special": tokenizer.special,
+        "chat_templates": tokenizer.chat_templates,
+        "stop_ids": sorted(tokenizer.stop_ids),
+    }
+
+
+def main() -> None:
+    """Answer jobs until standard input ends."""
+    import tokenizers
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    setup = json.loads(sys.stdin.readline())
+    state = setup["tokenizer"]
+    backend = tokenizers.Tokenizer.from_file(state["path"])
+    tokenizer = Tokenizer(backend, state["special"], state["chat_templates"], state["stop_ids"])
+    encoder = Encoder(tokenizer, Data.model_validate(setup["data"]), setup["max_length"])
+    assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
+    cache = Cache(setup["cache"])
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer: dict[str, Any] = {"key": job["key"]}
+        try:
+            if cache.load(job["key"]) is None:  # another run may have been faster
+                block = encode_block(read_block(Path(job["path"]), job["start"], job["stop"]), job["form"], encoder)
+                cache.save(job["key"], block)
+        except UserError as error:
+            answer["error"] = str(error)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""From `data.train` and `data.eval` to tables: JSON lines cut into blocks, each file with its one row format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sftx.config import Data, Source
+from sftx.data import convert
+from sftx.data.cache import Cache
+from sftx.data.corpus import Origin
+from sftx.data.read import CHUNK, Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
+from sftx.data.rows import detect
+from sftx.types import RowError, UserError
+
+MEMORY = "rows"  # the name of a source held in memory
+
+
+@dataclass(slots=True)
+class Table:
+    """One file of rows (or many .txt documents): where it stands, its blocks, and the format of its rows.
+
+    `lines` is the file of JSON lines that the blocks are cut from; None while it need not exist, because the blocks
+    are known from an earlier time and are all encoded.
+    """
+
+    source: int
+    origin: Origin
+    files: list[Path]
+    blocks: list[Block]
+    form: str
+    lines: Path | None
+
+    def open_lines(self, scratch: Path) -> Path:
+        """The file of JSON lines, made now if it is needed and not there."""
+        if self.lines is None:
+            self.lines = _converted(self.files, scratch)
+        return self.lines
+
+    def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Any | RowError]]:
+        """(line, raw line, value or what is wrong with it) of the rows, from block number `start` on."""
+        with self.open_lines(scratch).open("rb") as file:
+            for block in self.blocks[start:]:
+                file.seek(block.start)
+                yield from rows_in(file.read(block.stop - block.start), block.line)
+
+
+def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
+    """The sources of a setting, each with a name; rows held in memory come last."""
+    listed = [given] if isinstance(given, str) else given or []
+    sources = [Source.model_validate({"path": item}) if isinstance(item, str) else item for item in listed]
+    named = [source.model_copy(update={"name": source.name or source.path}) for source in sources]
+    named += [Source.model_validate({"path": MEMORY, "name": MEMORY})] if rows is not None else []
+    names = [source.name or "" for source in named]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two data sources are called {double!r}; give each a name of its own, or one a weight of 2")
+    return named
+
+
+def open_tables(
+    sources: Sequence[Source], rows: list[Any] | None, data: Data, cache: Cache, scratch: Path
+) -> list[Table]:
+    """Every file of `sources`, cut into blocks by content.
+
+    Raises:
+        UserError: a file is missing or unreadable, or its first row has no known format.
+    """
+    tables = []
+    for number, source in enumerate(sources):
+        name = source.name or source.path
+        if rows is not None and source.path == MEMORY and number == len(sources) - 1:
+            lines = scratch / f"{number}-{len(tables)}-rows.jsonl"
+            with lines.open("wb") as out:
+                out.writelines(convert.dump(row) + b"\n" for row in rows)
+            tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
+        elif is_hub_name(source.path):
+            lines = scratch / f"{number}-{len(tables)}-hub.jsonl"
+            with lines.open("wb") as out:
+                convert.write_rows(_hub_rows(source.path), out)
+            tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
+        else:
+            tables += [
+                _open_file(number, origin, files, data, cache, scratch) for origin, files in _grouped(source.path)
+            ]
+    return tables
+
+
+def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
+    """Files one by one, but all plain texts together: each of them is only one row."""
+    files = find_files(path)
+    texts = [file for file in files if kind_of(file) == ".txt"]
+    for file in files:
+        if kind_of(file) != ".txt":
+            yield Origin(str(file), "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row"), [file]
+    if texts:
+        yield Origin(str(texts[0]) if len(texts) == 1 else path, "row", tuple(map(str, texts))), texts
+
+
+def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path) -> Table:
+    if len(files) == 1 and is_lines(files[0]):
+        return _table(number, origin, files, files[0], data, scratch)
+    key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
+    for file in files:
+        key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + _content_hash(file))
+    note = cache.path(key.hexdigest(), ".json")
+    try:
+        known = json.loads(note.read_bytes())
+        return Table(number, origin, files, [Block(*block) for block in known["blocks"]], known["form"], None)
+    except (FileNotFoundError, ValueError):
+        table = _table(number, origin, files, _converted(files, scratch), data, scratch)
+        cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
+        return table
+
+
+def _content_hash(file: Path) -> bytes:
+    content = blake2b(digest_size=20)
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            content.update(chunk)
+    return content.digest()
+
+
+def _converted(files: list[Path], scratch: Path) -> Path:
+    lines = scratch / (blake2b(str(files).encode(), digest_size=12).hexdigest() + ".jsonl")
+    with lines.open("wb") as out:
+        convert.convert(files, out)
+    return lines
+
+
+def _table(number: int, origin: Origin, files: list[Path], lines: Path, data: Data, scratch: Path) -> Table:
+    try:
+        with lines.open("rb") as stream:
+            blocks = list(scan(stream, origin.name))
+    except OSError as error:
+        raise UserError(f"{origin.name}: cannot be read: {error.strerror}") from None
+    table = Table(number, origin, files, blocks, data.format, lines)
+    if data.format == "auto":
+        table.form = _detect_first(table, data.on_bad_row == "skip", scratch)
+    return table
+
+
+def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
+    """The format of the first row (of the first good one, if bad rows are skipped)."""
+    first: RowError | None = None
+    for line, _, value in table.rows(scratch):
+        try:
+            if isinstance(value, RowError):
+                raise value
+            return detect(value)
+        except RowError as error:
+            first = first or RowError(f"{table.origin.place(line)}: {error}")
+            if not skip:
+                break
+    if first:
+        raise UserError(str(first))
+    return "text"  # no rows at all
+
+
+def _hub_rows(name: str) -> Iterable[Any]:
+    """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless named."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: no such file or folder. If this is a data set on the hub: pip install 'sftx[datasets]'"
+        ) from None
+    path, _, split = name.partition(":")
+    owner, dataset, *config = path.split("/")
+    try:
+        loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
+    except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
+        raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
+    return chain(loaded)
