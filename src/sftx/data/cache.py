@@ -52,7 +52,7 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`: texts; `dropped`, `bad`: [line, reason] of each row; `unused`: how many rows have each unread column."""
+    """`notes`: texts; `dropped`, `bad`: [line, reason] of each row; `unused`: rows per unread column; `largest_id`."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -97,8 +97,10 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
     def first(values: list[int]) -> NDArray[np.int32]:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
+    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
+    facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes)}
     return TokenBlock(
-        ids=np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False),
+        ids=ids,
         weights=weights.astype(np.uint8) if np.isin(weights, (0, 1)).all() else weights,
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         line=np.array([entry.line for entry in entries], np.int32),
@@ -111,7 +113,7 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         sums=np.array([e.weights.sum(dtype=np.float64) for e in examples], np.float64),
         digest=np.array([example_digest(e.ids, e.weights) for e in examples], np.uint64),
         row=np.array([entry.row for entry in entries], np.uint64),
-        meta={"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes)},
+        meta={**facts, "largest_id": int(ids.max(initial=-1))},
     )
 
 

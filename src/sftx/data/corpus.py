@@ -90,12 +90,14 @@ class Corpus:
         part: int32[N], number of the example among those of its row.
         sources: names of the sources.
         ledgers: where every row of each source went.
+        largest_id: largest token id of all (-1 if there is none).
     """
 
     def __init__(self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]) -> None:
         self.sources, self.origins = list(sources), list(origins)
         self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
         self._open = lru_cache(OPEN_BLOCKS)(self._load)
+        self.largest_id = -1
         self._columns, self.drops, self._notes = self._collect()
         self.ledgers = self._ledgers(self.drops, self._notes)
 
@@ -200,6 +202,7 @@ class Corpus:
         for number, part in enumerate(self._parts):
             block = self._load(number)  # not kept: a large corpus has more blocks than may be open
             count = len(block.line)
+            self.largest_id = max(self.largest_id, block.meta["largest_id"])
             given = {
                 "lengths": np.diff(block.starts).astype(np.int32),
                 "weights": block.sums,

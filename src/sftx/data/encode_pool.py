@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,8 +22,8 @@ from sftx.data.template import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import UserError
 
-Progress = Callable[[int, int, float], None]
-"""Called with rows done, rows in all, and the seconds that are left."""
+Progress = Callable[[int, int], None]
+"""Called with the rows done and the rows in all."""
 WORTH_A_PROCESS = 2 << 20  # bytes; starting one costs about a second
 
 
@@ -60,7 +59,14 @@ def encode_jobs(
     Raises:
         UserError: encoding cannot go on (a template that fails for every row, a full disk), or a process died.
     """
-    report = _Report(sum(job.lines for job in jobs), progress)
+    done, total = 0, sum(job.lines for job in jobs)
+
+    def report(job: Job) -> None:
+        nonlocal done
+        done += job.lines
+        if progress:
+            progress(done, total)
+
     workers = cores() if data.workers is None else data.workers
     size = sum(job.stop - job.start for job in jobs)
     workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
@@ -71,7 +77,7 @@ def encode_jobs(
         for job in ordered:
             if cache.load(job.key) is None:
                 cache.save(job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder))
-            report.add(job.lines)
+            report(job)
         return
     setup = {
         "tokenizer": tokenizer_state(tokenizer, scratch),
@@ -83,18 +89,7 @@ def encode_jobs(
     _run_workers(workers, ordered, json.dumps(setup), report)
 
 
-class _Report:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress, self.began = 0, total, progress, time.monotonic()
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        if self.progress:
-            spent = time.monotonic() - self.began
-            self.progress(self.done, self.total, spent * (self.total - self.done) / max(self.done, 1))
-
-
-def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: _Report) -> None:
+def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: Callable[[Job], None]) -> None:
     waiting = deque(jobs)
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
     with ExitStack() as stack:
@@ -106,7 +101,7 @@ def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: _Report) -
             answer = answers.get()
             if isinstance(answer, UserError):
                 raise answer
-            report.add(answer.lines)
+            report(answer)
 
 
 def _start() -> subprocess.Popen[str]:
