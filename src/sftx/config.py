@@ -46,7 +46,7 @@ class Data(Section):
     """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data: {train: PATH}`."""
 
     train: str | list[str | Source] | None = None
-    """Training rows: a path (.jsonl .json .txt .csv .parquet .arrow, .gz or .zst of them, a glob, a folder), or several."""
+    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a glob, a folder)."""
     rows: list[Any] | None = None
     """Training rows held in memory (Python only): texts, [prompt, output, ...] lists or dictionaries."""
     eval: str | list[str | Source] | None = None
@@ -55,13 +55,13 @@ class Data(Section):
     """Held-out rows held in memory (Python only)."""
     eval_split: float = Field(0.0, ge=0, lt=1)
     """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
-    format: Literal[
-        "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
-    ] = "auto"
+    format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"] = (
+        "auto"
+    )
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
     template: str = "auto"
-    """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they are,
-    EOS after the last output; else a .jinja file or the name of a bundled template."""
+    """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
+    are, EOS after the last output; else a .jinja file or the name of a bundled template."""
     train_on: Literal["all", "last"] | list[str] = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None = Field(None, ge=2)
@@ -72,9 +72,9 @@ class Data(Section):
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
     forced_opening: Literal["close", "error"] = "close"
-    """For templates whose prompt opens a thought the row does not have: close it as the template would, or refuse."""
+    """For templates whose prompt opens a thought that the row lacks: close it as the template does, or refuse."""
     special_tokens: Literal["escape", "allow"] = "escape"
-    """Text in a row that spells a special token: `escape` keeps it ordinary text; `allow` makes it the control token."""
+    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
     cache: str | None = None
     """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
     workers: int | None = Field(None, ge=0)

@@ -150,6 +150,12 @@ class Corpus:
         """Hash of all tokens and weights, in order."""
         return blake2b(self._columns.digest.tobytes(), digest_size=16).hexdigest()
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id anywhere, dropped rows' excepted; -1 where there are no tokens."""
+        blocks = [self._load(number) for number in range(len(self._parts))]
+        return max(int(block.ids.max(initial=-1)) for block in blocks)
+
     @property
     def ledger(self) -> Ledger:
         """Where every row went, over all sources."""

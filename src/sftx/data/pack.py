@@ -82,3 +82,9 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
         weight=weights[label_at],
         examples=indices,
     )
+
+
+def probe_pack(examples: Sequence[Example], tokens: int = 48) -> Pack:
+    """A small pack to measure with: the beginnings of a few examples, every token of them a target."""
+    beginnings = [example.ids[: tokens - 5 * i] for i, example in enumerate(examples[:3])]
+    return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])

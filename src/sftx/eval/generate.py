@@ -39,8 +39,12 @@ def generate(
             )
             with torch.no_grad():
                 out = model.generate(  # pyright: ignore[reportCallIssue]
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                    use_cache=True, **settings,
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad,
+                    use_cache=True,
+                    **settings,
                 )
             for row, i in zip(out[:, width:], members, strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True)

@@ -12,6 +12,7 @@ T x T is ever built: transformers builds none for an attention it does not know,
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 
 NAME = "sftx_segments"
 
+_onednn_matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -59,7 +61,7 @@ def segment_attention(
     borders = cu_seq_lens_q.tolist()
     parts = [
         _one_segment(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, dropout, window, softcap, s_aux)
-        for a, b in zip(borders, borders[1:], strict=False)
+        for a, b in itertools.pairwise(borders)
         if b > a
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -74,20 +76,29 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
-    left = -1 if window is None else window - 1
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    window_size = (-1 if window is None else window - 1, 0)
+    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(left, 0), **grouped
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window_size, **options
     )
-    return out[None]  # pyright: ignore[reportReturnType, reportOptionalSubscript, reportCallIssue, reportIndexIssue]
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _one_segment(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Reference attention over one segment: [1, H, S, D] -> [1, H, S, D]."""
@@ -173,15 +184,15 @@ _cpu_segments.register_autograd(_backward, setup_context=_save)
 
 def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     borders = cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(borders) if b > a]
 
 
-class _full_precision_matmul:  # noqa: N801 - reads as a statement
-    """oneDNN's fp32 path, which `runtime` may switch on for large matrices, slows the flash kernel's small ones down."""
+class _full_precision_matmul:
+    """oneDNN's fp32 path, which `runtime` may switch on, is for large matrices; it slows the flash kernel's down."""
 
     def __enter__(self) -> None:
-        self.before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        self.before = _onednn_matmul.fp32_precision
+        _onednn_matmul.fp32_precision = "ieee"
 
     def __exit__(self, *_: object) -> None:
-        torch.backends.mkldnn.matmul.fp32_precision = self.before
+        _onednn_matmul.fp32_precision = self.before

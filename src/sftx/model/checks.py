@@ -7,26 +7,26 @@ path that cannot, and says so; where no path is right, the run is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sftx.data.pack import build_pack
 from sftx.model.adapter import trainable
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum
-from sftx.types import Example, Pack, UserError
-
-PROBE_SEGMENTS, PROBE_TOKENS = 3, 48
+from sftx.types import Pack, UserError
 
 
 def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     """Refuse a run whose tokens or positions the model does not have, or that has nothing to train."""
     config = loss.model.config.get_text_config()
-    rows = loss.model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = loss.model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if largest_id >= rows:
         raise UserError(
             f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): "
@@ -39,13 +39,12 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
         raise UserError("no parameter is trainable: every weight of the model is frozen")
 
 
-def check_paths(loss: PackLoss, examples: list[Example], precision: torch.dtype) -> list[str]:
-    """Measure the trainer's path against the model's own on a few short segments; choose the fast one where equal.
+def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]:
+    """Measure the trainer's path against the model's own on a small pack; choose the fast one where equal.
 
     Returns what had to be changed, in words. Raises UserError where the loss is wrong on every path.
     """
     device = next(loss.parameters()).device
-    pack = _probe(examples, loss.model.get_input_embeddings().weight.shape[0])
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
     notes: list[str] = []
@@ -76,25 +75,13 @@ def check_paths(loss: PackLoss, examples: list[Example], precision: torch.dtype)
     return notes
 
 
-def _probe(examples: list[Example], vocabulary: int) -> Pack:
-    """A pack of short segments from the data, every token a target."""
-    short = []
-    for i in range(PROBE_SEGMENTS):
-        ids = examples[i % len(examples)].ids[: PROBE_TOKENS - 5 * i]
-        if len(ids) < 2:
-            ids = np.array([i % vocabulary, (i + 1) % vocabulary], np.int32)
-        weights = np.ones(len(ids), np.float32)
-        short.append(Example(np.asarray(ids, np.int32), weights))
-    return build_pack(short)
-
-
 def _reference_logits(loss: PackLoss, pack: Pack, device: torch.device) -> Tensor:
     """Logits at the targets, each segment on its own through the unchanged model, [M, V]."""
     loss.use_segments(False)
     try:
         borders = pack.cu_seqlens.tolist()
         parts = []
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in itertools.pairwise(borders):
             ids = torch.as_tensor(pack.ids[a:b], dtype=torch.int64, device=device)
             parts.append(loss.model(input_ids=ids[None], use_cache=False).logits[0])
         return torch.cat(parts).float()[torch.as_tensor(pack.index, dtype=torch.int64, device=device)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def load_model(model: Model, device: torch.device) -> PreTrainedModel:
     """The causal language model in float32 on `device`; UserError if weights are missing or do not fit."""
     transformers_logging.disable_progress_bar()
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model.path,
             trust_remote_code=model.trust_remote_code,
             dtype=torch.float32,
@@ -64,7 +65,7 @@ class PackLoss(nn.Module):
         self.model = model
         self.isolate = True
         self.transform: LogitTransform | None = LogitTransform()
-        self.own_attention = model.config._attn_implementation
+        self.own_attention = model.config._attn_implementation or "eager"
         self.use_segments(True)
 
     def use_segments(self, on: bool) -> None:
@@ -72,7 +73,13 @@ class PackLoss(nn.Module):
         self.model.set_attn_implementation(attention.NAME if on and self.isolate else self.own_attention)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor,
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        index: Tensor,
+        label: Tensor,
+        weight: Tensor,
         longest: int,
     ) -> Tensor:
         """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1]; `index`, `label` int64[M]; `weight` float32[M];
@@ -84,7 +91,7 @@ class PackLoss(nn.Module):
         if self.transform is None:
             return cross_entropy_sum(self.own_logits(ids, positions, cu_seqlens, index, longest), label, weight)
         hidden = self.hidden(ids, positions, cu_seqlens, longest)[index]
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         return fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform)
 
     def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -97,7 +104,10 @@ class PackLoss(nn.Module):
     def own_logits(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, longest: int) -> Tensor:
         """Logits [M, V] at `index` through the model's own forward, whatever it does after the head."""
         out = self.model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=index,
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=index,
             **_segment_kwargs(cu_seqlens, longest),
         )
         return _keep(out.logits[0], index)
@@ -107,7 +117,7 @@ class PackLoss(nn.Module):
     ) -> Tensor:
         total = torch.zeros((), device=ids.device)
         borders = cu_seqlens.tolist()
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in itertools.pairwise(borders):
             mine = (index >= a) & (index < b)
             if mine.any():
                 out = self.model(input_ids=ids[None, a:b], use_cache=False)

@@ -32,7 +32,7 @@ class LogitTransform:
 
 
 def cross_entropy_sum(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of cross-entropies from ready logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar fp32."""
+    """Weighted sum of cross-entropies from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar float32."""
     logits = logits.float()
     nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, label[:, None])[:, 0]
     return (nll.double() * weight).sum().float()
@@ -57,7 +57,13 @@ def fused_cross_entropy_sum(
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, label: Tensor, weight: Tensor, transform: LogitTransform
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        label: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
     ) -> Tensor:
         needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)

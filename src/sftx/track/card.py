@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sftx.data.corpus import Corpus
 from sftx.track.record import Run
+from sftx.types import Ledger
 
 
-def model_card(run: Run, corpus: Corpus) -> str:
+def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
     """What was trained, on what, how, and with what result, in Markdown with the metadata block model hubs read."""
     config, facts = run.config, run.facts
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sft, sftx]"]
@@ -14,14 +14,14 @@ def model_card(run: Run, corpus: Corpus) -> str:
     lines += [f"base_model: {base}", "---", "", f"# {run.folder.name}", ""]
     kind = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
     lines += [
-        f"`{base}`, fine-tuned with [sftx](https://github.com/sftx/sftx) ({kind}, {facts['num_steps']:,} steps, "
+        f"`{base}`, fine-tuned with sftx ({kind}, {facts['num_steps']:,} steps, "
         f"peak learning rate {facts['peak_learning_rate']:g}, {facts['precision']}).",
         "",
         "## Data",
         "",
-        *(f"- `{source}`" for source in corpus.sources),
+        *(f"- `{source}`" for source in sources),
         "",
-        corpus.ledger.summary() + ".",
+        ledger.summary() + ".",
         "",
     ]
     before, after = facts.get("eval_before"), facts.get("eval_after")

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live line on a terminal, plain lines elsewhere. It reads records and computes nothing."""
+"""What a run shows: a live line on a terminal, plain lines elsewhere. It reads records and computes nothing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
-from sftx.data.corpus import Corpus
-from sftx.data.plan import Plan
 from sftx.track.record import Run
-from sftx.types import StepRecord
+from sftx.types import Ledger, StepRecord
 
 PLAIN_EVERY = 10.0
 """Seconds between lines where the output is not a terminal."""
@@ -39,22 +38,21 @@ class Progress:
         """One line."""
         self.console.print(text, markup=False)
 
-    def encoding(self, done: int, total: int) -> None:
+    def encoding(self, done: int, total: int, seconds_left: float) -> None:
         """Rows encoded so far."""
         now = time.monotonic()
         if now - self._last_line >= PLAIN_EVERY / 5 and done < total:
             self._last_line = now
-            self.say(f"encoding {done:,} of {total:,} rows")
+            self.say(f"encoding {done:,} of {total:,} rows, {seconds_left:,.0f} s left")
 
-    def data(self, corpus: Corpus, held_out: Corpus | None, plan: Plan) -> None:
+    def data(self, train: Ledger, held_out: Ledger | None, num_steps: int) -> None:
         """The ledger and the plan, before anything is loaded."""
-        self.say(f"train    {corpus.ledger.summary()}")
-        for note, count in corpus.ledger.notes.items():
+        self.say(f"train    {train.summary()}")
+        for note, count in train.notes.items():
             self.say(f"         {note}: {count:,}")
         if held_out is not None:
-            self.say(f"held out {held_out.ledger.summary()}")
-        targets = int(corpus.targets.sum())
-        self.say(f"plan     {plan.num_steps:,} steps of about {targets / max(len(corpus), 1):,.0f} targets per example")
+            self.say(f"held out {held_out.summary()}")
+        self.say(f"plan     {num_steps:,} steps")
 
     def model(
         self, name: str, parameters: tuple[int, int], machine: Any, peak: float, notes: list[str], start: int
@@ -62,8 +60,8 @@ class Progress:
         """The model and the machine, after the checks."""
         precision = str(machine.precision).removeprefix("torch.")
         self.say(
-            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {precision} on {machine.device}, "
-            f"{machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
+            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {precision} on "
+            f"{machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
         )
         for note in notes:
             self.say(f"note     {note}")
@@ -89,7 +87,9 @@ class Progress:
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """A held-out loss."""
         if numbers:
-            self.say(f"held out loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}  after step {step:,}")
+            self.say(
+                f"held out loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}  after step {step:,}"
+            )
 
     def finished(self, run: Run) -> None:
         """Where the result is."""

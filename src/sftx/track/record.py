@@ -1,10 +1,10 @@
 """The run folder, and `metrics.jsonl`: the one record that progress, reports and trackers read.
 
-    OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
-    OUTPUT/metrics.jsonl   one line per optimiser step
-    OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
-    OUTPUT/checkpoints/    states to continue from
-    OUTPUT/*               the trained model, a Hugging Face folder
+OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
+OUTPUT/metrics.jsonl   one line per optimiser step
+OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
+OUTPUT/checkpoints/    states to continue from
+OUTPUT/*               the trained model, a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class Run:
         earlier = self.facts.get("started", []) if step else []
         settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
         self.facts = {
-            "status": "running", "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
-            "config": settings, "versions": _versions(), **facts,
+            "status": "running",
+            "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            "config": settings,
+            "versions": _versions(),
+            **facts,
         }
         write_json(self.folder / "run.json", self.facts)
 

@@ -121,7 +121,7 @@ def _load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -
     expected = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
-        raise UserError(f"checkpoint {path} belongs to another model: {len(odd)} weights differ in name, first {odd[0]}")
+        raise UserError(f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])

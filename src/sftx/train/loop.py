@@ -27,7 +27,7 @@ from sftx.train import checkpoint
 from sftx.train.optim import learning_rate
 from sftx.train.prepare import Job, prepare
 from sftx.train.step import StepResult, train_step
-from sftx.train.stop import Diverged, Stopped, StopFlag, listening
+from sftx.train.stop import Diverged, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 
@@ -52,14 +52,15 @@ def train(config: Config | None = None, **sections: Any) -> Result:
     """
     config = _one_config(config, sections)
     began = time.perf_counter()
-    last = None
-    for last in steps(config):
-        pass
+    losses = [record.loss for record in steps(config)]
     facts = Run(config).facts
     return Result(
-        folder=Path(config.output), steps=facts["num_steps"], seconds=time.perf_counter() - began,
-        loss=None if last is None else last.loss,
-        eval_before=facts.get("eval_before"), eval_after=facts.get("eval_after"),
+        folder=Path(config.output),
+        steps=facts["num_steps"],
+        seconds=time.perf_counter() - began,
+        loss=losses[-1] if losses else None,
+        eval_before=facts.get("eval_before"),
+        eval_after=facts.get("eval_after"),
     )
 
 
@@ -141,24 +142,33 @@ def _read(job: Job, step: int, result: StepResult, bad_steps: int, clock: float)
     job.total_tokens += tokens
     job.total_targets += targets
     record = StepRecord(
-        step=step + 1, num_steps=job.plan.num_steps, epoch=job.plan.epoch(step), loss=None if bad else loss,
+        step=step + 1,
+        num_steps=job.plan.num_steps,
+        epoch=job.plan.epoch(step),
+        loss=None if bad else loss,
         learning_rate=learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
         grad_norm=None if bad else grad_norm,
-        examples=len(chosen), tokens=tokens, targets=targets, weight=job.plan.total_weight(step),
-        packs=len(job.plan.packs(step, job.machine.tokens_per_pack)[0]), seconds=now - clock,
-        tokens_per_second=tokens / max(now - clock, 1e-9), memory=job.machine.memory(),
-        total_tokens=job.total_tokens, total_targets=job.total_targets,
+        examples=len(chosen),
+        tokens=tokens,
+        targets=targets,
+        weight=job.plan.total_weight(step),
+        packs=len(job.plan.packs(step, job.machine.tokens_per_pack)[0]),
+        seconds=now - clock,
+        tokens_per_second=tokens / max(now - clock, 1e-9),
+        memory=job.machine.memory(),
+        total_tokens=job.total_tokens,
+        total_targets=job.total_targets,
     )
     if not bad:
         return 0, now, record
-    rows = [f"{job.corpus.sources[job.corpus.source[i]]}:{job.corpus.line[i]}" for i in chosen]
+    rows = [job.corpus.place(int(i)) for i in chosen]
     job.run.bad_step(step + 1, loss, grad_norm, rows)
     if bad_steps + 1 > job.config.optim.max_bad_steps:
         good = checkpoint.newest(job.checkpoints)
         job.run.update(status="diverged")
         raise Diverged(
             f"loss {loss} or gradient norm {grad_norm} was not finite for {bad_steps + 1} steps in a row, up to step "
-            f"{step + 1}; no such update was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
+            f"{step + 1}; none was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
             f"{'none' if good is None else f'step {good.step}'}"
         )
     return bad_steps + 1, now, record
@@ -200,11 +210,12 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         job.tokenizer.chat_template = job.encoder.chat_template
     stop_ids = [] if job.encoder.stop_id is None else [job.encoder.stop_id]
     dtype = _stored_dtype(config)
-    save_model(folder, job.trained, job.tokenizer, stop_ids, model_card(job.run, job.corpus), dtype)
+    card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
+    save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype)
     if config.adapter.merge:
         merged = merge(folder, load_model(config.model, torch.device("cpu")))
         (folder / "merged").mkdir(exist_ok=True)
-        save_model(folder / "merged", merged, job.tokenizer, stop_ids, model_card(job.run, job.corpus), dtype)
+        save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
     job.run.update(status="finished", total_tokens=job.total_tokens, total_targets=job.total_targets)
     progress.finished(job.run)
 

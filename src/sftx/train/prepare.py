@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora, write_ledger
+from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan
-from sftx.data.render import Encoder
+from sftx.data.template import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach, trainable
 from sftx.model.checks import check_paths, check_sizes
@@ -81,7 +82,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
-    progress.data(corpus, held_out, plan)
+    progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     _check_stop_token(corpus, encoder)
 
     torch.manual_seed(config.seed)
@@ -91,13 +92,24 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     adapted = attach(model, config.adapter, config.seed)
     loss = PackLoss(model)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
-    notes = check_paths(loss, [corpus.example(int(i)) for i in plan.examples(0)[:3]] if plan.num_steps else [],
-                        machine.precision)
+    probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
+    notes = check_paths(loss, probe, machine.precision)
     loss.train()
     job = Job(
-        config, machine, run, encoder, corpus, held_out, plan, loss, adapted, tokenizer,
-        build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter),
-        _mathematics(config, corpus, held_out, max_length), notes=notes,
+        config,
+        machine,
+        run,
+        encoder,
+        corpus,
+        held_out,
+        plan,
+        loss,
+        adapted,
+        tokenizer,
+        build_optimizer(loss, config.optim),
+        peak_learning_rate(config.optim, config.adapter),
+        _mathematics(config, corpus, held_out, max_length),
+        notes=notes,
     )
     _continue_or_start(job)
     progress.model(type(model).__name__, trainable(loss), machine, job.peak, notes, job.start)
@@ -129,7 +141,7 @@ def _check_stop_token(corpus: Corpus, encoder: Encoder) -> None:
         if np.any((example.ids == encoder.stop_id) & (example.weights > 0)):
             return
     raise UserError(
-        f"the stop token (id {encoder.stop_id}) is not among the targets of the data: the model would never learn to stop"
+        f"the stop token (id {encoder.stop_id}) is not among the targets: the model would never learn to stop"
     )
 
 
@@ -156,14 +168,17 @@ def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_le
 
 def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
-    run, config = job.run, job.config
+    run, _config = job.run, job.config
     facts: dict[str, Any] = {}
     if run.exists:
         before = run.facts.get("mathematics", "")
         if before != job.mathematics:
-            diff = difflib.unified_diff(before.split("\n"), job.mathematics.split("\n"), "the run", "now", n=0, lineterm="")
+            diff = difflib.unified_diff(
+                before.split("\n"), job.mathematics.split("\n"), "the run", "now", n=0, lineterm=""
+            )
             raise UserError(
-                f"output: {run.folder} holds a run with other settings or data; choose another folder.\n" + "\n".join(diff)
+                f"output: {run.folder} holds a run with other settings or data; choose another folder.\n"
+                + "\n".join(diff)
             )
         if run.finished:
             job.start = job.plan.num_steps
@@ -174,9 +189,16 @@ def _continue_or_start(job: Job) -> None:
             job.start, job.total_tokens, job.total_targets = state.step, state.total_tokens, state.total_targets
             facts = {key: run.facts[key] for key in ("eval_before",) if key in run.facts}
     run.start(
-        job.start, mathematics=job.mathematics, plan=job.plan.fingerprint, num_steps=job.plan.num_steps,
-        device=str(job.machine.device), precision=str(job.machine.precision).removeprefix("torch."),
-        parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)), notes=job.notes,
-        peak_learning_rate=job.peak, stop_id=job.encoder.stop_id, **facts,
+        job.start,
+        mathematics=job.mathematics,
+        plan=job.plan.fingerprint,
+        num_steps=job.plan.num_steps,
+        device=str(job.machine.device),
+        precision=str(job.machine.precision).removeprefix("torch."),
+        parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
+        notes=job.notes,
+        peak_learning_rate=job.peak,
+        stop_id=job.encoder.stop_id,
+        **facts,
     )
     write_ledger(job.corpus, run.folder)

@@ -1,0 +1,154 @@
+"""The one equality everything rests on: loss and gradient are those of the naive float64 computation."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import tiny
+import torch
+
+from sftx.data.pack import best_fit, build_pack, probe_pack
+from sftx.model.checks import check_paths
+from sftx.model.load import PackLoss, to_tensors
+from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.train.step import train_step
+from sftx.types import Example
+
+CPU = torch.device("cpu")
+LENGTHS = [5, 40, 2, 23, 64, 9, 31]
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Mistral": {"sliding_window": 7},
+    "Gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 8},
+    "GPT2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 64},
+    "GPTNeoX": {},
+    "Phi": {},
+    "Granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "Cohere": {"logit_scale": 0.25},
+    "Olmo2": {},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+def float64_twin(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model in float64 with plain attention, for reference."""
+    twin = copy.deepcopy(model).double()
+    twin.set_attn_implementation("eager")
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")
+    return twin
+
+
+def step_gradient(loss: PackLoss, data: list[Example], packs: list[tuple[int, ...]]) -> float:
+    """Gradient of one step cut into `packs`, left in `.grad`; returns the loss."""
+    loss.zero_grad()
+    weight = float(sum(example.weights[1:].astype(float).sum() for example in data))
+    total = 0.0
+    for members in packs:
+        value = loss(**to_tensors(build_pack([data[i] for i in members]), CPU)) / weight
+        value.backward()
+        total += float(value.detach())
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_gradient_is_the_naive_one(family: str) -> None:
+    model = tiny.model(family, **FAMILIES[family])
+    data = tiny.examples(LENGTHS)
+    twin = float64_twin(model)
+    reference = tiny.naive_loss(twin, data)
+    reference.backward()
+    loss = PackLoss(model)
+    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    for packs in ([tuple(range(7))], best_fit(LENGTHS, 70), [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
+        value = step_gradient(loss, data, packs)
+        assert value == pytest.approx(float(reference), rel=1e-6)
+        assert tiny.gradient_difference(model, twin) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "says"), [("Falcon", "one at a time"), ("Bloom", "one at a time"), ("Mamba", "one at a time")]
+)
+def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str, says: str) -> None:
+    changes = {"state_size": 8} if family == "Mamba" else {"n_layer": 2, "n_head": 4} if family == "Bloom" else {}
+    model = tiny.model(family, **changes)
+    data = tiny.examples([5, 20, 9])
+    twin = float64_twin(model) if family != "Mamba" else copy.deepcopy(model).double()
+    reference = tiny.naive_loss(twin, data)
+    reference.backward()
+    loss = PackLoss(model)
+    notes = check_paths(loss, probe_pack(data), torch.float32)
+    assert len(notes) == 1
+    assert says in notes[0]
+    value = step_gradient(loss, data, [(0, 1), (2,)])
+    assert value == pytest.approx(float(reference), rel=1e-6)
+    assert tiny.gradient_difference(model, twin) <= 2e-6
+
+
+def test_a_head_that_is_not_a_matrix_goes_through_the_models_own_forward() -> None:
+    model = tiny.model()
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: out * 1.5)
+    data = tiny.examples([12, 30])
+    loss = PackLoss(model)
+    notes = check_paths(loss, probe_pack(data), torch.float32)
+    assert len(notes) == 1
+    assert "not a plain matrix" in notes[0]
+    assert step_gradient(loss, data, [(0, 1)]) == pytest.approx(
+        float(tiny.naive_loss(float64_twin(model), data)), rel=1e-6
+    )
+
+
+def test_perturbing_a_segment_leaves_the_others_alone() -> None:
+    loss = PackLoss(tiny.model()).eval()
+    data = tiny.examples([11, 17, 23])
+    other = [tiny.examples([11], seed=9)[0], *data[1:]]
+    logits = []
+    for chosen in (data, other):
+        pack = to_tensors(build_pack(chosen), CPU)
+        everywhere = torch.arange(51)
+        logits.append(loss.own_logits(pack["ids"], pack["positions"], pack["cu_seqlens"], everywhere, pack["longest"]))
+    assert torch.equal(logits[0][11:], logits[1][11:])
+    assert not torch.equal(logits[0][:11], logits[1][:11])
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 4.0)])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_fused_cross_entropy_is_the_naive_one(
+    transform: LogitTransform, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", chunk * 4 * 50)
+    torch.manual_seed(0)
+    hidden, head, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
+    label, weight = torch.randint(0, 50, (11,)), torch.rand(11)
+    fused = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform)
+    fused_gradients = torch.autograd.grad(fused * 0.3, (hidden, head, bias))
+    twins = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    logits = transform(twins[0] @ twins[1].t() + twins[2])
+    nll = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    naive = (nll * weight.double()).sum()
+    assert float(fused) == pytest.approx(float(naive), rel=1e-6)
+    for ours, theirs in zip(fused_gradients, torch.autograd.grad(naive * 0.3, twins), strict=True):
+        assert float((ours.double() - theirs).norm() / theirs.norm()) <= 1e-6
+    assert float(cross_entropy_sum(logits.float(), label, weight)) == pytest.approx(float(naive), rel=1e-6)
+
+
+def test_bad_step_changes_no_weight() -> None:
+    model = tiny.model()
+    loss = PackLoss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    data = tiny.examples([12])
+    pack = to_tensors(build_pack(data), CPU)
+    before = copy.deepcopy(model.state_dict())
+    poisoned = {**pack, "weight": pack["weight"] * float("nan")}
+    result = train_step(loss, optimizer, [poisoned], 1.0, 1e-2, 1.0, nullcontext)
+    assert float(result.bad) == 1
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    result = train_step(loss, optimizer, [pack], float(data[0].weights.sum()), 1e-2, 1.0, nullcontext)
+    assert float(result.bad) == 0
+    assert not torch.equal(before["lm_head.weight"], model.state_dict()["lm_head.weight"])

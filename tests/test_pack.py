@@ -1,0 +1,98 @@
+"""Packing and planning: every example exactly once, whatever the machine."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftx.config import Batch
+from sftx.data.pack import balanced, best_fit, build_pack
+from sftx.data.plan import Plan
+from sftx.types import Example, UserError
+
+lengths_strategy = st.lists(st.integers(2, 50), min_size=1, max_size=40)
+
+
+@given(lengths_strategy, st.integers(1, 120), st.integers(1, 5))
+def test_every_example_is_placed_once_and_fits(lengths: list[int], capacity: int, world_size: int) -> None:
+    ranks = balanced(lengths, capacity, world_size)
+    placed = sorted(i for bins in ranks for members in bins for i in members)
+    assert placed == list(range(len(lengths)))
+    assert len({len(bins) for bins in ranks}) == 1
+    for bins in ranks:
+        for members in bins:
+            assert len(members) <= 1 or sum(lengths[i] for i in members) <= capacity
+
+
+@given(lengths_strategy, st.integers(50, 120))
+def test_best_fit_never_opens_a_bin_that_was_not_needed(lengths: list[int], capacity: int) -> None:
+    bins = best_fit(lengths, capacity)
+    loads = sorted(sum(lengths[i] for i in members) for members in bins)
+    assert all(a + b > capacity for a, b in pairwise(loads))
+
+
+def test_pack_shifts_labels_once_and_never_across_segments() -> None:
+    a = Example(np.array([5, 6, 7], np.int32), np.array([9, 0, 2], np.float32))
+    b = Example(np.array([8, 9], np.int32), np.array([9, 0.5], np.float32))
+    pack = build_pack([a, b])
+    assert pack.ids.tolist() == [5, 6, 7, 8, 9]
+    assert pack.positions.tolist() == [0, 1, 2, 0, 1]
+    assert pack.cu_seqlens.tolist() == [0, 3, 5]
+    assert pack.index.tolist() == [1, 3]  # token 7 is predicted from 6, token 9 from 8; first tokens from nothing
+    assert pack.label.tolist() == [7, 9]
+    assert pack.weight.tolist() == [2, 0.5]
+
+
+def make_plan(count: int = 37, seed: int = 3, **batch: object) -> Plan:
+    lengths = np.random.RandomState(0).randint(3, 60, count).astype(np.int32)
+    return Plan(lengths, lengths / 2, Batch.model_validate(batch), seed)
+
+
+@pytest.mark.parametrize("batch", [{"examples_per_step": 5}, {"tokens_per_step": 100}, {"examples_per_step": 100}])
+def test_an_epoch_is_every_example_once(batch: dict[str, int]) -> None:
+    plan = make_plan(**batch, epochs=3)
+    seen = np.concatenate([plan.examples(step) for step in range(plan.num_steps)])
+    assert len(seen) == 3 * 37
+    for epoch in range(3):
+        assert sorted(seen[37 * epoch : 37 * (epoch + 1)]) == list(range(37))
+    assert list(seen[:37]) != list(seen[37:74])
+    assert sum(plan.total_weight(step) for step in range(plan.num_steps)) == pytest.approx(3 * plan.weights.sum())
+
+
+def test_a_step_does_not_depend_on_pack_size_or_processes() -> None:
+    plan = make_plan(examples_per_step=8)
+    for step in range(plan.num_steps):
+        want = sorted(plan.examples(step).tolist())
+        for tokens_per_pack in (1, 64, 4096):
+            for world_size in (1, 2, 3):
+                ranks = plan.packs(step, tokens_per_pack, world_size)
+                assert sorted(i for bins in ranks for members in bins for i in members) == want
+
+
+def test_steps_and_tokens_per_step_are_kept() -> None:
+    assert make_plan(steps=50, examples_per_step=4).num_steps == 50
+    plan = make_plan(steps=50, tokens_per_step=100)
+    assert plan.num_steps == 50
+    assert all(plan.lengths[plan.examples(step)].sum() <= 100 for step in range(50))
+
+
+def test_plan_is_a_function_of_data_batch_and_seed() -> None:
+    assert make_plan().fingerprint == make_plan().fingerprint
+    assert make_plan().fingerprint != make_plan(seed=4).fingerprint
+    assert make_plan().fingerprint != make_plan(examples_per_step=3).fingerprint
+
+
+def test_step_of_finds_the_step_that_holds_an_example() -> None:
+    plan = make_plan(examples_per_step=5, epochs=2)
+    for example in (0, 17, 36):
+        for epoch in (0, 1):
+            assert example in plan.examples(plan.step_of(example, epoch))
+
+
+def test_no_examples_is_an_error() -> None:
+    with pytest.raises(UserError, match="nothing to train on"):
+        Plan(np.zeros(0, np.int32), np.zeros(0), Batch(), 0)

@@ -1,0 +1,100 @@
+"""Tiny models and examples that tests share: made in process, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sftx.types import Example
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level: one token per byte after the special ones, so every text has a known length."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    raw.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def model(family: str = "Llama", vocab_size: int = 264, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """A randomly initialised causal LM of two small layers."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, "vocab_size": vocab_size, "eos_token_id": 2, **changes}
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+def folder(path: Path, chat: bool = True, family: str = "Llama", **changes: Any) -> str:
+    """A model folder on disk, as `model.path` wants it."""
+    model(family, **{"tie_word_embeddings": True, **changes}).save_pretrained(path)
+    tokenizer(chat).save_pretrained(path)
+    return str(path)
+
+
+def examples(lengths: list[int], vocab_size: int = 264, seed: int = 0) -> list[Example]:
+    """Random tokens with real-valued weights, about half of them 0."""
+    rng = np.random.RandomState(seed)
+    made = []
+    for length in lengths:
+        weights = ((rng.rand(length) < 0.5) * rng.rand(length) * 2).astype(np.float32)
+        weights[-1], weights[0] = 1.0, 0.0
+        made.append(Example(rng.randint(3, vocab_size, length).astype(np.int32), weights))
+    return made
+
+
+def naive_loss(reference: torch.nn.Module, data: list[Example]) -> torch.Tensor:
+    """sum(w * nll) / sum(w), one example at a time, in the model's own forward: no padding, no packing."""
+    total, weight_sum = torch.zeros((), dtype=torch.float64), 0.0
+    for example in data:
+        ids = torch.tensor(example.ids.astype(np.int64))[None]
+        logits = reference(input_ids=ids, use_cache=False).logits[0].double()
+        weights = torch.tensor(example.weights[1:].astype(np.float64))
+        nll = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+        total = total + (nll * weights).sum()
+        weight_sum += float(weights.sum())
+    return total / weight_sum
+
+
+def gradient_difference(model: torch.nn.Module, reference: torch.nn.Module) -> float:
+    """Relative L2 difference of all gradients, in float64."""
+    difference = norm = 0.0
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert ours.grad is not None
+            difference += float(((ours.grad.double() - theirs.grad) ** 2).sum())
+            norm += float((theirs.grad**2).sum())
+    return (difference / norm) ** 0.5
