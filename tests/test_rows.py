@@ -1,0 +1,230 @@
+"""Raw rows to `Row`s: shapes told apart, values kept, mistakes named by their field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftx.data.rows import detect, parse, unused
+from sftx.types import Phrase, Row, RowError
+
+USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+PAIR = (Phrase("Hi", 0.0), Phrase("Hello", 1.0))
+
+
+def row(raw: Any) -> Row:
+    return parse(raw, detect(raw), "s", 3)
+
+
+@pytest.mark.parametrize(
+    ("raw", "form", "expected"),
+    [
+        ("Hi", "text", Row("text", "s", 3, text="Hi")),
+        ({"text": "Hi"}, "text", Row("text", "s", 3, text="Hi")),
+        (["Hi", "Hello"], "dialogue", Row("phrases", "s", 3, phrases=PAIR)),
+        ({"dialogue": ["Hi", "Hello"]}, "dialogue", Row("phrases", "s", 3, phrases=PAIR)),
+        ({"prompt": "Hi", "completion": "Hello"}, "pairs", Row("phrases", "s", 3, phrases=PAIR)),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", Row("phrases", "s", 3, phrases=PAIR)),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            "alpaca",
+            Row("phrases", "s", 3, phrases=(Phrase("Add.\n\n1 2", 0.0), Phrase("3", 1.0))),
+        ),
+        ([USER, MODEL], "messages", Row("messages", "s", 3, messages=(USER, MODEL))),  # type: ignore[arg-type]
+        ({"messages": [USER, MODEL]}, "messages", Row("messages", "s", 3, messages=(USER, MODEL))),  # type: ignore[arg-type]
+        (
+            {"prompt": [USER, MODEL, USER], "completion": [MODEL]},
+            "pairs",
+            Row(
+                "messages",
+                "s",
+                3,
+                messages=({**USER, "train": False}, {**MODEL, "train": False}, {**USER, "train": False}, MODEL),  # type: ignore[arg-type]
+            ),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            "sharegpt",
+            Row("messages", "s", 3, messages=(USER, MODEL)),  # type: ignore[arg-type]
+        ),
+        (
+            {"segments": [{"text": "a", "weight": 0}, {"text": "b", "weight": 0.5}]},
+            "segments",
+            Row("segments", "s", 3, phrases=(Phrase("a", 0.0), Phrase("b", 0.5))),
+        ),
+        ({"input_ids": [5, 6]}, "tokens", Row("tokens", "s", 3, ids=(5, 6), weights=(1.0, 1.0))),
+        (
+            {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]},
+            "tokens",
+            Row("tokens", "s", 3, ids=(5, 6, 7), weights=(0.0, 1.0, 0.0)),
+        ),
+        (
+            {"input_ids": [5, 6], "weights": [0, 0.25], "attention_mask": [1, 1]},
+            "tokens",
+            Row("tokens", "s", 3, ids=(5, 6), weights=(0.0, 0.25)),
+        ),
+    ],
+)
+def test_every_shape(raw: Any, form: str, expected: Row) -> None:
+    assert detect(raw) == form
+    assert parse(raw, form, "s", 3) == expected
+
+
+def test_messages_keep_what_templates_read() -> None:
+    """Parts joined, nulls absent, tool calls nested with objects for arguments, tools from JSON text."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "1"}'}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    raw = {
+        "messages": [
+            {"role": "developer", "content": "Be brief.", "name": None},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm.", "weight": 0.5},
+            {"role": "tool", "content": "2", "tool_call_id": "1"},
+            {"role": "assistant", "content": "", "train": False, "prefix": True},
+        ],
+        "tools": json.dumps([tool]),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "source": "x",
+    }
+    made = row(raw)
+    assert made.tools == (tool,)
+    assert made.template_kwargs == {"enable_thinking": False}
+    assert [m.get("content") for m in made.messages] == ["Be brief.", "Hi", "", "2", ""]
+    assert "name" not in made.messages[0]
+    assert made.messages[2]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
+    assert made.messages[2]["weight"] == 0.5
+    assert made.messages[4] == {"role": "assistant", "content": "", "train": False, "prefix": True}
+    assert unused(tuple(raw), "messages") == ("source",)
+    flat = [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "1"}}]}]
+    assert row(flat).messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
+
+
+def test_sharegpt_roles() -> None:
+    turns = [("human", "q"), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "r"), ("gpt", "a")]
+    raw = {"conversations": [{"from": f, "value": v} for f, v in turns], "system": "S", "tools": "[]"}
+    made = row(raw).messages
+    assert [m["role"] for m in made] == ["system", "user", "assistant", "tool", "assistant"]
+    assert made[2]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (5, "not a number"),
+        (None, "not null"),
+        ([], "a list must hold"),
+        (["a", 1], "a list must hold"),
+        ([1, 2], "input_ids"),
+        (["a"], "odd number"),
+        ({"dialogue": ["a", "b", "c"]}, "3 phrases, an odd number"),
+        ({"dialogue": []}, "an empty list"),
+        ({"dialogue": ["a", None]}, "dialogue[1]' must be text, not null"),
+        ({"text": None}, "field 'text' must be text, not null"),
+        ({"text": "\ud800"}, "surrogate"),
+        ({}, "none; expected one of"),
+        ({"txet": "a"}, "did you mean 'text'"),
+        ({"prompt": "a", "completoin": "b"}, "did you mean 'completion'"),
+        ({"prompt": "a", "completion": 1}, "field 'completion' must be text, not a number"),
+        ({"prompt": "a", "completion": [MODEL]}, "both be texts or both be lists"),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' needs prompt and completion to be lists"),
+        ({"question": "a", "answer": "b"}, "rename the columns to prompt and completion"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data"),
+        ({"conversations": [USER, MODEL]}, "rename the column to messages"),
+        ({"text": "a", "messages": [USER]}, "choose one with data.format"),
+        ({"messages": []}, "not an empty list"),
+        ({"messages": "a"}, "not text"),
+        ({"messages": [USER, "a"]}, "messages[1] must be an object with role"),
+        (
+            {"messages": [{"role": "asistant", "content": "a"}]},
+            "messages[0].role is 'asistant'; did you mean 'assistant'?",
+        ),
+        ({"messages": [{"role": "human", "content": "a"}]}, "did you mean 'user'?"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content' must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
+        ({"messages": [{**MODEL, "wieght": 0}]}, "did you mean 'weight'?"),
+        ({"messages": [{**MODEL, "weight": "1"}]}, "messages[0].weight must be a number"),
+        ({"messages": [{**MODEL, "weight": float("nan")}]}, "must be a number"),
+        ({"messages": [{**MODEL, "weight": -1}]}, "at least 0"),
+        ({"messages": [{**MODEL, "train": 1}]}, "messages[0].train must be true or false"),
+        ({"messages": [{**MODEL, "tool_calls": "f"}]}, "tool_calls must be a list"),
+        (
+            {"messages": [{**MODEL, "tool_calls": [{"function": {"arguments": {}}}]}]},
+            "tool_calls[0] must hold function",
+        ),
+        (
+            {"messages": [{**MODEL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "tool_calls[0].function.arguments is not valid JSON",
+        ),
+        ({"messages": [USER, MODEL], "tools": "{"}, "tools is not valid JSON"),
+        ({"messages": [USER, MODEL], "tools": ["f"]}, "'tools' must be a list"),
+        ({"messages": [USER, MODEL], "tool": []}, "did you mean 'tools'?"),
+        ({"messages": [USER, MODEL], "chat_template_kwargs": []} | {"chat_template_kwargs": [1]}, "must be an object"),
+        (
+            {"conversations": [{"from": "narrator", "value": "a"}]},
+            "conversations[0].from is 'narrator', an unknown role",
+        ),
+        ({"conversations": [{"from": "human"}]}, "conversations[0] must be an object with from and value"),
+        ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "'history' is not part of format alpaca"),
+        ({"segments": [{"text": "a"}]}, "segments[0] must be an object with text and weight"),
+        ({"segments": [{"text": "a", "weight": 1, "mask": 0}]}, "unknown fields: mask"),
+        ({"input_ids": []}, "not empty"),
+        ({"input_ids": [1, 2.5]}, "whole numbers"),
+        ({"input_ids": [1, True]}, "whole numbers"),
+        ({"input_ids": [1, -1]}, "holds -1"),
+        ({"input_ids": [1, 2**31]}, "holds 2147483648"),
+        ({"input_ids": [1, 2], "labels": [1]}, "as long as input_ids (2), found 1"),
+        ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "look shifted by one"),
+        ({"input_ids": [1, 2], "labels": [1, 300]}, "labels[1] is 300"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "weights": [1, 1]}, "not both"),
+        ({"input_ids": [1, 2], "weights": [1, "1"]}, "weights[1] must be a number"),
+        ({"input_ids": [1, 2], "completion_mask": [0, 1]}, "rename it to 'weights'"),
+        ({"input_ids": [1, 2], "label": [1, 2]}, "did you mean 'labels'?"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "marks padding"),
+    ],
+)
+def test_mistakes_name_their_field(raw: Any, message: str) -> None:
+    with pytest.raises(RowError) as caught:
+        row(raw)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"])
+def test_a_row_of_another_shape_is_an_error(form: str) -> None:
+    for raw in (5, None, {}, {"id": 1}):
+        with pytest.raises(RowError, match=f"format {form}"):
+            parse(raw, form)
+
+
+WORDS = """text prompt completion messages role content input_ids labels weights segments weight dialogue tools
+conversations from value instruction output input tool_calls function name arguments type""".split()
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(WORDS),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(ANY)
+def test_any_json_is_a_row_or_a_row_error(raw: Any) -> None:
+    """Nothing but `RowError` comes out of a wrong row, and two readings of a row are equal."""
+    try:
+        form = detect(raw)
+        made = parse(raw, form)
+    except RowError:
+        return
+    again = json.loads(json.dumps(raw))
+    assert parse(again, detect(again)) == made
