@@ -1,0 +1,124 @@
+"""Examples longer than `data.max_length`: cut in pieces, truncated, dropped or refused, with every loss counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from sftx.types import Float32, Int32, RowError
+
+TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """Tokens of one sequence, of any length.
+
+    `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put before a piece
+    whose first token would otherwise be a target, and, if the sequence `begins_with_bos`, before every piece.
+    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit.
+    """
+
+    ids: Int32
+    weights: Float32
+    spans: tuple[tuple[int, int], ...]
+    bos: int | None = None
+    begins_with_bos: bool = False
+    context: int | None = None
+    note: str = ""
+
+    @property
+    def targets(self) -> int:
+        """How many tokens carry weight."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What became of one sequence: its pieces, and how many of its tokens and targets are in none of them."""
+
+    pieces: list[TokenSequence]
+    tokens_lost: int = 0
+    targets_lost: int = 0
+
+
+def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
+    """Make `sequence` at most `max_length` tokens long, as `too_long` says. `RowError` if it says `error`.
+
+    `split` loses no target: each is in exactly one piece, with at least one token before it.
+    """
+    length, targets = len(sequence.ids), sequence.targets
+    if length <= max_length:
+        return Fitted([sequence])
+    match too_long:
+        case "error":
+            raise RowError(
+                f"{length:,} tokens, but data.max_length is {max_length:,}: raise it, or set data.too_long to split, "
+                "truncate_left, truncate_right or drop"
+            )
+        case "drop":
+            return Fitted([], length, targets)
+        case "split":
+            return _split(sequence, max_length)
+        case "truncate_left":
+            piece, begin = _piece(sequence, length - max_length, length, max_length)
+            lost = begin - (sequence.begins_with_bos and begin > 0)
+        case "truncate_right":
+            piece, _ = _piece(sequence, 0, max_length, max_length)
+            lost = length - max_length
+    return Fitted([piece] if piece.targets else [], lost, targets - piece.targets)
+
+
+def _piece(sequence: TokenSequence, begin: int, end: int, max_length: int) -> tuple[TokenSequence, int]:
+    """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after making room."""
+    ids, weights = sequence.ids, sequence.weights
+    wants_bos = begin > 0 and sequence.bos is not None and (sequence.begins_with_bos or weights[begin] != 0)
+    if wants_bos:
+        begin = max(begin, end - max_length + 1)
+        piece_ids = np.concatenate([np.array([sequence.bos], np.int32), ids[begin:end]])
+        piece_weights = np.concatenate([np.zeros(1, np.float32), weights[begin:end]])
+    else:
+        piece_ids, piece_weights = ids[begin:end], weights[begin:end].copy()
+        piece_weights[:1] = 0  # nothing stands before it
+    shift = begin - wants_bos
+    spans = tuple((max(a - shift, 1), min(b, end) - shift) for a, b in sequence.spans if a < end and b > begin)
+    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=spans), begin
+
+
+def _split(sequence: TokenSequence, max_length: int) -> Fitted:
+    spans = _chunks(sequence, max_length)
+    pieces: list[TokenSequence] = []
+    covered = np.zeros(len(sequence.ids), dtype=np.bool_)
+    while spans:
+        first = spans[0][0]
+        # Room for one token before the first target: the BOS, or the token that stands there.
+        count = max(1, sum(end - (first - 1) <= max_length for _, end in spans))
+        end = spans[count - 1][1]
+        context = max_length if sequence.context is None else sequence.context
+        piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
+        head = len(piece.ids) - (end - first)
+        piece.weights[:head] = 0  # earlier outputs are context here: they are trained in their own piece
+        pieces.append(replace(piece, spans=tuple((max(a, head), b) for a, b in piece.spans if b > head)))
+        covered[begin:end] = True
+        covered[0] |= sequence.begins_with_bos
+        spans = spans[count:]
+    assert sum(piece.targets for piece in pieces) == sequence.targets
+    return Fitted(pieces, int(np.count_nonzero(~covered)))
+
+
+def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
+    """The trained spans, those that fit in no piece cut so that each continuation keeps left context."""
+    context = max_length // 4 if sequence.context is None else sequence.context
+    size = max_length - max(1, context)
+    chunks: list[tuple[int, int]] = []
+    for begin, end in sequence.spans:
+        begin = max(begin, 1)
+        if not sequence.weights[begin:end].any():
+            continue
+        if end - begin < max_length:
+            chunks.append((begin, end))
+        else:
+            chunks += [(at, min(at + size, end)) for at in range(begin, end, size)]
+    return chunks

@@ -1,0 +1,301 @@
+"""Chat templates are programs from strangers: here they are compiled and run, without access and within limits.
+
+The environment renders as the one in transformers does, to the letter. A template cannot reach Python, files or the
+network (jinja2's immutable sandbox). Time and memory are limited in two ways that cost ordinary rendering nothing:
+single operations that can make a huge value at once (`'x' * 10**10`, `center(10**10)`) are checked before they run;
+everything else is a long series of small operations, which a watchdog thread interrupts. Not covered: printing a value
+that holds itself many times over, whose text is made in one uninterruptible step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+SECONDS = 10.0  # longest rendering of one text
+CHARACTERS = 20_000_000  # longest text, and largest value that one operation may make
+MEMORY = 1 << 30  # bytes by which the process may grow during one rendering
+_POLL = 0.02
+
+
+class LimitError(Exception):
+    """A template ran for too long or made too much text."""
+
+
+class _Interruption(LimitError):
+    """Raised by the watchdog inside the rendering thread."""
+
+
+# What a template can raise: its own complaint, a mistake in it, or data that it does not expect.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    LimitError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model says. The mark is ignored: outputs are found by what is served."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A block of its own, as in transformers: variables set inside stay inside.
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace without underscore names, which reach into Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, rest = args[0], args[1:]
+        values = dict(*rest, **kwargs)
+        for name in values:
+            _refuse_private(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """`dict(...)` inside a template, without the class behind it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with checks before what can make a huge value in one operation."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            _check(_size(left) * _size(right))
+        elif operator == "**":
+            _check(_size(left).bit_length() * _size(right))
+        elif isinstance(left, str):
+            _check_widths(left)
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(value.__self__)
+        return wrapped
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(__obj, "__self__", None)  # of a method of a built-in type: center, zfill, to_bytes, ...
+        if isinstance(owner, (str, bytes, int)):
+            name = __obj.__name__
+            if name == "replace" and len(args) > 1:
+                _check(owner.count(args[0]) * _size(args[1]))  # type: ignore[union-attr]
+            elif name == "join" and args:
+                _check(_joined(owner, args[0]))
+            elif name != "join":
+                _check(max((_size(arg) for arg in args if isinstance(arg, int)), default=0))
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a template may not store a name that begins with an underscore: {name!r}")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return abs(value)
+    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 1
+
+
+def _check(size: int) -> None:
+    if size > CHARACTERS:
+        raise LimitError(f"one operation of the template would make a value of size {size:.2g}")
+
+
+def _check_widths(form: str) -> None:
+    if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", form):
+        raise LimitError(f"the template formats with a width that is too large or not constant: {form[:80]!r}")
+
+
+def _limited(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes a width or precision, refused when that is huge."""
+
+    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, int) and abs(arg) > 10_000:
+                raise LimitError(f"the template calls {name} with {arg}")
+        if name == "format":
+            _check_widths(str(value))
+        return filter_(value, *args, **kwargs)
+
+    return checked
+
+
+def _joined(separator: Any, items: Any) -> int:
+    return sum(_size(item) + _size(separator) for item in items) if isinstance(items, (list, tuple)) else 0
+
+
+def _limited_join(join: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(join)  # keeps the mark by which jinja2 passes the evaluation context
+    def checked(context: Any, value: Any, d: str = "", attribute: Any = None) -> str:
+        value = list(value)
+        _check(_joined(d, value))
+        return join(context, value, d, attribute)
+
+    return checked
+
+
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, old, new = str(value), str(old), str(new)
+    _check(text.count(old) * len(new))
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    _check(_size(indent) * 1000 if indent else 0)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    for name in ("center", "indent", "round", "format", "wordwrap", "truncate"):
+        plain = environment.filters[name]
+        if not hasattr(plain, "jinja_pass_arg"):  # those that need the environment only break lines
+            environment.filters[name] = _limited(name, plain)
+    environment.filters["join"] = _limited_join(environment.filters["join"])
+    environment.filters["replace"] = _replace
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise,
+        strftime_now=lambda form: datetime.now().strftime(form),
+        dict=_Dict(),
+        namespace=_Namespace,
+    )
+    return environment
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
+    return _environment().from_string(source)
+
+
+def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """The text of a template; the time limit holds inside `watched()`. Raises one of `TEMPLATE_ERRORS`."""
+    watch = _watch
+    if watch is None:
+        text = template.render(variables)
+    else:
+        with watch.deadline():
+            text = template.render(variables)
+    if len(text) > CHARACTERS:
+        raise LimitError(f"the template made {len(text):,} characters")
+    return text
+
+
+class _Watch(threading.Thread):
+    """Looks every few milliseconds whether the current rendering is over its limits, and interrupts it if so."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="sftx-template-watch")
+        self.guard = threading.Lock()
+        self.done = threading.Event()
+        self.target = threading.get_ident()
+        self.started: float | None = None
+        self.fired = False
+
+    def run(self) -> None:
+        seen, memory = None, 0
+        while not self.done.wait(_POLL):
+            with self.guard:
+                if self.started is None or self.fired:
+                    continue
+                if seen != self.started:  # a new rendering since the last look
+                    seen, memory = self.started, _memory()
+                elif time.monotonic() - self.started > SECONDS or _memory() - memory > MEMORY:
+                    self.fired = True
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
+                    )
+
+    @contextmanager
+    def deadline(self) -> Iterator[None]:
+        self.started = time.monotonic()
+        try:
+            yield
+            with self.guard:
+                self.started = None
+            if self.fired:  # too late for the rendering: let it arrive here, and nowhere else
+                for _ in range(1000):
+                    time.sleep(0.001)
+        except _Interruption:
+            raise LimitError(f"it ran longer than {SECONDS:g} s or took more than {MEMORY >> 20:,} MiB") from None
+        finally:
+            with self.guard:
+                self.started, self.fired = None, False
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, every `run_template` of this thread is interrupted when it runs too long or takes too much memory."""
+    global _watch
+    if _watch is not None:
+        yield
+        return
+    _watch = _Watch()
+    _watch.start()
+    try:
+        yield
+    finally:
+        _watch.done.set()
+        _watch = None
+
+
+def _memory() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

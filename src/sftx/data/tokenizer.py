@@ -1,0 +1,241 @@
+"""A tokenizer as the data layer needs it: text to ids and back, and what decides where a text begins and ends.
+
+Only the `tokenizers` library is used, so that looking at data needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from sftx.types import UserError
+
+# The named special tokens a chat template may refer to (bos_token, ...).
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "config.json",
+]
+
+
+class Tokenizer:
+    """Text to ids. Made by `Tokenizer.load(path)` or `Tokenizer.of(transformers_tokenizer)`.
+
+    `bos_id`, `eos_id`: ids or None. `stop_ids`: ids at which a server stops generating (EOS and those of
+    generation_config.json). `vocab_size`: largest id + 1. `special`: named special tokens (`eos_token` -> "</s>").
+    `chat_templates`: the tokenizer's own templates by name ("default", "tool_use", ...).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: dict[str, str],
+        chat_templates: dict[str, str],
+        stop_ids: Iterable[int] = (),
+    ):
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.special = special
+        self.chat_templates = chat_templates
+        named = {name: backend.token_to_id(text) for name, text in special.items()}
+        self.bos_id: int | None = named.get("bos_token")
+        self.eos_id: int | None = named.get("eos_token")
+        self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
+        self._added = backend.get_added_tokens_decoder()
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
+
+    @classmethod
+    def load(cls, path: str, revision: str | None = None) -> Tokenizer:
+        """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _download(path, revision)
+        if not (folder / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer  # the slow road: a folder with only sentencepiece or vocab files
+
+            try:
+                return cls.of(AutoTokenizer.from_pretrained(str(folder)), stop_ids=_stop_ids(folder))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: no usable tokenizer there ({error})") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        special = {**_named(_read_json(folder / "special_tokens_map.json")), **_named(config)}
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        _add_missing(backend, config, special)
+        return cls(backend, special, _templates(folder, config), _stop_ids(folder))
+
+    @classmethod
+    def of(cls, tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
+        """Adapt a fast transformers tokenizer. The backend is copied: later changes to either do not meet."""
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UserError(f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one")
+        template = tokenizer.chat_template
+        templates = {"default": template} if isinstance(template, str) else dict(template or {})
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        return cls(backend, dict(tokenizer.special_tokens_map), templates, stop_ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's default chat template, if it has one."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides ids. Templates are not part of it."""
+        state = [self.backend.to_str(), self.special, sorted(self.stop_ids), tokenizers.__version__]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Matches the special tokens: those that `special_tokens: escape` keeps out of the data's own text."""
+        return _pattern(token.content for token in self._added.values() if token.special)
+
+    @cached_property
+    def splitting(self) -> re.Pattern[str]:
+        """Matches the added tokens (special or not) at which text falls into independently tokenised parts."""
+        return _pattern(self._added[i].content for i in self._splitting_ids)
+
+    @cached_property
+    def is_splitting(self) -> NDArray[np.bool_]:
+        """bool[vocab_size]: whether an id is one of those that `splitting` matches."""
+        mask = np.zeros(self.vocab_size, dtype=np.bool_)
+        mask[self._splitting_ids] = True
+        return mask
+
+    @cached_property
+    def _splitting_ids(self) -> list[int]:
+        # Tokens matched after normalisation, or only as whole words, do not cut text wherever their letters stand.
+        return [i for i, token in self._added.items() if not token.normalized and not token.single_word]
+
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is one special token."""
+        token = self._added.get(self.backend.token_to_id(text) or 0)
+        return token is not None and token.special and token.content == text
+
+    def encode_batch(self, texts: Sequence[str], *, plain: bool = False, inside: bool = False) -> list[list[int]]:
+        """Ids of each text, with no special token added, on all cores.
+
+        `plain`: special tokens spelled in the text stay ordinary text. `inside`: the text continues another one, so
+        a tokenizer that marks the beginning of a text (Metaspace, "first") does not mark this one.
+        """
+        backend = self._continuing if inside else self.backend
+        backend.encode_special_tokens = plain
+        try:
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+        return [encoding.ids for encoding in encodings]
+
+    def encode(self, text: str, *, plain: bool = False, inside: bool = False) -> list[int]:
+        """`encode_batch` of one text."""
+        return self.encode_batch([text], plain=plain, inside=inside)[0]
+
+    def encode_escaped(self, text: str, mark: str) -> list[int]:
+        """Ids of a text in which `mark` stands inside each special token that is meant as ordinary text."""
+        ids: list[int] = []
+        position = 0
+        swallow = False
+        for match in [*self.control.finditer(text), None]:
+            part = text[position : match.start() if match else len(text)].replace(mark, "")
+            token = self._added[self.backend.token_to_id(match.group())] if match else None
+            part = part.lstrip() if swallow else part
+            part = part.rstrip() if token is not None and token.lstrip else part
+            if part:
+                ids += self.encode(part, plain=True, inside=position > 0)
+            if match and token is not None:
+                ids.append(self.backend.token_to_id(match.group()))
+                position, swallow = match.end(), token.rstrip
+        return ids
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """Text of ids, special tokens included."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's spelling of one id."""
+        text = self.backend.id_to_token(int(token_id))
+        if text is None:
+            raise UserError(f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
+        return text
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The same tokenizer without the mark that "first" schemes put before a text."""
+        state = self.backend.to_str()
+        if '"prepend_scheme":"first"' not in state.replace(" ", ""):
+            return self.backend
+        return tokenizers.Tokenizer.from_str(re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', state))
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    # Longest first, as the tokenizer itself prefers the longest match; (?!) never matches.
+    ordered = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
+        raise UserError(f"{name}: neither a folder here nor a tokenizer that could be fetched ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _named(config: dict[str, Any]) -> dict[str, str]:
+    named = {name: config[name] for name in NAMED if config.get(name)}
+    return {name: value["content"] if isinstance(value, dict) else str(value) for name, value in named.items()}
+
+
+def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+    """Add the tokens that only tokenizer_config.json knows, as transformers does."""
+    declared = sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items())
+    for _, token in declared:
+        if backend.token_to_id(token["content"]) is None:
+            flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [text for text in special.values() if text not in known]
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in missing])
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    declared = config.get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(declared, str):
+        templates["default"] = declared
+    elif declared:
+        templates.update({entry["name"]: entry["template"] for entry in declared})
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    elif (folder / "chat_template.json").is_file():
+        templates["default"] = _read_json(folder / "chat_template.json")["chat_template"]
+    templates.update({name: path.read_text(encoding="utf-8") for name, path in files.items()})
+    return templates
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
