@@ -102,6 +102,14 @@ class Batch(Section):
     shuffle: bool = True
     """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
 
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Batch:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError("`epochs` and `steps` both say how long to train; set one")
+        if self.tokens_per_step is not None and "examples_per_step" in self.model_fields_set:
+            raise ValueError("`examples_per_step` and `tokens_per_step` both say how large a step is; set one")
+        return self
+
 
 class Optim(Section):
     """AdamW and its learning rate, as pure functions of the step."""
@@ -127,6 +135,12 @@ class Optim(Section):
     max_bad_steps: int = Field(3, ge=0)
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Optim:
+        if "decay" in self.model_fields_set and self.schedule != "wsd":
+            raise ValueError(f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}")
+        return self
+
 
 class Adapter(Section):
     """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
@@ -148,6 +162,13 @@ class Adapter(Section):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_method(self) -> Adapter:
+        unused = sorted(self.model_fields_set - {"method"})
+        if self.method == "none" and unused:
+            raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
+        return self
 
 
 class Eval(Section):
@@ -216,3 +237,12 @@ class Config(Section):
         if isinstance(value, dict) and isinstance(value.get("model"), str):
             return {**value, "model": {"path": value["model"]}}
         return value
+
+    @model_validator(mode="after")
+    def _something_is_held_out(self) -> Config:
+        data = self.data
+        if self.eval.every and not (data.eval or data.eval_rows or data.eval_split):
+            raise ValueError(
+                "`eval.every` is set, but there is nothing to evaluate on: set data.eval or data.eval_split"
+            )
+        return self

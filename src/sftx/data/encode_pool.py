@@ -18,7 +18,7 @@ import sftx
 from sftx.config import Data
 from sftx.data.cache import Cache
 from sftx.data.encode_worker import encode_block, read_block, tokenizer_state
-from sftx.data.template import Encoder
+from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import UserError
 

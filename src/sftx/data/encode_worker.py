@@ -17,7 +17,7 @@ from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
 from sftx.data.read import rows_in
 from sftx.data.rows import parse, unused
-from sftx.data.template import Encoder
+from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
@@ -44,8 +44,8 @@ def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         elif encoded.action == "dropped":
             meta["dropped"].append((line, encoded.reason))
         else:
-            lost = (encoded.action == "split", encoded.tokens_truncated, encoded.targets_truncated)
-            entries += [Entry(example, line, digest, *lost) for example in encoded.examples]
+            cut = (encoded.action == "split", encoded.tokens_truncated, encoded.targets_truncated)
+            entries += [Entry(example, line, digest, *cut, tuple(encoded.notes)) for example in encoded.examples]
     return make_block(entries, meta)
 
 

@@ -25,6 +25,7 @@ class Progress:
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
+        self._encoding_since: float | None = None
         self._smooth: float | None = None
 
     def __enter__(self) -> Progress:
@@ -36,14 +37,17 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
-    def encoding(self, done: int, total: int, seconds_left: float) -> None:
+    def encoding(self, done: int, total: int) -> None:
         """Rows encoded so far."""
         now = time.monotonic()
-        if now - self._last_line >= PLAIN_EVERY / 5 and done < total:
+        if done == 0 or self._encoding_since is None:
+            self._encoding_since = now
+        if now - self._last_line >= PLAIN_EVERY / 5 and 0 < done < total:
             self._last_line = now
-            self.say(f"encoding {done:,} of {total:,} rows, {seconds_left:,.0f} s left")
+            left = (now - self._encoding_since) * (total - done) / done
+            self.say(f"encoding {done:,} of {total:,} rows, about {left:,.0f} s left")
 
     def data(self, train: Ledger, held_out: Ledger | None, num_steps: int) -> None:
         """The ledger and the plan, before anything is loaded."""

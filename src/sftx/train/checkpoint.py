@@ -141,7 +141,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise OSError(
-            f"not enough space for a checkpoint in {folder}: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free"
+            f"not enough space for a checkpoint in {folder}: {needed >> 20:,} MiB needed, {free >> 20:,} MiB free"
         )
 
 

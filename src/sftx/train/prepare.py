@@ -18,7 +18,7 @@ from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora, write_ledger
 from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan
-from sftx.data.template import Encoder
+from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach, trainable
 from sftx.model.checks import check_paths, check_sizes
