@@ -43,7 +43,8 @@ class TokenBlock:
     starts: NDArray[np.int64]  # [N + 1]
     line: NDArray[np.int32]  # [N]
     part: NDArray[np.int32]  # [N]
-    note: NDArray[np.int32]  # [N] index into meta["notes"]
+    note: NDArray[np.int32]  # [N] index into meta["notes"]: what was done to the example
+    about: NDArray[np.int32]  # [N] index into meta["abouts"]: what was done to its row
     split: NDArray[np.uint8]  # [N] 1 where the row was cut into pieces because it was too long
     cut_tokens: NDArray[np.int32]  # [N]
     cut_targets: NDArray[np.int32]  # [N]
@@ -52,7 +53,7 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`: texts; `dropped`, `bad`: [line, reason] of each row; `unused`: rows per unread column; `largest_id`."""
+    """`notes`, `abouts`, `dropped` and `bad` ([line, reason] of each row), `unused` (rows per column), `largest_id`."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -75,7 +76,7 @@ def example_digest(ids: NDArray[np.int32], weights: NDArray[np.float32]) -> int:
 
 
 class Entry(NamedTuple):
-    """One example on its way into a block, with what happened to its row (the last four count once per row)."""
+    """One example on its way into a block, with what happened to its row."""
 
     example: Example
     line: int  # from the first line of the block
@@ -83,6 +84,7 @@ class Entry(NamedTuple):
     split: bool = False
     cut_tokens: int = 0
     cut_targets: int = 0
+    about: tuple[str, ...] = ()
 
 
 def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
@@ -90,15 +92,17 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
     examples = [entry.example for entry in entries]
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
     lengths = np.array([len(e.ids) for e in examples], np.int64)
-    notes = {"": 0}
-    for example in examples:
-        notes.setdefault(example.note, len(notes))
+    notes: dict[str, int] = {}
+    abouts: dict[tuple[str, ...], int] = {}
+    for entry in entries:
+        notes.setdefault(entry.example.note, len(notes))
+        abouts.setdefault(entry.about, len(abouts))
 
     def first(values: list[int]) -> NDArray[np.int32]:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
-    facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes)}
+    facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,
         weights=weights.astype(np.uint8) if np.isin(weights, (0, 1)).all() else weights,
@@ -106,6 +110,7 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         line=np.array([entry.line for entry in entries], np.int32),
         part=np.array([e.part for e in examples], np.int32),
         note=np.array([notes[e.note] for e in examples], np.int32),
+        about=np.array([abouts[entry.about] for entry in entries], np.int32),
         split=np.array([entry.split for entry in entries], np.uint8),
         cut_tokens=first([entry.cut_tokens for entry in entries]),
         cut_targets=first([entry.cut_targets for entry in entries]),

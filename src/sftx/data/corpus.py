@@ -70,6 +70,7 @@ class Columns:
     cut_targets: Int32
     digest: NDArray[np.uint64]
     row: NDArray[np.uint64]
+    about: Int32
     block: Int32
     index: Int32
 
@@ -205,6 +206,7 @@ class Corpus:
         columns: dict[str, list[Any]] = {name: [] for name in Columns.__slots__}
         drops: list[Drop] = []
         notes: dict[int, dict[str, int]] = {}
+        codes: dict[tuple[str, ...], int] = {}
         for number, part in enumerate(self._parts):
             block = self._load(number)  # not kept: a large corpus has more blocks than may be open
             count = len(block.line)
@@ -215,6 +217,9 @@ class Corpus:
                 "source": np.full(count, part.source, np.int16),
                 "origin": np.full(count, part.origin, np.int32),
                 "line": block.line + np.int64(part.line),
+                "about": np.array([codes.setdefault(tuple(a), len(codes)) for a in block.meta["abouts"]] or [0])[
+                    block.about
+                ],
                 "block": np.full(count, number, np.int32),
                 "index": np.arange(count, dtype=np.int32),
             }
@@ -226,13 +231,11 @@ class Corpus:
             for column, rows in block.meta["unused"].items():
                 note = f"column {column!r} not used"
                 counts[note] = counts.get(note, 0) + rows
-            coded = np.bincount(block.note[block.part == 0], minlength=len(block.meta["notes"]))
-            for note, rows in zip(block.meta["notes"], coded.tolist(), strict=True):
-                if note and rows:
-                    counts[note] = counts.get(note, 0) + rows
+        self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
 
     def _ledgers(self, drops: list[Drop], notes: dict[int, dict[str, int]]) -> dict[str, Ledger]:
+        """The ledger of each source. `notes` counts what is not known by example: columns that are not read."""
         columns, ledgers = self._columns, {}
         for number, name in enumerate(self.sources):
             mine = columns.source == number
@@ -240,6 +243,11 @@ class Corpus:
             dropped = [drop for drop in drops if drop.source == number]
             split = int((first & (columns.split != 0)).sum())
             rows = int(first.sum())
+            counts = dict(notes.get(number, {}))
+            for about, found in zip(
+                self._abouts, np.bincount(columns.about[first], minlength=len(self._abouts)), strict=True
+            ):
+                counts |= {note: counts.get(note, 0) + int(found) for note in about if found}
             ledgers[name] = Ledger(
                 read=rows + len(dropped),
                 trained=rows - split,
@@ -251,7 +259,7 @@ class Corpus:
                 targets=int(columns.targets[mine].sum()),
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
-                notes=dict(notes.get(number, {})),
+                notes=counts,
                 rows=[
                     {"source": self.origins[d.origin].name, "line": d.line, "action": "dropped", "reason": d.reason}
                     for d in dropped

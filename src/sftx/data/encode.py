@@ -20,9 +20,9 @@ from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Columns, Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
+from sftx.data.render import Encoder
 from sftx.data.rows import detect, parse
 from sftx.data.sources import Table, named_sources, open_tables
-from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Example, RowError, UserError
 

@@ -16,8 +16,8 @@ from typing import Any
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
 from sftx.data.read import rows_in
-from sftx.data.rows import parse, unused
 from sftx.data.render import Encoder
+from sftx.data.rows import parse, unused
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
