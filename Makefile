@@ -16,7 +16,7 @@ test: lint  ## everything that must pass before a change goes in; PYTEST="-m slo
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .

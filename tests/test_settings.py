@@ -150,9 +150,11 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
 
 
 def test_overrides_merge_into_sections(tmp_path: Path) -> None:
-    config = load(tmp_path, BASE + "batch: {epochs: 2}\noptim:\n", "model.tokenizer=t", "batch={steps: 3}", "model=n")
+    config = load(
+        tmp_path, BASE + "batch: {epochs: 2}\noptim:\n", "model.tokenizer=t", "batch={shuffle: false}", "model=n"
+    )
     assert (config.model.path, config.model.tokenizer) == ("n", "t")
-    assert (config.batch.epochs, config.batch.steps) == (2, 3)
+    assert (config.batch.epochs, config.batch.shuffle) == (2, False)
     assert refused(tmp_path, BASE, "seed=1", "seed=2") == ["command line: seed: given twice"]
     assert refused(tmp_path, BASE, "seed")[0].startswith("command line: 'seed': write a setting as key=value")
 
