@@ -136,7 +136,7 @@ class Encoder:
             return "".join(text for text, _ in scripts[0].chunks[:position]) if scripts else ""
         conversation = self._conversation(row)
         with watched():
-            return self._template(conversation).turn(conversation, turn).prompt
+            return self.template(bool(conversation.tools)).turn(conversation, turn).prompt
 
     # ---- rows to scripts
 
@@ -216,15 +216,16 @@ class Encoder:
         chunks[-1] = (text.removesuffix(eos) if eos else text, weight)
         return _Plan(row, [Script(chunks, eos=True, alone=True)], notes=_trailing(row, last))
 
-    def _template(self, conversation: Conversation) -> ChatTemplate:
-        return self._templates.get("tool_use" if conversation.tools else "default") or self._templates["default"]
+    def template(self, with_tools: bool) -> ChatTemplate:
+        """The template that renders rows with or without tools."""
+        return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
 
     def _rendered(self, row: Row, conversation: Conversation) -> _Plan:
         mark, notes = "", _trailing(row, conversation.trained[-1])
         if self._escape and self._spells_special(conversation):
             conversation, mark = self._marked(conversation)
             notes.append("special tokens kept as text")
-        template = self._template(conversation)
+        template = self.template(bool(conversation.tools))
         turns = [template.turn(conversation, t) for t in conversation.trained]
         weights = [conversation.weights[t] for t in conversation.trained]
         scripts = _scripts(turns, weights, mark)
@@ -314,20 +315,16 @@ class Encoder:
         array = np.array(ids, dtype=np.int32)
         places = np.flatnonzero(tokenizer.is_splitting[array])
         matches = [(m.start(), m.end()) for m in tokenizer.splitting.finditer(text)]
-        borders: list[int] | None = []
-        if len(places) != len(matches):
-            borders = None
+        borders: list[int] = []
         ends = [end for _, end in matches]
         at = 0
-        for chunk, _ in script.chunks[:-1] if borders is not None else ():
+        for chunk, _ in script.chunks[:-1]:
             at += len(chunk)
-            border = self._border(text, at, matches, ends, places, array, script.mark)
+            same = len(places) == len(matches)
+            border = self._border(text, at, matches, ends, places, array, script.mark) if same else None
             if border is None:
-                borders = None
-                break
+                return self._apart(script)
             borders.append(border)
-        if borders is None:
-            return self._apart(script)
         if script.eos and tokenizer.eos_id is not None:
             array = np.append(array, np.int32(tokenizer.eos_id))
         return [self._served(array, [0, *borders, len(array)], [weight for _, weight in script.chunks], script.note)]

@@ -1,0 +1,214 @@
+"""Every chat template against every kind of conversation: are the trained tokens those a server would ask for?
+
+    python bench/templates.py [FOLDER] [--verbose]
+
+For each template and conversation the row is encoded, and each trained span is checked against transformers: the ids
+before it must equal `apply_chat_template(messages[:t], add_generation_prompt=True)`, the span must end in a token that
+stops generation and hold the turn's content. The table names the template and what its rows became; refusals are
+listed with their reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sftx.config import Data
+from sftx.data.render import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import Example, Row, RowError
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+_MARKS = re.compile(
+    r"<\|[^|<>\s'\"]+\|>|<｜[^｜<>\s]+｜>|</?s>|<[a-z_]+_of_[a-z]+>|\[/?[A-Z_]{3,}\]|\[gMASK\]|<sop>|<\|[a-z_]+>|<[a-z_]+\|>"
+    r"|<extra_id_\d>|\]~!b\[|\]~b\]|\[e~\["
+)
+_PLAIN = re.compile(r"</?think>|</?tool_call>|</?tool_response>")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _model(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+_CALL = {"type": "function", "id": "call12345", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+_RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call12345", "content": '{"degrees": 21}'}
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "single": ([_user("What is 2+2?"), _model("It is 4, I think.")], []),
+    "multi": (
+        [_user("Hi"), _model("Hello there!"), _user("And now?"), _model("Now we talk."), _user("Bye"), _model("Bye!")],
+        [],
+    ),
+    "system": ([{"role": "system", "content": "Be brief."}, _user("Hi"), _model("Yes."), _user("So"), _model("No.")], []),
+    "tools": ([_user("Hi"), _model("Hello.")], TOOLS),
+    "calls": (
+        [_user("Weather?"), _model("", tool_calls=[_CALL]), _RESULT, _model("It is 21 degrees."), _user("Ok"), _model("Fine.")],
+        TOOLS,
+    ),
+    "reasoning": (
+        [
+            _user("What is 3+4?"),
+            _model("It is 7.", reasoning_content="Three and four make seven."),
+            _user("Sure?"),
+            _model("Quite.", reasoning_content="I counted twice."),
+        ],
+        [],
+    ),
+    "mixed": ([_user("Hi"), _model("Ho.", reasoning_content="Say ho."), _user("So"), _model("Well.")], []),
+    "edges": ([_user("  a\n"), _model("\n  padded \n"), _user("[[x]] שלום"), _model("🙂 end "), _user("rest")], []),
+}
+
+
+@dataclass
+class Result:
+    """What one conversation became with one template: `kind` is pass, split, forced or refused; `reason` says more."""
+
+    kind: str
+    reason: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+
+def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
+    """A tokenizer that knows the marks of all templates as its own tokens: ours, and the one of transformers."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer.from_file(str(SHARED / "tokenizers" / "qwen3" / "tokenizer.json"))
+    source = "\n".join(sources)
+    marks = sorted({"<s>", "</s>", *_MARKS.findall(source)})
+    backend.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks])
+    backend.add_tokens(
+        [tokenizers.AddedToken(mark, normalized=False) for mark in sorted(set(_PLAIN.findall(source)))]
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return Tokenizer.of(theirs), theirs
+
+
+def spans(example: Example) -> Iterator[tuple[int, int]]:
+    """Begin and end of each stretch of targets."""
+    begin = None
+    for i, weight in enumerate([*example.weights.tolist(), 0.0]):
+        if weight and begin is None:
+            begin = i
+        elif not weight and begin is not None:
+            yield begin, i
+            begin = None
+
+
+def check(encoder: Encoder, theirs: Any, name: str) -> Result:
+    """Encode one conversation and hold every trained span against what transformers would send."""
+    messages, tools = CONVERSATIONS[name]
+    row = Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+    encoded = encoder.encode([row])[0]
+    if isinstance(encoded, RowError):
+        return Result("refused", str(encoded))
+    result = Result("split" if len(encoded.examples) > 1 else "pass", "; ".join(encoded.notes))
+    turns = [t for t, message in enumerate(messages) if message["role"] == "assistant"]
+    found = [(example, begin, end) for example in encoded.examples for begin, end in spans(example)]
+    if len(found) != len(turns):
+        result.wrong.append(f"{len(found)} spans for {len(turns)} turns")
+        return result
+    for t, (example, begin, end) in zip(turns, found, strict=True):
+        kwargs = {}
+        if "no-thinking prompt" in example.note:
+            kwargs = encoder.template(bool(tools)).switch
+        if "opening" in example.note or "no-thinking" in example.note:
+            result.kind = "forced"
+        shown = messages[:t]
+        if encoder.template(bool(tools)).arguments_as_text:
+            shown = [
+                {**m, "tool_calls": [{**_CALL, "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]}
+                if "tool_calls" in m
+                else m
+                for m in shown
+            ]
+        served = theirs.apply_chat_template(
+            shown,
+            tools=tools or None,
+            chat_template=encoder.chat_template,
+            add_generation_prompt=True,
+            return_dict=False,
+            **kwargs,
+        )
+        if served != example.ids[:begin].tolist():
+            result.wrong.append(f"turn {t}: prompt {theirs.decode(example.ids[:begin])!r} is not {theirs.decode(served)!r}")
+        output = theirs.decode(example.ids[begin:end])
+        last = theirs.decode([example.ids[end - 1]])
+        if not encoder.tokenizer.is_special(last):
+            result.wrong.append(f"turn {t}: ends in {last!r}")
+        if messages[t]["content"].strip() not in output:
+            result.wrong.append(f"turn {t}: {output!r} does not hold the content")
+        if "tool_calls" in messages[t] and not ("get_weather" in output and "Paris" in output):
+            result.wrong.append(f"turn {t}: {output!r} does not hold the call")
+    return result
+
+
+def main() -> None:
+    """Print the table; exit code 1 if any span is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
+    parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
+    parser.add_argument("--only", default="", help="templates whose path holds this")
+    arguments = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    counts: dict[str, int] = {}
+    wrong = 0
+    refused: list[str] = []
+    print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
+    paths = [path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)]
+    ours, theirs = prepared([path.read_text(encoding="utf-8") for path in paths])
+    for path in paths:
+        encoder = Encoder(ours, Data(template=str(path)), 4096)
+        cells = []
+        details = []
+        for name in CONVERSATIONS:
+            result = check(encoder, theirs, name)
+            kind = "WRONG" if result.wrong else result.kind
+            counts[kind] = counts.get(kind, 0) + 1
+            wrong += bool(result.wrong)
+            cells.append(f"{kind:9s}")
+            details += [f"    {name}: {line}" for line in result.wrong]
+            if result.kind == "refused":
+                refused.append(f"{path.name} {name}: {result.reason}")
+            elif arguments.verbose:
+                details.append(f"    {name}: {result.reason}")
+                details += [f"      {line}" for line in outputs(encoder, theirs, name)]
+        stop = theirs.decode([encoder.stop_id])
+        print(f"{str(path.relative_to(arguments.folder)):58s} {stop:22s} " + " ".join(cells))
+        print("".join(line + "\n" for line in details), end="")
+    print("\nrefusals:\n" + "\n".join(refused))
+    print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))
+    raise SystemExit(1 if wrong else 0)
+
+
+def outputs(encoder: Encoder, theirs: Any, name: str) -> Iterator[str]:
+    """Each trained span as text, with the end of its prompt before it."""
+    messages, tools = CONVERSATIONS[name]
+    encoded = encoder.encode([Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))])[0]  # type: ignore[arg-type]
+    assert not isinstance(encoded, RowError)
+    for example in encoded.examples:
+        for begin, end in spans(example):
+            prompt = theirs.decode(example.ids[:begin])
+            yield f"...{prompt[-40:]!r} -> {theirs.decode(example.ids[begin:end])!r}"
+
+
+if __name__ == "__main__":
+    main()
