@@ -1,0 +1,161 @@
+"""The cache: what is read is what was written, or nothing; never something else."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from sftx.data.cache import Cache, Entry, make_block, open_block
+from sftx.data.corpus import Corpus
+from sftx.types import Example, UserError
+
+
+def example(ids: list[int], weights: list[float], note: str = "", part: int = 0) -> Example:
+    return Example(np.array(ids, np.int32), np.array(weights, np.float32), note, part)
+
+
+def same(a: Example, b: Example) -> bool:
+    return (
+        a.ids.tolist() == b.ids.tolist()
+        and a.weights.tolist() == b.weights.tolist()
+        and a.weights.dtype == np.float32
+        and (a.note, a.part) == (b.note, b.part)
+    )
+
+
+EXAMPLES = [
+    example([1, 2, 3], [0, 1, 1]),
+    example([4], [0], "split 1 of 2"),
+    example([5, 6], [0, 1], "split 2 of 2", 1),
+]
+
+WEIGHT = st.sampled_from([0.0, 1.0]) | st.floats(0, 1000, width=32)
+SEQUENCE = st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHT), max_size=20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(SEQUENCE, max_size=8))
+def test_what_is_read_is_what_was_written(tmp_path_factory: pytest.TempPathFactory, sequences: list) -> None:
+    cache = Cache(str(tmp_path_factory.mktemp("cache")))
+    written = [example([i for i, _ in s], [w for _, w in s], f"note {len(s)}", len(s)) for s in sequences]
+    cache.save("ab12", make_block([Entry(e, i, i) for i, e in enumerate(written)], {}))
+    block = cache.load("ab12")
+    assert block is not None
+    assert len(block.line) == len(written)
+    assert all(same(block.example(i), e) for i, e in enumerate(written))
+    assert block.sums.tolist() == [float(e.weights.sum(dtype=np.float64)) for e in written]
+
+
+def test_blocks_are_safetensors_files(tmp_path: Path) -> None:
+    """The files can be opened by other tools; weights of 0 and 1 take a byte."""
+    cache = Cache(str(tmp_path))
+    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    arrays = load_file(cache.path("k1"))
+    assert arrays["ids"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert arrays["weights"].dtype == np.uint8
+    assert arrays["starts"].tolist() == [0, 3, 4, 6]
+    cache.save("k2", make_block([Entry(example([1, 2], [0, 0.5]), 0)], {}))
+    assert load_file(cache.path("k2"))["weights"].dtype == np.float32
+
+
+def test_a_torn_file_is_no_block(tmp_path: Path) -> None:
+    """Cut anywhere, a file is taken for absent, so its rows are encoded again."""
+    cache = Cache(str(tmp_path))
+    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    path = cache.path("k1")
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert open_block(path) is None, size
+    path.write_bytes(whole)
+    assert open_block(path) is not None
+    assert open_block(tmp_path / "nothing") is None
+
+
+def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
+    """Every bit of every token and weight is under the hash of its example."""
+    cache = Cache(str(tmp_path))
+    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    path = cache.path("k1")
+    whole = bytearray(path.read_bytes())
+    block = open_block(path)
+    assert block is not None
+    at = whole.find(np.array([1, 2, 3, 4, 5, 6], np.int32).tobytes())
+    weights_at = whole.find(bytes([0, 1, 1, 0, 0, 1]))
+    assert min(at, weights_at) > 0
+    for place in [*range(at, at + 24), *range(weights_at, weights_at + 6)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.unlink()
+        path.write_bytes(damaged)
+        broken = open_block(path)
+        assert broken is not None
+        with pytest.raises(UserError, match="damaged"):
+            [broken.example(i) for i in range(3)]
+
+
+def test_debris_goes_and_live_files_stay(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
+    old, new = tmp_path / "tmp" / "old", tmp_path / "tmp" / "new"
+    old.mkdir()
+    (old / "rows.jsonl").write_text("1")
+    new.write_text("1")
+    os.utime(old, (time.time() - 10**6,) * 2)
+    with cache.scratch() as folder:
+        assert folder.is_dir()
+    assert not old.exists()
+    assert new.exists()
+    assert not folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"set data\.cache"):
+        Cache(str(tmp_path / "file"))
+
+
+def test_corpus_from_examples() -> None:
+    corpus = Corpus.from_examples(EXAMPLES)
+    assert len(corpus) == 3
+    assert all(same(corpus.example(i), e) for i, e in enumerate(EXAMPLES))
+    assert corpus.lengths.tolist() == [3, 1, 2]
+    assert corpus.weights.tolist() == [2.0, 0.0, 1.0]
+    assert corpus.targets.tolist() == [2, 0, 1]
+    assert (corpus.lengths.dtype, corpus.weights.dtype, corpus.targets.dtype) == (np.int32, np.float64, np.int32)
+    assert (corpus.source.dtype, corpus.line.dtype, corpus.part.dtype) == (np.int16, np.int64, np.int32)
+    assert corpus.largest_id == 6
+    assert corpus.place(1) == "memory, row 2"
+
+
+def test_fingerprint_is_of_tokens_weights_and_order() -> None:
+    base = Corpus.from_examples(EXAMPLES)
+    assert base.subset([0, 1, 2]).fingerprint == base.fingerprint
+    assert Corpus.from_examples(EXAMPLES[::-1]).fingerprint == base.subset([2, 1, 0]).fingerprint != base.fingerprint
+    changed = [example([1, 2, 3], [0, 1, 0.5]), *EXAMPLES[1:]]
+    moved = [example([1, 2, 3, 4], [0, 1, 1, 0]), *EXAMPLES[2:]]
+    assert len({Corpus.from_examples(e).fingerprint for e in (EXAMPLES, changed, moved)}) == 3
+
+
+def test_subset_repeats_and_divides() -> None:
+    corpus = Corpus.from_examples(EXAMPLES)
+    twice = corpus.subset([2, 2, 0])
+    assert [twice.example(i).ids.tolist() for i in range(3)] == [[5, 6], [5, 6], [1, 2, 3]]
+    rest, held = corpus.divide(np.array([True, False, False]))
+    assert (len(rest), len(held)) == (2, 1)
+    assert (rest.ledger.read, rest.ledger.tokens) == (1, 3)
+    assert (held.ledger.read, held.ledger.tokens) == (1, 3)
+
+
+def test_an_empty_corpus_keeps_its_dtypes() -> None:
+    empty = Corpus.from_examples([])
+    assert len(empty) == 0
+    assert empty.lengths.dtype == np.int32
+    assert empty.weights.dtype == np.float64
+    assert empty.ledger.read == 0
