@@ -22,8 +22,8 @@ SOURCE = ROOT / "src" / "sftx"
 # A module imports from its own layer and from those beneath it; the longest name that fits decides.
 LAYERS = {
     5: ("cli", "compat", "demo", "__main__"),
-    4: ("train.loop", "train.prepare", "track.report", "track.progress", "track.trackers"),
-    3: ("train", "eval"),
+    4: ("training.loop", "training.prepare", "track.report", "track.progress", "track.trackers"),
+    3: ("training", "eval"),
     2: ("model", "dist"),
     1: ("data", "track"),
     0: ("config", "types", "schema", "settings", "strict_yaml"),

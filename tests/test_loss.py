@@ -13,7 +13,7 @@ from sftx.data.pack import best_fit, build_pack, probe_pack
 from sftx.model.checks import check_paths
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
-from sftx.train.step import train_step
+from sftx.training.step import train_step
 from sftx.types import Example
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ _PUBLIC = {
     "Pack": "sftx.types",
     "StepRecord": "sftx.types",
     "encode": "sftx.data.encode",
-    "train": "sftx.train.loop",
-    "steps": "sftx.train.loop",
+    "train": "sftx.training.loop",
+    "steps": "sftx.training.loop",
 }
 __all__ = ["__version__", *_PUBLIC]
 

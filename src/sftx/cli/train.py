@@ -10,7 +10,7 @@ from sftx.config import Config
 
 def run(config: Config) -> int:
     """Train to the end; a run that finds its own checkpoint in `output` continues there."""
-    from sftx.train.loop import train
+    from sftx.training.loop import train
 
     train(config)
     return 0

@@ -23,11 +23,11 @@ from sftx.settings import make_config
 from sftx.track.card import model_card
 from sftx.track.progress import Progress
 from sftx.track.record import Run
-from sftx.train import checkpoint
-from sftx.train.optim import learning_rate
-from sftx.train.prepare import Job, prepare
-from sftx.train.step import StepResult, train_step
-from sftx.train.stop import Diverged, StopFlag, Stopped, listening
+from sftx.training import checkpoint
+from sftx.training.optim import learning_rate
+from sftx.training.prepare import Job, prepare
+from sftx.training.step import StepResult, train_step
+from sftx.training.stop import Diverged, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 

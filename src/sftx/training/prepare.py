@@ -27,8 +27,8 @@ from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.track.progress import Progress
 from sftx.track.record import Run
-from sftx.train import checkpoint
-from sftx.train.optim import build_optimizer, peak_learning_rate
+from sftx.training import checkpoint
+from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
 
 LONGEST_DEFAULT = 8192

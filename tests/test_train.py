@@ -1,0 +1,230 @@
+"""The main job, end to end on a tiny model: what comes out, and what a run may and may not depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import sftx
+from sftx.training import checkpoint
+from sftx.training.optim import build_optimizer, learning_rate
+
+ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.folder(tmp_path_factory.mktemp("model"))
+
+
+def settings(model: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """A run of ten steps; every setting may be replaced."""
+    base: dict[str, Any] = {
+        "model": model,
+        "data": {"rows": ROWS, "cache": str(output.parent / "cache")},
+        "output": str(output),
+        "batch": {"examples_per_step": 8, "epochs": 2},
+        "optim": {"learning_rate": 3e-3, "weight_decay": 0.1},
+        "runtime": {"progress": False, "device": "cpu", "threads": 1},
+    }
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
+    return base
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+def test_a_run_leaves_a_folder_that_serves_what_was_trained(model: str, tmp_path: Path) -> None:
+    result = sftx.train(**settings(model, tmp_path / "run", data={"eval_split": 0.1}))
+    assert result.eval_before is not None
+    assert result.eval_after is not None
+    assert result.eval_after["loss"] < result.eval_before["loss"] - 0.5
+    trained = AutoModelForCausalLM.from_pretrained(result.folder)
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in GenerationConfig.from_pretrained(result.folder).eos_token_id
+    assert trained.config._attn_implementation != "sftx_segments"
+    assert len(losses(result.folder)) == result.steps == 9
+    ledger = json.loads((result.folder / "ledger.json").read_text())["all"]
+    assert ledger["read"] == ledger["trained"] + ledger["split"] + ledger["dropped"] == 36
+    assert "nats per token" in (result.folder / "README.md").read_text()
+
+
+def test_pack_size_changes_nothing_but_rounding(model: str, tmp_path: Path) -> None:
+    whole = sftx.train(**settings(model, tmp_path / "whole", runtime={"tokens_per_pack": 100_000}))
+    cut = sftx.train(**settings(model, tmp_path / "cut", runtime={"tokens_per_pack": 1}))
+    assert losses(whole.folder) == pytest.approx(losses(cut.folder), rel=1e-5)
+    assert json.loads((cut.folder / "metrics.jsonl").read_text().splitlines()[0])["packs"] == 8
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(model: str, tmp_path: Path) -> None:
+    first, second = (sftx.train(**settings(model, tmp_path / name)) for name in ("first", "second"))
+    assert losses(first.folder) == losses(second.folder)
+    for name, tensor in weights(first.folder).items():
+        assert torch.equal(tensor, weights(second.folder)[name])
+
+
+@pytest.mark.parametrize("adapter", [{}, {"method": "lora", "rank": 4, "dropout": 0.1}])
+def test_a_killed_run_continues_to_the_bit(model: str, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    extra = {"adapter": adapter, "checkpoint": {"every": 3}}
+    whole = sftx.train(**settings(model, tmp_path / "whole", **extra))
+    config = settings(model, tmp_path / "killed", **extra)
+    for record in sftx.steps(**config):
+        if record.step == 5:
+            break  # the generator dies here, two steps after the checkpoint
+    assert checkpoint.newest(tmp_path / "killed" / "checkpoints").step == 3  # pyright: ignore[reportOptionalMemberAccess]
+    result = sftx.train(**config)
+    assert losses(result.folder) == losses(whole.folder)
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    for key, tensor in weights(whole.folder, name).items():
+        assert torch.equal(tensor, weights(result.folder, name)[key])
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["total_tokens"] == sum(line["tokens"] for line in lines)
+
+
+def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = sftx.train(**settings(model, tmp_path / "whole", checkpoint={"every": 2}))
+    config = settings(model, tmp_path / "run", checkpoint={"every": 2})
+    for record in sftx.steps(**config):
+        if record.step == 7:
+            break
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000006" / "weights.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    result = sftx.train(**config)
+    assert "damaged" in capfd.readouterr().err
+    assert losses(result.folder) == losses(whole.folder)
+
+
+def test_a_finished_run_takes_no_step_and_other_settings_are_refused(model: str, tmp_path: Path) -> None:
+    config = settings(model, tmp_path / "run")
+    before = sftx.train(**config)
+    stamp = (before.folder / "model.safetensors").stat().st_mtime_ns
+    assert list(sftx.steps(**config)) == []
+    assert sftx.train(**config).steps == before.steps
+    assert (before.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(sftx.UserError, match=r"(?s)other settings.*learning_rate.*0\.001"):
+        sftx.train(**settings(model, tmp_path / "run", optim={"learning_rate": 1e-3}))
+    with pytest.raises(sftx.UserError, match="other settings or data"):
+        sftx.train(**settings(model, tmp_path / "run", data={"rows": ROWS[1:]}))
+
+
+def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(model: str, tmp_path: Path) -> None:
+    result = sftx.train(**settings(model, tmp_path / "run", adapter={"method": "lora", "rank": 4, "merge": True}))
+    base = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.randint(8, 200, (1, 20))
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, result.folder).eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(result.folder / "merged").eval()(ids).logits
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+    assert float((adapted - merged).abs().max()) < 1e-5
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_a_signal_saves_and_exits_with_75(model: str, tmp_path: Path) -> None:
+    config = settings(model, tmp_path / "run", batch={"epochs": 400})
+    script = f"import sftx\nfor r in sftx.steps(**{config!r}):\n    print(r.step, flush=True)\n"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 5:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(60) == 75
+    state = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert state.step >= 5
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "stopped"
+    assert run["stopped_at"] == state.step == len(losses(tmp_path / "run"))
+
+
+def test_numbers_that_are_not_finite_are_never_applied_and_stop_the_run(model: str, tmp_path: Path) -> None:
+    poisoned = AutoModelForCausalLM.from_pretrained(model)
+    config = settings(model, tmp_path / "run", optim={"max_bad_steps": 2, "learning_rate": 3e38, "max_grad_norm": 0})
+    with pytest.raises(SystemExit) as stopped:
+        sftx.train(**config)
+    assert stopped.value.code == 3
+    assert "bad_steps.jsonl" in stopped.value.message  # pyright: ignore[reportAttributeAccessIssue]
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert len(bad) == 3
+    assert bad[0]["rows"][0].startswith("rows, row ")
+    assert None in losses(tmp_path / "run")
+    with torch.no_grad():
+        poisoned.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    poisoned.save_pretrained(tmp_path / "poisoned")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(sftx.UserError, match="not finite before training"):
+        sftx.train(**settings(str(tmp_path / "poisoned"), tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"path": "no/such/folder"}}, "no/such/folder"),
+        ({"data": {"rows": [["a", "b"], ["a"]]}}, "odd"),
+        ({"data": {"rows": []}}, "empty|nothing to train"),
+        ({"data": {"rows": ROWS, "max_length": 100_000}}, "256 positions"),
+        ({"data": {"rows": [{"input_ids": [5, 9999], "labels": [-100, 9999]}]}}, "9999"),
+        ({"data": {"rows": ROWS, "train": "x.jsonl"}}, "train"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(sftx.UserError, match=message):
+        sftx.train(**settings(model, tmp_path / "run", **changes))
+
+
+def test_output_must_not_overwrite_a_model(model: str, tmp_path: Path) -> None:
+    with pytest.raises(sftx.UserError, match="overwritten"):
+        sftx.train(**settings(model, Path(model)))
+    other = tiny.folder(tmp_path / "other")
+    with pytest.raises(sftx.UserError, match="no run of sftx"):
+        sftx.train(**settings(model, Path(other)))
+
+
+def test_schedules_are_functions_of_the_step() -> None:
+    make = sftx.Config.model_validate
+    config: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
+
+    def curve(**optim: Any) -> list[float]:
+        section = make({**config, "optim": optim}).optim
+        return [learning_rate(step, 100, section, 1.0) for step in range(100)]
+
+    assert curve(schedule="constant", warmup=0) == [1.0] * 100
+    assert curve(schedule="linear", warmup=10)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert curve(schedule="linear", warmup=0.1)[55] == pytest.approx(0.5)
+    assert curve(schedule="cosine", warmup=0)[50] == pytest.approx(0.5)
+    assert curve(schedule="cosine", warmup=0, final_ratio=0.1)[99] == pytest.approx(0.1, abs=1e-3)
+    stable = curve(schedule="wsd", warmup=10, decay=0.2)
+    assert stable[10:80] == [1.0] * 70
+    assert stable[90] == pytest.approx(0.5)
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    model = tiny.model(tie_word_embeddings=True)
+    section = sftx.Config.model_validate({"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}).optim
+    decayed = {id(p) for p in build_optimizer(model, section).param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert all(name.endswith("proj.weight") for name in names)
+    assert len(names) == 14
