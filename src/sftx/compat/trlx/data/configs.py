@@ -1,0 +1,178 @@
+"""trlx's configuration: sections as dataclasses, and `TRLConfig` around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sftx.compat.trlx.data.method_configs import FromDict, MethodConfig, get_method
+from sftx.strict_yaml import parse
+from sftx.types import UserError
+
+
+@dataclass
+class ModelConfig(FromDict):
+    """The model: its path, how many of its layers train (-1 = all), and an adapter if any."""
+
+    SECTION = "model"
+
+    model_path: str
+    model_arch_type: str = "causal"
+    num_layers_unfrozen: int = -1
+    peft_config: Any = None
+    model_extra_configs: dict[str, Any] = field(default_factory=dict)
+    delta_kwargs: dict[str, Any] | None = None
+
+
+@dataclass
+class TokenizerConfig(FromDict):
+    """The tokenizer, and the sides on which it pads prompts and cuts what is too long."""
+
+    SECTION = "tokenizer"
+
+    tokenizer_path: str
+    padding_side: str = "left"
+    truncation_side: str = "right"
+    tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptimizerConfig(FromDict):
+    """Name of the optimizer (adam, adamw, sgd) and its keyword arguments."""
+
+    SECTION = "optimizer"
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SchedulerConfig(FromDict):
+    """Name of the learning-rate schedule (cosine_annealing, linear) and its keyword arguments."""
+
+    SECTION = "scheduler"
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig(FromDict):
+    """The training job; names and defaults are trlx's."""
+
+    SECTION = "train"
+
+    total_steps: int
+    seq_length: int
+    epochs: int
+    batch_size: int
+    checkpoint_interval: int
+    eval_interval: int
+    pipeline: str
+    trainer: str
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    project_name: str = "trlx"
+    run_name: str | None = None
+    entity_name: str | None = None
+    group_name: str | None = None
+    checkpoint_dir: str = "ckpts"
+    rollout_logging_dir: str | None = None
+    save_best: bool = True
+    save_optimizer: bool = True
+    resume_from_checkpoint: str | None = None
+    tracker: str | None = "wandb"
+    logging_dir: str | None = None
+    tags: list[str] | None = field(default_factory=list)
+    seed: int = 1000
+    minibatch_size: int | None = None
+
+
+_SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "train": TrainConfig,
+}
+
+
+@dataclass
+class TRLConfig:
+    """The whole configuration."""
+
+    method: MethodConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+
+    @classmethod
+    def load_yaml(cls, yml_fp: str) -> TRLConfig:
+        """Read a YAML file, strictly: `1e-4` is a number, a key may stand once."""
+        problems: list[str] = []
+        data, _ = parse(Path(yml_fp).read_text(encoding="utf-8"), str(yml_fp), problems)
+        if problems:
+            raise UserError("\n".join(problems))
+        if not isinstance(data, dict):
+            raise UserError(f"{yml_fp}: a mapping of sections is needed: method, {', '.join(_SECTIONS)}")
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
+        """Construct from nested dictionaries. Raises UserError naming a section or parameter that is not known."""
+        names = ["method", *_SECTIONS]
+        for name in config:
+            if name not in names:
+                close = get_close_matches(name, names, 1)
+                hint = f"did you mean {close[0]}?" if close else f"known sections: {', '.join(names)}"
+                raise UserError(f"parameter {name} is not present in the config (typo or a wrong config); {hint}")
+        for name in names:
+            if not isinstance(config.get(name), Mapping):
+                raise UserError(f"section {name} is missing from the config")
+        method = dict(config["method"])
+        return cls(
+            method=get_method(str(method.get("name", ""))).from_dict(method),
+            **{name: section.from_dict(config[name]) for name, section in _SECTIONS.items()},
+        )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested dictionaries, independent of this object."""
+        return {name: deepcopy(vars(getattr(self, name))) for name in ("method", *_SECTIONS)}
+
+    def evolve(self, **kwargs: Any) -> TRLConfig:
+        """A new configuration with nested parameters replaced: `config.evolve(train=dict(batch_size=4))`."""
+        return TRLConfig.from_dict(_merged(self.to_dict(), kwargs))
+
+    @classmethod
+    def update(cls, baseconfig: TRLConfig | dict[str, Any], config: Mapping[str, Any]) -> TRLConfig:
+        """`baseconfig` with parameters replaced by dotted key (`{"train.batch_size": 4}`) or by nested dictionary.
+
+        Raises UserError for a key that the configuration does not have, at whatever depth.
+        """
+        nested: dict[str, Any] = {}
+        for name, value in config.items():
+            *layers, last = name.split(".")
+            inner = nested
+            for layer in layers:
+                inner = inner.setdefault(layer, {})
+            inner[last] = _merged(inner.get(last, {}), value) if isinstance(value, Mapping) else value
+        base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
+        return cls.from_dict(_merged(base, nested))
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict(), indent=4, default=str)
+
+
+def _merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `update` put in, recursively; neither is changed."""
+    merged = deepcopy(dict(base))
+    for key, value in update.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged

@@ -1,0 +1,47 @@
+"""The configuration that trlx starts an SFT script with."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from sftx.compat.trlx.data.configs import (
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TRLConfig,
+)
+from sftx.compat.trlx.rl import refuse
+from sftx.compat.trlx.trainer.accelerate_sft_trainer import SFTConfig
+
+
+def default_sft_config() -> TRLConfig:
+    """gpt2, 1,000 steps of 8 samples, AdamW at a constant 1e-4."""
+    return TRLConfig(
+        train=TrainConfig(
+            seq_length=1024,
+            epochs=100,
+            total_steps=1000,
+            batch_size=8,
+            checkpoint_interval=10000,
+            eval_interval=100,
+            pipeline="PromptPipeline",
+            trainer="AccelerateSFTTrainer",
+        ),
+        model=ModelConfig(model_path="gpt2", num_layers_unfrozen=-1),
+        tokenizer=TokenizerConfig(tokenizer_path="gpt2", truncation_side="right"),
+        optimizer=OptimizerConfig("adamw", {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-6}),
+        scheduler=SchedulerConfig("cosine_annealing", {"T_max": 1e12, "eta_min": 1e-4}),
+        method=SFTConfig("sftconfig", {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}),
+    )
+
+
+def default_ppo_config() -> NoReturn:
+    """Refused: reinforcement learning."""
+    refuse("default_ppo_config")
+
+
+def default_ilql_config() -> NoReturn:
+    """Refused: reinforcement learning."""
+    refuse("default_ilql_config")

@@ -1,0 +1,67 @@
+"""`train`, trlx's one call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sftx.compat.trlx.data.configs import TRLConfig
+from sftx.compat.trlx.data.default_configs import default_sft_config
+from sftx.compat.trlx.pipeline.offline_pipeline import start_token
+from sftx.compat.trlx.rl import refuse
+from sftx.compat.trlx.utils import set_seed
+from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
+from sftx.types import UserError
+
+
+def train(
+    model_path: str | None = None,
+    reward_fn: Callable[..., Any] | None = None,
+    dataset: Any = None,
+    samples: Sequence[Any] | None = None,
+    rewards: Sequence[float] | None = None,
+    prompts: Any = None,
+    eval_prompts: Sequence[str] | Sequence[dict[str, Any]] | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    config: TRLConfig | None = None,
+    stop_sequences: Sequence[str] | None = None,
+) -> Any:
+    """Fine-tune on `samples` and return the trainer.
+
+    Strings are plain text, every token a target; lists are alternating prompts and outputs, the outputs being targets.
+    `eval_prompts` (texts, or dictionaries with `"prompt"` and extra keys; default: BOS, once per element of a batch)
+    are continued before training, every `train.eval_interval` steps and at the end, cut at `stop_sequences`, and given
+    to `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by name.
+    """
+    for name, value in (("reward_fn", reward_fn), ("rewards", rewards), ("dataset", dataset), ("prompts", prompts)):
+        if value is not None:
+            refuse(name)
+    if not samples:
+        raise UserError("samples: there is nothing to train on; give a list of texts or of [prompt, output, ...] lists")
+    if config is None:
+        warnings.warn("no `config` given: default_sft_config() is used; adapt it instead", stacklevel=2)
+        config = default_sft_config()
+    if model_path:
+        config = config.evolve(model={"model_path": model_path})
+    set_seed(config.train.seed)
+
+    trainer = get_trainer(config.train.trainer)(
+        config=config, metric_fn=metric_fn, stop_sequences=stop_sequences, **config.train.trainer_kwargs
+    )
+    trainer.make_experience(samples, config.train.seq_length)
+    if eval_prompts is None:
+        batch_size = config.train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        eval_prompts = [start_token(trainer.tokenizer)] * batch_size
+    longest = config.method.gen_kwargs["max_new_tokens"]  # pyright: ignore[reportAttributeAccessIssue] - SFT methods have it
+    room = config.train.seq_length - (max(longest) if isinstance(longest, list) else longest)
+    trainer.add_eval_pipeline(get_pipeline(config.train.pipeline)(eval_prompts, room, trainer.tokenizer))
+    resume = config.train.resume_from_checkpoint
+    if resume and os.path.exists(resume):
+        trainer.load(resume)
+    elif resume:
+        print(f"note: train.resume_from_checkpoint: there is no {resume}; starting from the beginning", file=sys.stderr)
+    trainer.learn()
+    return trainer
