@@ -131,11 +131,13 @@ def load_corpora(
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
         corpus = _assemble(train, tables, encoder.fingerprint, cache)
         held_out = _assemble(held, held_tables, encoder.fingerprint, cache) if held else None
-    for each in filter(None, (corpus, held_out)):
-        _check(each, data)
+    _check(corpus, data)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
-    return _weighted(corpus, train, config.seed), held_out and _weighted(held_out, held, config.seed)
+    elif held_out is not None:
+        _check(held_out, data)
+        held_out = _weighted(held_out, held, config.seed)
+    return _weighted(corpus, train, config.seed), held_out
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -93,9 +93,9 @@ def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: Callable[[
     waiting = deque(jobs)
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
     with ExitStack() as stack:
-        processes = [stack.enter_context(_start()) for _ in range(count)]
-        for process in processes:
-            stack.callback(process.kill)  # runs first, so that leaving early waits for nobody
+        for _ in range(count):
+            process = _start()
+            stack.callback(_end, process)
             Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
         for _ in jobs:
             answer = answers.get()
@@ -114,6 +114,14 @@ def _start() -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
     )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()  # it has answered all its jobs, or its answers are no longer wanted
+    for pipe in (process.stdin, process.stdout):
+        with suppress(BrokenPipeError):
+            pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+    process.wait()
 
 
 def _serve(

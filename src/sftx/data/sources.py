@@ -74,12 +74,12 @@ def open_tables(
     for number, source in enumerate(sources):
         name = source.name or source.path
         if rows is not None and source.path == MEMORY and number == len(sources) - 1:
-            lines = scratch / f"{number}-{len(tables)}-rows.jsonl"
+            lines = scratch / f"{number}-{len(tables)}-rows.lines"
             with lines.open("wb") as out:
                 out.writelines(convert.dump(row) + b"\n" for row in rows)
             tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
         elif is_hub_name(source.path):
-            lines = scratch / f"{number}-{len(tables)}-hub.jsonl"
+            lines = scratch / f"{number}-{len(tables)}-hub.lines"
             with lines.open("wb") as out:
                 convert.write_rows(_hub_rows(source.path), out)
             tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
@@ -107,7 +107,7 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
     key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
     for file in files:
         key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + _content_hash(file))
-    note = cache.path(key.hexdigest(), ".json")
+    note = cache.path(key.hexdigest(), ".blocks")
     try:
         known = json.loads(note.read_bytes())
         return Table(number, origin, files, [Block(*block) for block in known["blocks"]], known["form"], None)
@@ -126,7 +126,7 @@ def _content_hash(file: Path) -> bytes:
 
 
 def _converted(files: list[Path], scratch: Path) -> Path:
-    lines = scratch / (blake2b(str(files).encode(), digest_size=12).hexdigest() + ".jsonl")
+    lines = scratch / (blake2b(str(files).encode(), digest_size=12).hexdigest() + ".lines")
     with lines.open("wb") as out:
         convert.convert(files, out)
     return lines
@@ -164,7 +164,7 @@ def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
 def _hub_rows(name: str) -> Iterable[Any]:
     """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless named."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"{name}: no such file or folder. If this is a data set on the hub: pip install 'sftx[datasets]'"
