@@ -26,7 +26,7 @@ from sftx.types import Example, Row, RowError
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 _MARKS = re.compile(
     r"<\|[^|<>\s'\"]+\|>|<｜[^｜<>\s]+｜>|</?s>|<[a-z_]+_of_[a-z]+>|\[/?[A-Z_]{3,}\]|\[gMASK\]|<sop>|<\|[a-z_]+>|<[a-z_]+\|>"
-    r"|<extra_id_\d>|\]~!b\[|\]~b\]|\[e~\["
+    r"|<sep>|<seed:[a-z:/]+>|<end_of_utterance>|<extra_id_\d>|\]~!b\[|\]~b\]|\[e~\["
 )
 _PLAIN = re.compile(r"</?think>|</?tool_call>|</?tool_response>")
 TOOLS = [
@@ -35,7 +35,11 @@ TOOLS = [
         "function": {
             "name": "get_weather",
             "description": "Weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Its name."}},
+                "required": ["city"],
+            },
         },
     }
 ]
@@ -57,10 +61,20 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
         [_user("Hi"), _model("Hello there!"), _user("And now?"), _model("Now we talk."), _user("Bye"), _model("Bye!")],
         [],
     ),
-    "system": ([{"role": "system", "content": "Be brief."}, _user("Hi"), _model("Yes."), _user("So"), _model("No.")], []),
+    "system": (
+        [{"role": "system", "content": "Be brief."}, _user("Hi"), _model("Yes."), _user("So"), _model("No.")],
+        [],
+    ),
     "tools": ([_user("Hi"), _model("Hello.")], TOOLS),
     "calls": (
-        [_user("Weather?"), _model("", tool_calls=[_CALL]), _RESULT, _model("It is 21 degrees."), _user("Ok"), _model("Fine.")],
+        [
+            _user("Weather?"),
+            _model("", tool_calls=[_CALL]),
+            _RESULT,
+            _model("It is 21 degrees."),
+            _user("Ok"),
+            _model("Fine."),
+        ],
         TOOLS,
     ),
     "reasoning": (
@@ -95,9 +109,7 @@ def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
     source = "\n".join(sources)
     marks = sorted({"<s>", "</s>", *_MARKS.findall(source)})
     backend.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks])
-    backend.add_tokens(
-        [tokenizers.AddedToken(mark, normalized=False) for mark in sorted(set(_PLAIN.findall(source)))]
-    )
+    backend.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in sorted(set(_PLAIN.findall(source)))])
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     return Tokenizer.of(theirs), theirs
 
@@ -127,19 +139,10 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
         result.wrong.append(f"{len(found)} spans for {len(turns)} turns")
         return result
     for t, (example, begin, end) in zip(turns, found, strict=True):
-        kwargs = {}
-        if "no-thinking prompt" in example.note:
-            kwargs = encoder.template(bool(tools)).switch
+        kwargs = {key: value == "True" for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)}
         if "opening" in example.note or "no-thinking" in example.note:
             result.kind = "forced"
-        shown = messages[:t]
-        if encoder.template(bool(tools)).arguments_as_text:
-            shown = [
-                {**m, "tool_calls": [{**_CALL, "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]}
-                if "tool_calls" in m
-                else m
-                for m in shown
-            ]
+        shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages[:t]]
         served = theirs.apply_chat_template(
             shown,
             tools=tools or None,
@@ -149,11 +152,16 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
             **kwargs,
         )
         if served != example.ids[:begin].tolist():
-            result.wrong.append(f"turn {t}: prompt {theirs.decode(example.ids[:begin])!r} is not {theirs.decode(served)!r}")
+            result.wrong.append(
+                f"turn {t}: prompt {theirs.decode(example.ids[:begin])!r} is not {theirs.decode(served)!r}"
+            )
         output = theirs.decode(example.ids[begin:end])
         last = theirs.decode([example.ids[end - 1]])
         if not encoder.tokenizer.is_special(last):
             result.wrong.append(f"turn {t}: ends in {last!r}")
+        thought = messages[t].get("reasoning_content", "")
+        if thought not in output and "left out" not in example.note:
+            result.wrong.append(f"turn {t}: {output!r} does not hold the thought")
         if messages[t]["content"].strip() not in output:
             result.wrong.append(f"turn {t}: {output!r} does not hold the content")
         if "tool_calls" in messages[t] and not ("get_weather" in output and "Paris" in output):
