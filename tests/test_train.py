@@ -29,10 +29,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.folder(tmp_path_factory.mktemp("model"))
 
 
-def settings(model: str, output: Path, **changes: Any) -> dict[str, Any]:
+def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A run of ten steps; every setting may be replaced."""
     base: dict[str, Any] = {
-        "model": model,
+        "model": path,
         "data": {"rows": ROWS, "cache": str(output.parent / "cache")},
         "output": str(output),
         "batch": {"examples_per_step": 8, "epochs": 2},
@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_are_never_applied_and_stop_the_run(model: s
         ({"data": {"rows": []}}, "empty|nothing to train"),
         ({"data": {"rows": ROWS, "max_length": 100_000}}, "256 positions"),
         ({"data": {"rows": [{"input_ids": [5, 9999], "labels": [-100, 9999]}]}}, "9999"),
-        ({"data": {"rows": ROWS, "train": "x.jsonl"}}, "train"),
+        ({"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
     ],
 )
 def test_a_mistake_is_one_clear_message(model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -223,7 +223,9 @@ def test_schedules_are_functions_of_the_step() -> None:
 
 def test_weight_decay_is_for_matrices_only() -> None:
     model = tiny.model(tie_word_embeddings=True)
-    section = sftx.Config.model_validate({"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}).optim
+    section = sftx.Config.model_validate(
+        {"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}
+    ).optim
     decayed = {id(p) for p in build_optimizer(model, section).param_groups[0]["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
     assert all(name.endswith("proj.weight") for name in names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +36,15 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def saying_why(self, *endings: type[SystemExit]) -> Iterator[None]:
+        """Show the message of a run's early end on its way out."""
+        try:
+            yield
+        except endings as end:
+            self.say(f"ended    {end.message}")  # pyright: ignore[reportAttributeAccessIssue]
+            raise
 
     def say(self, text: str) -> None:
         """One line."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from sftx.config import Config
 from sftx.data.pack import build_pack
+from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import merge
 from sftx.model.load import load_model, to_tensors
@@ -76,6 +77,7 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
         run = Run(config)
         stack.callback(run.close)
         progress = stack.enter_context(Progress(config.runtime.progress))
+        stack.enter_context(progress.saying_why(Stopped, Diverged))
         job = prepare(config, here, run, progress)
         if run.finished:
             progress.finished_before(run)
@@ -94,8 +96,8 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
     config, plan = job.config, job.plan
     bad_steps, clock = 0, time.perf_counter()
     pending: tuple[int, StepResult] | None = None
-    for step in range(job.start, plan.num_steps):
-        result = _step(job, step)
+    for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
+        result = _step(job, step, packs)
         if pending is not None:
             bad_steps, clock, record = _read(job, *pending, bad_steps, clock)
             yield record
@@ -116,16 +118,23 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
         clock = time.perf_counter()
 
 
-def _step(job: Job, step: int) -> StepResult:
+def _packs(job: Job, step: int) -> list[dict[str, Any]]:
+    """The packs of `step` on their way to the device."""
+    bins = job.plan.packs(step, job.machine.tokens_per_pack)[0]
+    return [
+        to_tensors(build_pack([job.corpus.example(i) for i in members], members), job.machine.device)
+        for members in bins
+    ]
+
+
+def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
     """Launch step `step` (0-based)."""
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
     torch.manual_seed((job.config.seed * 1_000_003 + step) % 2**63)
-    members = job.plan.packs(step, job.machine.tokens_per_pack)[0]
-    packs = (build_pack([job.corpus.example(i) for i in pack], pack) for pack in members)
     return train_step(
         job.loss,
         job.optimizer,
-        (to_tensors(pack, job.machine.device) for pack in packs),
+        packs,
         job.plan.total_weight(step),
         learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
         job.config.optim.max_grad_norm,
