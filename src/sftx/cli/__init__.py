@@ -8,10 +8,10 @@ settings that this verb can do without. A verb whose `run` takes no `config` rea
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -69,7 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
     extra_keys: dict[str, str] = vars(module).get("EXTRA", {})
     path, overrides, extra = _split(verb, arguments, extra_keys)
-    if "config" not in inspect.signature(module.run).parameters:
+    if "config" not in signature(module.run).parameters:
         if path is not None or overrides:
             known = f"it takes {', '.join(f'{key}=...' for key in extra_keys)}" if extra_keys else "it takes nothing"
             raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; {known}")
@@ -136,7 +136,7 @@ def _verb_help(verb: str, module: ModuleType) -> str:
     lines = [(module.__doc__ or "").strip(), ""]
     for key, doc in vars(module).get("EXTRA", {}).items():
         lines += entry(f"{key}=...", doc)
-    if "config" not in inspect.signature(module.run).parameters:
+    if "config" not in signature(module.run).parameters:
         return "\n".join([f"usage: sftx {verb} [key=value ...]", "", *lines])
 
     from sftx.schema import default_in_words, settings

@@ -1,0 +1,107 @@
+"""The page that `sftx inspect html=FILE` writes: chosen rows token by token, filters, and charts of the whole data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftx.config import Config
+from sftx.data.corpus import Corpus
+from sftx.data.plan import Plan
+from sftx.data.render import Encoder
+from sftx.data.view import View, view
+from sftx.types import UserError
+
+SHOWN, TOKENS = 240, 400_000  # examples on a page, and tokens of them at most: a page should open at once
+POINTS = 400  # in the chart of steps
+
+
+def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, first: Sequence[View]) -> None:
+    """Write the page: the views in `first`, then the longest, the cut and evenly spaced examples of `corpus`."""
+    views, tokens = list(first), sum(len(v.ids) for v in first)
+    seen = {(v.place, v.part) for v in first}
+    for index in _chosen(corpus):
+        length = int(corpus.lengths[index])
+        if (corpus.place(index), int(corpus.part[index])) not in seen and tokens + length <= TOKENS:
+            tokens += length
+            views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index)))
+    page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
+    facts = {
+        "title": ", ".join(corpus.sources),
+        "ledgers": {name: ledger.summary() for name, ledger in corpus.ledgers.items()},
+        "notes": corpus.ledger.notes,
+        "dropped": [{"place": f"{r['source']}:{r['line']}", "reason": r["reason"]} for r in corpus.ledger.rows[:200]],
+        "examples": len(corpus),
+        "maxLength": encoder.max_length,
+        "lengths": _histogram(corpus, encoder.max_length),
+        "shares": _shares(corpus),
+        "steps": _steps(config, corpus),
+        "rows": [_row(v) for v in views],
+    }
+    text = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    try:
+        Path(path).write_text(page.replace("/*FACTS*/null", text), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _chosen(corpus: Corpus) -> list[int]:
+    """Indices of examples worth a look: longest, cut, with least and most targets, then evenly over the data."""
+    columns, each = corpus.columns, SHOWN // 6
+    cut = np.flatnonzero((columns.split != 0) | (columns.cut_tokens > 0))
+    share = corpus.targets / np.maximum(corpus.lengths, 1)
+    picks = [
+        np.argsort(-corpus.lengths, kind="stable")[:each],
+        cut[:: max(len(cut) // each, 1)][:each],
+        np.argsort(share, kind="stable")[:each],
+        np.linspace(0, len(corpus) - 1, min(SHOWN, len(corpus))).astype(np.int64),
+    ]
+    return list(dict.fromkeys(np.concatenate(picks).tolist()))[:SHOWN]
+
+
+def _row(shown: View) -> dict[str, Any]:
+    weights = np.array(shown.weights, np.float64)
+    starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
+    return {
+        "place": shown.place,
+        "note": shown.note,
+        "part": shown.part,
+        "targets": shown.targets,
+        "texts": shown.texts,
+        "ids": shown.ids,
+        "special": [i for i, special in enumerate(shown.special) if special],
+        "runs": [[int(start), round(float(weights[start]), 6)] for start in starts],  # weights, run by run
+        "prompt": shown.prompt,
+    }
+
+
+def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
+    top = int(corpus.lengths.max(initial=1))
+    edges = np.unique(np.linspace(0, min(max(top, 8), max_length), 41).astype(np.int64))
+    counts, _ = np.histogram(np.clip(corpus.lengths, 0, edges[-1]), edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _shares(corpus: Corpus) -> list[dict[str, Any]]:
+    return [
+        {"source": name, "tokens": ledger.tokens, "targets": ledger.targets, "rows": ledger.read}
+        for name, ledger in corpus.ledgers.items()
+    ]
+
+
+def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
+    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, POINTS)).astype(np.int64)).tolist()
+    chosen = [plan.examples(step) for step in steps]
+    return {
+        "count": plan.num_steps,
+        "step": steps,
+        "tokens": [int(corpus.lengths[c].sum()) for c in chosen],
+        "targets": [int(corpus.targets[c].sum()) for c in chosen],
+    }

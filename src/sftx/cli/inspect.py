@@ -1,0 +1,160 @@
+"""Show the exact tokens a run trains on, by row, step or pack: `sftx inspect run.yaml row=17`.
+
+Trained tokens stand out (on a terminal by colour, in plain text between ⟦ and ⟧), a weight other than 1 is named, and
+special tokens are set apart. Numbers at the left are positions. Nothing is trained and no model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._page import write_page
+from sftx.config import Config
+from sftx.data.corpus import Corpus
+from sftx.data.encode import load_corpora
+from sftx.data.plan import Plan
+from sftx.data.render import Encoder
+from sftx.data.view import View, raw_tables, view, views_of_rows
+from sftx.types import UserError
+
+EXTRA = {
+    "row": "Line (or row number) of the row to show; FILE:LINE where there are several files.",
+    "rows": "How many rows to show from there; default 1, or the first 3 if no row is named.",
+    "step": "Show the examples of this step (the first is 0), as the run will train on them.",
+    "pack": "Show this pack of the step (the first is 0) only.",
+    "html": "Write one self-contained page to this file: rows, filters and charts of the whole data.",
+    "json": "Write what is shown, token by token, to this file.",
+}
+DEFAULTS = ("output=unused",)
+CPU_PACK = 2048  # tokens per pack where the settings leave it to the machine and there is no GPU
+TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so that the borders of tokens show
+CONTEXT = ("#8a8a8a", "#b2b2b2")
+WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
+
+
+def run(
+    config: Config,
+    row: str = "",
+    rows: str = "",
+    step: str = "",
+    pack: str = "",
+    html: str = "",
+    json: str = "",
+) -> int:
+    """Show rows (or a step, or a pack) on the terminal; write a page or JSON where asked. Returns 0."""
+    console = Console(highlight=False)
+    tokenizer, max_length = tokenizer_and_length(config)
+    if (step or pack) and (row or rows):
+        raise UserError("sftx inspect: row and step ask for different things; name one of them")
+    if pack and not step:
+        raise UserError("sftx inspect: pack= needs step=")
+    encoder = Encoder(tokenizer, config.data, max_length)
+    corpus = _load(config, encoder, console) if step or html else None
+    if step:
+        assert corpus is not None
+        views = _views_of_step(config, corpus, encoder, _number("step", step), _number("pack", pack) if pack else None)
+    else:
+        file, _, line = row.rpartition(":")
+        count = _number("rows", rows) if rows else 1 if row else 3
+        with raw_tables(config) as tables:
+            views = views_of_rows(tables, encoder, _number("row", line) if row else None, file, count)
+    for shown in views:
+        for text in paint(shown, console.width, console.is_terminal):
+            console.print(text, soft_wrap=True)
+    console.print(_totals(views))
+    if json:
+        _write_json(json, views)
+    if html:
+        assert corpus is not None
+        write_page(html, config, corpus, encoder, views)
+        console.print(f"page written to {html}")
+    return 0
+
+
+def _number(key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise UserError(f"sftx inspect: {key}={value!r}: expected a whole number")
+    return int(value)
+
+
+def _load(config: Config, encoder: Encoder, console: Console) -> Corpus:
+    with console.status("encoding") as status:
+        corpus, _ = load_corpora(
+            config,
+            encoder.tokenizer,
+            encoder.max_length,
+            lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
+        )
+    return corpus
+
+
+def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, step: int, pack: int | None) -> list[View]:
+    """The examples of a step in pack order, or those of one of its packs."""
+    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    if step >= plan.num_steps:
+        raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 0 on")
+    packs = plan.packs(step, config.runtime.tokens_per_pack or CPU_PACK)[0]
+    if pack is not None and pack >= len(packs):
+        raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
+    return [
+        view(corpus.example(i), encoder.tokenizer, f"step {step}, pack {number}: {corpus.place(i)}")
+        for number, members in enumerate(packs)
+        for i in members
+        if pack is None or number == pack
+    ]
+
+
+def _totals(views: Sequence[View]) -> str:
+    tokens, targets = sum(len(v.ids) for v in views), sum(v.targets for v in views)
+    weight = sum(sum(v.weights) for v in views)
+    share = 100 * targets / max(tokens, 1)
+    return f"{len(views)} examples, {tokens:,} tokens, {targets:,} targets ({share:.1f} %), total weight {weight:g}"
+
+
+def _write_json(path: str, views: Sequence[View]) -> None:
+    text = json.dumps([v.as_json() for v in views], ensure_ascii=False, indent=1)
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
+    """The lines of one example, at most `width` cells wide, each with the position of its first token."""
+    note = f" · {shown.note}" if shown.note else ""
+    head = f"── {shown.place} · example {shown.part + 1} of its row{note} "
+    yield Text(head + "─" * max(width - cell_len(head), 0), style="bold")
+    line = Text("     0 │ ")
+    for position, (piece, style) in enumerate(_pieces(shown, colour)):
+        for k, text in enumerate(piece.split("\n")):
+            if k or cell_len(line.plain) + cell_len(text) > max(width, 40):
+                yield line
+                line = Text(f"{position + (k > 0 and not text):6d} │ ")
+            line.append(text, style if colour else "")
+    yield line
+    share = 100 * shown.targets / max(len(shown.ids), 1)
+    yield Text(f"         {len(shown.ids):,} tokens, {shown.targets:,} targets ({share:.1f} %)", style="italic")
+    if shown.prompt:
+        yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
+
+
+def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
+    """What is printed for each token, and its style. Without colour, brackets stand around trained tokens."""
+    weights = [0.0, *shown.weights, 0.0]
+    for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
+        before, weight, after = weights[i : i + 3]
+        text = text.replace("\r", "␍").replace("\n", "↵\n").replace("\t", "⇥")
+        if not colour and weight != before:
+            named = f"{weight:g}:" if weight not in (0, 1) else ""
+            text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text
+        if not colour and weight and not after:
+            text += "⟧"
+        shades = CONTEXT if not weight else TRAINED if weight == 1 else WEIGHTED
+        yield text, shades[i % 2] + (" bold underline" if special else "")

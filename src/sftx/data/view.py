@@ -1,0 +1,118 @@
+"""Examples as a person reads them: every token with its text, its weight, and where its row stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from sftx.config import Config
+from sftx.data.cache import Cache
+from sftx.data.render import Encoder
+from sftx.data.rows import parse
+from sftx.data.sources import Table, named_sources, open_tables
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import Example, Row, RowError, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One example with the text of each token; joined, the texts are the example's text.
+
+    A token that is only part of a character has no text; the token that completes the character has it.
+    """
+
+    place: str
+    note: str
+    part: int
+    ids: list[int]
+    weights: list[float]
+    texts: list[str]
+    special: list[bool]
+    prompt: str = ""
+    """What a server would send to get the last output of the row; empty where there are no turns."""
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry weight."""
+        return sum(weight != 0 for weight in self.weights)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"targets": self.targets}
+
+
+def view(example: Example, tokenizer: Tokenizer, place: str, prompt: str = "") -> View:
+    """An example with the text of each of its tokens."""
+    stream = DecodeStream(skip_special_tokens=False)
+    ids = example.ids.tolist()
+    texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
+    special = [tokenizer.is_special(tokenizer.token(token)) for token in ids]
+    return View(place, example.note, example.part, ids, example.weights.tolist(), texts, special, prompt)
+
+
+@contextmanager
+def raw_tables(config: Config) -> Iterator[list[Table]]:
+    """All files of the run, training and held out, read but not encoded. `Table.source` counts through both."""
+    data, cache = config.data, Cache(config.data.cache)
+    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    with cache.scratch() as scratch:
+        tables = open_tables(train, data.rows, data, cache, scratch)
+        tables += open_tables(held, data.eval_rows, data, cache, scratch)
+        for table in tables:
+            table.open_lines(scratch)
+        yield tables
+
+
+def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError]]:
+    """(line, parsed row or what is wrong with it) from `line` on, without reading what stands before its block."""
+    assert table.lines is not None
+    first = max((i for i, block in enumerate(table.blocks) if block.line <= line), default=0)
+    for number, _, value in table.rows(table.lines.parent, first):
+        if number >= line:
+            try:
+                yield number, value if isinstance(value, RowError) else parse(value, table.form, line=number)
+            except RowError as error:
+                yield number, error
+
+
+def views_of_rows(
+    tables: Sequence[Table], encoder: Encoder, line: int | None = None, file: str = "", count: int = 1
+) -> list[View]:
+    """Views of `count` rows of a file from `line` on (or the first rows), encoded here and now.
+
+    Raises:
+        UserError: there is no such file or row, or a row of them is wrong.
+    """
+    named = [table for table in tables if not file or file in (table.origin.name, *table.origin.names)]
+    if not named:
+        known = ", ".join(table.origin.name for table in tables[:5])
+        raise UserError(f"no file called {file!r} in the data; known: {known}{', ...' if len(tables) > 5 else ''}")
+    found = list(islice(read_rows(named[0], line or 1), count))
+    if not found or (line is not None and found[0][0] != line):
+        raise UserError(f"{named[0].origin.place(line or 1)}: there is no row here")
+    views: list[View] = []
+    for number, row in found:
+        place = named[0].origin.place(number)
+        encoded = row if isinstance(row, RowError) else encoder.encode([row])[0]
+        if isinstance(encoded, RowError) or isinstance(row, RowError):
+            raise UserError(f"{place}: {encoded}")
+        if not encoded.examples:
+            raise UserError(f"{place}: the row is dropped: {encoded.reason}")
+        prompt = _served_prompt(row, encoder)
+        views += [view(example, encoder.tokenizer, place, prompt) for example in encoded.examples]
+    return views
+
+
+def _served_prompt(row: Row, encoder: Encoder) -> str:
+    if row.kind == "messages":
+        turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
+    elif row.kind == "phrases":
+        turns = [i for i, phrase in enumerate(row.phrases) if phrase.weight]
+    else:
+        return ""
+    return encoder.served_prompt(row, turns[-1]) if turns else ""
