@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "sftx"
 # A module imports from its own layer and from those beneath it; the longest name that fits decides.
 LAYERS = {
     5: ("cli", "compat", "demo", "__main__"),
-    4: ("training.loop", "training.prepare", "track.report", "track.progress", "track.trackers"),
+    4: ("training.loop", "training.meter", "training.prepare", "track.report", "track.progress", "track.trackers"),
     3: ("training", "eval"),
     2: ("model", "dist"),
     1: ("data", "track"),

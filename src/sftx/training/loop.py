@@ -25,6 +25,7 @@ from sftx.track.card import model_card
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
+from sftx.training.meter import Meter
 from sftx.training.optim import learning_rate
 from sftx.training.prepare import Job, prepare
 from sftx.training.step import StepResult, train_step
@@ -94,20 +95,19 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
 def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
     """The steps from `job.start` on, with evaluation and checkpoints when due."""
     config, plan = job.config, job.plan
-    bad_steps, clock = 0, time.perf_counter()
-    pending: tuple[int, StepResult] | None = None
+    meter = Meter(job)
+    pending: tuple[int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
         result = _step(job, step, packs)
         if pending is not None:
-            bad_steps, clock, record = _read(job, *pending, bad_steps, clock)
-            yield record
-        pending = (step, result)
+            yield meter.read(*pending)
+        pending = (step, result, time.perf_counter())
         last, done = step + 1 == plan.num_steps, step + 1
         eval_due = job.held_out is not None and not last and _due(config.eval.every, done)
         save_due = not last and _due(config.checkpoint.every, done)
         if not (eval_due or save_due or last or stop()):
             continue
-        bad_steps, clock, record = _read(job, *pending, bad_steps, clock)
+        record = meter.read(step, result, None)
         pending = None
         if eval_due:
             record.eval = _evaluate(job, stop) or None
@@ -115,7 +115,7 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
         if save_due or stop():
             _save(job, done)
         _leave_if_asked(job, stop, done)
-        clock = time.perf_counter()
+        meter.restart()
 
 
 def _packs(job: Job, step: int) -> list[dict[str, Any]]:
@@ -140,47 +140,6 @@ def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
         job.config.optim.max_grad_norm,
         job.machine.autocast,
     )
-
-
-def _read(job: Job, step: int, result: StepResult, bad_steps: int, clock: float) -> tuple[int, float, StepRecord]:
-    """Wait for a step's numbers and make its record; stop the run when too many in a row were not finite."""
-    loss, grad_norm, bad = (float(x) for x in torch.stack([result.loss, result.grad_norm, result.bad]).tolist())
-    now = time.perf_counter()
-    chosen = job.plan.examples(step)
-    tokens, targets = int(job.corpus.lengths[chosen].sum()), int(job.corpus.targets[chosen].sum())
-    job.total_tokens += tokens
-    job.total_targets += targets
-    record = StepRecord(
-        step=step + 1,
-        num_steps=job.plan.num_steps,
-        epoch=job.plan.epoch(step),
-        loss=None if bad else loss,
-        learning_rate=learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
-        grad_norm=None if bad else grad_norm,
-        examples=len(chosen),
-        tokens=tokens,
-        targets=targets,
-        weight=job.plan.total_weight(step),
-        packs=len(job.plan.packs(step, job.machine.tokens_per_pack)[0]),
-        seconds=now - clock,
-        tokens_per_second=tokens / max(now - clock, 1e-9),
-        memory=job.machine.memory(),
-        total_tokens=job.total_tokens,
-        total_targets=job.total_targets,
-    )
-    if not bad:
-        return 0, now, record
-    rows = [job.corpus.place(int(i)) for i in chosen]
-    job.run.bad_step(step + 1, loss, grad_norm, rows)
-    if bad_steps + 1 > job.config.optim.max_bad_steps:
-        good = checkpoint.newest(job.checkpoints)
-        job.run.update(status="diverged")
-        raise Diverged(
-            f"loss {loss} or gradient norm {grad_norm} was not finite for {bad_steps + 1} steps in a row, up to step "
-            f"{step + 1}; none was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
-            f"{'none' if good is None else f'step {good.step}'}"
-        )
-    return bad_steps + 1, now, record
 
 
 def _due(every: int, done: int) -> bool:
