@@ -5,10 +5,12 @@ import sys
 from sftx.demo.quickstart import run
 from sftx.types import UserError
 
-if len(sys.argv) > 2 or any(argument.startswith("-") for argument in sys.argv[1:]):
-    sys.exit(__doc__)
-try:
-    run(*sys.argv[1:])
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+match sys.argv[1:] or ["runs/demo"]:
+    case [folder] if not folder.startswith("-"):
+        try:
+            run(folder)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    case _:
+        sys.exit(__doc__)

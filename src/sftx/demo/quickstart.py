@@ -9,70 +9,61 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from math import exp
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from sftx.data.tokenizer import Tokenizer
 from sftx.demo.newborn import make_model
-from sftx.demo.show import Page
+from sftx.demo.show import show, show_answers, show_table, show_targets, tell
 from sftx.demo.village import Question, Village, build
 from sftx.eval.generate import generate
 from sftx.settings import load_config
 from sftx.training.loop import steps
 from sftx.types import UserError
 
-MODELS = ("untrained", "stage1", "stage2")
 MARK = "chronicle.txt"  # a folder that holds this file is an earlier quick start
-STAGE_1 = """\
-# Stage 1, plain text: every token is a target.
+LEAD = "It was market day in Tarnwick."  # stands before the sentence that the model is to end
+STAGES = (
+    """\
+# Plain text: every token is a target.
 model: {folder}/untrained
 data: {{train: {folder}/stage1.jsonl, cache: {folder}/cache}}
 output: {folder}/stage1
 batch: {{examples_per_step: 16, epochs: {epochs}}}
 optim: {{learning_rate: 3.0e-3}}
-runtime: {{device: cpu, threads: 2}}
-"""
-STAGE_2 = """\
-# Stage 2, dialogues: the answers are targets. It starts from the model that stage 1 made.
+runtime: {{device: cpu, threads: 1}}  # so small a model gains little from more
+""",
+    """\
+# Dialogues: the answers are targets. The model to start from is the one that stage 1 made.
 model: {folder}/stage1
 data: {{train: {folder}/stage2.jsonl, eval: {folder}/held_out.jsonl, cache: {folder}/cache}}
 output: {folder}/stage2
 batch: {{examples_per_step: 16, epochs: {epochs}}}
 optim: {{learning_rate: 5.0e-4}}
-runtime: {{device: cpu, threads: 2}}
-"""
+runtime: {{device: cpu, threads: 1}}
+""",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     """How much there is to learn, and how much is spent on it; `epochs` of stage 1 and of stage 2."""
 
     people: int = 80
     retellings: int = 8
     hidden: int = 128
     layers: int = 2
-    epochs: tuple[int, int] = (6, 2)
+    epochs: tuple[int, int] = (6, 4)
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Shares of 1 over the held-out facts, for the untrained model, after stage 1 and after stage 2.
-
-    `finishes`: the model ends a sentence as the chronicle does; `answers`: it answers the question, word for word.
-    `seconds`: wall time of both trainings, start-up included.
-    """
-
-    finishes: tuple[float, float, float]
-    answers: tuple[float, float, float]
-    seconds: float
-
-
-def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> Scores:
+def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> None:
     """Run the quick start in `folder`, replacing an earlier one there, and print it for a newcomer.
 
-    Raises UserError where `folder` holds something else.
+    The last line printed gives the shares of held-out questions that are answered word for word before any training
+    and after both stages, and the seconds of both trainings. Raises UserError where `folder` holds something else.
     """
     disable_progress_bar()
     size, home = size or Size(), _fresh(Path(folder))
@@ -80,28 +71,36 @@ def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> S
     _write(village, home, size)
     texts = [*village.chronicle, *(text for dialogue in village.dialogues for text in dialogue)]
     parameters = make_model(home / "untrained", texts, seed, size.hidden, size.layers)
+    tokenizer = Tokenizer.load(str(home / "untrained"))
+    paragraphs, dialogues = len(village.chronicle), len(village.dialogues)
+    tell("opening", parameters=parameters, paragraphs=paragraphs, people=size.people, dialogues=dialogues)
 
-    page = Page(home)
-    page.opening(village, parameters)
-    page.stage_1(village)
-    seconds = _train(home / "stage1.yaml", page)
-    page.stage_2(village)
-    seconds += _train(home / "stage2.yaml", page)
+    tell("stage1")
+    show_targets({"text": village.chronicle[0]}, tokenizer)
+    show("\n\n".join(village.chronicle[1:3]))
+    seconds = _train(home / "stage1.yaml")
 
-    finishes, answers, replies = zip(*(_ask(home / name, village.held_out) for name in MODELS), strict=True)
-    page.answers(village, replies)
-    page.table(village.held_out[0], len(village.held_out), finishes, answers)
-    page.closing()
+    tell("stage2")
+    show_targets(max(village.dialogues, key=len), tokenizer)
+    seconds += _train(home / "stage2.yaml")
+
+    models = (home / "untrained", home / "stage1", home / "stage2")
+    finishes, answers, replies = zip(*(_ask(model, village.held_out) for model in models), strict=True)
+    tell("answers")
+    show_answers(village, replies)
+    show_table(village.held_out, finishes, answers)
+    tell("lesson")
+    tell("closing", folder=home)
     print(f"held_out_exact_match before={answers[0]:.2f} after={answers[2]:.2f} seconds={seconds:.0f}")
-    return Scores(finishes, answers, seconds)
 
 
-def _train(settings: Path, page: Page) -> float:
-    """Run the stage that a YAML file describes; returns its seconds."""
+def _train(settings: Path) -> float:
+    """Run the stage that a YAML file describes; returns its seconds, start-up included."""
     began = time.perf_counter()
     losses = [record.loss for record in steps(load_config(str(settings))) if record.loss is not None]
     seconds = time.perf_counter() - began
-    page.losses(losses, seconds)
+    first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
+    tell("losses", steps=len(losses), seconds=seconds, first=first, last=last, before=exp(first), after=exp(last))
     return seconds
 
 
@@ -111,7 +110,7 @@ def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[st
     turns = [[{"role": "user", "content": question.text}] for question in questions]
     prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
     replies = generate(model, tokenizer, prompts, max_new_tokens=24)
-    endings = generate(model, tokenizer, [question.opening for question in questions], max_new_tokens=24)
+    endings = generate(model, tokenizer, [f"{LEAD} {question.opening}" for question in questions], max_new_tokens=24)
     ended = [(q.opening + ending).startswith(q.answer) for q, ending in zip(questions, endings, strict=True)]
     answered = [reply.strip() == q.answer for q, reply in zip(questions, replies, strict=True)]
     return sum(ended) / len(questions), sum(answered) / len(questions), replies
@@ -119,7 +118,7 @@ def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[st
 
 def _fresh(folder: Path) -> Path:
     """An empty folder: what an earlier quick start left there is removed, anything else is refused."""
-    if folder.exists() and not (folder / MARK).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists()):
         raise UserError(f"{folder}: holds something that is not a quick start; choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -136,5 +135,5 @@ def _write(village: Village, folder: Path, size: Size) -> None:
     write("stage1.jsonl", (json.dumps({"text": text}) for text in village.chronicle))
     write("stage2.jsonl", map(json.dumps, village.dialogues))
     write("held_out.jsonl", (json.dumps([question.text, question.answer]) for question in village.held_out))
-    for name, settings, epochs in zip(("stage1", "stage2"), (STAGE_1, STAGE_2), size.epochs, strict=True):
-        write(f"{name}.yaml", [settings.format(folder=folder.as_posix(), epochs=epochs).rstrip()])
+    for number, settings, epochs in zip((1, 2), STAGES, size.epochs, strict=True):
+        write(f"stage{number}.yaml", settings.format(folder=folder.as_posix(), epochs=epochs).splitlines())
