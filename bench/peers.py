@@ -1,0 +1,231 @@
+"""One trainer, one shape, a few optimiser steps: the process that `cpu.py` and `gpu.py` start and measure.
+
+Reads a job as JSON from its first argument and prints one JSON line. Every system gets the same random weights, the
+same token ids, the same examples in every step and the same AdamW settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "stories260K": {
+        "family": "Llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 512,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "family": "Llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "family": "Qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "family": "Llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "family": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "smoke": {
+        "family": "Llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def rows(count: int, vocab_size: int, seed: int = 0, longest: int = 8192) -> list[dict[str, list[int]]]:
+    """Token ids with labels, in the lengths of GSM8K (question masked): log-normal fits to its gpt2-token counts."""
+    rng = np.random.RandomState(seed)
+    made = []
+    for _ in range(count):
+        prompt = int(np.clip(np.exp(rng.normal(4.02, 0.38)), 8, longest // 2))
+        answer = int(np.clip(np.exp(rng.normal(4.55, 0.42)), 8, longest // 2))
+        # A Zipf-like draw, so that ids repeat as they do in text.
+        ids = [*(rng.zipf(1.3, prompt + answer - 1) % (vocab_size - 3) + 3).tolist(), 1]
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+def folder(shape: str, where: Path) -> str:
+    """A random model of that shape on disk, with a tokenizer of one word per id; made once."""
+    target = where / shape
+    if not (target / "done").exists():
+        import torch
+        import transformers
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        settings = dict(SHAPES[shape])
+        family, size = settings.pop("family"), settings["vocab_size"]
+        config = getattr(transformers, f"{family}Config")(
+            **settings, dtype="float32", eos_token_id=1, bos_token_id=0, pad_token_id=2
+        )
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
+        words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="t0", eos_token="t1", pad_token="t2"
+        ).save_pretrained(target)
+        (target / "done").touch()
+    return str(target)
+
+
+class Clock:
+    """Wall and CPU seconds of every step, and the peak memory, whatever runs the steps."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.mark()
+
+    def mark(self) -> None:
+        _synchronize()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def step(self) -> None:
+        _synchronize()
+        self.wall.append(time.perf_counter() - self._wall)
+        self.cpu.append(time.process_time() - self._cpu)
+        self.mark()
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
+    """sftx as its users run it."""
+    import sftx
+
+    lora = {"adapter": {"method": "lora", "rank": 16, "alpha": 32}} if job["method"] == "lora" else {}
+    runtime: dict[str, Any] = {"progress": False, "precision": job["precision"], "threads": job["threads"]}
+    if job.get("tokens_per_pack"):
+        runtime["tokens_per_pack"] = job["tokens_per_pack"]
+    records, stamps = [], []
+    steps = sftx.steps(
+        model=job["model"], output=job["output"], data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
+        batch={"examples_per_step": job["batch"], "steps": job["steps"], "shuffle": False},
+        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0}, runtime=runtime,
+        checkpoint={"resume": "never"}, **lora,
+    )  # fmt: skip
+    for record in steps:
+        records.append(record)
+        stamps.append(time.process_time())
+        if len(records) == job["steps"]:
+            break  # the model is not saved: only steps are measured
+    clock.wall = [record.seconds for record in records]
+    # Records come one step late: between two of them lies the computation of the step after.
+    clock.cpu = [stamps[1] - stamps[0], *np.diff(stamps[:-1]).tolist()] if len(stamps) > 2 else []
+    return {"loss": records[0].loss, "grad_norm": records[0].grad_norm}
+
+
+def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
+    """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing off, fused AdamW."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.mark()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step()
+
+    datasets.disable_progress_bars()
+    cuda = torch.cuda.is_available()
+    micro = job.get("micro_batch") or job["batch"]
+    common: dict[str, Any] = {
+        "output_dir": job["output"], "max_steps": job["steps"], "learning_rate": 1e-5, "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": micro, "gradient_accumulation_steps": job["batch"] // micro,
+        "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "logging_steps": 1, "report_to": "none",
+        "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
+        "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True, "dataloader_pin_memory": cuda,
+    }  # fmt: skip
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, attn_implementation=job.get("attention", "sdpa")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    dataset = datasets.Dataset.from_list(data)
+    peft_config = None
+    if job["method"] == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if job["system"].startswith("trl"):
+        from trl import SFTConfig, SFTTrainer
+
+        packing = job["system"] == "trl-packing"
+        if packing:  # a pack holds several examples; as many packs per step as hold one step of the others
+            common["per_device_train_batch_size"] = job.get("packs_per_batch", 1)
+            common["gradient_accumulation_steps"] = job.get("pack_steps", 1)
+        settings = SFTConfig(
+            **common, max_length=job["length"] if not packing else job["pack_length"], packing=packing
+        )
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+        )
+    else:
+        from transformers import DataCollatorForSeq2Seq
+
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        trainer = Trainer(
+            model=model, args=TrainingArguments(**common), train_dataset=dataset,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        )  # fmt: skip
+    trainer.add_callback(Watch())
+    trainer.train()
+    first = trainer.state.log_history[0]
+    facts: dict[str, Any] = {"loss": first["loss"], "grad_norm": float(first["grad_norm"])}
+    if job["system"] == "trl-packing":  # its steps hold packs, not the rows of the others' steps
+        packs = trainer.train_dataset[: job["steps"] * common["gradient_accumulation_steps"]]
+        facts["tokens"] = sum(map(len, packs["input_ids"])) / job["steps"]
+        facts["targets"] = sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
+    return facts
+
+
+def main() -> None:
+    """Run the job given as JSON."""
+    job = json.loads(sys.argv[1])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    vocab_size = SHAPES[job["shape"]]["vocab_size"]
+    data = rows(job["batch"], vocab_size, longest=job["length"]) * job["steps"]  # every step the same examples
+    clock = Clock()
+    facts = (run_sftx if job["system"] == "sftx" else run_hf)(job, data, clock)
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    step = data[: job["batch"]]
+    counts = {
+        "tokens": sum(len(row["input_ids"]) for row in step),
+        "targets": sum(label >= 0 for row in step for label in row["labels"]),
+    }
+    print(json.dumps({**counts, **facts, "wall": clock.wall, "cpu": clock.cpu, "peak": peak}))
+
+
+if __name__ == "__main__":
+    main()
