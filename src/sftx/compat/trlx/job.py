@@ -25,8 +25,8 @@ from sftx.training.prepare import Job
 def open_job(
     theirs: TRLConfig, rows: list[dict[str, list[int]]], run: Run, machine: Machine, progress: Progress
 ) -> Job:
-    """As `sftx.training.prepare.prepare`, but that the tokens are final (nothing asks for a stop token among them), layers
-    may be frozen, and the optimizer may be another."""
+    """As `sftx.training.prepare.prepare`, except that the tokens are final (no stop token is asked for among them),
+    layers may be frozen, and the optimizer may be another."""
     config = run.config
     longest = max(len(row["input_ids"]) for row in rows)
     tokenizer = Tokenizer.load(config.model.tokenizer or config.model.path)
@@ -56,10 +56,10 @@ def open_job(
         tokenizer=load_tokenizer(config.model),
         optimizer=translate.optimizer(theirs.optimizer, build_optimizer(loss, config.optim)),
         peak=peak,
-        mathematics=json.dumps(theirs.to_dict(), default=str),
+        mathematics=str(theirs),
         notes=notes,
     )
-    run.start(0, trlx=theirs.to_dict(), plan=plan.fingerprint, num_steps=plan.num_steps, notes=notes)
+    run.start(0, trlx=json.loads(str(theirs)), plan=plan.fingerprint, num_steps=plan.num_steps, notes=notes)
     write_ledger(corpus, run.folder)
     progress.model(type(model).__name__, trainable(loss), machine, peak, notes, 0)
     return job

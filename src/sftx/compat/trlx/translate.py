@@ -91,6 +91,7 @@ def _refuse_untranslatable(config: TRLConfig) -> None:
         raise UserError(
             f"train.minibatch_size: {train.minibatch_size} must divide train.batch_size, {train.batch_size}"
         )
+    learning_rate(config.scheduler, 1.0)
     if train.rollout_logging_dir is not None:
         raise UserError("train.rollout_logging_dir: there are no rollouts in supervised fine-tuning")
 

@@ -67,17 +67,24 @@ class AccelerateRLTrainer(BaseRLTrainer):
             for key, value in self.generate_kwargs.items()
         }
         training = loss.training
-        loss.use_segments(False)
-        loss.eval()
+        self._serve(self.job)
         try:
             with torch.no_grad():
-                arguments = {"use_cache": True, **one, **kwargs}
+                arguments = {**one, **kwargs}
                 return self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **arguments)
         finally:
-            loss.use_segments(True)
-            loss.train(training)
+            if training:
+                loss.use_segments(True)
+                loss.train()
 
     generate_eval = generate
+
+    @staticmethod
+    def _serve(job: Job) -> None:
+        """Put the model into the state in which any other code can use it."""
+        job.loss.use_segments(False)
+        job.loss.model.config.use_cache = True
+        job.loss.eval()
 
     def decode(
         self, prompts: Any, samples: Any, prompt_sizes: Any = None, append_eos_token: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,13 +20,16 @@ from sftx.compat.trlx.pipeline.offline_pipeline import IGNORED, DialogStore, Pro
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from sftx.compat.trlx.trainer.trackers import tracker
+from sftx.data.pack import build_pack
+from sftx.model.load import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
-from sftx.training.loop import _read, _step
+from sftx.training.meter import Meter
 from sftx.training.prepare import Job
+from sftx.training.step import train_step
 from sftx.training.stop import Stopped, listening
 from sftx.types import StepRecord, UserError
 
@@ -74,8 +76,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         train, results, best = self.config.train, {}, float("-inf")
         with ExitStack() as stack:
             stop = stack.enter_context(listening())
-            job = self._prepare(stack)
             log = stack.enter_context(tracker(self.config))
+            job = self._prepare(stack)
             if self.iter_count == 0:
                 results = self.evaluate()
                 job.run.update(eval_before=results)
@@ -97,6 +99,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                     job.run.update(status="stopped")
                     raise Stopped(f"stopped by signal {stop.signal} after step {self.iter_count}, which is saved")
             job.run.update(status="finished")
+            self._serve(job)
         return results
 
     def _prepare(self, stack: ExitStack) -> Job:
@@ -116,28 +119,34 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def _steps(self, job: Job) -> Iterator[StepRecord]:
         """sftx's steps, at trlx's learning rates; the model is as the record says when it is yielded."""
         rate = translate.learning_rate(self.config.scheduler, job.peak)
-        bad_steps, clock, epoch = 0, time.perf_counter(), 0
+        meter, epoch, size = Meter(job), 0, job.machine.tokens_per_pack
         for step in range(job.start, job.plan.num_steps):
-            job.peak = rate(step)
-            bad_steps, clock, record = _read(job, step, _step(job, step), bad_steps, clock)
+            job.peak = rate(step)  # the schedule of the translated settings is constant, so this is the rate
+            torch.manual_seed(job.config.seed * 1_000_003 + step)  # dropout has a stream of its own in every step
+            packs = [build_pack([job.corpus.example(i) for i in pack], pack) for pack in job.plan.packs(step, size)[0]]
+            tensors = (to_tensors(pack, job.machine.device) for pack in packs)
+            total, autocast = job.plan.total_weight(step), job.machine.autocast
+            result = train_step(job.loss, job.optimizer, tensors, total, job.peak, 0.0, autocast)
+            record = meter.read(step, result, None)
             self.post_backward_callback()
             if int(record.epoch) > epoch:
                 epoch = int(record.epoch)
                 self.post_epoch_callback()
             yield record
-            clock = time.perf_counter()
+            meter.restart()
 
     def save_pretrained(self, directory: str | None = None) -> None:
         """Write model and tokenizer as a Hugging Face folder; default: `hf_model` in the checkpoint folder."""
         job = self.job
         folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
         folder.mkdir(parents=True, exist_ok=True)
-        job.loss.use_segments(False)  # the saved configuration must not name our attention
-        job.loss.model.config.use_cache = True
+        training = job.loss.training
+        self._serve(job)  # the saved configuration must not name our attention
         card = f"Fine-tuned from {self.config.model.model_path} with sftx, {self.iter_count} steps.\n"
         save_model(folder, self.model, self.tokenizer, [self.tokenizer.eos_token_id], card, torch.float32)
-        job.loss.model.config.use_cache = False
-        job.loss.use_segments(True)
+        if training:
+            job.loss.use_segments(True)
+            job.loss.train()
 
     def save(self, directory: str | None = None) -> None:
         """Write weights, optimizer and step, to continue from; default: the checkpoint folder."""
