@@ -10,8 +10,10 @@ import types
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
+from importlib.resources import files
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
@@ -20,130 +22,14 @@ from sftx.config import Config, Section
 SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
 """Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
 
-# The names other tools use for the same idea: ours, and a sentence where the meaning differs or there is no such thing.
-_WHOLE_STEP = "counts the whole step over all processes: their micro batch x accumulation x processes"
-_PACKED = "examples are always packed, never padded, and never see each other: nothing to set"
-FOREIGN_NAMES: dict[str, tuple[str, str]] = {
-    "model_name_or_path": ("model.path", ""),
-    "model_name": ("model.path", ""),
-    "model_path": ("model.path", ""),
-    "model_id": ("model.path", ""),
-    "base_model": ("model.path", ""),
-    "checkpoint_dir": ("model.path", "is the model to start from; `output` is where the run is written"),
-    "tokenizer_name": ("model.tokenizer", ""),
-    "tokenizer_name_or_path": ("model.tokenizer", ""),
-    "tokenizer_path": ("model.tokenizer", ""),
-    "dataset": ("data.train", ""),
-    "datasets": ("data.train", "takes one path or a list; weights go there too: {path: ..., weight: ...}"),
-    "dataset_name": ("data.train", ""),
-    "dataset_path": ("data.train", ""),
-    "train_file": ("data.train", ""),
-    "data_path": ("data.train", ""),
-    "train_dataset": ("data.train", ""),
-    "samples": ("data.rows", ""),
-    "eval_dataset": ("data.eval", ""),
-    "validation_file": ("data.eval", ""),
-    "val_dataset": ("data.eval", ""),
-    "test_datasets": ("data.eval", ""),
-    "val_size": ("data.eval_split", "is a share between 0 and 1"),
-    "val_set_size": ("data.eval_split", "is a share between 0 and 1"),
-    "test_size": ("data.eval_split", "is a share between 0 and 1"),
-    "chat_template": ("data.template", ""),
-    "max_seq_length": ("data.max_length", ""),
-    "max_seq_len": ("data.max_length", ""),
-    "seq_length": ("data.max_length", ""),
-    "seq_len": ("data.max_length", ""),
-    "sequence_len": ("data.max_length", ""),
-    "sequence_length": ("data.max_length", ""),
-    "cutoff_len": ("data.max_length", ""),
-    "block_size": ("data.max_length", ""),
-    "model_max_length": ("data.max_length", ""),
-    "truncation_side": ("data.too_long", "takes truncate_left or truncate_right; its default, split, loses nothing"),
-    "assistant_only_loss": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
-    "completion_only_loss": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
-    "train_on_inputs": ("data.train_on", "names the roles that are targets, by default the outputs"),
-    "train_on_prompt": ("data.train_on", "names the roles that are targets, by default the outputs"),
-    "train_on_responses_only": ("data.train_on", "is `all` (outputs) by default: prompts are never targets"),
-    "roles_to_train": ("data.train_on", ""),
-    "mask_history": ("data.train_on", "takes `last` for the last output only"),
-    "preprocessing_num_workers": ("data.workers", ""),
-    "dataset_num_proc": ("data.workers", ""),
-    "num_proc": ("data.workers", ""),
-    "per_device_train_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
-    "train_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
-    "micro_batch_size": ("batch.examples_per_step", _WHOLE_STEP),
-    "batch_size": ("batch.examples_per_step", _WHOLE_STEP),
-    "gradient_accumulation_steps": ("batch.examples_per_step", _WHOLE_STEP),
-    "global_batch_size": ("batch.examples_per_step", ""),
-    "per_device_eval_batch_size": ("runtime.tokens_per_pack", "counts tokens and never changes a result"),
-    "num_train_epochs": ("batch.epochs", ""),
-    "num_epochs": ("batch.epochs", ""),
-    "max_epochs": ("batch.epochs", ""),
-    "max_steps": ("batch.steps", ""),
-    "total_steps": ("batch.steps", ""),
-    "num_steps": ("batch.steps", ""),
-    "lr": ("optim.learning_rate", ""),
-    "lr_scheduler": ("optim.schedule", ""),
-    "lr_scheduler_type": ("optim.schedule", ""),
-    "warmup_ratio": ("optim.warmup", "below 1 is a share of the steps"),
-    "warmup_steps": ("optim.warmup", "from 1 on is a number of steps"),
-    "num_warmup_steps": ("optim.warmup", "from 1 on is a number of steps"),
-    "min_lr": ("optim.final_ratio", "is relative to the peak"),
-    "min_lr_ratio": ("optim.final_ratio", ""),
-    "adam_beta1": ("optim.betas", "takes both: [0.9, 0.999]"),
-    "adam_beta2": ("optim.betas", "takes both: [0.9, 0.999]"),
-    "adam_epsilon": ("optim.eps", ""),
-    "gradient_clipping": ("optim.max_grad_norm", ""),
-    "gradient_clip_val": ("optim.max_grad_norm", ""),
-    "clip_grad_norm": ("optim.max_grad_norm", ""),
-    "use_peft": ("adapter.method", "takes none, lora, rslora or dora"),
-    "finetuning_type": ("adapter.method", "takes none (all weights), lora, rslora or dora"),
-    "use_rslora": ("adapter.method", "takes rslora"),
-    "use_dora": ("adapter.method", "takes dora"),
-    "peft_use_dora": ("adapter.method", "takes dora"),
-    "lora": ("adapter.method", "takes lora"),
-    "r": ("adapter.rank", ""),
-    "lora_r": ("adapter.rank", ""),
-    "lora_rank": ("adapter.rank", ""),
-    "lora_alpha": ("adapter.alpha", ""),
-    "lora_dropout": ("adapter.dropout", ""),
-    "lora_target": ("adapter.targets", ""),
-    "lora_target_modules": ("adapter.targets", ""),
-    "target_modules": ("adapter.targets", ""),
-    "merge_lora": ("adapter.merge", ""),
-    "eval_steps": ("eval.every", ""),
-    "eval_interval": ("eval.every", ""),
-    "evals_per_epoch": ("eval.every", "counts steps"),
-    "eval_on_start": ("eval.at_start", ""),
-    "save_steps": ("checkpoint.every", ""),
-    "save_interval": ("checkpoint.every", ""),
-    "checkpoint_interval": ("checkpoint.every", ""),
-    "save_total_limit": ("checkpoint.keep", ""),
-    "resume_from_checkpoint": (
-        "checkpoint.resume",
-        "is auto, never or must; the newest checkpoint in `output` is taken",
-    ),
-    "bf16": ("runtime.precision", "takes bf16"),
-    "fp32": ("runtime.precision", "takes fp32"),
-    "fp16": ("runtime.precision", "takes bf16 or fp32; float16 is not offered"),
-    "dtype": ("runtime.precision", "takes bf16 or fp32"),
-    "torch_dtype": ("runtime.precision", "takes bf16 or fp32"),
-    "mixed_precision": ("runtime.precision", "takes bf16 or fp32"),
-    "output_dir": ("output", ""),
-    "out_dir": ("output", ""),
-    "save_dir": ("output", ""),
-    "random_seed": ("seed", ""),
-    "data_seed": ("seed", "is the one seed of a run"),
-    "packing": ("", _PACKED),
-    "sample_packing": ("", _PACKED),
-    "neat_packing": ("", _PACKED),
-    "packed": ("", _PACKED),
-    "pad_to_sequence_len": ("", _PACKED),
-    "padding_free": ("", _PACKED),
-    "group_by_length": ("", _PACKED),
-    "logging_steps": ("", "every step is recorded: nothing to set"),
-    "report_to": ("", "the record of a run is metrics.jsonl in its folder: nothing is sent anywhere"),
-}
+
+def _foreign_names() -> dict[str, tuple[str, str]]:
+    table = yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
+    return {name: (entry.get("ours", ""), entry.get("note", "")) for entry in table for name in entry["names"]}
+
+
+FOREIGN_NAMES = _foreign_names()
+"""The names other tools use for the same idea: our dotted key, and a sentence where the meaning differs."""
 
 
 class Setting(NamedTuple):
