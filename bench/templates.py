@@ -139,22 +139,24 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
         result.wrong.append(f"{len(found)} spans for {len(turns)} turns")
         return result
     for t, (example, begin, end) in zip(turns, found, strict=True):
-        kwargs = {key: value == "True" for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)}
         if "opening" in example.note or "no-thinking" in example.note:
             result.kind = "forced"
         shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages[:t]]
-        served = theirs.apply_chat_template(
-            shown,
-            tools=tools or None,
-            chat_template=encoder.chat_template,
-            add_generation_prompt=True,
-            return_dict=False,
-            **kwargs,
-        )
-        if served != example.ids[:begin].tolist():
-            result.wrong.append(
-                f"turn {t}: prompt {theirs.decode(example.ids[:begin])!r} is not {theirs.decode(served)!r}"
+        switch = {key: value == "True" for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)}
+        served = [
+            theirs.apply_chat_template(
+                shown,
+                tools=tools or None,
+                chat_template=encoder.chat_template,
+                add_generation_prompt=True,
+                return_dict=False,
+                **kwargs,
             )
+            for kwargs in ([switch, {}] if switch else [{}])  # turns with and without a switch may share a sequence
+        ]
+        prompt = example.ids[:begin].tolist()
+        if prompt not in served:
+            result.wrong.append(f"turn {t}: prompt {theirs.decode(prompt)!r} is not {theirs.decode(served[0])!r}")
         output = theirs.decode(example.ids[begin:end])
         last = theirs.decode([example.ids[end - 1]])
         if not encoder.tokenizer.is_special(last):
@@ -200,7 +202,7 @@ def main() -> None:
                 details.append(f"    {name}: {result.reason}")
                 details += [f"      {line}" for line in outputs(encoder, theirs, name)]
         stop = theirs.decode([encoder.stop_id])
-        print(f"{str(path.relative_to(arguments.folder)):58s} {stop:22s} " + " ".join(cells))
+        print(f"{path.relative_to(arguments.folder)!s:58s} {stop:22s} " + " ".join(cells))
         print("".join(line + "\n" for line in details), end="")
     print("\nrefusals:\n" + "\n".join(refused))
     print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))

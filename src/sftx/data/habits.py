@@ -1,4 +1,4 @@
-"""The habits of a chat template, learned from a few probes: how it ends a turn, and whether its prompt opens a thought."""
+"""The habits of a chat template, learned from a few probes: how a turn ends, and whether the prompt opens a thought."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from sftx.data.conversation import REASONING
 from sftx.data.sandbox import TEMPLATE_ERRORS
 from sftx.data.tokenizer import Tokenizer
 
 USER, MODEL, THOUGHT, NEXT = "qzuserqz", "qzmodelqz", "qzthoughtqz", "qznextqz"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
 TOOL = {"name": "qztool", "description": "qz", "parameters": {"type": "object", "properties": {}, "required": []}}
 TOOLS = [{"type": "function", "function": TOOL}]
 # Thoughts that are not marked by a pair of tags of the usual form.
@@ -162,14 +162,14 @@ class Habits:
     @cached_property
     def thought(self) -> str:
         """The tag of a thought that the prompt leaves open; "" if it opens none."""
-        return open_tag(self.prompt[self.prompt.rfind(USER) :])
+        return open_tag(self.prompt)
 
     def switch(self, thinking: bool) -> dict[str, Any]:
         """The template's own setting that lets the answer begin with a thought, or keeps it from that; {} if none."""
         for key in _SWITCHES:
             if re.search(rf"\b{key}\b", self._source):
                 prompt = self._try(_user(), generate=True, **{key: thinking}) or self.prompt
-                if prompt != self.prompt and (thinking or not open_tag(prompt[prompt.rfind(USER) :])):
+                if prompt != self.prompt and (thinking or not open_tag(prompt)):
                     return {key: thinking}
         return {}
 
@@ -177,7 +177,8 @@ class Habits:
         """The text between a thought and the answer: as the template writes it, else the usual one."""
         full = self._try(_user(), {**_model(), **dict.fromkeys(REASONING, THOUGHT)}) or ""
         if THOUGHT in full and close_tag(tag) in full:
-            return full[full.rfind(THOUGHT) + len(THOUGHT) : full.rfind(MODEL)]
+            lead = self.full[len(self.prompt) - len(self.opening) : self.full.rfind(MODEL)]
+            return full[full.rfind(THOUGHT) + len(THOUGHT) : full.rfind(MODEL)].removesuffix(lead)
         line = "\n" if re.search(re.escape(tag) + r"\n", self.prompt) else ""
         return f"{line}{close_tag(tag)}{line * 2}"
 
@@ -203,8 +204,8 @@ def _json(call: dict[str, Any]) -> str:
     return json.dumps(call["function"]["arguments"], ensure_ascii=False)
 
 
-def common(first: str, second: str) -> str:
-    """The common beginning of two texts, never ending inside a tag."""
+def common_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -212,8 +213,14 @@ def common(first: str, second: str) -> str:
             low = middle
         else:
             high = middle - 1
-    partial = _PARTIAL.search(first[:low])
-    return first[: partial.start() if partial else low]
+    return low
+
+
+def common(first: str, second: str) -> str:
+    """The common beginning of two texts, never ending inside a tag."""
+    length = common_length(first, second)
+    partial = _PARTIAL.search(first[max(0, length - 100) : length])
+    return first[: length - (len(partial.group()) if partial else 0)]
 
 
 def _without_header(between: str, before: str) -> str:
@@ -237,7 +244,13 @@ def close_tag(tag: str) -> str:
     return f"{tag[0]}/{tag[1:]}"
 
 
-def open_tag(text: str) -> str:
-    """The last thought opened in `text`, if it is not closed there."""
-    tags = _OPEN.findall(text)
-    return tags[-1] if tags and close_tag(tags[-1]) not in text[text.rfind(tags[-1]) :] else ""
+def last_tag(text: str) -> tuple[str, bool]:
+    """The last thought tag that opens in `text` ("" if none does), and whether the thought is also closed there."""
+    last = next(reversed(list(_OPEN.finditer(text))), None)
+    return ("", False) if last is None else (last.group(), close_tag(last.group()) in text[last.end() :])
+
+
+def open_tag(prompt: str) -> str:
+    """The tag of the thought that `prompt` ends in; "" if it does not end in one."""
+    tag, closed = last_tag(prompt[-80:])
+    return tag if tag and not closed and prompt.rstrip().endswith(tag) else ""

@@ -98,6 +98,10 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
+_DICT_METHODS = frozenset(dir(dict))
+_TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with checks before what can make a huge value in one operation."""
 
@@ -111,6 +115,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif isinstance(left, str):
             _check_widths(left)
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # The sandbox asks a dozen questions of every attribute. For the two kinds that templates are full of, fields of
+        # messages and methods of text, the answers are known.
+        if type(obj) is dict and attribute not in _DICT_METHODS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is str and attribute in _TEXT_METHODS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)

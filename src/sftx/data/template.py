@@ -8,11 +8,11 @@ template from a few probes: its stop token, whether its prompt opens a thought, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sftx.data.habits import MODEL, REASONING, Habits, close_tag, common, open_tag
-
+from sftx.data.conversation import REASONING, Conversation
+from sftx.data.habits import MODEL, Habits, close_tag, common, last_tag, open_tag
 from sftx.data.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
@@ -23,28 +23,15 @@ CHANGED = "text changed by the template"
 
 
 @dataclass(slots=True)
-class Conversation:
-    """What one row asks a template to render: messages as a template reads them, and the weight of each as a target."""
-
-    messages: list[dict[str, Any]]
-    weights: list[float]
-    tools: list[dict[str, Any]] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def trained(self) -> list[int]:
-        """The turns that carry weight."""
-        return [t for t, weight in enumerate(self.weights) if weight]
-
-
-@dataclass(slots=True)
 class Turn:
-    """One trained turn as text. `ends`: the output ends in the template's stop token; if not, EOS must follow it."""
+    """One trained turn as text. `ends`: the output ends in the template's stop token; if not, EOS must follow it.
+    `switch`: settings of the template that the server must send along with the messages."""
 
     prompt: str
     output: str
     ends: bool
     note: str = ""
+    switch: dict[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -99,37 +86,50 @@ class ChatTemplate:
         message = conversation.messages[t]
         if message["role"] != "assistant":
             return self._other_turn(conversation, t)
-        prompt = self.render(conversation, t, True)
         reasoning = _reasoning(message, self.habits.thought)
-        note = ""
-        if not reasoning and open_tag(prompt[-200:].rpartition(conversation.messages[t - 1]["content"][-50:])[2]):
-            if self._forced_opening == "error":
-                raise RowError(
-                    f"turn {t}: the prompt opens a thought ({prompt[-20:]!r}) that the turn does not have; "
-                    "data.forced_opening: close closes it"
-                )
-            note = CLOSED
-        output, switch = self._output(conversation, t, prompt, {}), {}
-        if note and self._lacks_opening(conversation, t, prompt) and (switch := self.habits.switch(False)):
-            prompt = self.render(conversation, t, True, **switch)
-            output = self._output(conversation, t, prompt, switch)
-            note = "no-thinking prompt"
-        elif reasoning and reasoning.strip() not in output:
-            note = LOST_REASONING
-            if switch := self.habits.switch(True):
-                thinking = self.render(conversation, t, True, **switch)
-                reasoned = self._output(conversation, t, thinking, switch)
-                if reasoning.strip() in reasoned:
-                    prompt, output, note = thinking, reasoned, "thinking prompt"
-        if switch and note != LOST_REASONING:
-            note = f"{note} ({', '.join(f'{key}={value}' for key, value in switch.items())})"
-        self._check(message, output, t)
-        if not note and message["content"].strip() not in output:
+        prompt, output, note, switch = (self._with_thought if reasoning else self._without_thought)(conversation, t)
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in output:
+                raise RowError(f"turn {t}: the {self.name} does not render tool calls: nothing of {call!r} is left")
+        if not note and message["content"].strip() not in output and not reasoning:
             note = CHANGED
-        return self._ended(prompt, output, note)
+        said = [message["content"].strip(), reasoning, *(c["function"]["name"] for c in message.get("tool_calls", ()))]
+        return replace(self._ended(prompt, output, note, [text for text in said if text]), switch=switch)
 
-    def _lacks_opening(self, conversation: Conversation, t: int, prompt: str) -> bool:
-        return not self.render(conversation, t + 1, False).startswith(prompt)
+    def _without_thought(self, conversation: Conversation, t: int) -> tuple[str, str, str, dict[str, Any]]:
+        prompt = self.render(conversation, t, True)
+        tag = open_tag(prompt)
+        if not tag:
+            return prompt, self._output(conversation, t, prompt, {}), "", {}
+        if self._forced_opening == "error":
+            raise RowError(
+                f"turn {t}: the prompt opens a thought ({tag!r}) that the turn does not have; "
+                "data.forced_opening: close closes it"
+            )
+        switch = self.habits.switch(False)
+        if not switch or self.render(conversation, t + 1, False).startswith(prompt):
+            return prompt, self._output(conversation, t, prompt, {}), CLOSED, {}
+        prompt = self.render(conversation, t, True, **switch)
+        return prompt, self._output(conversation, t, prompt, switch), _named("no-thinking prompt", switch), switch
+
+    def _with_thought(self, conversation: Conversation, t: int) -> tuple[str, str, str, dict[str, Any]]:
+        reasoning = _reasoning(conversation.messages[t], self.habits.thought).strip()
+        refusal = None
+        plain: tuple[str, str] | None = None
+        for switch in [{}, self.habits.switch(True)] if self.habits.switch(True) else [{}]:
+            prompt = self.render(conversation, t, True, **switch)
+            try:
+                output = self._output(conversation, t, prompt, switch)
+            except RowError as error:
+                refusal = refusal or error
+                continue
+            if reasoning in output:
+                return prompt, output, _named("thinking prompt", switch), switch
+            plain = plain or (prompt, output)
+        if plain is None:
+            assert refusal is not None
+            raise refusal
+        return *plain, LOST_REASONING, {}
 
     def _output(self, conversation: Conversation, t: int, prompt: str, switch: dict[str, Any]) -> str:
         """What must follow `prompt` so that turn `t` has been said."""
@@ -143,13 +143,19 @@ class ChatTemplate:
             if len(shared) < len(common(prompt, self.render(conversation, t, False, **switch))):
                 return self._after_rewriting(conversation, t, prompt, full, switch)
         opening, tail = prompt[len(shared) :], full[len(shared) :]
-        tag = open_tag(opening) or open_tag(shared[-40:])
+        tag, closed = last_tag(shared[-40:] + opening)
         closing = close_tag(tag)
-        if not tag or tail.lstrip().startswith(closing):
-            return tail  # the prompt's header is complete, or the full text closes the thought itself
-        reasoning = next((message[key] for key in REASONING if message.get(key)), None)
-        if reasoning is not None:
-            return reasoning.strip("\n") + self.habits.closing(tag) + tail
+        reasoning = next((message[key] for key in REASONING if message.get(key)), "").strip("\n")
+        if not tag:
+            return tail  # the prompt only completes its own header
+        if closed:
+            if reasoning and reasoning in tail:
+                raise _unfaithful(prompt, full, t)
+            return tail.lstrip().removeprefix(closing) if tail.lstrip().startswith(closing) else tail
+        if reasoning in tail and closing in tail:  # the full text closes the thought itself
+            return tail
+        if reasoning:
+            return reasoning + ("" if tail.lstrip().startswith(closing) else self.habits.closing(tag)) + tail
         if closing in message["content"]:  # the thought stands in the content, and the template left it out
             body = message["content"].lstrip().removeprefix(opening).removeprefix(tag)
             stop = self.habits.ending.stop
@@ -182,31 +188,22 @@ class ChatTemplate:
         at = self._content_begins(conversation, t, {})
         if at is None:
             raise _unfaithful(full[:0], full, t)
-        return self._ended(full[:at], full[at:], "")
+        return self._ended(full[:at], full[at:], "", [conversation.messages[t]["content"]])
 
-    def _check(self, message: dict[str, Any], output: str, t: int) -> None:
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in output:
-                raise RowError(f"turn {t}: the {self.name} does not render tool calls: nothing of {call!r} is left")
-
-    def _ended(self, prompt: str, output: str, note: str) -> Turn:
-        """The turn with its output cut after the stop token."""
-        ending, splitting = self.habits.ending, self._tokenizer.splitting
+    def _ended(self, prompt: str, output: str, note: str, said: list[str]) -> Turn:
+        """The turn with its output cut after the first stop token that follows all that was `said`."""
+        ending = self.habits.ending
         if ending.stop is not None and ending.stop in output and not ending.unwritten:
-            return Turn(prompt, output[: output.rfind(ending.stop) + len(ending.stop)], True, note)
-        last = next(reversed(list(splitting.finditer(output))), None)
+            spoken = max((output.rfind(text) + len(text) for text in said if text in output), default=0)
+            at = output.find(ending.stop, spoken)
+            at = output.rfind(ending.stop) if at < 0 else at
+            return Turn(prompt, output[: at + len(ending.stop)], True, note)
+        last = next(reversed(list(self._tokenizer.splitting.finditer(output))), None)
         if last and self._tokenizer.is_special(last.group()) and not output[last.end() :].strip():
             return Turn(prompt, output[: last.end()], True, note)
         if ending.unwritten:
             return Turn(prompt, output + ending.unwritten, True, note)
         return Turn(prompt, output.removesuffix(ending.written), False, note)
-
-
-def as_read(message: Any) -> dict[str, Any]:
-    """A message as a template reads it: without our own fields, reasoning under each of its usual names."""
-    plain = {key: value for key, value in message.items() if key not in ("weight", "train") and value is not None}
-    reasoning = next((plain[key] for key in REASONING if key in plain), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _reasoning(message: dict[str, Any], tag: str) -> str:
@@ -218,6 +215,10 @@ def _reasoning(message: dict[str, Any], tag: str) -> str:
     return (
         message["content"].partition(closing)[0].rpartition(tag)[2] if closing and closing in message["content"] else ""
     )
+
+
+def _named(what: str, switch: dict[str, Any]) -> str:
+    return f"{what} ({', '.join(f'{key}={value}' for key, value in switch.items())})" if switch else ""
 
 
 def _unfaithful(prompt: str, full: str, t: int) -> RowError:

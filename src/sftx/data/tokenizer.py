@@ -147,7 +147,7 @@ class Tokenizer:
         """`encode_batch` of one text."""
         return self.encode_batch([text], plain=plain, inside=inside)[0]
 
-    def encode_escaped(self, text: str, mark: str) -> list[int]:
+    def encode_escaped(self, text: str, mark: str, inside: bool = False) -> list[int]:
         """Ids of a text in which `mark` stands inside each special token that is meant as ordinary text."""
         ids: list[int] = []
         position = 0
@@ -158,7 +158,7 @@ class Tokenizer:
             part = part.lstrip() if swallow else part
             part = part.rstrip() if token is not None and token.lstrip else part
             if part:
-                ids += self.encode(part, plain=True, inside=position > 0)
+                ids += self.encode(part, plain=True, inside=inside or position > 0)
             if match and token is not None:
                 ids.append(self.backend.token_to_id(match.group()))
                 position, swallow = match.end(), token.rstrip

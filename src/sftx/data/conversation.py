@@ -1,0 +1,100 @@
+"""A row as a conversation: the messages a template reads, which of them are targets, and what they may not spell."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftx.types import Row, RowError
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode reserves for uses like this one
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What one row asks a template to render: messages as a template reads them, and the weight of each as a target."""
+
+    messages: list[dict[str, Any]]
+    weights: list[float]
+    tools: list[dict[str, Any]] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[int]:
+        """The turns that carry weight."""
+        return [t for t, weight in enumerate(self.weights) if weight]
+
+
+def conversation_of(row: Row, train_on: str | list[str]) -> Conversation:
+    """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and assistant turns.
+
+    A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is `weight`, or 1.
+    """
+    if row.kind == "phrases":
+        raw: list[dict[str, Any]] = [
+            {"role": "assistant" if phrase.weight else "user", "content": phrase.text, "weight": phrase.weight or 1.0}
+            for phrase in row.phrases
+        ]
+    else:
+        raw = [dict(message) for message in row.messages]
+    if train_on == "last":
+        last = max((t for t, message in enumerate(raw) if message["role"] == "assistant"), default=-1)
+        chosen = [t == last for t in range(len(raw))]
+    else:
+        roles = train_on if isinstance(train_on, list) else ["assistant"]
+        chosen = [message["role"] in roles for message in raw]
+    weights = [
+        float(message.get("weight", 1.0)) if message.get("train", choice) else 0.0
+        for message, choice in zip(raw, chosen, strict=True)
+    ]
+    tools = [dict(tool) for tool in row.tools] or None
+    return Conversation([as_read(message) for message in raw], weights, tools, dict(row.template_kwargs))
+
+
+def as_read(message: Any) -> dict[str, Any]:
+    """A message as a template reads it: without our own fields, reasoning under each of its usual names."""
+    plain = {key: value for key, value in message.items() if key not in ("weight", "train") and value is not None}
+    reasoning = next((plain[key] for key in REASONING if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def spells(conversation: Conversation, control: re.Pattern[str]) -> bool:
+    """Whether the row's own text spells a special token, which `control` matches."""
+    for message in conversation.messages:
+        for key, value in message.items():
+            if key != "role" and (control.search(value) if isinstance(value, str) else _found(control, value)):
+                return True
+    return _found(control, conversation.tools) or _found(control, conversation.kwargs)
+
+
+def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:
+    """The conversation with a reserved character inside each special token that its own text spells, and the character.
+
+    The special tokens of the rendered text are then those of the template alone.
+    """
+    everything = [conversation.messages, conversation.tools, conversation.kwargs]
+    text = json.dumps(everything, ensure_ascii=False)
+    mark = next((mark for mark in _MARKS if mark not in text), None)
+    if mark is None:
+        raise RowError("the text spells special tokens, and holds every character that could keep them apart")
+
+    def broken(value: Any) -> Any:
+        if isinstance(value, str):
+            return control.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
+        if isinstance(value, dict):
+            return {broken(key): broken(item) for key, item in value.items()}
+        return [broken(item) for item in value] if isinstance(value, list) else value
+
+    messages, tools, kwargs = (broken(value) for value in everything)
+    return Conversation(messages, conversation.weights, tools, kwargs), mark
+
+
+def _found(pattern: re.Pattern[str], value: Any) -> bool:
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, dict):
+        return any(_found(pattern, key) or _found(pattern, item) for key, item in value.items())
+    return any(_found(pattern, item) for item in value) if isinstance(value, list) else False

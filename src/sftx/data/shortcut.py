@@ -1,0 +1,170 @@
+"""All prompts and outputs of a plain conversation from one rendering, for templates whose habits allow it.
+
+Rendering every turn's prompt and answer costs two renderings per turn. For conversations of plain alternating turns
+most templates write `head U gap A between U gap A ...`; `Shortcut` learns these texts from the turns of one probe, and
+takes a conversation apart only if its rendering is, to the letter, made of them and of the row's own contents. Anything
+else, and every template that the probe does not fit, takes the long way. `Encoder` also compares both ways by sample.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sftx.data.conversation import Conversation
+from sftx.data.habits import MODEL, NEXT, USER
+from sftx.data.template import ChatTemplate, Turn
+from sftx.types import RowError
+
+_PLAIN = {"role", "content"}
+# Contents in which a template may see a thought: these are left to the long way.
+_THOUGHT = re.compile(r"think\w*\|?>|thought\w*\|?>|reason\w*\|?>|THINK|FINAL RESPONSE|<\|?channel", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortcut:
+    """The constant texts of a template's plain turns.
+
+    In a rendering: `gap` between user and answer, `between` from the answer to the next user, `last_gap` and
+    `last_close` around the newest answer. In serving: `served` from the user to the end of the prompt, then `lead`,
+    the content and `close`. `joined`: a prompt continues the text of the turns before it.
+    """
+
+    gap: str
+    between: str
+    last_gap: str
+    last_close: str
+    served: str
+    lead: str
+    close: str
+    ends: bool
+    note: str
+    switch: dict[str, Any]
+    system: bool
+    joined: bool
+
+    def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
+        """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation is not plain."""
+        pairs = self._pairs(conversation)
+        if pairs is None:
+            return None
+        try:
+            text = template.render(conversation, conversation.trained[-1] + 1, False, **self.switch)
+        except RowError:
+            return None  # let the long way say what is wrong
+        borders = self._take_apart(text, pairs)
+        if borders is None:
+            return None
+        result = []
+        first = len(conversation.messages[: conversation.trained[-1] + 1]) - 2 * len(pairs)
+        for t in conversation.trained:
+            user_end, begin, end = borders[(t - first) // 2]
+            output = f"{self.lead}{text[begin:end]}{self.close}"
+            result.append(Turn(text[:user_end] + self.served, output, self.ends, self.note, self.switch))
+        return result
+
+    def _pairs(self, conversation: Conversation) -> list[tuple[str, str]] | None:
+        """The (user, answer) contents up to the last trained turn, if all is plain."""
+        messages = conversation.messages[: conversation.trained[-1] + 1]
+        if conversation.tools or conversation.kwargs or any(message.keys() != _PLAIN for message in messages):
+            return None
+        if messages[0]["role"] == "system":
+            if not self.system:
+                return None
+            messages = messages[1:]
+        users, answers = messages[::2], messages[1::2]
+        plain = len(users) == len(answers) > 0
+        if not plain or any(m["role"] != "user" for m in users) or any(m["role"] != "assistant" for m in answers):
+            return None
+        pairs = [(user["content"], answer["content"]) for user, answer in zip(users, answers, strict=True)]
+        if any(_THOUGHT.search(answer) or not answer.strip() for _, answer in pairs):
+            return None
+        if not self.joined and any(answer != answer.strip() for _, answer in pairs):
+            return None  # the newest answer may be trimmed otherwise than earlier ones
+        return pairs
+
+    def _take_apart(self, text: str, pairs: list[tuple[str, str]]) -> list[tuple[int, int, int]] | None:
+        """For each pair: where the user's text ends, and where the answer begins and ends. None if it is not so."""
+        gap = self.last_gap if len(pairs) == 1 else self.gap
+        at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
+        if at < 0:
+            return None
+        borders = []
+        for i, (user, answer) in enumerate(pairs):
+            newest = i == len(pairs) - 1
+            gap, close = (self.last_gap, self.last_close) if newest else (self.gap, self.between)
+            user_end = _after(text, at, user, gap)
+            if user_end is None:
+                return None
+            begin = user_end + len(gap)
+            end = _after(text, begin, answer, close)
+            if end is None:
+                return None
+            borders.append((user_end, begin, end))
+            at = end + len(close)
+        return borders if at == len(text) else None
+
+
+def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
+    """The shortcut of a template, if the turns of a probe fit one."""
+    words = [(USER, MODEL), (NEXT, "qzfirstqz"), ("qzsecondqz", "qzthirdqz")]
+    messages = [m for user, model in words for m in (_says("user", user), _says("assistant", model))]
+    conversation = Conversation(messages, [0.0, 1.0] * 3)
+    try:
+        turns = [template.turn(conversation, t) for t in (1, 3, 5)]
+        text = template.render(conversation, 6, False, **turns[0].switch)
+    except RowError:
+        return None
+    at = [text.find(word) for pair in words for word in pair]
+    if -1 in at or sorted(at) != at or len({(turn.ends, turn.note) for turn in turns}) > 1:
+        return None
+    ends = [begin + len(word) for begin, word in zip(at, (word for pair in words for word in pair), strict=True)]
+    lead, _, close = turns[0].output.partition(MODEL)
+    joined = all(text.startswith(turn.prompt + turn.output) for turn in turns[:2])
+    shortcut = Shortcut(
+        gap=text[ends[0] : at[1]],
+        between=text[ends[1] : at[2]],
+        last_gap=text[ends[4] : at[5]],
+        last_close=text[ends[5] :],
+        served=turns[0].prompt[ends[0] :],
+        lead=lead,
+        close=close,
+        ends=turns[0].ends,
+        note=turns[0].note,
+        switch=turns[0].switch,
+        system=False,
+        joined=joined,
+    )
+    if not _agrees(shortcut, template, conversation) or not _agrees(
+        shortcut, template, Conversation(messages[:2], [0.0, 1.0])
+    ):
+        return None
+    with_system = replace(shortcut, system=True)
+    conversation = Conversation([_says("system", "qzsystemqz"), *messages], [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    return with_system if _agrees(with_system, template, conversation) else shortcut
+
+
+def _agrees(shortcut: Shortcut, template: ChatTemplate, conversation: Conversation) -> bool:
+    try:
+        return shortcut.turns(template, conversation) == [template.turn(conversation, t) for t in conversation.trained]
+    except RowError:
+        return False
+
+
+def _says(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """A content as templates write it: as it is, or without the white space around it."""
+    trimmed = content.strip()
+    return (content,) if trimmed == content else (content, trimmed)
+
+
+def _after(text: str, at: int, content: str, then: str) -> int | None:
+    """The end of `content` (in one of its forms) at `at` with `then` behind it; None if it is not there."""
+    for form in _forms(content):
+        if text.startswith(form, at) and text.startswith(then, at + len(form)):
+            return at + len(form)
+    return None
