@@ -29,7 +29,8 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
         length = int(corpus.lengths[index])
         if (corpus.place(index), int(corpus.part[index])) not in seen and tokens + length <= TOKENS:
             tokens += length
-            views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index)))
+            lost = int(corpus.columns.cut_tokens[index])
+            views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index), lost))
     page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
         "title": ", ".join(corpus.sources),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from sftx.config import Data, Source
@@ -35,6 +36,7 @@ class Table:
     blocks: list[Block]
     form: str
     lines: Path | None
+    held_out: bool = False
 
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
@@ -73,16 +75,14 @@ def open_tables(
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
-        if rows is not None and source.path == MEMORY and number == len(sources) - 1:
-            lines = scratch / f"{number}-{len(tables)}-rows.lines"
-            with lines.open("wb") as out:
-                out.writelines(convert.dump(row) + b"\n" for row in rows)
-            tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
-        elif is_hub_name(source.path):
-            lines = scratch / f"{number}-{len(tables)}-hub.lines"
-            with lines.open("wb") as out:
-                convert.write_rows(_hub_rows(source.path), out)
-            tables.append(_table(number, Origin(name, "row"), [], lines, data, scratch))
+        in_memory = rows is not None and source.path == MEMORY and number == len(sources) - 1
+        if in_memory or is_hub_name(source.path):
+            with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
+                if in_memory:
+                    out.writelines(convert.dump(row) + b"\n" for row in rows or [])
+                else:
+                    convert.write_rows(_hub_rows(source.path), out)
+            tables.append(_table(number, Origin(name, "row"), [], Path(out.name), data, scratch))
         else:
             tables += [
                 _open_file(number, origin, files, data, cache, scratch) for origin, files in _grouped(source.path)

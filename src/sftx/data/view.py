@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -46,23 +46,25 @@ class View:
         return {name: getattr(self, name) for name in self.__slots__} | {"targets": self.targets}
 
 
-def view(example: Example, tokenizer: Tokenizer, place: str, prompt: str = "") -> View:
-    """An example with the text of each of its tokens."""
+def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
+    """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
+    note = "; ".join(filter(None, [example.note, f"{lost:,} tokens of the row cut off" if lost else ""]))
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
     special = [tokenizer.is_special(tokenizer.token(token)) for token in ids]
-    return View(place, example.note, example.part, ids, example.weights.tolist(), texts, special, prompt)
+    return View(place, note, example.part, ids, example.weights.tolist(), texts, special, prompt)
 
 
 @contextmanager
 def raw_tables(config: Config) -> Iterator[list[Table]]:
-    """All files of the run, training and held out, read but not encoded. `Table.source` counts through both."""
+    """All files of the run, training and held out, read but not encoded."""
     data, cache = config.data, Cache(config.data.cache)
     train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
     with cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
-        tables += open_tables(held, data.eval_rows, data, cache, scratch)
+        held_out = open_tables(held, data.eval_rows, data, cache, scratch)
+        tables += [replace(table, held_out=True) for table in held_out]
         for table in tables:
             table.open_lines(scratch)
         yield tables
@@ -104,7 +106,8 @@ def views_of_rows(
         if not encoded.examples:
             raise UserError(f"{place}: the row is dropped: {encoded.reason}")
         prompt = _served_prompt(row, encoder)
-        views += [view(example, encoder.tokenizer, place, prompt) for example in encoded.examples]
+        lost = encoded.tokens_truncated
+        views += [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
     return views
 
 

@@ -1,0 +1,45 @@
+"""Look for what is likely wrong with data: `sftx lint run.yaml`. Exit code 1 if something serious is found.
+
+Duplicates, held-out rows that are trained on, outputs that are empty or never end, targets lost to the length limit,
+roles out of order, markers of another template, wrongly decoded text, likely secrets. Each finding names its rows.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+
+from rich.console import Console
+
+from sftx.cli._inputs import tokenizer_and_length
+from sftx.config import Config
+from sftx.data.lint import lint
+from sftx.data.render import Encoder
+from sftx.types import UserError
+
+EXTRA = {"json": "Write the findings to this file too, for other programs."}
+DEFAULTS = ("output=unused",)
+SHOWN = 4  # places of a finding on the terminal
+
+
+def run(config: Config, json: str = "") -> int:
+    """Print the findings. Returns 1 if any of them is serious, else 0."""
+    tokenizer, max_length = tokenizer_and_length(config)
+    findings = lint(config, Encoder(tokenizer, config.data, max_length))
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"
+        console.print(f"{mark} [bold]{finding.check}[/]: {finding.count:,} {finding.message}")
+        for place in finding.places[:SHOWN]:
+            console.print(f"        {place}", markup=False)
+        if finding.count > SHOWN:
+            console.print(f"        and {finding.count - SHOWN:,} more", style="dim")
+    serious = any(finding.serious for finding in findings)
+    console.print("nothing found" if not findings else "something serious was found" if serious else "nothing serious")
+    if json:
+        text = json_module.dumps([finding.as_json() for finding in findings], ensure_ascii=False, indent=1)
+        try:
+            Path(json).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{json}: cannot be written: {error.strerror}") from None
+    return int(serious)

@@ -1,0 +1,143 @@
+"""Planted faults are found and named; good data is left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from sftx.cli import main
+from sftx.data.lint import Finding, lint
+from sftx.data.minhash import near_duplicates, signature
+from sftx.data.render import Encoder
+from sftx.data.tokenizer import Tokenizer
+from sftx.settings import make_config
+
+WORDS = "apple river stone cloud window garden music letter bridge winter summer candle forest mirror".split()  # noqa: SIM905
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.of(tiny.tokenizer())
+
+
+def chat(*turns: str, roles: str = "ua") -> dict[str, Any]:
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    order = roles * len(turns)
+    return {"messages": [{"role": names[order[i]], "content": text} for i, text in enumerate(turns)]}
+
+
+def good(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [chat(" ".join(rng.choices(WORDS, k=20)), " ".join(rng.choices(WORDS, k=12))) for _ in range(count)]
+
+
+def find(tokenizer: Tokenizer, rows: list[Any], length: int = 512, **data: Any) -> dict[str, Finding]:
+    config = make_config(model="m", output="o", data={"rows": rows, "workers": 0, **data})
+    findings = lint(config, Encoder(tokenizer, config.data, length))
+    assert [f.serious for f in findings] == sorted((f.serious for f in findings), reverse=True)
+    return {f.check: f for f in findings}
+
+
+def test_good_data_has_no_findings(tokenizer: Tokenizer) -> None:
+    assert find(tokenizer, good(200), eval_rows=good(20, seed=1)) == {}
+    assert find(tokenizer, [{"text": " ".join(random.Random(i).choices(WORDS, k=40))} for i in range(8)]) == {}
+
+
+SECRET = "ghp_" + "a1B2" * 9
+
+
+@pytest.mark.parametrize(
+    ("row", "check", "serious"),
+    [
+        (chat("hello there", ""), "empty outputs", True),
+        (chat("hello there", "x"), "short outputs", False),
+        (chat("a question", "b", "c", "d e f g h", roles="uaau"), "role order", False),
+        (chat("a question", "Be brief.", "an answer", roles="usa"), "role order", False),
+        (chat("a question", "a result", "an answer", roles="uta"), "role order", False),
+        (chat("Itâ€™s cafÃ© time", "naïve façade"), "mojibake", False),
+        (chat("my key is " + SECRET, "thank you"), "secrets", True),
+        (chat("pay with 4539 1488 0343 6467 please", "no thanks"), "secrets", True),
+        (chat("what is <|user|> for?", "a role"), "special tokens", False),
+        (chat("[INST] translate this [/INST]", "bonjour"), "template mismatch", False),
+        (chat("x " * 6000, "a long one"), "extreme lengths", False),
+        ({"messages": 3}, "bad rows", True),
+    ],
+)
+def test_a_planted_fault_is_found(tokenizer: Tokenizer, row: Any, check: str, serious: bool) -> None:
+    rows = good(150)
+    rows.insert(77, row)
+    findings = find(tokenizer, rows, 20_000)
+    assert findings[check].count == 1
+    assert findings[check].serious == serious
+    assert findings[check].places[0].startswith("rows, row 78")
+    assert SECRET not in json.dumps([f.as_json() for f in findings.values()])
+
+
+def test_lost_targets_are_serious(tokenizer: Tokenizer) -> None:
+    rows = [*good(5), chat("a question", "word " * 200)]
+    assert find(tokenizer, rows, 400, too_long="truncate_right")["lost targets"].places == ["rows, row 6"]
+    assert find(tokenizer, rows, 400, too_long="drop")["dropped rows"].count == 1
+    split = find(tokenizer, rows, 400)
+    assert "lost targets" not in split
+    assert not split["split rows"].serious
+
+
+def test_outputs_that_never_end(tokenizer: Tokenizer) -> None:
+    rows = [
+        {"segments": [{"text": f"question {i}", "weight": 0}, {"text": f"answer {i}", "weight": 1}]} for i in range(9)
+    ]
+    assert find(tokenizer, rows)["endless outputs"].count == 9
+
+
+def test_copies(tokenizer: Tokenizer) -> None:
+    """Exact copies by what is trained on, whatever else the line says; near copies; copies in the held-out rows."""
+    rows = good(100)
+    changed = json.loads(json.dumps(rows[7]))
+    changed["messages"][1]["content"] += " indeed"
+    near = json.loads(json.dumps(rows[8]).replace('"user", "content": "', '"user", "content": "so '))
+    copies = [{**rows[3], "id": "other"}, changed]
+    findings = find(tokenizer, rows + copies, eval_rows=[*good(5, seed=1), near, rows[11]])
+    assert findings["exact duplicates"].places == ["rows, row 101"]
+    assert findings["near duplicates"].places == ["rows, row 102"]
+    assert findings["overlap"].places == ["rows, row 7"]
+    assert findings["near overlap"].places == ["rows, row 6"]
+
+
+def test_near_duplicates_finds_planted_pairs() -> None:
+    rng = random.Random(3)
+    vocabulary = [f"w{i}" for i in range(500)]
+    texts = [" ".join(rng.choices(vocabulary, k=120)) for _ in range(600)]
+    for i in range(0, 100):
+        words = texts[i].split()
+        words[rng.randrange(120)] = "changed"
+        texts.append(" ".join(words))
+    found = near_duplicates([signature(text) for text in texts])
+    assert all(found[i] == i - 600 for i in found)
+    assert len(found) >= 90
+    assert near_duplicates([]) == {}
+    assert near_duplicates([signature("a b"), signature("a b"), signature("a c"), signature("")]) == {1: 0}
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 for good data, 1 for something serious, and the same findings as JSON."""
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    arguments = ["lint", f"model={tmp_path / 'model'}", f"data={data}", f"json={tmp_path / 'out.json'}"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in good(20)))
+    assert main(arguments) == 0
+    assert "nothing found" in capsys.readouterr().out
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*good(20), chat("hi", "")]))
+    assert main(arguments) == 1
+    assert f"{data}:21" in capsys.readouterr().out.replace("\n", "")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(f["check"], f["count"], f["places"]) for f in found] == [("empty outputs", 1, [f"{data}:21"])]
