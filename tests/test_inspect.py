@@ -1,0 +1,151 @@
+"""What `sftx inspect` shows is what is trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftx.cli import main
+from sftx.cli.inspect import paint
+from sftx.data.encode import encode, load_corpora
+from sftx.data.plan import Plan
+from sftx.data.tokenizer import Tokenizer
+from sftx.data.view import view
+from sftx.settings import load_config
+from sftx.types import Example
+
+TOKENIZER = Tokenizer.of(tiny.tokenizer())
+LONG = "a long answer that is cut, " * 8
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments that name a model folder and two data files."""
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 128}')
+    rows = [{"prompt": f"question {i}\n", "completion": f"antwort ü{i} 🙂"} for i in range(40)]
+    rows[20]["completion"] = LONG
+    rows[21]["completion"] = "</script><script>document.title = 'taken'</script>"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.jsonl").write_text('{"text": "plain"}\n\n{"segments": 1}\n')
+    return [f"model={tmp_path / 'model'}", f"data.train=[{tmp_path / 'a.jsonl'}]"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30), st.integers(20, 200), st.booleans())
+def test_texts_and_weights_are_those_of_the_example(prompt: str, output: str, width: int, colour: bool) -> None:
+    """The texts of a view join to the example's text, and its lines fit and hold every target."""
+    example = encode([prompt, output], TOKENIZER, template="none")[0]
+    shown = view(example, TOKENIZER, "here")
+    assert "".join(shown.texts) == TOKENIZER.decode(shown.ids)
+    assert shown.weights == example.weights.tolist()
+    assert shown.targets == example.targets
+    lines = [line.plain for line in paint(shown, width, colour)]
+    body = "".join(line[9:] for line in lines[1:-1])
+    trained = "".join(re.findall(r"⟦(?:[\d.]+:)?(.*?)⟧", body, re.DOTALL))
+    if not colour and not {"⟦", "⟧"} & {*prompt, *output}:
+        assert trained.endswith("<eos>")
+        assert trained.count("↵") == sum("\n" in t for t, w in zip(shown.texts, shown.weights, strict=True) if w) + (
+            output.count("↵")
+        )
+
+
+def test_weights_are_named_without_colour() -> None:
+    ids = np.array(TOKENIZER.encode("abcdef"), np.int32)
+    shown = view(Example(ids, np.array([0, 1, 1, 0, 0.5, 0.25], np.float32)), TOKENIZER, "here")
+    lines = [line.plain for line in paint(shown, 80, colour=False)]
+    assert lines[1] == "     0 │ a⟦bc⟧d⟦0.5:e⟧⟦0.25:f⟧"
+    spans = next(line for line in paint(shown, 80, colour=True) if "abcdef" in line.plain).spans
+    assert len({str(span.style) for span in spans}) > 3
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())
+
+
+def test_rows_are_those_of_the_corpus(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row shown alone is the row as a run encodes it, at the length a run would take."""
+    out = tmp_path / "out.json"
+    assert main(["inspect", *run, "row=21", f"json={out}"]) == 0
+    shown = read_json(out)
+    corpus, _ = load_corpora(load_config(None, [*run, "output=x"]), TOKENIZER, 128)
+    here = np.flatnonzero(corpus.line == 21)
+    assert len(shown) == len(here) > 1
+    for index, seen in zip(here, shown, strict=True):
+        example = corpus.example(int(index))
+        assert (seen["ids"], seen["weights"]) == (example.ids.tolist(), example.weights.tolist())
+        assert seen["place"] == corpus.place(int(index))
+        assert seen["note"].startswith(example.note)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'a.jsonl'}:21".replace("\n", "") in printed.replace("\n", "")
+    assert "a server would send: '<|user|>question 20\\n<|end|>\\n<|assistant|>'" in printed.replace("\n", "")
+
+
+def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = [*run, "batch.examples_per_step=8", "runtime.tokens_per_pack=150"]
+    config = load_config(None, [*arguments, "output=x"])
+    corpus, _ = load_corpora(config, TOKENIZER, 128)
+    packs = Plan(corpus.lengths, corpus.weights, config.batch, config.seed).packs(2, 150)[0]
+    assert main(["inspect", *arguments, "step=2", f"json={out}"]) == 0
+    assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for pack in packs for i in pack]
+    assert main(["inspect", *arguments, "step=2", "pack=1", f"json={out}"]) == 0
+    assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for i in packs[1]]
+
+
+def test_what_is_not_there_is_said(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [*run[:1], f"data={tmp_path / '[ab].jsonl'}"]
+    for arguments, message in (
+        ([*run, "row=41"], "a.jsonl:41: there is no row here"),
+        ([*run, "row=x"], "expected a whole number"),
+        ([*run, "row=c.jsonl:1"], "no file called 'c.jsonl'"),
+        ([*run, "step=99"], "the run has 3 steps"),
+        ([*run, "step=0", "row=1"], "name one of them"),
+        ([*run, "pack=1"], "pack= needs step="),
+        ([*more, f"row={tmp_path / 'b.jsonl'}:2"], "b.jsonl:2: there is no row here"),
+        ([*more, f"row={tmp_path / 'b.jsonl'}:3"], "field 'text' is missing"),
+    ):
+        assert main(["inspect", *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err.replace("\n", "")
+    assert main(["inspect", *more, f"row={tmp_path / 'b.jsonl'}:1"]) == 0
+
+
+def test_the_page_stands_alone_and_holds_no_foreign_code(run: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["inspect", *run, "row=1", f"html={page}"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text)
+    assert text.count("<script") == text.count("</script>") == 1
+    facts = json.loads(re.search(r"^const facts = (.*);$", text, re.MULTILINE).group(1).replace("<\\/", "</"))  # type: ignore[union-attr]
+    corpus, _ = load_corpora(load_config(None, [*run, "output=x"]), TOKENIZER, 128)
+    assert facts["examples"] == len(corpus) == len(facts["rows"])
+    assert sum(facts["lengths"]["counts"]) == len(corpus)
+    assert sum(facts["steps"]["targets"]) == corpus.targets.sum()
+    by_place = {(r["place"], r["part"]): r for r in facts["rows"]}
+    for index in range(len(corpus)):
+        row, example = by_place[corpus.place(index), int(corpus.part[index])], corpus.example(index)
+        ends = [start for start, _ in row["runs"][1:]] + [len(example.ids)]
+        weights = [w for (start, w), end in zip(row["runs"], ends, strict=True) for _ in range(end - start)]
+        assert (row["ids"], weights) == (example.ids.tolist(), example.weights.tolist())
+    assert [row["place"] for row in facts["rows"] if "split" in row["note"]]
+
+
+def test_no_torch(run: list[str]) -> None:
+    code = (
+        "import sys; from sftx.cli import main; assert main(sys.argv[1:]) == 0;"
+        "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "inspect", *run, "step=0"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
