@@ -40,8 +40,8 @@ def make_model(folder: Path, texts: Iterable[str], seed: int, hidden: int, layer
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=backend.token_to_id(END),
+        pad_token_id=backend.token_to_id(END),
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

@@ -21,6 +21,7 @@ from sftx.demo.newborn import make_model
 from sftx.demo.show import show, show_answers, show_table, show_targets, tell
 from sftx.demo.village import Question, Village, build
 from sftx.eval.generate import generate
+from sftx.model.runtime import machine
 from sftx.settings import load_config
 from sftx.training.loop import steps
 from sftx.types import UserError
@@ -85,7 +86,8 @@ def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> N
     seconds += _train(home / "stage2.yaml")
 
     models = (home / "untrained", home / "stage1", home / "stage2")
-    finishes, answers, replies = zip(*(_ask(model, village.held_out) for model in models), strict=True)
+    with machine(load_config(str(home / "stage2.yaml")).runtime):
+        finishes, answers, replies = zip(*(_ask(model, village.held_out) for model in models), strict=True)
     tell("answers")
     show_answers(village, replies)
     show_table(village.held_out, finishes, answers)
@@ -100,7 +102,7 @@ def _train(settings: Path) -> float:
     losses = [record.loss for record in steps(load_config(str(settings))) if record.loss is not None]
     seconds = time.perf_counter() - began
     first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
-    tell("losses", steps=len(losses), seconds=seconds, first=first, last=last, before=exp(first), after=exp(last))
+    tell("losses", steps=len(losses), seconds=seconds, first=first, last=last, before=exp(-first), after=exp(-last))
     return seconds
 
 

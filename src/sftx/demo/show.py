@@ -31,7 +31,7 @@ def tell(part: str, **facts: Any) -> None:
 
 def show(text: str) -> None:
     """Print a paragraph of the corpus."""
-    _console.print(f"\n{text}")
+    _console.print(f"{text}\n")
 
 
 def show_targets(row: object, tokenizer: Tokenizer) -> None:
@@ -48,6 +48,7 @@ def show_targets(row: object, tokenizer: Tokenizer) -> None:
                 if "^" in marks:
                     _console.print(f"  {marks[skip:]}", style="green", soft_wrap=True)
                 text = marks = ""
+    _console.print()
 
 
 def show_answers(village: Village, replies: Sequence[Sequence[str]], count: int = 5) -> None:
@@ -57,7 +58,7 @@ def show_answers(village: Village, replies: Sequence[Sequence[str]], count: int 
         _row("the chronicle", _source(village, question))
         for moment, reply in zip(MOMENTS, said, strict=True):
             right = reply.strip() == question.answer
-            _row(moment, " ".join(reply.split()) + "   (right)" * right, "green" if right else "red")
+            _row(moment, " ".join(reply.split() or ["(nothing)"]) + "   (right)" * right, "green" if right else "red")
 
 
 def show_table(questions: Sequence[Question], finishes: Sequence[float], answers: Sequence[float]) -> None:
