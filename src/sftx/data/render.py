@@ -157,6 +157,7 @@ class Encoder:
                 f"input_ids[{bad}] is {ids[bad]}, outside the vocabulary of {self.tokenizer.vocab_size:,} tokens"
             )
         weights = np.array(row.weights, dtype=np.float32)
+        weights[:1] = 0  # nothing stands before the first token
         return TokenSequence(ids.astype(np.int32), weights, _runs(weights))
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
