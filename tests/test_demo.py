@@ -127,3 +127,12 @@ def test_only_an_earlier_quick_start_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a quick start"):
         run(str(tmp_path), size=TINY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_the_whole_quick_start_learns_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(str(tmp_path / "demo"))
+    last = capsys.readouterr().out.rstrip("\n").splitlines()[-1]
+    before, after = (float(share) for share in re.findall(r"(?:before|after)=(\S+)", last))
+    assert before < 0.05
+    assert after >= 0.9

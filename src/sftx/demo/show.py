@@ -26,7 +26,7 @@ _console = Console(highlight=False, markup=False)
 def tell(part: str, **facts: Any) -> None:
     """Print a part of the story; its title, if it has one, stands out on a terminal."""
     title, line, text = _PARTS[part].format(**facts).rpartition("===\n")
-    _console.print(Text(f"\n{title}{line}", "bold cyan") + Text(text), soft_wrap=True)
+    _console.print(Text.assemble((f"\n{title}{line}", "bold cyan"), text), soft_wrap=True)
 
 
 def show(text: str) -> None:
@@ -73,7 +73,7 @@ def show_table(questions: Sequence[Question], finishes: Sequence[float], answers
 
 
 def _row(name: str, text: str, style: str = "") -> None:
-    _console.print(Text(f"  {name:15}", "dim") + Text(text, style), soft_wrap=True)
+    _console.print(Text.assemble((f"  {name:15}", "dim"), (text, style)), soft_wrap=True)
 
 
 def _source(village: Village, question: Question) -> str:
