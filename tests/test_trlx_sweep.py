@@ -94,8 +94,8 @@ def test_mistakes_in_the_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()] == [
         "sweep.yml:1: tune_config.metrik: not known; mode, metric, search_alg, scheduler, num_samples are",
         "sweep.yml: tune_config: metric and mode (max or min) are needed",
-        "sweep.yml:2: lr: strategy 'unifrom'; known: uniform, quniform, loguniform, qloguniform, randn, qrandn, choice, "
-        "grid, randint, qrandint, lograndint, qlograndint",
+        "sweep.yml:2: lr: strategy 'unifrom'; known: uniform, quniform, loguniform, qloguniform, randn, qrandn, "
+        "choice, grid, randint, qrandint, lograndint, qlograndint",
         "sweep.yml:5: x: uniform takes 2 to 2 values, found [1]",
     ]
     assert main(["--config", "nowhere.yml", str(path)]) == 2
