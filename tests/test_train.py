@@ -195,6 +195,10 @@ def test_a_mistake_is_one_clear_message(model: str, tmp_path: Path, changes: dic
         sftx.train(**settings(model, tmp_path / "run", **changes))
 
 
+def test_one_row_is_enough(model: str, tmp_path: Path) -> None:
+    assert sftx.train(**settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})).steps == 1
+
+
 def test_output_must_not_overwrite_a_model(model: str, tmp_path: Path) -> None:
     with pytest.raises(sftx.UserError, match="overwritten"):
         sftx.train(**settings(model, Path(model)))

@@ -85,6 +85,6 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
 
 
 def probe_pack(examples: Sequence[Example], tokens: int = 48) -> Pack:
-    """A small pack to measure with: the beginnings of a few examples, every token of them a target."""
-    beginnings = [example.ids[: tokens - 5 * i] for i, example in enumerate(examples[:3])]
+    """Three short segments to measure with: the beginnings of examples, every token of them a target."""
+    beginnings = [examples[i % len(examples)].ids[: tokens - 5 * i] for i in range(3)]
     return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])
