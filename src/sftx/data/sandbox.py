@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -117,12 +118,16 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # The sandbox asks a dozen questions of every attribute. For the two kinds that templates are full of, fields of
-        # messages and methods of text, the answers are known.
+        # The sandbox asks a dozen questions of every attribute. For what templates are full of, the answers are known.
         if type(obj) is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if type(obj) is str and attribute in _TEXT_METHODS:
             return getattr(obj, attribute)
+        if type(obj) in (_Namespace, LoopContext) and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -132,15 +137,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return wrapped
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)  # of a method of a built-in type: center, zfill, to_bytes, ...
-        if isinstance(owner, (str, bytes, int)):
-            name = __obj.__name__
-            if name == "replace" and len(args) > 1:
-                _check(owner.count(args[0]) * _size(args[1]))  # type: ignore[union-attr]
-            elif name == "join" and args:
-                _check(_joined(owner, args[0]))
-            elif name != "join":
-                _check(max((_size(arg) for arg in args if isinstance(arg, int)), default=0))
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, (str, bytes, int)):  # a method of a built-in type: center, join, to_bytes, ...
+            _check_call(__obj.__name__, owner, args)
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -165,38 +164,32 @@ def _check_widths(form: str) -> None:
         raise LimitError(f"the template formats with a width that is too large or not constant: {form[:80]!r}")
 
 
-def _limited(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that takes a width or precision, refused when that is huge."""
-
-    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, int) and abs(arg) > 10_000:
-                raise LimitError(f"the template calls {name} with {arg}")
+def _check_call(name: str, value: Any, args: Sequence[Any]) -> None:
+    """Refuse a method or filter of this name where it would make a huge text."""
+    if name == "replace":
+        _check(str(value).count(str(args[0])) * _size(args[1]) if len(args) > 1 else 0)
+    elif name == "join":  # separator.join(items) or items | join(separator)
+        items, separator = (args[0], value) if isinstance(value, str) and args else (value, args[0] if args else "")
+        _check(sum(_size(item) + _size(separator) for item in items) if isinstance(items, (list, range)) else 0)
+    else:
+        scale = 1000 if name in ("indent", "round") else 1
+        _check(max((_size(arg) * scale for arg in args if isinstance(arg, int)), default=0))
         if name == "format":
             _check_widths(str(value))
-        return filter_(value, *args, **kwargs)
-
-    return checked
 
 
-def _joined(separator: Any, items: Any) -> int:
-    return sum(_size(item) + _size(separator) for item in items) if isinstance(items, (list, tuple)) else 0
+def _guarded(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, checked before it runs."""
+    context = hasattr(filter_, "jinja_pass_arg")  # then its first argument is jinja2's own
 
+    @functools.wraps(filter_)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if name == "join":  # what comes from map or select has no length yet
+            args = (*args[:context], list(args[context]), *args[context + 1 :])
+        _check_call(name, args[context], [*args[context + 1 :], *kwargs.values()])
+        return filter_(*args, **kwargs)
 
-def _limited_join(join: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(join)  # keeps the mark by which jinja2 passes the evaluation context
-    def checked(context: Any, value: Any, d: str = "", attribute: Any = None) -> str:
-        value = list(value)
-        _check(_joined(d, value))
-        return join(context, value, d, attribute)
-
-    return checked
-
-
-def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = str(value), str(old), str(new)
-    _check(text.count(old) * len(new))
-    return text.replace(old, new, -1 if count is None else count)
+    return guarded
 
 
 def _to_json(
@@ -214,12 +207,8 @@ def _environment() -> _Environment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    for name in ("center", "indent", "round", "format", "wordwrap", "truncate"):
-        plain = environment.filters[name]
-        if not hasattr(plain, "jinja_pass_arg"):  # those that need the environment only break lines
-            environment.filters[name] = _limited(name, plain)
-    environment.filters["join"] = _limited_join(environment.filters["join"])
-    environment.filters["replace"] = _replace
+    for name in ("center", "format", "indent", "join", "replace", "round"):
+        environment.filters[name] = _guarded(name, environment.filters[name])
     environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise,
@@ -237,7 +226,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """The text of a template; the time limit holds inside `watched()`. Raises one of `TEMPLATE_ERRORS`."""
-    watch = _watch
+    watch: _Watch | None = getattr(_local, "watch", None)
     if watch is None:
         text = template.render(variables)
     else:
@@ -290,23 +279,22 @@ class _Watch(threading.Thread):
                 self.started, self.fired = None, False
 
 
-_watch: _Watch | None = None
+_local = threading.local()  # .watch: the watchdog of this thread, if one is on guard
 
 
 @contextmanager
 def watched() -> Iterator[None]:
     """Inside, every `run_template` of this thread is interrupted when it runs too long or takes too much memory."""
-    global _watch
-    if _watch is not None:
+    if getattr(_local, "watch", None) is not None:
         yield
         return
-    _watch = _Watch()
-    _watch.start()
+    watch = _local.watch = _Watch()
+    watch.start()
     try:
         yield
     finally:
-        _watch.done.set()
-        _watch = None
+        watch.done.set()
+        _local.watch = None
 
 
 def _memory() -> int:

@@ -106,7 +106,7 @@ class ChatTemplate:
                 f"turn {t}: the prompt opens a thought ({tag!r}) that the turn does not have; "
                 "data.forced_opening: close closes it"
             )
-        switch = self.habits.switch(False)
+        switch = self._switch(conversation, False)
         if not switch or self.render(conversation, t + 1, False).startswith(prompt):
             return prompt, self._output(conversation, t, prompt, {}), CLOSED, {}
         prompt = self.render(conversation, t, True, **switch)
@@ -116,7 +116,8 @@ class ChatTemplate:
         reasoning = _reasoning(conversation.messages[t], self.habits.thought).strip()
         refusal = None
         plain: tuple[str, str] | None = None
-        for switch in [{}, self.habits.switch(True)] if self.habits.switch(True) else [{}]:
+        thinking = self._switch(conversation, True)
+        for switch in [{}, thinking] if thinking else [{}]:
             prompt = self.render(conversation, t, True, **switch)
             try:
                 output = self._output(conversation, t, prompt, switch)
@@ -130,6 +131,11 @@ class ChatTemplate:
             assert refusal is not None
             raise refusal
         return *plain, LOST_REASONING, {}
+
+    def _switch(self, conversation: Conversation, thinking: bool) -> dict[str, Any]:
+        """The template's switch, unless the row sets it itself."""
+        switch = self.habits.switch(thinking)
+        return {} if switch.keys() & conversation.kwargs.keys() else switch
 
     def _output(self, conversation: Conversation, t: int, prompt: str, switch: dict[str, Any]) -> str:
         """What must follow `prompt` so that turn `t` has been said."""
