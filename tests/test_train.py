@@ -195,6 +195,20 @@ def test_a_mistake_is_one_clear_message(model: str, tmp_path: Path, changes: dic
         sftx.train(**settings(model, tmp_path / "run", **changes))
 
 
+def test_a_model_that_could_never_learn_to_stop_is_refused(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model", chat=False)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    config["eos_token"] = None
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(sftx.UserError, match="EOS"):
+        sftx.train(**settings(path, tmp_path / "run"))
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    path = tiny.folder(tmp_path / "whole")
+    with pytest.raises(sftx.UserError, match=r"never learn to stop.*data.format: tokens"):
+        sftx.train(**settings(path, tmp_path / "run", data={"rows": rows}))
+    sftx.train(**settings(path, tmp_path / "run", data={"rows": rows, "format": "tokens"}))
+
+
 def test_one_row_is_enough(model: str, tmp_path: Path) -> None:
     assert sftx.train(**settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})).steps == 1
 

@@ -84,7 +84,7 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
     )
 
 
-def probe_pack(examples: Sequence[Example], tokens: int = 48) -> Pack:
+def probe_pack(examples: Sequence[Example], tokens: int = 32) -> Pack:
     """Three short segments to measure with: the beginnings of examples, every token of them a target."""
     beginnings = [examples[i % len(examples)].ids[: tokens - 5 * i] for i in range(3)]
     return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])

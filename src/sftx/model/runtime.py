@@ -48,6 +48,8 @@ class Machine:
 @contextmanager
 def machine(runtime: Runtime) -> Iterator[Machine]:
     """Choose the device and apply the settings of `runtime`; everything is put back on leaving."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this version trains in one process; start it without torchrun (WORLD_SIZE is set above 1)")
     has_gpu = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_gpu:
         raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftx.config import Config
+from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora, write_ledger
 from sftx.data.pack import probe_pack
@@ -83,7 +83,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
-    _check_stop_token(corpus, encoder)
+    _check_stop_token(corpus, encoder, config.data)
 
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -132,16 +132,24 @@ def _largest_id(*corpora: Corpus | None) -> int:
     return max(corpus.largest_id for corpus in corpora if corpus is not None)
 
 
-def _check_stop_token(corpus: Corpus, encoder: Encoder) -> None:
-    """The model must be taught to stop: the stop token is among the targets of the first examples that end whole."""
-    if encoder.stop_id is None:
+def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
+    """The model must be taught to stop: a stop token is among the targets of the first examples.
+
+    Rows of tokens or segments say themselves what is learned; naming that format takes the responsibility.
+    """
+    stops = set(encoder.tokenizer.stop_ids) | (set() if encoder.stop_id is None else {encoder.stop_id})
+    if data.format in ("tokens", "segments"):
         return
     for i in range(min(len(corpus), 2000)):
         example = corpus.example(i)
-        if np.any((example.ids == encoder.stop_id) & (example.weights > 0)):
+        if np.isin(example.ids[example.weights > 0], list(stops)).any():
             return
+    names = " or ".join(map(str, sorted(stops)))
+    why = (
+        "the tokenizer has no EOS token" if encoder.tokenizer.eos_id is None else f"no target is a stop token ({names})"
+    )
     raise UserError(
-        f"the stop token (id {encoder.stop_id}) is not among the targets: the model would never learn to stop"
+        f"{why}: the model would never learn to stop. If the rows are meant so, say data.format: tokens (or segments)"
     )
 
 
