@@ -27,13 +27,9 @@ def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
     """The sftx run that `config` describes, over `rows` of final `input_ids` and `labels`."""
     _refuse_untranslatable(config)
     train, model = config.train, config.model
-    batch_size = train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    longest = max((len(row["input_ids"]) for row in rows), default=2)
-    known = {
-        **_TORCH_DEFAULTS,
-        "weight_decay": 0.01 if config.optimizer.name == "adamw" else 0.0,
-        **config.optimizer.kwargs,
-    }
+    longest = max(len(row["input_ids"]) for row in rows)
+    decay = 0.01 if config.optimizer.name == "adamw" else 0.0  # torch's own defaults
+    known = {**_TORCH_DEFAULTS, "weight_decay": decay, **config.optimizer.kwargs}
     tokenizer = config.tokenizer.tokenizer_path
     return make_config(
         model={
@@ -41,17 +37,11 @@ def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
             "tokenizer": None if tokenizer == model.model_path else tokenizer,
             "trust_remote_code": bool(model.model_extra_configs.get("trust_remote_code", False)),
         },
-        data={
-            "rows": rows,
-            "format": "tokens",
-            "max_length": max(2, longest),
-            "too_long": "error",
-            "on_bad_row": "skip",
-        },
+        data={"rows": rows, "format": "tokens", "max_length": longest, "too_long": "error", "workers": 0},
         output=str(Path(train.checkpoint_dir) / RUN_FOLDER),
         batch={
-            "examples_per_step": batch_size,
-            "steps": min(train.total_steps, math.ceil(train.epochs * len(rows) / batch_size)),
+            "examples_per_step": train.batch_size,
+            "steps": min(train.total_steps, math.ceil(train.epochs * len(rows) / train.batch_size)),
         },
         optim={
             "learning_rate": float(known["lr"]),
@@ -70,6 +60,8 @@ def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
 
 def _refuse_untranslatable(config: TRLConfig) -> None:
     model, train = config.model, config.train
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: a trlx script runs as one process here; start it with python, not with a launcher")
     if not isinstance(model.model_path, str):
         raise UserError("model.model_path: a folder or a name is needed; sftx does not start from random weights")
     if model.model_arch_type != "causal":

@@ -39,7 +39,7 @@ def train(
     for name, value in (("reward_fn", reward_fn), ("rewards", rewards), ("dataset", dataset), ("prompts", prompts)):
         if value is not None:
             refuse(name)
-    if not samples:
+    if samples is None or len(samples) == 0:
         raise UserError("samples: there is nothing to train on; give a list of texts or of [prompt, output, ...] lists")
     if config is None:
         warnings.warn("no `config` given: default_sft_config() is used; adapt it instead", stacklevel=2)
@@ -53,9 +53,10 @@ def train(
     )
     trainer.make_experience(samples, config.train.seq_length)
     if eval_prompts is None:
-        batch_size = config.train.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-        eval_prompts = [start_token(trainer.tokenizer)] * batch_size
-    longest = config.method.gen_kwargs["max_new_tokens"]  # pyright: ignore[reportAttributeAccessIssue] - SFT methods have it
+        eval_prompts = [start_token(trainer.tokenizer)] * config.train.batch_size
+    longest = vars(config.method).get("gen_kwargs", {}).get("max_new_tokens")
+    if longest is None:
+        raise UserError("method.gen_kwargs: max_new_tokens is missing")
     room = config.train.seq_length - (max(longest) if isinstance(longest, list) else longest)
     trainer.add_eval_pipeline(get_pipeline(config.train.pipeline)(eval_prompts, room, trainer.tokenizer))
     resume = config.train.resume_from_checkpoint

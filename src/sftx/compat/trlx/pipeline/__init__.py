@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers.tokenization_utils_base import BatchEncoding
 
 from sftx.compat.trlx.utils import logging
@@ -29,6 +29,7 @@ def register_datapipeline(name: Any) -> Any:
     return register(name, name.__name__)
 
 
+@register_datapipeline
 class BasePipeline(Dataset):
     """A data set that makes its own loader; subclasses give `__getitem__`, `__len__` and `create_loader`."""
 
@@ -36,21 +37,12 @@ class BasePipeline(Dataset):
         super().__init__()
         self.path = path
 
-    def create_loader(self, batch_size: int, shuffle: bool = False, **kwargs: Any) -> DataLoader:
-        """A loader of batches."""
-        raise TypeError(f"{type(self).__name__} must define create_loader")
-
-
-_DATAPIPELINE["basepipeline"] = BasePipeline
-
 
 class BaseRolloutStore(Dataset):
-    """A list of training elements, `history`, that makes its own loader."""
-
-    history: list[Any]
+    """A list of training elements, `history`; subclasses may give `create_loader`."""
 
     def __init__(self, capacity: int = -1) -> None:
-        self.history = []
+        self.history: list[Any] = []
         self.capacity = capacity
 
     def push(self, exps: Iterable[Any]) -> None:
@@ -62,10 +54,6 @@ class BaseRolloutStore(Dataset):
 
     def __len__(self) -> int:
         return len(self.history)
-
-    def create_loader(self, batch_size: int, shuffle: bool = False, **kwargs: Any) -> DataLoader:
-        """A loader of batches."""
-        raise TypeError(f"{type(self).__name__} must define create_loader")
 
 
 class MiniBatchIterator:

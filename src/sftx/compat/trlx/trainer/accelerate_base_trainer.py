@@ -109,6 +109,8 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
         They are named `metrics/NAME` or, where an argument of generation is swept, `metrics/NAME@ARGUMENT=VALUE`.
         """
+        if self.eval_pipeline is None:
+            return {}
         argument, values = self.generate_sweep_kwarg or ("", [None])
         stats: dict[str, Any] = {}
         shown: dict[str, list[Any]] = {}

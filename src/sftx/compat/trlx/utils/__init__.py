@@ -25,9 +25,3 @@ def significant(x: Any, ndigits: int = 2) -> Any:
     if not isinstance(x, int | float) or x == 0 or not math.isfinite(x):
         return x
     return round(x, ndigits - math.floor(math.log10(abs(x))))
-
-
-def print_rank_0(*message: Any) -> None:
-    """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*message)
