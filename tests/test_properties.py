@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import ours, theirs
-from test_template import CHATML, NO_STOP, REWRITES, encoder, row
+from test_template import CHATML, NO_STOP, REWRITES, TRIMS, encoder, row
 
 from sftx.data.length import TokenSequence, fit
 from sftx.data.render import Encoded
@@ -87,7 +87,7 @@ def test_prompts_are_tokenised_as_a_server_does(pairs: list[tuple[str, str]], te
 
 
 @ROUNDS
-@given(TALKS, st.sampled_from([CHATML, REWRITES, NO_STOP]), KINDS)
+@given(TALKS, st.sampled_from([CHATML, REWRITES, TRIMS, NO_STOP]), KINDS)
 def test_the_shortcut_changes_nothing(pairs: list[tuple[str, str]], template: str, kind: str) -> None:
     tokenizer = ours(kind)
     short, long = encoder(template, tokenizer=tokenizer), encoder(template, tokenizer=tokenizer)

@@ -25,6 +25,11 @@ REWRITES = (
     "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Trims the newest answer only.
+TRIMS = CHATML.replace(
+    "{{ m.content }}",
+    "{{ '<think></think>' ~ m.content | trim if loop.last and m.role == 'assistant' else m.content }}",
+)
 # Its prompt opens a thought, and it never writes one.
 OPENS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -33,6 +38,8 @@ OPENS = (
 SWITCHES = OPENS.replace(
     "<think>\n{% endif", "{{ '<think></think>' if enable_thinking is false else '<think>' }}{% endif"
 )
+# Its prompt holds a closed thought, unless thinking is switched on.
+CLOSED = SWITCHES.replace("enable_thinking is false", "not enable_thinking")
 NO_STOP = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -114,7 +121,7 @@ def test_rewritten_history_gives_a_sequence_per_turn() -> None:
     assert result.notes == ["one sequence per turn"]
 
 
-@pytest.mark.parametrize("template", [CHATML, REWRITES, OPENS, SWITCHES, NO_STOP])
+@pytest.mark.parametrize("template", [CHATML, REWRITES, TRIMS, OPENS, SWITCHES, NO_STOP])
 def test_prompts_are_those_of_transformers(template: str) -> None:
     made, other = encoder(template), theirs()
     talk = [{"role": "system", "content": "be quick"}, *TALK, user("and?"), model("no"), user("so?"), model("dog")]
@@ -159,6 +166,39 @@ def test_forced_opening_prefers_the_template_own_switch() -> None:
     assert shown(result, made.tokenizer)[0].endswith("assistant\n<think>⟦hm</think>yes<|im_end|>⟧")
 
 
+def test_closed_opening_is_opened_by_the_template_own_switch() -> None:
+    made = encoder(CLOSED)
+    result = encoded(row([user("hello"), model("yes")]), made)
+    assert shown(result, made.tokenizer)[0].endswith("assistant\n<think></think>⟦yes<|im_end|>⟧")
+    assert result.notes == []
+    result = encoded(row([user("hello"), model("yes", reasoning_content="hm")]), made)
+    assert shown(result, made.tokenizer)[0].endswith("assistant\n<think>⟦hm</think>yes<|im_end|>⟧")
+    assert result.notes == ["thinking prompt (enable_thinking=True)"]
+    chosen = row([user("hello"), model("yes", reasoning_content="hm")], template_kwargs={"enable_thinking": False})
+    assert encoded(chosen, made).notes == ["reasoning left out by the template"]  # the row's own setting holds
+
+
+def test_stop_token_is_the_one_that_ends_every_turn() -> None:
+    def stop(template: str, **special: Any) -> str:
+        tokenizer = ours(**special)
+        stop_id = encoder(template, tokenizer=tokenizer).stop_id
+        return "" if stop_id is None else tokenizer.token(stop_id)
+
+    double = CHATML.replace("<|im_end|>", "<|im_end|><unk>")
+    final = CHATML + "{{ '<unk>' if not add_generation_prompt }}"
+    late = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if not loop.last or m.role == 'user' }}\n")
+    assert stop(CHATML) == "<|im_end|>"
+    assert stop(double, eos_token=None) == "<unk>"  # the last of those that always follow an answer
+    assert stop(double, eos_token="<|im_end|>") == "<|im_end|>"  # unless one is known to stop generation
+    assert stop(final.replace("\n", ""), eos_token=None) == "<|im_end|>"  # not the one that ends a text
+    assert stop(late) == "<|im_end|>"  # written before a next turn only
+    assert stop(NO_STOP) == "</s>"
+    assert stop(NO_STOP, eos_token=None) == ""
+    made = encoder(late)
+    (text,) = shown(encoded(row([user("hello"), model("yes")]), made), made.tokenizer)
+    assert text.endswith("⟦yes<|im_end|>⟧")
+
+
 def test_thought_that_a_template_leaves_out_is_noted() -> None:
     result = encoded(row([user("hello"), model("yes", reasoning_content="hm")]), encoder(CHATML))
     assert result.notes == ["reasoning left out by the template"]
@@ -188,10 +228,13 @@ def test_tool_calls_that_vanish_are_refused() -> None:
 
 
 def test_a_conversation_that_is_not_continued_shows_both_texts() -> None:
-    template = CHATML.replace("{% for", "{{ messages|length }}{% for")
-    message = error(row([user("hi"), model("", tool_calls=[])]), encoder(template))
-    assert "prompt:" in message
-    assert "conversation:" in message
+    for change in (
+        ("{% for", "{{ messages|length }}{% for"),
+        ("<|im_end|>\n", "{{ '<|im_end|>' if not loop.last }}\n"),
+    ):
+        message = error(row([user("hi"), model("", tool_calls=[])]), encoder(CHATML.replace(*change)))
+        assert "prompt:" in message
+        assert "conversation:" in message
 
 
 @pytest.mark.parametrize(

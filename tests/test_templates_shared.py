@@ -48,6 +48,9 @@ KINDS = [
     "llama-cpp-rwkv-world",
 ]
 
+# Writes its instructions behind the newest turn, so that the text of a call continues no prompt.
+REFUSED = {("CohereForAI-c4ai-command-r-plus-tool_use", "calls")}
+
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the shared templates")
 
 
@@ -84,7 +87,7 @@ def test_spans_follow_served_prompts(path: Path, table: Any, tokenizers: tuple[A
     for name in table.CONVERSATIONS:
         result = table.check(encoder, theirs, name)
         assert result.wrong == [], f"{name}: {result.wrong}"
-        if result.kind == "refused":
+        if result.kind == "refused" and (path.stem, name) not in REFUSED:
             assert _refused_by_transformers(encoder, theirs, table, name) or _vanishes(encoder, theirs, table, name), (
                 f"{name}: {result.reason}"
             )

@@ -74,6 +74,16 @@ def test_text_inside_another_is_not_marked_as_a_beginning(kind: str) -> None:
     assert tokenizer.decode(marked) == "<|im_start|>say </s> twice<|im_end|>"
 
 
+def test_added_tokens_are_found_where_the_tokenizer_finds_them() -> None:
+    raw = backend()
+    raw.add_special_tokens(["<|a", "<|a|>", "<|a|>b", "[x]", "[x", "]"])
+    tokenizer = Tokenizer(raw, {}, {})
+    for text in ("<|a|>b[x]", "<|a|> <|a[x <|a|>bb]", "<|", "x<|im_end|><s>[[x]]", ""):
+        matched = [match.group() for match in tokenizer.splitting.finditer(text)]
+        ids = [i for i in tokenizer.encode(text) if tokenizer.is_splitting[i]]
+        assert [tokenizer.token(i) for i in ids] == matched
+
+
 def test_folder_with_every_form_of_template(tmp_path: Path) -> None:
     plain = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
     (tmp_path / "a").mkdir()

@@ -123,8 +123,12 @@ class Habits:
 
     @cached_property
     def opening(self) -> str:
-        """What the prompt holds after the place where the full text goes on with the answer; "" if nothing."""
-        return self.prompt[len(common(self.prompt, self.full)) :]
+        """What the prompt holds after the place where the full text goes on with the answer; "" if nothing, or if the
+        template already differs before the header of the answer."""
+        shared = common(self.prompt, self.full)
+        history = self._try(_user()) or ""
+        begun = history != self.prompt and len(shared) < len(common(self.prompt, history))
+        return "" if begun else self.prompt[len(shared) :]
 
     @cached_property
     def ending(self) -> Ending:

@@ -173,11 +173,16 @@ class ChatTemplate:
     ) -> str:
         """The output where the template writes earlier turns otherwise once this one is there: the turn by itself."""
         message, lead = conversation.messages[t], self.habits.lead
-        if lead is None or "tool_calls" in message or not message["content"].strip():
+        if "tool_calls" in message or not message["content"].strip():
             raise _unfaithful(prompt, full, t)
         at = self._content_begins(conversation, t, switch)
         if at is None or message["content"].strip() not in full[at:]:
             raise _unfaithful(prompt, full, t)
+        if lead is None:
+            header = next(reversed(list(self._tokenizer.splitting.finditer(prompt))), None)
+            if header is None or not full[:at].endswith(prompt[header.start() :]):
+                raise _unfaithful(prompt, full, t)
+            lead = ""  # the content stands right behind the header in which the prompt ends
         return lead + full[at:]
 
     def _content_begins(self, conversation: Conversation, t: int, switch: dict[str, Any]) -> int | None:
@@ -208,7 +213,7 @@ class ChatTemplate:
         if last and self._tokenizer.is_special(last.group()) and not output[last.end() :].strip():
             return Turn(prompt, output[: last.end()], True, note)
         if ending.unwritten:
-            return Turn(prompt, output + ending.unwritten, True, note)
+            return Turn(prompt, output.removesuffix(ending.written) + ending.unwritten, True, note)
         return Turn(prompt, output.removesuffix(ending.written), False, note)
 
 

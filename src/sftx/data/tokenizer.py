@@ -6,7 +6,9 @@ Only the `tokenizers` library is used, so that looking at data needs neither tor
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,6 +19,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from sftx.data.words import encode_words, tokenises_by_word
 from sftx.types import UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
@@ -62,6 +65,7 @@ class Tokenizer:
         self.eos_id: int | None = named.get("eos_token")
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
+        self._words: dict[bool, dict[str, list[int]]] = {False: {}, True: {}}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
@@ -144,6 +148,8 @@ class Tokenizer:
         backend = self._continuing if inside else self.backend
         backend.encode_special_tokens = plain
         try:
+            if self._by_word:
+                return encode_words(backend, texts, self._words[plain])
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
@@ -182,6 +188,10 @@ class Tokenizer:
         return text
 
     @cached_property
+    def _by_word(self) -> bool:
+        return tokenises_by_word(self.backend)
+
+    @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
         """The same tokenizer without the mark that "first" schemes put before a text."""
         state = self.backend.to_str()
@@ -191,9 +201,20 @@ class Tokenizer:
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
-    # Longest first, as the tokenizer itself prefers the longest match; (?!) never matches.
-    ordered = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+    """Matches the longest of the texts at a place, as the tokenizer itself does."""
+    return re.compile(_alternatives(sorted({text for text in texts if text})) or "(?!)")  # (?!) never matches
+
+
+def _alternatives(texts: list[str]) -> str:
+    """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like [control_8]."""
+    branches = []
+    for _, group in itertools.groupby(texts, key=lambda text: text[0]):
+        words = list(group)
+        begin = os.path.commonprefix(words)  # noqa: RUF071 (of letters, not of folders)
+        rest = [word[len(begin) :] for word in words]
+        inner = _alternatives([word for word in rest if word])
+        branches.append(re.escape(begin) + (f"(?:{inner})" + "?" * ("" in rest) if inner else ""))
+    return "|".join(branches)
 
 
 def _download(name: str, revision: str | None) -> Path:
