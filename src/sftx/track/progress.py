@@ -55,7 +55,7 @@ class Progress:
         now = time.monotonic()
         if done == 0 or self._encoding_since is None:
             self._encoding_since = now
-        if now - self._last_line >= PLAIN_EVERY / 5 and 0 < done < total:
+        if now - max(self._last_line, self._encoding_since) >= PLAIN_EVERY / 5 and 0 < done < total:
             self._last_line = now
             left = (now - self._encoding_since) * (total - done) / done
             self.say(f"encoding {done:,} of {total:,} rows, about {left:,.0f} s left")
@@ -108,6 +108,8 @@ class Progress:
 
     def finished(self, run: Run) -> None:
         """Where the result is."""
+        if self._bar is not None:
+            self._bar.stop()
         self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
 
     def finished_before(self, run: Run) -> None:
