@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 
 from sftx.data.corpus import Corpus
@@ -23,22 +24,34 @@ def held_out_loss(
 ) -> dict[str, float]:
     """`loss` in nats per unit of weight, `perplexity` = exp(loss), and the `targets` it stands on.
 
-    `stop` is asked between packs; where it says so, the numbers so far are thrown away and {} is returned.
+    With several sources, `loss of NAME` is that of each. `stop` is asked between packs; where it says so, the numbers
+    so far are thrown away and {} is returned.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
+    weights = [float(corpus.weights[corpus.source == number].sum()) for number in range(len(corpus.sources))]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for members in best_fit(corpus.lengths, tokens_per_pack):
-                if stop():
-                    return {}
-                pack = build_pack([corpus.example(i) for i in members])
-                with autocast():
-                    total += model(**to_tensors(pack, device)).double()
+            for number in range(len(corpus.sources)):
+                mine = np.flatnonzero(corpus.source == number)
+                for members in best_fit(corpus.lengths[mine], tokens_per_pack):
+                    if stop():
+                        return {}
+                    pack = build_pack([corpus.example(int(mine[i])) for i in members])
+                    with autocast():
+                        totals[number] += model(**to_tensors(pack, device)).double()
     finally:
         model.train(was_training)
-    loss = float(total) / float(corpus.weights.sum())
+    sums = totals.tolist()
+    loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}
+    numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}
+    if len(corpus.sources) > 1:
+        numbers |= {
+            f"loss of {name}": total / weight
+            for name, total, weight in zip(corpus.sources, sums, weights, strict=True)
+            if weight
+        }
+    return numbers
