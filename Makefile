@@ -10,8 +10,8 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
 
-test: lint  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
-	$(RUN) -m pytest $(PYTEST)
+test: $(VENV)/.installed-dev  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
+	@$(MAKE) --no-print-directory lint; lint=$$?; $(RUN) -m pytest $(PYTEST); tests=$$?; exit $$((lint || tests))
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

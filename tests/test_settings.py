@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sftx.config import Batch, Config, Model
@@ -204,6 +206,39 @@ def test_words_of_the_libraries_below_do_not_leak(tmp_path: Path) -> None:
     )
     for word in ("Input should", "pydantic", "Extra inputs", "valid dictionary", "Literal", "NoneType", "loc"):
         assert word not in text
+
+
+NAMES = sorted({part for key in settings() for part in key.split(".")} | {"1", "null", "a.b", "<<", "lora_r"})
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), TREES, max_size=6), st.text("ab:-[]{}#'\"\n &*!|>%@~,.1", max_size=30))
+@hypothesis_settings(deadline=None)
+def test_no_input_ends_in_anything_but_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, sections: dict[str, object], text: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    calls = [
+        lambda: make_config(**sections),
+        lambda: load_config(str(path)),
+        lambda: load_config(None, [f"data={text}"]),
+    ]
+    for content in (yaml.safe_dump(sections, allow_unicode=True), text):
+        path.write_text(content, encoding="utf-8")
+        for call in calls:
+            try:
+                call()
+            except UserError as error:
+                assert "Input should" not in str(error)  # noqa: PT017
+
+
+def test_nesting_has_an_end(tmp_path: Path) -> None:
+    assert refused(tmp_path, "a: " + "[" * 5000) == ["run.yaml: not readable as YAML: nested too deeply"]
 
 
 def test_json_schema_takes_the_short_forms() -> None:

@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,15 @@ def test_evaluation_layout_and_best_checkpoint(model: str, tmp_path: Path) -> No
     assert set(stats) == {f"metrics/{m}@max_new_tokens={n}" for m in ("reward", "total") for n in (2, 3)} | {
         "time/generate"
     }
+
+
+def test_default_prompts_and_the_default_tracker(model: str, tmp_path: Path) -> None:
+    ours = config(model, tmp_path, train={"tracker": "wandb", "total_steps": 1})
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed, and would be used")
+    with pytest.warns(UserWarning, match="wandb.*not installed"):
+        trainer = trlx.train(samples=SAMPLES, config=ours)
+    assert [prompt["input_ids"] for prompt in trainer.eval_pipeline] == [[trainer.tokenizer.bos_token_id]] * 4
 
 
 def test_save_best_follows_the_reward(model: str, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def parse(text: str, source: str, problems: list[str], *, numbered: bool = True)
         mark = error.problem_mark
         place = f"{source}:{mark.line + 1}" if mark and numbered else source
         raise UserError(f"{place}: not readable as YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not readable as YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     places: Places = {}
