@@ -221,6 +221,20 @@ def test_a_refusal_is_an_error_of_its_row_alone() -> None:
     assert "no system here" in str(results[1])
 
 
+def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
+    called = CHATML.replace(
+        "<|im_end|>", "{{ m.tool_calls[0].function.name ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"
+    )
+    made = encoder(called)
+    assert {made.tokenizer.token(i) for i in made.stop_ids} == {"<|im_end|>", "<unk>"}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
+    found = shown(encoded(row(talk), made), made.tokenizer)
+    assert [text.partition("⟦")[2] for text in found] == [
+        "weather<unk>⟧\n<|im_start|>tool\n21<|im_end|>\n<|im_start|>assistant\n⟦it is 21<|im_end|>⟧"
+    ]
+
+
 def test_tool_calls_that_vanish_are_refused() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     message = error(row([user("weather?"), model("", tool_calls=[call])]), encoder(CHATML))
@@ -288,6 +302,11 @@ def test_weights_and_the_choice_of_turns() -> None:
     assert shown(encoded(row(TALK), made), made.tokenizer) == [
         "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\nyes, hello<|im_end|>\n<|im_start|>user\n"
         "⟦what is 2+2?<|im_end|>⟧"
+    ]
+    both = encoded(row(TALK), encoder(CHATML, train_on=["user", "assistant"]))
+    assert shown(both, made.tokenizer) == [
+        "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\n⟦yes, hello<|im_end|>⟧\n<|im_start|>user\n"
+        "⟦what is 2+2?<|im_end|>⟧\n<|im_start|>assistant\n⟦it is 4<|im_end|>⟧"
     ]
     assert "no turn carries weight" in error(row([user("a")]), encoder(CHATML))
     for kind in ("text", "segments", "tokens"):

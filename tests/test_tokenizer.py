@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_tokenizers import backend, ours, theirs
 
 from sftx.data.tokenizer import Tokenizer
@@ -52,6 +54,23 @@ def test_real_tokenizers_are_loaded_as_transformers_loads_them(name: str) -> Non
     assert mine.adds_bos == (other("a").input_ids[0] == other.bos_token_id)
     assert mine.chat_template == other.chat_template
     assert mine.special == other.special_tokens_map
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared tokenizers")
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3", "mistral_v3"])
+def test_any_text_is_cut_as_the_library_cuts_it(name: str) -> None:
+    tokenizer = Tokenizer.load(str(SHARED / name))
+    signs = st.sampled_from(
+        [*" \n\t.,;:!?()'\"0123aZ\u00e9\u0301\u200d\u3042\u05d0", "  ", "don't", "<|im_end|>", "</s>", "🙂"]
+    )
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.lists(signs | st.characters(exclude_categories=("Cs",)), max_size=30).map("".join), max_size=4))
+    def same(texts: list[str]) -> None:
+        expected = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts]
+        assert tokenizer.encode_batch(texts) == expected
+
+    same()
 
 
 def test_special_tokens_in_plain_text_stay_text() -> None:

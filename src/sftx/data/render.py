@@ -54,8 +54,8 @@ class _Plan:
 class Encoder:
     """Turns rows into examples, for one tokenizer, one template and the settings of `data`.
 
-    `stop_id` is the token that ends a trained output: generation must stop at it. `chat_template` is the template to
-    save with the trained tokenizer (None: turns are joined as they are).
+    `stop_id` is the token that ends a trained output: generation must stop at it (and at the other `stop_ids`).
+    `chat_template` is the template to save with the trained tokenizer (None: turns are joined as they are).
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, max_length: int):
@@ -81,7 +81,15 @@ class Encoder:
     @property
     def stop_id(self) -> int | None:
         """The token that ends every trained output; None if the tokenizer has no EOS and no template gives one."""
-        return self._templates["default"].stop_id if self._templates else self.tokenizer.eos_id
+        with watched():
+            return self._templates["default"].stop_id if self._templates else self.tokenizer.eos_id
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """All tokens that end trained outputs: `stop_id`, and what ends a tool call where that is another token."""
+        with watched():
+            calls = self._templates["default"].stop_ids if self._templates else frozenset()
+        return calls if self.stop_id is None else calls | {self.stop_id}
 
     @property
     def fingerprint(self) -> str:

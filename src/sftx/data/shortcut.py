@@ -67,6 +67,8 @@ class Shortcut:
     def _pairs(self, conversation: Conversation) -> list[tuple[str, str]] | None:
         """The (user, answer) contents up to the last trained turn, if all is plain."""
         messages = conversation.messages[: conversation.trained[-1] + 1]
+        if any(messages[t]["role"] != "assistant" for t in conversation.trained):
+            return None
         if conversation.tools or conversation.kwargs or any(message.keys() != _PLAIN for message in messages):
             return None
         if messages[0]["role"] == "system":

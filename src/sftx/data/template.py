@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sftx.data.conversation import REASONING, Conversation
-from sftx.data.habits import MODEL, Habits, close_tag, common, last_tag, open_tag
+from sftx.data.habits import MODEL, TOOL, TOOLS, USER, Habits, close_tag, common, last_tag, open_tag
 from sftx.data.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
@@ -59,6 +59,19 @@ class ChatTemplate:
         """The token that ends an output with this template: its stop token, else EOS."""
         stop = self.habits.ending.stop
         return self._tokenizer.eos_id if stop is None else self._tokenizer.backend.token_to_id(stop)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end outputs: `stop_id`, and the one after a tool call where that is another."""
+        call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {}}}
+        messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            turn = self.turn(Conversation(messages, [0.0, 1.0], TOOLS), 1)
+        except RowError:
+            turn = Turn("", "", False)
+        last = next(reversed(list(self._tokenizer.splitting.finditer(turn.output))), None)
+        after_call = self._tokenizer.backend.token_to_id(last.group()) if last and turn.ends else None
+        return frozenset(token for token in (self.stop_id, after_call) if token is not None)
 
     def render(self, conversation: Conversation, end: int, generate: bool, **kwargs: Any) -> str:
         """The text of the first `end` messages, as transformers renders them. `RowError` if the template refuses."""
