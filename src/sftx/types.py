@@ -145,12 +145,8 @@ class Ledger:
     def summary(self) -> str:
         """One line: `read 7,473 = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311 tokens are targets`."""
         share = 100 * self.targets / max(self.tokens, 1)
-        lost = (
-            f"{self.targets_truncated:,} of them targets" if self.targets_truncated else "all of it context, no target"
-        )
-        cut = (
-            f"; {self.truncated:,} rows were cut by {self.tokens_truncated:,} tokens, {lost}" if self.truncated else ""
-        )
+        lost = f"{self.targets_truncated:,} of them targets" if self.targets_truncated else "no target among them"
+        cut = f"; {self.truncated:,} rows lost {self.tokens_truncated:,} tokens, {lost}" if self.truncated else ""
         return (
             f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}; "
             f"{self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets{cut}"
