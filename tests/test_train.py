@@ -75,6 +75,14 @@ def test_pack_size_changes_nothing_but_rounding(model: str, tmp_path: Path) -> N
     assert json.loads((cut.folder / "metrics.jsonl").read_text().splitlines()[0])["packs"] == 8
 
 
+def test_bf16_computes_over_fp32_weights(model: str, tmp_path: Path) -> None:
+    exact = sftx.train(**settings(model, tmp_path / "exact"))
+    half = sftx.train(**settings(model, tmp_path / "half", runtime={"precision": "bf16"}))
+    assert losses(half.folder) != losses(exact.folder)
+    assert losses(half.folder) == pytest.approx(losses(exact.folder), rel=0.02)
+    assert weights(half.folder)["model.norm.weight"].dtype == torch.float32
+
+
 def test_the_same_run_twice_is_the_same_to_the_bit(model: str, tmp_path: Path) -> None:
     first, second = (sftx.train(**settings(model, tmp_path / name)) for name in ("first", "second"))
     assert losses(first.folder) == losses(second.folder)
