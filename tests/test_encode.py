@@ -133,8 +133,10 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-def test_processes_change_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_processes_change_nothing(tmp_path: Path) -> None:
     path = many(tmp_path, 3000)
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(str(tmp_path / "tokenizer"))
     alone, _ = load(make(path, cache=str(tmp_path / "1")), tokenizer)
     seen: list[tuple[int, int]] = []
     config = make(path, cache=str(tmp_path / "2"), workers=2)

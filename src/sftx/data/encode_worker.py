@@ -71,7 +71,6 @@ def tokenizer_state(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
         "chat_templates": tokenizer.chat_templates,
         "stop_ids": sorted(tokenizer.stop_ids),
         "fingerprint": tokenizer.fingerprint,
-        "fingerprint": tokenizer.fingerprint,  # of the files, which the text of the backend does not repeat
     }
 
 
@@ -85,7 +84,6 @@ def main() -> None:
     backend = tokenizers.Tokenizer.from_file(state["path"])
     tokenizer = Tokenizer(backend, state["special"], state["chat_templates"], state["stop_ids"])
     tokenizer.fingerprint = state["fingerprint"]  # of the files it was read from, which are not read again
-    tokenizer.fingerprint = state["fingerprint"]
     encoder = Encoder(tokenizer, Data.model_validate(setup["data"]), setup["max_length"])
     assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
     cache = Cache(setup["cache"])
