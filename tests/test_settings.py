@@ -192,6 +192,12 @@ def test_python_mistakes() -> None:
     ]
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_numbers_are_finite(number: float) -> None:
+    with pytest.raises(UserError, match=rf"optim.learning_rate: found {number}; allowed: a number > 0, or null"):
+        make_config(model="m", data="d", output="o", optim={"learning_rate": number})
+
+
 def test_every_foreign_name_leads_to_a_setting() -> None:
     for name, (ours, meaning) in FOREIGN_NAMES.items():
         assert ours in settings() or (not ours and meaning), name

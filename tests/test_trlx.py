@@ -147,6 +147,25 @@ def test_prompt_pipeline(model: str) -> None:
         PromptPipeline(["a"], 0, tokenizer)
 
 
+@given(
+    samples=st.lists(texts.filter(bool), min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right"]),
+    limit=st.integers(1, 10),
+    name=st.sampled_from(sorted(tokenizers)),
+)
+@settings(deadline=None)
+def test_prompts_are_cut_on_their_side(samples: list[str], side: str, limit: int, name: str) -> None:
+    tokenizer = tokenizers[name]
+    tokenizer.truncation_side = tokenizer.padding_side = side
+    whole = [tokenizer(text, add_special_tokens=False).input_ids for text in samples]
+    cut = [ids[-limit:] if side == "left" else ids[:limit] for ids in whole]
+    pipeline = PromptPipeline(samples, limit, tokenizer)
+    assert [prompt["input_ids"] for prompt in pipeline] == cut
+    (batch,) = pipeline.create_loader(len(samples))
+    for ids, row, mask in zip(cut, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert row[mask.bool()].tolist() == ids
+
+
 def test_minibatches() -> None:
     loader = [{"x": torch.arange(8), "y": list("abcdefgh")}, {"x": torch.arange(3), "y": list("abc")}]
     first, last = MiniBatchIterator(loader, 2, 4)

@@ -155,6 +155,8 @@ def as_markdown() -> str:
         "folder the command is run in, wherever the YAML lies. `model: PATH`, `data: PATH` and `adapter: METHOD` are",
         "short for `model: {path: PATH}`, `data: {train: PATH}` and `adapter: {method: METHOD}`.",
         "",
+        "`sftx schema > sftx.schema.json` writes a JSON schema by which editors complete and check a YAML.",
+        "",
     ]
     for key, field in fields():
         doc = " ".join((field.description or "").split())

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -126,6 +127,8 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
         elif inner := section_of(field):
             value = _long_form(key, value)
             known[key] = _known(value, inner, path, places, problems) if isinstance(value, dict) else value
+        elif isinstance(value, float) and not isfinite(value):
+            problems.append(f"{_place(path, places)}{dotted(path)}: found {value}; allowed: {allowed(field)}")
         else:
             known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
             if key == "rows" and (paths := _as_paths(value)):
