@@ -260,6 +260,20 @@ def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("models.modeling_ppo", "PPOConfig"),
+        ("models.modeling_ilql", "ILQLConfig"),
+        ("trainer.accelerate_rft_trainer", "RFTConfig"),
+        ("trainer.accelerate_ppo_trainer", "AcceleratePPOTrainer"),
+    ],
+)
+def test_importing_reinforcement_learning_is_refused(module: str, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: sftx does supervised fine-tuning"):
+        exec(f"from sftx.compat.trlx.{module} import {name}", {})
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"model": {"model_arch_type": "seq2seq"}}, "model.model_arch_type"),

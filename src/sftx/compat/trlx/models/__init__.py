@@ -1,0 +1,1 @@
+"""Models of reinforcement learning: each is refused by name."""
