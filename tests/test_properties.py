@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import ours, theirs
-from test_template import CHATML, NO_STOP, REWRITES, TRIMS, encoder, row
+from test_template import CALLS, CHATML, NO_STOP, REWRITES, TRIMS, encoder, row
 
 from sftx.data.length import TokenSequence, fit
 from sftx.data.render import Encoded
@@ -97,8 +97,34 @@ def test_the_shortcut_changes_nothing(pairs: list[tuple[str, str]], template: st
     short, long = encoder(template, tokenizer=tokenizer), encoder(template, tokenizer=tokenizer)
     long._shortcuts = dict.fromkeys(long._templates.values())
     rows = [row(talk(pairs)), row(talk(pairs)), row([{"role": "system", "content": "be quick"}, *talk(pairs)])]
+    short._short = 1  # so that the comparison is made here, and not by the sample
     for a, b in zip(short.encode(rows), long.encode(rows), strict=True):
         assert str(a) == str(b) if isinstance(b, RowError) else _same(a, b)
+
+
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "n"]), TEXT | st.integers() | st.booleans(), max_size=2)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant", "call", "tool"]), TEXT, ARGUMENTS), min_size=1, max_size=7
+)
+
+
+@ROUNDS
+@given(STEPS, KINDS, st.sampled_from(["escape", "allow"]))
+def test_the_shortcut_changes_nothing_of_tool_calls(steps: list[tuple[str, str, Any]], kind: str, special: str) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "weather?"}]
+    for role, text, arguments in steps:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        calls = {"tool_calls": [call]} if role == "call" else {}
+        messages.append({"role": "assistant" if calls else role, "content": text, **calls})
+    tokenizer = ours(kind)
+    short, long = (encoder(CALLS, tokenizer=tokenizer, special_tokens=special) for _ in range(2))
+    long._shortcuts = dict.fromkeys(long._templates.values())
+    short.encode([row(messages[:1], tools=(tool,))])
+    short._short = 1  # so that the comparison is made here, and not by the sample
+    given_row = row(messages, tools=(tool,))
+    a, b = short.encode([given_row])[0], long.encode([given_row])[0]
+    assert str(a) == str(b) if isinstance(b, RowError) else _same(a, b)
 
 
 def _same(a: Any, b: Any) -> bool:

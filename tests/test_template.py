@@ -30,6 +30,12 @@ TRIMS = CHATML.replace(
     "{{ m.content }}",
     "{{ '<think></think>' ~ m.content | trim if loop.last and m.role == 'assistant' else m.content }}",
 )
+CALLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}\n"
+    "{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # Its prompt opens a thought, and it never writes one.
 OPENS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -447,9 +453,12 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     assert encoded(phrases("a", "b"), encoder(CHATML)).examples  # and the limit is not felt afterwards
 
 
-@pytest.mark.parametrize(("template", "sequences"), [(CHATML, 1), (REWRITES, 50)])
+@pytest.mark.parametrize(("template", "sequences"), [(CHATML, 1), (REWRITES, 50), (CALLS, 1)])
 def test_a_long_dialogue_costs_one_rendering(template: str, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = [m for i in range(50) for m in (user(f"question {i} " * 20), model("answer " * 20 + str(i)))]
+    if template == CALLS:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+        talk[1:1] = [model("", tool_calls=[call]), {"role": "tool", "content": "21"}]
     made = encoder(template, length=100_000)
     encoded(row(TALK), made)  # learn the template, and pass the first sample
     renderings: list[int] = []

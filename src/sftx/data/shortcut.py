@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
-from sftx.data.conversation import Conversation
-from sftx.data.habits import MODEL, NEXT, USER
+from sftx.data.conversation import REASONING, Conversation
+from sftx.data.habits import MODEL, NEXT, TOOL, TOOLS, USER
 from sftx.data.template import ChatTemplate, Turn
 from sftx.types import RowError
 
@@ -43,16 +44,22 @@ class Shortcut:
     switch: dict[str, Any]
     system: bool
     joined: bool
+    header: str = ""  # the end of every prompt, where turns with tool calls can be told apart by it
+    stops: tuple[str, ...] = ()  # what ends such turns
 
     def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
         """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation is not plain."""
+        if any(conversation.messages[t]["role"] != "assistant" for t in conversation.trained) or conversation.kwargs:
+            return None
         pairs = self._pairs(conversation)
-        if pairs is None:
+        if pairs is None and not (self.header and _thoughtless(conversation)):
             return None
         try:
             text = template.render(conversation, conversation.trained[-1] + 1, False, **self.switch)
         except RowError:
             return None  # let the long way say what is wrong
+        if pairs is None:
+            return self._by_headers(text, conversation)
         borders = self._take_apart(text, pairs)
         if borders is None:
             return None
@@ -67,9 +74,7 @@ class Shortcut:
     def _pairs(self, conversation: Conversation) -> list[tuple[str, str]] | None:
         """The (user, answer) contents up to the last trained turn, if all is plain."""
         messages = conversation.messages[: conversation.trained[-1] + 1]
-        if any(messages[t]["role"] != "assistant" for t in conversation.trained):
-            return None
-        if conversation.tools or conversation.kwargs or any(message.keys() != _PLAIN for message in messages):
+        if conversation.tools or any(message.keys() != _PLAIN for message in messages):
             return None
         if messages[0]["role"] == "system":
             if not self.system:
@@ -85,6 +90,26 @@ class Shortcut:
         if not self.joined and any(answer != answer.strip() for _, answer in pairs):
             return None  # the newest answer may be trimmed otherwise than earlier ones
         return pairs
+
+    def _by_headers(self, text: str, conversation: Conversation) -> list[Turn] | None:
+        """The turns of a conversation with tool calls: each begins at a header and ends at a stop token.
+
+        No content can spell either, for special tokens in contents are marked; if they are not, the count tells.
+        """
+        answers = [t for t in range(conversation.trained[-1] + 1) if conversation.messages[t]["role"] == "assistant"]
+        begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
+        if len(begins) != len(answers):
+            return None
+        result = []
+        for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
+            end = min((at + len(stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0), default=-1)
+            message, output = conversation.messages[t], text[begin:end]
+            names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if end < 0 or any(said not in output for said in (message["content"].strip(), *names)):
+                return None
+            if conversation.weights[t]:
+                result.append(Turn(text[:begin], output, True))
+        return result
 
     def _take_apart(self, text: str, pairs: list[tuple[str, str]]) -> list[tuple[int, int, int]] | None:
         """For each pair: where the user's text ends, and where the answer begins and ends. None if it is not so."""
@@ -142,9 +167,39 @@ def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
         shortcut, template, Conversation(messages[:2], [0.0, 1.0])
     ):
         return None
+    shortcut = _with_calls(shortcut, template)
     with_system = replace(shortcut, system=True)
     conversation = Conversation([_says("system", "qzsystemqz"), *messages], [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
     return with_system if _agrees(with_system, template, conversation) else shortcut
+
+
+def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
+    """The shortcut, for conversations with tool calls too if their turns can be told apart by their headers."""
+    call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {"qz": 1}}}
+    calls = {**_says("assistant", ""), "tool_calls": [call]}
+    result = {**_says("tool", "qzresultqz"), "name": TOOL["name"], "tool_call_id": "call00000"}
+    first = [_says("user", USER), calls, result, _says("assistant", "qzfirstqz")]
+    messages = [*first, _says("user", NEXT), calls, result, calls, result, _says("assistant", MODEL)]
+    conversation = Conversation(messages, [float(message["role"] == "assistant") for message in messages], TOOLS)
+    try:
+        turns = [template.turn(conversation, t) for t in conversation.trained]
+    except RowError:
+        return shortcut
+    ends = [template.last_added(turn.output) for turn in turns]
+    common_end = commonprefix([turn.prompt[::-1] for turn in turns])[::-1]  # noqa: RUF071 (of letters)
+    header = template.first_added(common_end)
+    if not shortcut.joined or shortcut.note or shortcut.switch or not header or None in ends:
+        return shortcut
+    stops = {turn.output[at[0] :] for turn, at in zip(turns, ends, strict=True) if at}
+    extended = replace(shortcut, header=common_end[header[0] :], stops=tuple(sorted(stops)))
+    return extended if _agrees(extended, template, conversation) else shortcut
+
+
+def _thoughtless(conversation: Conversation) -> bool:
+    """Whether no turn has a thought: templates treat those in too many ways."""
+    return not any(
+        message.keys() & {*REASONING} or _THOUGHT.search(message["content"]) for message in conversation.messages
+    )
 
 
 def _agrees(shortcut: Shortcut, template: ChatTemplate, conversation: Conversation) -> bool:

@@ -69,8 +69,8 @@ class ChatTemplate:
             turn = self.turn(Conversation(messages, [0.0, 1.0], TOOLS), 1)
         except RowError:
             turn = Turn("", "", False)
-        last = next(reversed(list(self._tokenizer.splitting.finditer(turn.output))), None)
-        after_call = self._tokenizer.backend.token_to_id(last.group()) if last and turn.ends else None
+        at = self.last_added(turn.output) if turn.ends else None
+        after_call = self._tokenizer.backend.token_to_id(turn.output[slice(*at)]) if at else None
         return frozenset(token for token in (self.stop_id, after_call) if token is not None)
 
     def render(self, conversation: Conversation, end: int, generate: bool, **kwargs: Any) -> str:
@@ -145,6 +145,16 @@ class ChatTemplate:
             raise refusal
         return *plain, LOST_REASONING, {}
 
+    def last_added(self, text: str) -> tuple[int, int] | None:
+        """Where the last added token of a text stands; None if it has none."""
+        last = next(reversed(list(self._tokenizer.splitting.finditer(text))), None)
+        return last.span() if last else None
+
+    def first_added(self, text: str) -> tuple[int, int] | None:
+        """Where the first added token of a text stands; None if it has none."""
+        first = self._tokenizer.splitting.search(text)
+        return first.span() if first else None
+
     def _switch(self, conversation: Conversation, thinking: bool) -> dict[str, Any]:
         """The template's switch, unless the row sets it itself."""
         switch = self.habits.switch(thinking)
@@ -192,8 +202,8 @@ class ChatTemplate:
         if at is None or message["content"].strip() not in full[at:]:
             raise _unfaithful(prompt, full, t)
         if lead is None:
-            header = next(reversed(list(self._tokenizer.splitting.finditer(prompt))), None)
-            if header is None or not full[:at].endswith(prompt[header.start() :]):
+            header = self.last_added(prompt)
+            if header is None or not full[:at].endswith(prompt[header[0] :]):
                 raise _unfaithful(prompt, full, t)
             lead = ""  # the content stands right behind the header in which the prompt ends
         return lead + full[at:]
@@ -222,9 +232,9 @@ class ChatTemplate:
             at = output.find(ending.stop, spoken)
             at = output.rfind(ending.stop) if at < 0 else at
             return Turn(prompt, output[: at + len(ending.stop)], True, note)
-        last = next(reversed(list(self._tokenizer.splitting.finditer(output))), None)
-        if last and self._tokenizer.is_special(last.group()) and not output[last.end() :].strip():
-            return Turn(prompt, output[: last.end()], True, note)
+        last = self.last_added(output)
+        if last and self._tokenizer.is_special(output[slice(*last)]) and not output[last[1] :].strip():
+            return Turn(prompt, output[: last[1]], True, note)
         if ending.unwritten:
             return Turn(prompt, output.removesuffix(ending.written) + ending.unwritten, True, note)
         return Turn(prompt, output.removesuffix(ending.written), False, note)
