@@ -7,8 +7,10 @@ import math
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -475,6 +477,32 @@ def test_default_prompts_and_the_default_tracker(model: str, tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="wandb.*not installed"):
         trainer = trlx.train(samples=SAMPLES, config=ours)
     assert [prompt["input_ids"] for prompt in trainer.eval_pipeline] == [[trainer.tokenizer.bos_token_id]] * 4
+
+
+def test_numbers_reach_the_tracker(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+    started: dict[str, Any] = {}
+
+    class Run:
+        def __enter__(self) -> Run:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            logged.append((-1, {}))
+
+        def log(self, numbers: dict[str, Any], step: int) -> None:
+            logged.append((step, numbers))
+
+    wandb: Any = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.init = lambda **given: started.update(given) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train = {"tracker": "wandb", "total_steps": 2, "project_name": "p", "group_name": "g", "tags": ["t"]}
+    trlx.train(samples=SAMPLES, config=config(model, tmp_path, train=train), metric_fn=lambda **_: {"m": [1.0]})
+    assert (started["project"], started["group"], started["tags"]) == ("p", "g", ["t"])
+    assert [step for step, _ in logged] == [0, 1, 2, -1]
+    assert {"loss", "learning_rate_group_0", "metrics/m"} <= set(logged[2][1])
+    assert "metrics/m" not in logged[1][1]
 
 
 def test_save_best_follows_the_reward(model: str, tmp_path: Path) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
 
-from sftx.compat.trlx.rl import refuse
+from sftx.compat.trlx.registry import Registry
 from sftx.types import UserError
 
-_METHODS: dict[str, type[MethodConfig]] = {}
-REINFORCEMENT = ("ppoconfig", "ilqlconfig", "rftconfig", "dpoconfig", "nemoilqlconfig")
+_METHODS = Registry("method")
+register_method, get_method = _METHODS.register, _METHODS.get
 
 
 class FromDict:
@@ -37,6 +37,7 @@ class FromDict:
         return cls(**config)
 
 
+@register_method
 @dataclass
 class MethodConfig(FromDict):
     """Configuration of a method; `name` is the one it is registered under."""
@@ -44,28 +45,3 @@ class MethodConfig(FromDict):
     SECTION = "method"
 
     name: str
-
-
-def register_method(name: Any) -> Any:
-    """Class decorator, with a name (`@register_method("mine")`) or without one (`@register_method`)."""
-
-    def register(cls: type[MethodConfig], under: str) -> type[MethodConfig]:
-        _METHODS[under.lower()] = cls
-        return cls
-
-    if isinstance(name, str):
-        decorator: Callable[[type[MethodConfig]], type[MethodConfig]] = lambda cls: register(cls, name)  # noqa: E731
-        return decorator
-    return register(name, name.__name__)
-
-
-register_method(MethodConfig)
-
-
-def get_method(name: str) -> type[MethodConfig]:
-    """The method configuration registered under `name`, in any case of letters."""
-    if name.lower() in _METHODS:
-        return _METHODS[name.lower()]
-    if name.lower() in REINFORCEMENT:
-        refuse(f"method {name}")
-    raise UserError(f"method {name} has not been registered; known: {', '.join(_METHODS)}")

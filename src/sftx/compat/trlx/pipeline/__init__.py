@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
@@ -10,23 +9,12 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers.tokenization_utils_base import BatchEncoding
 
+from sftx.compat.trlx.registry import Registry
 from sftx.compat.trlx.utils import logging
 
-_DATAPIPELINE: dict[str, Any] = {}
+_DATAPIPELINE = Registry("train.pipeline")
+register_datapipeline = _DATAPIPELINE.register
 logger = logging.get_logger(__name__)
-
-
-def register_datapipeline(name: Any) -> Any:
-    """Class decorator, with a name (`@register_datapipeline("mine")`) or without one."""
-
-    def register(cls: Any, under: str) -> Any:
-        _DATAPIPELINE[under.lower()] = cls
-        setattr(sys.modules[__name__], under, cls)
-        return cls
-
-    if isinstance(name, str):
-        return lambda cls: register(cls, name)
-    return register(name, name.__name__)
 
 
 @register_datapipeline

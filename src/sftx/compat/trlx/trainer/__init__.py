@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sftx.compat.trlx.data.configs import TRLConfig
+from sftx.compat.trlx.registry import Registry
 from sftx.compat.trlx.rl import refuse
 
-_TRAINERS: dict[str, Any] = {}
-
-
-def register_trainer(name: Any) -> Any:
-    """Class decorator, with a name (`@register_trainer("mine")`) or without one."""
-
-    def register(cls: Any, under: str) -> Any:
-        _TRAINERS[under.lower()] = cls
-        setattr(sys.modules[__name__], under, cls)
-        return cls
-
-    if isinstance(name, str):
-        return lambda cls: register(cls, name)
-    return register(name, name.__name__)
+_TRAINERS = Registry("train.trainer")
+register_trainer = _TRAINERS.register
 
 
 class BaseRLTrainer:
