@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 import numpy as np
 
@@ -17,17 +19,17 @@ def best_fit(lengths: Sequence[int] | Int32, capacity: int) -> Bins:
     Returns positions into `lengths`, one tuple per bin. A length above `capacity` gets a bin of its own.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
     for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = int(lengths[i])
-        fits = [b for b in range(len(bins)) if room[b] >= length]
-        if fits:
-            best = min(fits, key=room.__getitem__)
+        fits = bisect_left(rooms, (length, -1))
+        if fits < len(rooms):
+            room, best = rooms.pop(fits)
             bins[best].append(i)
-            room[best] -= length
         else:
+            room, best = capacity, len(bins)
             bins.append([i])
-            room.append(capacity - length)
+        insort(rooms, (room - length, best))
     return [tuple(sorted(members)) for members in bins]
 
 
@@ -41,11 +43,12 @@ def balanced(lengths: Sequence[int] | Int32, capacity: int, world_size: int = 1)
     fewest = best_fit(lengths, capacity)
     count = -(-len(fewest) // world_size) * world_size
     members: list[list[int]] = [[] for _ in range(count)]
-    load = [0] * count
+    emptiest = [(0, b) for b in range(count)]  # a heap of (tokens, bin)
     for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        emptiest = min(range(count), key=load.__getitem__)
-        members[emptiest].append(i)
-        load[emptiest] += int(lengths[i])
+        full, b = emptiest[0]
+        members[b].append(i)
+        heapreplace(emptiest, (full + int(lengths[i]), b))
+    load = [full for full, _ in sorted(emptiest, key=lambda entry: entry[1])]
     spread = [tuple(sorted(m)) for m in members]
     overflow = any(full > capacity and len(m) > 1 for full, m in zip(load, spread, strict=True))
     bins = fewest + [()] * (count - len(fewest)) if overflow else spread
