@@ -1,4 +1,4 @@
-"""Encoding the blocks that the cache lacks: in this process, or by several that each take one block at a time."""
+"""Encoding the blocks that the cache lacks: in this process and in others beside it, one block at a time."""
 
 from __future__ import annotations
 
@@ -73,35 +73,53 @@ def encode_jobs(
     # Processes that share a cache begin at different places, and skip what another has done.
     first = os.getpid() * 7919 % max(len(jobs), 1)
     ordered = [*jobs[first:], *jobs[:first]]
-    if workers < 2:
-        for job in ordered:
-            if cache.load(job.key) is None:
-                cache.save(job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder))
-            report(job)
-        return
-    setup = {
-        "tokenizer": tokenizer_state(tokenizer, scratch),
-        "data": data.model_dump(exclude={"rows", "eval_rows"}),
-        "max_length": max_length,
-        "fingerprint": encoder.fingerprint,
-        "cache": str(cache.folder),
-    }
-    _run_workers(workers, ordered, json.dumps(setup), report)
+    setup = ""
+    if workers > 1:
+        asked = {
+            "tokenizer": tokenizer_state(tokenizer, scratch),
+            "data": data.model_dump(exclude={"rows", "eval_rows"}),
+            "max_length": max_length,
+            "fingerprint": encoder.fingerprint,
+            "cache": str(cache.folder),
+        }
+        setup = json.dumps(asked)
+
+    def encode_here(job: Job) -> None:
+        if cache.load(job.key) is None:
+            cache.save(job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder))
+
+    _share(ordered, max(workers, 1) - 1, setup, encode_here, report)
 
 
-def _run_workers(count: int, jobs: Sequence[Job], setup: str, report: Callable[[Job], None]) -> None:
-    waiting = deque(jobs)
+def _share(
+    jobs: Sequence[Job], processes: int, setup: str, encode_here: Callable[[Job], None], report: Callable[[Job], None]
+) -> None:
+    """Do all jobs, here and in so many further processes; whoever is free takes the next one."""
+    waiting, left = deque(jobs), len(jobs)
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
     with ExitStack() as stack:
-        for _ in range(count):
+        for _ in range(processes):
             process = _start()
             stack.callback(_end, process)
             Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
-        for _ in jobs:
-            answer = answers.get()
-            if isinstance(answer, UserError):
-                raise answer
-            report(answer)
+        while left:
+            job = _take(waiting)
+            if job:
+                encode_here(job)
+                answers.put(job)
+            while left and (job is None or not answers.empty()):
+                answer = answers.get()
+                if isinstance(answer, UserError):
+                    raise answer
+                report(answer)
+                left -= 1
+
+
+def _take(waiting: deque[Job]) -> Job | None:
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
 
 
 def _start() -> subprocess.Popen[str]:
@@ -150,9 +168,8 @@ def _serve(
         if job:
             error = json.loads(answer).get("error")
             answers.put(UserError(error) if error else job)
-        try:
-            job = waiting.popleft()
-        except IndexError:
+        job = _take(waiting)
+        if job is None:
             process.stdin.close()
             return
         message = json.dumps(

@@ -6,6 +6,7 @@ process rather than multiprocessing, which would run the user's own script again
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -87,6 +88,8 @@ def main() -> None:
     encoder = Encoder(tokenizer, Data.model_validate(setup["data"]), setup["max_length"])
     assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
     cache = Cache(setup["cache"])
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # what a block needs lives until its end, and is searched in vain
     for line in sys.stdin:
         job = json.loads(line)
         answer: dict[str, Any] = {"key": job["key"]}

@@ -44,7 +44,9 @@ def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
 def _message(raw: Any, at: str) -> Message:
     if not isinstance(raw, dict) or "role" not in raw:
         raise RowError(f"{at} must be an object with role and content")
-    role = raw["role"]
+    role, content = raw["role"], raw.get("content")
+    if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
+        return cast(Message, raw)  # nothing can be wrong with most messages
     if role not in ROLES:
         hint = (
             SHAREGPT_ROLES.get(role) or next(iter(difflib.get_close_matches(role, ROLES, 1)), "")
