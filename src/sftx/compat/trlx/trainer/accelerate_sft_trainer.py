@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ import torch
 from sftx.compat.trlx import translate
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.method_configs import MethodConfig, register_method
-from sftx.compat.trlx.job import open_job
 from sftx.compat.trlx.pipeline.offline_pipeline import IGNORED, DialogStore, PromptPipeline, tokenize_dialogue
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
@@ -28,7 +28,8 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.meter import Meter
-from sftx.training.prepare import Job
+from sftx.training.optim import build_optimizer
+from sftx.training.prepare import Job, prepare
 from sftx.training.step import train_step
 from sftx.training.stop import Stopped, listening
 from sftx.types import StepRecord, UserError
@@ -104,14 +105,16 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def _prepare(self, stack: ExitStack) -> Job:
         """Load everything; continue from what `load` named."""
-        rows = _rows(self.store)
-        run = Run(translate.to_config(self.config, rows))
+        run = Run(translate.to_config(self.config, _rows(self.store)))
         shutil.rmtree(run.folder, ignore_errors=True)  # the record of an earlier run of the same script
         run = Run(run.config)
         stack.callback(run.close)
         progress = stack.enter_context(Progress(run.config.runtime.progress))
         here = stack.enter_context(machine(run.config.runtime))
-        job = self._job = open_job(self.config, rows, run, here, progress)
+        job = self._job = prepare(run.config, here, run, progress)
+        translate.freeze_bottom_layers(job.loss.model, self.config.model.num_layers_unfrozen)
+        job.optimizer = translate.optimizer(self.config.optimizer, build_optimizer(job.loss, run.config.optim))
+        run.update(trlx=json.loads(str(self.config)))
         if self._resume_from is not None:
             self._restore(job, self._resume_from)
         return job
