@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    model, output = tiny.folder(tmp_path / "model", chat=path.stem != "text"), tmp_path / "out"  # as in the example
+    model, output = tiny.folder(tmp_path / "model"), tmp_path / "out"
     changes = [f"model={model}", f"output={output}", "data.max_length=128", f"data.cache={tmp_path}", "data.workers=0"]
     assert cli.main(["train", str(path), *changes]) == 0
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
