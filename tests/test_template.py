@@ -227,6 +227,27 @@ def test_a_refusal_is_an_error_of_its_row_alone() -> None:
     assert "no system here" in str(results[1])
 
 
+def test_headers_may_be_stop_tokens() -> None:
+    # Nothing ends an answer but the header of the next turn, at which the model is known to stop generating.
+    template = (
+        "{% for m in messages %}{{ {'user': '<s>', 'tool': '<unk>', 'assistant': '<|im_start|>'}[m.role] }}"
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    tokenizer = ours()
+    tokenizer.stop_ids = frozenset(tokenizer.backend.token_to_id(token) for token in ("<s>", "<unk>", "</s>"))
+    made = encoder(template, tokenizer=tokenizer)
+    assert {tokenizer.token(i) for i in made.stop_ids} == {"<s>", "<unk>"}
+    assert shown(encoded(row(TALK), made), tokenizer) == [
+        "<s>hello<|im_start|>⟦yes, hello<s>⟧what is 2+2?<|im_start|>⟦it is 4<s>⟧"
+    ]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
+    assert shown(encoded(row(talk), made), tokenizer) == [
+        '<s>weather?<|im_start|>⟦{"name": "weather", "arguments": {}}<unk>⟧21<|im_start|>⟦it is 21<s>⟧'
+    ]
+
+
 def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
     called = CHATML.replace(
         "<|im_end|>", "{{ m.tool_calls[0].function.name ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"

@@ -152,6 +152,18 @@ class Habits:
             return Ending(stop, written, closing[: closing.find(stop) + len(stop)])
         return Ending(None, written)
 
+    @cached_property
+    def unwritten_after_call(self) -> str:
+        """`Ending.unwritten` for a tool call, behind which a result stands and not a user."""
+        call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {"qz": MODEL}}}
+        turns = _user(), {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": NEXT, "name": TOOL["name"], "tool_call_id": "call00000"}
+        newest = (self._try(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
+        later = (self._try(*turns, result, tools=TOOLS) or "").rpartition(MODEL)[2]
+        first = self._tokenizer.control.search(later, len(newest)) if later.startswith(newest) else None
+        known = first and self._tokenizer.backend.token_to_id(first.group()) in self._tokenizer.stop_ids
+        return later[len(newest) : first.end()] if first and known else self.ending.unwritten
+
     def _stop(self, text: str, between: str) -> str | None:
         run: list[re.Match[str]] = []
         for match in self._tokenizer.control.finditer(text):

@@ -107,7 +107,10 @@ class ChatTemplate:
         if not note and message["content"].strip() not in output and not reasoning:
             note = CHANGED
         said = [message["content"].strip(), reasoning, *(c["function"]["name"] for c in message.get("tool_calls", ()))]
-        return replace(self._ended(prompt, output, note, [text for text in said if text]), switch=switch)
+        unwritten = self.habits.ending.unwritten
+        if unwritten and message.get("tool_calls"):
+            unwritten = self.habits.unwritten_after_call
+        return replace(self._ended(prompt, output, note, [text for text in said if text], unwritten), switch=switch)
 
     def _without_thought(self, conversation: Conversation, t: int) -> tuple[str, str, str, dict[str, Any]]:
         prompt = self.render(conversation, t, True)
@@ -222,12 +225,14 @@ class ChatTemplate:
         at = self._content_begins(conversation, t, {})
         if at is None:
             raise _unfaithful(full[:0], full, t)
-        return self._ended(full[:at], full[at:], "", [conversation.messages[t]["content"]])
+        said = [conversation.messages[t]["content"]]
+        return self._ended(full[:at], full[at:], "", said, self.habits.ending.unwritten)
 
-    def _ended(self, prompt: str, output: str, note: str, said: list[str]) -> Turn:
-        """The turn with its output cut after the first stop token that follows all that was `said`."""
+    def _ended(self, prompt: str, output: str, note: str, said: list[str], unwritten: str = "") -> Turn:
+        """The turn with its output cut after the first stop token that follows all that was `said`, or with the
+        `unwritten` one added."""
         ending = self.habits.ending
-        if ending.stop is not None and ending.stop in output and not ending.unwritten:
+        if ending.stop is not None and ending.stop in output and not unwritten:
             spoken = max((output.rfind(text) + len(text) for text in said if text in output), default=0)
             at = output.find(ending.stop, spoken)
             at = output.rfind(ending.stop) if at < 0 else at
@@ -235,8 +240,8 @@ class ChatTemplate:
         last = self.last_added(output)
         if last and self._tokenizer.is_special(output[slice(*last)]) and not output[last[1] :].strip():
             return Turn(prompt, output[: last[1]], True, note)
-        if ending.unwritten:
-            return Turn(prompt, output.removesuffix(ending.written) + ending.unwritten, True, note)
+        if unwritten:
+            return Turn(prompt, output.removesuffix(ending.written) + unwritten, True, note)
         return Turn(prompt, output.removesuffix(ending.written), False, note)
 
 
