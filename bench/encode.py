@@ -44,8 +44,8 @@ seconds, cpu = time.perf_counter() - start, spent() - cpu
 workers_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 ledger = corpus.ledger
-print(json.dumps({"seconds": seconds, "cpu": cpu, "rows": ledger.read, "tokens": ledger.tokens, "fingerprint": corpus.fingerprint,
-                  "grown_mb": grown / 1024, "worker_mb": workers_peak / 1024}))
+print(json.dumps({"seconds": seconds, "cpu": cpu, "rows": ledger.read, "tokens": ledger.tokens,
+                  "fingerprint": corpus.fingerprint, "grown_mb": grown / 1024, "worker_mb": workers_peak / 1024}))
 """
 
 TRL = """

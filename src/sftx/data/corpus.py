@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -89,6 +90,7 @@ class Corpus:
         source: int16[N], index into `sources`.
         line: int64[N], 1-based line (or row) in the file; `place` names the file too.
         part: int32[N], number of the example among those of its row.
+        columns: all that is known of the examples without reading tokens.
         sources: names of the sources.
         ledgers: where every row of each source went.
         largest_id: largest token id of all (-1 if there is none).
@@ -99,7 +101,8 @@ class Corpus:
         self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
         self._open = lru_cache(OPEN_BLOCKS)(self._load)
         self.largest_id = -1
-        self._columns, self.drops, self._notes = self._collect()
+        columns, self.drops, self._notes = self._collect()
+        self._use(columns)
         self.ledgers = self._ledgers(self.drops, self._notes)
 
     @classmethod
@@ -109,53 +112,17 @@ class Corpus:
         return cls([Part(block, 0, 0, 1)], [source], [Origin(source, "row")])
 
     def __len__(self) -> int:
-        return len(self._columns.lengths)
+        return len(self.columns.lengths)
 
-    @property
-    def lengths(self) -> Int32:
-        """int32[N]: tokens of each example."""
-        return self._columns.lengths
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """float64[N]: sum of the weights of each example."""
-        return self._columns.weights
-
-    @property
-    def targets(self) -> Int32:
-        """int32[N]: tokens of each example that carry weight."""
-        return self._columns.targets
-
-    @property
-    def source(self) -> NDArray[np.int16]:
-        """int16[N]: index into `sources`."""
-        return self._columns.source
-
-    @property
-    def line(self) -> NDArray[np.int64]:
-        """int64[N]: 1-based line, or row number where rows are not lines."""
-        return self._columns.line
-
-    @property
-    def part(self) -> Int32:
-        """int32[N]: number of the example among those of its row."""
-        return self._columns.part
-
-    @property
-    def columns(self) -> Columns:
-        """Everything known of the examples without reading tokens."""
-        return self._columns
+    def _use(self, columns: Columns) -> None:
+        self.columns = columns
+        self.lengths, self.weights, self.targets = columns.lengths, columns.weights, columns.targets
+        self.source, self.line, self.part = columns.source, columns.line, columns.part
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all tokens and weights, in order."""
-        return blake2b(self._columns.digest.tobytes(), digest_size=16).hexdigest()
-
-    @cached_property
-    def largest_id(self) -> int:
-        """The largest token id anywhere, dropped rows' excepted; -1 where there are no tokens."""
-        blocks = [self._load(number) for number in range(len(self._parts))]
-        return max(int(block.ids.max(initial=-1)) for block in blocks)
+        return blake2b(self.columns.digest.tobytes(), digest_size=16).hexdigest()
 
     @property
     def ledger(self) -> Ledger:
@@ -171,18 +138,17 @@ class Corpus:
         Raises:
             UserError: the cache was damaged after it was written.
         """
-        return self._open(int(self._columns.block[index])).example(int(self._columns.index[index]))
+        return self._open(int(self.columns.block[index])).example(int(self.columns.index[index]))
 
     def place(self, index: int) -> str:
         """`file:line` of the row that example `index` came from."""
-        return self.origins[int(self._columns.origin[index])].place(int(self._columns.line[index]))
+        return self.origins[int(self.columns.origin[index])].place(int(self.columns.line[index]))
 
     def subset(self, indices: ArrayLike) -> Corpus:
         """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the whole."""
-        chosen = object.__new__(Corpus)
-        chosen.__dict__.update(self.__dict__)
-        chosen.__dict__.pop("fingerprint", None)
-        chosen._columns = self._columns.take(np.asarray(indices, np.intp))
+        chosen = copy(self)
+        chosen.__dict__.pop("fingerprint", None)  # cached, and of other examples
+        chosen._use(self.columns.take(np.asarray(indices, np.intp)))
         return chosen
 
     def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
@@ -236,7 +202,7 @@ class Corpus:
 
     def _ledgers(self, drops: list[Drop], notes: dict[int, dict[str, int]]) -> dict[str, Ledger]:
         """The ledger of each source. `notes` counts what is not known by example: columns that are not read."""
-        columns, ledgers = self._columns, {}
+        columns, ledgers = self.columns, {}
         for number, name in enumerate(self.sources):
             mine = columns.source == number
             first = mine & (columns.part == 0)
