@@ -110,7 +110,9 @@ def flops(shape: str, method: str, tokens: float, targets: float) -> float:
 def report(args: argparse.Namespace, method: str, precision: str, rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Print the table of medians; returns the ratios against the best TRL set-up."""
     print(f"\n{args.shape} {method} {precision}, {args.batch} examples per step, {args.threads} thread(s)")
-    print(f"{'system':14} {'tok/cpu-s':>10} {'tok/s':>9} {'target/s':>9} {'peak MiB':>9} {'loss 1':>10} {'grad norm':>10}")
+    print(
+        f"{'system':14} {'tok/cpu-s':>10} {'tok/s':>9} {'target/s':>9} {'peak MiB':>9} {'loss 1':>10} {'grad norm':>10}"
+    )
     speed: dict[str, list[float]] = {}
     for system in args.systems:
         runs = [r[system] for r in rounds]

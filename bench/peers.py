@@ -123,7 +123,8 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
     records, stamps = [], []
     steps = sftx.steps(
-        model=job["model"], output=job["output"], data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
+        model=job["model"], output=job["output"],
+        data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
         batch={"examples_per_step": job["batch"], "steps": job["steps"], "shuffle": False},
         optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0}, runtime=runtime,
         checkpoint={"resume": "never"}, **lora,
@@ -160,7 +161,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": job["batch"] // micro,
         "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "logging_steps": 1, "report_to": "none",
         "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
-        "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True, "dataloader_pin_memory": cuda,
+        "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
     }  # fmt: skip
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(
@@ -180,9 +182,7 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         if packing:  # a pack holds several examples; as many packs per step as hold one step of the others
             common["per_device_train_batch_size"] = job.get("packs_per_batch", 1)
             common["gradient_accumulation_steps"] = job.get("pack_steps", 1)
-        settings = SFTConfig(
-            **common, max_length=job["length"] if not packing else job["pack_length"], packing=packing
-        )
+        settings = SFTConfig(**common, max_length=job["length"] if not packing else job["pack_length"], packing=packing)
         trainer = SFTTrainer(
             model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
         )

@@ -202,8 +202,32 @@ def test_a_row_of_another_shape_is_an_error(form: str) -> None:
             parse(raw, form)
 
 
-WORDS = """text prompt completion messages role content input_ids labels weights segments weight dialogue tools
-conversations from value instruction output input tool_calls function name arguments type""".split()
+WORDS = [
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "role",
+    "content",
+    "input_ids",
+    "labels",
+    "weights",
+    "segments",
+    "weight",
+    "dialogue",
+    "tools",
+    "conversations",
+    "from",
+    "value",
+    "instruction",
+    "output",
+    "input",
+    "tool_calls",
+    "function",
+    "name",
+    "arguments",
+    "type",
+]
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (

@@ -38,7 +38,7 @@ class Source(Section):
     """A file, glob, folder or hub data set."""
     name: str | None = None
     """Name in reports; default: the path."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the others'. 2.0 shows every row twice per epoch."""
 
 
@@ -53,7 +53,7 @@ class Data(Section):
     """Held-out rows, in the same forms as `train`."""
     eval_rows: list[Any] | None = None
     """Held-out rows held in memory (Python only)."""
-    eval_split: float = Field(0.0, ge=0, lt=1)
+    eval_split: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
     format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"] = (
         "auto"
@@ -64,7 +64,7 @@ class Data(Section):
     are, EOS after the last output; else a .jinja file or the name of a bundled template."""
     train_on: Literal["all", "last"] | list[str] = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
     too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"] = "split"
     """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue is cut between turns
@@ -77,7 +77,7 @@ class Data(Section):
     """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
     cache: str | None = None
     """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(default=None, ge=0)
     """Processes that encode; default: one per core. 0 encodes in this process."""
 
     @model_validator(mode="before")
@@ -91,13 +91,13 @@ class Data(Section):
 class Batch(Section):
     """The step: which examples share one update. A property of the run, not of the machine."""
 
-    examples_per_step: int = Field(16, ge=1)
+    examples_per_step: int = Field(default=16, ge=1)
     """Examples in one optimiser step, over all processes."""
-    tokens_per_step: int | None = Field(None, ge=1)
+    tokens_per_step: int | None = Field(default=None, ge=1)
     """Instead: as many examples as make up to this many tokens (at least one)."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the training examples; each pass is shuffled anew."""
-    steps: int | None = Field(None, ge=0)
+    steps: int | None = Field(default=None, ge=0)
     """Stop after this many steps instead of after `epochs`."""
     shuffle: bool = True
     """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
@@ -114,25 +114,25 @@ class Batch(Section):
 class Optim(Section):
     """AdamW and its learning rate, as pure functions of the step."""
 
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; default: 2e-5 for all weights, 2e-4 for an adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the run."""
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0)
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
-    decay: float = Field(0.2, ge=0, le=1)
+    decay: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps in which `wsd` decays."""
-    final_ratio: float = Field(0.0, ge=0, le=1)
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the schedule ends, relative to the peak."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only (never on norms, biases or embeddings)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's running means."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 does not clip."""
-    max_bad_steps: int = Field(3, ge=0)
+    max_bad_steps: int = Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
     @model_validator(mode="after")
@@ -147,11 +147,11 @@ class Adapter(Section):
 
     method: Literal["none", "lora", "rslora", "dora"] = "none"
     """`none` trains all weights; the others train a low-rank adapter through peft."""
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale of the adapter: alpha / rank (rslora: alpha / sqrt(rank))."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: str | list[str] = "all-linear"
     """Modules to adapt: `all-linear` (all but the head), or names."""
@@ -174,7 +174,7 @@ class Adapter(Section):
 class Eval(Section):
     """Held-out loss and perplexity, over the rows of `data.eval` or `data.eval_split`."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Evaluate every so many steps; 0 = before the first step and after the last only."""
     at_start: bool = True
     """Evaluate before the first step, so that the gain can be seen."""
@@ -183,9 +183,9 @@ class Eval(Section):
 class Checkpoint(Section):
     """State to continue from."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Save every so many steps; 0 = only when the run is stopped by a signal."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """How many checkpoints to keep."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must` refuses to start anew."""
@@ -198,10 +198,10 @@ class Runtime(Section):
     """Where to compute; `auto` takes a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` computes in bfloat16 over fp32 weights; `auto` = bf16 on a GPU, fp32 on a CPU."""
-    tokens_per_pack: int | None = Field(None, ge=1)
+    tokens_per_pack: int | None = Field(default=None, ge=1)
     """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
     longer than this is a pack of its own."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; default: one per physical core."""
     progress: bool = True
     """Show progress on the terminal."""

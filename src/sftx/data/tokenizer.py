@@ -166,13 +166,14 @@ class Tokenizer:
         swallow = False
         for match in [*self.control.finditer(text), None]:
             part = text[position : match.start() if match else len(text)].replace(mark, "")
-            token = self._added[self.backend.token_to_id(match.group())] if match else None
+            token_id = self.backend.token_to_id(match.group()) if match else None
+            token = None if token_id is None else self._added[token_id]
             part = part.lstrip() if swallow else part
             part = part.rstrip() if token is not None and token.lstrip else part
             if part:
                 ids += self.encode(part, plain=True, inside=inside or position > 0)
-            if match and token is not None:
-                ids.append(self.backend.token_to_id(match.group()))
+            if match and token is not None and token_id is not None:
+                ids.append(token_id)
                 position, swallow = match.end(), token.rstrip
         return ids
 

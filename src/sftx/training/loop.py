@@ -176,7 +176,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     job.loss.model.config.use_cache = True
     if job.encoder.chat_template is not None:
         job.tokenizer.chat_template = job.encoder.chat_template
-    stop_ids = [] if job.encoder.stop_id is None else [job.encoder.stop_id]
+    stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
     dtype = _stored_dtype(config)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
     save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype)

@@ -133,14 +133,14 @@ def _largest_id(*corpora: Corpus | None) -> int:
 
 
 def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
-    """The model must be taught to stop: a stop token is among the targets of the first examples.
+    """The model must be taught to stop: a stop token is among the targets.
 
     Rows of tokens or segments say themselves what is learned; naming that format takes the responsibility.
     """
     stops = set(encoder.tokenizer.stop_ids) | (set() if encoder.stop_id is None else {encoder.stop_id})
     if data.format in ("tokens", "segments"):
         return
-    for i in range(min(len(corpus), 2000)):
+    for i in reversed(range(len(corpus))):  # from the end: the stop token of a document cut in pieces is in the last
         example = corpus.example(i)
         if np.isin(example.ids[example.weights > 0], list(stops)).any():
             return
