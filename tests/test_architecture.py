@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -31,7 +33,9 @@ LAYERS = {
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
-MAX_SOURCE, MAX_FILE, MAX_FUNCTION = 6000, 350, 60
+MAX_CORE, MAX_COMPAT, MAX_FILE, MAX_FUNCTION = 6000, 1200, 350, 60
+"""Lines. The first two count lines of code, so that nobody saves on documentation; `compat` is as large as the interface
+it stands in for, and counts apart. Files and functions count whole, as a reader meets them."""
 
 
 @cache
@@ -140,9 +144,25 @@ def test_light_modules_load_without_torch_and_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def code_lines(path: Path) -> int:
+    """Lines that hold code: blank lines, comments and docstrings do not count."""
+    text = path.read_text(encoding="utf-8")
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
 def test_files_and_functions_are_small() -> None:
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
-    assert sum(sizes.values()) < MAX_SOURCE
+    compat = sum(code_lines(path) for path in sizes if (SOURCE / "compat") in path.parents)
+    assert sum(map(code_lines, sizes)) - compat < MAX_CORE
+    assert compat < MAX_COMPAT
     assert not [f"{path.relative_to(ROOT)}: {size}" for path, size in sizes.items() if size > MAX_FILE]
     long = [
         f"sftx.{name}: {node.name}: {node.end_lineno - node.lineno + 1} lines"
