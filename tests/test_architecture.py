@@ -34,8 +34,8 @@ STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "d
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
 MAX_CORE, MAX_COMPAT, MAX_FILE, MAX_FUNCTION = 6000, 1200, 350, 60
-"""Lines. The first two count lines of code, so that nobody saves on documentation; `compat` is as large as the interface
-it stands in for, and counts apart. Files and functions count whole, as a reader meets them."""
+"""Lines. The first two count lines of code, so that nobody saves on documentation; `compat` is as large as the
+interface it stands in for, and counts apart. Files and functions count whole, as a reader meets them."""
 
 
 @cache
