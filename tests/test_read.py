@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sftx.data import read
@@ -178,14 +178,13 @@ def test_blocks_cover_every_line_once(content: list[bytes], ended: bool, chunk: 
     """Whatever the size of chunks and blocks, blocks are the file, in order, and count its lines."""
     data = b"".join(line + b"\n" for line in content)
     data = data if ended else data[:-1]
+    assume(data[:2] not in (b"\xff\xfe", b"\xfe\xff"))  # UTF-16, which is refused
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "CHUNK", 7 + 13 * chunk)
         patch.setattr(read, "MIN_BLOCK", 40)
         patch.setattr(read, "MAX_BLOCK", 150)
         found = blocks_of(data)
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return
     assert b"".join(data[b.start : b.stop] for b in found) == data[start:]
     line = 1
     for block in found:
