@@ -25,6 +25,15 @@ from sftx.types import Row, RowError, UserError
 
 def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     """Encode the rows in the lines of `data`. What is wrong with a row is kept in the block's `bad`."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)  # what a block needs lives until its end, and would be searched in vain
+    try:
+        return _encode_block(data, form, encoder)
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     rows: list[tuple[int, int, Row]] = []
     meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}}
     for line, raw, value in rows_in(data, 0):
@@ -89,7 +98,6 @@ def main() -> None:
     assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
     cache = Cache(setup["cache"])
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)  # what a block needs lives until its end, and is searched in vain
     for line in sys.stdin:
         job = json.loads(line)
         answer: dict[str, Any] = {"key": job["key"]}
