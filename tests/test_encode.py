@@ -313,10 +313,21 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert len(lines) == 50
     assert len(set(lines[40:])) == 10
     assert corpus.ledgers["sums"].read == 20
-    assert corpus.ledgers["sums"].notes["rows in one epoch at weight 2.5"] == 50
+    assert corpus.ledgers["sums"].notes["rows in one epoch, shown 2.5 times"] == 50
     assert corpus.ledgers[b].read == 10
     with pytest.raises(UserError, match="two data sources are called"):
         load(make_config(model="m", output="o", data={"train": [a, a]}), tokenizer)
+
+
+def test_weights_may_be_shares_of_the_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(40, 1000))
+    sources = [{"path": a, "weight": 1.0, "name": "large"}, {"path": b, "weight": 3.0, "name": "small"}]
+    corpus, _ = load(make_config(model="m", output="o", data={"train": sources, "mix_by": "tokens"}), tokenizer)
+    plain, _ = load(make_config(model="m", output="o", data={"train": sources}), tokenizer)
+    counted = [int(corpus.lengths[corpus.source == number].sum()) for number in range(2)]
+    assert counted[1] / sum(counted) == pytest.approx(0.75, abs=0.02)
+    once = int(plain.lengths[plain.source == 0].sum() + plain.lengths[plain.source == 1].sum() / 3)
+    assert sum(counted) == pytest.approx(once, rel=0.02)
 
 
 def test_a_hub_data_set_is_read_through_datasets(

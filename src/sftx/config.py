@@ -39,7 +39,7 @@ class Source(Section):
     name: str | None = None
     """Name in reports; default: the path."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source in the mixture, relative to the others'. 2.0 shows every row twice per epoch."""
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch."""
 
 
 class Data(Section):
@@ -55,6 +55,9 @@ class Data(Section):
     """Held-out rows held in memory (Python only)."""
     eval_split: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
+    mix_by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or its share of the
+    `tokens` of an epoch (which then has as many tokens as all sources together: small sources are repeated)."""
     format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"] = (
         "auto"
     )

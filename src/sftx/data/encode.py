@@ -136,8 +136,8 @@ def load_corpora(
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
         _check(held_out, data)
-        held_out = _weighted(held_out, held, config.seed)
-    return _weighted(corpus, train, config.seed), held_out
+        held_out = _weighted(held_out, held, "rows", config.seed)
+    return _weighted(corpus, train, data.mix_by, config.seed), held_out
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:
@@ -203,21 +203,24 @@ def _choose(columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, 
     return mask & (keys <= last)
 
 
-def _weighted(corpus: Corpus, sources: Sequence[Source], seed: int) -> Corpus:
+def _weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) -> Corpus:
     """Every source as often as its weight says: whole copies, then a seeded share of its rows for the fraction."""
-    if all(source.weight == 1 for source in sources):
+    times = [source.weight for source in sources]
+    if mix_by == "tokens":
+        tokens = [int(corpus.lengths[corpus.source == number].sum()) for number in range(len(sources))]
+        times = [t * sum(tokens) / sum(times) / max(n, 1) for t, n in zip(times, tokens, strict=True)]
+    if all(shown == 1 for shown in times):
         return corpus
     order: list[NDArray[np.intp]] = []
-    for number, source in enumerate(sources):
+    for number, (source, shown) in enumerate(zip(sources, times, strict=True)):
         mine = corpus.source == number
-        copies = int(source.weight)
-        order += [np.flatnonzero(mine)] * copies
-        if fraction := source.weight - copies:
-            order.append(np.flatnonzero(_choose(corpus.columns, mine, fraction, f"{source.name} {seed}")))
-        rows = sum(int((corpus.part[chosen] == 0).sum()) for chosen in order[-copies - bool(fraction) :])
-        if source.weight != 1:
-            ledger = corpus.ledgers[source.name or source.path]
-            ledger.notes[f"rows in one epoch at weight {source.weight:g}"] = rows
+        chosen = [np.flatnonzero(mine)] * int(shown)
+        if fraction := shown - int(shown):
+            chosen.append(np.flatnonzero(_choose(corpus.columns, mine, fraction, f"{source.name} {seed}")))
+        order += chosen
+        if shown != 1:
+            rows = sum(int((corpus.part[part] == 0).sum()) for part in chosen)
+            corpus.ledgers[source.name or source.path].notes[f"rows in one epoch, shown {shown:.4g} times"] = rows
     return corpus.subset(np.concatenate(order))
 
 
