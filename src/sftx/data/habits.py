@@ -29,6 +29,25 @@ _SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
 Render = Callable[[Sequence[dict[str, Any]], Any, bool, dict[str, Any]], str]
 
 
+def says(role: str, content: Any) -> dict[str, Any]:
+    """A message of a probe."""
+    return {"role": role, "content": content}
+
+
+def calls(arguments: Any) -> dict[str, Any]:
+    """An answer that calls the tool of the probes."""
+    call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": arguments}}
+    return {**says("assistant", ""), "tool_calls": [call]}
+
+
+def result(content: str) -> dict[str, Any]:
+    """What that tool answers."""
+    return {**says("tool", content), "name": TOOL["name"], "tool_call_id": "call00000"}
+
+
+_USER, _MODEL = says("user", USER), says("assistant", MODEL)
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How a plain output ends: its stop token, if there is one; the text the template writes after the output; the text
@@ -51,19 +70,19 @@ class Habits:
         """A probe: None where the template refuses it."""
         if tools is None and self.needs_tools:
             tools = TOOLS
+        return self._raw([self.shaped(message) for message in messages], tools, generate, kwargs)
+
+    def _raw(self, messages: Any, tools: Any = None, generate: bool = False, kwargs: Any = None) -> str | None:
+        """A probe whose messages stay in the shape they have."""
         try:
-            return self._render([self.shaped(message) for message in messages], tools, generate, kwargs)
+            return self._render(messages, tools, generate, kwargs or {})
         except TEMPLATE_ERRORS:
             return None
 
     @cached_property
     def needs_tools(self) -> bool:
         """Whether the template only renders conversations that come with tools."""
-        try:
-            self._render([{"role": "user", "content": USER}], None, True, {})
-        except TEMPLATE_ERRORS:
-            return True
-        return False
+        return self._raw([_USER], generate=True) is None
 
     def shaped(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message in the shape that this template can read."""
@@ -79,11 +98,7 @@ class Habits:
         """Whether contents must be lists of parts: the template fails on text, or does not show it."""
 
         def shows(user: Any, model: Any) -> bool:
-            turns = [{"role": "user", "content": user}, {"role": "assistant", "content": model}]
-            try:
-                text = self._render(turns, None, False, {})
-            except TEMPLATE_ERRORS:
-                return False
+            text = self._raw([says("user", user), says("assistant", model)]) or ""
             return USER in text and MODEL in text
 
         parts = [[{"type": "text", "text": text}] for text in (USER, MODEL)]
@@ -94,25 +109,19 @@ class Habits:
         """Whether tool calls must carry their arguments as JSON text: the template fails on an object."""
 
         def fails(arguments: Any) -> bool:
-            call = {"type": "function", "id": "call00000", "function": {"name": "qztool", "arguments": arguments}}
-            message = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                self._render([{"role": "user", "content": USER}, message], TOOLS, False, {})
-            except TEMPLATE_ERRORS:
-                return True
-            return False
+            return self._raw([_USER, calls(arguments)], TOOLS) is None
 
         return fails({}) and not fails("{}")
 
     @cached_property
     def prompt(self) -> str:
         """The prompt for the answer to one plain question; "" if the template refuses it."""
-        return self._try(_user(), generate=True) or ""
+        return self._try(_USER, generate=True) or ""
 
     @cached_property
     def full(self) -> str:
         """The text of one plain question and its answer."""
-        return self._try(_user(), _model()) or ""
+        return self._try(_USER, _MODEL) or ""
 
     @cached_property
     def lead(self) -> str | None:
@@ -126,7 +135,7 @@ class Habits:
         """What the prompt holds after the place where the full text goes on with the answer; "" if nothing, or if the
         template already differs before the header of the answer."""
         shared = common(self.prompt, self.full)
-        history = self._try(_user()) or ""
+        history = self._try(_USER) or ""
         begun = history != self.prompt and len(shared) < len(common(self.prompt, history))
         return "" if begun else self.prompt[len(shared) :]
 
@@ -138,7 +147,7 @@ class Habits:
         it is known, else the last of those that also follow it when the conversation goes on.
         """
         written = self.full[self.full.rfind(MODEL) + len(MODEL) :] if MODEL in self.full else ""
-        later = self._try(_user(), _model(), {"role": "user", "content": NEXT}) or ""
+        later = self._try(_USER, _MODEL, says("user", NEXT)) or ""
         between = later[later.rfind(MODEL) + len(MODEL) : later.rfind(NEXT)] if MODEL in later else ""
         stop = self._stop(written, between)
         if stop is not None:
@@ -155,11 +164,9 @@ class Habits:
     @cached_property
     def unwritten_after_call(self) -> str:
         """`Ending.unwritten` for a tool call, behind which a result stands and not a user."""
-        call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {"qz": MODEL}}}
-        turns = _user(), {"role": "assistant", "content": "", "tool_calls": [call]}
-        result = {"role": "tool", "content": NEXT, "name": TOOL["name"], "tool_call_id": "call00000"}
+        turns = _USER, calls({"qz": MODEL})
         newest = (self._try(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
-        later = (self._try(*turns, result, tools=TOOLS) or "").rpartition(MODEL)[2]
+        later = (self._try(*turns, result(NEXT), tools=TOOLS) or "").rpartition(MODEL)[2]
         first = self._tokenizer.control.search(later, len(newest)) if later.startswith(newest) else None
         known = first and self._tokenizer.backend.token_to_id(first.group()) in self._tokenizer.stop_ids
         return later[len(newest) : first.end()] if first and known else self.ending.unwritten
@@ -184,14 +191,14 @@ class Habits:
         """The template's own setting that lets the answer begin with a thought, or keeps it from that; {} if none."""
         for key in _SWITCHES:
             if re.search(rf"\b{key}\b", self._source):
-                prompt = self._try(_user(), generate=True, **{key: thinking}) or self.prompt
+                prompt = self._try(_USER, generate=True, **{key: thinking}) or self.prompt
                 if prompt != self.prompt and (thinking or not open_tag(prompt)):
                     return {key: thinking}
         return {}
 
     def closing(self, tag: str) -> str:
         """The text between a thought and the answer: as the template writes it, else the usual one."""
-        full = self._try(_user(), {**_model(), **dict.fromkeys(REASONING, THOUGHT)}) or ""
+        full = self._try(_USER, {**_MODEL, **dict.fromkeys(REASONING, THOUGHT)}) or ""
         if THOUGHT in full and close_tag(tag) in full:
             lead = self.full[len(self.prompt) - len(self.opening) : self.full.rfind(MODEL)]
             return full[full.rfind(THOUGHT) + len(THOUGHT) : full.rfind(MODEL)].removesuffix(lead)
@@ -206,14 +213,6 @@ class Habits:
         if written and written.group().startswith(begun):
             return written.group()[len(begun) :]
         return self.closing(tag)
-
-
-def _user() -> dict[str, str]:
-    return {"role": "user", "content": USER}
-
-
-def _model() -> dict[str, str]:
-    return {"role": "assistant", "content": MODEL}
 
 
 def _json(call: dict[str, Any]) -> str:

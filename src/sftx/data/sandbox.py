@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,29 +74,17 @@ class _Generation(Extension):
         return caller()
 
 
-class _Namespace(Namespace):
+def _namespace(*args: Any, **kwargs: Any) -> Namespace:
     """jinja2's namespace without underscore names, which reach into Python."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, rest = args[0], args[1:]
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _refuse_private(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
+    values = dict(*args, **kwargs)
+    if private := [name for name in values if str(name).startswith("_")]:
+        raise SecurityError(f"a template may not store a name that begins with an underscore: {private[0]!r}")
+    return Namespace(values)
 
 
-class _Dict:
-    """`dict(...)` inside a template, without the class behind it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """`dict(...)` inside a template, without the class behind it, whose methods could change the row."""
+    return dict(*args, **kwargs)
 
 
 _DICT_METHODS = frozenset(dir(dict))
@@ -123,7 +111,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if type(obj) is str and attribute in _TEXT_METHODS:
             return getattr(obj, attribute)
-        if type(obj) in (_Namespace, LoopContext) and not attribute.startswith("_"):
+        if type(obj) in (Namespace, LoopContext) and not attribute.startswith("_"):
             try:
                 return getattr(obj, attribute)
             except AttributeError:
@@ -141,11 +129,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, bytes, int)):  # a method of a built-in type: center, join, to_bytes, ...
             _check_call(__obj.__name__, owner, args)
         return super().call(__context, __obj, *args, **kwargs)
-
-
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a template may not store a name that begins with an underscore: {name!r}")
 
 
 def _size(value: Any) -> int:
@@ -213,8 +196,8 @@ def _environment() -> _Environment:
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=lambda form: datetime.now().strftime(form),
-        dict=_Dict(),
-        namespace=_Namespace,
+        dict=_dict,
+        namespace=_namespace,
     )
     return environment
 
@@ -227,11 +210,8 @@ def compile_template(source: str) -> jinja2.Template:
 def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """The text of a template; the time limit holds inside `watched()`. Raises one of `TEMPLATE_ERRORS`."""
     watch: _Watch | None = getattr(_local, "watch", None)
-    if watch is None:
+    with watch.deadline() if watch else nullcontext():
         text = template.render(variables)
-    else:
-        with watch.deadline():
-            text = template.render(variables)
     if len(text) > CHARACTERS:
         raise LimitError(f"the template made {len(text):,} characters")
     return text

@@ -14,7 +14,7 @@ from os.path import commonprefix
 from typing import Any
 
 from sftx.data.conversation import REASONING, Conversation
-from sftx.data.habits import MODEL, NEXT, TOOL, TOOLS, USER
+from sftx.data.habits import MODEL, NEXT, TOOLS, USER, calls, result, says
 from sftx.data.template import ChatTemplate, Turn
 from sftx.types import RowError
 
@@ -136,7 +136,7 @@ class Shortcut:
 def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
     """The shortcut of a template, if the turns of a probe fit one."""
     words = [(USER, MODEL), (NEXT, "qzfirstqz"), ("qzsecondqz", "qzthirdqz")]
-    messages = [m for user, model in words for m in (_says("user", user), _says("assistant", model))]
+    messages = [m for user, model in words for m in (says("user", user), says("assistant", model))]
     conversation = Conversation(messages, [0.0, 1.0] * 3)
     try:
         turns = [template.turn(conversation, t) for t in (1, 3, 5)]
@@ -169,17 +169,15 @@ def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
         return None
     shortcut = _with_calls(shortcut, template)
     with_system = replace(shortcut, system=True)
-    conversation = Conversation([_says("system", "qzsystemqz"), *messages], [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    conversation = Conversation([says("system", "qzsystemqz"), *messages], [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
     return with_system if _agrees(with_system, template, conversation) else shortcut
 
 
 def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
     """The shortcut, for conversations with tool calls too if their turns can be told apart by their headers."""
-    call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {"qz": 1}}}
-    calls = {**_says("assistant", ""), "tool_calls": [call]}
-    result = {**_says("tool", "qzresultqz"), "name": TOOL["name"], "tool_call_id": "call00000"}
-    first = [_says("user", USER), calls, result, _says("assistant", "qzfirstqz")]
-    messages = [*first, _says("user", NEXT), calls, result, calls, result, _says("assistant", MODEL)]
+    call, answer = calls({"qz": 1}), result("qzresultqz")
+    first = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
+    messages = [*first, says("user", NEXT), call, answer, call, answer, says("assistant", MODEL)]
     conversation = Conversation(messages, [float(message["role"] == "assistant") for message in messages], TOOLS)
     try:
         turns = [template.turn(conversation, t) for t in conversation.trained]
@@ -207,10 +205,6 @@ def _agrees(shortcut: Shortcut, template: ChatTemplate, conversation: Conversati
         return shortcut.turns(template, conversation) == [template.turn(conversation, t) for t in conversation.trained]
     except RowError:
         return False
-
-
-def _says(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def _forms(content: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sftx.data.conversation import REASONING, Conversation
-from sftx.data.habits import MODEL, TOOL, TOOLS, USER, Habits, close_tag, common, last_tag, open_tag
+from sftx.data.habits import MODEL, TOOLS, USER, Habits, calls, close_tag, common, last_tag, open_tag, says
 from sftx.data.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
@@ -63,10 +63,8 @@ class ChatTemplate:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end outputs: `stop_id`, and the one after a tool call where that is another."""
-        call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": {}}}
-        messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:
-            turn = self.turn(Conversation(messages, [0.0, 1.0], TOOLS), 1)
+            turn = self.turn(Conversation([says("user", USER), calls({})], [0.0, 1.0], TOOLS), 1)
         except RowError:
             turn = Turn("", "", False)
         at = self.last_added(turn.output) if turn.ends else None
