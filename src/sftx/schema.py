@@ -6,12 +6,13 @@ Help, documentation, the JSON schema for editors and the "did you mean" of error
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -32,16 +33,6 @@ FOREIGN_NAMES = _foreign_names()
 """The names other tools use for the same idea: our dotted key, and a sentence where the meaning differs."""
 
 
-class Setting(NamedTuple):
-    """One setting: dotted key, what it allows in words, default (None and `required` told apart), documentation."""
-
-    key: str
-    allowed: str
-    default: Any
-    required: bool
-    doc: str
-
-
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section class of a field that is a section, else None."""
     annotation = field.annotation
@@ -57,15 +48,14 @@ def fields(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[
 
 
 @cache
-def settings() -> dict[str, Setting]:
+def settings() -> dict[str, FieldInfo]:
     """Every setting (sections left out) by its dotted key, in the order of the schema."""
-    return {
-        key: Setting(
-            key, allowed(field), field.default, field.is_required(), " ".join((field.description or "").split())
-        )
-        for key, field in fields()
-        if section_of(field) is None
-    }
+    return {key: field for key, field in fields() if section_of(field) is None}
+
+
+def doc(field: FieldInfo) -> str:
+    """The documentation of a field, on one line."""
+    return " ".join((field.description or "").split())
 
 
 def allowed(field: FieldInfo) -> str:
@@ -73,12 +63,8 @@ def allowed(field: FieldInfo) -> str:
     if inner := section_of(field):
         return "settings (" + ", ".join(inner.model_fields) + ")"
     text = _type_in_words(field.annotation)
-    limits = [
-        f"{sign} {getattr(limit, attribute)}"
-        for limit in field.metadata
-        for kind, sign, attribute in ((Ge, ">=", "ge"), (Gt, ">", "gt"), (Le, "<=", "le"), (Lt, "<", "lt"))
-        if isinstance(limit, kind)
-    ]
+    signs = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
+    limits = [signs[type(limit)].format(limit) for limit in field.metadata if type(limit) in signs]
     words = text.removesuffix(", or null")
     return words + " " * bool(limits) + " and ".join(limits) + text[len(words) :]
 
@@ -95,9 +81,8 @@ def _type_in_words(annotation: Any) -> str:
             words = " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
             return words + ", or null" if type(None) in arguments else words
         case origin if origin is list:
-            return "a list of " + (
-                "rows" if arguments[0] is Any else _type_in_words(arguments[0]).replace(" or ", " / ")
-            )
+            item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
+            return "a list of " + item.replace(" or ", " / ")
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
     return "{" + ", ".join(annotation.model_fields) + "}"
@@ -126,9 +111,7 @@ def shown(value: Any) -> str:
     """A value as YAML would show it, for help and messages; long ones are cut."""
     match value:
         case None | bool():
-            text = {None: "null", True: "true", False: "false"}[value]
-        case str():
-            text = repr(value)
+            text = json.dumps(value)
         case list() | tuple():
             text = "[" + ", ".join(shown(item) for item in value[:8]) + (", ...]" if len(value) > 8 else "]")
         case dict():
@@ -138,37 +121,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def default_in_words(setting: Setting) -> str:
-    """`required`, or the default as YAML would show it."""
-    return "required" if setting.required else f"default {shown(setting.default)}"
+def in_words(field: FieldInfo) -> str:
+    """What a setting allows, and `required` or its default as YAML would show it."""
+    return f"{allowed(field)}; " + ("required" if field.is_required() else f"default {shown(field.default)}")
 
 
 def as_markdown() -> str:
     """The page `docs/settings.md`."""
-    lines = [
-        "# Settings",
-        "",
-        "Made from the schema by `sftx schema format=markdown`; do not edit.",
-        "",
-        "A key is written nested in YAML (`batch:` with `epochs: 2` beneath it), nested in Python",
-        "(`batch={'epochs': 2}`) and dotted on the command line (`batch.epochs=2`). Relative paths are relative to the",
-        "folder the command is run in, wherever the YAML lies. `model: PATH`, `data: PATH` and `adapter: METHOD` are",
-        "short for `model: {path: PATH}`, `data: {train: PATH}` and `adapter: {method: METHOD}`.",
-        "",
-        "`sftx schema > sftx.schema.json` writes a JSON schema by which editors complete and check a YAML.",
-        "",
-    ]
+    text = (files("sftx") / "settings_head.txt").read_text(encoding="utf-8")
     for key, field in fields():
-        doc = " ".join((field.description or "").split())
-        if section_of(field):
-            lines += ["", f"## {key}", "", doc, ""]
-        elif "." in key or key in ("output", "seed"):
-            if "." not in key:
-                lines += ["", f"## {key}", ""]
-            lines += [f"* **`{key}`** ({allowed(field)}; {default_in_words(settings()[key])}): {doc}"]
-    text = "\n".join(lines) + "\n"
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
+        section = section_of(field)
+        text += "" if "." in key else f"\n## {key}\n\n"
+        text += f"{doc(field)}\n\n" if section else f"* **`{key}`** ({in_words(field)}): {doc(field)}\n"
     return text
 
 

@@ -105,43 +105,30 @@ def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple
 def _overview() -> str:
     names = verbs()
     width = max(map(len, names))
-    lines = [f"  {name:{width}}  {doc}" for name, doc in names.items()]
-    return "\n".join(
-        [
-            "Supervised fine-tuning of causal language models in which every token is accounted for.",
-            "",
-            _USAGE,
-            "",
-            *lines,
-            "",
-            "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a run.",
-        ]
+    lines = "\n".join(f"  {name:{width}}  {doc}" for name, doc in names.items())
+    return (
+        "Supervised fine-tuning of causal language models in which every token is accounted for.\n\n"
+        f"{_USAGE}\n\n{lines}\n\n"
+        "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a run."
     )
 
 
 def _verb_help(verb: str, module: ModuleType) -> str:
     """The verb's docstring, its own keys, and every setting if it reads settings."""
-    import textwrap
+    from textwrap import fill
 
     def entry(key: str, *texts: str) -> list[str]:
-        return [
-            f"  {key}",
-            *(
-                line
-                for text in texts
-                for line in textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            ),
-        ]
+        return [f"  {key}", *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts)]
 
     lines = [(module.__doc__ or "").strip(), ""]
-    for key, doc in vars(module).get("EXTRA", {}).items():
-        lines += entry(f"{key}=...", doc)
+    for key, meaning in vars(module).get("EXTRA", {}).items():
+        lines += entry(f"{key}=...", meaning)
     if "config" not in signature(module.run).parameters:
         return "\n".join([f"usage: sftx {verb} [key=value ...]", "", *lines])
 
-    from sftx.schema import default_in_words, settings
+    from sftx.schema import doc, in_words, settings
 
     lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
-    for key, setting in settings().items():
-        lines += entry(key, f"{setting.allowed}; {default_in_words(setting)}", setting.doc)
+    for key, field in settings().items():
+        lines += entry(key, in_words(field), doc(field))
     return "\n".join([f"usage: sftx {verb} [file.yaml] [key=value ...]", "", *lines])
