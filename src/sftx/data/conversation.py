@@ -40,12 +40,11 @@ def conversation_of(row: Row, train_on: str | list[str]) -> Conversation:
         ]
     else:
         raw = [dict(message) for message in row.messages]
+    roles = train_on if isinstance(train_on, list) else ["assistant"]
+    chosen = [message["role"] in roles for message in raw]
     if train_on == "last":
-        last = max((t for t, message in enumerate(raw) if message["role"] == "assistant"), default=-1)
-        chosen = [t == last for t in range(len(raw))]
-    else:
-        roles = train_on if isinstance(train_on, list) else ["assistant"]
-        chosen = [message["role"] in roles for message in raw]
+        for t in [t for t, choice in enumerate(chosen) if choice][:-1]:
+            chosen[t] = False
     weights = [
         float(message.get("weight", 1.0)) if message.get("train", choice) else 0.0
         for message, choice in zip(raw, chosen, strict=True)
@@ -63,11 +62,7 @@ def as_read(message: Any) -> dict[str, Any]:
 
 def spells(conversation: Conversation, control: re.Pattern[str]) -> bool:
     """Whether the row's own text spells a special token, which `control` matches."""
-    for message in conversation.messages:
-        for key, value in message.items():
-            if key != "role" and (control.search(value) if isinstance(value, str) else _found(control, value)):
-                return True
-    return _found(control, conversation.tools) or _found(control, conversation.kwargs)
+    return any(_found(control, part) for part in (conversation.messages, conversation.tools, conversation.kwargs))
 
 
 def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:
@@ -96,5 +91,5 @@ def _found(pattern: re.Pattern[str], value: Any) -> bool:
     if isinstance(value, str):
         return pattern.search(value) is not None
     if isinstance(value, dict):
-        return any(_found(pattern, key) or _found(pattern, item) for key, item in value.items())
+        return any(_found(pattern, part) for pair in value.items() for part in pair)
     return any(_found(pattern, item) for item in value) if isinstance(value, list) else False

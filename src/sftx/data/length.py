@@ -37,7 +37,8 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What became of one sequence: its pieces, and how many of its tokens and targets are in none of them."""
+    """What became of one sequence: its pieces (without spans, unless it fits whole), and how many of its tokens and
+    targets are in none of them."""
 
     pieces: list[TokenSequence]
     tokens_lost: int = 0
@@ -64,7 +65,7 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
             return _split(sequence, max_length)
         case "truncate_left":
             piece, begin = _piece(sequence, length - max_length, length, max_length)
-            lost = begin - (sequence.begins_with_bos and begin > 0)
+            lost = begin - sequence.begins_with_bos
         case "truncate_right":
             piece, _ = _piece(sequence, 0, max_length, max_length)
             lost = length - max_length
@@ -77,14 +78,11 @@ def _piece(sequence: TokenSequence, begin: int, end: int, max_length: int) -> tu
     wants_bos = begin > 0 and sequence.bos is not None and (sequence.begins_with_bos or weights[begin] != 0)
     if wants_bos:
         begin = max(begin, end - max_length + 1)
-        piece_ids = np.concatenate([np.array([sequence.bos], np.int32), ids[begin:end]])
-        piece_weights = np.concatenate([np.zeros(1, np.float32), weights[begin:end]])
-    else:
-        piece_ids, piece_weights = ids[begin:end], weights[begin:end].copy()
-        piece_weights[:1] = 0  # nothing stands before it
-    shift = begin - wants_bos
-    spans = tuple((max(a - shift, 1), min(b, end) - shift) for a, b in sequence.spans if a < end and b > begin)
-    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=spans), begin
+    head = [sequence.bos] if wants_bos else []
+    piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
+    piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
+    piece_weights[:1] = 0  # nothing stands before it
+    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=()), begin
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
@@ -100,7 +98,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
         piece.weights[:head] = 0  # earlier outputs are context here: they are trained in their own piece
-        pieces.append(replace(piece, spans=tuple((max(a, head), b) for a, b in piece.spans if b > head)))
+        pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
         spans = spans[count:]

@@ -26,6 +26,7 @@ from sftx.data.template import ChatTemplate, Turn
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Example, Float32, Row, RowError, UserError
 
+_USED = ("default", "tool_use")  # of the templates of a tokenizer
 VERSION = 1  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # every so many rows that take the shortcut are also rendered the long way, and compared
 
@@ -63,10 +64,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.data = data
         self.max_length = max_length
-        sources = _resolve_template(data.template, tokenizer)
         self._templates = {
             name: ChatTemplate(source, tokenizer, data.forced_opening, label)
-            for name, (source, label) in sources.items()
+            for name, (source, label) in _resolve_template(data.template, tokenizer).items()
         }
         self._escape = data.special_tokens == "escape"
         self._tokeniser = Tokeniser(tokenizer, self._escape)
@@ -142,9 +142,8 @@ class Encoder:
             conversation = conversation_of(row, self.data.train_on)
             if not conversation.trained:
                 raise RowError("row has no token to learn: no turn carries weight")
-            count = conversation.trained[-1] + 1
             plan = self._rendered(conversation) if self._templates else self._joined(row, conversation)
-            if count < len(conversation.messages):
+            if not conversation.weights[-1]:
                 plan.notes.append("turns after the last output left out")
             return plan
         except RowError as error:
@@ -158,12 +157,10 @@ class Encoder:
         return Script([(text, 1.0)], eos=True, alone=True, bos=begins, context=1)
 
     def _tokens(self, row: Row) -> TokenSequence:
-        ids = np.array(row.ids, dtype=np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
-            bad = int(np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))[0])
-            raise RowError(
-                f"input_ids[{bad}] is {ids[bad]}, outside the vocabulary of {self.tokenizer.vocab_size:,} tokens"
-            )
+        ids, size = np.array(row.ids, dtype=np.int64), self.tokenizer.vocab_size
+        bad = np.flatnonzero((ids < 0) | (ids >= size))
+        if len(bad):
+            raise RowError(f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens")
         weights = np.array(row.weights, dtype=np.float32)
         weights[:1] = 0  # nothing stands before the first token
         return TokenSequence(ids.astype(np.int32), weights, _runs(weights))
@@ -215,7 +212,6 @@ class Encoder:
         if not any(sequence.targets for sequence in sequences):
             return RowError("row has no token to learn: each target is empty, has weight 0 or has nothing before it")
         encoded = Encoded([], notes=plan.notes)
-        split = False
         try:
             fits = [fit(sequence, self.max_length, self.data.too_long) for sequence in sequences]
         except RowError as error:
@@ -223,7 +219,6 @@ class Encoder:
         for fitted in fits:
             encoded.tokens_truncated += fitted.tokens_lost
             encoded.targets_truncated += fitted.targets_lost
-            split |= len(fitted.pieces) > 1
             for k, piece in enumerate(fitted.pieces, 1):
                 part = f"split {k} of {len(fitted.pieces)}" if len(fitted.pieces) > 1 else ""
                 note = "; ".join(filter(None, [piece.note, part]))
@@ -234,7 +229,7 @@ class Encoder:
         if not encoded.examples:
             encoded.action = "dropped"
             encoded.reason = f"{longest:,} tokens, longer than data.max_length {self.max_length:,}"
-        elif split:
+        elif any(len(fitted.pieces) > 1 for fitted in fits):
             encoded.action = "split"
             encoded.reason = f"{longest:,} tokens cut in {len(encoded.examples)} pieces"
         elif encoded.tokens_truncated:
@@ -263,11 +258,7 @@ def _resolve_template(setting: str, tokenizer: Tokenizer) -> dict[str, tuple[str
     if setting == "none":
         return {}
     if setting == "auto":
-        return {
-            name: (text, "chat template")
-            for name, text in tokenizer.chat_templates.items()
-            if name in ("default", "tool_use")
-        }
+        return {name: (text, "chat template") for name, text in tokenizer.chat_templates.items() if name in _USED}
     if setting in bundled_templates():
         text = (resources.files("sftx.data") / "templates" / f"{setting}.jinja").read_text(encoding="utf-8")
         # A bundled template does not know the tokenizer: one that begins every text with BOS begins this one so too.

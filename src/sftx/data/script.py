@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from sftx.data.habits import common_length
 from sftx.data.length import TokenSequence
 from sftx.data.template import Turn
 from sftx.data.tokenizer import Tokenizer
-from sftx.types import Int32
+from sftx.types import Float32, Int32
 
 APART = "prompt and output tokenised apart"
 
@@ -155,10 +156,11 @@ class Tokeniser:
             if border is None:
                 return self._apart(script)
             borders.append(border)
-        ids = text.ids
-        if script.eos and self._tokenizer.eos_id is not None:
-            ids = np.append(ids, np.int32(self._tokenizer.eos_id))
+        ids = np.append(text.ids, np.array(self._eos(script), np.int32))
         return [self._served(ids, [*borders, len(ids)], [weight for _, weight in script.chunks], script.note)]
+
+    def _eos(self, script: Script) -> list[int]:
+        return [] if self._tokenizer.eos_id is None or not script.eos else [self._tokenizer.eos_id]
 
     def _border(self, text: _Text, at: int, mark: str) -> int | None:
         """Index of the first token after character `at`; None if a token lies across it."""
@@ -194,8 +196,7 @@ class Tokeniser:
         for i, (chunk, weight) in enumerate(script.chunks):
             if weight:
                 output = self._encode(chunk, script.mark, inside=True)
-                if script.eos and i == len(script.chunks) - 1 and self._tokenizer.eos_id is not None:
-                    output = [*output, self._tokenizer.eos_id]
+                output += self._eos(script) if i == len(script.chunks) - 1 else []
                 head = self._encode(prompt, script.mark)
                 ids = np.array([*head, *output], dtype=np.int32)
                 note = "; ".join(filter(None, [script.note, APART]))
@@ -204,35 +205,28 @@ class Tokeniser:
         return sequences
 
     def _served(self, ids: Int32, borders: list[int], weights: list[float], note: str) -> TokenSequence:
-        array = np.zeros(len(ids), dtype=np.float32)
-        spans = []
-        for begin, end, weight in zip(borders[:-1], borders[1:], weights, strict=True):
-            if weight:
-                array[begin:end] = weight
-                spans.append((begin, end))
-        array[:1] = 0
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
         bos = self._tokenizer.bos_id if begins else None
-        return TokenSequence(ids, array, tuple(spans), bos=bos, begins_with_bos=begins, note=note)
+        return TokenSequence(ids, *_targets(borders, weights), bos=bos, begins_with_bos=begins, note=note)
 
     def _of_parts(self, script: Script, parts: list[list[int]]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the script says."""
         weights = [weight for _, weight in script.chunks]
-        tokenizer = self._tokenizer
-        if script.eos and tokenizer.eos_id is not None:
-            parts[-1] = [*parts[-1], tokenizer.eos_id]
-        bos = tokenizer.bos_id if script.bos else _first(tokenizer.bos_id, tokenizer.eos_id)
+        parts[-1] = [*parts[-1], *self._eos(script)]
+        bos = self._tokenizer.bos_id
+        bos = self._tokenizer.eos_id if bos is None and not script.bos else bos
         first = next((weight for part, weight in zip(parts, weights, strict=True) if part), 0.0)
         if bos is not None and (script.bos or (script.bos is None and first)):
             parts, weights = [[bos], *parts], [0.0, *weights]
         ids = np.array([i for part in parts for i in part], dtype=np.int32)
-        array = np.repeat(np.array(weights, dtype=np.float32), [len(part) for part in parts])
-        array[:1] = 0  # nothing stands before the first token
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        spans = tuple((end - len(part), end) for end, part, w in zip(ends, parts, weights, strict=True) if w and part)
+        borders = [0, *itertools.accumulate(map(len, parts))]
         bos = None if script.bos is False else bos
-        return TokenSequence(ids, array, spans, bos, bool(script.bos), script.context, script.note)
+        return TokenSequence(ids, *_targets(borders, weights), bos, bool(script.bos), script.context, script.note)
 
 
-def _first(bos: int | None, eos: int | None) -> int | None:
-    return eos if bos is None else bos
+def _targets(borders: list[int], weights: list[float]) -> tuple[Float32, tuple[tuple[int, int], ...]]:
+    """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
+    array = np.repeat(np.array(weights, dtype=np.float32), np.diff(borders))
+    array[:1] = 0  # nothing stands before the first token
+    spans = zip(borders, borders[1:], weights, strict=False)
+    return array, tuple((begin, end) for begin, end, weight in spans if weight and begin < end)

@@ -102,13 +102,14 @@ class Shortcut:
             return None
         result = []
         for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
-            end = min((at + len(stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0), default=-1)
-            message, output = conversation.messages[t], text[begin:end]
+            ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
+            end, stop = min(ends, default=(begin, ""))
+            message = conversation.messages[t]
             names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-            if end < 0 or any(said not in output for said in (message["content"].strip(), *names)):
+            if not stop or any(said not in text[begin:end] for said in (message["content"].strip(), *names)):
                 return None
             if conversation.weights[t]:
-                result.append(Turn(text[:begin], output, True))
+                result.append(Turn(text[:begin], text[begin:end] + stop, True))
         return result
 
     def _take_apart(self, text: str, pairs: list[tuple[str, str]]) -> list[tuple[int, int, int]] | None:

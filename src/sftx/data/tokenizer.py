@@ -24,17 +24,7 @@ from sftx.types import UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FILES = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "config.json",
-]
+_FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 
 
 class Tokenizer:
@@ -108,7 +98,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids. Templates are not part of it."""
-        content = self._content if self._content is not None else self.backend.to_str().encode()
+        content = self._content or self.backend.to_str().encode()
         state = [self.special, sorted(self.stop_ids), tokenizers.__version__]
         return hashlib.sha256(content + json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -125,9 +115,7 @@ class Tokenizer:
     @cached_property
     def is_splitting(self) -> NDArray[np.bool_]:
         """bool[vocab_size]: whether an id is one of those that `splitting` matches."""
-        mask = np.zeros(self.vocab_size, dtype=np.bool_)
-        mask[self._splitting_ids] = True
-        return mask
+        return np.isin(np.arange(self.vocab_size), self._splitting_ids)
 
     @cached_property
     def _splitting_ids(self) -> list[int]:
@@ -166,13 +154,13 @@ class Tokenizer:
         swallow = False
         for match in [*self.control.finditer(text), None]:
             part = text[position : match.start() if match else len(text)].replace(mark, "")
-            token_id = self.backend.token_to_id(match.group()) if match else None
-            token = None if token_id is None else self._added[token_id]
+            token_id: Any = self.backend.token_to_id(match.group()) if match else None
+            token = self._added.get(token_id)
             part = part.lstrip() if swallow else part
-            part = part.rstrip() if token is not None and token.lstrip else part
+            part = part.rstrip() if token and token.lstrip else part
             if part:
                 ids += self.encode(part, plain=True, inside=inside or position > 0)
-            if match and token is not None and token_id is not None:
+            if match and token:
                 ids.append(token_id)
                 position, swallow = match.end(), token.rstrip
         return ids
@@ -238,8 +226,7 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
 
 def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
-    declared = sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items())
-    for _, token in declared:
+    for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         if backend.token_to_id(token["content"]) is None:
             flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
@@ -250,17 +237,14 @@ def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special:
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     declared = config.get("chat_template")
-    templates: dict[str, str] = {}
     if isinstance(declared, str):
-        templates["default"] = declared
-    elif declared:
-        templates.update({entry["name"]: entry["template"] for entry in declared})
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
-    elif (folder / "chat_template.json").is_file():
-        templates["default"] = _read_json(folder / "chat_template.json")["chat_template"]
-    templates.update({name: path.read_text(encoding="utf-8") for name, path in files.items()})
+        declared = [{"name": "default", "template": declared}]
+    templates = {entry["name"]: entry["template"] for entry in declared or []}
+    if alone := _read_json(folder / "chat_template.json"):
+        templates["default"] = alone["chat_template"]
+    for path in (*(folder / "additional_chat_templates").glob("*.jinja"), *folder.glob("chat_template.jinja")):
+        name = "default" if path.parent == folder else path.stem
+        templates[name] = path.read_text(encoding="utf-8")
     return templates
 
 
