@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sftx.config import Config, Section
-from sftx.schema import SHORT_FORMS, allowed, section_of, shown, suggestion
+from sftx.schema import SHORT_FORMS, allowed, doc, section_of, shown, suggestion
 from sftx.strict_yaml import KeyPath, Places, dotted, parse
 from sftx.types import UserError
 
@@ -36,8 +36,8 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
         data = {} if data is None else data
         if not isinstance(data, dict):
             raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
-    given = {override.partition("=")[0].partition(".")[0] for override in overrides} | set(data)
-    absent = [default for default in defaults if default.partition("=")[0].partition(".")[0] not in given]
+    given = {re.split("[.=]", override)[0] for override in overrides} | set(data)
+    absent = [default for default in defaults if re.split("[.=]", default)[0] not in given]
     for override in (*absent, *overrides):
         _override(data, override, places, problems)
     return _checked(data, places, problems, source=path or "")
@@ -139,22 +139,17 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
 
 def _plain(value: Any, *, as_tuple: bool) -> Any:
     """Paths as text, and lists and tuples as the one the schema wants."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if isinstance(value, list | tuple):
-        items = [_plain(item, as_tuple=False) if isinstance(item, os.PathLike) else item for item in value]
+        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
         return tuple(items) if as_tuple else items
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _as_paths(value: Any) -> list[str]:
     """The strings of a list whose every entry is the name of a data file; empty if it is anything else."""
-    texts = [os.fspath(item) for item in value if isinstance(item, str | os.PathLike)] if value else []
-    if len(texts) != len(value or []):
-        return []
-    return (
-        texts if all(_DATA_FILE.fullmatch(text) or (len(text) < 250 and Path(text).exists()) for text in texts) else []
-    )
+    texts = [os.fspath(item) if isinstance(item, str | os.PathLike) else "" for item in value or []]
+    found = (_DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists()) for text in texts)
+    return texts if all(found) else []
 
 
 def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) -> list[str]:
@@ -167,10 +162,8 @@ def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) 
         return [f"{place}{dotted(path)}: dotted keys are for the command line; write {nested}"]
     prefix = "".join(f"{part}." for part in at)
     if isinstance(value, dict) and value and not get_close_matches(key, section.model_fields, 1, 0.75):
-        return [
-            f"{_place((*path, name), places)}{dotted((*path, name))}: no such setting; {suggestion(str(name))}"
-            for name in value
-        ]
+        inner = [(*path, name) for name in value]
+        return [f"{_place(at, places)}{dotted(at)}: no such setting; {suggestion(str(at[-1]))}" for at in inner]
     return [f"{place}{dotted(path)}: no such setting; {suggestion(key, section, prefix)}"]
 
 
@@ -194,7 +187,7 @@ def _translated(error: ValidationError, data: dict[str, Any], places: Places, so
             whole[path] = f"{source}: found {shown(data)}"
         elif problem["type"] == "missing" and not rest:
             first = f"{source}: " if source else ""
-            whole[path] = f"{first}{dotted(path)}: missing: {' '.join((field.description or '').split())}"
+            whole[path] = f"{first}{dotted(path)}: missing: {doc(field)}"
         elif problem["type"] in ("missing", "extra_forbidden"):
             keys = (*path, *(part for part in rest if isinstance(part, int) or part == rest[-1]))
             what = "missing" if problem["type"] == "missing" else "no such setting"

@@ -25,9 +25,8 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor:
-            raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are not read: write the value out", problem_mark=event.start_mark
-            )
+            reason = "anchors and aliases are not read: write the value out"
+            raise yaml.MarkedYAMLError(problem=reason, problem_mark=event.start_mark)
         if event.tag:
             raise yaml.MarkedYAMLError(problem=f"tags such as {event.tag} are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)

@@ -71,8 +71,8 @@ def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
     path, overrides, extra = _split(verb, arguments, extra_keys)
     if "config" not in signature(module.run).parameters:
         if path is not None or overrides:
-            known = f"it takes {', '.join(f'{key}=...' for key in extra_keys)}" if extra_keys else "it takes nothing"
-            raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; {known}")
+            known = ", ".join(f"{key}=..." for key in extra_keys) or "nothing"
+            raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}")
         return module.run(**extra)
 
     from sftx.settings import load_config
