@@ -164,9 +164,8 @@ def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
         system=False,
         joined=joined,
     )
-    if not _agrees(shortcut, template, conversation) or not _agrees(
-        shortcut, template, Conversation(messages[:2], [0.0, 1.0])
-    ):
+    probes = conversation, Conversation(messages[:2], [0.0, 1.0])
+    if not all(_agrees(shortcut, template, probe) for probe in probes):
         return None
     shortcut = _with_calls(shortcut, template)
     with_system = replace(shortcut, system=True)
@@ -196,9 +195,8 @@ def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
 
 def _thoughtless(conversation: Conversation) -> bool:
     """Whether no turn has a thought: templates treat those in too many ways."""
-    return not any(
-        message.keys() & {*REASONING} or _THOUGHT.search(message["content"]) for message in conversation.messages
-    )
+    messages = conversation.messages
+    return not any(message.keys() & {*REASONING} or _THOUGHT.search(message["content"]) for message in messages)
 
 
 def _agrees(shortcut: Shortcut, template: ChatTemplate, conversation: Conversation) -> bool:

@@ -69,7 +69,7 @@ class ChatTemplate:
             turn = Turn("", "", False)
         at = self.last_added(turn.output) if turn.ends else None
         after_call = self._tokenizer.backend.token_to_id(turn.output[slice(*at)]) if at else None
-        return frozenset(token for token in (self.stop_id, after_call) if token is not None)
+        return frozenset({self.stop_id, after_call} - {None})
 
     def render(self, conversation: Conversation, end: int, generate: bool, **kwargs: Any) -> str:
         """The text of the first `end` messages, as transformers renders them. `RowError` if the template refuses."""
@@ -82,15 +82,8 @@ class ChatTemplate:
             raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
 
     def _render(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
-        variables = {
-            **self._tokenizer.special,
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": generate,
-            **kwargs,
-        }
-        return run_template(self._template, variables)
+        variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}
+        return run_template(self._template, {**self._tokenizer.special, **variables, **kwargs})
 
     def turn(self, conversation: Conversation, t: int) -> Turn:
         """Prompt and output of turn `t`. `RowError` if no faithful rendering exists."""
@@ -197,16 +190,12 @@ class ChatTemplate:
     ) -> str:
         """The output where the template writes earlier turns otherwise once this one is there: the turn by itself."""
         message, lead = conversation.messages[t], self.habits.lead
-        if "tool_calls" in message or not message["content"].strip():
-            raise _unfaithful(prompt, full, t)
-        at = self._content_begins(conversation, t, switch)
-        if at is None or message["content"].strip() not in full[at:]:
-            raise _unfaithful(prompt, full, t)
-        if lead is None:
-            header = self.last_added(prompt)
-            if header is None or not full[:at].endswith(prompt[header[0] :]):
-                raise _unfaithful(prompt, full, t)
+        content = message["content"].strip()
+        at = self._content_begins(conversation, t, switch) if content and "tool_calls" not in message else None
+        if lead is None and (header := self.last_added(prompt)) and full[:at].endswith(prompt[header[0] :]):
             lead = ""  # the content stands right behind the header in which the prompt ends
+        if at is None or lead is None or content not in full[at:]:
+            raise _unfaithful(prompt, full, t)
         return lead + full[at:]
 
     def _content_begins(self, conversation: Conversation, t: int, switch: dict[str, Any]) -> int | None:
@@ -238,20 +227,15 @@ class ChatTemplate:
         last = self.last_added(output)
         if last and self._tokenizer.is_special(output[slice(*last)]) and not output[last[1] :].strip():
             return Turn(prompt, output[: last[1]], True, note)
-        if unwritten:
-            return Turn(prompt, output.removesuffix(ending.written) + unwritten, True, note)
-        return Turn(prompt, output.removesuffix(ending.written), False, note)
+        return Turn(prompt, output.removesuffix(ending.written) + unwritten, bool(unwritten), note)
 
 
 def _reasoning(message: dict[str, Any], tag: str) -> str:
     """The thought of a turn, from its own field or from its content; "" if it has none."""
-    for key in REASONING:
-        if message.get(key):
-            return message[key]
-    closing = close_tag(tag)
-    return (
-        message["content"].partition(closing)[0].rpartition(tag)[2] if closing and closing in message["content"] else ""
-    )
+    field = next((message[key] for key in REASONING if message.get(key)), "")
+    if field or not tag or close_tag(tag) not in message["content"]:
+        return field
+    return message["content"].partition(close_tag(tag))[0].rpartition(tag)[2]
 
 
 def _named(what: str, switch: dict[str, Any]) -> str:
