@@ -33,9 +33,10 @@ LAYERS = {
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
-MAX_CORE, MAX_COMPAT, MAX_FILE, MAX_FUNCTION = 6000, 1200, 350, 60
-"""Lines. The first two count lines of code, so that nobody saves on documentation; `compat` is as large as the
-interface it stands in for, and counts apart. Files and functions count whole, as a reader meets them."""
+MAX_LIBRARY, MAX_ON_TOP, MAX_FILE, MAX_FUNCTION = 6000, 1500, 350, 60
+"""Lines. The first two count lines of code, so that nobody saves on documentation: of the library, and of what stands on
+top of it and uses nothing but its public parts (`ON_TOP`). Files and functions count whole, as a reader meets them."""
+ON_TOP = ("compat", "demo")
 
 
 @cache
@@ -160,9 +161,9 @@ def code_lines(path: Path) -> int:
 
 def test_files_and_functions_are_small() -> None:
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
-    compat = sum(code_lines(path) for path in sizes if (SOURCE / "compat") in path.parents)
-    assert sum(map(code_lines, sizes)) - compat < MAX_CORE
-    assert compat < MAX_COMPAT
+    on_top = sum(code_lines(path) for path in sizes if path.relative_to(SOURCE).parts[0] in ON_TOP)
+    assert sum(map(code_lines, sizes)) - on_top < MAX_LIBRARY
+    assert on_top < MAX_ON_TOP
     assert not [f"{path.relative_to(ROOT)}: {size}" for path, size in sizes.items() if size > MAX_FILE]
     long = [
         f"sftx.{name}: {node.name}: {node.end_lineno - node.lineno + 1} lines"
