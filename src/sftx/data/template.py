@@ -69,7 +69,7 @@ class ChatTemplate:
             turn = Turn("", "", False)
         at = self.last_added(turn.output) if turn.ends else None
         after_call = self._tokenizer.backend.token_to_id(turn.output[slice(*at)]) if at else None
-        return frozenset({self.stop_id, after_call} - {None})
+        return frozenset(token for token in (self.stop_id, after_call) if token is not None)
 
     def render(self, conversation: Conversation, end: int, generate: bool, **kwargs: Any) -> str:
         """The text of the first `end` messages, as transformers renders them. `RowError` if the template refuses."""
