@@ -58,11 +58,9 @@ def segment_attention(
     key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
     if plain and window is None and not query.is_cuda and query.shape[-1] == value.shape[-1]:
         return _cpu_segments(query, key, value, cu_seq_lens_q, scale)[0].transpose(1, 2).contiguous(), None
-    borders = cu_seq_lens_q.tolist()
     parts = [
         _one_segment(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, dropout, window, softcap, s_aux)
-        for a, b in itertools.pairwise(borders)
-        if b > a
+        for a, b in _segments(cu_seq_lens_q)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 

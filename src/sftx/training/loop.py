@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import merge
-from sftx.model.load import load_model, to_tensors
+from sftx.model.load import load_config, load_model, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.settings import make_config
@@ -196,9 +195,7 @@ def _stored_dtype(config: Config) -> torch.dtype:
         case "bf16":
             return torch.bfloat16
         case "auto":
-            stored = AutoConfig.from_pretrained(
-                config.model.path, trust_remote_code=config.model.trust_remote_code
-            ).dtype
+            stored = load_config(config.model).dtype
             return stored if isinstance(stored, torch.dtype) else torch.float32
 
 

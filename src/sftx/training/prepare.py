@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
-from sftx.data.encode import load_corpora, write_ledger
+from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
 from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
@@ -30,8 +30,6 @@ from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
-
-LONGEST_DEFAULT = 8192
 
 
 @dataclass
@@ -69,8 +67,8 @@ class Job:
 
 def longest_example(config: Config, model_config: Any) -> int:
     """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT
-    return config.data.max_length or min(positions, LONGEST_DEFAULT)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    return config.data.max_length or min(positions, DEFAULT_LENGTH)
 
 
 def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> Job:
