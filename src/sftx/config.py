@@ -1,8 +1,8 @@
 """The schema of a run: one frozen section per concern, one docstring per setting.
 
 The schema is the only list of settings: help, documentation and checks are made from it.
-`batch`, `optim`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes the machine it
-happens to run on, and nothing in `runtime` but `precision` changes a result beyond rounding.
+`batch`, `optim`, `loss`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes the
+machine it happens to run on, and nothing in `runtime` but `precision` changes a result beyond rounding.
 """
 
 from __future__ import annotations
@@ -145,6 +145,26 @@ class Optim(Section):
         return self
 
 
+class Loss(Section):
+    """What is added to the plain objective, the weighted mean of -log p.
+
+    All of it only while training: held-out loss is always the plain one. The reported training loss is the whole
+    objective.
+    """
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Train towards (1 - this) on the label and this spread evenly over all rows of the head."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Add this times log(Z)^2 per target, Z = sum of exp(logits), so that logits do not drift (PaLM: 1e-4)."""
+    dft: bool = False
+    """Dynamic fine-tuning (arXiv:2508.05629): weigh each target's cross-entropy by its probability, as a constant."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Add uniform noise of up to this / sqrt(tokens of the example x hidden size) to embeddings (arXiv:2310.05914)."""
+    router_aux: float = Field(default=0.0, ge=0)
+    """Add this times the load-balancing loss of a mixture of experts: computed for each example alone, over its tokens
+    and all layers, and averaged over the examples by their weight, so that packing does not change it."""
+
+
 class Adapter(Section):
     """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
 
@@ -223,6 +243,8 @@ class Config(Section):
     """Which examples share one update."""
     optim: Optim = Optim()
     """AdamW and its learning rate."""
+    loss: Loss = Loss()
+    """What is added to the plain objective."""
     adapter: Adapter = Adapter()
     """Which weights train."""
     eval: Eval = Eval()

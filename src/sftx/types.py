@@ -155,7 +155,10 @@ class Ledger:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one optimiser step did. Losses are in nats per unit of weight; `seconds` is wall time; `memory` is bytes.
+    """What one optimiser step did. `seconds` is wall time; `memory` is bytes.
+
+    Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
+    `eval` are always plain.
 
     `loss` and `grad_norm` are None where they were not finite: such a step was not applied.
     """

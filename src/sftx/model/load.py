@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sftx.config import Model
+from sftx.config import Loss, Model
 from sftx.model import attention
-from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
 
 
@@ -57,12 +58,22 @@ class PackLoss(nn.Module):
     `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with segment attention
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
-    `checks` turns to them when measuring shows that the fast one is not equal.
+    `checks` turns to them when measuring shows that the fast one is not equal. `objective` holds while training; in
+    evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
         super().__init__()
         self.model = model
+        self.objective = objective
+        self.noise_seed = 0
+        self._noise: Tensor | None = None
+        self._router_logits: tuple[Tensor, ...] = ()
+        self.experts_per_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+        if objective.router_aux and not self.experts_per_token:
+            raise UserError(f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out")
+        if objective.neftune_alpha:
+            model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
         self.transform: LogitTransform | None = LogitTransform()
         self.own_attention = model.config._attn_implementation or "eager"
@@ -81,48 +92,91 @@ class PackLoss(nn.Module):
         label: Tensor,
         weight: Tensor,
         longest: int,
+        examples: tuple[int, ...] = (),
     ) -> Tensor:
         """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1]; `index`, `label` int64[M]; `weight` float32[M];
-        `longest` = tokens in the longest segment. Returns the sum over targets, a float32 scalar."""
+        `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn. Returns the sum
+        over targets, a float32 scalar."""
         if len(index) == 0:  # nothing to learn here, but every rank must take part in the backward pass
             return self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
+        objective = self.objective if self.training else PLAIN
+        if objective.neftune_alpha:
+            self._noise = self._draw_noise(cu_seqlens.diff().tolist(), examples)
         if not self.isolate:
-            return self._one_by_one(ids, positions, cu_seqlens, index, label, weight)
+            return self._one_by_one(ids, cu_seqlens, index, label, weight, objective)
         if self.transform is None:
-            return cross_entropy_sum(self.own_logits(ids, positions, cu_seqlens, index, longest), label, weight)
-        hidden = self.hidden(ids, positions, cu_seqlens, longest)[index]
-        head: Any = self.model.get_output_embeddings()
-        return fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform)
+            logits = self.own_logits(ids, positions, cu_seqlens, index, longest)
+            total = cross_entropy_sum(logits, label, weight, objective)
+        else:
+            hidden = self.hidden(ids, positions, cu_seqlens, longest)[index]
+            head: Any = self.model.get_output_embeddings()
+            total = fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform, objective)
+        return total + self._balance(cu_seqlens, index, weight) if objective.router_aux else total
 
     def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """Hidden states after the final norm, [T, h]."""
-        out = self.model.base_model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, **_segment_kwargs(cu_seqlens, longest)
+        out = self._run(
+            self.model.base_model,
+            input_ids=ids[None],
+            position_ids=positions[None],
+            **_segment_kwargs(cu_seqlens, longest),
         )
         return out.last_hidden_state[0]
 
     def own_logits(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, longest: int) -> Tensor:
         """Logits [M, V] at `index` through the model's own forward, whatever it does after the head."""
-        out = self.model(
+        out = self._run(
+            self.model,
             input_ids=ids[None],
             position_ids=positions[None],
-            use_cache=False,
             logits_to_keep=index,
             **_segment_kwargs(cu_seqlens, longest),
         )
         return _keep(out.logits[0], index)
 
     def _one_by_one(
-        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor
+        self, ids: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor, objective: Loss
     ) -> Tensor:
         total = torch.zeros((), device=ids.device)
-        borders = cu_seqlens.tolist()
-        for a, b in itertools.pairwise(borders):
+        noise = self._noise
+        for a, b in itertools.pairwise(cu_seqlens.tolist()):
             mine = (index >= a) & (index < b)
             if mine.any():
-                out = self.model(input_ids=ids[None, a:b], use_cache=False)
-                total = total + cross_entropy_sum(out.logits[0][index[mine] - a], label[mine], weight[mine])
+                self._noise = None if noise is None else noise[a:b]
+                out = self._run(self.model, input_ids=ids[None, a:b])
+                at = index[mine] - a
+                total = total + cross_entropy_sum(out.logits[0][at], label[mine], weight[mine], objective)
+                if objective.router_aux:
+                    total = total + self._balance(torch.tensor([0, b - a], device=ids.device), at, weight[mine])
         return total
+
+    def _run(self, module: Any, **inputs: Any) -> Any:
+        """The module's output; its routers' logits are kept where the objective needs them."""
+        if not (self.training and self.objective.router_aux):
+            return module(use_cache=False, **inputs)
+        out = module(use_cache=False, output_router_logits=True, **inputs)
+        self._router_logits = getattr(out, "router_logits", None) or ()
+        if not self._router_logits:
+            raise UserError(f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits")
+        return out
+
+    def _balance(self, cu_seqlens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The experts' balance of each segment times the weight of its targets, summed."""
+        segment = torch.bucketize(index, cu_seqlens[1:], right=True)
+        share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
+        assert self.experts_per_token is not None
+        logits, self._router_logits = self._router_logits, ()
+        return self.objective.router_aux * router_balance(logits, self.experts_per_token, cu_seqlens, share)
+
+    def _draw_noise(self, lengths: list[int], examples: tuple[int, ...]) -> Tensor:
+        """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
+        width = int(self.model.get_input_embeddings().weight.shape[1])  # pyright: ignore
+        seeds = [self.noise_seed * 1_000_003 + example for example in examples or range(len(lengths))]
+        return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
+
+    def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        noise, self._noise = self._noise, None  # once: whatever runs the model next is not this training pack
+        return out if noise is None else out + noise.to(out)
 
 
 def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
@@ -140,6 +194,7 @@ def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
         "label": move(pack.label, torch.int64),
         "weight": move(pack.weight, torch.float32),
         "longest": int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
+        "examples": pack.examples,
     }
 
 

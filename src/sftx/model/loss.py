@@ -2,6 +2,10 @@
 
     loss = sum_m w_m * (logsumexp(z_m) - z_m[label_m]),   z_m = transform(h_m W^T + b)
 
+and, where `Loss` asks for it (eps = label_smoothing, c_m = p(label_m) held constant with dft, else 1, V rows of W):
+
+    loss = sum_m w_m * (c_m * (logsumexp(z_m) - (1 - eps) z_m[label_m] - eps mean(z_m)) + z_loss * logsumexp(z_m)^2)
+
 Only target positions meet the head, a chunk of rows at a time, so that memory depends neither on the length of the
 pack times the vocabulary nor on the number of targets. Statistics are fp32, and so is the accumulated gradient of W.
 """
@@ -14,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sftx.config import Loss
+
+PLAIN = Loss()
+"""The objective without additions: what evaluation reports."""
 CHUNK_BYTES = 64 << 20
 """Budget of the logits held at once, in bytes of fp32."""
 
@@ -31,15 +39,32 @@ class LogitTransform:
         return self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
 
 
-def cross_entropy_sum(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of cross-entropies from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar float32."""
+def cross_entropy_sum(logits: Tensor, label: Tensor, weight: Tensor, objective: Loss = PLAIN) -> Tensor:
+    """Weighted sum of losses from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar float32."""
     logits = logits.float()
-    nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, label[:, None])[:, 0]
-    return (nll.double() * weight).sum().float()
+    lse = torch.logsumexp(logits, dim=-1)
+    return (_losses(logits, lse, label, objective)[0].double() * weight).sum().float()
+
+
+def _losses(z: Tensor, lse: Tensor, label: Tensor, objective: Loss) -> tuple[Tensor, Tensor | None]:
+    """Loss [M] of each row of logits `z` [M, V], and c [M] of the module's formula (None = 1)."""
+    nll = lse - z.gather(-1, label[:, None])[:, 0]
+    share = torch.exp(-nll.detach()) if objective.dft else None
+    if eps := objective.label_smoothing:
+        nll = (1 - eps) * nll + eps * (lse - z.mean(-1))
+    if share is not None:
+        nll = share * nll
+    return nll + objective.z_loss * lse**2 if objective.z_loss else nll, share
 
 
 def fused_cross_entropy_sum(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, label: Tensor, weight: Tensor, transform: LogitTransform
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    objective: Loss = PLAIN,
 ) -> Tensor:
     """The same from hidden states [M, h] and the head's matrix [V, h], without ever holding [M, V].
 
@@ -51,7 +76,7 @@ def fused_cross_entropy_sum(
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _FusedCrossEntropy.apply(hidden, head, bias, label, weight, transform)  # pyright: ignore[reportReturnType]
+    return _FusedCrossEntropy.apply(hidden, head, bias, label, weight, transform, objective)  # pyright: ignore[reportReturnType]
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -64,6 +89,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         label: Tensor,
         weight: Tensor,
         transform: LogitTransform,
+        objective: Loss,
     ) -> Tensor:
         needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -74,7 +100,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for a in range(0, hidden.shape[0], rows):
                 s = slice(a, min(a + rows, hidden.shape[0]))
-                loss, grad = _chunk(hidden[s], head, bias, label[s], weight[s], transform)
+                loss, grad = _chunk(hidden[s], head, bias, label[s], weight[s], transform, objective)
                 total += loss
                 if d_hidden is not None:
                     d_hidden[s] = grad.to(head.dtype) @ head
@@ -97,11 +123,18 @@ class _FusedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def _chunk(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, label: Tensor, weight: Tensor, transform: LogitTransform
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    objective: Loss,
 ) -> tuple[Tensor, Tensor]:
     """Loss (fp64 scalar) of a few rows and its gradient with respect to the head's output, fp32 [rows, V]."""
     x = (hidden @ head.t()).float()
@@ -109,15 +142,18 @@ def _chunk(
         x += bias
     z = transform(x)
     lse = torch.logsumexp(z, dim=-1)
-    nll = lse - z.gather(-1, label[:, None])[:, 0]
+    losses, share = _losses(z, lse, label, objective)
+    eps, pull = objective.label_smoothing, weight if share is None else weight * share
     grad = torch.exp(z - lse[:, None])
-    grad.scatter_add_(-1, label[:, None], torch.full_like(nll, -1.0)[:, None])
-    grad *= weight[:, None]
+    grad *= (pull + 2 * objective.z_loss * weight * lse if objective.z_loss else pull)[:, None]
+    grad.scatter_add_(-1, label[:, None], (eps - 1) * pull[:, None])
+    if eps:
+        grad -= (eps / z.shape[1]) * pull[:, None]
     if transform.softcap:
         grad *= 1 - (z / transform.softcap) ** 2
     if transform.scale != 1.0:
         grad *= transform.scale
-    return (nll.double() * weight).sum(), grad
+    return (losses.double() * weight).sum(), grad
 
 
 def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

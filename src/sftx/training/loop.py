@@ -129,7 +129,8 @@ def _packs(job: Job, step: int) -> list[dict[str, Any]]:
 def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
     """Launch step `step` (0-based)."""
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
-    torch.manual_seed((job.config.seed * 1_000_003 + step) % 2**63)
+    job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
+    torch.manual_seed(job.loss.noise_seed)
     return train_step(
         job.loss,
         job.optimizer,

@@ -88,7 +88,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     model = load_model(config.model, machine.device)
     adapted = attach(model, config.adapter, config.seed)
-    loss = PackLoss(model)
+    loss = PackLoss(model, config.loss)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     notes = check_paths(loss, probe, machine.precision)
@@ -166,7 +166,7 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
 
 def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_length: int) -> str:
     """The settings that decide the result, as JSON: what a run may not change when it is continued."""
-    facts = config.model_dump(mode="json", include={"model", "batch", "optim", "adapter", "seed"})
+    facts = config.model_dump(mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"})
     facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
     facts["precision"] = config.runtime.precision
     return json.dumps(facts, indent=1, sort_keys=True)
