@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sftx.config import Batch, Config, Model
+from sftx.config import Batch, Config, Model, Runtime
 from sftx.schema import FOREIGN_NAMES, as_json_schema, settings, suggestion
 from sftx.settings import load_config, make_config
 from sftx.strict_yaml import parse
@@ -101,7 +101,7 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None
         "run.yaml:7: batch.steps: found true; allowed: a whole number >= 0, or null",
         "run.yaml:6: batch.shuffle: found 'yes'; allowed: true or false",
         "run.yaml:8: optim.learning_rate: found -1; allowed: a number > 0, or null",
-        "run.yaml:9: runtime: found 3; allowed: settings (device, precision, tokens_per_pack, threads, progress)",
+        f"run.yaml:9: runtime: found 3; allowed: settings ({', '.join(Runtime.model_fields)})",
         "command line: seed: found 1.5; allowed: a whole number",
         "run.yaml:8: optim.betas[1]: missing; allowed: a list of 2 numbers",
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -224,10 +224,20 @@ class Runtime(Section):
     tokens_per_pack: int | None = Field(default=None, ge=1)
     """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
     longer than this is a pack of its own."""
+    recompute: Literal["auto", "none", "all"] | int = "auto"
+    """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
+    kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; default: one per physical core."""
     progress: bool = True
     """Show progress on the terminal."""
+
+    @field_validator("recompute")
+    @classmethod
+    def _not_negative(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"found {value}; a number of layers is at least 0")
+        return value
 
 
 class Config(Section):

@@ -23,6 +23,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.load import PackLoss, load_config, load_model
+from sftx.model.recompute import layers_to_recompute, recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.track.progress import Progress
@@ -49,6 +50,7 @@ class Job:
     optimizer: torch.optim.AdamW
     peak: float
     mathematics: str
+    recomputed: int  # decoder layers whose activations are computed again in the backward pass
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
@@ -92,6 +94,8 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     notes = check_paths(loss, probe, machine.precision)
+    recomputed = layers_to_recompute(config.runtime, model)
+    recompute(model, recomputed)
     loss.train()
     job = Job(
         config,
@@ -107,6 +111,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
         build_optimizer(loss, config.optim),
         peak_learning_rate(config.optim, config.adapter),
         _mathematics(config, corpus, held_out, max_length),
+        recomputed,
         notes=notes,
     )
     _continue_or_start(job)
@@ -202,6 +207,7 @@ def _continue_or_start(job: Job) -> None:
         device=str(job.machine.device),
         precision=str(job.machine.precision).removeprefix("torch."),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
+        recomputed_layers=job.recomputed,
         notes=job.notes,
         peak_learning_rate=job.peak,
         stop_id=job.encoder.stop_id,
