@@ -2,16 +2,20 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST ?=
+SCORECARD ?=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint format docs clean
+.PHONY: demo test scorecard check lint format docs clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
 
 test: $(VENV)/.installed-dev  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
 	@$(MAKE) --no-print-directory lint; lint=$$?; $(RUN) -m pytest $(PYTEST); tests=$$?; exit $$((lint || tests))
+
+scorecard: $(VENV)/.installed-dev  ## 30 checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
+	@$(RUN) -m sftx_scorecard $(SCORECARD)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

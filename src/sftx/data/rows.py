@@ -214,6 +214,10 @@ def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
     mask = raw.get("attention_mask")
     if isinstance(mask, list) and not all(mask):
         raise RowError("field 'attention_mask' marks padding: remove the padded positions, rows need none")
+    if raw.get("position_ids") not in (None, list(range(len(ids)))):
+        raise RowError(
+            "field 'position_ids' starts anew: this is a pack of several documents; make each a row of its own"
+        )
     labels, weights = raw.get("labels"), raw.get("weights")
     if labels is not None and weights is not None:
         raise RowError("give labels or weights, not both")

@@ -1,0 +1,53 @@
+"""One rank of a run under torchrun, with a fault planted: `-m sftx_scorecard.worker CONFIG FAULT`.
+
+FAULT is empty, `slow`, `gradients:FILE` (rank 0 writes those of every step there), or `KIND:RANK:STEP` with a kind of
+`die`, `hang`, `raise` or `leave`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from sftx.cli import main
+from sftx_scorecard import numbers
+from sftx_scorecard.runs import on_step
+
+
+def plant(fault: str) -> None:
+    """Put the fault in place in this process."""
+    kind, _, rest = fault.partition(":")
+    rank, _, step = rest.partition(":")
+    acts = {
+        "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "hang": lambda: time.sleep(10_000),
+        "raise": lambda: 1 // 0,
+        "leave": lambda: os._exit(0),
+    }
+    if kind == "slow":
+        for number in range(1, 1000):
+            on_step(number, lambda: time.sleep(0.1))()
+    elif kind in acts and int(os.environ["RANK"]) == int(rank):
+        on_step(int(step), acts[kind])()
+
+
+def run(config: str, fault: str) -> int:
+    """Train."""
+    plant(fault)
+    if fault.startswith("gradients:"):
+        with numbers.gradients_of_steps() as seen:
+            code = main(["train", config])
+        if os.environ["RANK"] == "0":
+            flat = {f"{i}/{name}": tensor for i, step in enumerate(seen) for name, tensor in step.items()}
+            save_file(flat, Path(fault.partition(":")[2]))
+        return code
+    return main(["train", config])
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2]))

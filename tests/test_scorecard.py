@@ -1,0 +1,38 @@
+"""The quick checks of the reliability scorecard, and that the scorecard itself can tell a failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sftx_scorecard import frame
+
+CHECKS = frame.checks()
+
+
+@pytest.mark.parametrize("number", [n for n, one in CHECKS.items() if one.quick], ids=lambda n: CHECKS[n].name)
+def test_check(number: int, tmp_path: Path) -> None:
+    assert CHECKS[number].run(tmp_path)
+
+
+def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
+    script = (
+        "import sys; from sftx_scorecard import frame, __main__ as program\n"
+        "@frame.check(1, 'holds', 9)\ndef one(folder): return 'measured'\n"
+        "@frame.check(2, 'does not', 9)\ndef two(folder): frame.expect(1 > 2, 'found 1')\n"
+        "@frame.check(3, 'hangs', 1)\ndef three(folder): __import__('time').sleep(60)\n"
+        "frame.GROUPS, frame.PROGRAM = (), [sys.executable, __file__]\nsys.exit(program.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "small.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "small.py", "json=out.json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1] == "scorecard 1/3"
+    outcomes = json.loads((tmp_path / "out.json").read_text())["checks"]
+    assert [one["passed"] for one in outcomes] == [True, False, False]
+    assert [one["found"] for one in outcomes] == ["measured", "found 1", "not done after 1 s"]
