@@ -29,6 +29,13 @@ class Model(Section):
     """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
     save_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """How the trained weights are stored; `auto` = as in the model the run starts from. Training itself is in fp32."""
+    unfrozen_layers: int | None = Field(default=None, ge=0)
+    """Train only the last so many layers, the final norm and a head that is not tied to the (frozen) embeddings; 0 =
+    the final norm alone. Default: all weights."""
+    freeze: list[str] | None = None
+    """Names of parameters that stay as they are, with `*` for any text: [model.embed_tokens.*, '*.norm.weight']."""
+    train_only: list[str] | None = None
+    """Names of the only parameters that train, in the form of `freeze`."""
 
 
 class Source(Section):
@@ -272,6 +279,15 @@ class Config(Section):
         if isinstance(value, dict) and isinstance(value.get("model"), str):
             return {**value, "model": {"path": value["model"]}}
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_weights(self) -> Config:
+        ways = [name for name in ("unfrozen_layers", "train_only", "freeze") if getattr(self.model, name) is not None]
+        if ways and self.adapter.method != "none":
+            raise ValueError(f"`model.{ways[0]}` is for training without an adapter, which freezes all but itself")
+        if ways[:2] == ["unfrozen_layers", "train_only"]:
+            raise ValueError("`model.unfrozen_layers` and `model.train_only` both say what trains; set one")
+        return self
 
     @model_validator(mode="after")
     def _something_is_held_out(self) -> Config:

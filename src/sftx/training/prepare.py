@@ -22,6 +22,7 @@ from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach, trainable
 from sftx.model.checks import check_paths, check_sizes
+from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, load_config, load_model
 from sftx.model.recompute import layers_to_recompute, recompute
 from sftx.model.runtime import Machine
@@ -89,6 +90,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     model = load_model(config.model, machine.device)
+    freeze(model, config.model)
     adapted = attach(model, config.adapter, config.seed)
     loss = PackLoss(model, config.loss)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))

@@ -1,5 +1,5 @@
-"""From trlx's configuration to sftx's, and the three things sftx's settings do not name: other optimizers, trlx's
-learning-rate schedules as functions of the step, and frozen layers."""
+"""From trlx's configuration to sftx's, and the two things sftx's settings do not name: other optimizers, and trlx's
+learning-rate schedules as functions of the step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLConfig
 from sftx.config import Config
@@ -36,6 +35,7 @@ def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
             "path": model.model_path,
             "tokenizer": None if tokenizer == model.model_path else tokenizer,
             "trust_remote_code": bool(model.model_extra_configs.get("trust_remote_code", False)),
+            "unfrozen_layers": None if model.num_layers_unfrozen == -1 else model.num_layers_unfrozen,
         },
         data={"rows": rows, "format": "tokens", "max_length": longest, "too_long": "error", "workers": 0},
         output=str(Path(train.checkpoint_dir) / RUN_FOLDER),
@@ -165,21 +165,3 @@ def optimizer(config: OptimizerConfig, ours: torch.optim.AdamW) -> torch.optim.A
             raise UserError(f"optimizer.name: {name} is not offered; use {name.partition('_')[0]}")
         case name:
             raise UserError(f"optimizer.name: {name!r} is not offered; adam, adamw and sgd are")
-
-
-def freeze_bottom_layers(model: PreTrainedModel, unfrozen: int) -> None:
-    """Freeze the embeddings and all but the last `unfrozen` layers. -1 freezes nothing; 0 also freezes the head, and
-    leaves the final norm."""
-    if unfrozen == -1:
-        return
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if not 0 <= unfrozen <= num_layers:
-        raise UserError(f"model.num_layers_unfrozen: found {unfrozen}; the model has {num_layers} layers")
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), None)
-    if layers is None:
-        raise UserError(f"model.num_layers_unfrozen: the layers of {type(model).__name__} were not found")
-    frozen = [*layers[: num_layers - unfrozen], model.get_input_embeddings()]  # pyright: ignore
-    if unfrozen == 0:
-        frozen.append(model.get_output_embeddings())  # pyright: ignore
-    for module in frozen:
-        module.requires_grad_(False)

@@ -112,7 +112,6 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         progress = stack.enter_context(Progress(run.config.runtime.progress))
         here = stack.enter_context(machine(run.config.runtime))
         job = self._job = prepare(run.config, here, run, progress)
-        translate.freeze_bottom_layers(job.loss.model, self.config.model.num_layers_unfrozen)
         job.optimizer = translate.optimizer(self.config.optimizer, build_optimizer(job.loss, run.config.optim))
         run.update(trlx=json.loads(str(self.config)))
         if self._resume_from is not None:

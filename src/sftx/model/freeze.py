@@ -1,0 +1,53 @@
+"""Which weights train where there is no adapter: the last layers, or those whose names match."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sftx.config import Model
+from sftx.types import UserError
+
+
+def freeze(model: PreTrainedModel, settings: Model) -> None:
+    """Apply `model.unfrozen_layers`, `model.freeze` or `model.train_only`; UserError where one fits nothing."""
+    if settings.unfrozen_layers is not None:
+        _freeze_lower_layers(model, settings.unfrozen_layers)
+    elif settings.train_only is not None:
+        chosen = _matching(model, "train_only", settings.train_only)
+        model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+    for parameter in _matching(model, "freeze", settings.freeze or []):
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model.freeze: it matches every parameter, and nothing is left to train")
+
+
+def _matching(model: PreTrainedModel, field: str, patterns: list[str]) -> list[nn.Parameter]:
+    """The parameters whose names match; tied ones go by each of their names."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise UserError(
+                f"model.{field}: {pattern!r} matches no parameter of {type(model).__name__}; their names are like "
+                f"{named[0][0]}, {named[len(named) // 2][0]} and {named[-1][0]}"
+            )
+    return [parameter for name, parameter in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _freeze_lower_layers(model: PreTrainedModel, unfrozen: int) -> None:
+    count = model.config.get_text_config().num_hidden_layers
+    if unfrozen > count:
+        raise UserError(f"model.unfrozen_layers: found {unfrozen}, but {type(model).__name__} has {count} layers")
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    if layers is None:
+        raise UserError(f"model.unfrozen_layers: the layers of {type(model).__name__} were not found; use model.freeze")
+    modules: list[Any] = [*layers[: count - unfrozen], model.get_input_embeddings()]
+    if unfrozen == 0:
+        modules.append(model.get_output_embeddings())
+    for module in modules:
+        module.requires_grad_(False)
