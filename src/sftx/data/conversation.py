@@ -61,8 +61,9 @@ def as_read(message: Any) -> dict[str, Any]:
 
 
 def spells(conversation: Conversation, control: re.Pattern[str]) -> bool:
-    """Whether the row's own text spells a special token, which `control` matches."""
-    return any(_found(control, part) for part in (conversation.messages, conversation.tools, conversation.kwargs))
+    """Whether the row's own text spells a special token; `control` matches these as JSON writes them."""
+    everything = (conversation.messages, conversation.tools, conversation.kwargs)
+    return control.search(json.dumps(everything, ensure_ascii=False)) is not None
 
 
 def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:
@@ -85,11 +86,3 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
 
     messages, tools, kwargs = (broken(value) for value in everything)
     return Conversation(messages, conversation.weights, tools, kwargs), mark
-
-
-def _found(pattern: re.Pattern[str], value: Any) -> bool:
-    if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, dict):
-        return any(_found(pattern, part) for pair in value.items() for part in pair)
-    return any(_found(pattern, item) for item in value) if isinstance(value, list) else False

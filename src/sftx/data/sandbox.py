@@ -88,6 +88,8 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 _DICT_METHODS = frozenset(dir(dict))
+_HARMLESS = frozenset(["startswith", "endswith", "strip", "lstrip", "rstrip", "split", "lower", "upper"])
+_OF_JINJA = frozenset(["_loop_vars", "_block_vars"])  # arguments that compiled templates add to every call
 _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 
 
@@ -126,6 +128,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
+        if type(owner) is str and __obj.__name__ in _HARMLESS and kwargs.keys() <= _OF_JINJA:
+            return __obj(*args)  # what templates call most: the sandbox's questions have known answers
         if isinstance(owner, (str, bytes, int)):  # a method of a built-in type: center, join, to_bytes, ...
             _check_call(__obj.__name__, owner, args)
         return super().call(__context, __obj, *args, **kwargs)

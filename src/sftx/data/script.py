@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sftx.data.habits import common_length
 from sftx.data.length import TokenSequence
@@ -15,6 +16,7 @@ from sftx.data.template import Turn
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Float32, Int32
 
+_NONE, _NO_PLACES = np.zeros(0, np.int32), np.zeros(0, np.int64)
 APART = "prompt and output tokenised apart"
 
 
@@ -71,7 +73,7 @@ class _Text:
     matches: list[tuple[int, int]]
     shared: int
     ids: Int32
-    places: Int32
+    places: NDArray[np.int64]
 
     @property
     def rest(self) -> str:
@@ -123,16 +125,19 @@ class Tokeniser:
                 known = texts[-1].matches[: shared + 1]
             found = self._tokenizer.splitting.finditer(text, known[-1][1] if known else 0)
             matches = [*known, *((match.start(), match.end()) for match in found)]
-            ids = np.array(self._tokenizer.encode_escaped(text, script.mark) if script.mark else [], dtype=np.int32)
-            texts.append(_Text(text, matches, shared, ids, self._places(ids)))
+            made = _Text(text, matches, shared, _NONE, _NO_PLACES)
+            if script.mark:
+                made.ids = np.array(self._tokenizer.encode_escaped(text, script.mark), dtype=np.int32)
+                made.places = self._places(made.ids)
+            texts.append(made)
         return texts
 
-    def _places(self, ids: Int32) -> Int32:
-        return np.flatnonzero(self._tokenizer.is_splitting[ids]).astype(np.int32)
+    def _places(self, ids: Int32) -> NDArray[np.int64]:
+        return self._tokenizer.is_splitting[ids].nonzero()[0]
 
-    def _fill(self, text: _Text, rest: list[int], previous: _Text | None) -> None:
+    def _fill(self, text: _Text, rest: Int32, previous: _Text | None) -> None:
         """Put the tokens of a text together from those it shares with the previous one and those of its rest."""
-        ids = np.array(rest, dtype=np.int32)
+        ids = rest
         if text.shared >= 0:
             assert previous is not None
             if len(previous.places) == len(previous.matches):
@@ -209,16 +214,16 @@ class Tokeniser:
         bos = self._tokenizer.bos_id if begins else None
         return TokenSequence(ids, *_targets(borders, weights), bos=bos, begins_with_bos=begins, note=note)
 
-    def _of_parts(self, script: Script, parts: list[list[int]]) -> TokenSequence:
+    def _of_parts(self, script: Script, parts: list[Int32]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the script says."""
         weights = [weight for _, weight in script.chunks]
-        parts[-1] = [*parts[-1], *self._eos(script)]
+        parts[-1] = np.append(parts[-1], np.array(self._eos(script), np.int32))
         bos = self._tokenizer.bos_id
         bos = self._tokenizer.eos_id if bos is None and not script.bos else bos
-        first = next((weight for part, weight in zip(parts, weights, strict=True) if part), 0.0)
+        first = next((weight for part, weight in zip(parts, weights, strict=True) if part.size), 0.0)
         if bos is not None and (script.bos or (script.bos is None and first)):
-            parts, weights = [[bos], *parts], [0.0, *weights]
-        ids = np.array([i for part in parts for i in part], dtype=np.int32)
+            parts, weights = [np.array([bos], np.int32), *parts], [0.0, *weights]
+        ids = np.concatenate(parts)
         borders = [0, *itertools.accumulate(map(len, parts))]
         bos = None if script.bos is False else bos
         return TokenSequence(ids, *_targets(borders, weights), bos, bool(script.bos), script.context, script.note)

@@ -20,7 +20,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from sftx.data.words import encode_words, tokenises_by_word
-from sftx.types import UserError
+from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -55,7 +55,7 @@ class Tokenizer:
         self.eos_id: int | None = named.get("eos_token")
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
-        self._words: dict[bool, dict[str, list[int]]] = {False: {}, True: {}}
+        self._words: dict[bool, dict[str, bytes]] = {False: {}, True: {}}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
@@ -108,6 +108,12 @@ class Tokenizer:
         return _pattern(token.content for token in self._added.values() if token.special)
 
     @cached_property
+    def control_as_json(self) -> re.Pattern[str]:
+        """Matches the special tokens inside JSON text."""
+        texts = (json.dumps(token.content, ensure_ascii=False) for token in self._added.values() if token.special)
+        return _pattern(text[1:-1] for text in texts)
+
+    @cached_property
     def splitting(self) -> re.Pattern[str]:
         """Matches the added tokens (special or not) at which text falls into independently tokenised parts."""
         return _pattern(self._added[i].content for i in self._splitting_ids)
@@ -127,7 +133,7 @@ class Tokenizer:
         token = self._added.get(self.backend.token_to_id(text) or 0)
         return token is not None and token.special and token.content == text
 
-    def encode_batch(self, texts: Sequence[str], *, plain: bool = False, inside: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, plain: bool = False, inside: bool = False) -> list[Int32]:
         """Ids of each text, with no special token added, on all cores.
 
         `plain`: special tokens spelled in the text stay ordinary text. `inside`: the text continues another one, so
@@ -141,11 +147,11 @@ class Tokenizer:
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
-        return [encoding.ids for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode(self, text: str, *, plain: bool = False, inside: bool = False) -> list[int]:
         """`encode_batch` of one text."""
-        return self.encode_batch([text], plain=plain, inside=inside)[0]
+        return self.encode_batch([text], plain=plain, inside=inside)[0].tolist()
 
     def encode_escaped(self, text: str, mark: str, inside: bool = False) -> list[int]:
         """Ids of a text in which `mark` stands inside each special token that is meant as ordinary text."""

@@ -1,7 +1,7 @@
 """Tokenising by word: a word of the text is tokenised once and remembered.
 
 Text repeats its words, and most time of a byte-level BPE tokenizer goes into cutting text up and merging again what it
-has merged before. In the tokenizers that `tokenises_by_word` accepts, a new piece always begins where `WORD` matches,
+has merged before. In the tokenizers that `tokenises_by_word` accepts, a new piece always begins where a `WORD` does,
 and no piece looks beyond that place; so the ids of a text are those of its words, one after another.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import tokenizers
 import tokenizers.models
 
-# Before a space that follows something else; before punctuation or a new line that follows a letter or digit.
-WORD = re.compile(r'(?=[ .,;:!?()"\n])(?:(?<=[A-Za-z0-9])|(?<=\S)(?= ))')
+from sftx.types import Int32
+
+# A word ends before a space that follows something else, and before punctuation or a new line that follows a letter or
+# digit: anywhere else it goes on.
+WORD = re.compile(r'.[^ .,;:!?()"\n]*(?:(?<![A-Za-z0-9])(?:[.,;:!?()"\n]|(?<=\s) )[^ .,;:!?()"\n]*)*', re.DOTALL)
 REMEMBERED, LONGEST = 200_000, 48  # words, and characters of a word worth remembering
 # The cutting rules of the GPT-4, Llama 3, Qwen 2 and 3 and GPT-4o families: in all of them a match holds a space only
 # as its first character, or among white space alone, holds none of .,;:!?()" or a new line after a letter or digit, and
@@ -39,7 +43,7 @@ def tokenises_by_word(backend: tokenizers.Tokenizer) -> bool:
         and (normalizer is None or normalizer["type"] == "NFC")
         and _known_rule(_state(backend.pre_tokenizer))
         and not any(
-            token.lstrip or token.rstrip or token.single_word or WORD.search(token.content)
+            token.lstrip or token.rstrip or token.single_word or len(WORD.findall(token.content)) > 1
             for token in backend.get_added_tokens_decoder().values()
         )
     )
@@ -64,14 +68,13 @@ def _known_rule(cutting: dict[str, Any] | None) -> bool:
     return False
 
 
-def encode_words(backend: tokenizers.Tokenizer, texts: Sequence[str], known: dict[str, list[int]]) -> list[list[int]]:
-    """Ids of each text, word by word. `known` holds the words met so far and is added to."""
-    cut = [WORD.split(text) for text in texts]
+def encode_words(backend: tokenizers.Tokenizer, texts: Sequence[str], known: dict[str, bytes]) -> list[Int32]:
+    """Ids of each text, word by word. `known` holds the ids of the words met so far, as bytes, and is added to."""
+    cut = [WORD.findall(text) for text in texts]
     new = list(set().union(*cut).difference(known))
-    known.update(
-        zip(new, (found.ids for found in backend.encode_batch_fast(new, add_special_tokens=False)), strict=True)
-    )
-    ids = [list(chain.from_iterable(map(known.__getitem__, words))) for words in cut]
+    found = backend.encode_batch_fast(new, add_special_tokens=False)
+    known.update((word, array("i", encoding.ids).tobytes()) for word, encoding in zip(new, found, strict=True))
+    ids = [np.frombuffer(b"".join(map(known.__getitem__, words)), np.int32) for words in cut]
     if len(known) > REMEMBERED:
         known.clear()
     for word in new:
