@@ -4,24 +4,32 @@ A pack is a flat stream; each token attends to itself and to what stands before 
 T x T is ever built: transformers builds none for an attention it does not know, and here segments are cut by
 `cu_seqlens`. Callers never choose a kernel:
 
-* CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`;
+* CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`, flash attention as a custom op;
 * CPU: torch's flash kernel segment by segment, as a custom op, so that a compiled layer stays one graph;
-* anything else a model asks for (soft-capping, sinks, a window shorter than the segment, dropout): one segment at a
-  time in plain PyTorch.
+* soft-capping or sinks: `capped`, the formula itself as a custom op;
+* the rest (fp32 on CUDA, dropout, a head size that flash attention does not have): one segment at a time through
+  PyTorch's own attention.
+
+Whatever cuts segments on the host reads `borders`, a copy of `cu_seqlens` that never left it: no layer waits for the
+device.
 """
 
 from __future__ import annotations
 
-import itertools
+import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+
+from sftx.model.capped import by_segment, capped_segments, segments_of
 
 NAME = "sftx_segments"
 
+# Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are repeated.
+_HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _onednn_matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -40,29 +48,37 @@ def segment_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    borders: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D], `key` and `value`
     [1, H_kv, T, D] -> ([1, T, H, D], None).
 
-    `cu_seq_lens_q` int32[n + 1] are the segments' borders; `max_length_q` is the longest segment.
-    Raises ValueError when called without them, so that no code path attends across segments unnoticed.
+    `cu_seq_lens_q` int32[n + 1] are the segments' borders, `borders` the same on the host; `max_length_q` is at least
+    the longest segment. Raises ValueError when called without them, so that no code path attends across segments
+    unnoticed.
     """
-    if cu_seq_lens_q is None or max_length_q is None:
+    if cu_seq_lens_q is None or max_length_q is None or borders is None:
         raise ValueError("segment attention was called without segments: the model does not pass them on")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = sliding_window if sliding_window and sliding_window < max_length_q else None
-    plain = softcap is None and s_aux is None and dropout == 0.0
-    if query.is_cuda and plain and query.dtype in (torch.float16, torch.bfloat16):
+    window = sliding_window if sliding_window and sliding_window < max_length_q else 0
+    plain = not softcap and s_aux is None and dropout == 0.0
+    on_host = query.device.type == "cpu"
+    if not on_host and torch.is_autocast_enabled("cuda"):
+        # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels cast here as well.
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if plain and not on_host and _flash_takes(query, value, cu_seq_lens_q):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
     key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
-    if plain and window is None and not query.is_cuda and query.shape[-1] == value.shape[-1]:
-        return _cpu_segments(query, key, value, cu_seq_lens_q, scale)[0].transpose(1, 2).contiguous(), None
-    parts = [
-        _one_segment(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, dropout, window, softcap, s_aux)
-        for a, b in _segments(cu_seq_lens_q)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    if plain and on_host and query.shape[-1] == value.shape[-1]:
+        return _cpu_segments(query, key, value, borders, scale, window)[0].transpose(1, 2).contiguous(), None
+    if query.dtype != value.dtype:
+        query, key, value = query.float(), key.float(), value.float()
+    if dropout == 0.0 and not plain:
+        out = capped_segments(query, key, value, s_aux, borders, scale, window, softcap or 0.0)
+    else:
+        out = by_segment(query, key, value, s_aux, borders, scale, window, softcap or 0.0, dropout)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, segment_attention)
@@ -74,52 +90,28 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _flash_takes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
+    """What flash attention 2 computes. Its backward pass counts elements of a padded fp32 buffer in 32 bits."""
+    tokens, heads, size = q.shape[2], q.shape[1], q.shape[3]
+    padded = (tokens + 128 * cu_seqlens.shape[0]) * heads * (-(-size // 32) * 32)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and size == v.shape[3] and size % 8 == 0 and size <= 256 and padded < 2**31
 
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int) -> Tensor:
+    groups: dict[str, Any] = {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
+    if not groups:
+        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
-    window_size = (-1 if window is None else window - 1, 0)
-    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window_size, **options
-    )
+    # (left, right): how many further positions are seen. (-1, 0) is plain causal attention.
+    size = (window - 1 if window else -1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=size, **groups)
     assert isinstance(out, Tensor)
     return out[None]
 
 
-def _one_segment(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Reference attention over one segment: [1, H, S, D] -> [1, H, S, D]."""
-    length = q.shape[2]
-    position = torch.arange(length, device=q.device)
-    distance = position[:, None] - position[None, :]
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scale)
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:  # a learned score per head that takes probability and gives nothing
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, length, 1).to(scores.dtype)], dim=-1)
-    probabilities = torch.softmax(scores.float(), dim=-1)[..., :length].to(q.dtype)
-    return F.dropout(probabilities, dropout) @ v
-
-
 @torch.library.custom_op("sftx::segments", mutates_args=())
-def _cpu_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu_segments(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
     """Flash attention per segment on the CPU: [1, H, T, D] x 3 -> output in the dtype of `q`, and its log-sum-exp.
 
     Computed in fp32: for segments shorter than about 512 the bf16 kernel's backward is half as fast (measured).
@@ -128,61 +120,56 @@ def _cpu_segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: fl
     out = torch.zeros(1, tokens, heads, size, dtype=q.dtype)  # [1, T, H, D]: the layout the caller wants
     lse = torch.zeros(1, tokens, heads, dtype=torch.float32)
     with _full_precision_matmul():
-        for a, b in _segments(cu_seqlens):
-            part, part_lse = _flash(
-                q[:, :, a:b].float(), k[:, :, a:b].float(), v[:, :, a:b].float(), 0.0, True, scale=scale
-            )
+        for a, b in segments_of(borders):
+            inputs = [x[:, :, a:b].float() for x in (q, k, v)]
+            part, part_lse = _flash(*inputs, 0.0, True, attn_mask=_outside(window, b - a), scale=scale)
             out[:, a:b] = part.transpose(1, 2)
             lse[:, a:b] = part_lse.transpose(1, 2)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 @_cpu_segments.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     _, heads, tokens, size = q.shape
-    return (
-        q.new_empty(1, tokens, heads, size).transpose(1, 2),
-        q.new_empty(1, tokens, heads, dtype=torch.float32).transpose(1, 2),
-    )
+    out, lse = q.new_empty(1, tokens, heads, size), q.new_empty(1, tokens, heads, dtype=torch.float32)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 @torch.library.custom_op("sftx::segments_backward", mutates_args=())
 def _cpu_segments_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with _full_precision_matmul():
-        for a, b in _segments(cu_seqlens):
-            s = slice(a, b)
+        for a, b in segments_of(borders):
+            s, mask = slice(a, b), _outside(window, b - a)
+            inputs = [x[:, :, s].float() for x in (grad, q, k, v, out)]
             dq[:, :, s], dk[:, :, s], dv[:, :, s] = _flash_backward(
-                *(x[:, :, s].float() for x in (grad, q, k, v, out)), lse[:, :, s], 0.0, True, scale=scale
+                *inputs, lse[:, :, s], 0.0, True, attn_mask=mask, scale=scale
             )
     return dq, dk, dv
 
 
-@_cpu_segments_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+_cpu_segments_backward.register_fake(lambda grad, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[0], output[1], cu_seqlens)
+    q, k, v, borders, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, borders)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    return (*_cpu_segments_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None)
+    return (*_cpu_segments_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None)
 
 
 _cpu_segments.register_autograd(_backward, setup_context=_save)
 
 
-def _segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    borders = cu_seqlens.tolist()
-    return [(a, b) for a, b in itertools.pairwise(borders) if b > a]
+def _outside(window: int, length: int) -> Tensor | None:
+    """Additive mask [S, S] that hides what stands before the window of a position; None where nothing does."""
+    if not window or window >= length:
+        return None
+    return torch.full((length, length), float("-inf")).tril(-window)
 
 
 class _full_precision_matmul:

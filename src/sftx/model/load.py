@@ -94,9 +94,9 @@ class PackLoss(nn.Module):
         longest: int,
         examples: tuple[int, ...] = (),
     ) -> Tensor:
-        """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1]; `index`, `label` int64[M]; `weight` float32[M];
-        `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn. Returns the sum
-        over targets, a float32 scalar."""
+        """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1] on the host; `index`, `label` int64[M]; `weight`
+        float32[M]; `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn.
+        Returns the sum over targets, a float32 scalar."""
         if len(index) == 0:  # nothing to learn here, but every rank must take part in the backward pass
             return self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
         objective = self.objective if self.training else PLAIN
@@ -108,7 +108,7 @@ class PackLoss(nn.Module):
             logits = self.own_logits(ids, positions, cu_seqlens, index, longest)
             total = cross_entropy_sum(logits, label, weight, objective)
         else:
-            hidden = self.hidden(ids, positions, cu_seqlens, longest)[index]
+            hidden = self.hidden(ids, positions, cu_seqlens, longest).index_select(0, index)
             head: Any = self.model.get_output_embeddings()
             total = fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform, objective)
         return total + self._balance(cu_seqlens, index, weight) if objective.router_aux else total
@@ -119,7 +119,7 @@ class PackLoss(nn.Module):
             self.model.base_model,
             input_ids=ids[None],
             position_ids=positions[None],
-            **_segment_kwargs(cu_seqlens, longest),
+            **_segment_kwargs(cu_seqlens, longest, ids.device),
         )
         return out.last_hidden_state[0]
 
@@ -130,7 +130,7 @@ class PackLoss(nn.Module):
             input_ids=ids[None],
             position_ids=positions[None],
             logits_to_keep=index,
-            **_segment_kwargs(cu_seqlens, longest),
+            **_segment_kwargs(cu_seqlens, longest, ids.device),
         )
         return _keep(out.logits[0], index)
 
@@ -162,6 +162,7 @@ class PackLoss(nn.Module):
 
     def _balance(self, cu_seqlens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts' balance of each segment times the weight of its targets, summed."""
+        cu_seqlens = cu_seqlens.to(index.device, non_blocking=True)
         segment = torch.bucketize(index, cu_seqlens[1:], right=True)
         share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
         assert self.experts_per_token is not None
@@ -180,16 +181,22 @@ class PackLoss(nn.Module):
 
 
 def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
-    """The arguments of `PackLoss.forward` on `device`; copies from pinned memory do not wait for the device."""
+    """The arguments of `PackLoss.forward`, on `device` but for the borders, which the host reads too.
+
+    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be ordered.
+    """
+
+    def pinned(array: Any, dtype: torch.dtype) -> Tensor:
+        tensor = torch.as_tensor(array).to(dtype)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
 
     def move(array: Any, dtype: torch.dtype) -> Tensor:
-        tensor = torch.as_tensor(array).to(dtype)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return pinned(array, dtype).to(device, non_blocking=True)
 
     return {
         "ids": move(pack.ids, torch.int64),
         "positions": move(pack.positions, torch.int64),
-        "cu_seqlens": move(pack.cu_seqlens, torch.int32),
+        "cu_seqlens": pinned(pack.cu_seqlens, torch.int32),
         "index": move(pack.index, torch.int64),
         "label": move(pack.label, torch.int64),
         "weight": move(pack.weight, torch.float32),
@@ -198,13 +205,15 @@ def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _segment_kwargs(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
+def _segment_kwargs(borders: Tensor, longest: int, device: torch.device) -> dict[str, Any]:
     # The names are those of transformers' own variable-length kernels, so models that pass them on pass these on.
+    cu_seqlens = borders.to(device, non_blocking=True)
     return {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
+        "borders": borders,
     }
 
 

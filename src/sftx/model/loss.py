@@ -23,7 +23,7 @@ from sftx.config import Loss
 PLAIN = Loss()
 """The objective without additions: what evaluation reports."""
 CHUNK_BYTES = 64 << 20
-"""Budget of the logits held at once, in bytes of fp32."""
+"""Budget of the logits held at once, in bytes of fp32; 16 times as much on a GPU, whose products want more rows."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
         d_bias = torch.zeros(head.shape[0], dtype=torch.float32, device=head.device) if needs_bias else None
-        rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+        rows = max(1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             for a in range(0, hidden.shape[0], rows):
                 s = slice(a, min(a + rows, hidden.shape[0]))

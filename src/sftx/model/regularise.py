@@ -33,8 +33,8 @@ def router_balance(router_logits: Sequence[Tensor], top_k: int, cu_seqlens: Tens
     choices of expert e among the `top_k`, P = mean probability of e. `cu_seqlens` int[n + 1], `share` float32[n].
     """
     lengths = cu_seqlens.diff().long()
-    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    experts = router_logits[0].shape[-1]
+    tokens, experts = router_logits[0].shape
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
     chosen = torch.zeros(len(lengths), experts, device=lengths.device)
     total = torch.zeros_like(chosen)
     for logits in router_logits:
