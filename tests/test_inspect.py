@@ -98,7 +98,7 @@ def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -
     arguments = [*run, "batch.examples_per_step=8", "runtime.tokens_per_pack=150"]
     config = load_config(None, [*arguments, "output=x"])
     corpus, _ = load_corpora(config, TOKENIZER, 128)
-    packs = Plan(corpus.lengths, corpus.weights, config.batch, config.seed).packs(2, 150)[0]
+    packs = Plan(corpus.lengths, corpus.weights, config.batch, config.seed).packs(1, 150)[0]  # the second step
     assert main(["inspect", *arguments, "step=2", f"json={out}"]) == 0
     assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for pack in packs for i in pack]
     assert main(["inspect", *arguments, "step=2", "pack=1", f"json={out}"]) == 0
@@ -112,7 +112,7 @@ def test_what_is_not_there_is_said(run: list[str], tmp_path: Path, capsys: pytes
         ([*run, "row=x"], "expected a whole number"),
         ([*run, "row=c.jsonl:1"], "no file called 'c.jsonl'"),
         ([*run, "step=99"], "the run has 3 steps"),
-        ([*run, "step=0", "row=1"], "name one of them"),
+        ([*run, "step=1", "row=1"], "name one of them"),
         ([*run, "pack=1"], "pack= needs step="),
         ([*more, f"row={tmp_path / 'b.jsonl'}:2"], "b.jsonl:2: there is no row here"),
         ([*more, f"row={tmp_path / 'b.jsonl'}:3"], "field 'text' is missing"),
@@ -147,5 +147,5 @@ def test_no_torch(run: list[str]) -> None:
         "import sys; from sftx.cli import main; assert main(sys.argv[1:]) == 0;"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code, "inspect", *run, "step=0"], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "inspect", *run, "step=1"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()

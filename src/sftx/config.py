@@ -216,9 +216,14 @@ class Checkpoint(Section):
     every: int = Field(default=0, ge=0)
     """Save every so many steps; 0 = only when the run is stopped by a signal."""
     keep: int = Field(default=2, ge=1)
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
+    background: bool = False
+    """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the next step."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must` refuses to start anew."""
+    resume_allow: list[str] = []
+    """What may differ from the run that is continued: dotted settings, sections, or `data`. It is recorded; any other
+    difference is refused."""
 
 
 class Runtime(Section):

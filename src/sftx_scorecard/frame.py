@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-GROUPS = ("numbers",)
+GROUPS = ("numbers", "resume", "faults")
 PROGRAM = (sys.executable, "-m", "sftx_scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
 

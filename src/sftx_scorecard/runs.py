@@ -130,23 +130,32 @@ def run(config: dict[str, Any], before: Callable[[], Any] = lambda: None, code: 
     return child.text
 
 
+def on_call(
+    owner: Any,
+    name: str,
+    act: Callable[[], Any] = lambda: None,
+    calls: int = 1,
+    around: Callable[[Any], Any] | None = None,
+) -> None:
+    """In this process, do `act` when function `name` of a module is called the n-th time (0: every time).
+
+    With `around`, put what it makes of the function in its place instead.
+    """
+    original, count = getattr(owner, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if calls in (0, count):
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted if around is None else around(original))
+
+
 def on_step(number: int, act: Callable[[], Any]) -> Callable[[], None]:
-    """A `before` that calls `act` when step `number` (from 1) has been computed, before it is recorded."""
-
-    def plant() -> None:
-        original, count = loop.train_step, 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            result = original(*args, **kwargs)
-            count += 1
-            if count == number:
-                act()
-            return result
-
-        loop.train_step = counted
-
-    return plant
+    """A `before` that calls `act` when step `number` (from 1 in this process) is about to be computed."""
+    return lambda: on_call(loop, "train_step", act, number)
 
 
 def die() -> None:

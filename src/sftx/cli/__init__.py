@@ -8,6 +8,7 @@ settings that this verb can do without. A verb whose `run` takes no `config` rea
 from __future__ import annotations
 
 import ast
+import errno
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -35,6 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `sftx ... | head`
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error}; make room, then run the same command to continue", file=sys.stderr)
+        return 2
 
 
 def verbs() -> dict[str, str]:

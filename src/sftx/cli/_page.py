@@ -102,7 +102,7 @@ def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:
     chosen = [plan.examples(step) for step in steps]
     return {
         "count": plan.num_steps,
-        "step": steps,
+        "step": [step + 1 for step in steps],
         "tokens": [int(corpus.lengths[c].sum()) for c in chosen],
         "targets": [int(corpus.targets[c].sum()) for c in chosen],
     }

@@ -27,7 +27,7 @@ from sftx.types import UserError
 EXTRA = {
     "row": "Line (or row number) of the row to show; FILE:LINE where there are several files.",
     "rows": "How many rows to show from there; default 1, or the first 3 if no row is named.",
-    "step": "Show the examples of this step (the first is 0), as the run will train on them.",
+    "step": "Show the examples of this step, numbered from 1 as in metrics.jsonl.",
     "pack": "Show this pack of the step (the first is 0) only.",
     "html": "Write one self-contained page to this file: rows, filters and charts of the whole data.",
     "json": "Write what is shown, token by token, to this file.",
@@ -98,9 +98,9 @@ def _load(config: Config, encoder: Encoder, console: Console) -> Corpus:
 def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, step: int, pack: int | None) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
-    if step >= plan.num_steps:
-        raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 0 on")
-    packs = plan.packs(step, config.runtime.tokens_per_pack or CPU_PACK)[0]
+    if not 1 <= step <= plan.num_steps:
+        raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
+    packs = plan.packs(step - 1, config.runtime.tokens_per_pack or CPU_PACK)[0]
     if pack is not None and pack >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
     return [

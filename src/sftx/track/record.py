@@ -25,11 +25,15 @@ PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that the file is either the old one or the new one, whatever happens meanwhile."""
+    """Write `value` as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that the file is either the old one or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -70,10 +74,11 @@ class Run:
     def start(self, step: int, **facts: Any) -> None:
         """Begin at `step`: write run.json, and drop metrics of steps that will be taken again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        kept = [line for line in self.metrics() if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        for name in ("metrics.jsonl", "bad_steps.jsonl"):
+            lines = [line for line in self._lines(name) if line["step"] <= step] if step else []
+            if lines or name == "metrics.jsonl" or (self.folder / name).exists():
+                self._rewrite(name, lines)
+        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         earlier = self.facts.get("started", []) if step else []
         settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
         self.facts = {
@@ -102,11 +107,24 @@ class Run:
         self.facts.update(facts)
         write_json(self.folder / "run.json", self.facts)
 
+    def amend(self, **facts: Any) -> None:
+        """Add to the last step recorded."""
+        *lines, last = self.metrics()
+        self.close()
+        self._rewrite("metrics.jsonl", [*lines, {**last, **facts}])
+        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far; a half-written last line is left out."""
-        path = self.folder / "metrics.jsonl"
+        return self._lines("metrics.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines if line]
+
+    def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
+        write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def close(self) -> None:
         """Close metrics.jsonl."""

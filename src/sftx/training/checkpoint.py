@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sftx.training.background import Background
 from sftx.types import UserError
 
 MANIFEST = "MANIFEST.json"
@@ -33,19 +35,48 @@ class State:
     mathematics: str  # the settings that change results, as JSON
     total_tokens: int
     total_targets: int
+    held_out_loss: float | None = None  # of these very weights, where they were evaluated
 
 
-def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write `folder/step-N` and delete all but the newest `keep`. Raises OSError when the disk refuses."""
+def save(
+    folder: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    background: Background | None = None,
+) -> Path:
+    """Write `folder/step-N`; of the others stay the newest `keep`, this one included, and the best.
+
+    With `background` only a copy is made here, and written there. Raises UserError when there is no room for it.
+    """
     final = folder / f"step-{state.step:08d}"
-    temporary = folder / f"{final.name}.tmp"
+    copied = background is not None
+    parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
+    moments = {n: _held(t, copied) for n, t in _moments(model, optimizer).items()}
+    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values()))
+
+    def write() -> None:
+        if final.exists() and not _verify(final):
+            return  # a state is saved twice where a signal comes twice: the first is as good
+        _require_space(folder, needed)
+        temporary = folder / f"{final.name}.tmp"
+        try:
+            _write(temporary, final, state, {"weights": parameters, "optimizer": moments})
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{_shortage(folder, needed)} ({error})") from error
+        _prune(folder, keep)
+
+    write() if background is None else background.start(write)
+    return final
+
+
+def _write(temporary: Path, final: Path, state: State, tensors: dict[str, dict[str, Tensor]]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    moments = _moments(model, optimizer)
-    _require_space(folder, sum(t.nbytes for t in (*parameters.values(), *moments.values())))
     temporary.mkdir(parents=True)
-    save_file({n: t.contiguous() for n, t in parameters.items()}, temporary / "weights.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
+    for name, some in tensors.items():
+        save_file(some, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     sums = {}
     for path in sorted(temporary.iterdir()):
@@ -57,10 +88,22 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(folder)
-    for old in _found(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
+    _sync(final.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
+    sound = [path for path in _found(folder) if not _verify(path, read=False)]
+    judged = [(loss, path) for path in sound if (loss := _state(path).held_out_loss) is not None]
+    kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
+    for path in folder.glob("step-*"):
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def _held(tensor: Tensor, copied: bool) -> Tensor:
+    """A tensor as it is written; a copy of its own where training goes on meanwhile."""
+    return tensor.detach().to("cpu", copy=copied).contiguous()
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
@@ -73,7 +116,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         if problem:
             print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
             continue
-        state = State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        state = _state(path)
         _load_parameters(model, load_file(path / "weights.safetensors"), path)
         _load_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
         return state
@@ -84,34 +127,40 @@ def newest(folder: Path) -> State | None:
     """State of the newest checkpoint that verifies, without loading its tensors."""
     for path in _found(folder):
         if not _verify(path):
-            return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+            return _state(path)
     return None
 
 
+def _state(path: Path) -> State:
+    return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
 def _found(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    complete = [p for p in folder.glob("step-*") if p.suffix != ".tmp" and (p / MANIFEST).exists()]
-    return sorted(complete, key=lambda p: p.name, reverse=True)
+    """Checkpoints, newest first; only whole ones ever get such a name."""
+    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: p.name, reverse=True)
 
 
-def _verify(path: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing."""
+def _verify(path: Path, read: bool = True) -> str:
+    """What is wrong with a checkpoint; empty if nothing. Without `read`, sizes are compared and sums are not."""
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        return "its manifest is not JSON"
-    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
-        if name not in sums or not (path / name).exists():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != sums[name]["bytes"] or _sha256(path / name) != sums[name]["sha256"]:
-            return f"{name} has changed since it was written"
+        for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+            if name not in sums or not (path / name).exists():
+                return f"{name} is missing"
+            same = (path / name).stat().st_size == sums[name]["bytes"]
+            if not same or (read and _sha256(path / name) != sums[name]["sha256"]):
+                return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} has changed since it was written"
     return ""
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state, one flat dictionary: `<parameter>/<exp_avg | exp_avg_sq | step>`."""
     return {
-        f"{name}/{key}": value.detach().clone().contiguous()
+        f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -138,11 +187,16 @@ def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: d
 
 def _require_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < 1.2 * needed:
+        raise UserError(_shortage(folder, needed))
+
+
+def _shortage(folder: Path, needed: int) -> str:
     free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed:
-        raise OSError(
-            f"not enough space for a checkpoint in {folder}: {needed >> 20:,} MiB needed, {free >> 20:,} MiB free"
-        )
+    return (
+        f"{folder}: the checkpoint cannot be written: {1.2 * needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB "
+        "free. Those written before are whole: make room, then run the same command to continue"
+    )
 
 
 def _sha256(path: Path) -> str:

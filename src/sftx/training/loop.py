@@ -28,7 +28,7 @@ from sftx.training.meter import Meter
 from sftx.training.optim import learning_rate
 from sftx.training.prepare import Job, prepare
 from sftx.training.step import StepResult, train_step
-from sftx.training.stop import Diverged, StopFlag, Stopped, listening
+from sftx.training.stop import NOTHING_TO_SAVE, Diverged, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 
@@ -78,13 +78,13 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
         stack.callback(run.close)
         progress = stack.enter_context(Progress(config.runtime.progress))
         stack.enter_context(progress.saying_why(Stopped, Diverged))
+        stop.at_once = True
         job = prepare(config, here, run, progress)
+        stop.at_once = False
         if run.finished:
             progress.finished_before(run)
             return
-        if config.eval.at_start and job.start == 0 and job.held_out is not None:
-            run.update(eval_before=_evaluate(job, stop))
-            progress.evaluated(0, run.facts["eval_before"])
+        _evaluate_first(job, stop, progress)
         for record in _steps(job, stop):
             progress.step(record)
             yield run.write(record)
@@ -101,8 +101,9 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
         if pending is not None:
             yield meter.read(*pending)
         pending = (step, result, time.perf_counter())
+        job.background.check()
         last, done = step + 1 == plan.num_steps, step + 1
-        eval_due = job.held_out is not None and not last and _due(config.eval.every, done)
+        eval_due = _eval_due(job, done)
         save_due = not last and _due(config.checkpoint.every, done)
         if not (eval_due or save_due or last or stop()):
             continue
@@ -112,7 +113,7 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
             record.eval = _evaluate(job, stop) or None
         yield record
         if save_due or stop():
-            _save(job, done)
+            _save(job, done, record.eval)
         _leave_if_asked(job, stop, done)
         meter.restart()
 
@@ -146,18 +147,39 @@ def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
+def _eval_due(job: Job, done: int) -> bool:
+    return job.held_out is not None and done < job.plan.num_steps and _due(job.config.eval.every, done)
+
+
+def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
+    """The evaluation before the first step: that of the model as it came, or one that a signal cut short."""
+    run = job.run
+    missed = job.start > 0 and _eval_due(job, job.start) and run.metrics()[-1]["eval"] is None
+    if not missed and not (job.start == 0 and job.config.eval.at_start and job.held_out is not None):
+        return
+    numbers = _evaluate(job, stop)
+    if stop():
+        run.update(status="stopped", stopped_at=job.start)
+        raise Stopped(NOTHING_TO_SAVE.format(stop.signal))
+    run.amend(eval=numbers) if missed else run.update(eval_before=numbers)
+    progress.evaluated(job.start, numbers)
+
+
 def _evaluate(job: Job, stop: StopFlag) -> dict[str, float]:
     assert job.held_out is not None
     return held_out_loss(job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop)
 
 
-def _save(job: Job, done: int) -> None:
-    state = checkpoint.State(done, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets)
-    checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep)
+def _save(job: Job, done: int, evaluated: dict[str, float] | None) -> None:
+    held_out = evaluated["loss"] if evaluated else None
+    state = checkpoint.State(done, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets, held_out)
+    background = job.background if job.config.checkpoint.background else None
+    checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep, background)
 
 
 def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
     if stop():
+        job.background.wait()
         job.run.update(status="stopped", stopped_at=done)
         raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
 
@@ -165,10 +187,11 @@ def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
 def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     """Last evaluation, the model in its folder, and the run marked finished."""
     folder, config = job.run.folder, job.config
+    job.background.wait()
     if job.held_out is not None:
         after = _evaluate(job, stop)
         if stop():
-            _save(job, job.plan.num_steps)
+            _save(job, job.plan.num_steps, None)
             _leave_if_asked(job, stop, job.plan.num_steps)
         job.run.update(eval_after=after)
         progress.evaluated(job.plan.num_steps, after)

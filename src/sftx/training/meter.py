@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import takewhile
 
 import torch
 
@@ -19,7 +20,8 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.bad_steps = 0  # in a row
+        recorded = reversed(job.run.metrics())
+        self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, recorded))  # in a row
         self.restart()
 
     def restart(self) -> None:

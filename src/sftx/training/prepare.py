@@ -30,6 +30,7 @@ from sftx.model.save import load_tokenizer
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
+from sftx.training.background import Background
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
 
@@ -55,6 +56,7 @@ class Job:
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
+    background: Background = field(default_factory=Background)  # writes checkpoints where that is asked for
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -175,32 +177,64 @@ def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_le
     """The settings that decide the result, as JSON: what a run may not change when it is continued."""
     facts = config.model_dump(mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"})
     facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
-    facts["precision"] = config.runtime.precision
+    facts["runtime"] = {"precision": config.runtime.precision}
     return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def _changed(job: Job) -> dict[str, list[Any]]:
+    """{setting: [then, now]} of what differs from the run in the folder; UserError if it may not differ."""
+    now, allowed = _dotted(json.loads(job.mathematics)), job.config.checkpoint.resume_allow
+    for name in allowed:
+        if not any(f"{key}.".startswith(f"{name}.") for key in now):
+            close = difflib.get_close_matches(name, now, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}")
+    if not job.run.exists:
+        return {}
+    then = _dotted(json.loads(job.run.facts["mathematics"]))
+    keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if refused := [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]:
+        diff = "\n".join(f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused)
+        raise UserError(
+            f"output: {job.run.folder} holds a run with other settings or data; choose another folder, or allow the "
+            f"difference with checkpoint.resume_allow.\n{diff}"
+        )
+    return {key: [then.get(key), now.get(key)] for key in keys}
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
-    run, _config = job.run, job.config
+    run = job.run
     facts: dict[str, Any] = {}
+    changed = _changed(job)
     if run.exists:
-        before = run.facts.get("mathematics", "")
-        if before != job.mathematics:
-            diff = difflib.unified_diff(
-                before.split("\n"), job.mathematics.split("\n"), "the run", "now", n=0, lineterm=""
-            )
-            raise UserError(
-                f"output: {run.folder} holds a run with other settings or data; choose another folder.\n"
-                + "\n".join(diff)
-            )
-        if run.finished:
+        if run.finished and not changed:
             job.start = job.plan.num_steps
             return
         state = checkpoint.restore(job.checkpoints, job.loss, job.optimizer)
         if state is not None:
-            assert state.plan == job.plan.fingerprint, "equal settings and data give an equal plan"
+            assert changed or state.plan == job.plan.fingerprint, "equal settings and data give an equal plan"
             job.start, job.total_tokens, job.total_targets = state.step, state.total_tokens, state.total_targets
-            facts = {key: run.facts[key] for key in ("eval_before",) if key in run.facts}
+            facts = {key: run.facts[key] for key in ("eval_before", "changed") if key in run.facts}
+        if changed and not 0 < job.start <= job.plan.num_steps:
+            found = f"the one of step {job.start}" if job.start else "none"
+            raise UserError(
+                f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue {job.plan.num_steps} steps from "
+                f"(found: {found}); choose another folder for a new run"
+            )
+    if changed:
+        job.notes.extend(
+            f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})" for key, (old, new) in changed.items()
+        )
+        facts["changed"] = [*facts.get("changed", []), {"step": job.start, **changed}]
     run.start(
         job.start,
         mathematics=job.mathematics,

@@ -10,6 +10,7 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
 EXIT_DIVERGED = 3
+NOTHING_TO_SAVE = "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
 
 
 class Stopped(SystemExit):
@@ -33,6 +34,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.at_once = False  # while there is nothing to save, the run ends where it stands
 
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
@@ -43,6 +45,8 @@ class StopFlag:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if self.at_once:
+            raise Stopped(NOTHING_TO_SAVE.format(number))
 
 
 @contextmanager
