@@ -36,6 +36,9 @@ CALLS = (
     "{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CALLS_REWRITES = CALLS.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+)
 # Its prompt opens a thought, and it never writes one.
 OPENS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -474,10 +477,10 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     assert encoded(phrases("a", "b"), encoder(CHATML)).examples  # and the limit is not felt afterwards
 
 
-@pytest.mark.parametrize(("template", "sequences"), [(CHATML, 1), (REWRITES, 50), (CALLS, 1)])
+@pytest.mark.parametrize(("template", "sequences"), [(CHATML, 1), (REWRITES, 50), (CALLS, 1), (CALLS_REWRITES, 51)])
 def test_a_long_dialogue_costs_one_rendering(template: str, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = [m for i in range(50) for m in (user(f"question {i} " * 20), model("answer " * 20 + str(i)))]
-    if template == CALLS:
+    if "tools" in template:
         call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
         talk[1:1] = [model("", tool_calls=[call]), {"role": "tool", "content": "21"}]
     made = encoder(template, length=100_000)
@@ -490,7 +493,7 @@ def test_a_long_dialogue_costs_one_rendering(template: str, sequences: int, monk
         renderings.append(1)
         return run(*arguments)
 
-    def counted_batch(texts: Any, **options: Any) -> list[list[int]]:
+    def counted_batch(texts: Any, **options: Any) -> Any:
         characters.append(sum(map(len, texts)))
         return batch(texts, **options)
 

@@ -95,7 +95,9 @@ class Shortcut:
         """The turns of a conversation with tool calls: each begins at a header and ends at a stop token.
 
         No content can spell either, for special tokens in contents are marked; if they are not, the count tells.
+        Where prompts do not continue each other, only the newest turn has its lead in the rendering.
         """
+        lead = "" if self.joined else self.lead
         answers = [t for t in range(conversation.trained[-1] + 1) if conversation.messages[t]["role"] == "assistant"]
         begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
         if len(begins) != len(answers):
@@ -109,7 +111,8 @@ class Shortcut:
             if not stop or any(said not in text[begin:end] for said in (message["content"].strip(), *names)):
                 return None
             if conversation.weights[t]:
-                result.append(Turn(text[:begin], text[begin:end] + stop, True))
+                missing = "" if text.startswith(lead, begin) else lead
+                result.append(Turn(text[:begin], missing + text[begin:end] + stop, True))
         return result
 
     def _take_apart(self, text: str, pairs: list[tuple[str, str]]) -> list[tuple[int, int, int]] | None:
@@ -186,7 +189,7 @@ def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
     ends = [template.last_added(turn.output) for turn in turns]
     common_end = commonprefix([turn.prompt[::-1] for turn in turns])[::-1]  # noqa: RUF071 (of letters)
     header = template.first_added(common_end)
-    if not shortcut.joined or shortcut.note or shortcut.switch or not header or None in ends:
+    if shortcut.note or shortcut.switch or not header or None in ends:
         return shortcut
     stops = {turn.output[at[0] :] for turn, at in zip(turns, ends, strict=True) if at}
     extended = replace(shortcut, header=common_end[header[0] :], stops=tuple(sorted(stops)))
