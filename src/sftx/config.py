@@ -29,6 +29,13 @@ class Model(Section):
     """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
     save_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """How the trained weights are stored; `auto` = as in the model the run starts from. Training itself is in fp32."""
+    add_tokens: list[str] = []
+    """Words this run gives a token of their own, matched wherever they stand in a text. A new token's rows in the
+    embeddings and the head start at the mean of the others plus a little noise by `seed` (0.02 standard deviations).
+    With an adapter, the rows of all tokens listed here train beside it, those of tokens the model already has too."""
+    add_special_tokens: list[str] = []
+    """The same for control tokens, such as a chat template's markers; `data.special_tokens` says what their text means
+    inside a row."""
     unfrozen_layers: int | None = Field(default=None, ge=0)
     """Train only the last so many layers, the final norm and a head that is not tied to the (frozen) embeddings; 0 =
     the final norm alone. Default: all weights."""
@@ -185,6 +192,9 @@ class Adapter(Section):
     """Dropout on the adapter's input."""
     targets: str | list[str] = "all-linear"
     """Modules to adapt: `all-linear` (all but the head), or names."""
+    path: str | None = None
+    """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank, alpha, dropout and
+    targets. `method` must be its method."""
     merge: bool = False
     """Also write the merged model, into `OUTPUT/merged`."""
 

@@ -14,7 +14,7 @@ from sftx.types import UserError
 
 def tokenizer_and_length(config: Config) -> tuple[Tokenizer, int]:
     """The tokenizer, and `data.max_length` or what a run would take in its place."""
-    tokenizer = Tokenizer.load(config.model.tokenizer or config.model.path)
+    tokenizer = Tokenizer.of_model(config.model)
     return tokenizer, config.data.max_length or min(_positions(config.model.path), DEFAULT_LENGTH)
 
 

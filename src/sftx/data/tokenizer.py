@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from sftx.config import Model
 from sftx.data.words import encode_words, tokenises_by_word
 from sftx.types import Int32, UserError
 
@@ -33,7 +34,8 @@ class Tokenizer:
     `bos_id`, `eos_id`: ids or None. `stop_ids`: ids at which a server stops generating (EOS and those of
     generation_config.json). `vocab_size`: largest id + 1. `special`: named special tokens (`eos_token` -> "</s>").
     `content`, if given, is what the fingerprint hashes in place of the backend (the bytes of its files: faster).
-    `chat_templates`: the tokenizer's own templates by name ("default", "tool_use", ...).
+    `chat_templates`: the tokenizer's own templates by name ("default", "tool_use", ...). `taught`: ids of the tokens a
+    run adds (`Tokenizer.of_model`), and whether each was unknown before.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Tokenizer:
         backend.no_truncation()
         self.backend = backend
         self._content = content
+        self.taught: dict[int, bool] = {}
         self.special = special
         self.chat_templates = chat_templates
         named = {name: backend.token_to_id(text) for name, text in special.items()}
@@ -79,6 +82,22 @@ class Tokenizer:
         _add_missing(backend, config, special)
         content += json.dumps(config.get("added_tokens_decoder", {}), sort_keys=True).encode()
         return cls(backend, special, _templates(folder, config), _stop_ids(folder), content)
+
+    @classmethod
+    def of_model(cls, model: Model) -> Tokenizer:
+        """The tokenizer of a run: the model's, with the tokens the run adds."""
+        made = cls.load(model.tokenizer or model.path)
+        if "" in (*model.add_tokens, *model.add_special_tokens):
+            raise UserError("model.add_tokens: an empty text cannot be a token")
+        for texts, special in ((model.add_tokens, False), (model.add_special_tokens, True)):
+            tokens = [tokenizers.AddedToken(text, normalized=False, special=special) for text in texts]
+            known = made.vocab_size
+            (made.backend.add_special_tokens if special else made.backend.add_tokens)(tokens)
+            ids: Any = [made.backend.token_to_id(text) for text in texts]
+            taught = made.taught | {i: i >= known for i in ids}
+            made = cls(made.backend, made.special, made.chat_templates, made.stop_ids) if texts else made
+            made.taught = taught
+        return made
 
     @classmethod
     def of(cls, tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:

@@ -1,25 +1,33 @@
-"""Low-rank adapters through peft: attach, count, save, merge."""
+"""Low-rank adapters through peft: attach, continue, count."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.config import Adapter
 from sftx.types import UserError
 
 
-def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel | None:
+def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence[int] = ()) -> PeftModel | None:
     """Put the adapter into `model` (in place) and freeze the rest; None when all weights train.
 
-    `seed` decides the adapter's first weights. Raises UserError when `targets` names no module of the model.
+    `seed` decides the adapter's first weights. The embedding rows of `tokens` (in an untied head too) train with it.
+    Raises UserError when `targets` names no module of the model, or `path` holds an adapter that does not fit.
     """
     if adapter.method == "none":
         return None
+    rows = _token_rows(model, tokens) if tokens else None
+    if adapter.path is not None:
+        return _continued(model, adapter, adapter.path, rows)
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -29,6 +37,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel | N
         target_modules=adapter.targets,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
+        trainable_token_indices=rows,
     )
     try:
         with warnings.catch_warnings():
@@ -40,14 +49,54 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel | N
     return wrapped
 
 
+def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """Which rows train, by the name of the matrix: the embeddings, and the head where it is another matrix."""
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:  # peft would drop it
+        raise UserError(f"model.add_tokens: the head of {type(model).__name__} has a bias; train all weights instead")
+    modules = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    return {name: list(tokens) for name, module in model.named_modules() if module in modules}
+
+
+def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[str, list[int]] | None) -> PeftModel:
+    """The saved adapter in `path`, trainable. What the settings say of it must be so."""
+    try:
+        config: Any = PeftConfig.from_pretrained(path)
+        wrapped = PeftModel.from_pretrained(model, path, is_trainable=True)
+        needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        odd = {name for name in {*load_peft_weights(path, device="cpu")} ^ {*needed} if "lora_" in name}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"adapter.path: {path} cannot be continued: {error}") from error
+    if config.peft_type != "LORA" or odd:  # peft itself only warns of weights that are missing
+        raise UserError(
+            f"adapter.path: {path} ({config.peft_type}) does not fit this model; odd weights: {sorted(odd)[:3]}"
+        )
+    method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    found = {"method": method, "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    found["targets"] = config.target_modules
+    for name in sorted(adapter.model_fields_set & found.keys()):
+        given = getattr(adapter, name)
+        if (set(given) if isinstance(given, list) else given) != found[name]:
+            raise UserError(f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it out")
+    if config.trainable_token_indices != rows:
+        has = config.trainable_token_indices
+        raise UserError(
+            f"model.add_tokens: the adapter in {path} trains the rows {has}, this run {rows}; list the same"
+        )
+    return wrapped
+
+
+def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Matrix [V, h] and bias of the head, with the rows that an adapter trains in their places."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        layer: Any = head.token_adapter
+        return layer.get_merged_weights(layer.active_adapters), None
+    return head.weight, head.bias
+
+
 def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
     counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in model.parameters()]
     return sum(c[0] for c in counts), sum(c[1] for c in counts)
-
-
-def merge(adapter_folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """The adapter of `adapter_folder` added into the weights of `base` (a freshly loaded model)."""
-    merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()  # pyright: ignore[reportCallIssue]
-    assert isinstance(merged, PreTrainedModel)
-    return merged

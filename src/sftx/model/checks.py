@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 
 from sftx.model.adapter import trainable
@@ -29,8 +30,8 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     rows = embeddings.weight.shape[0]
     if largest_id >= rows:
         raise UserError(
-            f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): "
-            "the tokenizer does not belong to this model"
+            f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): the tokenizer does not "
+            "belong to this model, or its new tokens must be listed in model.add_tokens or model.add_special_tokens"
         )
     positions = getattr(config, "max_position_embeddings", None)  # absent in models without position limits
     if positions is not None and max_length > positions:
@@ -112,8 +113,8 @@ def _matching_transform(
     loss: PackLoss, pack: Pack, device: torch.device, reference: Tensor, tolerance: float
 ) -> LogitTransform | None:
     """The transform under which head(hidden) equals the model's logits; None if there is none among the known."""
-    head = loss.model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    head: Any = loss.model.get_output_embeddings()
+    if type(head) not in (torch.nn.Linear, TrainableTokensWrapper) or head._forward_hooks or head._forward_pre_hooks:
         return None
     tensors = to_tensors(pack, device)
     try:

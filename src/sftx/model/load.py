@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from sftx.config import Loss, Model
 from sftx.model import attention
+from sftx.model.adapter import head_weights
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
@@ -109,8 +110,8 @@ class PackLoss(nn.Module):
             total = cross_entropy_sum(logits, label, weight, objective)
         else:
             hidden = self.hidden(ids, positions, cu_seqlens, longest).index_select(0, index)
-            head: Any = self.model.get_output_embeddings()
-            total = fused_cross_entropy_sum(hidden, head.weight, head.bias, label, weight, self.transform, objective)
+            head, bias = head_weights(self.model)
+            total = fused_cross_entropy_sum(hidden, head, bias, label, weight, self.transform, objective)
         return total + self._balance(cu_seqlens, index, weight) if objective.router_aux else total
 
     def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sftx.config import Model
@@ -15,12 +16,16 @@ from sftx.types import UserError
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The tokenizer as transformers and its servers load it."""
+    """The tokenizer as transformers and its servers load it, with the tokens the run adds."""
     path = model.tokenizer or model.path
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.tokenizer: {path} cannot be loaded: {error}") from error
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in model.add_tokens])
+    special = [AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens]
+    tokenizer.add_tokens(special, special_tokens=True)
+    return tokenizer
 
 
 def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) -> GenerationConfig:
@@ -51,7 +56,8 @@ def save_model(
     temporary.mkdir(parents=True)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(temporary))
+        # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
     else:
         state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
         kept = model.config.dtype

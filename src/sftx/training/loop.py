@@ -15,8 +15,7 @@ from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
-from sftx.model.adapter import merge
-from sftx.model.load import load_config, load_model, to_tensors
+from sftx.model.load import load_config, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.settings import make_config
@@ -203,8 +202,8 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     dtype = _stored_dtype(config)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
     save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype)
-    if config.adapter.merge:
-        merged = merge(folder, load_model(config.model, torch.device("cpu")))
+    if config.adapter.merge and job.adapted is not None:
+        merged: Any = job.adapted.merge_and_unload()
         (folder / "merged").mkdir(exist_ok=True)
         save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
     job.run.update(status="finished", total_tokens=job.total_tokens, total_targets=job.total_targets)

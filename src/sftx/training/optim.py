@@ -44,9 +44,10 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; weight decay on matrices, never on norms, biases or embeddings."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed, plain = [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            is_row = id(parameter) in embeddings or "trainable_tokens" in name
+            is_matrix = parameter.ndim >= 2 and not is_row
             (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},

@@ -27,6 +27,7 @@ from sftx.model.load import PackLoss, load_config, load_model
 from sftx.model.recompute import layers_to_recompute, recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
+from sftx.model.tokens import add_rows
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
@@ -81,7 +82,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     _refuse_wrong_folder(config, run)
     model_config = load_config(config.model)
     max_length = longest_example(config, model_config)
-    fast_tokenizer = Tokenizer.load(config.model.tokenizer or config.model.path)
+    fast_tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
@@ -92,12 +93,13 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     model = load_model(config.model, machine.device)
+    notes = add_rows(model, fast_tokenizer.taught, config.seed)
     freeze(model, config.model)
-    adapted = attach(model, config.adapter, config.seed)
+    adapted = attach(model, config.adapter, config.seed, sorted(fast_tokenizer.taught))
     loss = PackLoss(model, config.loss)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
-    notes = check_paths(loss, probe, machine.precision)
+    notes += check_paths(loss, probe, machine.precision)
     recomputed = layers_to_recompute(config.runtime, model)
     recompute(model, recomputed)
     loss.train()
