@@ -2,7 +2,8 @@
 
 Every verb is one module of this package, imported when it is called. It has `run`; it may have `EXTRA`, the keys it
 takes besides the settings of a run (their values stay text), and `DEFAULTS`, overrides such as `output=unused` for
-settings that this verb can do without. A verb whose `run` takes no `config` reads no settings at all.
+settings that this verb can do without. A verb whose `run` takes no `config` reads no settings at all; one that takes
+`path` is given the argument without `=`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def _dispatch(arguments: list[str]) -> int:
 def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
     extra_keys: dict[str, str] = vars(module).get("EXTRA", {})
     path, overrides, extra = _split(verb, arguments, extra_keys)
-    if "config" not in signature(module.run).parameters:
+    takes = signature(module.run).parameters
+    if "config" not in takes:
+        if path is not None and "path" in takes:
+            extra, path = {**extra, "path": path}, None
         if path is not None or overrides:
             known = ", ".join(f"{key}=..." for key in extra_keys) or "nothing"
             raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}")

@@ -30,6 +30,14 @@ def load_config(model: Model) -> Any:
         raise UserError(f"model.path: {model.path} cannot be read as a model: {error}") from error
 
 
+def stored_dtype(model: Model) -> torch.dtype:
+    """`model.save_dtype`; `auto` = that of the folder the run started from."""
+    if model.save_dtype != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[model.save_dtype]
+    stored = load_config(model).dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
 def load_model(model: Model, device: torch.device) -> PreTrainedModel:
     """The causal language model in float32 on `device`; UserError if weights are missing or do not fit."""
     transformers_logging.disable_progress_bar()

@@ -123,6 +123,13 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return None
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """The weights alone of the checkpoint `path`, into `model`; UserError if it is damaged or none."""
+    if problem := _verify(path) if path.exists() else f"there are {sorted(p.name for p in path.parent.glob('step-*'))}":
+        raise UserError(f"checkpoint {path} cannot be used: {problem}")
+    _load_parameters(model, load_file(path / "weights.safetensors"), path)
+
+
 def newest(folder: Path) -> State | None:
     """State of the newest checkpoint that verifies, without loading its tensors."""
     for path in _found(folder):

@@ -15,7 +15,7 @@ from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
-from sftx.model.load import load_config, to_tensors
+from sftx.model.load import stored_dtype, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.settings import make_config
@@ -199,7 +199,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     if job.encoder.chat_template is not None:
         job.tokenizer.chat_template = job.encoder.chat_template
     stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
-    dtype = _stored_dtype(config)
+    dtype = stored_dtype(config.model)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
     save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype)
     if config.adapter.merge and job.adapted is not None:
@@ -208,18 +208,6 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
     job.run.update(status="finished", total_tokens=job.total_tokens, total_targets=job.total_targets)
     progress.finished(job.run)
-
-
-def _stored_dtype(config: Config) -> torch.dtype:
-    """`model.save_dtype`; `auto` = that of the folder the run started from."""
-    match config.model.save_dtype:
-        case "fp32":
-            return torch.float32
-        case "bf16":
-            return torch.bfloat16
-        case "auto":
-            stored = load_config(config.model).dtype
-            return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:
