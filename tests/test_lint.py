@@ -12,7 +12,7 @@ import tiny
 
 from sftx.cli import main
 from sftx.data.lint import Finding, lint
-from sftx.data.minhash import near_duplicates, signature
+from sftx.data.minhash import NearDuplicates
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings import make_config
@@ -121,11 +121,13 @@ def test_near_duplicates_finds_planted_pairs() -> None:
         words = texts[i].split()
         words[rng.randrange(120)] = "changed"
         texts.append(" ".join(words))
-    found = near_duplicates([signature(text) for text in texts])
-    assert all(found[i] == i - 600 for i in found)
-    assert len(found) >= 90
-    assert near_duplicates([]) == {}
-    assert near_duplicates([signature("a b"), signature("a b"), signature("a c"), signature("")]) == {1: 0}
+    seen = NearDuplicates()
+    found = [seen.add(text) for text in texts]
+    assert found[:600] == [None] * 600
+    assert {f - i for i, f in enumerate(found[600:]) if f is not None} == {0}
+    assert sum(f is not None for f in found) >= 90
+    seen = NearDuplicates()
+    assert [seen.add(text) for text in ("a b", "a b", "a c", "", "\ud800", "a b")] == [None, 0, None, None, None, 0]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
-from sftx.data.minhash import near_duplicates, signature
+from sftx.data.minhash import NearDuplicates
 from sftx.data.render import Encoder
 from sftx.data.view import raw_tables, read_rows
 from sftx.types import Row, RowError
@@ -164,7 +164,8 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
     places: list[str] = []
     held: list[bool] = []
     hashes: list[int] = []
-    signatures = []
+    like: dict[int, int] = {}
+    seen = NearDuplicates()
     hits: dict[str, list[int]] = {name: [] for name in ("roles", "markers", "own markers", "mojibake", "secrets")}
     with raw_tables(config) as tables:
         for table in tables:
@@ -176,12 +177,13 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
                 held.append(table.held_out)
                 text = "\n".join(_texts(row))
                 hashes.append(hash(text))
-                signatures.append(signature(text))
+                earlier = seen.add(text)
+                if earlier is not None and hashes[earlier] != hashes[number]:  # exact copies are another finding
+                    like[number] = earlier
                 for name in _text_problems(text, encoder):
                     hits[name].append(number)
                 if _wrong_order(row):
                     hits["roles"].append(number)
-    like = {i: j for i, j in near_duplicates(signatures).items() if hashes[i] != hashes[j]}
     across = [i for i, j in like.items() if held[i] and not held[j]]
     inside = sorted(set(like) - set(across))
     many = len(hits["markers"]) > 0.01 * len(places)
