@@ -149,6 +149,9 @@ class Optim(Section):
     """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 does not clip."""
+    weights: Literal["fp32", "bf16_stochastic"] = "fp32"
+    """How weights are kept while training: in fp32, or in bf16 (gradients too; the means stay fp32: 12 bytes a
+    parameter for 16), each update rounded up or down at random by how near it is, so that small ones are not lost."""
     max_bad_steps: int = Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
@@ -195,6 +198,8 @@ class Adapter(Section):
     path: str | None = None
     """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank, alpha, dropout and
     targets. `method` must be its method."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too) by bitsandbytes."""
     merge: bool = False
     """Also write the merged model, into `OUTPUT/merged`."""
 
@@ -208,6 +213,8 @@ class Adapter(Section):
         unused = sorted(self.model_fields_set - {"method"})
         if self.method == "none" and unused:
             raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
+        if self.merge and self.quantize != "none":
+            raise ValueError("`merge` would round the merged weights to 4 bits again; leave it to `sftx export`")
         return self
 
 
@@ -300,6 +307,8 @@ class Config(Section):
         ways = [name for name in ("unfrozen_layers", "train_only", "freeze") if getattr(self.model, name) is not None]
         if ways and self.adapter.method != "none":
             raise ValueError(f"`model.{ways[0]}` is for training without an adapter, which freezes all but itself")
+        if self.optim.weights != "fp32" and self.adapter.method != "none":
+            raise ValueError("`optim.weights` is for training without an adapter, whose weights are always fp32")
         if ways[:2] == ["unfrozen_layers", "train_only"]:
             raise ValueError("`model.unfrozen_layers` and `model.train_only` both say what trains; set one")
         return self

@@ -48,7 +48,9 @@ def run(path: str = "", to: str = "", dtype: str = "", step: str = "") -> int:
     elif not step:
         source = Model(path=str(folder), save_dtype=source.save_dtype, trust_remote_code=source.trust_remote_code)
     tokenizer = Tokenizer.of_model(source)
-    model = load_model(source, torch.device("cpu"))
+    quantised = adapter.method != "none" and given["quantize"] == "nf4"
+    model = load_model(source, torch.device("cpu"), nf4=torch.float32 if quantised else None)
+    model = model.dequantize() if quantised else model
     add_rows(model, tokenizer.taught, settings["seed"])
     adapted = attach(model, adapter, settings["seed"], sorted(tokenizer.taught))
     if step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -98,5 +99,6 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in model.parameters()]
-    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+    whole = [(p, getattr(p, "quant_state", p)) for p in model.parameters()]  # two 4-bit weights are one element
+    sizes = [(p, math.prod(q.shape)) for p, q in whole]
+    return sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sftx.config import Loss, Model
@@ -38,16 +39,23 @@ def stored_dtype(model: Model) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def load_model(model: Model, device: torch.device) -> PreTrainedModel:
-    """The causal language model in float32 on `device`; UserError if weights are missing or do not fit."""
+def load_model(
+    model: Model, device: torch.device, dtype: torch.dtype = torch.float32, nf4: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The causal language model in `dtype` on `device`; UserError if weights are missing or do not fit.
+
+    With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype that it names.
+    """
+    quantised = {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
     transformers_logging.disable_progress_bar()
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model.path,
             trust_remote_code=model.trust_remote_code,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
+            **quantised,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
@@ -58,7 +66,18 @@ def load_model(model: Model, device: torch.device) -> PreTrainedModel:
             f"(first: {missing[0]}); training would start from random numbers there"
         )
     loaded.config.use_cache = False
-    return loaded.to(device)
+    for module in loaded.modules() if nf4 else ():
+        # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes through any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
+    return loaded if nf4 else loaded.to(device)
+
+
+def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise UserError("adapter.quantize: nf4 needs bitsandbytes; pip install 'sftx[qlora]'")
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return BitsAndBytesConfig(load_in_4bit=True, **settings)
 
 
 class PackLoss(nn.Module):

@@ -24,7 +24,7 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.meter import Meter
-from sftx.training.optim import learning_rate
+from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare
 from sftx.training.step import StepResult, train_step
 from sftx.training.stop import NOTHING_TO_SAVE, Diverged, StopFlag, Stopped, listening
@@ -131,6 +131,8 @@ def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
     job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
     torch.manual_seed(job.loss.noise_seed)
+    if isinstance(job.optimizer, StochasticAdamW):
+        job.optimizer.seed = job.loss.noise_seed
     return train_step(
         job.loss,
         job.optimizer,

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from sftx.config import Adapter, Optim
 
@@ -53,4 +54,33 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+    kind = torch.optim.AdamW if optim.weights == "fp32" else StochasticAdamW
+    return kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+class StochasticAdamW(torch.optim.AdamW):
+    """AdamW on bf16 parameters that have no fp32 copy: computed in fp32, with fp32 means, then rounded at random.
+
+    bf16 is the upper half of fp32, so adding 16 random bits and cutting the lower half rounds up with just the
+    probability that leaves the expectation unchanged. The bits are drawn from `seed`, which must differ in every step.
+    """
+
+    seed = 0
+    found_inf: torch.Tensor | None = None  # 1 where the step must not be applied, as in PyTorch's fused kernel
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update; no closure is taken."""
+        generator = torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(self.seed)
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, weight = self.state[p], p.float()
+                for name in ("exp_avg", "exp_avg_sq") if not state else ():
+                    state[name] = torch.zeros_like(weight)
+                step = state.setdefault("step", torch.zeros((), device=p.device))
+                settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+                settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+                means = [state["exp_avg"]], [state["exp_avg_sq"]]
+                adamw([weight], [p.grad.float()], *means, [], [step], fused=True, found_inf=self.found_inf, **settings)
+                bits = torch.randint(1 << 16, weight.shape, generator=generator, dtype=torch.int32, device=p.device)
+                p.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))

@@ -92,8 +92,10 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
-    model = load_model(config.model, machine.device)
-    notes = add_rows(model, fast_tokenizer.taught, config.seed)
+    nf4 = machine.precision if config.adapter.quantize == "nf4" else None
+    dtype, notes = _kept_weights(config, machine)
+    model = load_model(config.model, machine.device, dtype, nf4)
+    notes += add_rows(model, fast_tokenizer.taught, config.seed)
     freeze(model, config.model)
     adapted = attach(model, config.adapter, config.seed, sorted(fast_tokenizer.taught))
     loss = PackLoss(model, config.loss)
@@ -123,6 +125,15 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     _continue_or_start(job)
     progress.model(type(model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
+
+
+def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[str]]:
+    """The dtype of the parameters, and what is to be said of it."""
+    if config.optim.weights == "fp32":
+        return torch.float32, []
+    if machine.precision == torch.float32:
+        raise UserError(f"optim.weights: {config.optim.weights} computes in bf16; set runtime.precision: bf16 too")
+    return torch.bfloat16, ["weights are bf16 without an fp32 copy: updates are rounded at random (optim.weights)"]
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
