@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.config import Adapter
+from sftx.model import lora
 from sftx.types import UserError
 
 
@@ -47,6 +48,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
     except ValueError as error:
         raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
     assert isinstance(wrapped, PeftModel)
+    lora.fuse(wrapped)
     return wrapped
 
 

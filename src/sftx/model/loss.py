@@ -42,16 +42,21 @@ class LogitTransform:
 def cross_entropy_sum(logits: Tensor, label: Tensor, weight: Tensor, objective: Loss = PLAIN) -> Tensor:
     """Weighted sum of losses from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar float32."""
     logits = logits.float()
-    lse = torch.logsumexp(logits, dim=-1)
-    return (_losses(logits, lse, label, objective)[0].double() * weight).sum().float()
+    lse, mean = torch.logsumexp(logits, dim=-1), logits.mean(-1) if objective.label_smoothing else None
+    return (_losses(_at(logits, label), mean, lse, objective)[0].double() * weight).sum().float()
 
 
-def _losses(z: Tensor, lse: Tensor, label: Tensor, objective: Loss) -> tuple[Tensor, Tensor | None]:
-    """Loss [M] of each row of logits `z` [M, V], and c [M] of the module's formula (None = 1)."""
-    nll = lse - z.gather(-1, label[:, None])[:, 0]
+def _at(z: Tensor, label: Tensor) -> Tensor:
+    return z.gather(-1, label[:, None])[:, 0]
+
+
+def _losses(at_label: Tensor, mean: Tensor | None, lse: Tensor, objective: Loss) -> tuple[Tensor, Tensor | None]:
+    """Loss [M] of rows of logits, from each row's value at the label, mean (None where not needed) and log-sum-exp;
+    and c [M] of the module's formula (None = 1)."""
+    nll = lse - at_label
     share = torch.exp(-nll.detach()) if objective.dft else None
-    if eps := objective.label_smoothing:
-        nll = (1 - eps) * nll + eps * (lse - z.mean(-1))
+    if mean is not None:
+        nll = (1 - objective.label_smoothing) * nll + objective.label_smoothing * (lse - mean)
     if share is not None:
         nll = share * nll
     return nll + objective.z_loss * lse**2 if objective.z_loss else nll, share
@@ -69,13 +74,11 @@ def fused_cross_entropy_sum(
     """The same from hidden states [M, h] and the head's matrix [V, h], without ever holding [M, V].
 
     Gradients are computed chunk by chunk in the forward pass (6 h V operations per target in all, none twice).
-    Under autocast the products run in its dtype, as the model's own head would.
+    Under autocast the products run in its dtype, as the model's own head would; the sums stay in fp32.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, head = hidden.to(dtype), head.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     return _FusedCrossEntropy.apply(hidden, head, bias, label, weight, transform, objective)  # pyright: ignore[reportReturnType]
 
 
@@ -93,33 +96,37 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_head = torch.empty(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
         d_bias = torch.zeros(head.shape[0], dtype=torch.float32, device=head.device) if needs_bias else None
+        ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         rows = max(1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
+            matrix = head.detach().to(hidden.dtype)
             for a in range(0, hidden.shape[0], rows):
                 s = slice(a, min(a + rows, hidden.shape[0]))
-                loss, grad = _chunk(hidden[s], head, bias, label[s], weight[s], transform, objective)
+                loss, grad = _chunk(hidden[s], matrix, bias, label[s], weight[s], transform, objective)
                 total += loss
-                if d_hidden is not None:
-                    d_hidden[s] = grad.to(head.dtype) @ head
-                if d_head is not None:
-                    _add_outer(d_head, grad, hidden[s])
                 if d_bias is not None:
                     d_bias += grad.sum(0)
-        ctx.save_for_backward(d_hidden, d_head, d_bias)
-        ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
+                grad = grad.to(hidden.dtype)
+                if d_hidden is not None:
+                    d_hidden[s] = grad @ matrix
+                if d_head is not None:
+                    _add_outer(d_head, grad, hidden[s], first=a == 0)
+        # Not `save_for_backward`: nobody else may hold them, so that autograd takes them over without a copy.
+        ctx.gradients = [d_hidden, d_head, d_bias]
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_hidden, d_head, d_bias = ctx.saved_tensors
+        d_hidden, d_head, d_bias = ctx.gradients
+        ctx.gradients = None
         head_dtype, bias_dtype = ctx.dtypes
         return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_hidden is None else d_hidden.mul_(grad),
             None if d_head is None else d_head.mul_(grad).to(head_dtype),
-            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            None if d_bias is None else d_bias.mul_(grad).to(bias_dtype),
             None,
             None,
             None,
@@ -136,29 +143,39 @@ def _chunk(
     transform: LogitTransform,
     objective: Loss,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (fp64 scalar) of a few rows and its gradient with respect to the head's output, fp32 [rows, V]."""
+    """Loss (fp64 scalar) of a few rows and its gradient with respect to the head's output, fp32 [rows, V].
+
+    One array of that size is enough: the logits become the gradient in place.
+    """
     x = (hidden @ head.t()).float()
     if bias is not None:
         x += bias
     z = transform(x)
-    lse = torch.logsumexp(z, dim=-1)
-    losses, share = _losses(z, lse, label, objective)
-    eps, pull = objective.label_smoothing, weight if share is None else weight * share
-    grad = torch.exp(z - lse[:, None])
-    grad *= (pull + 2 * objective.z_loss * weight * lse if objective.z_loss else pull)[:, None]
+    eps = objective.label_smoothing
+    at_label, mean = _at(z, label), z.mean(-1) if eps else None
+    slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
+    peak = z.amax(-1)
+    grad = z.sub_(peak[:, None]).exp_()
+    mass = grad.sum(-1)
+    lse = peak + mass.log()
+    losses, share = _losses(at_label, mean, lse, objective)
+    pull = weight if share is None else weight * share
+    grad *= ((pull + 2 * objective.z_loss * weight * lse if objective.z_loss else pull) / mass)[:, None]
     grad.scatter_add_(-1, label[:, None], (eps - 1) * pull[:, None])
     if eps:
         grad -= (eps / z.shape[1]) * pull[:, None]
-    if transform.softcap:
-        grad *= 1 - (z / transform.softcap) ** 2
+    if slope is not None:
+        grad *= slope
     if transform.scale != 1.0:
         grad *= transform.scale
     return (losses.double() * weight).sum(), grad
 
 
-def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad^T hidden, accumulated in fp32 whatever the dtype of `hidden`."""
+def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+    """total += grad^T hidden, accumulated in fp32 whatever the dtype of `hidden`; `first` = total holds nothing yet."""
     if hidden.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden)
+        total.addmm_(grad.t(), hidden, beta=0 if first else 1)
+    elif first:
+        total.copy_(grad.t() @ hidden)
     else:
-        total += grad.to(hidden.dtype).t() @ hidden
+        total += grad.t() @ hidden

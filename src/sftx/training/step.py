@@ -37,11 +37,13 @@ def train_step(
     its share of one and the same sum.
     """
     loss = torch.zeros((), device=next(model.parameters()).device)
-    for pack in packs:
-        with autocast():
-            pack_loss = model(**pack)
-        (pack_loss / total_weight).backward()
-        loss += pack_loss.detach() / total_weight
+    # The outer context, itself switched off, keeps the weights that autocast has cast from one pack to the next.
+    with torch.autocast(loss.device.type, enabled=False):
+        for pack in packs:
+            with autocast():
+                pack_loss = model(**pack)
+            (pack_loss / total_weight).backward()
+            loss += pack_loss.detach() / total_weight
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]

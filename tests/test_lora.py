@@ -1,0 +1,123 @@
+"""Adapter and layer in one function: the numbers of peft's own forward, and peft's own forward wherever it must be."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from torch.utils.checkpoint import checkpoint
+
+from sftx.model.lora import LoraLinear, fuse
+
+
+def adapted(family: str = "Qwen2", **changes: object) -> torch.nn.Module:
+    """A tiny model with an adapter whose second matrix is no longer zero."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **changes)  # pyright: ignore
+    model = get_peft_model(tiny.model(family), config).train()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def gradients(model: torch.nn.Module, autocast: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss on fixed tokens, and the gradient of every adapter weight."""
+    ids = torch.arange(3, 51).reshape(2, 24)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Relative L2 difference over all gradients."""
+    assert ours.keys() == theirs.keys()
+    squares = [((ours[n].double() - theirs[n].double()) ** 2).sum() for n in ours]
+    return float((sum(squares) / sum((theirs[n].double() ** 2).sum() for n in ours)) ** 0.5)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Phi"])  # both have biases beneath
+def test_gradients_are_those_of_peft(family: str) -> None:
+    model = adapted(family)
+    loss, theirs = gradients(model)
+    rough_loss, rough = gradients(model, autocast=True)
+    assert fuse(model) == sum(type(m) is LoraLinear for m in model.modules()) > 0
+    fused_loss, ours = gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(ours, theirs) <= 1e-6
+    # In bf16 both are as far from fp32, and each other's dtypes.
+    fused_rough_loss, fused_rough = gradients(model, autocast=True)
+    assert fused_rough_loss == pytest.approx(rough_loss, rel=2e-3)
+    assert difference(fused_rough, theirs) <= 1.1 * difference(rough, theirs)
+    assert {n: g.dtype for n, g in fused_rough.items()} == {n: g.dtype for n, g in rough.items()}
+
+
+def test_a_base_of_another_precision_gives_what_peft_gives() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8, dtype=torch.bfloat16))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))  # pyright: ignore[reportArgumentType]
+    layer = next(m for m in wrapped.modules() if type(m) is Linear)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16)
+    theirs = layer(x)
+    assert fuse(wrapped) == 1
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert torch.equal(layer(x), theirs)
+
+
+def test_only_the_input_is_kept() -> None:
+    model = adapted()
+    layer = next(m for m in model.modules() if type(m) is Linear)
+    x = torch.randn(7, layer.in_features, requires_grad=True)
+
+    def kept() -> list[torch.Tensor]:
+        tensors: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            layer(x)
+        return [t for t in tensors if t.untyped_storage().data_ptr() not in known]
+
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    assert kept()  # x A^T
+    fuse(model)
+    assert kept() == []
+
+
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_is_not_plain_stays_with_peft(changes: dict[str, object]) -> None:
+    assert fuse(adapted(**changes)) == 0
+
+
+def test_switching_the_adapter_off_or_merging_it_goes_through_peft() -> None:
+    model = adapted()
+    plain = copy.deepcopy(model)
+    fuse(model)
+    ids = torch.arange(3, 30)[None]
+    with model.disable_adapter(), plain.disable_adapter():  # pyright: ignore[reportCallIssue]
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    expected = model(input_ids=ids).logits
+    model.merge_adapter()  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    model.unmerge_adapter()  # pyright: ignore[reportCallIssue]
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))  # pyright: ignore[reportCallIssue]
+    model.set_adapter("second")  # pyright: ignore[reportCallIssue]
+    assert model(input_ids=ids).logits.shape == expected.shape
+
+
+def test_it_is_recomputed_and_compiled_like_any_layer() -> None:
+    model = adapted()
+    fuse(model)
+    layer = next(m for m in model.modules() if type(m) is LoraLinear)
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        got = torch.autograd.grad(run(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
