@@ -69,9 +69,9 @@ def segment_attention(
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if plain and not on_host and _flash_takes(query, value, cu_seq_lens_q):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
-    key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
     if plain and on_host and query.shape[-1] == value.shape[-1]:
         return _cpu_segments(query, key, value, borders, scale, window)[0].transpose(1, 2).contiguous(), None
+    key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
     if query.dtype != value.dtype:
         query, key, value = query.float(), key.float(), value.float()
     if dropout == 0.0 and not plain:
@@ -112,16 +112,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, s
 
 @torch.library.custom_op("sftx::segments", mutates_args=())
 def _cpu_segments(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """Flash attention per segment on the CPU: [1, H, T, D] x 3 -> output in the dtype of `q`, and its log-sum-exp.
+    """Flash attention per segment on the CPU: `q` [1, H, T, D], `k` and `v` [1, H_kv, T, D] -> output in the dtype of
+    `q`, and its log-sum-exp.
 
     Computed in fp32: for segments shorter than about 512 the bf16 kernel's backward is half as fast (measured).
+    Heads of keys and values are repeated for one segment at a time, and never kept.
     """
     _, heads, tokens, size = q.shape
     out = torch.zeros(1, tokens, heads, size, dtype=q.dtype)  # [1, T, H, D]: the layout the caller wants
     lse = torch.zeros(1, tokens, heads, dtype=torch.float32)
     with _full_precision_matmul():
         for a, b in segments_of(borders):
-            inputs = [x[:, :, a:b].float() for x in (q, k, v)]
+            inputs = [_repeat_heads(x[:, :, a:b].float(), heads) for x in (q, k, v)]
             part, part_lse = _flash(*inputs, 0.0, True, attn_mask=_outside(window, b - a), scale=scale)
             out[:, a:b] = part.transpose(1, 2)
             lse[:, a:b] = part_lse.transpose(1, 2)
@@ -139,15 +141,15 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _cpu_segments_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    gradients = [torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)]
     with _full_precision_matmul():
         for a, b in segments_of(borders):
             s, mask = slice(a, b), _outside(window, b - a)
-            inputs = [x[:, :, s].float() for x in (grad, q, k, v, out)]
-            dq[:, :, s], dk[:, :, s], dv[:, :, s] = _flash_backward(
-                *inputs, lse[:, :, s], 0.0, True, attn_mask=mask, scale=scale
-            )
-    return dq, dk, dv
+            inputs = [_repeat_heads(x[:, :, s].float(), q.shape[1]) for x in (grad, q, k, v, out)]
+            parts = _flash_backward(*inputs, lse[:, :, s], 0.0, True, attn_mask=mask, scale=scale)
+            for total, part in zip(gradients, parts, strict=True):
+                total[:, :, s] = part.unflatten(1, (total.shape[1], -1)).sum(2)  # over the heads that share one
+    return gradients[0], gradients[1], gradients[2]
 
 
 _cpu_segments_backward.register_fake(lambda grad, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]))

@@ -43,7 +43,7 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` [..., in] -> [..., out], in the dtype that the base layer alone would return."""
-        name = self.active_adapters[0] if self.active_adapters else None
+        name = next(iter(self.active_adapters), "")
         if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A or not _is_plain(self):
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
