@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from sftx.data.pack import best_fit, build_pack, probe_pack
-from sftx.model.checks import check_paths
+from sftx.model.checks import _prunes, check_paths
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.training.step import train_step
@@ -66,6 +66,7 @@ def test_packed_gradient_is_the_naive_one(family: str) -> None:
     reference.backward()
     loss = PackLoss(model)
     assert check_paths(loss, probe_pack(data), torch.float32) == []
+    assert loss.prunes
     for packs in ([tuple(range(7))], best_fit(LENGTHS, 70), [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
         value = step_gradient(loss, data, packs)
         assert value == pytest.approx(float(reference), rel=1e-6)
@@ -136,6 +137,24 @@ def test_fused_cross_entropy_is_the_naive_one(
     for ours, theirs in zip(fused_gradients, torch.autograd.grad(naive * 0.3, twins), strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) <= 1e-6
     assert float(cross_entropy_sum(logits.float(), label, weight)) == pytest.approx(float(naive), rel=1e-6)
+
+
+def test_the_last_layer_computes_only_what_targets_read() -> None:
+    loss = PackLoss(tiny.model())
+    data = tiny.examples(LENGTHS)
+    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    seen = []
+    for layer in loss.model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+    pack = build_pack(data)
+    loss(**to_tensors(pack, CPU))
+    assert seen == [pack.tokens, len(pack.index)]
+    loss.use_segments(False)
+    loss.model(input_ids=torch.arange(9)[None])
+    assert seen[2:] == [9, 9]
+    loss.use_segments(True)
+    loss.model.model.layers[-1].mlp.register_forward_hook(lambda _m, _a, out: out.flip(1))  # no longer row by row
+    assert not _prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
 
 
 def test_bad_step_changes_no_weight() -> None:

@@ -16,6 +16,8 @@ from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.adapter import head_weights
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.prune import WORTH_IT, LastLayer
+from sftx.model.recompute import decoder_layers
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
 
@@ -86,8 +88,9 @@ class PackLoss(nn.Module):
     `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with segment attention
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
-    `checks` turns to them when measuring shows that the fast one is not equal. `objective` holds while training; in
-    evaluation the sum is the plain one. `noise_seed` is that of the step.
+    `checks` turns to them when measuring shows that the fast one is not equal. `prunes`: the last layer computes only
+    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `objective` holds
+    while training; in evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
     def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
@@ -103,6 +106,9 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
+        self.prunes = False
+        for layer in decoder_layers(model)[-1:]:
+            LastLayer(layer)
         self.transform: LogitTransform | None = LogitTransform()
         self.own_attention = model.config._attn_implementation or "eager"
         self.use_segments(True)
@@ -136,18 +142,22 @@ class PackLoss(nn.Module):
             logits = self.own_logits(ids, positions, cu_seqlens, index, longest)
             total = cross_entropy_sum(logits, label, weight, objective)
         else:
-            hidden = self.hidden(ids, positions, cu_seqlens, longest).index_select(0, index)
+            prunes = self.prunes and not objective.router_aux and len(index) <= WORTH_IT * len(ids)
+            hidden = self.hidden(ids, positions, cu_seqlens, longest, index if prunes else None).index_select(0, index)
             head, bias = head_weights(self.model)
             total = fused_cross_entropy_sum(hidden, head, bias, label, weight, self.transform, objective)
         return total + self._balance(cu_seqlens, index, weight) if objective.router_aux else total
 
-    def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """Hidden states after the final norm, [T, h]."""
+    def hidden(
+        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [T, h]; where `rows` are named, those of others need not be right."""
         out = self._run(
             self.model.base_model,
             input_ids=ids[None],
             position_ids=positions[None],
             **_segment_kwargs(cu_seqlens, longest, ids.device),
+            **({} if rows is None else {"rows_needed": rows}),
         )
         return out.last_hidden_state[0]
 
