@@ -79,6 +79,17 @@ def test_a_checkpoint_becomes_a_folder(method: str, tmp_path: Path) -> None:
     assert float((last[f"{name}.weight"].float() - expected).abs().max()) > 1e-3
 
 
+def test_a_checkpoint_of_partly_frozen_weights_becomes_a_whole_folder(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+    model = {"path": path, "unfrozen_layers": 1}
+    folder = run(tmp_path / "run", model=model, checkpoint={"every": 1}, batch={"steps": 2})
+    assert main(["export", str(folder), "step=1"]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (Path(path), folder / "exported"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.1.", "model.norm.")) for name in changed)
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "run", batch={"steps": 1})
     (tmp_path / "taken").mkdir()

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from torch import nn
 
 from sftx.config import Config, Model
+from sftx.data.pack import build_pack
 from sftx.model.freeze import freeze
+from sftx.model.load import PackLoss, to_tensors
 from sftx.types import UserError
 
 
@@ -78,3 +81,14 @@ def test_what_fits_nothing_is_refused(settings: dict[str, Any], message: str) ->
 def test_contradictions_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.model_validate({"data": "d", "output": "o", **sections})
+
+
+def test_a_head_that_trains_alone_takes_part_in_an_empty_pack() -> None:
+    model = tiny.model()
+    freeze(model, Model(path="m", train_only=["lm_head.*"]))
+    loss = PackLoss(model)
+    for examples in ([], tiny.examples([9])):
+        loss.zero_grad()
+        loss(**to_tensors(build_pack(examples), torch.device("cpu"))).backward()
+        gradient = model.get_output_embeddings().weight.grad
+        assert bool(gradient.any()) == bool(examples)

@@ -61,6 +61,11 @@ def test_small_updates_are_lost_by_naive_rounding_and_kept_by_stochastic_roundin
     assert float((1 - after.float()).mean()) == pytest.approx(moved, abs=5e-5)
     assert torch.equal(after, steps(weight, 50, 1e-5, StochasticAdamW))
     assert torch.equal(steps(-weight, 1, 0.0, StochasticAdamW), -weight)
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = StochasticAdamW([parameter], lr=1.0)
+    parameter.grad, optimizer.found_inf = torch.full_like(weight, float("nan")), torch.ones(())
+    optimizer.step()
+    assert torch.equal(parameter, weight)
 
 
 def test_rounding_is_within_one_place_of_the_exact_update() -> None:

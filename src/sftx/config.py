@@ -186,7 +186,8 @@ class Adapter(Section):
     """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
 
     method: Literal["none", "lora", "rslora", "dora"] = "none"
-    """`none` trains all weights; the others train a low-rank adapter through peft."""
+    """`none` trains all weights; the others train a low-rank adapter through peft. The folder of a `lora` is laid out
+    as vLLM and llama.cpp load it (an `rslora` for vLLM); serve a `dora`, or one with added tokens, by `sftx export`."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     alpha: float = Field(default=32.0, gt=0)

@@ -16,6 +16,7 @@ from sftx.config import Adapter, Data, Model
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
+from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
 from sftx.model.tokens import add_rows
@@ -48,13 +49,14 @@ def run(path: str = "", to: str = "", dtype: str = "", step: str = "") -> int:
     elif not step:
         source = Model(path=str(folder), save_dtype=source.save_dtype, trust_remote_code=source.trust_remote_code)
     tokenizer = Tokenizer.of_model(source)
-    quantised = adapter.method != "none" and given["quantize"] == "nf4"
-    model = load_model(source, torch.device("cpu"), nf4=torch.float32 if quantised else None)
-    model = model.dequantize() if quantised else model
+    nf4 = torch.float32 if given["quantize"] == "nf4" else None
+    model = load_model(source, torch.device("cpu"), nf4=nf4)
+    model = model.dequantize() if nf4 else model
     add_rows(model, tokenizer.taught, settings["seed"])
+    freeze(model, source)
     adapted = attach(model, adapter, settings["seed"], sorted(tokenizer.taught))
     if step:
-        load_weights(folder / "checkpoints" / f"step-{int(step):08d}", loss := PackLoss(model))
+        load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
         loss.use_segments(False)
     before = _probe(model)
     merged: Any = model if adapted is None else adapted.merge_and_unload()

@@ -100,7 +100,7 @@ class PackLoss(nn.Module):
         self.noise_seed = 0
         self._noise: Tensor | None = None
         self._router_logits: tuple[Tensor, ...] = ()
-        self.experts_per_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+        self.experts_per_token: int = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 0
         if objective.router_aux and not self.experts_per_token:
             raise UserError(f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out")
         if objective.neftune_alpha:
@@ -132,7 +132,8 @@ class PackLoss(nn.Module):
         float32[M]; `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn.
         Returns the sum over targets, a float32 scalar."""
         if len(index) == 0:  # nothing to learn here, but every rank must take part in the backward pass
-            return self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
+            zero = self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
+            return zero if zero.requires_grad else zero + head_weights(self.model)[0].sum() * 0.0  # it trains alone
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(cu_seqlens.diff().tolist(), examples)
@@ -152,24 +153,14 @@ class PackLoss(nn.Module):
         self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor | None = None
     ) -> Tensor:
         """Hidden states after the final norm, [T, h]; where `rows` are named, those of others need not be right."""
-        out = self._run(
-            self.model.base_model,
-            input_ids=ids[None],
-            position_ids=positions[None],
-            **_segment_kwargs(cu_seqlens, longest, ids.device),
-            **({} if rows is None else {"rows_needed": rows}),
-        )
+        segments = _segment_kwargs(cu_seqlens, longest, ids.device) | ({} if rows is None else {"rows_needed": rows})
+        out = self._run(self.model.base_model, ids, position_ids=positions[None], **segments)
         return out.last_hidden_state[0]
 
     def own_logits(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, longest: int) -> Tensor:
         """Logits [M, V] at `index` through the model's own forward, whatever it does after the head."""
-        out = self._run(
-            self.model,
-            input_ids=ids[None],
-            position_ids=positions[None],
-            logits_to_keep=index,
-            **_segment_kwargs(cu_seqlens, longest, ids.device),
-        )
+        segments = _segment_kwargs(cu_seqlens, longest, ids.device)
+        out = self._run(self.model, ids, position_ids=positions[None], logits_to_keep=index, **segments)
         return _keep(out.logits[0], index)
 
     def _one_by_one(
@@ -181,18 +172,18 @@ class PackLoss(nn.Module):
             mine = (index >= a) & (index < b)
             if mine.any():
                 self._noise = None if noise is None else noise[a:b]
-                out = self._run(self.model, input_ids=ids[None, a:b])
+                out = self._run(self.model, ids[a:b])
                 at = index[mine] - a
                 total = total + cross_entropy_sum(out.logits[0][at], label[mine], weight[mine], objective)
                 if objective.router_aux:
                     total = total + self._balance(torch.tensor([0, b - a], device=ids.device), at, weight[mine])
         return total
 
-    def _run(self, module: Any, **inputs: Any) -> Any:
+    def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:
         """The module's output; its routers' logits are kept where the objective needs them."""
         if not (self.training and self.objective.router_aux):
-            return module(use_cache=False, **inputs)
-        out = module(use_cache=False, output_router_logits=True, **inputs)
+            return module(input_ids=ids[None], use_cache=False, **inputs)
+        out = module(input_ids=ids[None], use_cache=False, output_router_logits=True, **inputs)
         self._router_logits = getattr(out, "router_logits", None) or ()
         if not self._router_logits:
             raise UserError(f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits")
@@ -203,7 +194,6 @@ class PackLoss(nn.Module):
         cu_seqlens = cu_seqlens.to(index.device, non_blocking=True)
         segment = torch.bucketize(index, cu_seqlens[1:], right=True)
         share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
-        assert self.experts_per_token is not None
         logits, self._router_logits = self._router_logits, ()
         return self.objective.router_aux * router_balance(logits, self.experts_per_token, cu_seqlens, share)
 
