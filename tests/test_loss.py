@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -155,6 +156,25 @@ def test_the_last_layer_computes_only_what_targets_read() -> None:
     loss.use_segments(True)
     loss.model.model.layers[-1].mlp.register_forward_hook(lambda _m, _a, out: out.flip(1))  # no longer row by row
     assert not _prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
+
+
+def test_gradients_are_added_where_they_lie_unless_somebody_watches() -> None:
+    data, packs = tiny.examples(LENGTHS), [(0, 1, 2), (3, 4), (5, 6)]
+    model, watched = tiny.model("Qwen2", pad_token_id=5), tiny.model("Qwen2", pad_token_id=5)
+    seen = {"plain": 0, "watched": 0}
+
+    def count(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda _: seen.update({name: seen[name] + 1})
+
+    step_gradient(PackLoss(model), data, packs[:1])
+    inner, other = (m.model.layers[0].mlp.down_proj.weight for m in (model, watched))
+    node = inner.expand_as(inner).grad_fn.next_functions[0][0]  # what adds to `.grad` the usual way
+    node.register_hook(lambda _, gradients: seen.update(plain=seen["plain"] + (gradients[0] is not None)))
+    other.register_hook(count("watched"))
+    for one in (model, watched):
+        step_gradient(PackLoss(one), data, packs)
+    assert seen == {"plain": 1, "watched": 3}
+    assert tiny.gradient_difference(model, watched) <= 1e-6
 
 
 def test_bad_step_changes_no_weight() -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sftx.config import Loss, Model
 from sftx.model import attention
+from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import head_weights
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
@@ -109,6 +110,7 @@ class PackLoss(nn.Module):
         self.prunes = False
         for layer in decoder_layers(model)[-1:]:
             LastLayer(layer)
+        accumulate_in_place(model, model.get_output_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
         self.own_attention = model.config._attn_implementation or "eager"
         self.use_segments(True)

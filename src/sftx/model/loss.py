@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sftx.config import Loss
+from sftx.model.accumulate import accumulates
 
 PLAIN = Loss()
 """The objective without additions: what evaluation reports."""
@@ -115,7 +116,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 if d_head is not None:
                     _add_outer(d_head, grad, hidden[s], first=a == 0)
         # Not `save_for_backward`: nobody else may hold them, so that autograd takes them over without a copy.
-        ctx.gradients = [d_hidden, d_head, d_bias]
+        ctx.gradients, ctx.head = (d_hidden, d_head, d_bias), head
         return total.float()
 
     @staticmethod
@@ -123,6 +124,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_hidden, d_head, d_bias = ctx.gradients
         ctx.gradients = None
         head_dtype, bias_dtype = ctx.dtypes
+        if d_head is not None and accumulates(ctx.head):
+            ctx.head.grad.addcmul_(d_head, grad)
+            d_head = None
         return (
             None if d_hidden is None else d_hidden.mul_(grad),
             None if d_head is None else d_head.mul_(grad).to(head_dtype),
