@@ -257,6 +257,9 @@ class Runtime(Section):
     recompute: Literal["auto", "none", "all"] | int = "auto"
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
     kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it (see
+    docs/performance.md) and the model allows it."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; default: one per physical core."""
     progress: bool = True

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
-from sftx.data.pack import probe_pack
+from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach, trainable
 from sftx.model.checks import check_paths, check_sizes
+from sftx.model.compiled import compile_layers, repays
 from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, load_config, load_model
 from sftx.model.recompute import layers_to_recompute, recompute
@@ -105,6 +106,8 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     recomputed = layers_to_recompute(config.runtime, model)
     recompute(model, recomputed)
     loss.train()
+    if not run.finished:
+        notes += _compile(config, machine, loss, corpus, plan)
     job = Job(
         config,
         machine,
@@ -134,6 +137,17 @@ def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[s
     if machine.precision == torch.float32:
         raise UserError(f"optim.weights: {config.optim.weights} computes in bf16; set runtime.precision: bf16 too")
     return torch.bfloat16, ["weights are bf16 without an fp32 copy: updates are rounded at random (optim.weights)"]
+
+
+def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, plan: Plan) -> list[str]:
+    """Compile the layers where that is asked for or repays itself, on the first pack; what came of it, in words."""
+    wish = config.runtime.compile
+    tokens = float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
+    if wish == "off" or (wish == "auto" and not repays(machine.device, trainable(loss)[1], tokens)):
+        return []
+    members = plan.packs(0, machine.tokens_per_pack)[0][0]
+    pack = build_pack([corpus.example(i) for i in members], members)
+    return [compile_layers(loss, pack, machine, wish)]
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:

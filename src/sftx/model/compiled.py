@@ -1,0 +1,66 @@
+"""Regional compilation: every decoder layer is compiled on its own, as one graph; the loss and the rest stay eager.
+
+Layers of one kind share one graph, and lengths are symbols in it, so that packs of any size and segmentation use the
+same code: nothing is compiled again on the way, and no pack has to be filled up to a fixed size. Random numbers are
+drawn as without compiling; results differ by rounding only.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+from sftx.model.load import PackLoss, to_tensors
+from sftx.model.recompute import decoder_layers
+from sftx.model.runtime import Machine
+from sftx.types import Pack, UserError
+
+COMPILER = "inductor"
+_ASSUMED = {"cuda": (30.0, 0.2, 2.5e14), "cpu": (90.0, 0.1, 2e11)}
+"""Seconds to compile, the share of a step that is saved, and the speed without it in FLOP/s. Rough on purpose: whether
+a run compiles must not depend on how fast the machine happens to be when it starts, or is continued."""
+
+
+def repays(device: torch.device, parameters: int, tokens: float) -> bool:
+    """Whether a run over `tokens` saves more time than compiling costs: share * 6 * parameters * tokens / speed."""
+    seconds, share, speed = _ASSUMED[device.type]
+    return share * 6 * parameters * tokens / speed > seconds
+
+
+def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on"]) -> str:
+    """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
+
+    Where a layer does not compile, everything stays as it was; UserError if that was not the wish.
+    """
+    from torch._dynamo import config as dynamo  # these imports take a second: only who compiles waits for them
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor import config as inductor
+
+    began = time.perf_counter()
+    layers = [layer for layer in decoder_layers(loss.model) if "forward" not in vars(layer)]
+    inductor.fallback_random = True
+    # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    try:
+        if not layers or not loss.isolate:
+            raise RuntimeError("no decoder layers are found" if loss.isolate else "packed segments are not kept apart")
+        for layer in layers:
+            layer.compile(backend=COMPILER, fullgraph=True, dynamic=True)
+        loss.compiled = [(layer, layer._compiled_call_impl) for layer in layers]
+        with machine.autocast():
+            value = loss(**to_tensors(pack, machine.device))
+        value.backward()
+    except (TorchDynamoException, RuntimeError) as error:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        loss.compiled = []
+        reason = str(error).strip().split("\n")[0]
+        found = f"the layers of {type(loss.model).__name__} do not compile: {reason}"
+        if wish == "on":
+            raise UserError(f"runtime.compile: {found}") from error
+        return f"{found}; they run as they are"
+    finally:
+        loss.zero_grad(set_to_none=True)
+    return f"{len(layers)} layers compiled in {time.perf_counter() - began:.0f} s"

@@ -1,0 +1,157 @@
+"""Compiled layers: the numbers of eager ones, one graph for packs of every size, and a way back where it fails."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_loss
+import tiny
+import torch
+from torch._dynamo.utils import counters
+
+from sftx.config import Adapter, Loss
+from sftx.data.pack import build_pack
+from sftx.model import compiled
+from sftx.model.adapter import attach
+from sftx.model.compiled import compile_layers, repays
+from sftx.model.load import PackLoss, to_tensors
+from sftx.model.recompute import recompute
+from sftx.model.runtime import Machine
+from sftx.training.loop import train
+from sftx.types import UserError
+
+CPU = torch.device("cpu")
+MACHINE = Machine(CPU, torch.float32, 2048)
+PACKS = [build_pack(tiny.examples(lengths)) for lengths in ([5, 20, 9], [31], [7, 8, 9, 10, 40], [3, 2])]
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the generated code, which takes a compiler and minutes."""
+    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def gradients(loss: PackLoss) -> list[torch.Tensor]:
+    found = []
+    for pack in PACKS:
+        loss.zero_grad()
+        torch.manual_seed(3)
+        value = loss(**to_tensors(pack, CPU))
+        value.backward()
+        found += [value.detach(), *(p.grad.clone() for p in loss.parameters() if p.grad is not None)]
+    return found
+
+
+def difference(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, reference, strict=True)]
+    return float((sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)) ** 0.5)
+
+
+def make(family: str, adapter: str = "none", recomputed: int = 0, **objective: float) -> PackLoss:
+    changes: dict[str, Any] = {} if family == "GPT2" else test_loss.FAMILIES[family]  # GPT-2 keeps its dropout
+    model = tiny.model(family, **changes)
+    if adapter == "lora":
+        attach(model, Adapter.model_validate({"method": "lora", "dropout": 0.1}), 0)
+    recompute(model, recomputed)
+    return PackLoss(model, Loss(**objective)).train()
+
+
+def check(loss: PackLoss, tolerance: float, graphs: int) -> None:
+    reference, names = gradients(loss), list(loss.model.state_dict())
+    said = compile_layers(loss, PACKS[0], MACHINE, "on")
+    assert said.startswith("2 layers compiled in ")
+    assert all(p.grad is None for p in loss.parameters())
+    assert list(loss.model.state_dict()) == names
+    assert difference(gradients(loss), reference) <= tolerance
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    with torch.no_grad():
+        before = loss.eval()(**to_tensors(PACKS[2], CPU))
+        loss.use_segments(False)
+        graphs = counters["stats"]["unique_graphs"]
+        loss.model(input_ids=torch.arange(3, 9)[None])
+        assert counters["stats"]["unique_graphs"] == graphs  # generation and reference stay eager
+        loss.use_segments(True)
+        assert torch.equal(loss(**to_tensors(PACKS[2], CPU)), before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    ("family", "options", "graphs"),
+    [
+        ("Llama", {}, 1),
+        ("Llama", {"adapter": "lora", "recomputed": 1}, 2),  # the first input needs no gradient; kept or recomputed
+        ("Qwen3", {}, 1),
+        ("Gemma2", {}, 3),  # with and without a window, and packs shorter than the window
+        ("GPT2", {}, 1),
+        ("Mixtral", {"router_aux": 0.1}, 1),
+        ("Mixtral", {"adapter": "lora"}, 2),
+    ],
+)
+def test_one_graph_serves_every_pack(family: str, options: dict[str, Any], graphs: int) -> None:
+    check(make(family, **options), 0.0, graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="generated code needs a C++ compiler")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "GPT2", "Mixtral"])
+def test_generated_code_has_the_gradients_of_eager_layers(family: str) -> None:
+    torch._dynamo.reset()
+    loss = make(family)
+    reference = gradients(loss)
+    compile_layers(loss, PACKS[0], MACHINE, "on")
+    assert difference(gradients(loss), reference) <= 1e-6
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = make("Llama")
+    reference = gradients(loss)
+    layer: Any = loss.model.model.layers[1].mlp
+    own = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: (torch._dynamo.graph_break(), own(x))[1])
+    said = compile_layers(loss, PACKS[0], MACHINE, "auto")
+    assert said.startswith("the layers of LlamaForCausalLM do not compile: ")
+    assert said.endswith("; they run as they are")
+    assert difference(gradients(loss), reference) == 0
+    loss.isolate = False
+    with pytest.raises(UserError, match=r"runtime\.compile: .*not kept apart"):
+        compile_layers(loss, PACKS[0], MACHINE, "on")
+
+
+def test_compiling_has_to_repay() -> None:
+    million = 1_000_000
+    assert not repays(CPU, 135 * million, 50_000)
+    assert repays(CPU, 135 * million, million)
+    assert not repays(torch.device("cuda"), 600 * million, million)
+    assert repays(torch.device("cuda"), 600 * million, 50 * million)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+
+    def run(wish: str) -> tuple[float | None, float, list[str]]:
+        result = train(
+            model=path, output=str(tmp_path / wish), batch={"steps": 2},
+            data={"rows": [[f"What is {i}?", "A number."] for i in range(8)], "cache": str(tmp_path / "cache"),
+                  "eval_split": 0.25},
+            runtime={"progress": False, "device": "cpu", "threads": 1, "compile": wish},
+        )  # fmt: skip
+        assert result.eval_after is not None
+        facts = (tmp_path / wish / "run.json").read_text()
+        return result.loss, result.eval_after["loss"], [line for line in facts.split("\n") if "compiled" in line]
+
+    off, on = run("off"), run("on")
+    assert off[:2] == on[:2]
+    assert not off[2]
+    assert len(on[2]) == 1
+    assert counters["stats"]["unique_graphs"] == 2  # training and evaluation
+
+    assert "layers compiled in" in on[2][0]
