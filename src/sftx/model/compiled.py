@@ -29,6 +29,10 @@ def repays(device: torch.device, parameters: int, tokens: float) -> bool:
     return share * 6 * parameters * tokens / speed > seconds
 
 
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on"]) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
 
@@ -39,7 +43,8 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
-    layers = [layer for layer in decoder_layers(loss.model) if "forward" not in vars(layer)]
+    # A layer with hooks (the last one, which may be pruned) stays as it is: what hooks do is not part of a graph.
+    layers = [layer for layer in decoder_layers(loss.model) if not any(map(_is_hooked, layer.modules()))]
     inductor.fallback_random = True
     # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)

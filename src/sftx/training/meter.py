@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from itertools import takewhile
 
-import torch
-
 from sftx.training import checkpoint
 from sftx.training.optim import learning_rate
 from sftx.training.prepare import Job
@@ -35,7 +33,7 @@ class Meter:
         where the step is read at once. Raises Diverged when too many steps in a row were not finite.
         """
         job, plan = self.job, self.job.plan
-        loss, grad_norm, bad = torch.stack([result.loss, result.grad_norm, result.bad]).tolist()
+        loss, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
         seconds, self.clock = now - self.clock, now
         chosen = plan.examples(step)

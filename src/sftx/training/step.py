@@ -15,11 +15,20 @@ from sftx.model.load import PackLoss
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcome of a step, still on the device: reading it is what waits for the device."""
+    """Outcome of a step, still on the device, and the same numbers on their way to the host."""
 
     loss: Tensor  # weighted mean over the step's targets, float32 scalar
     grad_norm: Tensor  # before clipping
     bad: Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
+    numbers: Tensor  # the three, in the host's memory once `arrived`
+    arrived: torch.cuda.Event | None  # None where the device is the host
+
+    def read(self) -> tuple[float, float, bool]:
+        """Loss, gradient norm and bad; waits for this step, not for what was launched after it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, bad = self.numbers.tolist()
+        return loss, grad_norm, bool(bad)
 
 
 def train_step(
@@ -58,4 +67,8 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, bad)
+    numbers, arrived = torch.stack([loss, grad_norm, bad]), None
+    if numbers.is_cuda:
+        numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+    return StepResult(loss, grad_norm, bad, numbers, arrived)
