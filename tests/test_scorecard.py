@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx_scorecard import frame
+from sftx_scorecard import frame, fuzz
 
 CHECKS = frame.checks()
 
@@ -19,9 +19,21 @@ def test_check(number: int, tmp_path: Path) -> None:
     assert CHECKS[number].run(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30], ids=lambda n: CHECKS[n].name)
+def test_check_of_its_own_process(number: int) -> None:
+    outcome = frame.run_apart(CHECKS[number])
+    assert outcome.passed, outcome.found
+
+
+def test_broken_rows_files_and_templates(tmp_path: Path) -> None:
+    assert fuzz.rows(tmp_path, 100) >= 100
+    assert fuzz.files(tmp_path, 200) + fuzz.templates(tmp_path, 150) == 350
+
+
 def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     script = (
-        "import sys; from sftx_scorecard import frame, __main__ as program\n"
+        "import sys; from sftx_scorecard import frame, fuzz, __main__ as program\n"
         "@frame.check(1, 'holds', 9)\ndef one(folder): return 'measured'\n"
         "@frame.check(2, 'does not', 9)\ndef two(folder): frame.expect(1 > 2, 'found 1')\n"
         "@frame.check(3, 'hangs', 1)\ndef three(folder): __import__('time').sleep(60)\n"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-GROUPS = ("numbers", "resume", "faults")
+GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security")
 PROGRAM = (sys.executable, "-m", "sftx_scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
 

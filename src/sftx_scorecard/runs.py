@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -100,6 +101,7 @@ def _become(work: Callable[[], int | None], log: Path) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        logging.getLogger().handlers.clear()  # those of a test runner would keep warnings to themselves
         code = work() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

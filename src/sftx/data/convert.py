@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from sftx.data.read import CHUNK, ERROR_MARK, kind_of, parse_line
 from sftx.types import RowError, UserError
 
-VERSION = "1"  # raise when the lines made from a file change
+VERSION = "2"  # raise when the lines made from a file change
 
 
 def dump(value: Any) -> bytes:
@@ -38,10 +39,16 @@ def convert(files: list[Path], out: IO[bytes]) -> None:
         try:
             with _open(file) as stream:
                 _CONVERTERS[kind](stream, out, file.name)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: the compressed file is damaged or cut off ({error})") from None
+        except _damage() as error:
+            raise UserError(f"{file}: the file cannot be read ({error}); is it damaged or cut off?") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What the readers raise for a file that is not whole."""
+    zstandard: Any = sys.modules.get("zstandard")
+    return (EOFError, OSError, zlib.error, *((zstandard.ZstdError,) if zstandard else ()))
 
 
 def _open(file: Path) -> IO[bytes]:

@@ -24,7 +24,7 @@ MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 PACKED = ("", ".gz", ".zst")
 NOT_ROWS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` puts beside its rows
-ERROR_MARK = b"!"  # no JSON value starts with it: a converted line that stands for an unreadable row
+ERROR_MARK = b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
 
 
 class Block(NamedTuple):
@@ -52,6 +52,11 @@ def find_files(path: str) -> list[Path]:
     target = Path(path).expanduser()
     if target.is_dir():
         found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and f.name not in NOT_ROWS]
+        # What a folder holds may come from strangers; the hub's cache alone links out of its folders, to its own blobs.
+        root = target.resolve()
+        root = root.parents[1] if root.parent.name == "snapshots" else root
+        if outside := next((f for f in found if not f.resolve().is_relative_to(root)), None):
+            raise UserError(f"{outside}: a link to a file outside of {path}; name that file itself in data.train")
         files = [f for f in found if kind_of(f) != ".txt"] or found
         if not files:
             raise UserError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)}, also .gz and .zst of them)")
@@ -148,13 +153,14 @@ def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError
 def parse_line(raw: bytes) -> Any | RowError:
     """One line of JSON, or the error that says where in the line it stops being JSON."""
     if raw.startswith(ERROR_MARK):
-        return RowError(raw[1:].decode())
+        return RowError(raw.removeprefix(ERROR_MARK).decode("utf-8", "replace"))
     try:
         return json.loads(str(raw, "utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8")
     except json.JSONDecodeError as error:
-        cut = "; the line is cut off" if error.pos >= len(error.doc.rstrip()) else ""
-        return RowError(f"not valid JSON: {error.msg} at column {error.pos + 1}{cut}")
+        problem = error.msg.removesuffix(" starting at")
+        is_cut = error.pos >= len(error.doc.rstrip()) or problem.startswith("Unterminated")
+        return RowError(f"not valid JSON: {problem} at column {error.pos + 1}{'; the line is cut off' * is_cut}")
     except RecursionError:
         return RowError("not valid JSON: nested too deeply")

@@ -72,7 +72,9 @@ class Tokenizer:
             from transformers import AutoTokenizer  # the slow road: a folder with only sentencepiece or vocab files
 
             try:
-                return cls.of(AutoTokenizer.from_pretrained(str(folder)), stop_ids=_stop_ids(folder))
+                return cls.of(
+                    AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), stop_ids=_stop_ids(folder)
+                )
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: no usable tokenizer there ({error})") from error
         config = _read_json(folder / "tokenizer_config.json")
