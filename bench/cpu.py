@@ -1,18 +1,24 @@
 """Speed and memory on a CPU, against TRL and transformers, side by side in one run.
 
-    pip install trl==1.16.0 datasets
-    python bench/cpu.py                            # SmolLM2-135M, all weights, fp32: the figure of the README
-    python bench/cpu.py --shape qwen3-0.6b --method lora --precision fp32 bf16 --json out.json
+    pip install '.[bench]'
+    python bench/cpu.py                            # SmolLM2-135M, all weights, fp32 and bf16
+    python bench/cpu.py --shape qwen3-0.6b --rows sft_mix --method full lora --json out.json
+    python bench/cpu.py --systems sftx trl-packing --rounds 1 --steps 3      # a quick look
 
 Systems run in turn, each in a process of its own, several times over; figures are medians, ratios are taken pair by
 pair within a round. Both wall and CPU seconds are shown: on a busy machine the second is the fairer one. The matmul
-limit is what the same machine does on the model's own matrix sizes in the same minutes.
+limit is what the same machine does on the model's own matrix sizes in the same minutes, in the same precision.
+
+The last line sums up the first shape, rows and method: tokens per CPU-second against the better set-up of TRL, in each
+precision; then, in fp32 where it was measured, the share of the matmul limit and the peak memory against that set-up.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,54 +27,63 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import SHAPES, folder
+from peers import LENGTHS, SHAPES, folder, rows
 
 SYSTEMS = ("sftx", "trl", "trl-packing", "transformers")
+PACK = 1024  # tokens per pack of TRL's packing
+HEADER = ("system", "tok/cpu-s", "tok/s", "target/s", "peak MiB", "loss 1", "grad norm")
 
 
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
+    parser.add_argument("--shape", nargs="+", default=["smollm2-135m"], choices=SHAPES)
+    parser.add_argument("--rows", nargs="+", default=["gsm8k"], choices=LENGTHS)
     parser.add_argument("--method", nargs="+", default=["full"], choices=["full", "lora"])
-    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--batch", type=int, default=8, help="examples per step")
     parser.add_argument("--steps", type=int, default=4, help="steps per process; the first is warm-up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens-per-pack", type=int, help="of sftx; default: its own choice")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
-    home = Path(tempfile.gettempdir()) / "sftx-bench"
-    summary: dict[str, float] = {}
-    figures = []
-    for precision in args.precision:
-        for method in args.method:
-            rounds = [measure(args, method, precision, home) for _ in range(args.rounds)]
-            figures.append({"shape": args.shape, "method": method, "precision": precision, "rounds": rounds})
-            ratios = report(args, method, precision, rounds)
-            if method == args.method[0]:
-                summary[precision] = ratios["speed"]
-                if precision == "fp32":
-                    summary |= {"matmul_share": ratios["matmul"], "memory": ratios["memory"]}
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
-    print("speedup " + " ".join(f"{name}={value:.2f}" for name, value in summary.items()))
+    figures: list[dict[str, Any]] = []
+    for shape, kind, method, precision in itertools.product(args.shape, args.rows, args.method, args.precision):
+        case = {"shape": shape, "rows": kind, "method": method, "precision": precision}
+        rounds = [measure(args, case) for _ in range(args.rounds)]
+        figures.append({**case, "rounds": rounds, "summary": report(args, case, rounds)})
+        if args.json:  # after every case: a run may be stopped
+            args.json.write_text(json.dumps(figures, indent=1))
+    print(last_line(figures))
 
 
-def measure(args: argparse.Namespace, method: str, precision: str, home: Path) -> dict[str, Any]:
+def last_line(figures: list[dict[str, Any]]) -> str:
+    """The summary of the first shape, rows and method."""
+    alike = [f for f in figures if all(f[key] == figures[0][key] for key in ("shape", "rows", "method"))]
+    by_precision = {f["precision"]: f["summary"] for f in alike}
+    best_known = by_precision.get("fp32", alike[0]["summary"])
+    speeds = [f"{name}={summary['speed']:.2f}" for name, summary in by_precision.items()]
+    rest = [f"matmul_share={best_known['matmul']:.2f}", f"memory={best_known['memory']:.2f}"]
+    return " ".join(["speedup", *speeds, *rest])
+
+
+def measure(args: argparse.Namespace, case: dict[str, str]) -> dict[str, Any]:
     """One round: every system once, and the matmul limit."""
-    found: dict[str, Any] = {"limit": matmul_limit(args.shape, args.threads)}
+    found: dict[str, Any] = {"limit": matmul_limit(case["shape"], args.threads, case["precision"])}
+    home = Path(tempfile.gettempdir()) / "sftx-bench"
+    data = rows(args.batch, SHAPES[case["shape"]]["vocab_size"], longest=PACK, kind=case["rows"])
+    packs = max(1, round(sum(len(row["input_ids"]) for row in data) / PACK))
     for system in args.systems:
         with tempfile.TemporaryDirectory() as scratch:
             job = {
-                "system": system, "shape": args.shape, "model": folder(args.shape, home), "method": method,
-                "precision": precision, "batch": args.batch, "steps": args.steps, "threads": args.threads,
-                "length": 1024, "pack_length": 1024, "pack_steps": max(1, round(args.batch * 165 / 1024)),
-                "output": f"{scratch}/run", "cache": f"{scratch}/cache",
+                **case, "system": system, "model": folder(case["shape"], home), "batch": args.batch,
+                "steps": args.steps, "threads": args.threads, "length": PACK, "pack_length": PACK, "pack_steps": packs,
+                "tokens_per_pack": args.tokens_per_pack, "output": f"{scratch}/run", "cache": f"{scratch}/cache",
             }  # fmt: skip
             command = [sys.executable, str(Path(__file__).parent / "peers.py"), json.dumps(job)]
-            done = subprocess.run(command, capture_output=True, text=True, env={**environment(args.threads)})
+            done = subprocess.run(command, capture_output=True, text=True, env=environment(args.threads), check=False)
             if done.returncode:
                 sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
             found[system] = json.loads(done.stdout.strip().split("\n")[-1])
@@ -77,19 +92,19 @@ def measure(args: argparse.Namespace, method: str, precision: str, home: Path) -
 
 def environment(threads: int) -> dict[str, str]:
     """The caller's, with as many threads for everybody."""
-    import os
-
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def matmul_limit(shape: str, threads: int) -> float:
-    """fp32 FLOP per CPU-second of this machine on products of the model's sizes."""
+def matmul_limit(shape: str, threads: int, precision: str) -> float:
+    """FLOP per CPU-second of this machine on products of the model's sizes."""
     import torch
 
     size = SHAPES[shape]
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("medium")
-    a, b = torch.randn(1024, size["hidden_size"]), torch.randn(size["hidden_size"], size["intermediate_size"])
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a = torch.randn(1024, size["hidden_size"]).to(dtype)
+    b = torch.randn(size["hidden_size"], size["intermediate_size"]).to(dtype)
     a @ b
     count = max(1, int(2e10 / (2 * a.numel() * b.shape[1])))
     start = time.process_time()
@@ -107,12 +122,11 @@ def flops(shape: str, method: str, tokens: float, targets: float) -> float:
     return (6 if method == "full" else 4) * (body * tokens + s["hidden_size"] * s["vocab_size"] * targets)
 
 
-def report(args: argparse.Namespace, method: str, precision: str, rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Print the table of medians; returns the ratios against the best TRL set-up."""
-    print(f"\n{args.shape} {method} {precision}, {args.batch} examples per step, {args.threads} thread(s)")
-    print(
-        f"{'system':14} {'tok/cpu-s':>10} {'tok/s':>9} {'target/s':>9} {'peak MiB':>9} {'loss 1':>10} {'grad norm':>10}"
-    )
+def report(args: argparse.Namespace, case: dict[str, str], rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Print the table of medians; returns the ratios against the better set-up of TRL."""
+    print(f"\n{' '.join(case.values())}: {args.batch} examples per step, {args.threads} thread(s), "
+          f"medians of {args.rounds} round(s)")  # fmt: skip
+    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
     speed: dict[str, list[float]] = {}
     for system in args.systems:
         runs = [r[system] for r in rounds]
@@ -120,21 +134,29 @@ def report(args: argparse.Namespace, method: str, precision: str, rounds: list[d
         wall = statistics.median(run["tokens"] / statistics.median(run["wall"][1:]) for run in runs)
         share, peak = runs[0]["targets"] / runs[0]["tokens"], statistics.median(run["peak"] for run in runs) / 2**20
         print(
-            f"{system:14} {statistics.median(speed[system]):10.1f} {wall:9.1f} {wall * share:9.1f} {peak:9.0f} "
-            f"{runs[0]['loss']:10.6f} {runs[0]['grad_norm']:10.5f}"
+            f"| {system} | {statistics.median(speed[system]):.1f} | {wall:.1f} | {wall * share:.1f} | {peak:.0f} | "
+            f"{runs[0]['loss']:.6f} | {runs[0]['grad_norm']:.5f} |"
         )
+    if "sftx" not in speed:
+        return dict.fromkeys(("speed", "matmul", "memory"), float("nan"))
     ours = [r["sftx"] for r in rounds]
-    used = [flops(args.shape, method, r["tokens"], r["targets"]) / statistics.median(r["cpu"][1:]) for r in ours]
-    matmul = statistics.median(u / r["limit"] for u, r in zip(used, rounds, strict=True))
+    work = [flops(case["shape"], case["method"], r["tokens"], r["targets"]) for r in ours]
+    used = [w / statistics.median(r["cpu"][1:]) / round_["limit"] for w, r, round_ in zip(work, ours, rounds, strict=True)]  # noqa: E501  # fmt: skip
+    summary = {"speed": float("nan"), "matmul": statistics.median(used), "memory": float("nan")}
+    print(f"\nsftx: {100 * summary['matmul']:.0f} % of the matmul limit, "
+          f"{statistics.median(r['limit'] for r in rounds) / 1e9:.0f} GFLOP per CPU-second")  # fmt: skip
     rivals = [s for s in args.systems if s.startswith("trl")]
-    if not rivals:
-        return {"speed": float("nan"), "matmul": matmul, "memory": float("nan")}
-    best = max(rivals, key=lambda s: statistics.median(speed[s]))
-    ratio = statistics.median(a / b for a, b in zip(speed["sftx"], speed[best], strict=True))
-    memory = statistics.median(r["sftx"]["peak"] / r[best]["peak"] for r in rounds)
-    print(f"against {best}: {ratio:.2f} times the tokens per CPU-second, {memory:.2f} of its memory; "
-          f"{100 * matmul:.0f} % of the fp32 matmul limit")  # fmt: skip
-    return {"speed": ratio, "matmul": matmul, "memory": memory}
+    if rivals:
+        best = max(rivals, key=lambda s: statistics.median(speed[s]))
+        summary["speed"] = statistics.median(a / b for a, b in zip(speed["sftx"], speed[best], strict=True))
+        summary["memory"] = statistics.median(r["sftx"]["peak"] / r[best]["peak"] for r in rounds)
+        ceiling = summary["speed"] / summary["matmul"]
+        print(f"against {best}: {summary['speed']:.2f} times the tokens per CPU-second (products alone, nothing else "
+              f"computed: {ceiling:.2f}), {summary['memory']:.2f} of its memory")  # fmt: skip
+    if "trl" in args.systems:
+        theirs = rounds[0]["trl"]["loss"]
+        print(f"first loss against trl: {abs(rounds[0]['sftx']['loss'] / theirs - 1):.1e} relative")
+    return summary
 
 
 if __name__ == "__main__":
