@@ -186,19 +186,3 @@ def test_a_saved_folder_is_laid_out_as_servers_expect(tmp_path: Path) -> None:
         stem, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
         out_features, in_features = base[f"{stem}.weight"].shape
         assert tuple(tensor.shape) == {"lora_A": (4, in_features), "lora_B": (out_features, 4)}[kind]
-
-
-@pytest.mark.parametrize(("method", "shown"), [("none", "2e-05"), ("lora", "0.0002")])
-def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
-    method: str, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sftx.train(
-        model=tiny.folder(tmp_path / "model"),
-        data={"rows": ROWS, "cache": str(tmp_path / "cache")},
-        output=str(tmp_path / "run"),
-        batch={"steps": 1},
-        adapter=method,
-        runtime={"device": "cpu", "threads": 1},
-    )
-    assert f"peak learning rate {shown}" in capfd.readouterr().err
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["peak_learning_rate"] == float(shown)

@@ -72,7 +72,7 @@ def test_a_model_without_layers_to_be_found_is_left_alone_or_refused() -> None:
     with pytest.raises(UserError, match=r"runtime.recompute: 3 layers.*LlamaForCausalLM has 2"):
         recompute(model, 3)
     strange = torch.nn.Sequential(copy.deepcopy(model.lm_head))
-    assert decoder_layers(strange) == []
+    assert len(decoder_layers(strange)) == 0
     recompute(strange, 0)
     with pytest.raises(UserError, match="shows no decoder layers"):
         recompute(strange, 1)

@@ -91,3 +91,10 @@ def probe_pack(examples: Sequence[Example], tokens: int = 32) -> Pack:
     """Three short segments to measure with: the beginnings of examples, every token of them a target."""
     beginnings = [examples[i % len(examples)].ids[: tokens - 5 * i] for i in range(3)]
     return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])
+
+
+def blank_pack(tokens: int, longest: int, target_share: float) -> Pack:
+    """A pack of `tokens` meaningless tokens in examples of at most `longest`, the last share of each being targets."""
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    weights = [(np.arange(n, 0, -1) <= round(target_share * n)).astype(np.float32) for n in lengths]
+    return build_pack([Example(np.zeros(len(w), np.int32), w) for w in weights])

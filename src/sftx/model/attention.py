@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from sftx.model.capped import by_segment, capped_segments, segments_of
 
 NAME = "sftx_segments"
+rehearsing_gpu = False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
 
 # Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are repeated.
 _HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -63,10 +64,10 @@ def segment_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
     plain = not softcap and s_aux is None and dropout == 0.0
-    on_host = query.device.type == "cpu"
-    if not on_host and torch.is_autocast_enabled("cuda"):
+    on_host = query.device.type == "cpu" and not rehearsing_gpu
+    if not on_host and torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels cast here as well.
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if plain and not on_host and _flash_takes(query, value, cu_seq_lens_q):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
     if plain and on_host and query.shape[-1] == value.shape[-1]:

@@ -26,7 +26,7 @@ from sftx.types import Pack, UserError
 def load_config(model: Model) -> Any:
     """The model's Hugging Face configuration; UserError if the folder does not hold one."""
     path = Path(model.path)
-    if path.exists() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
     try:
         return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from sftx.config import Runtime
+from sftx.model import host_memory
 from sftx.types import UserError
 
 # glibc's mallopt parameters (malloc.h) and their documented defaults.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _DEFAULTS = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}
+CUBLAS_WORKSPACE = 32 << 20
+"""Bytes; PyTorch's default on Hopper (CUBLAS_WORKSPACE_CONFIG in its notes on CUDA), 8 MiB on other GPUs."""
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
 
 
@@ -39,10 +42,24 @@ class Machine:
         return torch.autocast(self.device.type, self.precision)
 
     def memory(self) -> int:
-        """Bytes: peak allocated on a GPU, else this process' resident memory now."""
+        """Bytes: peak allocated on a GPU, else peak of this process' resident memory, since `forget_peak`."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _resident_bytes()
+        return host_memory.resident_peak()
+
+    def forget_peak(self) -> None:
+        """Begin a new peak."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            host_memory.forget_resident_peak()
+
+    def memory_at_hand(self) -> tuple[int, int]:
+        """Bytes: (all that this process may hold, what it holds already and cannot use for a model)."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0], CUBLAS_WORKSPACE
+        resident = host_memory.resident()
+        return resident + host_memory.free(), resident
 
 
 @contextmanager
@@ -111,11 +128,3 @@ def _fast_exact_matmul() -> None:
     torch.set_float32_matmul_precision("medium")
     if float(((a @ b).double() - exact).norm() / exact.norm()) > 2e-6:
         torch.set_float32_matmul_precision("highest")
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

@@ -110,6 +110,12 @@ class Progress:
         """Where the result is."""
         if self._bar is not None:
             self._bar.stop()
+        predicted, measured = run.facts["predicted"], run.facts["measured"]
+        if measured and predicted["memory"]:
+            self.say(
+                f"measured peak memory {measured['memory'] / 2**30:.2f} GiB ({predicted['memory']['peak'] / 2**30:.2f} "
+                f"predicted), {measured['seconds']:,.0f} s in steps ({predicted['seconds']:,.0f} predicted)"
+            )
         self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
 
     def finished_before(self, run: Run) -> None:

@@ -208,7 +208,9 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         merged: Any = job.adapted.merge_and_unload()
         (folder / "merged").mkdir(exist_ok=True)
         save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
-    job.run.update(status="finished", total_tokens=job.total_tokens, total_targets=job.total_targets)
+    job.run.update(
+        status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
+    )
     progress.finished(job.run)
 
 

@@ -20,6 +20,8 @@ class Meter:
         self.job = job
         recorded = reversed(job.run.metrics())
         self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, recorded))  # in a row
+        self.seconds = 0.0  # of all steps read
+        job.machine.forget_peak()
         self.restart()
 
     def restart(self) -> None:
@@ -36,6 +38,9 @@ class Meter:
         loss, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
         seconds, self.clock = now - self.clock, now
+        self.seconds += seconds
+        memory = job.machine.memory()
+        job.measured = {"memory": memory, "seconds": self.seconds}
         chosen = plan.examples(step)
         tokens, targets = int(job.corpus.lengths[chosen].sum()), int(job.corpus.targets[chosen].sum())
         job.total_tokens += tokens
@@ -58,7 +63,7 @@ class Meter:
             packs=len(plan.packs(step, job.machine.tokens_per_pack)[0]),
             seconds=seconds,
             tokens_per_second=tokens / max(seconds, 1e-9),
-            memory=job.machine.memory(),
+            memory=memory,
             total_tokens=job.total_tokens,
             total_targets=job.total_targets,
         )

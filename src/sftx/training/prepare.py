@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, repays
 from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, load_config, load_model
-from sftx.model.recompute import layers_to_recompute, recompute
+from sftx.model.memory import Rehearsal
+from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.tokens import add_rows
@@ -33,8 +34,11 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
+from sftx.training.fit import Load, fit, seconds_of
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
+
+CALIBRATION = 0.05  # seconds of matrix products before a run, to predict its time
 
 
 @dataclass
@@ -54,12 +58,14 @@ class Job:
     optimizer: torch.optim.AdamW
     peak: float
     mathematics: str
-    recomputed: int  # decoder layers whose activations are computed again in the backward pass
+    recomputed: int  # decoder layers
+    predicted: dict[str, Any]  # bytes of memory by part, and seconds of all steps
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
     background: Background = field(default_factory=Background)  # writes checkpoints where that is asked for
     notes: list[str] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)  # bytes of memory at the peak, seconds of the steps so far
 
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
@@ -93,6 +99,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
+    at_hand, held = machine.memory_at_hand()
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
     model = load_model(config.model, machine.device, dtype, nf4)
@@ -103,9 +110,12 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     notes += check_paths(loss, probe, machine.precision)
-    recomputed = layers_to_recompute(config.runtime, model)
-    recompute(model, recomputed)
-    loss.train()
+    load = Load.of_plan(plan, int(corpus.targets.sum()))
+    rehearsal = Rehearsal(loss.train(), machine.device.type, machine.precision, held)
+    chosen = fit(config.runtime, rehearsal, load, at_hand)
+    machine = replace(machine, tokens_per_pack=chosen.tokens_per_pack)
+    recompute(model, chosen.recomputed)
+    notes += chosen.notes
     if not run.finished:
         notes += _compile(config, machine, loss, corpus, plan)
     job = Job(
@@ -122,7 +132,8 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
         build_optimizer(loss, config.optim),
         peak_learning_rate(config.optim, config.adapter),
         _mathematics(config, corpus, held_out, max_length),
-        recomputed,
+        chosen.recomputed,
+        {"memory": chosen.parts(), "seconds": seconds_of(loss, load, chosen, machine, CALIBRATION)},
         notes=notes,
     )
     _continue_or_start(job)
@@ -270,7 +281,9 @@ def _continue_or_start(job: Job) -> None:
         device=str(job.machine.device),
         precision=str(job.machine.precision).removeprefix("torch."),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
+        tokens_per_pack=job.machine.tokens_per_pack,
         recomputed_layers=job.recomputed,
+        predicted=job.predicted,
         notes=job.notes,
         peak_learning_rate=job.peak,
         stop_id=job.encoder.stop_id,

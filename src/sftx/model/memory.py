@@ -1,0 +1,220 @@
+"""Peak memory of a step, predicted before the first one by a rehearsal without contents.
+
+The very module that trains runs forward and backward on fake tensors (PyTorch's FakeTensorMode: shapes and dtypes, no
+data), while a dispatch mode counts the bytes that are alive. So every family, adapter and precision is predicted by
+what it does, and no formula has to follow it. Equal layers are rehearsed two and three deep, and extended linearly.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sftx.model import attention
+from sftx.model.load import PackLoss, to_tensors
+from sftx.model.recompute import decoder_layers, recompute
+from sftx.types import Pack
+
+HEAP = 370 << 20
+"""Bytes that kernels of a CPU and the gaps of its heap take on top (measured by bench/memory.py; a model that is
+smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
+allocated is predicted, and the margin of `training.fit` is for the rest."""
+Marks = NDArray[np.float64]
+"""Bytes of one pack, beside weights, earlier gradients and optimiser: what the layers keep for the backward pass, and
+three peaks: of the forward pass with the loss, of the backward pass through the last layer, and of the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one process at the peak of a step, by what holds them."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments, float32
+    activations: int  # kept by the layers for the backward pass
+    workspace: int  # loss, temporary tensors, gathered shards
+    allocator: int  # beside all tensors
+    base: int  # what the process holds without a model
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+class Rehearsal:
+    """Predicts the memory of `loss`, whose parameters may be on the meta device and stay untouched.
+
+    `device_type` is cpu or cuda, whichever machine this runs on. `shards` says over how many processes `fully_shard`
+    spreads weights, gradients and optimiser; None = not in use.
+    """
+
+    def __init__(self, loss: PackLoss, device_type: str, precision: torch.dtype, base: int, shards: int | None = None):
+        self.loss, self.layers = loss, decoder_layers(loss.model)
+        self.on_gpu, self.precision, self.base, self.shards = device_type == "cuda", precision, base, shards
+        self.weights = _bytes([*loss.parameters(), *loss.buffers()])
+        self.trained = _bytes(_trained(loss))
+        self._known: dict[tuple[int, int, int, bool, bool], Marks] = {}
+
+    def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
+        """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
+
+        `accumulate`: a step has more than one pack, so that gradients exist during the forward pass. Raises what the
+        model raises when its shapes depend on data (RuntimeError and its kind).
+        """
+        body, forward, *backward = self._marks(pack, False, accumulate)
+        if recomputed:
+            every = self._marks(pack, True, accumulate)
+            saved = recomputed / len(self.layers) * (body - every[0])
+            # What the backward pass computes again lifts it up to the peak it has when all layers are recomputed.
+            body, forward, backward = body - saved, forward - saved, [max(backward) - saved, *every[2:]]
+        shards = self.shards or 1
+        earlier = self.trained / shards if accumulate or self.shards else 0  # gradients before the backward pass
+        gathered, reduced = self._buffers()
+        peak, gradients = max(
+            (earlier + forward + gathered, earlier),
+            (earlier + max(backward) + gathered + reduced, self.trained / shards),
+        )
+        activations = min(body, peak - gradients)
+        weights, optimizer = self.weights // shards, 8 * _count(_trained(self.loss)) // shards
+        return Memory(
+            weights=weights,
+            gradients=int(gradients),
+            optimizer=optimizer,
+            activations=int(activations),
+            workspace=int(peak - gradients - activations),
+            allocator=0 if self.on_gpu else min(HEAP, int(weights + optimizer + peak)),
+            base=self.base,
+        )
+
+    def _buffers(self) -> tuple[int, int]:
+        """What `fully_shard` holds beside shards: (weights gathered, gradients on their way), in bytes.
+
+        One layer in use, the next one arriving and being copied out, and what belongs to no layer as a whole; in the
+        backward pass the gradients of one layer in their own dtype, and float32 copies of two layers' in flight
+        (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py).
+        """
+        if self.shards is None:
+            return 0, 0
+        size = self.precision.itemsize
+        layer = max((_count(layer.parameters()) for layer in self.layers), default=0)
+        trained = max((_count(_trained(layer)) for layer in self.layers), default=0)
+        inside = {id(p) for p in self.layers.parameters()}
+        root = [p for p in self.loss.parameters() if id(p) not in inside]
+        return 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(p for p in root if p.requires_grad)
+
+    def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
+        """Marks of the whole depth, with no layer recomputed or all."""
+        longest, depth = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()), len(self.layers)
+        key = (len(pack.ids), longest, len(pack.index), every, accumulate)
+        if key not in self._known:
+            shapes = {(_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers}
+            if depth <= 3 or len(shapes) > 1:
+                self._known[key] = self._rehearse(pack, depth, every, accumulate)
+            else:
+                two, three = (self._rehearse(pack, few, every, accumulate) for few in (2, 3))
+                self._known[key] = two + (depth - 2) * (three - two)
+        return self._known[key]
+
+    def _rehearse(self, pack: Pack, depth: int, every: bool, accumulate: bool) -> Marks:
+        """Run `depth` layers once, forward and backward, on fake tensors."""
+        tensors = to_tensors(pack, torch.device("cpu"))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            loss, layers = self._shadow(depth)
+            recompute(loss.model, depth if every else 0)
+            sharded = {id(p) for p in layers.parameters()} if self.shards else set()
+            for p in _trained(loss):
+                p.grad = torch.empty_like(p) if (id(p) in sharded if self.shards else accumulate) else None
+            count = _Count()
+
+            def entering_the_last_layer(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if args and args[0].requires_grad:
+                    args[0].register_hook(lambda _: count.cut(2))
+
+            def leaving_the_layers(*_: Any) -> None:
+                count.marks[0] = count.alive
+
+            if depth:
+                layers[-1].register_forward_pre_hook(entering_the_last_layer)
+            loss.model.base_model.register_forward_hook(leaving_the_layers)
+            attention.rehearsing_gpu = self.on_gpu
+            try:
+                with count:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=self.precision != torch.float32):
+                        value = loss(**tensors)
+                    count.cut(1)
+                    value.backward()
+                    count.cut(3)
+            finally:
+                attention.rehearsing_gpu = False
+        return count.marks
+
+    def _shadow(self, depth: int) -> tuple[PackLoss, nn.ModuleList]:
+        """A copy of the first `depth` layers and all around them, with fake parameters on the CPU."""
+        inside = {id(p) for p in self.layers.parameters()} if self.shards else set()
+        memo: dict[int, Any] = {id(layer): None for layer in list(self.layers)[depth:]}
+        for tensor in (*self.loss.parameters(), *self.loss.buffers()):
+            dtype = self.precision if id(tensor) in inside and tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=dtype)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        shadow = copy.deepcopy(self.loss, memo)
+        layers = memo[id(self.layers)] if depth else nn.ModuleList()
+        del layers[depth:]
+        return shadow.train(), layers
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of the tensors made inside and still alive, and their peak; each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.marks = np.zeros(4)
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), made_here=False)  # weights, earlier gradients: their views are not new
+        out = func(*args, **(kwargs or {}))
+        self._note(out, made_here=True)
+        return out
+
+    def _note(self, tensors: Any, made_here: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor) or (key := tensor.untyped_storage()._cdata) in self._storages:
+                continue
+            storage = tensor.untyped_storage()
+            size = storage.nbytes() if made_here else 0
+            self._storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def cut(self, mark: int) -> None:
+        """Note the peak so far, and begin anew."""
+        self.marks[mark], self.peak = self.peak, self.alive
+
+    def _freed(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.alive -= size
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

@@ -1,0 +1,140 @@
+"""How large a pack may be and how many layers must be recomputed, chosen from the predicted memory and that at hand."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sftx.config import Config, Runtime
+from sftx.data.pack import blank_pack
+from sftx.data.plan import Plan
+from sftx.model.adapter import attach
+from sftx.model.freeze import freeze
+from sftx.model.load import PackLoss, load_config
+from sftx.model.memory import Memory, Rehearsal
+from sftx.model.runtime import Machine
+from sftx.model.speed import SHARE, flops, product_speed
+from sftx.types import UserError
+
+MARGIN = 0.92
+"""Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the data asks of a step, apart from the model: see `of_plan`."""
+
+    longest: int  # tokens of the longest example
+    step_tokens: int  # tokens of the largest step, on one process
+    target_share: float  # targets per token
+    tokens: float = 0.0  # of all steps
+    squares: float = 0.0  # of the lengths of all examples of all steps
+
+    @classmethod
+    def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> Load:
+        """The load of the (at most 2,000, evenly spaced) steps of `plan`; `targets` = those of one epoch."""
+        steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int))
+        lengths = [plan.lengths[plan.examples(step)] for step in steps]
+        largest = max((int(step.sum()) for step in lengths), default=1)
+        share, scale = targets / int(plan.lengths.sum()), plan.num_steps / max(len(steps), 1)
+        tokens, squares = (scale * float(sum((step**power).sum() for step in lengths)) for power in (1, 2))
+        return cls(int(plan.lengths.max()), -(-largest // world_size), share, tokens, squares)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The choice, and what it is predicted to take; `memory` is None where the model could not be rehearsed."""
+
+    tokens_per_pack: int
+    recomputed: int
+    memory: Memory | None
+    at_hand: int  # bytes
+    notes: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by what holds them, and their sum at the peak; {} where they could not be predicted."""
+        return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
+
+
+def outline(config: Config) -> PackLoss:
+    """The model as it will train, adapter and frozen weights included, on the meta device: shapes without contents."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(config.model), dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+        )
+        assert isinstance(model, PreTrainedModel)
+        freeze(model, config.model)
+        attach(model, config.adapter, config.seed)
+    return PackLoss(model, config.loss).train()
+
+
+def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit:
+    """The largest packs, then the fewest recomputed layers, that fit into `at_hand` bytes; UserError where none do.
+
+    Packs shrink down to the size below which a device gets slower; only then layers are recomputed; and where all of
+    them are not enough, packs shrink further. What the settings say is taken as it is.
+    """
+    layers, fitting = len(rehearsal.layers), MARGIN * at_hand
+    found: Fit | None = None
+    for size, recomputed in _candidates(runtime, rehearsal.on_gpu, layers):
+        try:
+            memory = predict(rehearsal, load, size, recomputed)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return Fit(size, recomputed, None, at_hand, (f"memory could not be predicted: {reason}",))
+        found = Fit(size, recomputed, memory, at_hand)
+        if memory.peak <= fitting and runtime.recompute == "auto":
+            counts = range(recomputed + 1)
+            fewest = bisect_left(counts, x=True, key=lambda n: predict(rehearsal, load, size, n).peak <= fitting)
+            return Fit(size, fewest, predict(rehearsal, load, size, fewest), at_hand)
+        if memory.peak <= fitting:
+            return found
+    assert found is not None
+    assert found.memory is not None
+    raise UserError(_refusal(found, found.memory, load))
+
+
+def seconds_of(loss: PackLoss, load: Load, chosen: Fit, machine: Machine, calibration: float) -> float:
+    """Predicted seconds of all steps, after `calibration` seconds of matrix products on this machine."""
+    work = flops(loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
+    speed = product_speed(loss, machine.device, machine.precision, chosen.tokens_per_pack, calibration)
+    return work / (SHARE * speed)
+
+
+def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: int) -> Memory:
+    """Memory with packs of that size: those of a step are about equally full, and an example is never cut."""
+    count = -(-load.step_tokens // tokens_per_pack)
+    tokens = max(-(-load.step_tokens // count), load.longest)
+    return rehearsal.predict(blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1)
+
+
+def _candidates(runtime: Runtime, on_gpu: bool, layers: int) -> Iterator[tuple[int, int]]:
+    """(tokens per pack, recomputed layers), in the order of preference."""
+    good = [16384, 8192] if on_gpu else [2048, 1024, 512]  # sizes at which the device is about as fast as it gets
+    small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
+    if runtime.tokens_per_pack is not None:
+        good, small = [runtime.tokens_per_pack], []
+    match runtime.recompute:
+        case "auto":
+            yield from ((size, 0) for size in good)
+            yield from ((size, layers) for size in (good[-1], *small))
+        case "all":  # a model without layers to be found is refused, not passed over
+            yield from ((size, max(layers, 1)) for size in (*good, *small))
+        case count:
+            yield from ((size, 0 if count == "none" else count) for size in (*good, *small))
+
+
+def _refusal(tried: Fit, memory: Memory, load: Load) -> str:
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items() if size)
+    return (
+        f"memory: a step is predicted to need {memory.peak / 2**30:.2f} GiB ({parts}), and {tried.at_hand / 2**30:.2f} "
+        f"GiB are at hand, {100 * MARGIN:.0f} % of them to plan with. That was with packs of {tried.tokens_per_pack:,} "
+        f"tokens, a longest example of {load.longest:,} and {tried.recomputed} layers recomputed. Train an adapter "
+        "(adapter: lora), shorten data.max_length, leave runtime.tokens_per_pack and runtime.recompute to sftx, or use "
+        "a device with more memory, or several"
+    )

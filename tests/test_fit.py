@@ -1,0 +1,98 @@
+"""Which packs and how many recomputed layers are chosen, from the memory at hand; and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import sftx
+from sftx.config import Runtime
+from sftx.model import host_memory
+from sftx.model.load import PackLoss
+from sftx.model.memory import Rehearsal
+from sftx.training.fit import MARGIN, Load, fit, predict
+
+LOAD = Load(longest=300, step_tokens=8192, target_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def rehearsal() -> Rehearsal:
+    return Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), "cpu", torch.float32, base=1000)
+
+
+def needed(rehearsal: Rehearsal, size: int, layers: int) -> int:
+    return int(predict(rehearsal, LOAD, size, layers).peak / MARGIN) + 1
+
+
+def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Rehearsal) -> None:
+    def choose(at_hand: int, **runtime: Any) -> tuple[int, int]:
+        found = fit(Runtime(**runtime), rehearsal, LOAD, at_hand)
+        return found.tokens_per_pack, found.recomputed
+
+    assert choose(1 << 40) == (2048, 0)
+    assert choose(needed(rehearsal, 2048, 0) - 2) == (1024, 0)
+    assert choose(needed(rehearsal, 512, 0)) == (512, 0)
+    assert choose(needed(rehearsal, 512, 0) - 2) == (512, 1)
+    assert choose(needed(rehearsal, 512, 3)) == (512, 3)
+    assert choose(needed(rehearsal, 512, 5) - 2)[0] == 256
+    assert choose(1 << 40, recompute=2) == (2048, 2)
+    assert choose(1 << 40, recompute="all", tokens_per_pack=700) == (700, 5)
+    with pytest.raises(
+        sftx.UserError, match=r"(?s)predicted to need .* GiB .*optimizer.* at hand.*256 tokens.*5 layers"
+    ):
+        choose(2000)
+    with pytest.raises(sftx.UserError, match=r"2,048 tokens.* 0 layers"):
+        choose(needed(rehearsal, 2048, 0) - 2, recompute="none", tokens_per_pack=2048)
+
+
+def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = PackLoss(tiny.model()).train()
+
+    def depends_on_data(**_: Any) -> None:
+        raise RuntimeError("the shape depends on data")
+
+    monkeypatch.setattr(loss, "forward", depends_on_data)
+    found = fit(Runtime(), Rehearsal(loss, "cpu", torch.float32, 0), LOAD, 1 << 40)
+    assert (found.tokens_per_pack, found.recomputed, found.memory) == (2048, 0, None)
+    assert found.notes == ("memory could not be predicted: the shape depends on data",)
+
+
+def test_a_run_records_prediction_and_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {
+        "model": tiny.folder(tmp_path / "model"),
+        "data": {"rows": [["a", "b"]] * 8, "cache": str(tmp_path / "cache")},
+        "runtime": {"device": "cpu", "threads": 1, "progress": False},
+    }
+    sftx.train(**settings, output=str(tmp_path / "run"))
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    predicted, measured = facts["predicted"], facts["measured"]
+    assert predicted["memory"]["peak"] == sum(v for k, v in predicted["memory"].items() if k != "peak")
+    assert predicted["memory"]["peak"] == pytest.approx(measured["memory"], rel=0.15)
+    assert predicted["seconds"] > 0 < measured["seconds"]
+    monkeypatch.setattr(host_memory, "free", lambda: 1000)
+    with pytest.raises(sftx.UserError, match="memory: a step is predicted to need"):
+        sftx.train(**settings, output=str(tmp_path / "short"))
+
+
+def test_room_in_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "cgroup" / "jobs" / "one"
+    group.mkdir(parents=True)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:   8000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/jobs/one\n")
+    monkeypatch.setattr(host_memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path / "cgroup")
+    assert host_memory.free() == 8000 << 10
+    (group / "memory.max").write_text("max\n")
+    assert host_memory.free() == 8000 << 10
+    (group.parent / "memory.max").write_text("5000000\n")
+    (group.parent / "memory.current").write_text("4000000\n")
+    (group.parent / "memory.stat").write_text("anon 7\ninactive_file 300\n")
+    assert host_memory.free() == 1000300
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert host_memory.free() == 500150
