@@ -69,7 +69,7 @@ def rows(
     return made
 
 
-def folder(shape: str, where: Path) -> str:
+def folder(shape: str, where: Path, dtype: str = "float32") -> str:
     """A random model of that shape on disk, with a tokenizer of one word per id; made once."""
     target = where / shape
     if not (target / "done").exists():
@@ -80,7 +80,7 @@ def folder(shape: str, where: Path) -> str:
         settings = dict(SHAPES[shape])
         family, size = settings.pop("family"), settings["vocab_size"]
         config = getattr(transformers, f"{family}Config")(
-            **settings, dtype="float32", eos_token_id=1, bos_token_id=0, pad_token_id=2
+            **settings, dtype=dtype, eos_token_id=1, bos_token_id=0, pad_token_id=2
         )
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
@@ -94,22 +94,37 @@ def folder(shape: str, where: Path) -> str:
 
 
 class Clock:
-    """Wall and CPU seconds of every step, and the peak memory, whatever runs the steps."""
+    """Wall and CPU seconds of every step, whatever runs the steps.
 
-    def __init__(self) -> None:
+    With `syncs`, a step is only looked at where its number is in it, so that the device is not kept waiting in between:
+    then there is one figure for each stretch, the mean of its steps.
+    """
+
+    def __init__(self, syncs: tuple[int, ...] = ()) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self.mark()
+        self.syncs, self.count, self.before = syncs, 0, 0
+        self._start()
 
     def mark(self) -> None:
+        """A step begins."""
+        if not self.syncs:
+            self._start()
+
+    def _start(self) -> None:
         _synchronize()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def step(self) -> None:
+        """A step ends."""
+        self.count += 1
+        if self.syncs and self.count not in self.syncs:
+            return
         _synchronize()
-        self.wall.append(time.perf_counter() - self._wall)
-        self.cpu.append(time.process_time() - self._cpu)
-        self.mark()
+        steps, self.before = self.count - self.before, self.count
+        self.wall.append((time.perf_counter() - self._wall) / steps)
+        self.cpu.append((time.process_time() - self._cpu) / steps)
+        self._start()
 
 
 def _synchronize() -> None:
@@ -127,6 +142,7 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     runtime: dict[str, Any] = {"progress": False, "precision": job["precision"], "threads": job["threads"]}
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
+    runtime |= {name: job[name] for name in ("compile", "recompute") if job.get(name)}
     records, stamps = [], []
     steps = sftx.steps(
         model=job["model"], output=job["output"],
@@ -165,14 +181,17 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     common: dict[str, Any] = {
         "output_dir": job["output"], "max_steps": job["steps"], "learning_rate": 1e-5, "lr_scheduler_type": "constant",
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": job["batch"] // micro,
-        "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "logging_steps": 1, "report_to": "none",
+        "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "report_to": "none",
+        "logging_steps": 10**6 if clock.syncs else 1, "logging_first_step": True,  # a logged step waits for the device
         "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
         "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
+        "dataloader_pin_memory": cuda, "use_liger_kernel": bool(job.get("liger")),
     }  # fmt: skip
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, attn_implementation=job.get("attention", "sdpa")
+        job["model"],
+        dtype=getattr(torch, job.get("dtype", "float32")),
+        attn_implementation=job.get("attention", "sdpa"),
     )
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     dataset = datasets.Dataset.from_list(data)
@@ -212,6 +231,15 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     return facts
 
 
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     """Run the job given as JSON."""
     job = json.loads(sys.argv[1])
@@ -221,11 +249,7 @@ def main() -> None:
     data = rows(job["batch"], vocab_size, longest=job["length"], kind=kind) * job["steps"]  # the same in every step
     clock = Clock()
     facts = (run_sftx if job["system"] == "sftx" else run_hf)(job, data, clock)
-    import torch
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+    peak = peak_memory()
     step = data[: job["batch"]]
     counts = {
         "tokens": sum(len(row["input_ids"]) for row in step),

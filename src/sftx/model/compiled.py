@@ -49,8 +49,8 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     try:
-        if not layers or not loss.isolate:
-            raise RuntimeError("no decoder layers are found" if loss.isolate else "packed segments are not kept apart")
+        if not layers or not loss.isolate or loss.objective.router_aux:
+            raise RuntimeError("it takes layers without hooks, segments that are kept apart and no loss.router_aux")
         for layer in layers:
             layer.compile(backend=COMPILER, fullgraph=True, dynamic=True)
         loss.compiled = [(layer, layer._compiled_call_impl) for layer in layers]
