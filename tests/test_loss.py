@@ -167,7 +167,7 @@ def test_gradients_are_added_where_they_lie_unless_somebody_watches() -> None:
         return lambda _: seen.update({name: seen[name] + 1})
 
     step_gradient(PackLoss(model), data, packs[:1])
-    inner, other = (m.model.layers[0].mlp.down_proj.weight for m in (model, watched))
+    inner, other = (m.model.embed_tokens.weight for m in (model, watched))
     node = inner.expand_as(inner).grad_fn.next_functions[0][0]  # what adds to `.grad` the usual way
     node.register_hook(lambda _, gradients: seen.update(plain=seen["plain"] + (gradients[0] is not None)))
     other.register_hook(count("watched"))

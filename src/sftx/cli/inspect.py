@@ -33,7 +33,7 @@ EXTRA = {
     "json": "Write what is shown, token by token, to this file.",
 }
 DEFAULTS = ("output=unused",)
-CPU_PACK = 2048  # tokens per pack where the settings leave it to the machine and there is no GPU
+CPU_PACK = 1024  # tokens per pack where the settings leave it to the machine and there is no GPU
 TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so that the borders of tokens show
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1

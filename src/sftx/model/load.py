@@ -110,7 +110,7 @@ class PackLoss(nn.Module):
         self.prunes = False
         for layer in decoder_layers(model)[-1:]:
             LastLayer(layer)
-        accumulate_in_place(model, model.get_output_embeddings())
+        accumulate_in_place(model.get_input_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
         self.compiled: list[tuple[nn.Module, Any]] = []  # layers and their compiled calls, see `compiled`
         self.own_attention = model.config._attn_implementation or "eager"

@@ -75,7 +75,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     chosen = Machine(
         device=device,
         precision=torch.bfloat16 if half else torch.float32,
-        tokens_per_pack=runtime.tokens_per_pack or (16384 if device.type == "cuda" else 2048),
+        tokens_per_pack=runtime.tokens_per_pack or (16384 if device.type == "cuda" else 1024),
     )
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
