@@ -261,7 +261,13 @@ class Runtime(Section):
     """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it (see
     docs/performance.md) and the model allows it."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; default: one per physical core."""
+    """CPU threads of one process; default: one per physical core, shared among the processes of the machine."""
+    parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
+    """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model: `replicate` = whole in
+    each; `fsdp` = in shards over all; `hsdp` = in shards within a node, which nodes repeat; `auto` = `replicate` where
+    weights, gradients and optimiser fit into half the memory of a GPU, else `fsdp`. One process holds all of it."""
+    rank_timeout: float = Field(default=600, gt=0)
+    """Seconds for which a process may wait for another; then the job ends and the silent one is named."""
     progress: bool = True
     """Show progress on the terminal."""
 

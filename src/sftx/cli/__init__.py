@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import sys
+import time
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -29,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank := int(os.environ.get("RANK", "0")):
+            time.sleep(2)  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ leaves nothing that looks finished. Every example carries a hash of its tokens a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -170,6 +171,21 @@ class Cache:
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
             raise UserError(f"{path}: the token cache cannot be written ({error}); set data.cache") from None
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """The first process of those that call the same `name` goes on; the others wait until it is done.
+
+        So the ranks of a node encode their data once. The rest then goes on at the same time.
+        """
+        path = self.path(blake2b(name.encode(), digest_size=20).hexdigest(), ".lock")
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(file, fcntl.LOCK_SH)
+            yield
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

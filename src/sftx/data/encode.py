@@ -124,7 +124,7 @@ def load_corpora(
     if held and data.eval_split:
         raise UserError("data.eval_split and data.eval are both set; held-out rows come from one of them")
     cache, encoder = Cache(data.cache), Encoder(tokenizer, data, max_length)
-    with cache.scratch() as scratch:
+    with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
         jobs = _missing([*tables, *held_tables], encoder.fingerprint, cache, scratch)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
+from sftx import dist
 from sftx.data.corpus import Corpus
 from sftx.data.pack import best_fit, build_pack
 from sftx.model.load import PackLoss, to_tensors
@@ -36,7 +38,9 @@ def held_out_loss(
         with torch.no_grad():
             for number in range(len(corpus.sources)):
                 mine = np.flatnonzero(corpus.source == number)
-                for members in best_fit(corpus.lengths[mine], tokens_per_pack):
+                bins = best_fit(corpus.lengths[mine], tokens_per_pack)
+                bins += [()] * (-len(bins) % dist.world_size())  # every rank takes part equally often
+                for members in bins[dist.rank() :: dist.world_size()]:
                     if stop():
                         return {}
                     pack = build_pack([corpus.example(int(mine[i])) for i in members])
@@ -44,7 +48,9 @@ def held_out_loss(
                         totals[number] += model(**to_tensors(pack, device)).double()
     finally:
         model.train(was_training)
-    sums = totals.tolist()
+        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
+            model.reshard()
+    sums = dist.add_up(totals).tolist()
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}

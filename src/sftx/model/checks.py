@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sftx.model.adapter import trainable
 from sftx.model.load import PackLoss, to_tensors
@@ -49,7 +50,7 @@ def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
     notes: list[str] = []
-    with _evaluating(loss), torch.no_grad(), autocast:
+    with _evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
         reference = _reference_logits(loss, pack, device)
         scale = float(reference.abs().max())
         if not np.isfinite(scale):
@@ -75,6 +76,18 @@ def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]
         if abs(fused - own) > tolerance * abs(own):
             raise UserError(f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed probe")
     return notes
+
+
+@contextmanager
+def _callable_in_parts(loss: PackLoss, pack: Pack) -> Iterator[None]:
+    """Where the model is in shards, gather what does not belong to a layer, so that its parts run on their own."""
+    if not isinstance(loss, FSDPModule):
+        yield
+        return
+    loss(**to_tensors(pack, next(loss.parameters()).device))  # the first pass must come through the root
+    loss.unshard()
+    yield
+    loss.reshard()
 
 
 def _reference_logits(loss: PackLoss, pack: Pack, device: torch.device) -> Tensor:

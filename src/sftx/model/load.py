@@ -135,10 +135,7 @@ class PackLoss(nn.Module):
     ) -> Tensor:
         """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1] on the host; `index`, `label` int64[M]; `weight`
         float32[M]; `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn.
-        Returns the sum over targets, a float32 scalar."""
-        if len(index) == 0:  # nothing to learn here, but every rank must take part in the backward pass
-            zero = self.hidden(ids[:1], positions[:1], cu_seqlens.clamp(max=1), 1).sum() * 0.0
-            return zero if zero.requires_grad else zero + head_weights(self.model)[0].sum() * 0.0  # it trains alone
+        Returns the sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for every weight."""
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(cu_seqlens.diff().tolist(), examples)
@@ -175,7 +172,7 @@ class PackLoss(nn.Module):
         noise = self._noise
         for a, b in itertools.pairwise(cu_seqlens.tolist()):
             mine = (index >= a) & (index < b)
-            if mine.any():
+            if mine.any() or len(index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
                 out = self._run(self.model, ids[a:b])
                 at = index[mine] - a

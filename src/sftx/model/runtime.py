@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sftx import dist
 from sftx.config import Runtime
 from sftx.model import host_memory
 from sftx.types import UserError
@@ -65,12 +66,16 @@ class Machine:
 @contextmanager
 def machine(runtime: Runtime) -> Iterator[Machine]:
     """Choose the device and apply the settings of `runtime`; everything is put back on leaving."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this version trains in one process; start it without torchrun (WORLD_SIZE is set above 1)")
     has_gpu = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_gpu:
         raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")
-    device = torch.device("cuda" if has_gpu and runtime.device != "cpu" else "cpu")
+    device = torch.device("cuda", dist.local_rank()) if has_gpu and runtime.device != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        if dist.local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{dist.local_size()} processes were started here, but there are {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(device)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
     chosen = Machine(
         device=device,
@@ -80,7 +85,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if device.type == "cpu":
-            torch.set_num_threads(runtime.threads or _physical_cores())
+            torch.set_num_threads(runtime.threads or max(1, _physical_cores() // dist.local_size()))
             _mallopt(_KEEP_MEMORY)
             _fast_exact_matmul()
         yield chosen

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sftx.config import Model
@@ -44,12 +45,19 @@ def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) 
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel | PeftModel, tokenizer: Any, stop_ids: list[int], card: str, dtype: torch.dtype
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    stop_ids: list[int],
+    card: str,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
 
     Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names.
-    Matrices of a whole model are stored in `dtype`; adapters always in float32.
+    Matrices of a whole model are stored in `dtype`; adapters always in float32. `state` holds the tensors
+    where those of `model` are in shards.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -57,9 +65,10 @@ def save_model(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
         # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
     else:
-        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+        if state is None:
+            state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
         kept = model.config.dtype
         model.config.dtype = dtype
         model.save_pretrained(str(temporary), state_dict=state)

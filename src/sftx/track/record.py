@@ -50,10 +50,11 @@ def _versions() -> dict[str, str]:
 
 
 class Run:
-    """The folder of one run. Opening it does not change it; `start` does."""
+    """The folder of one run. Opening it does not change it; `start` does. With `writes` false nothing is written."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, writes: bool = True) -> None:
         self.folder = Path(config.output)
+        self.writes = writes
         self.config = config
         self._metrics = None
         if self.folder.exists() and not self.folder.is_dir():
@@ -73,12 +74,13 @@ class Run:
 
     def start(self, step: int, **facts: Any) -> None:
         """Begin at `step`: write run.json, and drop metrics of steps that will be taken again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "bad_steps.jsonl"):
-            lines = [line for line in self._lines(name) if line["step"] <= step] if step else []
-            if lines or name == "metrics.jsonl" or (self.folder / name).exists():
-                self._rewrite(name, lines)
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "bad_steps.jsonl"):
+                lines = [line for line in self._lines(name) if line["step"] <= step] if step else []
+                if lines or name == "metrics.jsonl" or (self.folder / name).exists():
+                    self._rewrite(name, lines)
+            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         earlier = self.facts.get("started", []) if step else []
         settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
         self.facts = {
@@ -86,18 +88,20 @@ class Run:
             "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
             "config": settings,
             "versions": _versions(),
-            **facts,
         }
-        write_json(self.folder / "run.json", self.facts)
+        self.update(**facts)
 
     def write(self, record: StepRecord) -> StepRecord:
         """Append one step to metrics.jsonl."""
-        assert self._metrics is not None, "the run was not started"
-        self._metrics.write(json.dumps(asdict(record)) + "\n")
+        if self.writes:
+            assert self._metrics is not None, "the run was not started"
+            self._metrics.write(json.dumps(asdict(record)) + "\n")
         return record
 
     def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
         """Append a step whose loss or gradient was not finite, with the rows it was made of, to bad_steps.jsonl."""
+        if not self.writes:
+            return
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
         with (self.folder / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -105,10 +109,13 @@ class Run:
     def update(self, **facts: Any) -> None:
         """Add facts to run.json."""
         self.facts.update(facts)
-        write_json(self.folder / "run.json", self.facts)
+        if self.writes:
+            write_json(self.folder / "run.json", self.facts)
 
     def amend(self, **facts: Any) -> None:
         """Add to the last step recorded."""
+        if not self.writes:
+            return
         *lines, last = self.metrics()
         self.close()
         self._rewrite("metrics.jsonl", [*lines, {**last, **facts}])

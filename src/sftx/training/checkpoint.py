@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sftx import dist
+from sftx.model.shard import load_tensors, save_tensors, tensor_facts
 from sftx.training.background import Background
 from sftx.types import UserError
 
@@ -57,26 +59,38 @@ def save(
     needed = sum(t.nbytes for t in (*parameters.values(), *moments.values()))
 
     def write() -> None:
-        if final.exists() and not _verify(final):
+        if dist.from_main(dist.is_main() and final.exists() and not _verify(final), saving=True):
             return  # a state is saved twice where a signal comes twice: the first is as good
-        _require_space(folder, needed)
         temporary = folder / f"{final.name}.tmp"
         try:
-            _write(temporary, final, state, {"weights": parameters, "optimizer": moments})
+            _write(temporary, final, state, {"weights": parameters, "optimizer": moments}, needed)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{_shortage(folder, needed)} ({error})") from error
-        _prune(folder, keep)
+        if dist.is_main():
+            _prune(folder, keep)
 
     write() if background is None else background.start(write)
     return final
 
 
-def _write(temporary: Path, final: Path, state: State, tensors: dict[str, dict[str, Tensor]]) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, some in tensors.items():
-        save_file(some, temporary / f"{name}.safetensors")
+def _write(temporary: Path, final: Path, state: State, tensors: dict[str, dict[str, Tensor]], needed: int) -> None:
+    if dist.is_main():
+        _require_space(final.parent, needed)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier(saving=True)
+    if dist.is_joined():
+        save_tensors(temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()})
+    else:
+        for name, some in tensors.items():
+            save_file(some, temporary / f"{name}.safetensors")
+    if dist.is_main():
+        _seal(temporary, final, state)
+    dist.barrier(saving=True)
+
+
+def _seal(temporary: Path, final: Path, state: State) -> None:
     (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     sums = {}
     for path in sorted(temporary.iterdir()):
@@ -109,17 +123,38 @@ def _held(tensor: Tensor, copied: bool) -> Tensor:
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
     """Load the newest checkpoint that verifies into `model` and `optimizer`; None if there is none.
 
-    A damaged one is passed over with a line on stderr that names it.
+    A damaged one is passed over with a line on stderr that names it. Any number of ranks may have written it.
     """
+    path = dist.from_main(_newest_good(folder) if dist.is_main() else None)
+    if path is None:
+        return None
+    _load(path, model, optimizer)
+    return _state(path)
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Weights, and where there is an optimizer its moments too."""
+    facts = tensor_facts(path)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if odd := sorted({name for name in facts if "/" not in name} ^ parameters.keys()):
+        raise UserError(f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}")
+    tensors: dict[str, Tensor] = {n: p.detach() for n, p in parameters.items()}
+    if optimizer is not None:
+        optimizer.state.clear()
+        for key in sorted(facts.keys() - parameters.keys()):
+            name, _, kind = key.rpartition("/")
+            shape, dtype = facts[key]
+            like = parameters[name].detach()
+            empty = torch.zeros_like(like, dtype=dtype) if shape else torch.zeros((), dtype=dtype, device=like.device)
+            tensors[key] = optimizer.state[parameters[name]][kind] = empty
+    load_tensors(path, tensors)
+
+
+def _newest_good(folder: Path) -> Path | None:
     for path in _found(folder):
-        problem = _verify(path)
-        if problem:
-            print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
-            continue
-        state = _state(path)
-        _load_parameters(model, load_file(path / "weights.safetensors"), path)
-        _load_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
-        return state
+        if not (problem := _verify(path)):
+            return path
+        print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
     return None
 
 
@@ -127,7 +162,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """The weights alone of the checkpoint `path`, into `model`; UserError if it is damaged or none."""
     if problem := _verify(path) if path.exists() else f"there are {sorted(p.name for p in path.parent.glob('step-*'))}":
         raise UserError(f"checkpoint {path} cannot be used: {problem}")
-    _load_parameters(model, load_file(path / "weights.safetensors"), path)
+    _load(path, model)
 
 
 def newest(folder: Path) -> State | None:
@@ -151,7 +186,7 @@ def _verify(path: Path, read: bool = True) -> str:
     """What is wrong with a checkpoint; empty if nothing. Without `read`, sizes are compared and sums are not."""
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        for name in sorted({"state.json", *sums}):
             if name not in sums or not (path / name).exists():
                 return f"{name} is missing"
             same = (path / name).stat().st_size == sums[name]["bytes"]
@@ -171,25 +206,6 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if set(expected) != set(tensors):
-        odd = sorted(set(expected) ^ set(tensors))
-        raise UserError(f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-
-
-def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition("/")
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = tensor.to(parameter.device)
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -99,6 +99,12 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
     raise UserError(_refusal(found, found.memory, load))
 
 
+def unfitted(runtime: Runtime, rehearsal: Rehearsal, _: Load, at_hand: int) -> Fit:
+    """What the settings say, else the largest packs: ranks must choose alike, whatever memory each has at hand."""
+    size, recomputed = next(iter(_candidates(runtime, rehearsal.on_gpu, len(rehearsal.layers))))
+    return Fit(size, recomputed, None, at_hand, ("memory is not predicted for several processes",))
+
+
 def seconds_of(loss: PackLoss, load: Load, chosen: Fit, machine: Machine, calibration: float) -> float:
     """Predicted seconds of all steps, after `calibration` seconds of matrix products on this machine."""
     work = flops(loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sftx import dist
 from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
@@ -18,6 +20,7 @@ from sftx.eval.loss import held_out_loss
 from sftx.model.load import stored_dtype, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
+from sftx.model.shard import whole_state
 from sftx.settings import make_config
 from sftx.track.card import model_card
 from sftx.track.progress import Progress
@@ -73,12 +76,12 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
-        run = Run(config)
+        run = Run(config, writes=dist.is_main())
         stack.callback(run.close)
-        progress = stack.enter_context(Progress(config.runtime.progress))
+        progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
         stack.enter_context(progress.saying_why(Stopped, Diverged))
         stop.at_once = True
-        job = prepare(config, here, run, progress)
+        job = prepare(config, here, run, progress, stack)
         stop.at_once = False
         if run.finished:
             progress.finished_before(run)
@@ -96,6 +99,7 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
     meter = Meter(job)
     pending: tuple[int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
+        dist.alive(f"step {step + 1}")
         result = _step(job, step, packs)
         if pending is not None:
             yield meter.read(*pending)
@@ -119,7 +123,7 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
 
 def _packs(job: Job, step: int) -> list[dict[str, Any]]:
     """The packs of `step` on their way to the device."""
-    bins = job.plan.packs(step, job.machine.tokens_per_pack)[0]
+    bins = job.plan.packs(step, job.machine.tokens_per_pack, dist.world_size())[dist.rank()]
     return [
         to_tensors(build_pack([job.corpus.example(i) for i in members], members), job.machine.device)
         for members in bins
@@ -130,7 +134,7 @@ def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
     """Launch step `step` (0-based)."""
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
     job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
-    torch.manual_seed(job.loss.noise_seed)
+    torch.manual_seed((job.loss.noise_seed + (dist.rank() << 40)) % 2**63)
     if isinstance(job.optimizer, StochasticAdamW):
         job.optimizer.seed = job.loss.noise_seed
     return train_step(
@@ -155,7 +159,8 @@ def _eval_due(job: Job, done: int) -> bool:
 def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
     """The evaluation before the first step: that of the model as it came, or one that a signal cut short."""
     run = job.run
-    missed = job.start > 0 and _eval_due(job, job.start) and run.metrics()[-1]["eval"] is None
+    missed = job.start > 0 and _eval_due(job, job.start)
+    missed = dist.from_main(missed and dist.is_main() and run.metrics()[-1]["eval"] is None)
     if not missed and not (job.start == 0 and job.config.eval.at_start and job.held_out is not None):
         return
     numbers = _evaluate(job, stop)
@@ -187,7 +192,7 @@ def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
 
 def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     """Last evaluation, the model in its folder, and the run marked finished."""
-    folder, config = job.run.folder, job.config
+    config = job.config
     job.background.wait()
     if job.held_out is not None:
         after = _evaluate(job, stop)
@@ -196,6 +201,21 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
             _leave_if_asked(job, stop, job.plan.num_steps)
         job.run.update(eval_after=after)
         progress.evaluated(job.plan.num_steps, after)
+    state = None
+    if dist.is_joined():
+        adapted = job.adapted is not None
+        state = whole_state(job.trained, None if adapted else stored_dtype(config.model), trained_only=adapted)
+    if dist.is_main():
+        _write_model(job, state)
+    job.run.update(
+        status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
+    )
+    progress.finished(job.run)
+
+
+def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
+    """The trained model (and the merged one) as folders that serve; `state` = its tensors, where they were sharded."""
+    folder, config = job.run.folder, job.config
     job.loss.use_segments(False)  # the saved configuration must not name our attention
     job.loss.model.config.use_cache = True
     if job.encoder.chat_template is not None:
@@ -203,15 +223,11 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
     dtype = stored_dtype(config.model)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
-    save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype)
+    save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype, state)
     if config.adapter.merge and job.adapted is not None:
         merged: Any = job.adapted.merge_and_unload()
         (folder / "merged").mkdir(exist_ok=True)
         save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
-    job.run.update(
-        status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
-    )
-    progress.finished(job.run)
 
 
 def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:

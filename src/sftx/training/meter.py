@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from itertools import takewhile
+from itertools import chain, takewhile
 
+from sftx import dist
 from sftx.training import checkpoint
 from sftx.training.optim import learning_rate
 from sftx.training.prepare import Job
@@ -60,7 +61,7 @@ class Meter:
             tokens=tokens,
             targets=targets,
             weight=plan.total_weight(step),
-            packs=len(plan.packs(step, job.machine.tokens_per_pack)[0]),
+            packs=sum(map(bool, chain(*plan.packs(step, job.machine.tokens_per_pack, dist.world_size())))),
             seconds=seconds,
             tokens_per_second=tokens / max(seconds, 1e-9),
             memory=memory,

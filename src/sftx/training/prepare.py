@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sftx import dist
 from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
@@ -29,12 +31,13 @@ from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
+from sftx.model.shard import build_mesh, choose_layout, shard
 from sftx.model.tokens import add_rows
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Load, fit, seconds_of
+from sftx.training.fit import Load, fit, seconds_of, unfitted
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
 
@@ -84,8 +87,12 @@ def longest_example(config: Config, model_config: Any) -> int:
     return config.data.max_length or min(positions, DEFAULT_LENGTH)
 
 
-def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> Job:
-    """Read and check everything a run needs. Bad data is found before the model is loaded."""
+def prepare(config: Config, machine: Machine, run: Run, progress: Progress, until_end: ExitStack) -> Job:
+    """Read and check everything a run needs. Bad data is found before the model is loaded.
+
+    The processes join before the model is loaded, not earlier: encoding may take longer than they would wait for each
+    other. They part when `until_end` closes.
+    """
     _refuse_wrong_folder(config, run)
     model_config = load_config(config.model)
     max_length = longest_example(config, model_config)
@@ -95,26 +102,24 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     _check_stop_token(corpus, encoder, config.data)
+    until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
+    run.facts = dist.from_main(run.facts)
 
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
-    nf4 = machine.precision if config.adapter.quantize == "nf4" else None
-    dtype, notes = _kept_weights(config, machine)
-    model = load_model(config.model, machine.device, dtype, nf4)
-    notes += add_rows(model, fast_tokenizer.taught, config.seed)
-    freeze(model, config.model)
-    adapted = attach(model, config.adapter, config.seed, sorted(fast_tokenizer.taught))
-    loss = PackLoss(model, config.loss)
+    loss, adapted, notes = _build(config, machine, fast_tokenizer.taught)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     notes += check_paths(loss, probe, machine.precision)
     load = Load.of_plan(plan, int(corpus.targets.sum()))
     rehearsal = Rehearsal(loss.train(), machine.device.type, machine.precision, held)
-    chosen = fit(config.runtime, rehearsal, load, at_hand)
+    chosen = (unfitted if dist.is_joined() else fit)(config.runtime, rehearsal, load, at_hand)
     machine = replace(machine, tokens_per_pack=chosen.tokens_per_pack)
-    recompute(model, chosen.recomputed)
+    if dist.is_joined() and not loss.isolate:  # ranks must agree on the number of forward passes
+        machine = replace(machine, tokens_per_pack=1)
+    recompute(loss.model, chosen.recomputed)
     notes += chosen.notes
     if not run.finished:
         notes += _compile(config, machine, loss, corpus, plan)
@@ -137,7 +142,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress) -> J
         notes=notes,
     )
     _continue_or_start(job)
-    progress.model(type(model).__name__, trainable(loss), machine, job.peak, notes, job.start)
+    progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
 
 
@@ -154,11 +159,32 @@ def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, p
     """Compile the layers where that is asked for or repays itself, on the first pack; what came of it, in words."""
     wish = config.runtime.compile
     tokens = float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
-    if wish == "off" or (wish == "auto" and not repays(machine.device, trainable(loss)[1], tokens)):
+    if wish == "off" or (wish == "auto" and (dist.is_joined() or not repays(machine.device, trainable(loss)[1], tokens))):
         return []
     members = plan.packs(0, machine.tokens_per_pack)[0][0]
     pack = build_pack([corpus.example(i) for i in members], members)
     return [compile_layers(loss, pack, machine, wish)]
+
+
+def _build(config: Config, machine: Machine, taught: dict[int, bool]) -> tuple[PackLoss, PeftModel | None, list[str]]:
+    """The model with its adapter, on the device, in shards where there are several ranks; and notes in words."""
+    nf4 = machine.precision if config.adapter.quantize == "nf4" else None
+    dtype, notes = _kept_weights(config, machine)
+    place = torch.device("cpu") if dist.is_joined() and nf4 is None else machine.device
+    model = load_model(config.model, place, dtype, nf4)
+    notes += add_rows(model, taught, config.seed)
+    freeze(model, config.model)
+    adapted = attach(model, config.adapter, config.seed, sorted(taught))
+    loss = PackLoss(model, config.loss)
+    if dist.is_joined():
+        if config.optim.weights != "fp32":
+            raise UserError("optim.weights: bf16 trains in one process only; set fp32, or start without torchrun")
+        if config.adapter.merge:
+            raise UserError("adapter.merge: several processes hold the model in parts; merge with `sftx export` later")
+        trains, weights = trainable(loss)
+        layout = choose_layout(config.runtime, machine.device, weights, trains)
+        shard(loss, build_mesh(layout, machine.device, config.runtime.rank_timeout), machine.precision)
+    return loss, adapted, notes
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
@@ -289,4 +315,5 @@ def _continue_or_start(job: Job) -> None:
         stop_id=job.encoder.stop_id,
         **facts,
     )
-    write_ledger(job.corpus, run.folder)
+    if run.writes:
+        write_ledger(job.corpus, run.folder)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from sftx import dist
 from sftx.model.load import PackLoss
+from sftx.model.shard import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +37,32 @@ class StepResult:
 def train_step(
     model: PackLoss,
     optimizer: torch.optim.AdamW,
-    packs: Iterable[dict[str, Any]],
+    packs: Sequence[dict[str, Any]],
     total_weight: float,
     learning_rate: float,
     max_grad_norm: float,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> StepResult:
-    """Gradient of sum(w * nll) / total_weight over all packs, clipped, applied.
+    """Gradient of sum(w * nll) / total_weight over all packs of all ranks, clipped, applied.
 
     `total_weight` is the weight of the whole step, known from the plan: however the step is cut into packs, each adds
-    its share of one and the same sum.
+    its share of one and the same sum. Every rank brings equally many packs.
     """
     loss = torch.zeros((), device=next(model.parameters()).device)
     # The outer context, itself switched off, keeps the weights that autocast has cast from one pack to the next.
     with torch.autocast(loss.device.type, enabled=False):
-        for pack in packs:
+        for number, pack in enumerate(packs, 1):
+            if isinstance(model, FSDPModule):  # replicas exchange what they have summed once, with the last pack
+                model.set_requires_all_reduce(number == len(packs))
             with autocast():
                 pack_loss = model(**pack)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
+    loss = dist.add_up(loss)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sftx import dist
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
 EXIT_DIVERGED = 3
 NOTHING_TO_SAVE = "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
@@ -37,7 +39,8 @@ class StopFlag:
         self.at_once = False  # while there is nothing to save, the run ends where it stands
 
     def __call__(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was asked for, on any rank; every rank must ask equally often."""
+        self.signal = dist.agree(self.signal or 0) or None
         return self.signal is not None
 
     def set(self, number: int, _: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sftx import dist
 from sftx.compat.trlx import translate
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.method_configs import MethodConfig, register_method
@@ -105,13 +106,15 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def _prepare(self, stack: ExitStack) -> Job:
         """Load everything; continue from what `load` named."""
+        if dist.world_size() > 1:
+            raise UserError("trlx's trainer runs in one process here; `sftx train` trains in several")
         run = Run(translate.to_config(self.config, _rows(self.store)))
         shutil.rmtree(run.folder, ignore_errors=True)  # the record of an earlier run of the same script
         run = Run(run.config)
         stack.callback(run.close)
         progress = stack.enter_context(Progress(run.config.runtime.progress))
         here = stack.enter_context(machine(run.config.runtime))
-        job = self._job = prepare(run.config, here, run, progress)
+        job = self._job = prepare(run.config, here, run, progress, stack)
         job.optimizer = translate.optimizer(self.config.optimizer, build_optimizer(job.loss, run.config.optim))
         run.update(trlx=json.loads(str(self.config)))
         if self._resume_from is not None:
@@ -126,7 +129,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             job.peak = rate(step)  # the schedule of the translated settings is constant, so this is the rate
             torch.manual_seed(job.config.seed * 1_000_003 + step)  # dropout has a stream of its own in every step
             packs = [build_pack([job.corpus.example(i) for i in pack], pack) for pack in job.plan.packs(step, size)[0]]
-            tensors = (to_tensors(pack, job.machine.device) for pack in packs)
+            tensors = [to_tensors(pack, job.machine.device) for pack in packs]
             total, autocast = job.plan.total_weight(step), job.machine.autocast
             result = train_step(job.loss, job.optimizer, tensors, total, job.peak, 0.0, autocast)
             record = meter.read(step, result, None)

@@ -1,0 +1,123 @@
+"""One model on several processes: whole on each, or in shards, by PyTorch's `fully_shard` on a mesh of two dimensions.
+
+The first dimension replicates, the second shards: `replicate` is a mesh of N x 1, `fsdp` of 1 x N, `hsdp` of nodes x
+processes per node. Gradients are summed, never averaged: the loss is divided by the weight of the whole step already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from sftx import dist
+from sftx.config import Runtime
+from sftx.model.load import PackLoss
+from sftx.model.recompute import decoder_layers
+from sftx.types import UserError
+
+
+def choose_layout(runtime: Runtime, device: torch.device, weights: int, trainable: int) -> str:
+    """`runtime.parallel`, or what `auto` means for a model of so many weights, of which so many train."""
+    if runtime.parallel != "auto":
+        return runtime.parallel
+    if device.type != "cuda":
+        return "replicate"
+    needed = 4 * weights + 12 * trainable  # float32: weights; gradients and AdamW's two moments
+    return "replicate" if needed <= torch.cuda.get_device_properties(device).total_memory / 2 else "fsdp"
+
+
+def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMesh:
+    """The mesh (replicas, shards) of a layout, every group of it with the run's timeout in seconds."""
+    size, per_node = dist.world_size(), dist.local_size()
+    if parallel == "hsdp" and size % per_node:
+        raise UserError(f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of {per_node}")
+    shards = {"replicate": 1, "fsdp": size, "hsdp": per_node}[parallel]
+    mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # torch gives the groups of a mesh its own default, half an hour
+        torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+    return mesh
+
+
+def shard(loss: PackLoss, mesh: DeviceMesh, precision: torch.dtype) -> None:
+    """Make every decoder layer of the model, and then all that is left, a unit of `fully_shard`, in place.
+
+    Layers are gathered and computed in `precision`; embeddings, final norm and head stay in their own dtype, as they
+    do under autocast. Gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if precision == torch.float32 else precision,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast decides, as in one process
+    )
+    quantised = {p for p in loss.parameters() if not p.is_floating_point()}  # frozen and small: whole on every rank
+    for layer in decoder_layers(loss.model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=quantised)
+    outer = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fully_shard(loss, mesh=mesh, mp_policy=outer, ignored_params=quantised)
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool) -> dict[str, Tensor]:
+    """The state of a sharded model on the CPU of rank 0, one tensor after the other; {} on the other ranks.
+
+    Floating-point tensors come in `dtype`, if it is given; tied weights stay one tensor.
+    """
+    state: dict[str, Tensor] = {}
+    tied: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trained_only and not parameter.requires_grad:
+            continue
+        tensor = tied[id(parameter)] if id(parameter) in tied else whole(parameter.detach())
+        if dist.is_main():
+            state[name] = tied[id(parameter)] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        else:
+            tied[id(parameter)] = torch.empty(0)  # known, and gone
+    if dist.is_main() and not trained_only:
+        state |= {name: tensor for name, tensor in model.state_dict().items() if name not in state}
+    return state
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, sharded or not, as safetensors: each rank the parts that are its own, nothing twice."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=dist.saving_group())
+    except CheckpointException as error:  # on every rank, with what went wrong on each
+        raise OSError(str(error)) from error
+
+
+def tensor_facts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in the safetensors files of a folder, whoever wrote them."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: (tensor.size, tensor.properties.dtype)
+        for name, tensor in found.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, sharded or not, from the safetensors files of a folder: each rank reads what it holds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every rank must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

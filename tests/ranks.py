@@ -1,0 +1,81 @@
+"""Runs of several ranks for tests: real processes that torchrun starts, on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from safetensors.torch import load_file
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def model(path: Path) -> str:
+    """Three layers, tied embeddings."""
+    return tiny.folder(path, num_hidden_layers=3)
+
+
+def write_run(folder: Path, model: str, name: str, **changes: Any) -> Path:
+    """A run of 20 steps whose last step of each epoch is ragged: with one token per pack it has 3 packs."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        lines = [json.dumps([f"What is {i} plus {i}?", f"It is {2 * i}" + "!" * (i % 7)]) for i in range(43)]
+        rows.write_text("\n".join(lines[:35]) + "\n", encoding="utf-8")
+        (folder / "held.jsonl").write_text("\n".join(lines[35:]) + "\n", encoding="utf-8")
+    config: dict[str, Any] = {
+        "model": model,
+        "data": {"train": str(rows), "eval": str(folder / "held.jsonl"), "cache": str(folder / "cache"), "workers": 0},
+        "output": str(folder / name),
+        "batch": {"examples_per_step": 4, "epochs": 20 / 9},
+        "optim": {"learning_rate": 3e-3, "weight_decay": 0.1},
+        "runtime": {"device": "cpu", "threads": 1, "tokens_per_pack": 48, "rank_timeout": 60},
+    }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def start(path: Path, ranks: int, program: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """The launcher of a run; 0 ranks = one process without torchrun. `program` replaces `-m sftx train`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, *(program or ["-m", "sftx", "train"]), str(path)]
+    return subprocess.Popen(
+        command, text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+
+
+def run(path: Path, ranks: int, expect: int = 0, **options: Any) -> str:
+    """What a run printed, once it has ended with the exit code that was expected."""
+    process = start(path, ranks, **options)
+    try:
+        output, _ = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == expect, output
+    return output
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """run.json."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of any weight between two trained folders."""
+    name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
+    first, second = load_file(one / name), load_file(other / name)
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first if isinstance(first[key], torch.Tensor))
