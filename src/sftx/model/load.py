@@ -145,7 +145,7 @@ class PackLoss(nn.Module):
             logits = self.own_logits(ids, positions, cu_seqlens, index, longest)
             total = cross_entropy_sum(logits, label, weight, objective)
         else:
-            prunes = self.prunes and not objective.router_aux and len(index) <= WORTH_IT * len(ids)
+            prunes = self.prunes and not objective.router_aux and 0 < len(index) <= WORTH_IT * len(ids)
             hidden = self.hidden(ids, positions, cu_seqlens, longest, index if prunes else None).index_select(0, index)
             head, bias = head_weights(self.model)
             total = fused_cross_entropy_sum(hidden, head, bias, label, weight, self.transform, objective)
