@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import ranks
+import tiny
 import torch
 
 from sftx import dist
@@ -113,3 +117,158 @@ def test_the_short_form_hands_on_exactly_what_was_set(tmp_path: Path, monkeypatc
     assert "--nproc-per-node=3" in words
     assert config == load_config(str(tmp_path / "run.yaml"), ["seed=7"])
     assert main(["train", str(tmp_path / "run.yaml"), "nproc=many"]) == 2
+
+
+DIE = """
+import os, sys
+from sftx import dist
+from sftx.settings import load_config
+from sftx.training.loop import steps
+
+for record in steps(load_config(sys.argv[1])):
+    if record.step == 13:
+        dist.barrier()
+        os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one_and_back(folder: Path) -> None:
+    (folder / "die.py").write_text(DIE, encoding="utf-8")
+    lora: dict[str, Any] = {"adapter": {"method": "lora", "rank": 4}, "checkpoint": {"every": 5}}
+    ranks.run(write(folder, "whole", **lora), 0)
+    for first, then in (((4, "fsdp"), (2, "replicate")), ((4, "hsdp"), (0, "fsdp")), ((0, "fsdp"), (4, "fsdp"))):
+        name = f"from-{first[0]}-{first[1]}-to-{then[0]}"
+        path = write(folder, name, runtime={"parallel": first[1]}, **lora)
+        ranks.start(path, first[0], [str(folder / "die.py")]).communicate(timeout=200)
+        assert sorted(p.name for p in (folder / name / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+        assert not list((folder / name).rglob("*.metadata")), "safetensors and JSON only"
+        path = write(folder, name, runtime={"parallel": then[1]}, **lora)
+        assert "resume   after step 10" in ranks.run(path, then[0])
+        assert_equal(folder, name, "whole")
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that a launcher has started."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def _after_step(folder: Path, name: str, step: int) -> None:
+    """Wait until the run has recorded `step`."""
+    metrics, end = folder / name / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert time.monotonic() < end, "the run does not go on"
+        time.sleep(0.1)
+
+
+LONG: dict[str, Any] = {"batch": {"epochs": 400}, "eval": {"at_start": False}}
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None:
+    process = ranks.start(write(folder, "signal", checkpoint={"background": True, "every": 7}, **LONG), 2)
+    _after_step(folder, "signal", 4)
+    os.kill(_ranks_of(process.pid)[1], signal.SIGUSR1)
+    output, _ = process.communicate(timeout=100)
+    assert "exitcode  : 75" in output
+    stopped = ranks.facts(folder / "signal")["stopped_at"]
+    assert (folder / "signal" / "checkpoints" / f"step-{stopped:08d}" / "MANIFEST.json").exists()
+    assert len(ranks.records(folder / "signal")) == stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "hung", "launcher"])
+def test_a_lost_rank_ends_the_job_and_is_named(folder: Path, how: str) -> None:
+    path = write(folder, how, runtime={"rank_timeout": 8}, **LONG)
+    process = ranks.start(path, 2, start_new_session=True)
+    _after_step(folder, how, 3)
+    members = _ranks_of(process.pid)
+    began = time.monotonic()
+    match how:
+        case "killed":
+            os.kill(members[1], signal.SIGKILL)
+        case "hung":
+            os.kill(members[1], signal.SIGSTOP)
+        case "launcher":
+            process.kill()
+    output, _ = process.communicate(timeout=100)
+    while any(Path(f"/proc/{pid}/stat").exists() and _alive(pid) for pid in members):
+        assert time.monotonic() - began < 60, "a rank was left behind"
+        time.sleep(0.2)
+    if how == "killed":
+        assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s+exitcode\s*: -9", output), output
+    if how == "hung":
+        assert "rank 1 was last heard of at step" in output, output
+    if how == "launcher":  # the ranks were told, and saved
+        stopped = ranks.facts(folder / how)["stopped_at"]
+        assert (folder / how / "checkpoints" / f"step-{stopped:08d}" / "MANIFEST.json").exists()
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs (one that has ended and was not waited for does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+HANG = """
+import sys, time
+from sftx import dist
+from sftx.settings import load_config
+from sftx.training.loop import steps
+
+for record in steps(load_config(sys.argv[1])):
+    while record.step == 3 and dist.rank() == 1:
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_python_shows_where(folder: Path) -> None:
+    (folder / "hang.py").write_text(HANG, encoding="utf-8")
+    process = ranks.start(write(folder, "hang", runtime={"rank_timeout": 5}, **LONG), 2, [str(folder / "hang.py")])
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode
+    assert "rank 1 was last heard of at step" in output
+    assert re.search(r"Timeout \(.*\)!\n(.*\n)*.*hang\.py", output), output
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import torch
+from sftx import dist
+from sftx.settings import load_config
+from sftx.model.runtime import Machine
+from sftx.training.prepare import _build
+
+def peak():
+    return next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
+
+config = load_config(sys.argv[1])
+torch.set_num_threads(1)
+with dist.joined(torch.device("cpu"), 60):
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    before = peak()
+    loss, _, notes = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
+    print("RANK", json.dumps({"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
+        "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}))
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_ever_holds_the_model(folder: Path) -> None:
+    """Peak of resident memory while the model is read, against the bytes of its weights."""
+    big = tiny.folder(folder / "big", hidden_size=768, intermediate_size=2048, num_hidden_layers=8, dtype="bfloat16")
+    (folder / "memory.py").write_text(MEMORY, encoding="utf-8")
+    grown: dict[str, list[float]] = {}
+    for parallel in ("fsdp", "replicate"):
+        path = ranks.write_run(folder, big, f"memory-{parallel}", runtime={"parallel": parallel})
+        process = ranks.start(path, 4, [str(folder / "memory.py")])
+        output, _ = process.communicate(timeout=200)
+        found = [json.loads(line.split("RANK ")[1]) for line in output.splitlines() if "RANK " in line]
+        assert len(found) == 4, output
+        grown[parallel] = [numbers["grew"] / numbers["model"] for numbers in found]
+        print(parallel, grown[parallel], found[0])
+    assert max(grown["fsdp"]) < 0.25 + 0.15 < 0.9 < min(grown["replicate"])

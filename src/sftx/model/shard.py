@@ -7,11 +7,15 @@ processes per node. Gradients are summed, never averaged: the loss is divided by
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,10 +24,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftx import dist
-from sftx.config import Runtime
-from sftx.model.load import PackLoss
+from sftx.config import Model, Runtime
+from sftx.model.load import PackLoss, load_config
 from sftx.model.recompute import decoder_layers
 from sftx.types import UserError
 
@@ -70,6 +75,48 @@ def shard(loss: PackLoss, mesh: DeviceMesh, precision: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A model whose weights are still in their files; its parameters are address space that nothing was written to."""
+
+    model: PreTrainedModel
+    folder: Path
+    places: list[tuple[str, nn.Module, str]]  # name in the files, module, attribute
+    complete: bool  # whether the files hold every weight under its name in the model
+
+    def read(self) -> None:
+        """Fill what `shard` has made of the parameters: each rank reads its own slices of the files."""
+        load_tensors(
+            self.folder, {name: getattr(module, attribute).detach() for name, module, attribute in self.places}
+        )
+
+
+def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
+    """The model without its weights."""
+    folder = Path(settings.path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(settings.path, allow_patterns=["*.safetensors", "*.json"]))
+    with init_empty_weights(include_buffers=False):  # parameters on the meta device; buffers are computed as always
+        model: Any = AutoModelForCausalLM.from_config(
+            load_config(settings), dtype=dtype, trust_remote_code=settings.trust_remote_code
+        )
+    model.tie_weights()
+    model.config.use_cache = False
+    stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
+    places, filled = [], dict[int, nn.Parameter]()
+    for name in model.state_dict():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, attribute)
+        if tensor.is_meta:  # an adapter is put beside real tensors only; untouched, they take no memory
+            real = filled.setdefault(id(tensor), nn.Parameter(torch.empty_like(tensor, device="cpu")))
+            setattr(module, attribute, real)
+        if name in stored:
+            places.append((name, module, attribute))
+    read = {id(getattr(module, attribute)) for _, module, attribute in places}
+    return Unread(model, folder, places, all(id(p) in read for p in model.parameters()))
 
 
 def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool) -> dict[str, Tensor]:

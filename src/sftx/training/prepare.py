@@ -31,7 +31,7 @@ from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
-from sftx.model.shard import build_mesh, choose_layout, shard
+from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
 from sftx.model.tokens import add_rows
 from sftx.track.progress import Progress
 from sftx.track.record import Run
@@ -170,8 +170,21 @@ def _build(config: Config, machine: Machine, taught: dict[int, bool]) -> tuple[P
     """The model with its adapter, on the device, in shards where there are several ranks; and notes in words."""
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
-    place = torch.device("cpu") if dist.is_joined() and nf4 is None else machine.device
-    model = load_model(config.model, place, dtype, nf4)
+    unread, layout = None, ""
+    if dist.is_joined():
+        unread = unread_model(config.model, dtype)
+        weights = trainable(unread.model)[1]
+        layout = choose_layout(config.runtime, machine.device, weights, weights * (config.adapter.method == "none"))
+        # New rows and DoRA's magnitudes are made from the weights, NF4 by transformers: all three need them at hand.
+        if layout == "replicate" or taught or nf4 is not None or config.adapter.method == "dora":
+            unread = None
+        elif not unread.complete:
+            notes.append("the files name the weights otherwise than the model: every process reads all of them")
+            unread = None
+    if unread is not None:
+        model = unread.model
+    else:
+        model = load_model(config.model, torch.device("cpu") if layout and nf4 is None else machine.device, dtype, nf4)
     notes += add_rows(model, taught, config.seed)
     freeze(model, config.model)
     adapted = attach(model, config.adapter, config.seed, sorted(taught))
@@ -181,9 +194,9 @@ def _build(config: Config, machine: Machine, taught: dict[int, bool]) -> tuple[P
             raise UserError("optim.weights: bf16 trains in one process only; set fp32, or start without torchrun")
         if config.adapter.merge:
             raise UserError("adapter.merge: several processes hold the model in parts; merge with `sftx export` later")
-        trains, weights = trainable(loss)
-        layout = choose_layout(config.runtime, machine.device, weights, trains)
         shard(loss, build_mesh(layout, machine.device, config.runtime.rank_timeout), machine.precision)
+        if unread is not None:
+            unread.read()
     return loss, adapted, notes
 
 
