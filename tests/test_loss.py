@@ -191,3 +191,17 @@ def test_bad_step_changes_no_weight() -> None:
     result = train_step(loss, optimizer, [pack], float(data[0].weights.sum()), 1e-2, 1.0, nullcontext)
     assert float(result.bad) == 0
     assert not torch.equal(before["lm_head.weight"], model.state_dict()["lm_head.weight"])
+
+
+def test_a_pack_of_nothing_has_a_gradient_of_zero_for_every_weight() -> None:
+    """Ranks that have no pack take part in the exchange of every gradient."""
+    for tied in (True, False):
+        model = tiny.model(tie_word_embeddings=tied)
+        loss = PackLoss(model)
+        torch.full((264, 32), float("nan"))  # what uninitialised memory would hold
+        total = loss(**to_tensors(build_pack(()), torch.device("cpu")))
+        total.backward()
+        assert float(total) == 0.0
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.abs().max()) == 0.0, name

@@ -98,7 +98,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_head = torch.empty(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        fill = torch.empty if len(hidden) else torch.zeros  # without targets no chunk writes it
+        d_head = fill(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
         d_bias = torch.zeros(head.shape[0], dtype=torch.float32, device=head.device) if needs_bias else None
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         rows = max(1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0]))
