@@ -270,5 +270,6 @@ def test_no_rank_ever_holds_the_model(folder: Path) -> None:
         found = [json.loads(line.split("RANK ")[1]) for line in output.splitlines() if "RANK " in line]
         assert len(found) == 4, output
         grown[parallel] = [numbers["grew"] / numbers["model"] for numbers in found]
-        print(parallel, grown[parallel], found[0])
-    assert max(grown["fsdp"]) < 0.25 + 0.15 < 0.9 < min(grown["replicate"])
+        imports = 64 << 20  # what torch loads for the first group, and the buffers of gloo
+        allowed = 1 / 4 + (found[0]["unit"] + imports) / found[0]["model"]  # its quarter, and one layer at a time
+    assert max(grown["fsdp"]) < allowed < 0.9 < min(grown["replicate"])
