@@ -159,7 +159,9 @@ def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, p
     """Compile the layers where that is asked for or repays itself, on the first pack; what came of it, in words."""
     wish = config.runtime.compile
     tokens = float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
-    if wish == "off" or (wish == "auto" and (dist.is_joined() or not repays(machine.device, trainable(loss)[1], tokens))):
+    if wish == "off" or (
+        wish == "auto" and (dist.is_joined() or not repays(machine.device, trainable(loss)[1], tokens))
+    ):
         return []
     members = plan.packs(0, machine.tokens_per_pack)[0][0]
     pack = build_pack([corpus.example(i) for i in members], members)
