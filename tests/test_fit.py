@@ -34,20 +34,20 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Reh
         found = fit(Runtime(**runtime), rehearsal, LOAD, at_hand)
         return found.tokens_per_pack, found.recomputed
 
-    assert choose(1 << 40) == (2048, 0)
-    assert choose(needed(rehearsal, 2048, 0) - 2) == (1024, 0)
+    assert choose(1 << 40) == (1024, 0)
+    assert choose(needed(rehearsal, 1024, 0) - 2) == (512, 0)
     assert choose(needed(rehearsal, 512, 0)) == (512, 0)
     assert choose(needed(rehearsal, 512, 0) - 2) == (512, 1)
     assert choose(needed(rehearsal, 512, 3)) == (512, 3)
     assert choose(needed(rehearsal, 512, 5) - 2)[0] == 256
-    assert choose(1 << 40, recompute=2) == (2048, 2)
+    assert choose(1 << 40, recompute=2) == (1024, 2)
     assert choose(1 << 40, recompute="all", tokens_per_pack=700) == (700, 5)
     with pytest.raises(
         sftx.UserError, match=r"(?s)predicted to need .* GiB .*optimizer.* at hand.*256 tokens.*5 layers"
     ):
         choose(2000)
-    with pytest.raises(sftx.UserError, match=r"2,048 tokens.* 0 layers"):
-        choose(needed(rehearsal, 2048, 0) - 2, recompute="none", tokens_per_pack=2048)
+    with pytest.raises(sftx.UserError, match=r"1,024 tokens.* 0 layers"):
+        choose(needed(rehearsal, 1024, 0) - 2, recompute="none", tokens_per_pack=1024)
 
 
 def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(loss, "forward", depends_on_data)
     found = fit(Runtime(), Rehearsal(loss, "cpu", torch.float32, 0), LOAD, 1 << 40)
-    assert (found.tokens_per_pack, found.recomputed, found.memory) == (2048, 0, None)
+    assert (found.tokens_per_pack, found.recomputed, found.memory) == (1024, 0, None)
     assert found.notes == ("memory could not be predicted: the shape depends on data",)
 
 

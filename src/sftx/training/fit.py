@@ -121,7 +121,7 @@ def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: 
 
 def _candidates(runtime: Runtime, on_gpu: bool, layers: int) -> Iterator[tuple[int, int]]:
     """(tokens per pack, recomputed layers), in the order of preference."""
-    good = [16384, 8192] if on_gpu else [2048, 1024, 512]  # sizes at which the device is about as fast as it gets
+    good = [16384, 8192] if on_gpu else [1024, 512]  # sizes at which the device is about as fast as it gets
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     if runtime.tokens_per_pack is not None:
         good, small = [runtime.tokens_per_pack], []
