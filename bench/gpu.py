@@ -96,8 +96,8 @@ def main() -> None:
                 print(f"{cell['shape']}: {making['error']}", flush=True)
         figures = {"name": name, **cell, **measure(args, cell, end)}
         found["cells"].append(figures)
-        args.json.write_text(json.dumps(found, indent=1))
         print(line(figures, found["device"], args), flush=True)
+        args.json.write_text(json.dumps(found, indent=1))
     summary(found["cells"], args.smoke)
 
 

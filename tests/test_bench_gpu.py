@@ -25,6 +25,7 @@ def test_smoke_run(tmp_path: Path) -> None:
     assert checks["gradient_llama_fp32"]["gradient"] < 1e-6
     assert max(checks["attention_fp32"].values()) < 1e-6
     assert [cell["name"] for cell in figures["cells"]] == ["smoke/full/512/sftx", "smoke/lora/512/sftx"]
+    assert not [cell["failed"] for cell in figures["cells"] if cell["failed"]]
     assert all(cell["tokens_per_second"] > 0 for cell in figures["cells"])
     assert done.stdout.strip().split("\n")[-1].startswith("gpu smoke=")
 
