@@ -1,0 +1,155 @@
+"""What a run will take, before it runs: steps, tokens, memory by part, time: `sftx plan run.yaml`.
+
+No weights are loaded. `sftx plan model=config.json gpus=64 gpu_memory=141GiB` needs neither data nor a GPU: it tells
+what each of so many GPUs holds under `fully_shard`, whether that fits, and how many GPUs are needed at least.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftx.cli._inputs import tokenizer_and_length
+from sftx.config import Config
+from sftx.data.encode import DEFAULT_LENGTH, load_corpora
+from sftx.data.plan import Plan
+from sftx.model.adapter import trainable
+from sftx.model.load import PackLoss
+from sftx.model.memory import Rehearsal
+from sftx.model.runtime import CUBLAS_WORKSPACE, machine
+from sftx.training.fit import Load, fit, outline, seconds_of
+from sftx.training.optim import peak_learning_rate
+from sftx.training.prepare import longest_example
+from sftx.types import UserError
+
+EXTRA = {
+    "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in shards over them.",
+    "gpu_memory": "Memory of each of them, such as 141GiB or 80GB.",
+    "tokens_per_pack": "Short for runtime.tokens_per_pack.",
+    "json": "Write the figures to this file.",
+}
+DEFAULTS = ("output=unused", "data.format=auto")
+CALIBRATION = 2.0  # seconds of matrix products
+MANY = 4096  # GPUs; more are not looked at
+
+
+def run(config: Config, gpus: str = "", gpu_memory: str = "", tokens_per_pack: str = "", json: str = "") -> int:
+    """Print the plan. Returns 0, or 1 where the run does not fit."""
+    if bool(gpus) != bool(gpu_memory):
+        raise UserError("sftx plan: gpus= and gpu_memory= belong together")
+    if tokens_per_pack:
+        size = _number("tokens_per_pack", tokens_per_pack)
+        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"tokens_per_pack": size})})
+    count = _number("gpus", gpus) if gpus else 1
+    loss = outline(config)
+    plan, load = _load(config, loss, count)
+    with machine(config.runtime) as here:
+        at_hand, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.memory_at_hand()
+        if gpus:
+            half = config.runtime.precision != "fp32"
+            here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
+        rehearsal = Rehearsal(loss, here.device.type, here.precision, held, count if count > 1 else None)
+        facts = _facts(config, plan, load, loss, at_hand)
+        facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": str(here.precision)[6:]}
+        try:
+            chosen = fit(config.runtime, rehearsal, load, at_hand)
+            facts |= {"tokens_per_pack": chosen.tokens_per_pack, "recomputed_layers": chosen.recomputed}
+            facts |= {"layers": len(rehearsal.layers), "memory": chosen.parts(), "notes": list(chosen.notes)}
+            if plan is not None and not gpus:
+                facts["fill"] = _fill(plan, chosen.tokens_per_pack)
+                facts["seconds"] = seconds_of(loss, load, chosen, here, CALIBRATION)
+        except UserError as error:
+            facts["refused"] = str(error)
+    if gpus:
+        facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
+    print("\n".join(_lines(facts, config)))
+    if json:
+        Path(json).write_text(json_module.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return 1 if "refused" in facts else 0
+
+
+def _number(key: str, value: str) -> int:
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"sftx plan: {key}={value!r}: expected a whole number of at least 1")
+    return int(value)
+
+
+def _bytes(value: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B", value)
+    if not found:
+        raise UserError(f"sftx plan: gpu_memory={value!r}: expected a size such as 141GiB or 80GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
+
+
+def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, Load]:
+    """The plan of the run's own data, and its load; without data: full packs of the longest examples, all targets."""
+    if config.data.train or config.data.rows:
+        tokenizer, max_length = tokenizer_and_length(config)
+        corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
+        plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+        return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
+    sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
+    return None, Load(min(sizes), 1 << 20, 1.0)
+
+
+def _facts(config: Config, plan: Plan | None, load: Load, loss: PackLoss, at_hand: int) -> dict[str, Any]:
+    facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
+    facts |= {"memory_at_hand": at_hand, "learning_rate": peak_learning_rate(config.optim, config.adapter)}
+    if plan is not None:
+        targets = round(load.tokens * load.target_share)
+        facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
+    return facts
+
+
+def _fill(plan: Plan, tokens_per_pack: int) -> float:
+    """How full the packs of the first (at most 50) steps are."""
+    bins = [members for step in range(min(plan.num_steps, 50)) for members in plan.packs(step, tokens_per_pack)[0]]
+    return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (tokens_per_pack * max(len(bins), 1))
+
+
+def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
+    """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
+    sharded = Rehearsal(rehearsal.loss, "cuda", rehearsal.precision, rehearsal.base, 2)
+
+    def fits(count: int) -> bool:
+        sharded.shards = count
+        try:
+            fit(config.runtime, rehearsal if count == 1 and not rehearsal.shards else sharded, load, at_hand)
+        except UserError:
+            return False
+        return True
+
+    return next((count for count in (*range(1, 65), *range(72, MANY + 1, 8)) if fits(count)), None)
+
+
+def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
+    """The plan in words."""
+    method = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
+    trained, weights = facts["trainable"], facts["weights"]
+    yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
+    kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
+    yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
+    if "steps" in facts:
+        yield f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, {facts['targets']:,} targets"
+    if facts.get("memory"):
+        fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
+        yield (
+            f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of {facts['layers']} "
+            "layers recomputed"
+        )
+        yield f"memory   {'each GPU' if facts.get('gpus_needed') else 'the process'} at the peak of a step, in GiB"
+        yield from (f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items())
+        yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+    if "seconds" in facts:
+        yield f"time     about {facts['seconds']:,.0f} s for all steps on this machine"
+    if "gpus_needed" in facts:
+        yield f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at least"
+    yield from (f"note     {note}" for note in facts.get("notes", []))
+    if "refused" in facts:
+        yield f"refused  {facts['refused']}"

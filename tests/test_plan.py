@@ -1,0 +1,52 @@
+"""`sftx plan`: for this machine from a run's own data, and for GPUs that are not there from a config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sftx import cli
+from sftx.cli import plan
+
+
+def test_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plan, "CALIBRATION", 0.01)
+    model = tiny.folder(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "up", "completion": "down"}\n' * 40)
+    run = [
+        f"model={model}",
+        f"data={tmp_path / 'rows.jsonl'}",
+        f"data.cache={tmp_path / 'cache'}",
+        "runtime.device=cpu",
+    ]
+    assert cli.main(["plan", *run, "adapter=lora", f"json={tmp_path / 'plan.json'}"]) == 0
+    text, facts = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert "a lora adapter" in text
+    assert f"{facts['trainable']:,} train" in text
+    assert (facts["steps"], facts["recomputed_layers"], facts["layers"], facts["precision"]) == (3, 0, 2, "float32")
+    assert facts["tokens"] > facts["targets"] > 0 < facts["seconds"]
+    assert 0 < facts["fill"] <= 1
+    assert not (tmp_path / "unused").exists()
+
+
+def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(tiny.folder(tmp_path / "model", hidden_size=256, intermediate_size=1024)) / "config.json"
+
+    def planned(memory: str, code: int, *more: str) -> dict[str, object]:
+        arguments = ["plan", f"model={config}", "gpus=8", f"gpu_memory={memory}", f"json={tmp_path / 'p.json'}", *more]
+        assert cli.main(arguments) == code
+        return json.loads((tmp_path / "p.json").read_text())
+
+    many = planned("10GiB", 0, "tokens_per_pack=256")
+    assert (many["gpus_needed"], many["tokens_per_pack"], many["recomputed_layers"]) == (1, 256, 0)
+    assert isinstance(many["memory"], dict)
+    assert many["memory"]["weights"] * 8 == pytest.approx(4 * int(str(many["weights"])), rel=0.01)
+    few = planned("60MiB", 1, "tokens_per_pack=256")
+    assert "predicted to need" in str(few["refused"])
+    assert "refused" in capsys.readouterr().out
+    assert cli.main(["plan", f"model={config}", "gpus=8"]) == 2
+    assert cli.main(["plan", f"model={config}", "gpus=8", "gpu_memory=lots"]) == 2
+    assert "expected a size such as 141GiB" in capsys.readouterr().err
