@@ -11,6 +11,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -65,26 +66,24 @@ class _Watch:
     def __init__(self, store: Store, timeout: float) -> None:
         self.store = PrefixStore("alive", store)
         self.store.set_timeout(timedelta(seconds=GRACE))
-        self.timeout, self.signs, self.place = timeout, 0, "the start"
+        self.timeout, self.place = timeout, "the start"
+        self.alive("")
 
     def alive(self, place: str) -> None:
         """Tell the others, and begin anew the time until this process shows its stacks and ends."""
-        self.signs, self.place = self.signs + 1, place or self.place
-        self.store.set(str(rank()), f"{self.signs} {self.place}")
+        self.place = place or self.place
+        with suppress(RuntimeError):  # the store is gone with the launcher; what that means, a signal says
+            self.store.set(f"place {rank()}", self.place)
         faulthandler.dump_traceback_later(self.timeout + GRACE, exit=True)
 
-    def behind(self) -> str:
-        """The ranks that were heard of least, in words."""
-        signs: dict[int, tuple[int, str]] = {}
-        for other in range(world_size()):
-            known = self.store.check([str(other)])
-            number, _, place = self.store.get(str(other)).decode().partition(" ") if known else ("0", "", "the start")
-            signs[other] = int(number), place
-        least = min(signs.values())[0]
-        late = {other: place for other, (number, place) in signs.items() if number == least}
-        if len(late) == len(signs):
-            return f"all ranks were last heard of at the same point ({self.place})"
-        return "; ".join(f"rank {other} was last heard of at {place}" for other, place in late.items())
+    def silent(self) -> str:
+        """The ranks that do not report a loss as this one does, in words; called once, by every survivor."""
+        self.store.set(f"lost {rank()}", "")
+        time.sleep(GRACE / 2)  # until the others have said so too
+        silent = [other for other in range(world_size()) if not self.store.check([f"lost {other}"])]
+        places = [self.store.get(f"place {other}").decode() for other in silent]
+        named = (f"rank {other} was last heard of at {place}" for other, place in zip(silent, places, strict=True))
+        return "; ".join(named) or "no rank is silent"
 
 
 _watch: _Watch | None = None
@@ -124,7 +123,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     except RuntimeError as error:  # what torch raises for a peer that is gone, silent, or out of step
         print(f"rank {rank()}: {_watch.place}: {error}", file=sys.stderr, flush=True)
         with suppress(RuntimeError):  # the store may be gone too
-            print(f"rank {rank()}: {_watch.behind()}", file=sys.stderr, flush=True)
+            print(f"rank {rank()}: {_watch.silent()}", file=sys.stderr, flush=True)
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
