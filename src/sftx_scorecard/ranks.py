@@ -52,7 +52,7 @@ def long_run(folder: Path, output: str, **changes: Any) -> dict[str, Any]:
     return settings(folder, output, dropout=0.0, batch={"steps": 400}, checkpoint={"every": 0}, **changes)
 
 
-@check(15, "SIGTERM with 2 ranks", limit=600)
+@check(15, "SIGTERM with 2 ranks", limit=900)
 def stopped(folder: Path) -> str:
     """To the launcher and to one rank: both save the same step, one whole checkpoint is left, all are gone in 15 s."""
     slowest = 0.0
@@ -89,7 +89,7 @@ def _fault(
     return Path(config["output"]).with_suffix(".log").read_text(errors="replace"), seconds
 
 
-@check(16, "Dead rank", limit=90)
+@check(16, "Dead rank", limit=150)
 def dead(folder: Path) -> str:
     """A killed rank ends the job within 10 s; the message names the rank and its last step."""
     text, seconds = _fault(folder, "die:1:5")
@@ -98,7 +98,7 @@ def dead(folder: Path) -> str:
     return f"gone after {seconds:.1f} s, rank 1 and its last step named"
 
 
-@check(17, "Hung rank", limit=120)
+@check(17, "Hung rank", limit=180)
 def hung(folder: Path) -> str:
     """A rank that hangs ends the job within the time set + 10 s; it is named and every rank shows its stacks."""
     text, seconds = _fault(folder, "hang:1:5", runtime={"rank_timeout": 15})
@@ -108,7 +108,7 @@ def hung(folder: Path) -> str:
     return f"gone after {seconds:.1f} s at a limit of 15 s, rank 1 named, stacks shown"
 
 
-@check(18, "No orphans", limit=90)
+@check(18, "No orphans", limit=150)
 def orphans(folder: Path) -> str:
     """When the launcher is killed, no rank is alive 10 s later."""
     _, seconds = _fault(folder, "slow", lambda launcher: os.kill(launcher, signal.SIGKILL))

@@ -15,8 +15,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from sftx.cli import main
+from sftx.training import loop
 from sftx_scorecard import numbers
-from sftx_scorecard.runs import on_step
+from sftx_scorecard.runs import on_call, on_step
 
 
 def plant(fault: str) -> None:
@@ -30,8 +31,7 @@ def plant(fault: str) -> None:
         "leave": lambda: os._exit(0),
     }
     if kind == "slow":
-        for number in range(1, 1000):
-            on_step(number, lambda: time.sleep(0.1))()
+        on_call(loop, "train_step", lambda: time.sleep(0.1), calls=0)
     elif kind in acts and int(os.environ["RANK"]) == int(rank):
         on_step(int(step), acts[kind])()
 
