@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,12 @@ def gone_after(seconds: float) -> float:
     return time.monotonic() - began
 
 
-def until_step(config: dict[str, Any], step: int) -> None:
-    """Wait until a step is recorded."""
+def until_step(process: subprocess.Popen[str], config: dict[str, Any], step: int) -> None:
+    """Wait until a step is recorded; `Failed` when the job ends before."""
     until = time.monotonic() + 120
     while not any(line["step"] >= step for line in records(config)):
-        expect(time.monotonic() < until, f"step {step} was not reached")
+        ended = process.poll() is not None
+        expect(not ended and time.monotonic() < until, f"step {step} was not reached{', the job has ended' * ended}")
         time.sleep(0.05)
 
 
@@ -59,7 +61,7 @@ def stopped(folder: Path) -> str:
     for trial in range(2 * TRIALS):
         config = long_run(folder, f"run-{trial}")
         process = torchrun(config, fault="slow")
-        until_step(config, 2)
+        until_step(process, config, 2)
         target = process.pid if trial % 2 else ranks_alive()[trial // 2 % 2]
         os.kill(target, signal.SIGTERM)
         slowest = max(slowest, gone_after(15))
@@ -82,7 +84,7 @@ def _fault(
     """What a faulty run printed, and the seconds from its last step until no rank was left."""
     config = long_run(folder, "run", **changes)
     process = torchrun(config, fault=fault)
-    until_step(config, 3)
+    until_step(process, config, 3)
     act(process.pid)
     seconds = gone_after(60)
     expect(process.wait(15) != 0, "the launcher reports success")
