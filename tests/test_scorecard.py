@@ -33,7 +33,7 @@ def test_broken_rows_files_and_templates(tmp_path: Path) -> None:
 
 def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     script = (
-        "import sys; from sftx_scorecard import frame, fuzz, __main__ as program\n"
+        "import sys; from sftx_scorecard import frame, __main__ as program\n"
         "@frame.check(1, 'holds', 9)\ndef one(folder): return 'measured'\n"
         "@frame.check(2, 'does not', 9)\ndef two(folder): frame.expect(1 > 2, 'found 1')\n"
         "@frame.check(3, 'hangs', 1)\ndef three(folder): __import__('time').sleep(60)\n"
