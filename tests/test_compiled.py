@@ -81,7 +81,7 @@ def check(loss: PackLoss, tolerance: float, graphs: int) -> None:
         assert torch.equal(loss(**to_tensors(PACKS[2], CPU)), before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize(
     ("family", "options", "graphs"),
@@ -99,7 +99,7 @@ def test_one_graph_serves_every_pack(family: str, options: dict[str, Any], graph
     check(make(family, **options), 0.0, graphs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="generated code needs a C++ compiler")
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "GPT2", "Mixtral"])
 def test_generated_code_has_the_gradients_of_eager_layers(family: str) -> None:

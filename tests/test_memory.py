@@ -70,7 +70,7 @@ LONG = [(*kind, count, bits) for kind in KINDS for count, bits in ((0, 16), (2, 
 
 @pytest.mark.parametrize(
     ("family", "changes", "method", "recomputed", "bits"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)],
 )
 def test_the_peak_of_a_real_step_is_predicted(
     family: str, changes: dict[str, Any], method: str, recomputed: int, bits: int
