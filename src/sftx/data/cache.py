@@ -92,7 +92,9 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
     """Lay examples end to end. `meta` may hold `dropped`, `bad` and `unused`."""
     examples = [entry.example for entry in entries]
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
-    lengths = np.array([len(e.ids) for e in examples], np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
+    targets = np.diff(np.concatenate([[0], np.cumsum(weights != 0)])[starts]).astype(np.int32)
+    plain = bool(((weights == 0) | (weights == 1)).all())
     notes: dict[str, int] = {}
     abouts: dict[tuple[str, ...], int] = {}
     for entry in entries:
@@ -106,8 +108,8 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
     facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,
-        weights=weights.astype(np.uint8) if np.isin(weights, (0, 1)).all() else weights,
-        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        weights=weights.astype(np.uint8) if plain else weights,
+        starts=starts,
         line=np.array([entry.line for entry in entries], np.int32),
         part=np.array([e.part for e in examples], np.int32),
         note=np.array([notes[e.note] for e in examples], np.int32),
@@ -115,8 +117,8 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         split=np.array([entry.split for entry in entries], np.uint8),
         cut_tokens=first([entry.cut_tokens for entry in entries]),
         cut_targets=first([entry.cut_targets for entry in entries]),
-        targets=np.array([e.targets for e in examples], np.int32),
-        sums=np.array([e.weights.sum(dtype=np.float64) for e in examples], np.float64),
+        targets=targets,
+        sums=targets.astype(np.float64) if plain else np.array([e.weights.sum(dtype=np.float64) for e in examples]),
         digest=np.array([example_digest(e.ids, e.weights) for e in examples], np.uint64),
         row=np.array([entry.row for entry in entries], np.uint64),
         meta={**facts, "largest_id": int(ids.max(initial=-1))},

@@ -50,9 +50,10 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
 
     `split` loses no target: each is in exactly one piece, with at least one token before it.
     """
-    length, targets = len(sequence.ids), sequence.targets
+    length = len(sequence.ids)
     if length <= max_length:
         return Fitted([sequence])
+    targets = sequence.targets
     match too_long:
         case "error":
             raise RowError(

@@ -209,7 +209,7 @@ class Encoder:
 
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
         sequences = sequences if plan.tokens is None else [plan.tokens]
-        if not any(sequence.targets for sequence in sequences):
+        if not any(sequence.weights.any() for sequence in sequences):
             return RowError("row has no token to learn: each target is empty, has weight 0 or has nothing before it")
         encoded = Encoded([], notes=plan.notes)
         try:

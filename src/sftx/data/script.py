@@ -161,7 +161,8 @@ class Tokeniser:
             if border is None:
                 return self._apart(script)
             borders.append(border)
-        ids = np.append(text.ids, np.array(self._eos(script), np.int32))
+        eos = self._eos(script)
+        ids = np.append(text.ids, np.array(eos, np.int32)) if eos else text.ids
         return [self._served(ids, [*borders, len(ids)], [weight for _, weight in script.chunks], script.note)]
 
     def _eos(self, script: Script) -> list[int]:
@@ -231,7 +232,10 @@ class Tokeniser:
 
 def _targets(borders: list[int], weights: list[float]) -> tuple[Float32, tuple[tuple[int, int], ...]]:
     """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
-    array = np.repeat(np.array(weights, dtype=np.float32), np.diff(borders))
+    array, spans = np.zeros(borders[-1], np.float32), []
+    for begin, end, weight in zip(borders, borders[1:], weights, strict=False):
+        if weight and begin < end:
+            array[begin:end] = weight
+            spans.append((begin, end))
     array[:1] = 0  # nothing stands before the first token
-    spans = zip(borders, borders[1:], weights, strict=False)
-    return array, tuple((begin, end) for begin, end, weight in spans if weight and begin < end)
+    return array, tuple(spans)

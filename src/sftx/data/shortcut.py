@@ -20,7 +20,7 @@ from sftx.types import RowError
 
 _PLAIN = {"role", "content"}
 # Contents in which a template may see a thought: these are left to the long way.
-_THOUGHT = re.compile(r"think\w*\|?>|thought\w*\|?>|reason\w*\|?>|THINK|FINAL RESPONSE|<\|?channel", re.IGNORECASE)
+_THOUGHT = re.compile(r"(?i:think\w*\|?>|thought\w*\|?>|reason\w*\|?>|<\|?channel)|\[/?THINK|\[BEGIN FINAL RESPONSE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Shortcut:
         if not plain or any(m["role"] != "user" for m in users) or any(m["role"] != "assistant" for m in answers):
             return None
         pairs = [(user["content"], answer["content"]) for user, answer in zip(users, answers, strict=True)]
-        if any(_THOUGHT.search(answer) or not answer.strip() for _, answer in pairs):
+        if any(_may_think(answer) or not answer.strip() for _, answer in pairs):
             return None
         if not self.joined and any(answer != answer.strip() for _, answer in pairs):
             return None  # the newest answer may be trimmed otherwise than earlier ones
@@ -199,7 +199,12 @@ def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
 def _thoughtless(conversation: Conversation) -> bool:
     """Whether no turn has a thought: templates treat those in too many ways."""
     messages = conversation.messages
-    return not any(message.keys() & {*REASONING} or _THOUGHT.search(message["content"]) for message in messages)
+    return not any(message.keys() & {*REASONING} or _may_think(message["content"]) for message in messages)
+
+
+def _may_think(content: str) -> bool:
+    """Whether a template may see a thought in a content; most hold no character that marks a tag."""
+    return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(content) is not None
 
 
 def _agrees(shortcut: Shortcut, template: ChatTemplate, conversation: Conversation) -> bool:

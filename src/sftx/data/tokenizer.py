@@ -20,7 +20,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from sftx.config import Model
-from sftx.data.words import encode_words, tokenises_by_word
+from sftx.data.words import WordIds, tokenises_by_word
 from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
@@ -58,7 +58,7 @@ class Tokenizer:
         self.eos_id: int | None = named.get("eos_token")
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
-        self._words: dict[bool, dict[str, bytes]] = {False: {}, True: {}}
+        self._words = {plain: WordIds(backend) for plain in (False, True)}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
@@ -164,7 +164,7 @@ class Tokenizer:
         backend.encode_special_tokens = plain
         try:
             if self._by_word:
-                return encode_words(backend, texts, self._words[plain])
+                return list(map(self._words[plain].encode, texts))
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,16 +67,21 @@ def _known_rule(cutting: dict[str, Any] | None) -> bool:
     return False
 
 
-def encode_words(backend: tokenizers.Tokenizer, texts: Sequence[str], known: dict[str, bytes]) -> list[Int32]:
-    """Ids of each text, word by word. `known` holds the ids of the words met so far, as bytes, and is added to."""
-    cut = [WORD.findall(text) for text in texts]
-    new = list(set().union(*cut).difference(known))
-    found = backend.encode_batch_fast(new, add_special_tokens=False)
-    known.update((word, array("i", encoding.ids).tobytes()) for word, encoding in zip(new, found, strict=True))
-    ids = [np.frombuffer(b"".join(map(known.__getitem__, words)), np.int32) for words in cut]
-    if len(known) > REMEMBERED:
-        known.clear()
-    for word in new:
-        if len(word) > LONGEST:
-            known.pop(word, None)
-    return ids
+class WordIds(dict[str, bytes]):
+    """The ids of words, as bytes; of a word met for the first time they are made when it is looked up."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, word: str) -> bytes:
+        ids = array("i", self._backend.encode_batch_fast([word], add_special_tokens=False)[0].ids).tobytes()
+        if len(word) <= LONGEST:
+            if len(self) == REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
+
+    def encode(self, text: str) -> Int32:
+        """Ids int32[T] of a text, word by word."""
+        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
