@@ -60,10 +60,12 @@ def as_read(message: Any) -> dict[str, Any]:
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
-def spells(conversation: Conversation, control: re.Pattern[str]) -> bool:
-    """Whether the row's own text spells a special token; `control` matches these as JSON writes them."""
-    everything = (conversation.messages, conversation.tools, conversation.kwargs)
-    return control.search(json.dumps(everything, ensure_ascii=False)) is not None
+def spells(conversation: Conversation, control: re.Pattern[str], control_as_json: re.Pattern[str]) -> bool:
+    """Whether the row's own text spells a special token; the patterns match these as they are, and inside JSON."""
+    messages, rest = conversation.messages, [conversation.tools, conversation.kwargs]
+    if not any(rest) and all(len(message) == 2 for message in messages):  # role and content, as in most rows
+        return control.search("\0".join([message["content"] for message in messages])) is not None
+    return control_as_json.search(json.dumps([messages, *rest], ensure_ascii=False)) is not None
 
 
 def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:

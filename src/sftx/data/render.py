@@ -182,7 +182,7 @@ class Encoder:
 
     def _rendered(self, conversation: Conversation) -> _Plan:
         mark, notes = "", []
-        if self._escape and spells(conversation, self.tokenizer.control_as_json):
+        if self._escape and spells(conversation, self.tokenizer.control, self.tokenizer.control_as_json):
             conversation, mark = marked(conversation, self.tokenizer.control)
             notes.append("special tokens kept as text")
         turns = self._turns(conversation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ class Tokeniser:
                 shared = bisect.bisect_right(ends, common_length(texts[-1].text, text)) - 1
                 known = texts[-1].matches[: shared + 1]
             found = self._tokenizer.splitting.finditer(text, known[-1][1] if known else 0)
-            matches = [*known, *((match.start(), match.end()) for match in found)]
+            matches = [*known, *map(re.Match.span, found)]
             made = _Text(text, matches, shared, _NONE, _NO_PLACES)
             if script.mark:
                 made.ids = np.array(self._tokenizer.encode_escaped(text, script.mark), dtype=np.int32)
