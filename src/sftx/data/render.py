@@ -28,7 +28,8 @@ from sftx.types import Example, Float32, Row, RowError, UserError
 
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
 VERSION = 1  # raise it when the same rows and settings become other tokens
-_SAMPLE = 64  # every so many rows that take the shortcut are also rendered the long way, and compared
+_SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
+_KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Encoder:
         }
         self._escape = data.special_tokens == "escape"
         self._tokeniser = Tokeniser(tokenizer, self._escape)
-        self._shortcuts: dict[ChatTemplate, Shortcut | None] = {}
+        self._shortcuts: dict[tuple[ChatTemplate, str], Shortcut | None] = {}
         self._short = 0
 
     @property
@@ -193,19 +194,22 @@ class Encoder:
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
         template = self.template(conversation.tools is not None)
-        if template not in self._shortcuts:
-            self._shortcuts[template] = learn_shortcut(template)
-        shortcut = self._shortcuts[template]
+        kind = template, json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else ""
+        if kind not in self._shortcuts:
+            self._shortcuts[kind] = (
+                learn_shortcut(template, conversation.kwargs) if len(self._shortcuts) < _KINDS else None
+            )
+        shortcut, trained = self._shortcuts[kind], conversation.trained
         turns = shortcut.turns(template, conversation) if shortcut else None
-        if turns is not None:
-            self._short += 1
-            if self._short % _SAMPLE != 1:
-                return turns
-        rendered = [template.turn(conversation, t) for t in conversation.trained]
-        if turns is not None and turns != rendered:
-            self._shortcuts[template] = None
-            raise _ShortcutFails
-        return rendered
+        if turns is None:
+            return [template.turn(conversation, t) for t in trained]
+        self._short += 1
+        if self._short % _SAMPLE == 1:  # the last turn, and each of the others once in a while
+            for i in (-1, self._short // _SAMPLE % len(trained)):
+                if turns[i] != template.turn(conversation, trained[i]):
+                    self._shortcuts[kind] = None
+                    raise _ShortcutFails
+        return turns
 
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
         sequences = sequences if plan.tokens is None else [plan.tokens]

@@ -49,7 +49,7 @@ class Shortcut:
 
     def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
         """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation is not plain."""
-        if any(conversation.messages[t]["role"] != "assistant" for t in conversation.trained) or conversation.kwargs:
+        if any(conversation.messages[t]["role"] != "assistant" for t in conversation.trained):
             return None
         pairs = self._pairs(conversation)
         if pairs is None and not (self.header and _thoughtless(conversation)):
@@ -137,11 +137,11 @@ class Shortcut:
         return borders if at == len(text) else None
 
 
-def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
-    """The shortcut of a template, if the turns of a probe fit one."""
+def learn_shortcut(template: ChatTemplate, kwargs: dict[str, Any]) -> Shortcut | None:
+    """The shortcut of a template with these settings of a row, if the turns of a probe fit one."""
     words = [(USER, MODEL), (NEXT, "qzfirstqz"), ("qzsecondqz", "qzthirdqz")]
     messages = [m for user, model in words for m in (says("user", user), says("assistant", model))]
-    conversation = Conversation(messages, [0.0, 1.0] * 3)
+    conversation = Conversation(messages, [0.0, 1.0] * 3, None, kwargs)
     try:
         turns = [template.turn(conversation, t) for t in (1, 3, 5)]
         text = template.render(conversation, 6, False, **turns[0].switch)
@@ -167,21 +167,23 @@ def learn_shortcut(template: ChatTemplate) -> Shortcut | None:
         system=False,
         joined=joined,
     )
-    probes = conversation, Conversation(messages[:2], [0.0, 1.0])
+    probes = conversation, Conversation(messages[:2], [0.0, 1.0], None, kwargs)
     if not all(_agrees(shortcut, template, probe) for probe in probes):
         return None
-    shortcut = _with_calls(shortcut, template)
+    shortcut = _with_calls(shortcut, template, kwargs)
     with_system = replace(shortcut, system=True)
-    conversation = Conversation([says("system", "qzsystemqz"), *messages], [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    conversation = Conversation([says("system", "qzsystemqz"), *messages], weights, None, kwargs)
     return with_system if _agrees(with_system, template, conversation) else shortcut
 
 
-def _with_calls(shortcut: Shortcut, template: ChatTemplate) -> Shortcut:
+def _with_calls(shortcut: Shortcut, template: ChatTemplate, kwargs: dict[str, Any]) -> Shortcut:
     """The shortcut, for conversations with tool calls too if their turns can be told apart by their headers."""
     call, answer = calls({"qz": 1}), result("qzresultqz")
     first = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
     messages = [*first, says("user", NEXT), call, answer, call, answer, says("assistant", MODEL)]
-    conversation = Conversation(messages, [float(message["role"] == "assistant") for message in messages], TOOLS)
+    weights = [float(message["role"] == "assistant") for message in messages]
+    conversation = Conversation(messages, weights, TOOLS, kwargs)
     try:
         turns = [template.turn(conversation, t) for t in conversation.trained]
     except RowError:
