@@ -176,16 +176,15 @@ class Corpus:
         for number, part in enumerate(self._parts):
             block = self._load(number)  # not kept: a large corpus has more blocks than may be open
             count = len(block.line)
+            about = [codes.setdefault(tuple(a), len(codes)) for a in block.meta["abouts"]]
             self.largest_id = max(self.largest_id, block.meta["largest_id"])
             given = {
                 "lengths": np.diff(block.starts).astype(np.int32),
-                "weights": block.sums,
+                "weights": np.array(block.sums),  # a copy, as of all others: a view would keep the file mapped
                 "source": np.full(count, part.source, np.int16),
                 "origin": np.full(count, part.origin, np.int32),
                 "line": block.line + np.int64(part.line),
-                "about": np.array([codes.setdefault(tuple(a), len(codes)) for a in block.meta["abouts"]] or [0])[
-                    block.about
-                ],
+                "about": np.array(about or [0], np.int32)[block.about],
                 "block": np.full(count, number, np.int32),
                 "index": np.arange(count, dtype=np.int32),
             }
