@@ -168,6 +168,13 @@ def test_defaults_yield_to_the_file_and_to_overrides(tmp_path: Path) -> None:
     assert load_config(str(path), ["output=mine"], ["output=none"]).output == "mine"
 
 
+def test_rows_may_come_from_a_generator() -> None:
+    rows = [["a", "b"], ["c", "d"]]
+    for data in (rows, (row for row in rows), {"rows": (row for row in rows)}):
+        assert make_config(model="m", output="o", data=data).data.rows == rows
+    assert make_config(model="m", output="o", data={"rows": rows, "eval_rows": iter(rows)}).data.eval_rows == rows
+
+
 def test_a_list_of_paths_is_not_a_list_of_rows(tmp_path: Path) -> None:
     hint = (
         "found a list of paths; a list here means rows in memory; for files write `data: {train: [a.jsonl, b.txt.gz]}`"

@@ -62,7 +62,8 @@ class Data(Section):
     train: str | list[str | Source] | None = None
     """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a glob, a folder)."""
     rows: list[Any] | None = None
-    """Training rows held in memory (Python only): texts, [prompt, output, ...] lists or dictionaries."""
+    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output, ...] lists or
+    dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`."""
     eval: str | list[str | Source] | None = None
     """Held-out rows, in the same forms as `train`."""
     eval_rows: list[Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
@@ -69,7 +69,12 @@ def _long_form(name: str, value: Any) -> Any:
         return {}
     if name in SHORT_FORMS and isinstance(value, str | os.PathLike):
         return {SHORT_FORMS[name]: value}
-    return {"rows": value} if name == "data" and isinstance(value, list | tuple) else value
+    return {"rows": value} if name == "data" and _holds_rows(value) else value
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether rows can be taken out of a value: a list, a generator, a data set held in memory."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
@@ -122,6 +127,7 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
     for key, value in data.items():
         path = (*at, key)
         field = section.model_fields.get(key)
+        value = list(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
         if field is None:
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sftx.cli._output import write_text
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.view import View, view
-from sftx.types import UserError
 
 SHOWN, TOKENS = 240, 400_000  # examples on a page, and tokens of them at most: a page should open at once
 POINTS = 400  # in the chart of steps
@@ -45,10 +44,7 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
         "rows": [_row(v) for v in views],
     }
     text = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    try:
-        Path(path).write_text(page.replace("/*FACTS*/null", text), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    write_text(path, page.replace("/*FACTS*/null", text))
 
 
 def _chosen(corpus: Corpus) -> list[int]:

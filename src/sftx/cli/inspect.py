@@ -6,15 +6,14 @@ special tokens are set apart. Numbers at the left are positions. Nothing is trai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._output import write_json
 from sftx.cli._page import write_page
 from sftx.config import Config
 from sftx.data.corpus import Corpus
@@ -70,7 +69,7 @@ def run(
             console.print(text, soft_wrap=True)
     console.print(_totals(views))
     if json:
-        _write_json(json, views)
+        write_json(json, [shown.as_json() for shown in views])
     if html:
         assert corpus is not None
         write_page(html, config, corpus, encoder, views)
@@ -116,14 +115,6 @@ def _totals(views: Sequence[View]) -> str:
     weight = sum(sum(v.weights) for v in views)
     share = 100 * targets / max(tokens, 1)
     return f"{len(views)} examples, {tokens:,} tokens, {targets:,} targets ({share:.1f} %), total weight {weight:g}"
-
-
-def _write_json(path: str, views: Sequence[View]) -> None:
-    text = json.dumps([v.as_json() for v in views], ensure_ascii=False, indent=1)
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:

@@ -6,16 +6,13 @@ roles out of order, markers of another template, wrongly decoded text, likely se
 
 from __future__ import annotations
 
-import json as json_module
-from pathlib import Path
-
 from rich.console import Console
 
 from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.lint import lint
 from sftx.data.render import Encoder
-from sftx.types import UserError
 
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
 DEFAULTS = ("output=unused",)
@@ -37,9 +34,5 @@ def run(config: Config, json: str = "") -> int:
     serious = any(finding.serious for finding in findings)
     console.print("nothing found" if not findings else "something serious was found" if serious else "nothing serious")
     if json:
-        text = json_module.dumps([finding.as_json() for finding in findings], ensure_ascii=False, indent=1)
-        try:
-            Path(json).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{json}: cannot be written: {error.strerror}") from None
+        write_json(json, [finding.as_json() for finding in findings])
     return int(serious)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -65,8 +66,7 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _lines(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    while chunk := stream.read(CHUNK):
-        out.write(chunk)
+    shutil.copyfileobj(stream, out, CHUNK)
 
 
 def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:

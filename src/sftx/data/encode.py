@@ -20,23 +20,14 @@ from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Columns, Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
-from sftx.data.render import Encoder
+from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import detect, parse
 from sftx.data.sources import Table, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Example, RowError, UserError
 
 log = logging.getLogger("sftx")
-ENCODING = {
-    "format",
-    "template",
-    "train_on",
-    "max_length",
-    "too_long",
-    "on_bad_row",
-    "forced_opening",
-    "special_tokens",
-}
+ENCODING = {*DECIDES, "format", "max_length", "on_bad_row"}
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 

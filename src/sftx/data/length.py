@@ -45,6 +45,12 @@ class Fitted:
     targets_lost: int = 0
 
 
+def runs(weights: Float32) -> tuple[tuple[int, int], ...]:
+    """The (begin, end) of the stretches of weights other than 0."""
+    edges = np.flatnonzero(np.diff(weights != 0, prepend=False, append=False)).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
 def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
     """Make `sequence` at most `max_length` tokens long, as `too_long` says. `RowError` if it says `error`.
 

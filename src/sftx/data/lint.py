@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
+from sftx.data.length import runs
 from sftx.data.minhash import NearDuplicates
 from sftx.data.render import Encoder
 from sftx.data.view import raw_tables, read_rows
@@ -106,7 +107,7 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     empty, single, endless = [], [], []
     for index in range(len(corpus)):
         example = corpus.example(index)
-        for start, stop in _runs(example.weights):
+        for start, stop in runs(example.weights):
             ends = int(example.ids[stop - 1]) in stops
             content = int((~is_special[example.ids[start:stop]]).sum())
             if ends and content < 2:
@@ -129,11 +130,6 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
         _finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
         _finding("extreme lengths", False, f"examples far from the median of {typical:.0f} tokens", extreme, place),
     ]
-
-
-def _runs(weights: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(weights != 0, prepend=False, append=False)).tolist()
-    return zip(edges[::2], edges[1::2], strict=True)
 
 
 def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:

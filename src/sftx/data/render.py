@@ -18,14 +18,16 @@ import numpy as np
 
 from sftx.config import Data
 from sftx.data.conversation import Conversation, conversation_of, marked, spells
-from sftx.data.length import TokenSequence, fit
+from sftx.data.length import TokenSequence, fit, runs
 from sftx.data.sandbox import watched
 from sftx.data.script import APART, Script, Tokeniser, scripts_of
 from sftx.data.shortcut import Shortcut, learn_shortcut
 from sftx.data.template import ChatTemplate, Turn
 from sftx.data.tokenizer import Tokenizer
-from sftx.types import Example, Float32, Row, RowError, UserError
+from sftx.types import Example, Row, RowError, UserError
 
+DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
+"""The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
 VERSION = 1  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
@@ -95,8 +97,7 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides which examples a row becomes."""
-        names = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
-        state = {name: getattr(self.data, name) for name in names} | {
+        state = {name: getattr(self.data, name) for name in DECIDES} | {
             "template": {name: template.source for name, template in self._templates.items()},
             "tokenizer": self.tokenizer.fingerprint,
             "max_length": self.max_length,
@@ -164,7 +165,7 @@ class Encoder:
             raise RowError(f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens")
         weights = np.array(row.weights, dtype=np.float32)
         weights[:1] = 0  # nothing stands before the first token
-        return TokenSequence(ids.astype(np.int32), weights, _runs(weights))
+        return TokenSequence(ids.astype(np.int32), weights, runs(weights))
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first output."""
@@ -243,12 +244,6 @@ class Encoder:
 
 class _ShortcutFails(Exception):
     """A sampled row was rendered otherwise by the shortcut and the long way."""
-
-
-def _runs(weights: Float32) -> tuple[tuple[int, int], ...]:
-    """The (begin, end) of the stretches of weights other than 0."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], weights != 0, [0]]))).tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def bundled_templates() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,7 +15,7 @@ from sftx.config import Data, Source
 from sftx.data import convert
 from sftx.data.cache import Cache
 from sftx.data.corpus import Origin
-from sftx.data.read import CHUNK, Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
+from sftx.data.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
 from sftx.data.rows import detect
 from sftx.types import RowError, UserError
 
@@ -106,7 +106,9 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
         return _table(number, origin, files, files[0], data, scratch)
     key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
     for file in files:
-        key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + _content_hash(file))
+        with file.open("rb") as stream:
+            content = file_digest(stream, blake2b).digest()
+        key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + content)
     note = cache.path(key.hexdigest(), ".blocks")
     try:
         known = json.loads(note.read_bytes())
@@ -115,14 +117,6 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
         table = _table(number, origin, files, _converted(files, scratch), data, scratch)
         cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
         return table
-
-
-def _content_hash(file: Path) -> bytes:
-    content = blake2b(digest_size=20)
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            content.update(chunk)
-    return content.digest()
 
 
 def _converted(files: list[Path], scratch: Path) -> Path:
