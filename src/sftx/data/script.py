@@ -158,10 +158,10 @@ class Tokeniser:
         at = 0
         for chunk, _ in script.chunks[:-1]:
             at += len(chunk)
-            border = self._border(text, at, script.mark)
-            if border is None:
-                return self._apart(script)
-            borders.append(border)
+            first, tail = self._until(text, at, script.mark)
+            if text.ids[first : first + len(tail)].tolist() != tail:  # a token lies across the border
+                return self._apart(script, text)
+            borders.append(first + len(tail))
         eos = self._eos(script)
         ids = np.append(text.ids, np.array(eos, np.int32)) if eos else text.ids
         return [self._served(ids, [*borders, len(ids)], [weight for _, weight in script.chunks], script.note)]
@@ -169,17 +169,13 @@ class Tokeniser:
     def _eos(self, script: Script) -> list[int]:
         return [] if self._tokenizer.eos_id is None or not script.eos else [self._tokenizer.eos_id]
 
-    def _border(self, text: _Text, at: int, mark: str) -> int | None:
-        """Index of the first token after character `at`; None if a token lies across it."""
-        if len(text.places) != len(text.matches):
-            return None  # the tokenizer sees other added tokens than the letters spell
+    def _until(self, text: _Text, at: int, mark: str) -> tuple[int, list[int]]:
+        """The tokens of a text that is cut off at character `at`: so many of its own, and those that follow them."""
         k = bisect.bisect_right(text.matches, at, key=lambda match: match[1])
-        if k == 0:
-            first, tail = 0, self._encode(text.text[:at], mark)
-        else:
-            begin, end = text.matches[k - 1]
-            first, tail = int(text.places[k - 1]) + 1, self._tail(text.text[begin:at], mark) if end < at else []
-        return first + len(tail) if text.ids[first : first + len(tail)].tolist() == tail else None
+        if k == 0 or len(text.places) != len(text.matches):  # or the tokenizer sees others than the letters spell
+            return 0, self._encode(text.text[:at], mark)
+        begin, end = text.matches[k - 1]
+        return int(text.places[k - 1]) + 1, self._tail(text.text[begin:at], mark) if end < at else []
 
     def _tail(self, text: str, mark: str) -> list[int]:
         """Ids of a text that begins with an added token, without that token. Short ones recur: headers of turns."""
@@ -196,19 +192,18 @@ class Tokeniser:
             return self._tokenizer.encode_escaped(text, mark, inside)
         return self._tokenizer.encode(text, inside=inside)
 
-    def _apart(self, script: Script) -> list[TokenSequence]:
+    def _apart(self, script: Script, text: _Text) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
-        sequences = []
-        prompt = ""
+        sequences, at = [], 0
         for i, (chunk, weight) in enumerate(script.chunks):
             if weight:
+                first, tail = self._until(text, at, script.mark)
                 output = self._encode(chunk, script.mark, inside=True)
                 output += self._eos(script) if i == len(script.chunks) - 1 else []
-                head = self._encode(prompt, script.mark)
-                ids = np.array([*head, *output], dtype=np.int32)
+                ids = np.concatenate([text.ids[:first], np.array([*tail, *output], np.int32)])
                 note = "; ".join(filter(None, [script.note, APART]))
-                sequences.append(self._served(ids, [0, len(head), len(ids)], [0.0, weight], note))
-            prompt += chunk
+                sequences.append(self._served(ids, [0, first + len(tail), len(ids)], [0.0, weight], note))
+            at += len(chunk)
         return sequences
 
     def _served(self, ids: Int32, borders: list[int], weights: list[float], note: str) -> TokenSequence:
