@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import time
 from importlib.metadata import requires
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import sftx
 from sftx.cli import main
+from sftx.data import sandbox
 from sftx.data.sandbox import SECONDS
 from sftx.settings import load_config
 from sftx.types import UserError
@@ -116,11 +118,13 @@ ESCAPES = {
     "include": "{% include '/etc/passwd' %}",
     "attr filter": "{{ (messages | attr('__class__')).__mro__ }}",
 }
+SHARED = "{% set n = namespace(t=['long']) %}{% for i in range(40) %}{% set n.t = [n.t, n.t] %}{% endfor %}"
 BOMBS = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested range": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "long text": "{{ ('x' * 10000000000) | length }}",
     "doubling": "{% set n = namespace(t='xx') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "holds itself": SHARED + "{{ n.t }}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
 }
 
@@ -138,7 +142,8 @@ def templates(folder: Path) -> str:
         refusal = reader.refusal(rows, template=str(path))
         slowest = max(slowest, time.process_time() - began)
         expect(refusal and "root:" not in refusal, f"template {name!r} was rendered")
-    expect(slowest < 3 * SECONDS, f"a template ran for {slowest:.0f} s")
+    expect(slowest < 4 * SECONDS, f"a template ran for {slowest:.0f} s")
+    bombs_in_runs(folder)
     secret = folder / "elsewhere" / "secret.jsonl"
     secret.parent.mkdir()
     write_rows(secret, [{"text": "top secret"}])
@@ -161,6 +166,21 @@ def templates(folder: Path) -> str:
     expect(not [path for path in made if "escaped" in path.name], "the name of a source became a file")
     expect(not (folder.parent / "escaped").exists(), "the name of a source became a file outside")
     return f"{len(ESCAPES)} escapes and {len(BOMBS)} bombs refused in {slowest:.1f} CPU-s at most, links stay inside"
+
+
+def bombs_in_runs(folder: Path) -> None:
+    """A bomb that one row sets off costs that row alone; an operation that cannot be interrupted ends the process."""
+    row = {"messages": [{"role": "user", "content": "set it off"}, fuzz.ANSWER]}
+    rows = write_rows(folder / "one.jsonl", [fuzz.GOOD["messages"], row, fuzz.GOOD["messages"]])
+    bomb = "{% if 'off' in messages[0].content %}" + BOMBS["nested range"] + "{% endif %}"
+    endless = SHARED + "{% set a = n.t %}" + SHARED.replace("'long'", "'l' ~ 'ong'") + "{{ a == n.t }}"
+    config = settings(folder, "one", dropout=0.0, batch={"steps": 1, "examples_per_step": 2})
+    for name, source, code in (("one", bomb, 0), ("endless", endless, -signal.SIGVTALRM)):
+        (folder / f"{name}.jinja").write_text(source + tiny.TEMPLATE)
+        config["data"] |= {"train": rows, "template": str(folder / f"{name}.jinja"), "on_bad_row": "skip"}
+        text = run(config, lambda: setattr(sandbox, "LAST", 15.0), code=code)
+        told = "read 3 rows = trained 2 + split 0 + dropped 1" if not code else 'File "<template>"'
+        expect(told in text, f"{name}: {text[-300:]}")
 
 
 def listening() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -157,13 +158,11 @@ def _serve(
         except (BrokenPipeError, ValueError):
             answer = ""
         if not answer:
-            where = f" at {job.place}" if job else ""
-            answers.put(
-                UserError(
-                    f"a process that encodes rows ended{where} with code {process.wait()}; if memory ran out, "
-                    "set data.workers to fewer processes"
-                )
-            )
+            where, code = f" at {job.place}" if job else "", process.wait()
+            why = "if memory ran out, set data.workers to fewer processes"
+            if code == -signal.SIGVTALRM:
+                why = "the chat template was in one endless operation (its line is in the stacks above)"
+            answers.put(UserError(f"a process that encodes rows ended{where} with code {code}; {why}"))
             return
         if job:
             error = json.loads(answer).get("error")

@@ -12,6 +12,7 @@ from typing import Any
 from sftx.data.conversation import REASONING
 from sftx.data.sandbox import TEMPLATE_ERRORS
 from sftx.data.tokenizer import Tokenizer
+from sftx.types import UserError
 
 USER, MODEL, THOUGHT, NEXT = "qzuserqz", "qzmodelqz", "qzthoughtqz", "qznextqz"
 TOOL = {"name": "qztool", "description": "qz", "parameters": {"type": "object", "properties": {}, "required": []}}
@@ -76,6 +77,8 @@ class Habits:
         """A probe whose messages stay in the shape they have."""
         try:
             return self._render(messages, tools, generate, kwargs or {})
+        except UserError:  # a ValueError, but not the template's
+            raise
         except TEMPLATE_ERRORS:
             return None
 

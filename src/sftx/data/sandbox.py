@@ -3,17 +3,22 @@
 The environment renders as the one in transformers does, to the letter. A template cannot reach Python, files or the
 network (jinja2's immutable sandbox). Time and memory are limited in two ways that cost ordinary rendering nothing:
 single operations that can make a huge value at once (`'x' * 10**10`, `center(10**10)`) are checked before they run;
-everything else is a long series of small operations, which a watchdog thread interrupts. Not covered: printing a value
-that holds itself many times over, whose text is made in one uninterruptible step.
+everything else is a long series of small operations, which a watchdog thread interrupts. What cannot be interrupted
+(the text of a list that holds itself many times over, made in one step) meets two limits of the operating system, set
+while templates run: memory beyond `MEMORY` is refused, and the process ends, showing its stacks, after `LAST` seconds.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import json
 import os
 import re
+import resource
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +36,12 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-SECONDS = 10.0  # longest rendering of one text
+SECONDS = 10.0  # of processor time: longest rendering of one text
+LAST = 60.0  # seconds of processor time in one operation, after which the process is ended
 CHARACTERS = 20_000_000  # longest text, and largest value that one operation may make
 MEMORY = 1 << 30  # bytes by which the process may grow during one rendering
 _POLL = 0.02
+_UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
 
 
 class LimitError(Exception):
@@ -236,14 +243,15 @@ class _Watch(threading.Thread):
         self.fired = False
 
     def run(self) -> None:
-        seen, memory = None, 0
+        seen, memory, began = None, 0, 0.0
         while not self.done.wait(_POLL):
+            signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
             with self.guard:
                 if self.started is None or self.fired:
                     continue
                 if seen != self.started:  # a new rendering since the last look
-                    seen, memory = self.started, _memory()
-                elif time.monotonic() - self.started > SECONDS or _memory() - memory > MEMORY:
+                    seen, memory, began = self.started, _memory(), time.process_time()
+                elif time.process_time() - began > SECONDS or _memory() - memory > MEMORY:
                     self.fired = True
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
@@ -259,7 +267,7 @@ class _Watch(threading.Thread):
             if self.fired:  # too late for the rendering: let it arrive here, and nowhere else
                 for _ in range(1000):
                     time.sleep(0.001)
-        except _Interruption:
+        except (_Interruption, MemoryError):
             raise LimitError(f"it ran longer than {SECONDS:g} s or took more than {MEMORY >> 20:,} MiB") from None
         finally:
             with self.guard:
@@ -277,13 +285,23 @@ def watched() -> Iterator[None]:
         return
     watch = _local.watch = _Watch()
     watch.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
+    if sys.__stderr__ is not None:  # the stacks, and then what the signal does by default
+        faulthandler.register(signal.SIGVTALRM, sys.__stderr__, chain=True)
+    soft, hard = _UNLIMITED
+    limit = _memory(of_data=True) + MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_DATA, _UNLIMITED)
         watch.done.set()
+        watch.join()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         _local.watch = None
 
 
-def _memory() -> int:
+def _memory(of_data: bool = False) -> int:
+    """Bytes of this process that are in memory, or that it has asked for (`of_data`); 0 where that is not told."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return int(statm.read_text().split()[5 if of_data else 1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

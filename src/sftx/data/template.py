@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from sftx.data.conversation import REASONING, Conversation
 from sftx.data.habits import MODEL, TOOLS, USER, Habits, calls, close_tag, common, last_tag, open_tag, says
-from sftx.data.sandbox import TEMPLATE_ERRORS, compile_template, run_template
+from sftx.data.sandbox import TEMPLATE_ERRORS, LimitError, compile_template, run_template
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
 
 CLOSED = "forced opening closed"
+MOST_OVER = 5  # rows whose rendering may go over the limits of the sandbox; each takes seconds
 LOST_REASONING = "reasoning left out by the template"
 CHANGED = "text changed by the template"
 
@@ -52,7 +53,8 @@ class ChatTemplate:
             self._template = compile_template(source)
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{name}: the template does not compile: {error}") from error
-        self.habits = Habits(source, tokenizer, self._render)
+        self._over = 0  # renderings that went over the limits of the sandbox
+        self.habits = Habits(source, tokenizer, self._probe)
 
     @property
     def stop_id(self) -> int | None:
@@ -79,7 +81,19 @@ class ChatTemplate:
         try:
             return self._render(messages, conversation.tools, generate, {**conversation.kwargs, **kwargs})
         except TEMPLATE_ERRORS as error:
+            self._over += isinstance(error, LimitError)
+            if self._over > MOST_OVER:
+                raise UserError(
+                    f"the {self.name} went over its limits for {self._over} rows; the last: {error}"
+                ) from error
             raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
+
+    def _probe(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
+        """`_render`; a template that goes over the limits for the few words of a probe is not tried any further."""
+        try:
+            return self._render(messages, tools, generate, kwargs)
+        except LimitError as error:
+            raise UserError(f"the {self.name} cannot be used: for two or three short messages {error}") from error
 
     def _render(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
         variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}
