@@ -478,7 +478,7 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sandbox, "MEMORY", 200 << 20)
     made = encoder(BOMBS[name])
     began = time.process_time()
-    with pytest.raises(UserError, match="refuses|cannot be used: for two or three short messages"):
+    with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
         raise made.encode([row(TALK)])[0]
     assert time.process_time() - began < 10
     assert encoded(phrases("a", "b"), encoder(CHATML)).examples  # and the limit is not felt afterwards

@@ -160,6 +160,14 @@ def from_main(value: Value, saving: bool = False) -> Value:
     return holder[0]
 
 
+def everyone(value: Value) -> list[Value]:
+    """What every rank holds, by rank; in the group for saving, so not while something is saved."""
+    held = [value] * world_size()
+    if is_joined():
+        torch_dist.all_gather_object(held, value, group=_saving)
+    return held
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all ranks, in place."""
     if is_joined():

@@ -27,6 +27,7 @@ from sftx_scorecard.runs import (
     Child,
     checkpoints,
     die,
+    digest,
     expect_equal,
     facts,
     on_call,
@@ -178,7 +179,10 @@ def disk_full(folder: Path) -> str:
 
 @check(14, "SIGTERM / SIGUSR1, 1 process", limit=150)
 def stop(folder: Path) -> str:
-    """In preparation, a step, an evaluation and a save: exit code 75 (not 0), and the run continues to the bit."""
+    """In preparation, a step, an evaluation and a save: exit code 75 (not 0), and the run continues to the bit.
+
+    SIGINT does the same in a step; a second one, there or inside a save, quits at once and harms nothing.
+    """
     more = {"data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))}, "eval": {"every": 3}}
     whole = settings(folder, "whole", **more)
     run(whole)
@@ -196,20 +200,38 @@ def stop(folder: Path) -> str:
             text = run(config, lambda plant=plant, number=number: plant(lambda: os.kill(os.getpid(), number)), code=75)
             early = point in ("preparation", "first evaluation")
             expect(("nothing to save" in text) == early, f"{point}: {text[-200:]}")
-            expect(early != bool(checkpoints(config)), f"{point}: checkpoints {checkpoints(config)}")
+            before = checkpoints(config)
+            expect(early != bool(before), f"{point}: checkpoints {before}")
             run(config)
             expect_equal(whole, config, point)
             expect(facts(config)["eval_before"] == facts(whole)["eval_before"], f"{point}: evaluation before lost")
             expect(facts(config)["eval_after"] == facts(whole)["eval_after"], f"{point}: evaluation after differs")
-    twice = settings(folder, "twice", **more)
-    run(twice, on_step(5, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]), code=130)
-    run(twice)
-    expect_equal(whole, twice, "after a second SIGINT")
-    return f"{2 * len(points)} of {2 * len(points)} exit with 75 and continue to the bit; a second SIGINT quits at once"
+            if point == "step":
+                expect("step-00000005" in before, f"a signal in step 5 was followed by {before}")
+    once = settings(folder, "once", **more)
+    run(once, on_step(5, lambda: os.kill(os.getpid(), signal.SIGINT)), code=75)
+    run(once)
+    expect_equal(whole, once, "after SIGINT")
+    for point, plant in (("step", points["step"]), ("save", lambda act: on_call(checkpoint, "_sync", act, calls=9))):
+        twice = settings(folder, f"twice {point}", **more)
+        act = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]  # noqa: E731
+        run(twice, lambda plant=plant, act=act: plant(act), code=130)
+        expect(checkpoints(twice)[0] == "step-00000003", f"a second SIGINT left {checkpoints(twice)}")
+        run(twice)
+        expect_equal(whole, twice, f"after a second SIGINT in a {point}")
+    number = 2 * len(points) + 1
+    return f"{number} of {number} exit with 75 and continue to the bit; a second SIGINT quits at once, in a save too"
 
 
-def _poison(*steps: int) -> Callable[[], None]:
-    """A `before`: the loss of these steps (counted from 1 in this process) is not a number."""
+POISONS: dict[str, Callable[..., torch.Tensor]] = {
+    "nan": lambda loss, _: loss * float("nan"),
+    "inf": lambda loss, _: loss + float("inf"),
+    "gradient": lambda loss, weight: loss + (weight.sum() * 0).sqrt(),  # a finite loss with an infinite slope
+}
+
+
+def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
+    """A `before`: the loss of these steps (counted from 1 in this process), or its gradient, is not finite."""
 
     def plant() -> None:
         original, count = loop.train_step, 0
@@ -219,7 +241,7 @@ def _poison(*steps: int) -> Callable[[], None]:
             count += 1
             forward = PackLoss.forward
             if count in steps:
-                PackLoss.forward = lambda *a, **k: forward(*a, **k) * float("nan")
+                PackLoss.forward = lambda model, **pack: POISONS[kind](forward(model, **pack), next(model.parameters()))
             try:
                 return original(*args, **kwargs)
             finally:
@@ -233,11 +255,16 @@ def _poison(*steps: int) -> Callable[[], None]:
 @check(19, "NaN / inf", limit=90, quick=True)
 def not_finite(folder: Path) -> str:
     """Never applied, never logged as a number, its rows named; after `max_bad_steps` the run stops with code 3."""
-    once, ever = settings(folder, "once"), settings(folder, "ever", optim={"max_bad_steps": 2})
-    run(once, _poison(5))
-    lines = records(once)
-    expect([line["step"] for line in lines if line["loss"] is None] == [5], "step 5 alone must have no loss")
-    expect(all(line["loss"] not in (0, float("nan")) for line in lines), "a loss of 0 or NaN was recorded")
+    ever = settings(folder, "ever", optim={"max_bad_steps": 2})
+    for kind in POISONS:
+        once = settings(folder, kind)
+        run(once, _poison(5, kind=kind))
+        lines = records(once)
+        expect([line["step"] for line in lines if line["loss"] is None] == [5], f"{kind}: step 5 alone has no loss")
+        numbers = [line["loss"] for line in lines if line["loss"] is not None]
+        expect(all(0 < loss < float("inf") for loss in numbers), f"{kind}: losses recorded: {numbers}")
+    # Skipped in full: what AdamW remembers of the steps is as if this one had never been either.
+    expect(len({digest(settings(folder, kind)) for kind in POISONS}) == 1, "a step that is not finite left a trace")
     run(ever, _poison(*range(5, 99)), code=3)
     text = (folder / "ever.log").read_text()
     expect("last good checkpoint: step 6" in " ".join(text.split()), text[-300:])
@@ -246,13 +273,13 @@ def not_finite(folder: Path) -> str:
     saved = [load_file(path) for path in folder.rglob("*.safetensors") if "cache" not in path.parts]
     expect(all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values()), "NaN was saved")
     shown = folder / "shown.json"
-    asked = ["inspect", str(folder / "once.yaml"), "step=5", f"json={shown}"]
+    asked = ["inspect", str(folder / "nan.yaml"), "step=5", f"json={shown}"]
     child = Child(lambda: sftx.cli.main(asked), folder / "inspect.log")
     expect(child.wait() == 0, child.text[-300:])
     rows = [view["place"].partition(": ")[2] for view in json.loads(shown.read_text())]
-    named = json.loads((folder / "once" / "bad_steps.jsonl").read_text())["rows"]
+    named = json.loads((folder / "nan" / "bad_steps.jsonl").read_text())["rows"]
     expect(sorted(rows) == sorted(named), f"inspect step=5 shows {rows[:2]}, the run named {named[:2]}")
-    return f"{len(saved)} saved files are finite, exit code 3 after 3 bad steps, rows named and shown"
+    return f"{', '.join(POISONS)}: all {len(saved)} saved files finite, code 3 after 3 bad steps, rows named and shown"
 
 
 @check(20, "Retention and async", limit=120)
@@ -271,6 +298,13 @@ def retention(folder: Path) -> str:
         kept = sorted({best, *range(20 - keep, 20)})
         found = [int(name.removeprefix("step-")) for name in checkpoints(config)]
         expect(found == kept, f"keep {keep}: steps {found} were kept, not {kept}")
+    hurt = settings(folder, "hurt", checkpoint={"every": 1, "keep": 2})
+
+    def hurt_one() -> None:  # of those that step 10 would leave, the last is damaged
+        os.truncate(Path(hurt["output"]) / "checkpoints" / "step-00000009" / "optimizer.safetensors", 10)
+
+    run(hurt, lambda: [on_step(10, hurt_one)(), on_step(11, die)()], code=-9)
+    expect(checkpoints(hurt) == ["step-00000008", "step-00000010"], f"beside a damaged one: {checkpoints(hurt)}")
     whole, apart = settings(folder, "whole"), settings(folder, "apart", checkpoint={"every": 2, "background": True})
     run(whole)
 
@@ -297,4 +331,6 @@ def retention(folder: Path) -> str:
     text = run(broken, fails, code=2)
     expect("No space left" in text, text[-300:])
     expect(len(records(broken)) <= 7, f"the error of step 6 ended the run after step {len(records(broken))}")
-    return "keep 1, 2, 3 right with the best; on a thread: to the bit, and its error ends the next step"
+    return (
+        "keep 1, 2, 3 right, the best too, damaged ones do not count; on a thread: exact, its error ends the next step"
+    )

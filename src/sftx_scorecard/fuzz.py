@@ -69,7 +69,7 @@ def changed_rows(draw: Any, form: str) -> bytes:
 
 def _repeat(examples: int, test: Callable[..., None], **strategies: Any) -> None:
     quiet = settings(
-        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=SLOW_IS_FINE
+        max_examples=examples, deadline=20_000, database=None, derandomize=True, suppress_health_check=SLOW_IS_FINE
     )
     quiet(given(**strategies)(test))()
 

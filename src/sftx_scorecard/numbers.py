@@ -130,19 +130,19 @@ def reference(folder: Path) -> str:
 
 @check(3, "Rank invariance", limit=120)
 def ranks(folder: Path) -> str:
-    """Two processes compute the loss and gradient of one (1e-6), and no option breaks that."""
+    """Two processes compute the loss and gradient of one (1e-6), whole or in shards, in one pack or many."""
     alone = gradients(unequal(folder, "alone"))
     expected = records(unequal(folder, "alone"))
     worst = 0.0
-    for size in (100_000, 1):
-        config = unequal(folder, f"two-{size}", runtime={"tokens_per_pack": size})
+    for size, parallel in ((100_000, "replicate"), (1, "replicate"), (100_000, "fsdp")):
+        config = unequal(folder, f"{parallel}-{size}", runtime={"tokens_per_pack": size, "parallel": parallel})
         run_ranks(config, fault=f"gradients:{folder / 'two.safetensors'}")
         both = load_file(folder / "two.safetensors")
         for i, step in enumerate(alone):
             worst = max(worst, difference({name: both[f"{i}/{name}"] for name in step}, step))
             worst = max(worst, abs(records(config)[i]["loss"] / expected[i]["loss"] - 1))
     expect(worst <= 1e-6, f"two ranks differ from one by {worst:.2g}")
-    return f"worst relative difference {worst:.1e}"
+    return f"worst relative difference {worst:.1e}: replicated in one and in many packs, and in shards"
 
 
 @check(4, "Packing parity and leak", limit=60, quick=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -77,10 +78,10 @@ def stopped(folder: Path) -> str:
 
 
 def _fault(
-    folder: Path, fault: str, act: Callable[[int], Any] = lambda launcher: None, **changes: Any
+    folder: Path, fault: str, act: Callable[[int], Any] = lambda launcher: None, output: str = "run", **changes: Any
 ) -> tuple[str, float]:
     """What a faulty run printed, and the seconds from its last step until no rank was left."""
-    config = long_run(folder, "run", **changes)
+    config = long_run(folder, output, **changes)
     process = torchrun(config, fault=fault)
     until_step(process, config, 3)
     act(process.pid)
@@ -89,13 +90,25 @@ def _fault(
     return Path(config["output"]).with_suffix(".log").read_text(errors="replace"), seconds
 
 
-@check(16, "Dead rank", limit=150)
+@check(16, "Dead rank", limit=240)
 def dead(folder: Path) -> str:
-    """A killed rank ends the job within 10 s; the message names the rank and its last step."""
-    text, seconds = _fault(folder, "die:1:5")
-    expect(seconds <= 10, f"the other rank lived for {seconds:.1f} s")
-    expect("rank 1 was last heard of at step" in text, text[-300:])
-    return f"gone after {seconds:.1f} s, rank 1 and its last step named"
+    """A rank that is killed or fails ends the job within 10 s; the message names the rank and its last step.
+
+    So does one that diverges: it has other settings, or its weights are no longer those of the others.
+    """
+    slowest = 0.0
+    for fault in ("die:1:5", "raise:1:5", "leave:1:5"):
+        text, seconds = _fault(folder, fault, output=fault[:4])
+        slowest = max(slowest, seconds)
+        expect(seconds <= 10, f"{fault}: the other rank lived for {seconds:.1f} s")
+        expect("rank 1 was last heard of at step" in text, f"{fault}: {text[-300:]}")
+    diverging = {"drift:1:4": "the weights of rank 1 are no longer those", "other:1:1": "rank 1 has other settings"}
+    for fault, expected in diverging.items():
+        config = settings(folder, fault[:5], dropout=0.0)
+        text = run_ranks(config, fault=fault, code=1)
+        expect(expected in text, f"{fault}: {text[-300:]}")
+        expect(checkpoints(config) in ([], ["step-00000003"]), f"{fault}: saved {checkpoints(config)}")
+    return f"gone after {slowest:.1f} s, rank 1 and its last step named; ranks that diverge are refused by name"
 
 
 @check(17, "Hung rank", limit=180)
@@ -104,8 +117,12 @@ def hung(folder: Path) -> str:
     text, seconds = _fault(folder, "hang:1:5", runtime={"rank_timeout": 15})
     expect(seconds <= 25, f"gone only after {seconds:.1f} s")
     expect("rank 1 was last heard of at step" in text, text[-300:])
-    expect("Timeout (" in text and "most recent call first" in text, "no stacks were shown")
-    return f"gone after {seconds:.1f} s at a limit of 15 s, rank 1 named, stacks shown"
+    hangs = text.partition("Timeout (")[2].partition("Timeout (")[0]
+    expect("most recent call first" in hangs and "in <lambda>" in hangs, "the stacks of rank 1 were not shown")
+    expect(
+        re.search(r"\[rank0\]: Traceback|Traceback \(most recent call last", text), "the stack of rank 0 was not shown"
+    )
+    return f"gone after {seconds:.1f} s at a limit of 15 s, rank 1 named, stacks of both shown"
 
 
 @check(18, "No orphans", limit=150)

@@ -63,6 +63,21 @@ def loading(folder: Path) -> str:
         text = run({**pickled, "batch": {"examples_per_step": 4, "steps": 12}}, on_step(1, die), code=-9)
         expect("is damaged" in text, f"a pickle as {file.name}: {text[-300:]}")
         file.write_bytes(kept)
+    for file in sorted((folder / "cache").rglob("*.*")):
+        if file.is_file():
+            file.write_bytes(pickle.dumps(Bomb(trace)))
+    run(settings(folder, "recached", dropout=0.0, batch={"steps": 1}))
+    tuned = settings(folder, "tuned", dropout=0.0, adapter={"method": "lora"}, batch={"steps": 1})
+    run(tuned)
+    (folder / "tuned" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Bomb(trace)}, folder / "tuned" / "adapter_model.bin")
+    again = settings(
+        folder, "tuned-on", dropout=0.0, adapter={"method": "lora", "path": tuned["output"]}, batch={"steps": 1}
+    )
+    text = run(again, code=2)
+    expect("safetensors" in text, f"a pickled adapter: {text[-300:]}")
+    (folder / "data.pkl").write_bytes(pickle.dumps(Bomb(trace)))
+    run({**pickled, "data": {"train": str(folder / "data.pkl")}, "output": str(folder / "pkl")}, code=2)
     remote = Path(tiny.folder(folder / "remote"))
     for name in ("config.json", "tokenizer_config.json"):
         told = json.loads((remote / name).read_text())

@@ -1,7 +1,7 @@
 """One rank of a run under torchrun, with a fault planted: `-m sftx_scorecard.worker CONFIG FAULT`.
 
 FAULT is empty, `slow`, `gradients:FILE` (rank 0 writes those of every step there), or `KIND:RANK:STEP` with a kind of
-`die`, `hang`, `raise` or `leave`.
+`die`, `hang`, `raise`, `leave`, `drift` (one weight changes in its last bit) or `other` (the rank has another seed).
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from sftx.cli import main
@@ -34,6 +38,20 @@ def plant(fault: str) -> None:
         on_call(loop, "train_step", lambda: time.sleep(0.1), calls=0)
     elif kind in acts and int(os.environ["RANK"]) == int(rank):
         on_step(int(step), acts[kind])()
+    elif kind == "drift" and int(os.environ["RANK"]) == int(rank):
+        on_call(loop, "train_step", around=lambda original: _drifting(original, int(step)))
+
+
+def _drifting(train_step: Callable[..., Any], step: int) -> Callable[..., Any]:
+    steps = count(1)
+
+    def drifting(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(steps) == step:
+            weight = next(model.parameters()).detach().to_local()
+            weight.view(torch.int32)[0, 0] ^= 1
+        return train_step(model, *args, **kwargs)
+
+    return drifting
 
 
 def run(config: str, fault: str) -> int:
@@ -46,7 +64,8 @@ def run(config: str, fault: str) -> int:
             flat = {f"{i}/{name}": tensor for i, step in enumerate(seen) for name, tensor in step.items()}
             save_file(flat, Path(fault.partition(":")[2]))
         return code
-    return main(["train", config])
+    other = fault.startswith(f"other:{os.environ['RANK']}:")
+    return main(["train", config, *["seed=7"] * other])
 
 
 if __name__ == "__main__":

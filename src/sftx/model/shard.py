@@ -7,6 +7,7 @@ processes per node. Gradients are summed, never averaged: the loss is divided by
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -146,6 +147,22 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         state_dict_saver.save(tensors, storage_writer=writer, process_group=dist.saving_group())
     except CheckpointException as error:  # on every rank, with what went wrong on each
         raise OSError(str(error)) from error
+
+
+def check_replicas(tensors: Mapping[str, Tensor]) -> None:
+    """UserError that names the rank where weights that several ranks hold are not the same on all, to the bit."""
+    sharded = [tensor for tensor in tensors.values() if isinstance(tensor, DTensor)]
+    if not sharded or sharded[0].device_mesh.size(0) == 1:
+        return
+    bits = {4: torch.int32, 2: torch.int16}  # sums of whole numbers: exact, in any order
+    sums = [int(t.to_local().contiguous().view(bits[t.dtype.itemsize]).sum()) for t in sharded if t.to_local().numel()]
+    held = dist.everyone((sharded[0].device_mesh.get_local_rank("shard"), sums))
+    for rank, (place, found) in enumerate(held):
+        if found != next(other for shard, other in held if shard == place):
+            raise UserError(
+                f"the weights of rank {rank} are no longer those of the ranks that hold the same, and are not saved. "
+                "Its processor or memory may be at fault. Run the same command to continue from the last checkpoint"
+            )
 
 
 def tensor_facts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

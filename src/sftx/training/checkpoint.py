@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sftx import dist
-from sftx.model.shard import load_tensors, save_tensors, tensor_facts
+from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_facts
 from sftx.training.background import Background
 from sftx.types import UserError
 
@@ -61,6 +61,7 @@ def save(
     def write() -> None:
         if dist.from_main(dist.is_main() and final.exists() and not _verify(final), saving=True):
             return  # a state is saved twice where a signal comes twice: the first is as good
+        check_replicas(parameters)
         temporary = folder / f"{final.name}.tmp"
         try:
             _write(temporary, final, state, {"weights": parameters, "optimizer": moments}, needed)

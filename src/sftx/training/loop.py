@@ -20,7 +20,7 @@ from sftx.eval.loss import held_out_loss
 from sftx.model.load import stored_dtype, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
-from sftx.model.shard import whole_state
+from sftx.model.shard import check_replicas, whole_state
 from sftx.settings import make_config
 from sftx.track.card import model_card
 from sftx.track.progress import Progress
@@ -203,6 +203,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         progress.evaluated(job.plan.num_steps, after)
     state = None
     if dist.is_joined():
+        check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
         state = whole_state(job.trained, None if adapted else stored_dtype(config.model), trained_only=adapted)
     if dist.is_main():

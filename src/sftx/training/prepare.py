@@ -141,6 +141,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         {"memory": chosen.parts(), "seconds": seconds_of(loss, load, chosen, machine, CALIBRATION)},
         notes=notes,
     )
+    _check_ranks(job)
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
@@ -258,6 +259,14 @@ def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_le
     facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
     facts["runtime"] = {"precision": config.runtime.precision}
     return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def _check_ranks(job: Job) -> None:
+    """All ranks train on the same data with the same settings, in equally many packs."""
+    mine = {**_dotted(json.loads(job.mathematics)), "tokens per pack": job.machine.tokens_per_pack}
+    for rank, theirs in enumerate(held := dist.everyone(mine)):
+        if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
+            raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")
 
 
 def _changed(job: Job) -> dict[str, list[Any]]:
