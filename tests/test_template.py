@@ -460,6 +460,10 @@ BOMBS = {
     "format": "{{ '%10000000000d' % 1 }}",
     "braces": "{{ '{:>10000000000}'.format(1) }}",
     "bytes": "{{ (1).to_bytes(10**10, 'big') }}",
+    "power": "{{ 10 ** (10 ** 9) }}",
+    "rounded": "{{ 1.5 | round(10 ** 9, 'ceil') }}",
+    "indented": "{{ ('x\n' * 100000) | indent(100000) }}",
+    "tabs": "{{ ('\t' * 100000).expandtabs(100000) }}",
     "replaced": "{% set a = 'x' * 10000 %}{{ a | replace('x', a) }}",
     "joined": "{{ range(99999) | join('x' * 1000000) }}",
     "doubled": "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
@@ -479,7 +483,7 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
-        raise made.encode([row(TALK)])[0]
+        raise made.encode([row(TALK)])[0]  # a RowError
     assert time.process_time() - began < 10
     assert encoded(phrases("a", "b"), encoder(CHATML)).examples  # and the limit is not felt afterwards
 

@@ -152,29 +152,34 @@ def disk_full(folder: Path) -> str:
     run(whole)
     told = []
     with small_disk(disk, 3 << 20):
-        for case in ("before", "while writing"):
+        for case in ("before", "while writing", "the model"):
             config = {**settings(folder), "output": str(disk / "run")}
-            ballast = disk / "ballast"
 
-            def fill(case: str = case, ballast: Path = ballast) -> None:
-                def leave_little() -> None:
-                    free = shutil.disk_usage(disk).free
-                    ballast.write_bytes(b"\0" * (free - 200_000))
+            def fill(case: str = case) -> None:
+                def leave(size: int) -> None:
+                    (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - size))
 
-                on_call(checkpoint, "save", leave_little, calls=2)
+                if case == "the model":
+                    on_call(loop, "save_model", lambda: leave(50_000))
+                else:
+                    on_call(checkpoint, "save", lambda: leave(200_000), calls=2)
                 if case == "while writing":
                     on_call(checkpoint, "_require_space", around=lambda _: lambda *args: None)
 
             text = run(config, fill, code=2)
             told.append(text.strip().rpartition("\n")[2])
             expect("Traceback" not in text and str(disk) in told[-1], f"{case}: {text[-300:]}")
-            expect("needed" in told[-1] and "free" in told[-1], f"{case}: needed and free are not named: {told[-1]}")
-            expect(checkpoints(config) == ["step-00000003"], f"{case}: left in the folder: {checkpoints(config)}")
-            ballast.unlink()
+            numbers = case == "the model" or ("needed" in told[-1] and "free" in told[-1])
+            expect(numbers, f"{case}: needed and free are not named: {told[-1]}")
+            left = ["step-00000006", "step-00000009"] if case == "the model" else ["step-00000003"]
+            expect(checkpoints(config) == left, f"{case}: left in the folder: {checkpoints(config)}")
+            expect(not list((disk / "run").glob(".model*")), f"{case}: a half-written model was left")
+            (disk / "ballast").unlink()
             run(config)
             expect_equal(whole, config, case)
             shutil.rmtree(config["output"])
-    return f"both refused, no debris, continued to the bit: {told[0][:120]}"
+    why = told[0].partition("checkpoints: ")[2].partition(". ")[0]
+    return f"{len(told)} of {len(told)} refused, no debris, continued to the bit: {why}"
 
 
 @check(14, "SIGTERM / SIGUSR1, 1 process", limit=150)

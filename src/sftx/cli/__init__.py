@@ -42,9 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        full = error.errno == errno.ENOSPC
+        if not full and error.filename is None:  # not of the user's files
             raise
-        print(f"error: {error}; make room, then run the same command to continue", file=sys.stderr)
+        more = "; make room, then run the same command to continue" if full else ""
+        print(f"error: {error}{more}", file=sys.stderr)
         return 2
 
 
