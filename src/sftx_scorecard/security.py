@@ -144,7 +144,7 @@ BOMBS = {
 }
 
 
-@check(29, "Templates and paths", limit=200)
+@check(29, "Templates and paths", limit=420)
 def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the data."""
     reader = Reader(folder)
