@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,16 @@ def test_a_saved_adapter_trains_on(method: str, tmp_path: Path) -> None:
 def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
     first = run(path, tmp_path / "first", adapter={"targets": ["q_proj", "v_proj"]})
+    pickled = tmp_path / "pickled"
+    shutil.copytree(first.folder, pickled)
+    torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    (pickled / "adapter_model.safetensors").unlink()
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"adapter": {"rank": 8}}, r"adapter\.rank: 8, but the adapter in .* has 4; leave it out"),
         ({"adapter": {"method": "dora"}}, r"adapter\.method: dora, but the adapter in .* has lora"),
         ({"adapter": {"targets": ["q_proj"]}}, r"adapter\.targets"),
         ({"adapter": {"path": str(tmp_path / "nothing")}}, r"adapter\.path: .* cannot be continued"),
+        ({"adapter": {"path": str(pickled)}}, r"adapter\.path: .* has no adapter_model.safetensors; pickled"),
         ({"model": {"add_tokens": ["<calc>"]}}, r"model\.add_tokens: the adapter in .* trains the rows None"),
         ({"model": {"path": tiny.folder(tmp_path / "deep", num_hidden_layers=3)}}, r"adapter\.path: .* does not fit"),
     ]

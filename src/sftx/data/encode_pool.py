@@ -159,9 +159,8 @@ def _serve(
             answer = ""
         if not answer:
             where, code = f" at {job.place}" if job else "", process.wait()
-            why = "if memory ran out, set data.workers to fewer processes"
-            if code == -signal.SIGVTALRM:
-                why = "the chat template was in one endless operation (its line is in the stacks above)"
+            endless = "the chat template was in an endless operation; the stacks above show its line"
+            why = endless if code == -signal.SIGVTALRM else "if memory ran out, set data.workers to fewer processes"
             answers.put(UserError(f"a process that encodes rows ended{where} with code {code}; {why}"))
             return
         if job:

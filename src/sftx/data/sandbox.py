@@ -42,7 +42,7 @@ _POLL = 0.02
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
 
 
-class LimitError(Exception):
+class LimitError(jinja2.TemplateError):
     """A template ran for too long or made too much text."""
 
 
@@ -53,14 +53,12 @@ class _Interruption(LimitError):
 # What a template can raise: its own complaint, a mistake in it, or data that it does not expect.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
-    LimitError,
     TypeError,
     ValueError,
     LookupError,
     AttributeError,
     ArithmeticError,
     RecursionError,
-    MemoryError,
 )
 
 

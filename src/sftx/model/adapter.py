@@ -66,16 +66,14 @@ def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list
 
 def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[str, list[int]] | None) -> PeftModel:
     """The saved adapter in `path`, trainable. What the settings say of it must be so."""
-    try:  # of the hub only these are fetched, and a folder must have them: peft would read pickled weights too
+    if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").exists():  # peft would read a pickle too
+        raise UserError(f"adapter.path: {path} has no adapter_model.safetensors; pickled weights are not read")
+    try:
         folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-        if not (Path(folder) / "adapter_model.safetensors").exists():
-            raise UserError(f"adapter.path: {path} has no adapter_model.safetensors; pickled weights are not read")
         config: Any = PeftConfig.from_pretrained(folder)
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         odd = {name for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed} if "lora_" in name}
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"adapter.path: {path} cannot be continued: {error}") from error
     if config.peft_type != "LORA" or odd:  # peft itself only warns of weights that are missing

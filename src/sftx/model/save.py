@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -59,45 +59,28 @@ def save_model(
 
     Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names.
     Matrices of a whole model are stored in `dtype`; adapters always in float32. `state` holds the tensors
-    where those of `model` are in shards. UserError where it cannot be written.
+    where those of `model` are in shards.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with ExitStack() as stack:
         temporary.mkdir(parents=True)
-        _fill(temporary, model, tokenizer, stop_ids, dtype, state)
+        stack.callback(shutil.rmtree, temporary)
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if isinstance(model, PeftModel):
+            # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
+            model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
+        else:
+            if state is None:
+                state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+            kept = model.config.dtype
+            model.config.dtype = dtype
+            model.save_pretrained(str(temporary), state_dict=state)
+            model.config.dtype = kept
+        tokenizer.save_pretrained(str(temporary))
+        serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(temporary.iterdir()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.replace(folder / path.name)
-        temporary.rmdir()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{folder}: the model cannot be written ({error}): make room, then run the same command to continue from "
-            "the last checkpoint"
-        ) from error
-
-
-def _fill(
-    temporary: Path,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
-    stop_ids: list[int],
-    dtype: torch.dtype,
-    state: dict[str, Tensor] | None,
-) -> None:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if isinstance(model, PeftModel):
-        # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
-        model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
-    else:
-        if state is None:
-            state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
-        kept = model.config.dtype
-        model.config.dtype = dtype
-        model.save_pretrained(str(temporary), state_dict=state)
-        model.config.dtype = kept
-    tokenizer.save_pretrained(str(temporary))
-    serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))

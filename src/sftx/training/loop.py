@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sftx import dist
@@ -206,8 +207,12 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
         state = whole_state(job.trained, None if adapted else stored_dtype(config.model), trained_only=adapted)
-    if dist.is_main():
-        _write_model(job, state)
+    try:
+        if dist.is_main():
+            _write_model(job, state)
+    except (OSError, SafetensorError) as error:
+        more = "make room, then run the same command to continue from the last checkpoint"
+        raise UserError(f"{job.run.folder}: the model cannot be written ({error}); {more}") from error
     job.run.update(
         status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
     )
