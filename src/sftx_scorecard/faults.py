@@ -219,13 +219,17 @@ def stop(folder: Path) -> str:
     expect_equal(whole, once, "after SIGINT")
     for point, plant in (("step", points["step"]), ("save", lambda act: on_call(checkpoint, "_sync", act, calls=9))):
         twice = settings(folder, f"twice {point}", **more)
-        act = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]  # noqa: E731
-        run(twice, lambda plant=plant, act=act: plant(act), code=130)
+        run(twice, lambda plant=plant: plant(_interrupt_twice), code=130)
         expect(checkpoints(twice)[0] == "step-00000003", f"a second SIGINT left {checkpoints(twice)}")
         run(twice)
         expect_equal(whole, twice, f"after a second SIGINT in a {point}")
     number = 2 * len(points) + 1
     return f"{number} of {number} exit with 75 and continue to the bit; a second SIGINT quits at once, in a save too"
+
+
+def _interrupt_twice() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 POISONS: dict[str, Callable[..., torch.Tensor]] = {
@@ -246,7 +250,9 @@ def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
             count += 1
             forward = PackLoss.forward
             if count in steps:
-                PackLoss.forward = lambda model, **pack: POISONS[kind](forward(model, **pack), next(model.parameters()))
+                PackLoss.forward = lambda *args, **pack: POISONS[kind](
+                    forward(*args, **pack), next(args[0].parameters())
+                )
             try:
                 return original(*args, **kwargs)
             finally:

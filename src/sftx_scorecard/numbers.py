@@ -128,7 +128,7 @@ def reference(folder: Path) -> str:
     return f"loss off by {off:.1e}, worst of {len(theirs)} tensors by {worst:.1e}"
 
 
-@check(3, "Rank invariance", limit=120)
+@check(3, "Rank invariance", limit=240)
 def ranks(folder: Path) -> str:
     """Two processes compute the loss and gradient of one (1e-6), whole or in shards, in one pack or many."""
     alone = gradients(unequal(folder, "alone"))

@@ -26,7 +26,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.filters import do_round
 from jinja2.parser import Parser
@@ -42,7 +42,7 @@ _POLL = 0.02
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
 
 
-class LimitError(jinja2.TemplateError):
+class LimitError(TemplateError):
     """A template ran for too long or made too much text."""
 
 
@@ -51,15 +51,7 @@ class _Interruption(LimitError):
 
 
 # What a template can raise: its own complaint, a mistake in it, or data that it does not expect.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class _Generation(Extension):
@@ -142,7 +134,7 @@ def _to_json(
 
 
 def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise TemplateError(message)
 
 
 def _environment() -> _Environment:

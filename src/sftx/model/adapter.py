@@ -87,11 +87,8 @@ def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[s
         given = getattr(adapter, name)
         if (set(given) if isinstance(given, list) else given) != found[name]:
             raise UserError(f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it out")
-    if config.trainable_token_indices != rows:
-        has = config.trainable_token_indices
-        raise UserError(
-            f"model.add_tokens: the adapter in {path} trains the rows {has}, this run {rows}; list the same"
-        )
+    if (has := config.trainable_token_indices) != rows:
+        raise UserError(f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same")
     return wrapped
 
 

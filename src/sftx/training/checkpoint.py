@@ -168,10 +168,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def newest(folder: Path) -> State | None:
     """State of the newest checkpoint that verifies, without loading its tensors."""
-    for path in _found(folder):
-        if not _verify(path):
-            return _state(path)
-    return None
+    return next((_state(path) for path in _found(folder) if not _verify(path)), None)
 
 
 def _state(path: Path) -> State:
