@@ -86,13 +86,6 @@ def test_plan_is_a_function_of_data_batch_and_seed() -> None:
     assert make_plan().fingerprint != make_plan(examples_per_step=3).fingerprint
 
 
-def test_step_of_finds_the_step_that_holds_an_example() -> None:
-    plan = make_plan(examples_per_step=5, epochs=2)
-    for example in (0, 17, 36):
-        for epoch in (0, 1):
-            assert example in plan.examples(plan.step_of(example, epoch))
-
-
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(UserError, match="nothing to train on"):
         Plan(np.zeros(0, np.int32), np.zeros(0), Batch(), 0)

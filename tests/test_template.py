@@ -495,7 +495,7 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
     results = made.encode([good, bad, good])
     assert [isinstance(result, RowError) for result in results] == [False, True, False]
     assert "ran longer than" in str(results[1])
-    with pytest.raises(UserError, match=r"went over its limits for 6 rows"):
+    with pytest.raises(UserError, match=r"goes over its limits in 6 rows"):
         made.encode([bad] * 9)
 
 

@@ -42,10 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        if not full and error.filename is None:  # not of the user's files
+        if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        more = "; make room, then run the same command to continue" if full else ""
+        more = "; make room, then run the same command to continue" * (error.errno == errno.ENOSPC)
         print(f"error: {error}{more}", file=sys.stderr)
         return 2
 

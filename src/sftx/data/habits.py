@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from sftx.data.conversation import REASONING
-from sftx.data.sandbox import TEMPLATE_ERRORS
+from sftx.data.sandbox import TEMPLATE_ERRORS, LimitError
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import UserError
 
@@ -62,10 +62,11 @@ class Ending:
 class Habits:
     """What a template does, found by rendering small conversations with `render(messages, tools, generate, kwargs)`."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, render: Render):
+    def __init__(self, source: str, tokenizer: Tokenizer, render: Render, name: str):
         self._source = source
         self._tokenizer = tokenizer
         self._render = render
+        self._name = name
 
     def _try(self, *messages: dict[str, Any], generate: bool = False, tools: Any = None, **kwargs: Any) -> str | None:
         """A probe: None where the template refuses it."""
@@ -77,8 +78,8 @@ class Habits:
         """A probe whose messages stay in the shape they have."""
         try:
             return self._render(messages, tools, generate, kwargs or {})
-        except UserError:  # a ValueError, but not the template's
-            raise
+        except LimitError as error:  # for the few words of a probe: it is not tried any further
+            raise UserError(f"the {self._name} cannot be used: for two or three short messages {error}") from error
         except TEMPLATE_ERRORS:
             return None
 

@@ -54,7 +54,7 @@ class ChatTemplate:
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{name}: the template does not compile: {error}") from error
         self._over = 0  # renderings that went over the limits of the sandbox
-        self.habits = Habits(source, tokenizer, self._probe)
+        self.habits = Habits(source, tokenizer, self._render, name)
 
     @property
     def stop_id(self) -> int | None:
@@ -83,17 +83,8 @@ class ChatTemplate:
         except TEMPLATE_ERRORS as error:
             self._over += isinstance(error, LimitError)
             if self._over > MOST_OVER:
-                raise UserError(
-                    f"the {self.name} went over its limits for {self._over} rows; the last: {error}"
-                ) from error
+                raise UserError(f"the {self.name} goes over its limits in {self._over} rows: {error}") from error
             raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
-
-    def _probe(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
-        """`_render`; a template that goes over the limits for the few words of a probe is not tried any further."""
-        try:
-            return self._render(messages, tools, generate, kwargs)
-        except LimitError as error:
-            raise UserError(f"the {self.name} cannot be used: for two or three short messages {error}") from error
 
     def _render(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
         variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}

@@ -211,8 +211,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         if dist.is_main():
             _write_model(job, state)
     except (OSError, SafetensorError) as error:
-        more = "make room, then run the same command to continue from the last checkpoint"
-        raise UserError(f"{job.run.folder}: the model cannot be written ({error}); {more}") from error
+        raise UserError(f"{job.run.folder}: no model can be written ({error}); make room, then run it again") from error
     job.run.update(
         status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
     )

@@ -36,8 +36,7 @@ def learning_rate(step: int, num_steps: int, optim: Optim, peak: float) -> float
         case "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
-            decay_steps = max(1, round(optim.decay * num_steps))
-            factor = min(1.0, (num_steps - step) / decay_steps)
+            factor = min(1.0, (num_steps - step) / max(1, round(optim.decay * num_steps)))
     return peak * (optim.final_ratio + (1 - optim.final_ratio) * factor if optim.schedule != "constant" else 1.0)
 
 
@@ -47,13 +46,9 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_row = id(parameter) in embeddings or "trainable_tokens" in name
-            is_matrix = parameter.ndim >= 2 and not is_row
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and "trainable_tokens" not in name
             (decayed if is_matrix else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if optim.weights == "fp32" else StochasticAdamW
     return kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
