@@ -73,6 +73,22 @@ def test_a_step_does_not_depend_on_pack_size_or_processes() -> None:
                 assert sorted(i for bins in ranks for members in bins for i in members) == want
 
 
+def test_ranks_get_equal_work_whatever_makes_it() -> None:
+    random = np.random.RandomState(0)
+    lengths = np.exp(random.normal(4.8, 0.8, 512)).astype(np.int32) + 2
+    plan = Plan(lengths, lengths / 2, Batch(examples_per_step=128), 0)
+    cost = lengths * (1.0 + random.rand(512))  # a third of it is not seen in the lengths
+    for tokens_per_pack in (1 << 20, 3000):
+        of_lengths = plan.packs(0, tokens_per_pack, 8)
+        plan.work = cost
+        of_cost = plan.packs(0, tokens_per_pack, 8)
+        plan.work = lengths.astype(np.float64)
+        sums = [[sum(cost[i] for m in bins for i in m) for bins in ranks] for ranks in (of_cost, of_lengths)]
+        ours, naive = (max(s) / (sum(s) / 8) - 1 for s in sums)
+        assert ours < 0.02 < naive, (ours, naive)
+        assert sorted(i for b in of_cost for m in b for i in m) == sorted(i for b in of_lengths for m in b for i in m)
+
+
 def test_steps_and_tokens_per_step_are_kept() -> None:
     assert make_plan(steps=50, examples_per_step=4).num_steps == 50
     plan = make_plan(steps=50, tokens_per_step=100)
