@@ -251,7 +251,7 @@ torch.set_num_threads(1)
 with dist.joined(torch.device("cpu"), 60):
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = peak()
-    loss, _, notes = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
+    loss, _, notes, _ = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
     print("RANK", json.dumps({"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
         "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}))
 """

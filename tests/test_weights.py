@@ -105,7 +105,6 @@ def test_a_run_in_bf16_learns_says_so_and_continues_to_the_bit(tmp_path: Path) -
     ("sections", "message"),
     [
         ({"optim": {"weights": "bf16_stochastic"}, "adapter": "lora"}, "without an adapter"),
-        ({"adapter": {"method": "lora", "merge": True, "quantize": "nf4"}}, "sftx export"),
         ({"adapter": {"quantize": "nf4"}}, "method"),
     ],
 )

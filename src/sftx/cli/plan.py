@@ -19,11 +19,12 @@ from sftx.cli._inputs import tokenizer_and_length
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan
+from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import trainable
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
-from sftx.training.fit import Load, fit, outline, seconds_of
+from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
 from sftx.types import UserError
@@ -47,7 +48,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", tokens_per_pack: s
         size = _number("tokens_per_pack", tokens_per_pack)
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"tokens_per_pack": size})})
     count = _number("gpus", gpus) if gpus else 1
-    loss = outline(config)
+    added = config.model.add_tokens or config.model.add_special_tokens
+    loss = outline(config, Tokenizer.of_model(config.model).taught if added else {})
     plan, load = _load(config, loss, count)
     with machine(config.runtime) as here:
         at_hand, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.memory_at_hand()
@@ -93,6 +95,7 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
         plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+        weigh(plan, loss, corpus.targets)
         return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
     sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
     return None, Load(min(sizes), 1 << 20, 1.0)
