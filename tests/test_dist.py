@@ -15,6 +15,9 @@ import pytest
 import ranks
 import tiny
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sftx import dist
 from sftx.data.cache import Cache
@@ -79,6 +82,65 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
     for count in (2, 4):
         for name in runs(count):
             assert_equal(folder, name, name[:-1] + "0")
+
+
+TRACED = """
+import sys
+from sftx.model import compiled
+from sftx.settings import load_config
+from sftx.training.loop import train
+
+compiled.COMPILER = "aot_eager"  # everything but the generated code, which takes minutes
+for path in sys.argv[1].split(","):
+    train(load_config(path))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", pytest.param("lora", marks=pytest.mark.long)])
+def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kept(folder: Path, method: str) -> None:
+    (folder / "traced.py").write_text(TRACED, encoding="utf-8")
+    runs = {f"{method}-kept": {"recompute": "none"}, f"{method}-all": {"recompute": "all", "compile": "on"}}
+    same: dict[str, Any] = {"precision": "bf16", "parallel": "fsdp", "rank_timeout": 140}
+    paths = [write(folder, name, runtime=same | some, adapter={"method": method}) for name, some in runs.items()]
+    ranks.run(Path(",".join(map(str, paths))), 2, program=[str(folder / "traced.py")])
+    assert_equal(folder, f"{method}-all", f"{method}-kept")
+    facts = ranks.facts(folder / f"{method}-all")
+    assert any("2 layers compiled" in note for note in facts["notes"])
+    assert facts["recomputed_layers"] == 3
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_are_rounded_in_shards_as_they_are_as_a_whole(folder: Path) -> None:
+    """After one step of AdamW, whose size hardly depends on the gradient, only the random bits could differ."""
+    same: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "optim": {"weights": "bf16_stochastic", "learning_rate": 1e-3}}
+    for name, count, parallel in (("whole", 0, "auto"), ("shards", 2, "fsdp"), ("copies", 2, "replicate")):
+        runtime = {"precision": "bf16", "parallel": parallel, "tokens_per_pack": 1}
+        ranks.run(write(folder, f"bf16-{name}", runtime=runtime, **same), count)
+    whole, shards, copies = (
+        load_file(folder / f"bf16-{name}" / "model.safetensors") for name in ("whole", "shards", "copies")
+    )
+    before = load_file(folder / "model" / "model.safetensors")
+    size = sum(tensor.numel() for tensor in whole.values())
+    for others in (shards, copies):
+        assert sum(int((whole[name] != others[name]).sum()) for name in whole) < 0.01 * size
+    assert sum(int((whole[name] != before[name].bfloat16().float()).sum()) for name in whole) > 0.5 * size
+
+
+@pytest.mark.slow
+def test_what_several_ranks_trained_is_merged(folder: Path) -> None:
+    changes: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "adapter": {"method": "lora", "rank": 4, "merge": True}}
+    path = write(folder, "merged", runtime={"parallel": "fsdp"}, **changes)
+    ranks.run(path, 2)
+    predicted = ranks.facts(folder / "merged")["predicted"]["memory"]
+    weights = sum(tensor.nbytes for tensor in load_file(folder / "model" / "model.safetensors").values())
+    assert predicted["weights"] == pytest.approx(weights / 2, rel=0.2)  # half of it, and the adapter
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        adapted = PeftModel.from_pretrained(base, folder / "merged").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged" / "merged").eval()(ids).logits
+    assert float((merged - adapted).abs().max()) < 1e-5 * float(adapted.abs().max())
 
 
 def test_one_process_encodes_while_the_others_wait(tmp_path: Path) -> None:
