@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sftx.config import Batch
-from sftx.data.pack import balanced, best_fit, build_pack
+from sftx.data.pack import balanced, build_pack
 from sftx.data.plan import Plan
 from sftx.types import Example, UserError
 
@@ -26,13 +24,6 @@ def test_every_example_is_placed_once_and_fits(lengths: list[int], capacity: int
     for bins in ranks:
         for members in bins:
             assert len(members) <= 1 or sum(lengths[i] for i in members) <= capacity
-
-
-@given(lengths_strategy, st.integers(50, 120))
-def test_best_fit_never_opens_a_bin_that_was_not_needed(lengths: list[int], capacity: int) -> None:
-    bins = best_fit(lengths, capacity)
-    loads = sorted(sum(lengths[i] for i in members) for members in bins)
-    assert all(a + b > capacity for a, b in pairwise(loads))
 
 
 def test_pack_shifts_labels_once_and_never_across_segments() -> None:
@@ -100,13 +91,6 @@ def test_plan_is_a_function_of_data_batch_and_seed() -> None:
     assert make_plan().fingerprint == make_plan().fingerprint
     assert make_plan().fingerprint != make_plan(seed=4).fingerprint
     assert make_plan().fingerprint != make_plan(examples_per_step=3).fingerprint
-
-
-def test_step_of_finds_the_step_that_holds_an_example() -> None:
-    plan = make_plan(examples_per_step=5, epochs=2)
-    for example in (0, 17, 36):
-        for epoch in (0, 1):
-            assert example in plan.examples(plan.step_of(example, epoch))
 
 
 def test_no_examples_is_an_error() -> None:

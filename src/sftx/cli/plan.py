@@ -32,7 +32,6 @@ from sftx.types import UserError
 EXTRA = {
     "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in shards over them.",
     "gpu_memory": "Memory of each of them, such as 141GiB or 80GB.",
-    "tokens_per_pack": "Short for runtime.tokens_per_pack.",
     "json": "Write the figures to this file.",
 }
 DEFAULTS = ("output=unused", "data.format=auto")
@@ -40,13 +39,10 @@ CALIBRATION = 2.0  # seconds of matrix products
 MANY = 4096  # GPUs; more are not looked at
 
 
-def run(config: Config, gpus: str = "", gpu_memory: str = "", tokens_per_pack: str = "", json: str = "") -> int:
+def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") -> int:
     """Print the plan. Returns 0, or 1 where the run does not fit."""
     if bool(gpus) != bool(gpu_memory):
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
-    if tokens_per_pack:
-        size = _number("tokens_per_pack", tokens_per_pack)
-        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"tokens_per_pack": size})})
     count = _number("gpus", gpus) if gpus else 1
     added = config.model.add_tokens or config.model.add_special_tokens
     loss = outline(config, Tokenizer.of_model(config.model).taught if added else {})
@@ -56,7 +52,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", tokens_per_pack: s
         if gpus:
             half = config.runtime.precision != "fp32"
             here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
-        rehearsal = Rehearsal(loss, here.device.type, here.precision, held, count if count > 1 else None)
+        nf4 = config.adapter.quantize == "nf4"
+        rehearsal = Rehearsal(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, at_hand)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": str(here.precision)[6:]}
         try:
@@ -118,7 +115,7 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
 
 def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
-    sharded = Rehearsal(rehearsal.loss, "cuda", rehearsal.precision, rehearsal.base, 2)
+    sharded = Rehearsal(rehearsal.loss, rehearsal.machine, rehearsal.base, 2, bool(rehearsal.packed))
 
     def fits(count: int) -> bool:
         sharded.shards = count
@@ -137,6 +134,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     trained, weights = facts["trainable"], facts["weights"]
     yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
+    kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
     yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
     if "steps" in facts:
         yield f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, {facts['targets']:,} targets"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,43 +14,23 @@ Float64 = NDArray[np.float64]
 Lengths = Sequence[int] | NDArray[np.integer]
 
 
-def best_fit(lengths: Lengths, capacity: int) -> Bins:
-    """Best-fit decreasing: the fewest bins of `capacity` tokens that a greedy placement finds.
-
-    Returns positions into `lengths`, one tuple per bin. A length above `capacity` gets a bin of its own.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        length = int(lengths[i])
-        fits = bisect_left(rooms, (length, -1))
-        if fits < len(rooms):
-            room, best = rooms.pop(fits)
-            bins[best].append(i)
-        else:
-            room, best = capacity, len(bins)
-            bins.append([i])
-        insort(rooms, (room - length, best))
-    return [tuple(sorted(members)) for members in bins]
-
-
 def balanced(lengths: Lengths, capacity: int, world_size: int = 1, work: Float64 | None = None) -> list[Bins]:
     """The bins of every rank: equally many on each, and with as equal sums of `work` as whole examples allow.
 
-    The number of bins is the smallest multiple of `world_size` in which examples find room when they go, the most work
-    first, to the bin with the least of it. Ranks that run short get empty bins, so that every rank takes part in every
-    collective. `work` = the lengths, where none is given.
+    Examples go, the most work first, to the bin with the least of it that has room, in the fewest bins for which that
+    succeeds (or 2 % more). Ranks that run short get empty bins, so that every rank takes part in every collective.
+    `work` = the lengths, where none is given.
     """
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(sizes if work is None else work, np.float64)
-    count = -(-len(best_fit(sizes, capacity)) // world_size) * world_size
-    while (bins := _spread(sizes, costs, capacity, count)) is None:
-        count += world_size
+    each = max(-(-int(sizes.sum()) // (capacity * world_size)), 1)  # bins of a rank
+    while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
+        each += 1 + each // 50
     load = np.array([costs[list(members)].sum() for members in bins])
     ranks: list[Bins] = [[] for _ in range(world_size)]
     total = [0.0] * world_size
     for b in np.argsort(-load, kind="stable"):
-        open_ranks = [r for r in range(world_size) if len(ranks[r]) < count // world_size]
+        open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
         rank = min(open_ranks, key=lambda r: (total[r], r))
         ranks[rank].append(bins[b])
         total[rank] += float(load[b])

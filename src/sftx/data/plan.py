@@ -74,12 +74,6 @@ class Plan:
         ranks = balanced(self.lengths[chosen], tokens_per_pack, world_size, work)
         return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
 
-    def step_of(self, example: int, epoch: int = 0) -> int:
-        """The step (0-based) that trains on `example` in `epoch`; -1 if the run ends before."""
-        position = epoch * len(self.lengths) + int(np.flatnonzero(self._order(epoch) == example)[0])
-        step = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return step if step < self.num_steps else -1
-
     def _shuffled(self, epoch: int) -> Int64:
         count = len(self.lengths)
         if not self.batch.shuffle:

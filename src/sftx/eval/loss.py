@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sftx import dist
 from sftx.data.corpus import Corpus
-from sftx.data.pack import best_fit, build_pack
+from sftx.data.pack import balanced, build_pack
 from sftx.model.load import PackLoss, to_tensors
 
 
@@ -38,9 +38,7 @@ def held_out_loss(
         with torch.no_grad():
             for number in range(len(corpus.sources)):
                 mine = np.flatnonzero(corpus.source == number)
-                bins = best_fit(corpus.lengths[mine], tokens_per_pack)
-                bins += [()] * (-len(bins) % dist.world_size())  # every rank takes part equally often
-                for members in bins[dist.rank() :: dist.world_size()]:
+                for members in balanced(corpus.lengths[mine], tokens_per_pack, dist.world_size())[dist.rank()]:
                     if stop():
                         return {}
                     pack = build_pack([corpus.example(int(mine[i])) for i in members])

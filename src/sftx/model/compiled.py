@@ -7,7 +7,6 @@ drawn as without compiling; results differ by rounding only.
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import Literal
 
@@ -30,10 +29,6 @@ def repays(device: torch.device, parameters: int, tokens: float) -> bool:
     return share * 6 * parameters * tokens / speed > seconds
 
 
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
 def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on"]) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
 
@@ -44,9 +39,10 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
-    # A layer with hooks inside (the last one, which may be pruned) stays as it is: what hooks do is not part of a graph.
+    # A layer with hooks inside (the last one, which may be pruned) stays as it is: what they do is not part of a graph.
     # Those on the layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
-    layers = [m for m in decoder_layers(loss.model) if not any(map(_is_hooked, itertools.islice(m.modules(), 1, None)))]
+    hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
+    layers = [m for m in decoder_layers(loss.model) if not hooked & {id(part) for part in [*m.modules()][1:]}]
     own = [layer.forward for layer in layers]
     inductor.fallback_random = True
     # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.

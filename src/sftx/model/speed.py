@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sftx.model.load import PackLoss
 from sftx.model.recompute import decoder_layers
 
-Number = TypeVar("Number", float, NDArray[np.float64])
 SHARE = 0.65
 """Of the speed of plain matrix products, what a whole step reaches (docs/performance.md)."""
 
 
-def flops(loss: PackLoss, tokens: Number, targets: Number, squares: Number, recomputed: int = 0) -> Number:
-    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`.
+def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
+    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`;
+    numbers, or arrays of them.
 
     Two per weight and token forward, two for the gradient of the input, two for that of a weight that trains; causal
     attention counts half of each square, 2 s^2 forward and twice that backward per layer and channel (PaLM,

@@ -39,16 +39,15 @@ class Load:
 
     @classmethod
     def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> Load:
-        """The load of the (at most 2,000, evenly spaced) steps of `plan`; `targets` = those of one epoch."""
+        """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` = those of one epoch."""
         steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)).tolist()
-        lengths = {step: plan.lengths[plan.examples(step)] for step in steps}
-        share, scale = targets / int(plan.lengths.sum()), plan.num_steps / max(len(steps), 1)
-        tokens, squares = (scale * float(sum((step**power).sum() for step in lengths.values())) for power in (1, 2))
+        largest = max(steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None)
         # Ranks have equal work, not equal tokens: the one with the most of them decides.
-        largest = max(lengths, key=lambda step: int(lengths[step].sum()), default=None)
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
         most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
-        return cls(int(plan.lengths.max()), most, share, tokens, squares)
+        epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
+        tokens, squares = (epochs * float((plan.lengths**power).sum()) for power in (1, 2))
+        return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,8 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     if shards is not None:  # what is in shards cannot be rehearsed
         shape = outline(config, fast_tokenizer.taught)
         shape.transform, shape.prunes = loss.transform, loss.prunes
-    rehearsal = Rehearsal(shape, machine.device.type, machine.precision, held, shards)
+    packed = config.adapter.quantize == "nf4" and shape is not loss
+    rehearsal = Rehearsal(shape, machine, held, shards, packed)
     chosen = fit(config.runtime, rehearsal, load, at_hand)
     machine = replace(machine, tokens_per_pack=chosen.tokens_per_pack)
     if dist.is_joined() and not loss.isolate:  # ranks must agree on the number of forward passes
