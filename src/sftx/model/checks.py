@@ -50,7 +50,7 @@ def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
     notes: list[str] = []
-    with _evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
+    with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
         reference = _reference_logits(loss, pack, device)
         scale = float(reference.abs().max())
         if not np.isfinite(scale):
@@ -164,11 +164,13 @@ def _prunes(loss: PackLoss, tensors: dict[str, Any], tolerance: float) -> bool:
 
 
 @contextmanager
-def _evaluating(loss: PackLoss) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off inside."""
-    was_training = loss.training
-    loss.eval()
+    was_training = model.training
+    model.eval()
     try:
         yield
     finally:
-        loss.train(was_training)
+        model.train(was_training)
+        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
+            model.reshard()

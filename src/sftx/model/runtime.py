@@ -57,11 +57,14 @@ class Machine:
             host_memory.forget_resident_peak()
 
     def memory_at_hand(self) -> tuple[int, int]:
-        """Bytes: (all that this process may hold, what it holds already and cannot use for a model)."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0], CUBLAS_WORKSPACE
-        resident = host_memory.resident()
-        return resident + host_memory.free(), resident
+        """Bytes: (all that this process may hold, what it holds already and cannot use for a model).
+
+        Of several ranks the least and the most: they must choose alike.
+        """
+        on_gpu = self.device.type == "cuda"
+        held = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
+        at_hand = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
+        return -dist.agree(-at_hand), dist.agree(held)
 
 
 @contextmanager
@@ -106,14 +109,10 @@ def _physical_cores() -> int:
 
 def _mallopt(settings: dict[int, int]) -> None:
     """Let glibc keep freed memory: otherwise every large tensor is mapped and unmapped anew, page by page."""
-    if sys.platform != "linux":
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library
-        return
-    for parameter, value in settings.items():
-        libc.mallopt(parameter, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's own
+    if mallopt is not None:
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
 def _fast_exact_matmul() -> None:

@@ -109,23 +109,19 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
-    at_hand, held = -dist.agree(-at_hand), dist.agree(held)  # ranks must choose alike
     loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
-    probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
-    notes += check_paths(loss, probe, machine.precision)
+    notes += check_paths(loss, probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))]), machine.precision)
     weigh(plan, loss, corpus.targets)
     load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
     shape = loss.train()
     if shards is not None:  # what is in shards cannot be rehearsed
         shape = outline(config, fast_tokenizer.taught)
         shape.transform, shape.prunes = loss.transform, loss.prunes
-    packed = config.adapter.quantize == "nf4" and shape is not loss
-    rehearsal = Rehearsal(shape, machine, held, shards, packed)
+    rehearsal = Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
     chosen = fit(config.runtime, rehearsal, load, at_hand)
-    machine = replace(machine, tokens_per_pack=chosen.tokens_per_pack)
-    if dist.is_joined() and not loss.isolate:  # ranks must agree on the number of forward passes
-        machine = replace(machine, tokens_per_pack=1)
+    one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
+    machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     recompute(loss.model, chosen.recomputed)
     notes += chosen.notes
     if not run.finished:
