@@ -40,7 +40,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
 def assert_equal(folder: Path, name: str, reference: str) -> None:
     """Every number of the record that is not of the machine, and the weights."""
     ours, theirs = ranks.records(folder / name), ranks.records(folder / reference)
-    machine = {"seconds", "tokens_per_second", "memory"}
+    machine = {"seconds", "tokens_per_second", "memory", "packs"}
     for mine, other in zip(ours, theirs, strict=True):
         for key in mine.keys() - machine:
             if key in ("loss", "grad_norm"):
@@ -108,6 +108,37 @@ def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kep
     facts = ranks.facts(folder / f"{method}-all")
     assert any("2 layers compiled" in note for note in facts["notes"])
     assert facts["recomputed_layers"] == 3
+
+
+@pytest.mark.slow
+def test_every_way_of_training_works_in_shards(folder: Path) -> None:
+    """DoRA, an adapter that trains on, new tokens beside an adapter and without, frozen layers, noise."""
+    untied = tiny.folder(folder / "untied", num_hidden_layers=3, tie_word_embeddings=False)
+    tied, lora = str(folder / "model"), {"method": "lora", "rank": 4}
+    words = {"add_tokens": ["What is", "plus"]}
+    changes: dict[str, tuple[Any, dict[str, Any]]] = {
+        "dora": ({"path": tied}, {"adapter": {"method": "dora", "rank": 4}}),
+        "words-tied": ({"path": tied, **words}, {"adapter": lora}),
+        "words-untied": ({"path": untied, **words}, {"adapter": lora}),
+        "words-full": ({"path": tied, **words}, {}),
+        "frozen": ({"path": tied, "unfrozen_layers": 1}, {}),
+        "noise": ({"path": tied}, {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "neftune_alpha": 5.0}}),
+    }
+
+    def run(count: int) -> None:
+        paths = []
+        for name, (model, sections) in changes.items():
+            sections = {"batch": {"epochs": 12 / 35}, "runtime": {"parallel": "fsdp"}, **sections}
+            paths.append(ranks.write_run(folder, model, f"{name}-{count}", **sections))
+        more = {"batch": {"epochs": 12 / 35}, "adapter": {"method": "dora", "path": str(folder / "dora-0")}}
+        paths.append(write(folder, f"on-{count}", runtime={"parallel": "fsdp"}, **more))
+        ranks.run(Path(",".join(map(str, paths))), count, program=SEVERAL)
+
+    run(0)
+    run(2)
+    for name in (*changes, "on"):
+        assert_equal(folder, f"{name}-2", f"{name}-0")
+        assert ranks.facts(folder / f"{name}-2")["predicted"]["memory"]["peak"] > 0
 
 
 @pytest.mark.slow

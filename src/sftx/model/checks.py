@@ -18,7 +18,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from sftx.model.adapter import trainable
+from sftx.model.adapter import bare, trainable
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum
 from sftx.types import Pack, UserError
@@ -27,8 +27,7 @@ from sftx.types import Pack, UserError
 def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     """Refuse a run whose tokens or positions the model does not have, or that has nothing to train."""
     config = loss.model.config.get_text_config()
-    embeddings: Any = loss.model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
     if largest_id >= rows:
         raise UserError(
             f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): the tokenizer does not "

@@ -179,6 +179,8 @@ class Rehearsal:
             fake = torch.empty(tensor.shape, dtype=dtype)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         shadow = copy.deepcopy(self.loss, memo)
+        # NEFTune draws by the lengths of segments, which fake tensors do not tell; it is one more hidden state.
+        shadow.objective = shadow.objective.model_copy(update={"neftune_alpha": 0.0})
         layers = memo[id(self.layers)] if depth else nn.ModuleList()
         del layers[depth:]
         return shadow.train(), layers

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sftx.model.adapter import bare
 from sftx.model.load import PackLoss
 from sftx.model.recompute import decoder_layers
 
@@ -24,7 +25,7 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
     """
     layers, config = decoder_layers(loss.model), loss.model.config.get_text_config()
     body = sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2)
-    head: Any = loss.model.get_output_embeddings()
+    head = bare(loss.model.get_output_embeddings())
     once = sum(p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2)
     attention = 6 * len(layers) * config.hidden_size * squares
     return (
