@@ -100,11 +100,11 @@ def cells(ranks: int) -> Iterator[dict[str, Any]]:
                 yield {"layout": layout, "method": method, "kind": kind, "examples": size}
 
 
-def traffic(scratch: Path) -> list[dict[str, Any]]:
-    """The cells on 1, 2 and 4 ranks, each number of ranks in one job of torchrun."""
+def traffic(counts: list[int], scratch: Path) -> list[dict[str, Any]]:
+    """The cells of every number of ranks, each number in one job of torchrun."""
     folder(SMALL, scratch)
     found = []
-    for ranks in (1, 2, 4):
+    for ranks in counts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
         done = subprocess.run(
             [*command, "--part", str(scratch)], capture_output=True, text=True, check=False,
@@ -242,7 +242,9 @@ def main() -> None:
     parser.add_argument("--examples-per-rank", type=int, default=16, help="weak scaling: examples of a rank")
     parser.add_argument("--tokens-per-pack", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=100, help="steps of the plan that are looked at")
-    parser.add_argument("--skip-traffic", action="store_true")
+    parser.add_argument(
+        "--traffic", type=int, nargs="*", default=[1, 2, 4], help="ranks of the counted runs; none: no run"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # what a rank of a counted run does
     args = parser.parse_args()
@@ -253,7 +255,7 @@ def main() -> None:
         parser.error("DATA and TOKENIZER are needed")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        found = {"balance": balance(args, scratch), "traffic": [] if args.skip_traffic else traffic(scratch)}
+        found = {"balance": balance(args, scratch), "traffic": traffic(args.traffic, scratch)}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"scale imbalance={max(np.mean(line['work']) for line in found['balance']):.4f}")
