@@ -7,7 +7,9 @@
 First the numbers are checked on this very device: attention against float64, gradients against the naive loss, a
 continued run against an uninterrupted one, and that nothing in a step makes the host wait. Then every cell runs in a
 process of its own with its own time limit, and the JSON file is written after each, so that nothing is lost when one
-fails or time runs out. What is not installed (TRL, Liger, FlashAttention) is reported and passed over.
+fails or time runs out. `sftx-fsdp` cells hold an adapter in one shard of `fully_shard`, compiled and with all layers
+recomputed; beside the peak of sftx's cells stands what was predicted. What is not installed (TRL, Liger,
+FlashAttention) is reported and passed over.
 
 MFU = F / (seconds x peak), F per step, dense bf16 peak, nothing counted for padding or recomputation:
 
@@ -23,6 +25,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,7 @@ from peers import SHAPES, rows
 
 HERE = Path(__file__).parent
 PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+SHARDED = ("lora", "qlora", "dora")  # on one rank of `fully_shard`, compiled, all layers recomputed
 WARM_UP = 5  # steps that no figure contains: compilation, allocation, the first look at every length
 
 
@@ -41,12 +46,13 @@ def cells(smoke: bool) -> list[dict[str, Any]]:
     """What is measured, the most wanted first: (shape, method, tokens per pack) x system."""
     if smoke:
         wanted = [("smoke", "full", 512), ("smoke", "lora", 512)]
-        return [
-            {"shape": s, "method": m, "pack": p, "system": x} for s, m, p in wanted for x in ("sftx", "trl-packing")
-        ]
+        wanted = [(cell, system) for cell in wanted for system in ("sftx", "trl-packing")]
+        wanted += [(("smoke", method, 512), "sftx-fsdp") for method in SHARDED]
+        return [{"shape": s, "method": m, "pack": p, "system": system} for (s, m, p), system in wanted]
     first = [("qwen3-0.6b", "full", 16384), ("llama-3.1-8b", "lora", 8192), ("llama-3.2-1b", "full", 16384)]
     second = [("llama-3.1-8b", "lora", 16384), ("qwen3-0.6b", "full", 8192), ("llama-3.2-1b", "full", 8192)]
     order = [(cell, system) for cell in first for system in ("sftx", "trl-packing")]
+    order += [(("llama-3.1-8b", method, 8192), "sftx-fsdp") for method in SHARDED]
     order += [(cell, "sftx") for cell in second]
     order += [(cell, "trl-packing-liger") for cell in first] + [(cell, "trl-packing") for cell in second]
     order += [(cell, "trl") for cell in first]
@@ -128,11 +134,13 @@ def ask(args: argparse.Namespace, work: dict[str, Any], seconds: float) -> dict[
 def measure(args: argparse.Namespace, cell: dict[str, Any], end: float) -> dict[str, Any]:
     """The cell's figures from the first set-up that works: the fastest one first, then those that need less memory."""
     attempts: list[dict[str, Any]] = [{"compile": "on"}, {"compile": "on", "recompute": "all"}, {"compile": "off"}]
-    if cell["system"] != "sftx":
+    if cell["system"] == "sftx-fsdp":
+        attempts = [{"compile": "on", "recompute": "all"}, {"compile": "off", "recompute": "all"}]
+    elif cell["system"] != "sftx":
         attempts = [{}, {"checkpointing": True}]
     steps = WARM_UP + (3 if args.smoke else args.steps if cell["shape"] != "llama-3.1-8b" else max(args.steps // 2, 5))
     if args.smoke:
-        attempts, steps = [{"compile": "off"} if cell["system"] == "sftx" else {}], WARM_UP + 3
+        attempts, steps = [{} if cell["system"].startswith("trl") else attempts[-1]], WARM_UP + 3
     failed = []
     for attempt in attempts:
         left = end - time.monotonic()
@@ -142,7 +150,7 @@ def measure(args: argparse.Namespace, cell: dict[str, Any], end: float) -> dict[
         if "error" not in figures:
             return {"setup": attempt, "failed": failed, **figures}
         failed.append({"setup": attempt, "error": figures["error"]})
-        if "ModuleNotFoundError" in figures["error"] or "not installed" in figures["error"]:
+        if "ModuleNotFoundError" in figures["error"] or re.search("not installed|needs bitsandbytes", figures["error"]):
             break
     return {"failed": failed}
 
@@ -158,9 +166,10 @@ def line(figures: dict[str, Any], device: dict[str, Any], args: argparse.Namespa
     figures["targets_per_second"] = figures["targets"] * per_second
     figures["mfu"] = flops(figures) * per_second / peak if peak else None
     share = f"{100 * figures['mfu']:5.1f} %" if peak else "    - "
+    predicted = f" ({figures['predicted'] / 2**30:.1f} predicted)" if figures.get("predicted") else ""
     speed = f"{figures['tokens_per_second']:9.0f} tok/s {figures['targets_per_second']:9.0f} targets/s MFU {share}"
     return (
-        f"{figures['name']:44} {speed} {figures['peak'] / 2**30:6.1f} GiB  loss {figures['loss']:.5f}  "
+        f"{figures['name']:44} {speed} {figures['peak'] / 2**30:6.1f} GiB{predicted}  loss {figures['loss']:.5f}  "
         f"{figures['setup']}"
     )
 
@@ -246,23 +255,30 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
     micro = max(size for size in range(1, 17) if batch % size == 0)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job = {
-            "system": system.removesuffix("-liger"), "shape": work["shape"], "model": str(scratch / work["shape"]),
+            "system": system.removesuffix("-liger").removesuffix("-fsdp"), "shape": work["shape"],
+            "model": str(scratch / work["shape"]),
             "method": work["method"], "precision": "bf16", "batch": batch, "steps": work["steps"], "length": 4096,
             "threads": min(8, os.cpu_count() or 1) if cuda else 1, "pack_length": work["pack"], "pack_steps": 1,
             "tokens_per_pack": work["pack"], "output": f"{folder}/run", "cache": f"{folder}/cache",
             "compile": work.get("compile"), "recompute": work.get("recompute"),
+            "parallel": "fsdp" if system == "sftx-fsdp" else None,
             "micro_batch": micro, "checkpointing": work.get("checkpointing"), "liger": system.endswith("liger"),
             "attention": "flash_attention_2" if flash and cuda else "sdpa",
             "dtype": "bfloat16" if work["shape"] == "llama-3.1-8b" else "float32",
         }  # fmt: skip
-        clock = peers.Clock(() if system == "sftx" else (WARM_UP, work["steps"]))
-        facts: dict[str, Any] = (peers.run_sftx if system == "sftx" else peers.run_hf)(job, data * work["steps"], clock)
+        ours = system.startswith("sftx")
+        if system == "sftx-fsdp":  # what torchrun would say to its only process
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = str(free.getsockname()[1])
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        clock = peers.Clock(() if ours else (WARM_UP, work["steps"]))
+        facts: dict[str, Any] = (peers.run_sftx if ours else peers.run_hf)(job, data * work["steps"], clock)
         lengths = [len(row["input_ids"]) for row in data]
         counts = {"tokens": total, "targets": sum(label >= 0 for row in data for label in row["labels"])}
         counts["squares"] = sum(length**2 for length in lengths)
         counts |= {key: facts[key] for key in counts if key in facts}
         counts["squares"] *= counts["tokens"] / total  # TRL's packs hold a little more or less than one step of rows
-        measured = clock.wall[WARM_UP:] if system == "sftx" else clock.wall[-1:]
+        measured = clock.wall[WARM_UP:] if ours else clock.wall[-1:]
     return {**facts, **counts, "wall": sum(measured) / len(measured), "peak": peers.peak_memory()}
 
 

@@ -138,11 +138,14 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     """sftx as its users run it."""
     import sftx
 
-    lora = {"adapter": {"method": "lora", "rank": 16, "alpha": 32}} if job["method"] == "lora" else {}
+    method = {"qlora": "lora"}.get(job["method"], job["method"])
+    lora: dict[str, Any] = {"adapter": {"method": method, "rank": 16, "alpha": 32}} if method != "full" else {}
+    if job["method"] == "qlora":
+        lora["adapter"]["quantize"] = "nf4"
     runtime: dict[str, Any] = {"progress": False, "precision": job["precision"], "threads": job["threads"]}
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
-    runtime |= {name: job[name] for name in ("compile", "recompute") if job.get(name)}
+    runtime |= {name: job[name] for name in ("compile", "recompute", "parallel") if job.get(name)}
     records, stamps = [], []
     steps = sftx.steps(
         model=job["model"], output=job["output"],
@@ -159,7 +162,9 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     clock.wall = [record.seconds for record in records]
     # Records come one step late: between two of them lies the computation of the step after.
     clock.cpu = [stamps[1] - stamps[0], *np.diff(stamps[:-1]).tolist()] if len(stamps) > 2 else []
-    return {"loss": records[0].loss, "grad_norm": records[0].grad_norm}
+    facts = json.loads(Path(job["output"], "run.json").read_text())
+    predicted = facts["predicted"]["memory"].get("peak")
+    return {"loss": records[0].loss, "grad_norm": records[0].grad_norm, "predicted": predicted, "notes": facts["notes"]}
 
 
 def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Every chat template against every kind of conversation: are the trained tokens those a server would ask for?
 
-    python bench/templates.py [FOLDER] [--verbose]
+    python bench/templates.py [FOLDER] [--verbose | --cost]
 
 For each template and conversation the row is encoded, and each trained span is checked against transformers: the ids
 before it must equal `apply_chat_template(messages[:t], add_generation_prompt=True)`, the span must end in a token that
 stops generation and hold the turn's content. The table names the template and what its rows became; refusals are
 listed with their reason.
+
+`--cost`: instead, the processor time of encoding a dialogue of 100 turns with each template, as a multiple of one
+`apply_chat_template` call on the same dialogue.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,14 +181,17 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
     parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
     parser.add_argument("--only", default="", help="templates whose path holds this")
+    parser.add_argument("--cost", action="store_true", help="what dialogues of 100 turns cost")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     counts: dict[str, int] = {}
     wrong = 0
     refused: list[str] = []
-    print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
     paths = [path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)]
     ours, theirs = prepared([path.read_text(encoding="utf-8") for path in paths])
+    if arguments.cost:
+        return print_costs(paths, ours, theirs)
+    print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
     for path in paths:
         encoder = Encoder(ours, Data(template=str(path)), 4096)
         cells = []
@@ -207,6 +214,42 @@ def main() -> None:
     print("\nrefusals:\n" + "\n".join(refused))
     print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))
     raise SystemExit(1 if wrong else 0)
+
+
+def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
+    """For each kind of dialogue: the templates whose cost is over 3 calls, and a summary."""
+    said = "the quick brown fox jumps over a lazy dog and says something " * 4 + "else"
+    asked = [(_user(f"{i} {said}"), f"{i} {said}") for i in range(50)]
+    plain = [message for user, text in asked for message in (user, _model(text))]
+    calls = [m for user, text in asked[:25] for m in (user, _model("", tool_calls=[_CALL]), _RESULT, _model(text))]
+    thoughts = [message for user, text in asked for message in (user, _model(text, reasoning_content=text[::-1]))]
+    kinds = {"plain": (plain, []), "calls": (calls, TOOLS), "reasoning": (thoughts, [])}
+    costs: dict[str, list[float]] = {name: [] for name in kinds}
+    for path in paths:
+        encoder = Encoder(ours, Data(template=str(path)), 1 << 20)
+        for name, (messages, tools) in kinds.items():
+            row = Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+            if isinstance(encoder.encode([row])[0], RowError):
+                continue
+            shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages]
+            asking = {"tools": tools or None, "chat_template": encoder.chat_template}
+            one = seconds(lambda m=shown, a=asking: theirs.apply_chat_template(m, **a))
+            costs[name].append(seconds(lambda e=encoder, r=row: e.encode([r])) / one)
+            if costs[name][-1] > 3:
+                print(f"{name:10s} {costs[name][-1]:5.1f} {path.name}", flush=True)
+    for name, found in costs.items():
+        within = sum(cost <= 3 for cost in found)
+        print(f"{name}: {within} of {len(found)} templates within 3 calls, median {sorted(found)[len(found) // 2]:.2f}")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Least processor time of three runs."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 def outputs(encoder: Encoder, theirs: Any, name: str) -> Iterator[str]:

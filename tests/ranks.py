@@ -21,7 +21,7 @@ def model(path: Path) -> str:
     return tiny.folder(path, num_hidden_layers=3)
 
 
-def write_run(folder: Path, model: str, name: str, **changes: Any) -> Path:
+def write_run(folder: Path, model: str | dict[str, Any], name: str, **changes: Any) -> Path:
     """A run of 20 steps whose last step of each epoch is ragged: with one token per pack it has 3 packs."""
     rows = folder / "rows.jsonl"
     if not rows.exists():

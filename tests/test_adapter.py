@@ -176,6 +176,23 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
             run(path, tmp_path / str(number), **settings)
 
 
+@pytest.mark.parametrize(("method", "peak"), [("none", "2e-05"), ("lora", "0.0002")])
+def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
+    method: str, peak: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"batch": {"steps": 1}, "optim": {"learning_rate": None}, "runtime": {"progress": True}}
+    sftx.train(
+        model=tiny.folder(tmp_path / "model"),
+        data={"rows": ROWS, "cache": str(tmp_path / "cache")},
+        output=str(tmp_path / "run"),
+        adapter=method,
+        **settings,
+    )
+    assert f"peak learning rate {peak}\n" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert record["learning_rate"] == float(peak)
+
+
 def test_a_saved_folder_is_laid_out_as_servers_expect(tmp_path: Path) -> None:
     """vLLM reads r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and use_dora; llama.cpp's converter
     reads lora_alpha and the base's name, and takes no tensor but lora_A and lora_B."""

@@ -15,6 +15,9 @@ import pytest
 import ranks
 import tiny
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sftx import dist
 from sftx.data.cache import Cache
@@ -37,7 +40,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
 def assert_equal(folder: Path, name: str, reference: str) -> None:
     """Every number of the record that is not of the machine, and the weights."""
     ours, theirs = ranks.records(folder / name), ranks.records(folder / reference)
-    machine = {"seconds", "tokens_per_second", "memory"}
+    machine = {"seconds", "tokens_per_second", "memory", "packs"}
     for mine, other in zip(ours, theirs, strict=True):
         for key in mine.keys() - machine:
             if key in ("loss", "grad_norm"):
@@ -79,6 +82,96 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
     for count in (2, 4):
         for name in runs(count):
             assert_equal(folder, name, name[:-1] + "0")
+
+
+TRACED = """
+import sys
+from sftx.model import compiled
+from sftx.settings import load_config
+from sftx.training.loop import train
+
+compiled.COMPILER = "aot_eager"  # everything but the generated code, which takes minutes
+for path in sys.argv[1].split(","):
+    train(load_config(path))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", pytest.param("lora", marks=pytest.mark.long)])
+def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kept(folder: Path, method: str) -> None:
+    (folder / "traced.py").write_text(TRACED, encoding="utf-8")
+    runs = {f"{method}-kept": {"recompute": "none"}, f"{method}-all": {"recompute": "all", "compile": "on"}}
+    same: dict[str, Any] = {"precision": "bf16", "parallel": "fsdp", "rank_timeout": 140}
+    paths = [write(folder, name, runtime=same | some, adapter={"method": method}) for name, some in runs.items()]
+    ranks.run(Path(",".join(map(str, paths))), 2, program=[str(folder / "traced.py")])
+    assert_equal(folder, f"{method}-all", f"{method}-kept")
+    facts = ranks.facts(folder / f"{method}-all")
+    assert any("2 layers compiled" in note for note in facts["notes"])
+    assert facts["recomputed_layers"] == 3
+
+
+@pytest.mark.slow
+def test_every_way_of_training_works_in_shards(folder: Path) -> None:
+    """DoRA, an adapter that trains on, new tokens beside an adapter and without, frozen layers, noise."""
+    untied = tiny.folder(folder / "untied", num_hidden_layers=3, tie_word_embeddings=False)
+    tied, lora = str(folder / "model"), {"method": "lora", "rank": 4}
+    words = {"add_tokens": ["What is", "plus"]}
+    changes: dict[str, tuple[Any, dict[str, Any]]] = {
+        "dora": ({"path": tied}, {"adapter": {"method": "dora", "rank": 4}}),
+        "words-tied": ({"path": tied, **words}, {"adapter": lora}),
+        "words-untied": ({"path": untied, **words}, {"adapter": lora}),
+        "words-full": ({"path": tied, **words}, {}),
+        "frozen": ({"path": tied, "unfrozen_layers": 1}, {}),
+        "noise": ({"path": tied}, {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "neftune_alpha": 5.0}}),
+    }
+
+    def run(count: int) -> None:
+        paths = []
+        for name, (model, sections) in changes.items():
+            sections = {"batch": {"epochs": 12 / 35}, "runtime": {"parallel": "fsdp"}, **sections}
+            paths.append(ranks.write_run(folder, model, f"{name}-{count}", **sections))
+        more = {"batch": {"epochs": 12 / 35}, "adapter": {"method": "dora", "path": str(folder / "dora-0")}}
+        paths.append(write(folder, f"on-{count}", runtime={"parallel": "fsdp"}, **more))
+        ranks.run(Path(",".join(map(str, paths))), count, program=SEVERAL)
+
+    run(0)
+    run(2)
+    for name in (*changes, "on"):
+        assert_equal(folder, f"{name}-2", f"{name}-0")
+        assert ranks.facts(folder / f"{name}-2")["predicted"]["memory"]["peak"] > 0
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_are_rounded_in_shards_as_they_are_as_a_whole(folder: Path) -> None:
+    """After one step of AdamW, whose size hardly depends on the gradient, only the random bits could differ."""
+    same: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "optim": {"weights": "bf16_stochastic", "learning_rate": 1e-3}}
+    for name, count, parallel in (("whole", 0, "auto"), ("shards", 2, "fsdp"), ("copies", 2, "replicate")):
+        runtime = {"precision": "bf16", "parallel": parallel, "tokens_per_pack": 1}
+        ranks.run(write(folder, f"bf16-{name}", runtime=runtime, **same), count)
+    whole, shards, copies = (
+        load_file(folder / f"bf16-{name}" / "model.safetensors") for name in ("whole", "shards", "copies")
+    )
+    before = load_file(folder / "model" / "model.safetensors")
+    size = sum(tensor.numel() for tensor in whole.values())
+    for others in (shards, copies):
+        assert sum(int((whole[name] != others[name]).sum()) for name in whole) < 0.01 * size
+    assert sum(int((whole[name] != before[name].bfloat16().float()).sum()) for name in whole) > 0.5 * size
+
+
+@pytest.mark.slow
+def test_what_several_ranks_trained_is_merged(folder: Path) -> None:
+    changes: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "adapter": {"method": "lora", "rank": 4, "merge": True}}
+    path = write(folder, "merged", runtime={"parallel": "fsdp"}, **changes)
+    ranks.run(path, 2)
+    predicted = ranks.facts(folder / "merged")["predicted"]["memory"]
+    weights = sum(tensor.nbytes for tensor in load_file(folder / "model" / "model.safetensors").values())
+    assert predicted["weights"] == pytest.approx(weights / 2, rel=0.2)  # half of it, and the adapter
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        adapted = PeftModel.from_pretrained(base, folder / "merged").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged" / "merged").eval()(ids).logits
+    assert float((merged - adapted).abs().max()) < 1e-5 * float(adapted.abs().max())
 
 
 def test_one_process_encodes_while_the_others_wait(tmp_path: Path) -> None:
@@ -251,7 +344,7 @@ torch.set_num_threads(1)
 with dist.joined(torch.device("cpu"), 60):
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = peak()
-    loss, _, notes = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
+    loss, _, notes, _ = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
     print("RANK", json.dumps({"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
         "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}))
 """

@@ -15,14 +15,16 @@ from sftx.config import Runtime
 from sftx.model import host_memory
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
+from sftx.model.runtime import Machine
 from sftx.training.fit import MARGIN, Load, fit, predict
 
+CPU = Machine(torch.device("cpu"), torch.float32, 0)
 LOAD = Load(longest=300, step_tokens=8192, target_share=0.5)
 
 
 @pytest.fixture(scope="module")
 def rehearsal() -> Rehearsal:
-    return Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), "cpu", torch.float32, base=1000)
+    return Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
 
 
 def needed(rehearsal: Rehearsal, size: int, layers: int) -> int:
@@ -57,7 +59,7 @@ def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("the shape depends on data")
 
     monkeypatch.setattr(loss, "forward", depends_on_data)
-    found = fit(Runtime(), Rehearsal(loss, "cpu", torch.float32, 0), LOAD, 1 << 40)
+    found = fit(Runtime(), Rehearsal(loss, CPU, 0), LOAD, 1 << 40)
     assert (found.tokens_per_pack, found.recomputed, found.memory) == (1024, 0, None)
     assert found.notes == ("memory could not be predicted: the shape depends on data",)
 

@@ -17,6 +17,7 @@ from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
+from sftx.model.runtime import Machine
 from sftx.training.optim import build_optimizer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -78,7 +79,7 @@ def test_the_peak_of_a_real_step_is_predicted(
     precision = torch.float32 if bits == 32 else torch.bfloat16
     loss = loss_of(family, changes, method)
     pack = blank_pack(256, 100, 0.5)
-    predicted = Rehearsal(loss, "cpu", precision, base=0).predict(pack, recomputed)
+    predicted = Rehearsal(loss, Machine(torch.device("cpu"), precision, 0), base=0).predict(pack, recomputed)
     real = copy.deepcopy(loss)
     recompute(real.model, recomputed)
     peak = measured(real, [to_tensors(pack, torch.device("cpu"))] * 2, precision)

@@ -40,11 +40,31 @@ def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert cli.main(arguments) == code
         return json.loads((tmp_path / "p.json").read_text())
 
-    many = planned("10GiB", 0, "tokens_per_pack=256")
+    many = planned("10GiB", 0, "runtime.tokens_per_pack=256")
     assert (many["gpus_needed"], many["tokens_per_pack"], many["recomputed_layers"]) == (1, 256, 0)
     assert isinstance(many["memory"], dict)
     assert many["memory"]["weights"] * 8 == pytest.approx(4 * int(str(many["weights"])), rel=0.01)
-    few = planned("60MiB", 1, "tokens_per_pack=256")
+    layers = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
+    rest = int(str(many["weights"])) - layers
+
+    def weights(*more: str) -> float:
+        facts = planned("10GiB", 0, "runtime.tokens_per_pack=256", *more)
+        assert isinstance(facts["memory"], dict)
+        return facts["memory"]["weights"] * 8 - 4 * int(str(facts["trainable"])) * ("adapter=lora" in more)
+
+    assert weights("optim.weights=bf16_stochastic") == pytest.approx(2 * (layers + rest), rel=0.01)
+    assert "rounded at random" in capsys.readouterr().out
+    assert weights("adapter=lora") == pytest.approx(4 * (layers + rest), rel=0.01)
+    # 4 bits, a byte per 64 and 4 bytes per 64 * 256, which every GPU holds whole; the rest is in shards
+    packed = layers * (0.5 + 1 / 64 + 1 / 4096)
+    assert weights("adapter=lora", "adapter.quantize=nf4") == pytest.approx(8 * packed + 4 * rest, rel=0.01)
+    assert "base in 4 bits" in capsys.readouterr().out
+    (tmp_path / "tokens").mkdir()
+    tiny.tokenizer().save_pretrained(tmp_path / "tokens")
+    new = f"model.add_tokens=[{','.join(f'<{i}>' for i in range(1000))}]"
+    more = weights(f"model.tokenizer={tmp_path / 'tokens'}", new) - 4 * (layers + rest)
+    assert more == pytest.approx(4 * 1000 * 256, rel=0.01)
+    few = planned("60MiB", 1, "runtime.tokens_per_pack=256")
     assert "predicted to need" in str(few["refused"])
     assert "refused" in capsys.readouterr().out
     assert cli.main(["plan", f"model={config}", "gpus=8"]) == 2

@@ -203,7 +203,7 @@ class Adapter(Section):
     quantize: Literal["none", "nf4"] = "none"
     """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too) by bitsandbytes."""
     merge: bool = False
-    """Also write the merged model, into `OUTPUT/merged`."""
+    """Also write the merged model, as `sftx export` does, into `OUTPUT/merged`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -215,8 +215,6 @@ class Adapter(Section):
         unused = sorted(self.model_fields_set - {"method"})
         if self.method == "none" and unused:
             raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
-        if self.merge and self.quantize != "none":
-            raise ValueError("`merge` would round the merged weights to 4 bits again; leave it to `sftx export`")
         return self
 
 

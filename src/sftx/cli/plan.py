@@ -19,11 +19,12 @@ from sftx.cli._inputs import tokenizer_and_length
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan
+from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import trainable
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
-from sftx.training.fit import Load, fit, outline, seconds_of
+from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
 from sftx.types import UserError
@@ -31,7 +32,6 @@ from sftx.types import UserError
 EXTRA = {
     "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in shards over them.",
     "gpu_memory": "Memory of each of them, such as 141GiB or 80GB.",
-    "tokens_per_pack": "Short for runtime.tokens_per_pack.",
     "json": "Write the figures to this file.",
 }
 DEFAULTS = ("output=unused", "data.format=auto")
@@ -39,22 +39,21 @@ CALIBRATION = 2.0  # seconds of matrix products
 MANY = 4096  # GPUs; more are not looked at
 
 
-def run(config: Config, gpus: str = "", gpu_memory: str = "", tokens_per_pack: str = "", json: str = "") -> int:
+def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") -> int:
     """Print the plan. Returns 0, or 1 where the run does not fit."""
     if bool(gpus) != bool(gpu_memory):
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
-    if tokens_per_pack:
-        size = _number("tokens_per_pack", tokens_per_pack)
-        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"tokens_per_pack": size})})
     count = _number("gpus", gpus) if gpus else 1
-    loss = outline(config)
+    added = config.model.add_tokens or config.model.add_special_tokens
+    loss = outline(config, Tokenizer.of_model(config.model).taught if added else {})
     plan, load = _load(config, loss, count)
     with machine(config.runtime) as here:
         at_hand, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.memory_at_hand()
         if gpus:
             half = config.runtime.precision != "fp32"
             here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
-        rehearsal = Rehearsal(loss, here.device.type, here.precision, held, count if count > 1 else None)
+        nf4 = config.adapter.quantize == "nf4"
+        rehearsal = Rehearsal(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, at_hand)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": str(here.precision)[6:]}
         try:
@@ -93,6 +92,7 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
         plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+        weigh(plan, loss, corpus.targets)
         return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
     sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
     return None, Load(min(sizes), 1 << 20, 1.0)
@@ -115,7 +115,7 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
 
 def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
-    sharded = Rehearsal(rehearsal.loss, "cuda", rehearsal.precision, rehearsal.base, 2)
+    sharded = Rehearsal(rehearsal.loss, rehearsal.machine, rehearsal.base, 2, bool(rehearsal.packed))
 
     def fits(count: int) -> bool:
         sharded.shards = count
@@ -134,6 +134,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     trained, weights = facts["trainable"], facts["weights"]
     yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
+    kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
     yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
     if "steps" in facts:
         yield f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, {facts['targets']:,} targets"

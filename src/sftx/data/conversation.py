@@ -21,6 +21,7 @@ class Conversation:
     weights: list[float]
     tools: list[dict[str, Any]] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    renderings: dict[tuple[Any, ...], str] = field(default_factory=dict, compare=False)  # those made so far
 
     @property
     def trained(self) -> list[int]:

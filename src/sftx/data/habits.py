@@ -191,8 +191,12 @@ class Habits:
         """The tag of a thought that the prompt leaves open; "" if it opens none."""
         return open_tag(self.prompt)
 
-    def switch(self, thinking: bool) -> dict[str, Any]:
-        """The template's own setting that lets the answer begin with a thought, or keeps it from that; {} if none."""
+    @cached_property
+    def switches(self) -> dict[bool, dict[str, Any]]:
+        """The template's own setting that lets an answer begin with a thought (True) or not (False); {} if none."""
+        return {thinking: self._switch(thinking) for thinking in (True, False)}
+
+    def _switch(self, thinking: bool) -> dict[str, Any]:
         for key in _SWITCHES:
             if re.search(rf"\b{key}\b", self._source):
                 prompt = self._try(_USER, generate=True, **{key: thinking}) or self.prompt

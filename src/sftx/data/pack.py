@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from heapq import heapreplace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sftx.types import Example, Int32, Pack
+from sftx.types import Example, Pack
 
 Bins = list[tuple[int, ...]]
+Float64 = NDArray[np.float64]
+Lengths = Sequence[int] | NDArray[np.integer]
 
 
-def best_fit(lengths: Sequence[int] | Int32, capacity: int) -> Bins:
-    """Best-fit decreasing: the fewest bins of `capacity` tokens that a greedy placement finds.
+def balanced(lengths: Lengths, capacity: int, world_size: int = 1, work: Float64 | None = None) -> list[Bins]:
+    """The bins of every rank: equally many on each, and with as equal sums of `work` as whole examples allow.
 
-    Returns positions into `lengths`, one tuple per bin. A length above `capacity` gets a bin of its own.
+    Examples go, the most work first, to the bin with the least of it that has room, in the fewest bins for which that
+    succeeds (or 2 % more). Ranks that run short get empty bins, so that every rank takes part in every collective.
+    `work` = the lengths, where none is given.
     """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        length = int(lengths[i])
-        fits = bisect_left(rooms, (length, -1))
-        if fits < len(rooms):
-            room, best = rooms.pop(fits)
-            bins[best].append(i)
-        else:
-            room, best = capacity, len(bins)
-            bins.append([i])
-        insort(rooms, (room - length, best))
-    return [tuple(sorted(members)) for members in bins]
-
-
-def balanced(lengths: Sequence[int] | Int32, capacity: int, world_size: int = 1) -> list[Bins]:
-    """The bins of every rank: equally many on each, and as equally full as whole examples allow.
-
-    The number of bins is the smallest multiple of `world_size` that best-fit needs. Examples then go, longest first,
-    to the emptiest bin; where that overflows a bin, the best-fit bins are used as they are. Ranks that run short get
-    empty bins, so that every rank takes part in every collective.
-    """
-    fewest = best_fit(lengths, capacity)
-    count = -(-len(fewest) // world_size) * world_size
-    members: list[list[int]] = [[] for _ in range(count)]
-    emptiest = [(0, b) for b in range(count)]  # a heap of (tokens, bin)
-    for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        full, b = emptiest[0]
-        members[b].append(i)
-        heapreplace(emptiest, (full + int(lengths[i]), b))
-    load = [full for full, _ in sorted(emptiest, key=lambda entry: entry[1])]
-    spread = [tuple(sorted(m)) for m in members]
-    overflow = any(full > capacity and len(m) > 1 for full, m in zip(load, spread, strict=True))
-    bins = fewest + [()] * (count - len(fewest)) if overflow else spread
-    if overflow:
-        load = [sum(int(lengths[i]) for i in m) for m in bins]
+    sizes = np.asarray(lengths, np.int64)
+    costs = np.asarray(sizes if work is None else work, np.float64)
+    each = max(-(-int(sizes.sum()) // (capacity * world_size)), 1)  # bins of a rank
+    while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
+        each += 1 + each // 50
+    load = np.array([costs[list(members)].sum() for members in bins])
     ranks: list[Bins] = [[] for _ in range(world_size)]
-    total = [0] * world_size
-    for b in sorted(range(count), key=lambda b: -load[b]):
-        open_ranks = [r for r in range(world_size) if len(ranks[r]) < count // world_size]
+    total = [0.0] * world_size
+    for b in np.argsort(-load, kind="stable"):
+        open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
         rank = min(open_ranks, key=lambda r: (total[r], r))
         ranks[rank].append(bins[b])
-        total[rank] += load[b]
+        total[rank] += float(load[b])
     return ranks
+
+
+def _spread(sizes: NDArray[np.int64], costs: Float64, capacity: int, count: int) -> Bins | None:
+    """`count` bins about equal in cost, each of at most `capacity` tokens or one example; None if too few are found."""
+    members: Bins = [()] * count
+    full, load = np.zeros(count, np.int64), np.zeros(count)
+    for i in np.argsort(-costs, kind="stable").tolist():
+        room = (full + sizes[i] <= capacity) | (full == 0)
+        if not room.any():
+            return None
+        b = int(np.where(room, load, np.inf).argmin())
+        members[b] += (i,)
+        full[b] += sizes[i]
+        load[b] += costs[i]
+    return [tuple(sorted(some)) for some in members]
 
 
 def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pack:

@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.config import Batch
-from sftx.data.pack import Bins, balanced
+from sftx.data.pack import Bins, Float64, balanced
 from sftx.types import Int32, UserError
 
 Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
 
 
 class Plan:
@@ -35,6 +34,8 @@ class Plan:
         self.weights = np.asarray(weights, np.float64)
         self.batch = batch
         self.seed = seed
+        self.work: Float64 = self.lengths.astype(np.float64)
+        """What each example costs to compute, in any unit; ranks are dealt equal sums of it."""
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._starts = self._cut()
 
@@ -68,7 +69,9 @@ class Plan:
     def packs(self, step: int, tokens_per_pack: int, world_size: int = 1) -> list[Bins]:
         """For every rank, its packs as tuples of example indices; equally many on each rank."""
         chosen = self.examples(step)
-        ranks = balanced(self.lengths[chosen].astype(np.int32), tokens_per_pack, world_size)
+        # One process has nobody to wait for: there equal tokens are better, which make the largest pack smallest.
+        work = self.work[chosen] if world_size > 1 else None
+        ranks = balanced(self.lengths[chosen], tokens_per_pack, world_size, work)
         return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
 
     def _shuffled(self, epoch: int) -> Int64:

@@ -197,9 +197,8 @@ class Encoder:
         template = self.template(conversation.tools is not None)
         kind = template, json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else ""
         if kind not in self._shortcuts:
-            self._shortcuts[kind] = (
-                learn_shortcut(template, conversation.kwargs) if len(self._shortcuts) < _KINDS else None
-            )
+            few = len(self._shortcuts) < _KINDS
+            self._shortcuts[kind] = learn_shortcut(template, conversation.kwargs) if few else None
         shortcut, trained = self._shortcuts[kind], conversation.trained
         turns = shortcut.turns(template, conversation) if shortcut else None
         if turns is None:

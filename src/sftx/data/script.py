@@ -188,9 +188,8 @@ class Tokeniser:
         return self._tails[text]
 
     def _encode(self, text: str, mark: str, inside: bool = False) -> list[int]:
-        if mark:
-            return self._tokenizer.encode_escaped(text, mark, inside)
-        return self._tokenizer.encode(text, inside=inside)
+        made = self._tokenizer
+        return made.encode_escaped(text, mark, inside) if mark else made.encode(text, inside=inside)
 
     def _apart(self, script: Script, text: _Text) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""

@@ -77,14 +77,17 @@ class ChatTemplate:
         """The text of the first `end` messages, as transformers renders them. `RowError` if the template refuses."""
         if end == 0:
             raise RowError("the conversation begins with an output that no server can be asked for: put a prompt first")
-        messages = [self.habits.shaped(message) for message in conversation.messages[:end]]
-        try:
-            return self._render(messages, conversation.tools, generate, {**conversation.kwargs, **kwargs})
-        except TEMPLATE_ERRORS as error:
-            self._over += isinstance(error, LimitError)
-            if self._over > MOST_OVER:
-                raise UserError(f"the {self.name} goes over its limits in {self._over} rows: {error}") from error
-            raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
+        key, known = (self, end, generate, *kwargs.items()), conversation.renderings
+        if key not in known:
+            messages = [self.habits.shaped(message) for message in conversation.messages[:end]]
+            try:
+                known[key] = self._render(messages, conversation.tools, generate, {**conversation.kwargs, **kwargs})
+            except TEMPLATE_ERRORS as error:
+                self._over += isinstance(error, LimitError)
+                if self._over > MOST_OVER:
+                    raise UserError(f"the {self.name} goes over its limits in {self._over} rows: {error}") from error
+                raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
+        return known[key]
 
     def _render(self, messages: Sequence[Any], tools: Any, generate: bool, kwargs: dict[str, Any]) -> str:
         variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}
@@ -156,7 +159,7 @@ class ChatTemplate:
 
     def _switch(self, conversation: Conversation, thinking: bool) -> dict[str, Any]:
         """The template's switch, unless the row sets it itself."""
-        switch = self.habits.switch(thinking)
+        switch = self.habits.switches[thinking]
         return {} if switch.keys() & conversation.kwargs.keys() else switch
 
     def _output(self, conversation: Conversation, t: int, prompt: str, switch: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sftx.model.checks import evaluating
+
 
 def generate(
     model: PreTrainedModel,
@@ -24,30 +26,19 @@ def generate(
     """
     encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    settings = {"do_sample": False, **sampling}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
     answers = [""] * len(encoded)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             width = max(len(encoded[i]) for i in members)
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in members], device=model.device)
-            mask = torch.tensor(
-                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in members], device=model.device
-            )
-            with torch.no_grad():
-                out = model.generate(  # pyright: ignore[reportCallIssue]
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=pad,
-                    use_cache=True,
-                    **settings,
-                )
+            blank = [width - len(encoded[i]) for i in members]
+            padded = [[pad] * room + encoded[i] for room, i in zip(blank, members, strict=True)]
+            mask = torch.tensor([[0] * room + [1] * (width - room) for room in blank], device=model.device)
+            ids = torch.tensor(padded, device=model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+            out = model.generate(**inputs, **settings)  # pyright: ignore[reportCallIssue]
             for row, i in zip(out[:, width:], members, strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return answers

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from sftx import dist
 from sftx.data.corpus import Corpus
-from sftx.data.pack import best_fit, build_pack
+from sftx.data.pack import balanced, build_pack
+from sftx.model.checks import evaluating
 from sftx.model.load import PackLoss, to_tensors
 
 
@@ -32,32 +32,20 @@ def held_out_loss(
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
     weights = [float(corpus.weights[corpus.source == number].sum()) for number in range(len(corpus.sources))]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number in range(len(corpus.sources)):
-                mine = np.flatnonzero(corpus.source == number)
-                bins = best_fit(corpus.lengths[mine], tokens_per_pack)
-                bins += [()] * (-len(bins) % dist.world_size())  # every rank takes part equally often
-                for members in bins[dist.rank() :: dist.world_size()]:
-                    if stop():
-                        return {}
-                    pack = build_pack([corpus.example(int(mine[i])) for i in members])
-                    with autocast():
-                        totals[number] += model(**to_tensors(pack, device)).double()
-    finally:
-        model.train(was_training)
-        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
-            model.reshard()
+    with evaluating(model), torch.no_grad():
+        for number in range(len(corpus.sources)):
+            mine = np.flatnonzero(corpus.source == number)
+            for members in balanced(corpus.lengths[mine], tokens_per_pack, dist.world_size())[dist.rank()]:
+                if stop():
+                    return {}
+                pack = build_pack([corpus.example(int(mine[i])) for i in members])
+                with autocast():
+                    totals[number] += model(**to_tensors(pack, device)).double()
     sums = dist.add_up(totals).tolist()
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}
     if len(corpus.sources) > 1:
-        numbers |= {
-            f"loss of {name}": total / weight
-            for name, total, weight in zip(corpus.sources, sums, weights, strict=True)
-            if weight
-        }
+        named = zip(corpus.sources, sums, weights, strict=True)
+        numbers |= {f"loss of {name}": total / weight for name, total, weight in named if weight}
     return numbers

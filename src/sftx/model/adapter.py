@@ -92,6 +92,11 @@ def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[s
     return wrapped
 
 
+def bare(module: Any) -> Any:
+    """The embeddings or the head without trained rows; with them, a weight in shards cannot be looked at."""
+    return module.original_module if isinstance(module, TrainableTokensWrapper) else module
+
+
 def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Matrix [V, h] and bias of the head, with the rows that an adapter trains in their places."""
     head: Any = model.get_output_embeddings()

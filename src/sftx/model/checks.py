@@ -18,7 +18,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from sftx.model.adapter import trainable
+from sftx.model.adapter import bare, trainable
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum
 from sftx.types import Pack, UserError
@@ -27,8 +27,7 @@ from sftx.types import Pack, UserError
 def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     """Refuse a run whose tokens or positions the model does not have, or that has nothing to train."""
     config = loss.model.config.get_text_config()
-    embeddings: Any = loss.model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
     if largest_id >= rows:
         raise UserError(
             f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): the tokenizer does not "
@@ -50,7 +49,7 @@ def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
     notes: list[str] = []
-    with _evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
+    with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
         reference = _reference_logits(loss, pack, device)
         scale = float(reference.abs().max())
         if not np.isfinite(scale):
@@ -164,11 +163,13 @@ def _prunes(loss: PackLoss, tensors: dict[str, Any], tolerance: float) -> bool:
 
 
 @contextmanager
-def _evaluating(loss: PackLoss) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off inside."""
-    was_training = loss.training
-    loss.eval()
+    was_training = model.training
+    model.eval()
     try:
         yield
     finally:
-        loss.train(was_training)
+        model.train(was_training)
+        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
+            model.reshard()

@@ -29,10 +29,6 @@ def repays(device: torch.device, parameters: int, tokens: float) -> bool:
     return share * 6 * parameters * tokens / speed > seconds
 
 
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
 def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on"]) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
 
@@ -43,23 +39,26 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
-    # A layer with hooks (the last one, which may be pruned) stays as it is: what hooks do is not part of a graph.
-    layers = [layer for layer in decoder_layers(loss.model) if not any(map(_is_hooked, layer.modules()))]
+    # A layer with hooks inside (the last one, which may be pruned) stays as it is: what they do is not part of a graph.
+    # Those on the layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
+    hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
+    layers = [m for m in decoder_layers(loss.model) if not hooked & {id(part) for part in [*m.modules()][1:]}]
+    own = [layer.forward for layer in layers]
     inductor.fallback_random = True
     # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     try:
         if not layers or not loss.isolate or loss.objective.router_aux:
             raise RuntimeError("it takes layers without hooks, segments that are kept apart and no loss.router_aux")
-        for layer in layers:
-            layer.compile(backend=COMPILER, fullgraph=True, dynamic=True)
-        loss.compiled = [(layer, layer._compiled_call_impl) for layer in layers]
+        calls = [torch.compile(forward, backend=COMPILER, fullgraph=True, dynamic=True) for forward in own]
+        loss.compiled = list(zip(layers, calls, own, strict=True))
+        loss.use_segments(True)
         with machine.autocast():
             value = loss(**to_tensors(pack, machine.device))
         value.backward()
     except (TorchDynamoException, RuntimeError) as error:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for layer, forward in zip(layers, own, strict=True):
+            layer.forward = forward
         loss.compiled = []
         reason = str(error).strip().split("\n")[0]
         found = f"the layers of {type(loss.model).__name__} do not compile: {reason}"

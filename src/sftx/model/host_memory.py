@@ -39,22 +39,23 @@ def free() -> int:
 
 def _rooms() -> Iterator[int]:
     """Limit less use of every control group (version 2) of this process; cache the kernel would give up is free."""
-    for line in _read(PROC / "self/cgroup").splitlines():
+    for line in read(PROC / "self/cgroup").splitlines():
         group = CGROUPS / line.rpartition(":")[2].strip("/")
         for folder in (group, *group.parents):
-            if (limit := _read(folder / "memory.max").strip()).isdecimal():
-                cache = re.search(r"^inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
-                used = int(_read(folder / "memory.current") or 0) - int(cache[1] if cache else 0)
+            if (limit := read(folder / "memory.max").strip()).isdecimal():
+                cache = re.search(r"^inactive_file (\d+)", read(folder / "memory.stat"), re.MULTILINE)
+                used = int(read(folder / "memory.current") or 0) - int(cache[1] if cache else 0)
                 yield max(int(limit) - used, 0)
 
 
 def _field(path: Path, name: str) -> int:
     """A line such as `VmRSS:  123 kB`, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", _read(path), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB", read(path), re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """A file that the kernel writes; empty where there is none."""
     try:
         return path.read_text(encoding="ascii")
     except OSError:

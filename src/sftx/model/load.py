@@ -112,15 +112,15 @@ class PackLoss(nn.Module):
             LastLayer(layer)
         accumulate_in_place(model.get_input_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
-        self.compiled: list[tuple[nn.Module, Any]] = []  # layers and their compiled calls, see `compiled`
+        self.compiled: list[tuple[nn.Module, Any, Any]] = []  # layers with `forward`, compiled and own; see `compiled`
         self.own_attention = model.config._attn_implementation or "eager"
         self.use_segments(True)
 
     def use_segments(self, on: bool) -> None:
         """Compute attention by segments of a pack (training), or by the model's own kernel (generation, reference)."""
         self.model.set_attn_implementation(attention.NAME if on and self.isolate else self.own_attention)
-        for layer, call in self.compiled:  # a graph of its own for every length that is generated would not pay
-            layer._compiled_call_impl = call if on else None  # pyright: ignore[reportAttributeAccessIssue]
+        for layer, compiled, own in self.compiled:  # a graph for every length that is generated would not pay
+            layer.forward = compiled if on else own
 
     def forward(
         self,

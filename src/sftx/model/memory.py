@@ -24,12 +24,15 @@ from torch.utils._pytree import tree_leaves
 from sftx.model import attention
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.recompute import decoder_layers, recompute
+from sftx.model.runtime import Machine
 from sftx.types import Pack
 
 HEAP = 370 << 20
 """Bytes that kernels of a CPU and the gaps of its heap take on top (measured by bench/memory.py; a model that is
 smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
 allocated is predicted, and the margin of `training.fit` is for the rest."""
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: with a scale of a byte per 64, and a float32 per 256 of these (arXiv:2305.14314)."""
 Marks = NDArray[np.float64]
 """Bytes of one pack, beside weights, earlier gradients and optimiser: what the layers keep for the backward pass, and
 three peaks: of the forward pass with the loss, of the backward pass through the last layer, and of the rest."""
@@ -56,14 +59,18 @@ class Memory:
 class Rehearsal:
     """Predicts the memory of `loss`, whose parameters may be on the meta device and stay untouched.
 
-    `device_type` is cpu or cuda, whichever machine this runs on. `shards` says over how many processes `fully_shard`
-    spreads weights, gradients and optimiser; None = not in use.
+    `machine` = where it will run, which need not be here; `base` = bytes held there without a model. `shards` says over
+    how many processes `fully_shard` spreads weights, gradients and optimiser; None = not in use. `nf4`: the layers'
+    frozen matrices, which `loss` has as they are, will hold 4 bits a weight, be made whole one at a time, and be the
+    same on every process.
     """
 
-    def __init__(self, loss: PackLoss, device_type: str, precision: torch.dtype, base: int, shards: int | None = None):
+    def __init__(self, loss: PackLoss, machine: Machine, base: int, shards: int | None = None, nf4: bool = False):
         self.loss, self.layers = loss, decoder_layers(loss.model)
-        self.on_gpu, self.precision, self.base, self.shards = device_type == "cuda", precision, base, shards
-        self.weights = _bytes([*loss.parameters(), *loss.buffers()])
+        self.machine, self.precision, self.base, self.shards = machine, machine.precision, base, shards
+        self.on_gpu = machine.device.type == "cuda"
+        self.packed = {p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad}
+        self.weights = _bytes({*loss.parameters(), *loss.buffers()} - self.packed)
         self.trained = _bytes(_trained(loss))
         self._known: dict[tuple[int, int, int, bool, bool], Marks] = {}
 
@@ -87,7 +94,8 @@ class Rehearsal:
             (earlier + max(backward) + gathered + reduced, self.trained / shards),
         )
         activations = min(body, peak - gradients)
-        weights, optimizer = self.weights // shards, 8 * _count(_trained(self.loss)) // shards
+        weights = self.weights // shards + int(NF4 * _count(self.packed))
+        optimizer = 8 * _count(_trained(self.loss)) // shards
         return Memory(
             weights=weights,
             gradients=int(gradients),
@@ -99,20 +107,21 @@ class Rehearsal:
         )
 
     def _buffers(self) -> tuple[int, int]:
-        """What `fully_shard` holds beside shards: (weights gathered, gradients on their way), in bytes.
+        """What `fully_shard` and 4 bits take beside: (weights made whole, gradients on their way), in bytes.
 
         One layer in use, the next one arriving and being copied out, and what belongs to no layer as a whole; in the
         backward pass the gradients of one layer in their own dtype, and float32 copies of two layers' in flight
         (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py).
         """
-        if self.shards is None:
-            return 0, 0
         size = self.precision.itemsize
-        layer = max((_count(layer.parameters()) for layer in self.layers), default=0)
+        one = size * max((p.numel() for p in self.packed), default=0)
+        if self.shards is None:
+            return one, 0
+        layer = max((_count({*layer.parameters()} - self.packed) for layer in self.layers), default=0)
         trained = max((_count(_trained(layer)) for layer in self.layers), default=0)
         inside = {id(p) for p in self.layers.parameters()}
         root = [p for p in self.loss.parameters() if id(p) not in inside]
-        return 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(p for p in root if p.requires_grad)
+        return one + 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(p for p in root if p.requires_grad)
 
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""
@@ -165,10 +174,13 @@ class Rehearsal:
         inside = {id(p) for p in self.layers.parameters()} if self.shards else set()
         memo: dict[int, Any] = {id(layer): None for layer in list(self.layers)[depth:]}
         for tensor in (*self.loss.parameters(), *self.loss.buffers()):
-            dtype = self.precision if id(tensor) in inside and tensor.is_floating_point() else tensor.dtype
+            cast = tensor in self.packed or (id(tensor) in inside and tensor.is_floating_point())
+            dtype = self.precision if cast else tensor.dtype
             fake = torch.empty(tensor.shape, dtype=dtype)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         shadow = copy.deepcopy(self.loss, memo)
+        # NEFTune draws by the lengths of segments, which fake tensors do not tell; it is one more hidden state.
+        shadow.objective = shadow.objective.model_copy(update={"neftune_alpha": 0.0})
         layers = memo[id(self.layers)] if depth else nn.ModuleList()
         del layers[depth:]
         return shadow.train(), layers

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,11 +57,14 @@ class Machine:
             host_memory.forget_resident_peak()
 
     def memory_at_hand(self) -> tuple[int, int]:
-        """Bytes: (all that this process may hold, what it holds already and cannot use for a model)."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0], CUBLAS_WORKSPACE
-        resident = host_memory.resident()
-        return resident + host_memory.free(), resident
+        """Bytes: (all that this process may hold, what it holds already and cannot use for a model).
+
+        Of several ranks the least and the most: they must choose alike.
+        """
+        on_gpu = self.device.type == "cuda"
+        held = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
+        at_hand = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
+        return -dist.agree(-at_hand), dist.agree(held)
 
 
 @contextmanager
@@ -99,26 +103,16 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
 def _physical_cores() -> int:
     """Cores this process may use, counting two hardware threads of one core once."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return len({host_memory.read(Path(siblings.format(cpu))) or cpu for cpu in allowed})
 
 
 def _mallopt(settings: dict[int, int]) -> None:
     """Let glibc keep freed memory: otherwise every large tensor is mapped and unmapped anew, page by page."""
-    if sys.platform != "linux":
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library
-        return
-    for parameter, value in settings.items():
-        libc.mallopt(parameter, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's own
+    if mallopt is not None:
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
 def _fast_exact_matmul() -> None:

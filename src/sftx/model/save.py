@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sftx.config import Model
+from sftx.model.shard import whole_state
 from sftx.types import UserError
 
 
@@ -72,7 +73,7 @@ def save_model(
             model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
         else:
             if state is None:
-                state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+                state = whole_state(model, dtype, trained_only=False)  # tied weights stay one
             kept = model.config.dtype
             model.config.dtype = dtype
             model.save_pretrained(str(temporary), state_dict=state)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftx import dist
@@ -180,6 +181,14 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def own_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, sharing its memory, and the number of its first element in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0
 
 
 def whole(tensor: Tensor) -> Tensor:

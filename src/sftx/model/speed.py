@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sftx.model.adapter import bare
 from sftx.model.load import PackLoss
 from sftx.model.recompute import decoder_layers
 
@@ -14,8 +15,9 @@ SHARE = 0.65
 """Of the speed of plain matrix products, what a whole step reaches (docs/performance.md)."""
 
 
-def flops(loss: PackLoss, tokens: float, targets: float, squares: float, recomputed: int = 0) -> float:
-    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`.
+def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
+    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`;
+    numbers, or arrays of them.
 
     Two per weight and token forward, two for the gradient of the input, two for that of a weight that trains; causal
     attention counts half of each square, 2 s^2 forward and twice that backward per layer and channel (PaLM,
@@ -23,7 +25,7 @@ def flops(loss: PackLoss, tokens: float, targets: float, squares: float, recompu
     """
     layers, config = decoder_layers(loss.model), loss.model.config.get_text_config()
     body = sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2)
-    head: Any = loss.model.get_output_embeddings()
+    head = bare(loss.model.get_output_embeddings())
     once = sum(p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2)
     attention = 6 * len(layers) * config.hidden_size * squares
     return (

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sftx import dist
 from sftx.config import Config, Runtime
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
@@ -19,7 +20,8 @@ from sftx.model.load import PackLoss, load_config
 from sftx.model.memory import Memory, Rehearsal
 from sftx.model.runtime import Machine
 from sftx.model.speed import SHARE, flops, product_speed
-from sftx.types import UserError
+from sftx.model.tokens import add_rows
+from sftx.types import Int32, UserError
 
 MARGIN = 0.92
 """Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
@@ -30,20 +32,22 @@ class Load:
     """What the data asks of a step, apart from the model: see `of_plan`."""
 
     longest: int  # tokens of the longest example
-    step_tokens: int  # tokens of the largest step, on one process
+    step_tokens: int  # tokens of the largest step, on the process that has most of them
     target_share: float  # targets per token
     tokens: float = 0.0  # of all steps
     squares: float = 0.0  # of the lengths of all examples of all steps
 
     @classmethod
     def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> Load:
-        """The load of the (at most 2,000, evenly spaced) steps of `plan`; `targets` = those of one epoch."""
-        steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int))
-        lengths = [plan.lengths[plan.examples(step)] for step in steps]
-        largest = max((int(step.sum()) for step in lengths), default=1)
-        share, scale = targets / int(plan.lengths.sum()), plan.num_steps / max(len(steps), 1)
-        tokens, squares = (scale * float(sum((step**power).sum() for step in lengths)) for power in (1, 2))
-        return cls(int(plan.lengths.max()), -(-largest // world_size), share, tokens, squares)
+        """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` = those of one epoch."""
+        steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)).tolist()
+        largest = max(steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None)
+        # Ranks have equal work, not equal tokens: the one with the most of them decides.
+        ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
+        most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
+        epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
+        tokens, squares = (epochs * float((plan.lengths**power).sum()) for power in (1, 2))
+        return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +65,27 @@ class Fit:
         return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
 
 
-def outline(config: Config) -> PackLoss:
-    """The model as it will train, adapter and frozen weights included, on the meta device: shapes without contents."""
+def outline(config: Config, taught: dict[int, bool]) -> PackLoss:
+    """The model as it will train, adapter and frozen weights included, on the meta device: shapes without contents.
+
+    `taught` = the tokens that the run adds; see `Tokenizer.taught`.
+    """
+    dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            load_config(config.model), dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+            load_config(config.model), dtype=dtype, trust_remote_code=config.model.trust_remote_code
         )
         assert isinstance(model, PreTrainedModel)
+        add_rows(model, taught, config.seed)
         freeze(model, config.model)
-        attach(model, config.adapter, config.seed)
+        attach(model, config.adapter, config.seed, sorted(taught))
     return PackLoss(model, config.loss).train()
+
+
+def weigh(plan: Plan, loss: PackLoss, targets: Int32) -> None:
+    """Tell the plan what each example costs to compute; `targets` int32[N] = how many targets each has."""
+    lengths = plan.lengths.astype(np.float64)
+    plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
 
 
 def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit:
@@ -99,17 +114,11 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
     raise UserError(_refusal(found, found.memory, load))
 
 
-def unfitted(runtime: Runtime, rehearsal: Rehearsal, _: Load, at_hand: int) -> Fit:
-    """What the settings say, else the largest packs: ranks must choose alike, whatever memory each has at hand."""
-    size, recomputed = next(iter(_candidates(runtime, rehearsal.on_gpu, len(rehearsal.layers))))
-    return Fit(size, recomputed, None, at_hand, ("memory is not predicted for several processes",))
-
-
 def seconds_of(loss: PackLoss, load: Load, chosen: Fit, machine: Machine, calibration: float) -> float:
     """Predicted seconds of all steps, after `calibration` seconds of matrix products on this machine."""
     work = flops(loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
     speed = product_speed(loss, machine.device, machine.precision, chosen.tokens_per_pack, calibration)
-    return work / (SHARE * speed)
+    return work / (SHARE * speed * dist.world_size())
 
 
 def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: int) -> Memory:

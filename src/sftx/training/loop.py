@@ -27,6 +27,7 @@ from sftx.track.card import model_card
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
+from sftx.training.export import export
 from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare
@@ -92,6 +93,9 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
             progress.step(record)
             yield run.write(record)
         _finish(job, stop, progress)
+    if config.adapter.merge and dist.is_main():  # the others need not wait
+        del job  # the base is loaded anew, and whole
+        export(run.folder, run.folder / "merged")
 
 
 def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
@@ -219,7 +223,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
 
 
 def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
-    """The trained model (and the merged one) as folders that serve; `state` = its tensors, where they were sharded."""
+    """The trained model as a folder that serves; `state` = its tensors, where they were sharded."""
     folder, config = job.run.folder, job.config
     job.loss.use_segments(False)  # the saved configuration must not name our attention
     job.loss.model.config.use_cache = True
@@ -229,10 +233,6 @@ def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
     dtype = stored_dtype(config.model)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
     save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype, state)
-    if config.adapter.merge and job.adapted is not None:
-        merged: Any = job.adapted.merge_and_unload()
-        (folder / "merged").mkdir(exist_ok=True)
-        save_model(folder / "merged", merged, job.tokenizer, stop_ids, card, dtype)
 
 
 def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from sftx.config import Adapter, Optim
+from sftx.model.shard import own_part
 
 DEFAULT_LEARNING_RATE = {"none": 2e-5, "lora": 2e-4, "rslora": 2e-4, "dora": 2e-4}
 
@@ -57,7 +58,8 @@ class StochasticAdamW(torch.optim.AdamW):
     """AdamW on bf16 parameters that have no fp32 copy: computed in fp32, with fp32 means, then rounded at random.
 
     bf16 is the upper half of fp32, so adding 16 random bits and cutting the lower half rounds up with just the
-    probability that leaves the expectation unchanged. The bits are drawn from `seed`, which must differ in every step.
+    probability that leaves the expectation unchanged. The bits are a function of `seed`, which must differ in every
+    step, and of the place of a weight in the model, whichever rank holds it.
     """
 
     seed = 0
@@ -66,16 +68,31 @@ class StochasticAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update; no closure is taken."""
-        generator = torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(self.seed)
+        first = self.seed * 0x9E3779B9  # number of the weight that comes next
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state, weight = self.state[p], p.float()
+            for p in group["params"]:
+                state, first = self.state[p], first + p.numel()
+                if p.grad is None:
+                    continue
                 for name in ("exp_avg", "exp_avg_sq") if not state else ():
-                    state[name] = torch.zeros_like(weight)
+                    state[name] = torch.zeros_like(p, dtype=torch.float32)
                 step = state.setdefault("step", torch.zeros((), device=p.device))
                 settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-                means = [state["exp_avg"]], [state["exp_avg_sq"]]
-                adamw([weight], [p.grad.float()], *means, [], [step], fused=True, found_inf=self.found_inf, **settings)
-                bits = torch.randint(1 << 16, weight.shape, generator=generator, dtype=torch.int32, device=p.device)
-                p.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
+                held, start = own_part(p)
+                weight, grad = held.float(), own_part(p.grad)[0].float()
+                means = [own_part(state["exp_avg"])[0]], [own_part(state["exp_avg_sq"])[0]]
+                adamw([weight], [grad], *means, [], [step], fused=True, found_inf=self.found_inf, **settings)
+                bits = random_bits(first - p.numel() + start, weight.numel(), p.device).view(weight.shape)
+                held.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
+
+
+def random_bits(first: int, count: int, device: torch.device) -> Tensor:
+    """16 random bits for each of the numbers `first`, `first` + 1, ...: int32[count], the same on every device.
+
+    An integer hash (Wellons' lowbias32): a generator would have to draw all that other ranks draw.
+    """
+    x = torch.arange(count, dtype=torch.int32, device=device) + ((first + 2**31) % 2**32 - 2**31)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return (x >> 16) & 0xFFFF

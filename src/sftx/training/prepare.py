@@ -37,7 +37,7 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Load, fit, seconds_of, unfitted
+from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
 
@@ -109,16 +109,19 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
-    loss, adapted, notes = _build(config, machine, fast_tokenizer.taught)
+    loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
     check_sizes(loss, max_length, _largest_id(corpus, held_out))
-    probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
-    notes += check_paths(loss, probe, machine.precision)
-    load = Load.of_plan(plan, int(corpus.targets.sum()))
-    rehearsal = Rehearsal(loss.train(), machine.device.type, machine.precision, held)
-    chosen = (unfitted if dist.is_joined() else fit)(config.runtime, rehearsal, load, at_hand)
-    machine = replace(machine, tokens_per_pack=chosen.tokens_per_pack)
-    if dist.is_joined() and not loss.isolate:  # ranks must agree on the number of forward passes
-        machine = replace(machine, tokens_per_pack=1)
+    notes += check_paths(loss, probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))]), machine.precision)
+    weigh(plan, loss, corpus.targets)
+    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
+    shape = loss.train()
+    if shards is not None:  # what is in shards cannot be rehearsed
+        shape = outline(config, fast_tokenizer.taught)
+        shape.transform, shape.prunes = loss.transform, loss.prunes
+    rehearsal = Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
+    chosen = fit(config.runtime, rehearsal, load, at_hand)
+    one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
+    machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     recompute(loss.model, chosen.recomputed)
     notes += chosen.notes
     if not run.finished:
@@ -169,8 +172,11 @@ def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, p
     return [compile_layers(loss, pack, machine, wish)]
 
 
-def _build(config: Config, machine: Machine, taught: dict[int, bool]) -> tuple[PackLoss, PeftModel | None, list[str]]:
-    """The model with its adapter, on the device, in shards where there are several ranks; and notes in words."""
+def _build(
+    config: Config, machine: Machine, taught: dict[int, bool]
+) -> tuple[PackLoss, PeftModel | None, list[str], int | None]:
+    """The model with its adapter, on the device, in shards where there are several ranks; notes in words; and over how
+    many ranks the shards are, None without any."""
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
     unread, layout = None, ""
@@ -192,15 +198,13 @@ def _build(config: Config, machine: Machine, taught: dict[int, bool]) -> tuple[P
     freeze(model, config.model)
     adapted = attach(model, config.adapter, config.seed, sorted(taught))
     loss = PackLoss(model, config.loss)
-    if dist.is_joined():
-        if config.optim.weights != "fp32":
-            raise UserError("optim.weights: bf16 trains in one process only; set fp32, or start without torchrun")
-        if config.adapter.merge:
-            raise UserError("adapter.merge: several processes hold the model in parts; merge with `sftx export` later")
-        shard(loss, build_mesh(layout, machine.device, config.runtime.rank_timeout), machine.precision)
-        if unread is not None:
-            unread.read()
-    return loss, adapted, notes
+    if not dist.is_joined():
+        return loss, adapted, notes, None
+    mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
+    shard(loss, mesh, machine.precision)
+    if unread is not None:
+        unread.read()
+    return loss, adapted, notes, mesh.size(1)
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
