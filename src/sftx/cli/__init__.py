@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        more = "; make room, then run the same command to continue" * (error.errno == errno.ENOSPC)
-        print(f"error: {error}{more}", file=sys.stderr)
+        print(f"error: {error}; mend that, then run the same command to continue", file=sys.stderr)
         return 2
 
 

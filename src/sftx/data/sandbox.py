@@ -38,7 +38,6 @@ SECONDS = 10.0  # of processor time: longest rendering of one text
 LAST = 60.0  # seconds of processor time in one operation, after which the process is ended
 CHARACTERS = 20_000_000  # longest text
 MEMORY = 1 << 30  # bytes by which the process may grow during one rendering
-_POLL = 0.02
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
 
 
@@ -183,7 +182,7 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         seen, memory, began = None, 0, 0.0
-        while not self.done.wait(_POLL):
+        while not self.done.wait(0.02):
             signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
             with self.guard:
                 if self.started is None or self.fired:
@@ -227,9 +226,8 @@ def watched() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
     if sys.__stderr__ is not None:  # the stacks, and then what the signal does by default
         faulthandler.register(signal.SIGVTALRM, sys.__stderr__, chain=True)
-    soft, hard = _UNLIMITED
-    limit = _memory(of_data=True) + MEMORY
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
+    soft, hard = _UNLIMITED  # -1 = no limit
+    resource.setrlimit(resource.RLIMIT_DATA, (min(_memory(of_data=True) + MEMORY, soft % 2**63), hard))
     try:
         yield
     finally:

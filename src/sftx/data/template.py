@@ -18,7 +18,6 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
 
 CLOSED = "forced opening closed"
-MOST_OVER = 5  # rows whose rendering may go over the limits of the sandbox; each takes seconds
 LOST_REASONING = "reasoning left out by the template"
 CHANGED = "text changed by the template"
 
@@ -84,7 +83,7 @@ class ChatTemplate:
                 known[key] = self._render(messages, conversation.tools, generate, {**conversation.kwargs, **kwargs})
             except TEMPLATE_ERRORS as error:
                 self._over += isinstance(error, LimitError)
-                if self._over > MOST_OVER:
+                if self._over > 5:  # each took seconds
                     raise UserError(f"the {self.name} goes over its limits in {self._over} rows: {error}") from error
                 raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
         return known[key]

@@ -160,10 +160,8 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     held = dist.everyone((sharded[0].device_mesh.get_local_rank("shard"), sums))
     for rank, (place, found) in enumerate(held):
         if found != next(other for shard, other in held if shard == place):
-            raise UserError(
-                f"the weights of rank {rank} are no longer those of the ranks that hold the same, and are not saved. "
-                "Its processor or memory may be at fault. Run the same command to continue from the last checkpoint"
-            )
+            more = "its processor or memory may be at fault. Run the same command to continue from the last checkpoint"
+            raise UserError(f"the weights of rank {rank} are no longer those of its peers, and are not saved; {more}")
 
 
 def tensor_facts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

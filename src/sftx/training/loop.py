@@ -197,7 +197,6 @@ def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
 
 def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     """Last evaluation, the model in its folder, and the run marked finished."""
-    config = job.config
     job.background.wait()
     if job.held_out is not None:
         after = _evaluate(job, stop)
@@ -210,7 +209,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
     if dist.is_joined():
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
-        state = whole_state(job.trained, None if adapted else stored_dtype(config.model), trained_only=adapted)
+        state = whole_state(job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted)
     try:
         if dist.is_main():
             _write_model(job, state)
@@ -224,15 +223,13 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
 
 def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
     """The trained model as a folder that serves; `state` = its tensors, where they were sharded."""
-    folder, config = job.run.folder, job.config
     job.loss.use_segments(False)  # the saved configuration must not name our attention
     job.loss.model.config.use_cache = True
     if job.encoder.chat_template is not None:
         job.tokenizer.chat_template = job.encoder.chat_template
     stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
-    dtype = stored_dtype(config.model)
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
-    save_model(folder, job.trained, job.tokenizer, stop_ids, card, dtype, state)
+    save_model(job.run.folder, job.trained, job.tokenizer, stop_ids, card, stored_dtype(job.config.model), state)
 
 
 def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:
