@@ -144,7 +144,6 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         {"memory": chosen.parts(), "seconds": seconds_of(loss, load, chosen, machine, CALIBRATION)},
         notes=notes,
     )
-    _check_ranks(job)
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
@@ -306,6 +305,7 @@ def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
     run = job.run
     facts: dict[str, Any] = {}
+    _check_ranks(job)
     changed = _changed(job)
     if run.exists:
         if run.finished and not changed:
