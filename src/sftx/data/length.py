@@ -98,8 +98,10 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     covered = np.zeros(len(sequence.ids), dtype=np.bool_)
     while spans:
         first = spans[0][0]
-        # Room for one token before the first target: the BOS, or the token that stands there.
-        count = max(1, sum(end - (first - 1) <= max_length for _, end in spans))
+        # Room for the whole prompt of the first output: no answer is trained without its question where both fit.
+        prompt = max((end for _, end in sequence.spans if end <= first), default=0)
+        prompt = prompt - sequence.begins_with_bos if sequence.context is None else first - 1
+        count = max(1, sum(end - prompt <= max_length for _, end in spans))
         end = spans[count - 1][1]
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)

@@ -29,7 +29,7 @@ from sftx.types import Example, Row, RowError, UserError
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
-VERSION = 1  # raise it when the same rows and settings become other tokens
+VERSION = 2  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
 
