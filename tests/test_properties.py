@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
+from hypothesis import example as case
 from hypothesis import strategies as st
 from small_tokenizers import ours, theirs
 from test_template import CALLS, CHATML, NO_STOP, REWRITES, TRIMS, encoder, row
@@ -180,7 +181,7 @@ def sequence(turns: list[tuple[int, int, float]], bos: bool, context: int | None
 
 @ROUNDS
 @given(SEQUENCES, st.booleans(), st.sampled_from([None, 1]), st.integers(2, 20))
-@example([(2, 8, 1.0), (3, 2, 1.0), (1, 5, 1.0)], False, None, 9)
+@case([(2, 8, 1.0), (3, 2, 1.0), (1, 5, 1.0)], False, None, 9)
 def test_split_trains_each_target_once_in_its_context(
     turns: list[tuple[int, int, float]], bos: bool, context: int | None, length: int
 ) -> None:
@@ -200,7 +201,7 @@ def test_split_trains_each_target_once_in_its_context(
     assert found == {int(i): float(w) for i, w in zip(whole.ids, whole.weights, strict=True) if w}
     assert fitted.targets_lost == 0
     asked = int(bos)
-    for begin, end in whole.spans if context is None else ():  # no answer without its question where both fit
+    for _, end in whole.spans if context is None else ():  # no answer without its question where both fit
         trained = next(p for p in fitted.pieces if whole.ids[end - 1] in p.ids[p.weights > 0]) if end > 1 else None
         if trained is not None and end - asked + bos <= length:
             assert set(whole.ids[asked:end]) <= set(trained.ids)

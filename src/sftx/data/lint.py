@@ -185,14 +185,10 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
     many = len(hits["markers"]) > 0.01 * len(places)
     place = places.__getitem__
     return [
-        _finding(
-            "secrets", True, "rows with what looks like a key, a password or a card number", hits["secrets"], place
-        ),
+        _finding("secrets", True, "rows with what looks like a key, password or card number", hits["secrets"], place),
         _finding("near overlap", True, "held-out rows much like a training row", across, place),
         _finding("template mismatch", many, "rows with markers of another chat template", hits["markers"], place),
-        _finding(
-            "special tokens", False, "rows that spell special tokens of this tokenizer", hits["own markers"], place
-        ),
+        _finding("special tokens", False, "rows that spell the tokenizer's special tokens", hits["own markers"], place),
         _finding("near duplicates", False, "rows much like an earlier one", inside, place),
         _finding("role order", False, "conversations whose roles are in an unusual order", hits["roles"], place),
         _finding("mojibake", False, "rows with text that was decoded wrongly", hits["mojibake"], place),
