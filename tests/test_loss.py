@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
 import tiny
 import torch
 
+from sftx.config import Runtime
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import blocks
 from sftx.model.checks import _prunes, check_paths
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.runtime import machine
 from sftx.training.step import train_step
 from sftx.types import Example
 
@@ -59,6 +61,14 @@ def step_gradient(loss: PackLoss, data: list[Example], packs: list[tuple[int, ..
     return total
 
 
+@pytest.fixture
+def as_trained() -> Iterator[None]:
+    """The machine's settings of a run: oneDNN for fp32 products, allocator, threads."""
+    with machine(Runtime(device="cpu", threads=1)):
+        yield
+
+
+@pytest.mark.usefixtures("as_trained")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "ROWS", 24)  # the examples are shorter than a block
