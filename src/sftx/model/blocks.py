@@ -22,6 +22,8 @@ from torch import Tensor
 
 ROWS = 128
 """Queries of a block; 8 times as many on a GPU."""
+FILL = 32
+"""A CPU's segments are filled up to multiples of so many tokens: oneDNN prepares its code anew for every shape."""
 
 
 def segments_of(borders: Tensor) -> list[tuple[int, int]]:
@@ -60,10 +62,14 @@ def segments(
     with torch.autocast(q.device.type, enabled=False):
         for a, b in segments_of(borders):
             queries, keys, values = _cut(a, b, q, k, v)
-            for rows, seen in _blocks(b - a, window, q):
-                p = _probabilities(_rows(queries, rows) * scale, keys[:, seen], sinks, rows, seen, window, softcap)[0]
+            whole = torch.empty(keys.shape[1], q.shape[1], v.shape[3], dtype=keys.dtype, device=q.device)
+            for rows, seen in _blocks(len(whole), window, q):
+                p = _probabilities(
+                    queries[:, :, rows].flatten(1, 2) * scale, keys[:, seen], sinks, rows, seen, window, softcap
+                )[0]
                 part = torch.bmm(p.to(values.dtype), values[:, seen])
-                out[0, a:b][rows] = part.view(q.shape[1], -1, v.shape[3]).transpose(0, 1)
+                whole[rows] = part.view(q.shape[1], -1, v.shape[3]).transpose(0, 1)
+            out[0, a:b] = whole[: b - a]
     return out
 
 
@@ -76,20 +82,22 @@ def _segments_backward(
     d_sinks = torch.zeros(qkv[0].shape[1], device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
         for a, b in segments_of(borders):
-            d_q, d_k, d_v = (x[0, :, a:b].unflatten(0, (len(qkv[1][0]), -1)) for x in found)
             queries, keys, values = _cut(a, b, *qkv)
             grads = _cut(a, b, grad.transpose(1, 2), *qkv[1:])[0]
-            for rows, seen in _blocks(b - a, window, grad):
-                block, g = _rows(queries, rows) * scale, _rows(grads, rows)
+            parts = d_q, d_k, d_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+            for rows, seen in _blocks(keys.shape[1], window, grad):
+                block, g = queries[:, :, rows].flatten(1, 2) * scale, grads[:, :, rows].flatten(1, 2)
                 p, slope, sink = _probabilities(block, keys[:, seen], sinks, rows, seen, window, softcap)
                 d_p = torch.bmm(g, values[:, seen].mT).float()
                 if sink is not None:  # what a sink gives is 0, and so is its d_p
                     d_sinks -= (sink * (p * d_p).sum(-1, keepdim=True)).view(len(d_sinks), -1).sum(1)
-                d_z = torch._softmax_backward_data(d_p, p, -1, torch.float32)
+                d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, torch.float32)
                 d_z = (d_z if slope is None else d_z * slope).to(keys.dtype)
                 d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
-                d_k[:, 0, seen] += torch.bmm(d_z.mT, block)
-                d_v[:, 0, seen] += torch.bmm(p.to(g.dtype).mT, g)
+                d_k[:, seen] += torch.bmm(d_z.mT, block)
+                d_v[:, seen] += torch.bmm(p.to(g.dtype).mT, g)
+            for total, part in zip(found, parts, strict=True):
+                total[0, :, a:b] = part.view(-1, *part.shape[-2:])[:, : b - a]
     return found if sinks is None else [*found, d_sinks.to(sinks.dtype)]
 
 
@@ -115,21 +123,17 @@ segments.register_autograd(_backward, setup_context=_save)
 
 def _cut(a: int, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One segment: queries [H_kv, G, S, D], where G heads share keys; keys and values [H_kv, S, D]."""
-    parts = [x[0, :, a:b].float() if x.device.type == "cpu" else x[0, :, a:b] for x in (q, k, v)]
+    parts = [x[0, :, a:b] for x in (q, k, v)]
+    if q.device.type == "cpu":  # what is filled up comes last, where no query of the segment sees it
+        parts = [F.pad(x.float(), (0, 0, 0, (a - b) % FILL)) for x in parts]
     return parts[0].unflatten(0, (k.shape[1], -1)), parts[1].contiguous(), parts[2].contiguous()
 
 
 def _blocks(length: int, window: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
     """(queries, the keys that some of them see)."""
-    step = ROWS if like.device.type == "cpu" else 8 * ROWS
-    for a in range(0, length, step):
+    for a in range(0, length, step := ROWS * (1 if like.device.type == "cpu" else 8)):
         b = min(a + step, length)
         yield slice(a, b), slice(max(0, a - window + 1) if window else 0, b)
-
-
-def _rows(heads: Tensor, rows: slice) -> Tensor:
-    """[H_kv, G, S, D] -> [H_kv, G x rows, D]."""
-    return heads[:, :, rows].flatten(1, 2)
 
 
 def _probabilities(
