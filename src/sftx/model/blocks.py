@@ -44,8 +44,7 @@ def by_segment(
             p = _probabilities(query[0] * scale, key[0], sinks, whole, whole, window, softcap)[0]
             parts.append(F.dropout(p[None].to(v.dtype), dropout) @ value)
         else:
-            distance = torch.arange(b - a, device=q.device)[:, None] - torch.arange(b - a, device=q.device)
-            seen = (distance >= 0) & (distance < (window or b - a))
+            seen = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).tril().triu(1 - (window or b - a))
             parts.append(F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale))
     return torch.cat(parts, dim=2)
 

@@ -41,12 +41,10 @@ def reached_speed(rehearsal: Rehearsal, pack: Pack) -> float | None:
     best = [float("inf")] * 2
     for depth in (1, 2) if len(rehearsal.layers) > 1 and rehearsal.loss.isolate else ():
         loss, layers = rehearsal.shadow(depth)
-        for tensor in (*layers.parameters(), *loss.buffers()):
-            if tensor.is_floating_point():
-                tensor.detach().normal_(std=0.02)
+        for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
+            tensor.detach().normal_(std=0.02)
         loss.model.get_input_embeddings().requires_grad_(False)  # its gradient has the size of the vocabulary
-        device = rehearsal.machine.device
-        inputs, loss = to_tensors(pack, device), loss.to(device)
+        inputs, loss = to_tensors(pack, rehearsal.machine.device), loss.to(rehearsal.machine.device)
         for _ in range(3):
             start = _now()
             with rehearsal.machine.autocast():

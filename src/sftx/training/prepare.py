@@ -124,9 +124,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     seconds = seconds_of(rehearsal, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
     recompute(loss.model, chosen.recomputed)
-    notes += chosen.notes
-    if not run.finished:
-        notes += _compile(config, machine, loss, corpus, plan)
+    notes += [*chosen.notes, *([] if run.finished else _compile(config, machine, loss, corpus, plan))]
     job = Job(
         config,
         machine,
