@@ -82,7 +82,7 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     import torch
 
     from sftx.model.attention import segment_attention
-    from sftx.model.capped import by_segment
+    from sftx.model.blocks import by_segment
 
     torch.manual_seed(0)
     where, tokens = _device(), sum(LENGTHS)

@@ -75,7 +75,7 @@ def measure(job: dict[str, Any]) -> None:
             model=folder(job["shape"], Path(tempfile.gettempdir()) / "sftx-bench"), output=f"{scratch}/run",
             data={"rows": data, "cache": f"{scratch}/cache", "max_length": 1024}, adapter=job["method"],
             batch={"examples_per_step": len(data), "steps": 3}, optim={"learning_rate": 1e-5},
-            runtime={"progress": False, "precision": job["precision"], "tokens_per_pack": job["tokens"],
+            runtime={"progress": False, "precision": job["precision"], "tokens_per_pack": job["tokens"], "threads": 1,
                      "recompute": int(layers) if layers.isdecimal() else layers},
         )  # fmt: skip
         peak = max(record.memory for record in itertools.islice(steps, 2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sftx.data.pack import build_pack
-from sftx.model import attention, capped
+from sftx.model import attention, blocks
 from sftx.model.load import PackLoss, to_tensors
 from sftx.training.step import train_step
 
@@ -60,9 +60,14 @@ def compare(options: dict[str, Any], tolerance: float, sinks: Tensor | None = No
 
 @pytest.mark.parametrize("window", [None, 1, 7, 23])
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (1.5, False), (None, True), (2.0, True)])
-def test_cpu_kernels_are_plain_attention(window: int | None, softcap: float | None, sinks: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 128])
+def test_blocks_are_plain_attention(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None, sinks: bool, rows: int
+) -> None:
+    monkeypatch.setattr(blocks, "ROWS", rows)
     column = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_() if sinks else None
-    compare({"sliding_window": window, "softcap": softcap}, 1e-6, column)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rows == 5):  # rounds no product
+        compare({"sliding_window": window, "softcap": softcap}, 1e-6, column)
 
 
 def test_dropout_falls_only_on_what_is_seen() -> None:
@@ -159,9 +164,6 @@ def test_a_step_on_cuda_reads_nothing_back(
 def test_custom_ops_are_well_formed() -> None:
     q, k, v = (x.detach().float().requires_grad_() for x in states((2, 2, 2)))
     sinks = torch.zeros(2, requires_grad=True)
-    torch.library.opcheck(
-        attention._cpu_segments, (q, k, v, BORDERS, 0.3, 7), test_utils=("test_schema", "test_faketensor")
-    )
-    torch.library.opcheck(
-        capped.capped_segments, (q, k, v, sinks, BORDERS, 0.3, 7, 2.0), test_utils=("test_schema", "test_faketensor")
-    )
+    for softcap, column in ((0.0, None), (2.0, sinks)):
+        arguments = (q, k, v, column, BORDERS, 0.3, 7, softcap)
+        torch.library.opcheck(blocks.segments, arguments, test_utils=("test_schema", "test_faketensor"))

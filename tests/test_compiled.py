@@ -101,7 +101,7 @@ def test_one_graph_serves_every_pack(family: str, options: dict[str, Any], graph
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="generated code needs a C++ compiler")
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "GPT2", "Mixtral"])
+@pytest.mark.parametrize("family", test_loss.FAMILIES)
 def test_generated_code_has_the_gradients_of_eager_layers(family: str) -> None:
     torch._dynamo.reset()
     loss = make(family)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
+import test_loss
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch.utils.checkpoint import checkpoint
 
+from sftx.config import Adapter
+from sftx.data.pack import probe_pack
+from sftx.model import lora
+from sftx.model.adapter import attach
+from sftx.model.checks import check_paths
+from sftx.model.load import PackLoss
 from sftx.model.lora import LoraLinear, fuse
 
 
@@ -57,6 +65,27 @@ def test_gradients_are_those_of_peft(family: str) -> None:
     assert fused_rough_loss == pytest.approx(rough_loss, rel=2e-3)
     assert difference(fused_rough, theirs) <= 1.1 * difference(rough, theirs)
     assert {n: g.dtype for n, g in fused_rough.items()} == {n: g.dtype for n, g in rough.items()}
+
+
+@pytest.mark.parametrize("family", test_loss.FAMILIES)
+def test_a_packed_adapter_has_the_naive_gradients(family: str) -> None:
+    """Against float64 and peft's own forward, one example at a time."""
+    model = tiny.model(family, **test_loss.FAMILIES[family])
+    with patch.object(lora, "fuse"):
+        attach(model, Adapter(method="lora", dropout=0.0), 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)  # with more, fp32 itself is 1e-6 off in OLMo 2
+    twin = test_loss.float64_twin(model)
+    assert (fuse(model) > 0) == (family != "GPT2")  # whose layers are not of nn.Linear
+    data = tiny.examples(test_loss.LENGTHS)
+    reference = tiny.naive_loss(twin, data)
+    reference.backward()
+    loss = PackLoss(model).train()
+    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    value = test_loss.step_gradient(loss, data, [(0, 1, 2), (3, 4, 5, 6)])
+    assert value == pytest.approx(float(reference), rel=1e-6)
+    assert tiny.gradient_difference(model, twin) <= 1e-6
 
 
 def test_a_base_of_another_precision_gives_what_peft_gives() -> None:

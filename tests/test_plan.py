@@ -13,7 +13,7 @@ from sftx.cli import plan
 
 
 def test_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(plan, "CALIBRATION", 0.01)
+    monkeypatch.setattr(plan, "CALIBRATION", 64)
     model = tiny.folder(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "up", "completion": "down"}\n' * 40)
     run = [

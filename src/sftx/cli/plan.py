@@ -35,7 +35,7 @@ EXTRA = {
     "json": "Write the figures to this file.",
 }
 DEFAULTS = ("output=unused", "data.format=auto")
-CALIBRATION = 2.0  # seconds of matrix products
+CALIBRATION = 1024  # tokens of a layer that is timed; two seconds for a model of 0.6B on two cores
 MANY = 4096  # GPUs; more are not looked at
 
 
@@ -62,7 +62,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts |= {"layers": len(rehearsal.layers), "memory": chosen.parts(), "notes": list(chosen.notes)}
             if plan is not None and not gpus:
                 facts["fill"] = _fill(plan, chosen.tokens_per_pack)
-                facts["seconds"] = seconds_of(loss, load, chosen, here, CALIBRATION)
+                facts["seconds"] = seconds_of(rehearsal, load, chosen, CALIBRATION)
         except UserError as error:
             facts["refused"] = str(error)
     if gpus:
@@ -147,7 +147,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         yield f"memory   {'each GPU' if facts.get('gpus_needed') else 'the process'} at the peak of a step, in GiB"
         yield from (f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items())
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
-    if "seconds" in facts:
+    if facts.get("seconds"):
         yield f"time     about {facts['seconds']:,.0f} s for all steps on this machine"
     if "gpus_needed" in facts:
         yield f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at least"

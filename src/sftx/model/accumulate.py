@@ -1,8 +1,9 @@
-"""From the second pack of a step on, the gradients of embedding and head are added where they lie.
+"""The gradients of embedding and head are added where they lie.
 
 Autograd makes each pack's gradient of an embedding as a matrix of the whole vocabulary, and adds it; where the head
 shares the weight, that makes three such matrices at once, often the peak of a step. On a CPU these two add to `.grad`
-themselves instead. The first pack of a step, and weights that others watch (hooks) or hold in pieces, go the usual way.
+themselves instead, and the head's first gradient of a step becomes it. Weights that others watch (hooks) or hold in
+pieces go the usual way, and so does an embedding that is the first to bring a gradient.
 
 `.grad` is therefore what counts, as for an optimiser; `torch.autograd.grad` would not see what was added.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def accumulate_in_place(embedding: nn.Module) -> None:
@@ -23,11 +25,11 @@ def accumulate_in_place(embedding: nn.Module) -> None:
 
 
 def accumulates(weight: Tensor) -> bool:
-    """There is a plain fp32 gradient in the host's memory to add to, and nobody who must see the addition."""
+    """A parameter whose gradient is, or would be, plain fp32 in the host's memory, and nobody must see it change."""
     watched = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
-    if not weight.is_leaf or type(weight.grad) is not Tensor or watched:
+    if not isinstance(weight, nn.Parameter) or watched or any(isinstance(x, DTensor) for x in (weight, weight.grad)):
         return False
-    return weight.grad.device.type == "cpu" and weight.grad.dtype == torch.float32
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class _Embedding(nn.Embedding):
@@ -49,7 +51,7 @@ class _Rows(torch.autograd.Function):
         weight, ids, rows = ctx.weight, ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
         if ctx.padding is not None:  # as in nn.Embedding: the row of padding does not train
             rows = rows.masked_fill(ids[:, None] == ctx.padding, 0.0)
-        if accumulates(weight):
+        if weight.grad is not None and accumulates(weight):
             weight.grad.index_add_(0, ids, rows.to(weight.grad.dtype))
             return None, None, None
         return None, torch.zeros_like(weight).index_add_(0, ids, rows.to(weight.dtype)), None

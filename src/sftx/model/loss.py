@@ -126,7 +126,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.gradients = None
         head_dtype, bias_dtype = ctx.dtypes
         if d_head is not None and accumulates(ctx.head):
-            ctx.head.grad.addcmul_(d_head, grad)
+            if ctx.head.grad is None:  # an embedding that shares the weight then adds its few rows to it
+                ctx.head.grad = d_head.mul_(grad)
+            else:
+                ctx.head.grad.addcmul_(d_head, grad)
             d_head = None
         return (
             None if d_hidden is None else d_hidden.mul_(grad),

@@ -27,9 +27,9 @@ from sftx.model.recompute import decoder_layers, recompute
 from sftx.model.runtime import Machine
 from sftx.types import Pack
 
-HEAP = 370 << 20
-"""Bytes that kernels of a CPU and the gaps of its heap take on top (measured by bench/memory.py; a model that is
-smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
+HEAP = 480 << 20
+"""Bytes that kernels of a CPU and the gaps of its heap take on top (from the smaller shape of bench/memory.py; a model
+that is smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
 allocated is predicted, and the margin of `training.fit` is for the rest."""
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in 4 bits: with a scale of a byte per 64, and a float32 per 256 of these (arXiv:2305.14314)."""
@@ -140,7 +140,7 @@ class Rehearsal:
         """Run `depth` layers once, forward and backward, on fake tensors."""
         tensors = to_tensors(pack, torch.device("cpu"))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            loss, layers = self._shadow(depth)
+            loss, layers = self.shadow(depth)
             recompute(loss.model, depth if every else 0)
             sharded = {id(p) for p in layers.parameters()} if self.shards else set()
             for p in _trained(loss):
@@ -169,8 +169,8 @@ class Rehearsal:
                 attention.rehearsing_gpu = False
         return count.marks
 
-    def _shadow(self, depth: int) -> tuple[PackLoss, nn.ModuleList]:
-        """A copy of the first `depth` layers and all around them, with fake parameters on the CPU."""
+    def shadow(self, depth: int) -> tuple[PackLoss, nn.ModuleList]:
+        """A copy of the first `depth` layers and all around them, its parameters on the CPU and without contents."""
         inside = {id(p) for p in self.layers.parameters()} if self.shards else set()
         memo: dict[int, Any] = {id(layer): None for layer in list(self.layers)[depth:]}
         for tensor in (*self.loss.parameters(), *self.loss.buffers()):

@@ -1,18 +1,20 @@
-"""Seconds that a run will take, from the products it cannot avoid and the speed of such products on this machine."""
+"""Seconds that a run will take, from the products it cannot avoid and the speed of a layer on this machine."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from sftx.model.adapter import bare
-from sftx.model.load import PackLoss
+from sftx.model.load import PackLoss, to_tensors
+from sftx.model.memory import Rehearsal
 from sftx.model.recompute import decoder_layers
+from sftx.types import Pack
 
-SHARE = 0.65
-"""Of the speed of plain matrix products, what a whole step reaches (docs/performance.md)."""
+ARGUMENTS = ("ids", "positions", "cu_seqlens", "longest")
 
 
 def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
@@ -33,17 +35,30 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
     )
 
 
-def product_speed(loss: PackLoss, device: torch.device, precision: torch.dtype, tokens: int, seconds: float) -> float:
-    """FLOP/s of products [tokens, in] x [in, out] of the model's largest layer weight, over `seconds`."""
-    shapes = [p.shape for p in decoder_layers(loss.model).parameters() if p.ndim == 2]
-    wide, narrow = max(shapes, key=lambda s: s[0] * s[1], default=(1024, 1024))
-    a, b = (
-        torch.randn(*size, device=device, dtype=precision) for size in ((min(tokens, 4096), narrow), (narrow, wide))
-    )
-    done, start = 0, 0.0
-    while done < 2 or time.perf_counter() - start < seconds:
-        float((a @ b)[0, 0])  # waits for the device
-        if not done:  # the first one warms up
-            start = time.perf_counter()
-        done += 1
-    return (done - 1) * 2 * a.numel() * wide / (time.perf_counter() - start)
+def reached_speed(rehearsal: Rehearsal, pack: Pack) -> float | None:
+    """FLOP/s that this machine reaches in a decoder layer of the model: how much longer two layers of random weights
+    take than one, forward and backward over `pack`, the best of three. None where the model's layers cannot be told."""
+    best = [float("inf")] * 2
+    for depth in (1, 2) if len(rehearsal.layers) > 1 and rehearsal.loss.isolate else ():
+        loss, layers = rehearsal.shadow(depth)
+        for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
+            tensor.detach().normal_(std=0.02)
+        loss.model.get_input_embeddings().requires_grad_(False)  # its gradient has the size of the vocabulary
+        inputs, loss = to_tensors(pack, rehearsal.machine.device), loss.to(rehearsal.machine.device)
+        for _ in range(3):
+            start = _now()
+            with rehearsal.machine.autocast():
+                loss.hidden(*(inputs[name] for name in ARGUMENTS)).sum().requires_grad_().backward()
+            best[depth - 1] = min(best[depth - 1], _now() - start)
+    if not best[0] < best[1] < float("inf"):
+        return None
+    squares = sum(length**2 for length in np.diff(pack.cu_seqlens).tolist())
+    return flops(rehearsal.loss, len(pack.ids), 0, squares) / len(rehearsal.layers) / (best[1] - best[0])
+
+
+def _now() -> float:
+    """Seconds; on a CPU those of this process by its threads, whatever else the machine does meanwhile."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()

@@ -114,7 +114,8 @@ class Progress:
         if measured and predicted["memory"]:
             self.say(
                 f"measured peak memory {measured['memory'] / 2**30:.2f} GiB ({predicted['memory']['peak'] / 2**30:.2f} "
-                f"predicted), {measured['seconds']:,.0f} s in steps ({predicted['seconds']:,.0f} predicted)"
+                f"predicted), {measured['seconds']:,.0f} s in steps "
+                f"({round(predicted['seconds'] or 0) or 'none'} predicted)"
             )
         self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
 

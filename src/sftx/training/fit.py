@@ -18,8 +18,7 @@ from sftx.model.adapter import attach
 from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, load_config
 from sftx.model.memory import Memory, Rehearsal
-from sftx.model.runtime import Machine
-from sftx.model.speed import SHARE, flops, product_speed
+from sftx.model.speed import flops, reached_speed
 from sftx.model.tokens import add_rows
 from sftx.types import Int32, UserError
 
@@ -114,11 +113,15 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
     raise UserError(_refusal(found, found.memory, load))
 
 
-def seconds_of(loss: PackLoss, load: Load, chosen: Fit, machine: Machine, calibration: float) -> float:
-    """Predicted seconds of all steps, after `calibration` seconds of matrix products on this machine."""
-    work = flops(loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
-    speed = product_speed(loss, machine.device, machine.precision, chosen.tokens_per_pack, calibration)
-    return work / (SHARE * speed * dist.world_size())
+def seconds_of(rehearsal: Rehearsal, load: Load, chosen: Fit, tokens: int) -> float | None:
+    """Predicted seconds of all steps, from a layer timed here over at most `tokens` tokens; None where none can be."""
+    work = flops(rehearsal.loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
+    pack = blank_pack(min(chosen.tokens_per_pack, tokens), round(load.squares / load.tokens), 1.0)
+    try:
+        speed = reached_speed(rehearsal, pack)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
+        return None
+    return work / (speed * dist.world_size()) if speed else None
 
 
 def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: int) -> Memory:

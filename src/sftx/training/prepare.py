@@ -41,7 +41,7 @@ from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.types import UserError
 
-CALIBRATION = 0.05  # seconds of matrix products before a run, to predict its time
+CALIBRATION = 256  # tokens of a layer timed before a run, to predict its time
 
 
 @dataclass
@@ -122,10 +122,9 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     chosen = fit(config.runtime, rehearsal, load, at_hand)
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
+    seconds = seconds_of(rehearsal, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
     recompute(loss.model, chosen.recomputed)
-    notes += chosen.notes
-    if not run.finished:
-        notes += _compile(config, machine, loss, corpus, plan)
+    notes += [*chosen.notes, *([] if run.finished else _compile(config, machine, loss, corpus, plan))]
     job = Job(
         config,
         machine,
@@ -141,7 +140,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         peak_learning_rate(config.optim, config.adapter),
         _mathematics(config, corpus, held_out, max_length),
         chosen.recomputed,
-        {"memory": chosen.parts(), "seconds": seconds_of(loss, load, chosen, machine, CALIBRATION)},
+        {"memory": chosen.parts(), "seconds": seconds},
         notes=notes,
     )
     _continue_or_start(job)
