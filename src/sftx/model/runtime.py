@@ -91,6 +91,8 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
         if device.type == "cpu":
             torch.set_num_threads(runtime.threads or max(1, _physical_cores() // dist.local_size()))
             _mallopt(_KEEP_MEMORY)
+            # oneDNN keeps code for 1,024 shapes otherwise: up to 0.7 GiB. It looks here once, at its first product.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
             _fast_exact_matmul()
         yield chosen
     finally:
