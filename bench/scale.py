@@ -219,7 +219,7 @@ def sent(name: str, args: Any) -> tuple[str, float]:
             return "scatter", bytes_of(args[1]) * (size - 1) / size
         case "allreduce_" | "all_reduce":
             return "reduce", bytes_of(args[0]) * 2 * (size - 1) / size
-    raise NotImplementedError(f"a step is not known to use {name}")
+    raise ValueError(f"a step is not known to use {name}")
 
 
 def carried() -> int:

@@ -44,12 +44,8 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
-@check(28, "Nothing executes on load", limit=150)
-def loading(folder: Path) -> str:
-    """Pickles, code beside a model or a data set, and YAML tags: nothing runs; remote code only where it is set."""
-    trace = folder / "EXECUTED"
-    pickled = settings(folder, "pickled", dropout=0.0)
-    model = Path(pickled["model"]["path"])
+def pickles_are_refused(folder: Path, trace: Path, pickled: dict[str, Any]) -> None:
+    """In the place of weights, of any file of a checkpoint or of the cache, of an adapter and of data."""
     torch.save({"model.norm.weight": Bomb(trace)}, folder / "pytorch_model.bin")
     bin_only = Path(tiny.folder(folder / "bin"))
     (bin_only / "model.safetensors").unlink()
@@ -78,6 +74,15 @@ def loading(folder: Path) -> str:
     expect("safetensors" in text, f"a pickled adapter: {text[-300:]}")
     (folder / "data.pkl").write_bytes(pickle.dumps(Bomb(trace)))
     run({**pickled, "data": {"train": str(folder / "data.pkl")}, "output": str(folder / "pkl")}, code=2)
+
+
+@check(28, "Nothing executes on load", limit=150)
+def loading(folder: Path) -> str:
+    """Pickles, code beside a model or a data set, and YAML tags: nothing runs; remote code only where it is set."""
+    trace = folder / "EXECUTED"
+    pickled = settings(folder, "pickled", dropout=0.0)
+    model = Path(pickled["model"]["path"])
+    pickles_are_refused(folder, trace, pickled)
     remote = Path(tiny.folder(folder / "remote"))
     for name in ("config.json", "tokenizer_config.json"):
         told = json.loads((remote / name).read_text())
