@@ -43,7 +43,7 @@ class Phrase(NamedTuple):
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there are very many, and it takes three times as long to make one
 class Row:
     """One row of data, whatever file format it came from, before it becomes tokens.
 

@@ -22,11 +22,10 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     renderings: dict[tuple[Any, ...], str] = field(default_factory=dict, compare=False)  # those made so far
+    trained: list[int] = field(init=False)  # the turns that carry weight
 
-    @property
-    def trained(self) -> list[int]:
-        """The turns that carry weight."""
-        return [t for t, weight in enumerate(self.weights) if weight]
+    def __post_init__(self) -> None:
+        self.trained = [t for t, weight in enumerate(self.weights) if weight]
 
 
 def conversation_of(row: Row, train_on: str | list[str]) -> Conversation:

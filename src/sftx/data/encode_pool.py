@@ -71,9 +71,7 @@ def encode_jobs(
     workers = cores() if data.workers is None else data.workers
     size = sum(job.stop - job.start for job in jobs)
     workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
-    # Processes that share a cache begin at different places, and skip what another has done.
-    first = os.getpid() * 7919 % max(len(jobs), 1)
-    ordered = [*jobs[first:], *jobs[:first]]
+    ordered = sorted(jobs, key=lambda job: job.start - job.stop)  # large ones first: all processes end together
     setup = ""
     if workers > 1:
         asked = {

@@ -12,7 +12,7 @@ from sftx.types import Float32, Int32, RowError
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: there are very many, and it takes three times as long to make one
 class TokenSequence:
     """Tokens of one sequence, of any length.
 

@@ -121,8 +121,8 @@ class Tokeniser:
                 continue
             text, shared, known = script.text, -1, []
             if texts and not script.mark:  # marks are rare: they are not worth the bookkeeping
-                ends = [end for _, end in texts[-1].matches]
-                shared = bisect.bisect_right(ends, common_length(texts[-1].text, text)) - 1
+                alike = common_length(texts[-1].text, text)
+                shared = bisect.bisect_right(texts[-1].matches, alike, key=lambda match: match[1]) - 1
                 known = texts[-1].matches[: shared + 1]
             found = self._tokenizer.splitting.finditer(text, known[-1][1] if known else 0)
             matches = [*known, *map(re.Match.span, found)]
