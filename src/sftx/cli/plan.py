@@ -6,16 +6,15 @@ what each of so many GPUs holds under `fully_shard`, whether that fits, and how 
 
 from __future__ import annotations
 
-import json as json_module
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan
@@ -69,7 +68,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
     print("\n".join(_lines(facts, config)))
     if json:
-        Path(json).write_text(json_module.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(json, facts)
     return 1 if "refused" in facts else 0
 
 
