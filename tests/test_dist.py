@@ -328,7 +328,7 @@ def test_a_rank_that_hangs_in_python_shows_where(folder: Path) -> None:
 
 
 MEMORY = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from sftx import dist
@@ -339,14 +339,15 @@ from sftx.training.prepare import _build
 def peak():
     return next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
 
-config = load_config(sys.argv[1])
+config = load_config(sys.argv[2])
 torch.set_num_threads(1)
 with dist.joined(torch.device("cpu"), 60):
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = peak()
     loss, _, notes, _ = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
-    print("RANK", json.dumps({"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
-        "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}))
+    found = {"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
+        "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}
+    Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))  # lines printed by several ranks may mix
 """
 
 
@@ -358,9 +359,11 @@ def test_no_rank_ever_holds_the_model(folder: Path) -> None:
     grown: dict[str, list[float]] = {}
     for parallel in ("fsdp", "replicate"):
         path = ranks.write_run(folder, big, f"memory-{parallel}", runtime={"parallel": parallel})
-        process = ranks.start(path, 4, [str(folder / "memory.py")])
+        answers = folder / f"memory-{parallel}"
+        answers.mkdir()
+        process = ranks.start(path, 4, [str(folder / "memory.py"), str(answers)])
         output, _ = process.communicate(timeout=200)
-        found = [json.loads(line.split("RANK ")[1]) for line in output.splitlines() if "RANK " in line]
+        found = [json.loads(answer.read_text(encoding="utf-8")) for answer in answers.iterdir()]
         assert len(found) == 4, output
         grown[parallel] = [numbers["grew"] / numbers["model"] for numbers in found]
         imports = 64 << 20  # what torch loads for the first group, and the buffers of gloo
