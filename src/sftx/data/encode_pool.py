@@ -72,8 +72,8 @@ def encode_jobs(
     size = sum(job.stop - job.start for job in jobs)
     workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
     ordered = sorted(jobs, key=lambda job: job.start - job.stop)  # large ones first: all processes end together
-    setup = ""
-    if workers > 1:
+
+    def setup() -> str:
         asked = {
             "tokenizer": tokenizer_state(tokenizer, scratch),
             "data": data.model_dump(exclude={"rows", "eval_rows"}),
@@ -81,7 +81,7 @@ def encode_jobs(
             "fingerprint": encoder.fingerprint,
             "cache": str(cache.folder),
         }
-        setup = json.dumps(asked)
+        return json.dumps(asked)
 
     def encode_here(job: Job) -> None:
         if cache.load(job.key) is None:
@@ -91,16 +91,23 @@ def encode_jobs(
 
 
 def _share(
-    jobs: Sequence[Job], processes: int, setup: str, encode_here: Callable[[Job], None], report: Callable[[Job], None]
+    jobs: Sequence[Job],
+    processes: int,
+    setup: Callable[[], str],
+    encode_here: Callable[[Job], None],
+    report: Callable[[Job], None],
 ) -> None:
     """Do all jobs, here and in so many further processes; whoever is free takes the next one."""
     waiting, left = deque(jobs), len(jobs)
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
     with ExitStack() as stack:
+        others: list[subprocess.Popen[str]] = []
         for _ in range(processes):
-            process = _start()
-            stack.callback(_end, process)
-            Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
+            others.append(_start())
+            stack.callback(_end, others[-1])
+        asked = setup() if others else ""  # made while they start
+        for process in others:
+            Thread(target=_serve, args=(process, asked, waiting, answers), daemon=True).start()
         while left:
             job = _take(waiting)
             if job:

@@ -141,13 +141,7 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
         raise UserError(f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}")
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in parameters.items()}
     if optimizer is not None:
-        optimizer.state.clear()
-        for key in sorted(facts.keys() - parameters.keys()):
-            name, _, kind = key.rpartition("/")
-            shape, dtype = facts[key]
-            like = parameters[name].detach()
-            empty = torch.zeros_like(like, dtype=dtype) if shape else torch.zeros((), dtype=dtype, device=like.device)
-            tensors[key] = optimizer.state[parameters[name]][kind] = empty
+        tensors |= {name: moment for name, moment in _moments(model, optimizer).items() if name in facts}
     load_tensors(path, tensors)
 
 

@@ -51,7 +51,11 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
             (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if optim.weights == "fp32" else StochasticAdamW
-    return kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+    made = kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+    for p in (*decayed, *plain):  # PyTorch's first step would make these among its activations: holes in the heap
+        means = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        made.state[p] = {"step": torch.zeros((), device=p.device), **means}
+    return made
 
 
 class StochasticAdamW(torch.optim.AdamW):
@@ -74,15 +78,12 @@ class StochasticAdamW(torch.optim.AdamW):
                 state, first = self.state[p], first + p.numel()
                 if p.grad is None:
                     continue
-                for name in ("exp_avg", "exp_avg_sq") if not state else ():
-                    state[name] = torch.zeros_like(p, dtype=torch.float32)
-                step = state.setdefault("step", torch.zeros((), device=p.device))
                 settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
                 held, start = own_part(p)
                 weight, grad = held.float(), own_part(p.grad)[0].float()
                 means = [own_part(state["exp_avg"])[0]], [own_part(state["exp_avg_sq"])[0]]
-                adamw([weight], [grad], *means, [], [step], fused=True, found_inf=self.found_inf, **settings)
+                adamw([weight], [grad], *means, [], [state["step"]], fused=True, found_inf=self.found_inf, **settings)
                 bits = random_bits(first - p.numel() + start, weight.numel(), p.device).view(weight.shape)
                 held.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
 
