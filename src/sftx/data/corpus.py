@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sftx.data.cache import Entry, TokenBlock, make_block, open_block
+from sftx.data.cache import TokenBlock, make_block, open_block
 from sftx.types import Example, Int32, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
@@ -29,7 +29,7 @@ class Origin:
 
     def place(self, line: int) -> str:
         """`file:line`, or `file, row n` where rows are not lines."""
-        if self.names:
+        if 0 < line <= len(self.names):
             return self.names[line - 1]
         return f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, row {line}"
 
@@ -104,12 +104,6 @@ class Corpus:
         columns, self.drops, self._notes = self._collect()
         self._use(columns)
         self.ledgers = self._ledgers(self.drops, self._notes)
-
-    @classmethod
-    def from_examples(cls, examples: Sequence[Example], source: str = "memory") -> Corpus:
-        """A corpus held in memory, one row per example."""
-        block = make_block([Entry(example, i, row=i) for i, example in enumerate(examples)], {})
-        return cls([Part(block, 0, 0, 1)], [source], [Origin(source, "row")])
 
     def __len__(self) -> int:
         return len(self.columns.lengths)
@@ -225,9 +219,6 @@ class Corpus:
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
                 notes=counts,
-                rows=[
-                    {"source": self.origins[d.origin].name, "line": d.line, "action": "dropped", "reason": d.reason}
-                    for d in dropped
-                ],
+                rows=[{"line": drop.line, "reason": drop.reason} for drop in dropped],
             )
         return ledgers
