@@ -11,11 +11,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
+"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
+
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, every field documented."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        name = cls.__name__.lower()
+        if name in SHORT_FORMS and isinstance(value, str):
+            return {SHORT_FORMS[name]: value}
+        return {"rows": value} if name == "data" and isinstance(value, list) else value
 
 
 class Model(Section):
@@ -98,13 +109,6 @@ class Data(Section):
     workers: int | None = Field(default=None, ge=0)
     """Processes that encode; default: one per core. 0 encodes in this process."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"train": value}
-        return {"rows": value} if isinstance(value, list) else value
-
 
 class Batch(Section):
     """The step: which examples share one update. A property of the run, not of the machine."""
@@ -121,7 +125,7 @@ class Batch(Section):
     """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Batch:
+    def _fits_together(self) -> Batch:
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("`epochs` and `steps` both say how long to train; set one")
         if self.tokens_per_step is not None and "examples_per_step" in self.model_fields_set:
@@ -157,9 +161,13 @@ class Optim(Section):
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
     @model_validator(mode="after")
-    def _decay_is_used(self) -> Optim:
+    def _fits_together(self) -> Optim:
         if "decay" in self.model_fields_set and self.schedule != "wsd":
             raise ValueError(f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}")
+        if "final_ratio" in self.model_fields_set and self.schedule == "constant":
+            raise ValueError("`final_ratio` says where a schedule ends, but the schedule is constant")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` are {self.betas}; each is at least 0 and below 1")
         return self
 
 
@@ -205,13 +213,8 @@ class Adapter(Section):
     merge: bool = False
     """Also write the merged model, as `sftx export` does, into `OUTPUT/merged`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
-    def _has_method(self) -> Adapter:
+    def _fits_together(self) -> Adapter:
         unused = sorted(self.model_fields_set - {"method"})
         if self.method == "none" and unused:
             raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
@@ -304,15 +307,8 @@ class Config(Section):
     seed: int = 0
     """Seed of shuffling, adapter initialisation and dropout."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("model"), str):
-            return {**value, "model": {"path": value["model"]}}
-        return value
-
     @model_validator(mode="after")
-    def _one_way_to_choose_weights(self) -> Config:
+    def _fits_together(self) -> Config:
         ways = [name for name in ("unfrozen_layers", "train_only", "freeze") if getattr(self.model, name) is not None]
         if ways and self.adapter.method != "none":
             raise ValueError(f"`model.{ways[0]}` is for training without an adapter, which freezes all but itself")
@@ -320,12 +316,7 @@ class Config(Section):
             raise ValueError("`optim.weights` is for training without an adapter, whose weights are always fp32")
         if ways[:2] == ["unfrozen_layers", "train_only"]:
             raise ValueError("`model.unfrozen_layers` and `model.train_only` both say what trains; set one")
-        return self
-
-    @model_validator(mode="after")
-    def _something_is_held_out(self) -> Config:
-        data = self.data
-        if self.eval.every and not (data.eval or data.eval_rows or data.eval_split):
+        if self.eval.every and not (self.data.eval or self.data.eval_rows or self.data.eval_split):
             raise ValueError(
                 "`eval.every` is set, but there is nothing to evaluate on: set data.eval or data.eval_split"
             )

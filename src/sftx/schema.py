@@ -18,18 +18,13 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from sftx.config import Config, Section
+from sftx.config import SHORT_FORMS, Config, Section
 
-SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
-"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
-
-
-def _foreign_names() -> dict[str, tuple[str, str]]:
-    table = yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
-    return {name: (entry.get("ours", ""), entry.get("note", "")) for entry in table for name in entry["names"]}
-
-
-FOREIGN_NAMES = _foreign_names()
+FOREIGN_NAMES: dict[str, tuple[str, str]] = {
+    name: (entry.get("ours", ""), entry.get("note", ""))
+    for entry in yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
+    for name in entry["names"]
+}
 """The names other tools use for the same idea: our dotted key, and a sentence where the meaning differs."""
 
 
