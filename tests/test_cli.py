@@ -49,6 +49,7 @@ def test_a_verb_gets_its_config_and_its_own_keys(monkeypatch: pytest.MonkeyPatch
         (["schema", "formt=json"], "error: sftx schema: no key 'formt'; did you mean `format`?"),
         (["schema", "run.yaml"], "error: sftx schema: 'run.yaml' means nothing here; it takes format=..."),
         (["schema", "format=xml"], "error: sftx schema: format='xml'; allowed: json, markdown"),
+        (["schema", "format=json", "format=markdown"], "error: sftx schema: format: given twice"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(

@@ -107,6 +107,8 @@ def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple
             if path is not None:
                 raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
             path = argument
+        elif key in extra:
+            raise UserError(f"sftx {verb}: {key}: given twice")
         elif key in extra_keys:
             extra[key] = value
         elif close := [] if "." in key else get_close_matches(key, extra_keys, 1, 0.75):

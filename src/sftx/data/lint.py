@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import Config
+from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
 from sftx.data.length import runs
@@ -46,11 +47,7 @@ class Finding:
     serious: bool
     message: str
     count: int
-    places: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return asdict(self)
+    places: list[str]
 
 
 def lint(config: Config, encoder: Encoder) -> list[Finding]:
@@ -59,24 +56,25 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
     Raises:
         UserError: a file cannot be read at all.
     """
-    lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
-    corpus, held_out = load_corpora(_unweighted(lenient), encoder.tokenizer, encoder.max_length)
+    once = config.model_copy(update={"data": _once(config.data)})
+    corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length)
     found = _of_drops(corpus) + _of_tokens(corpus, encoder) + _of_copies(corpus, held_out)
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)
-    found += _of_texts(lenient, encoder)
+    found += _of_texts(once, encoder)
     return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
 
 
-def _unweighted(config: Config) -> Config:
-    """The same data, every row once."""
+def _once(data: Data) -> Data:
+    """The same data with every row once, bad rows left out."""
 
-    def once(given: Any) -> Any:
+    def unweighted(given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
         return [s if isinstance(s, str) else s.model_copy(update={"weight": 1.0}) for s in given]
 
-    data = config.data
-    update = {key: once(value) for key in ("train", "eval") if isinstance(value := getattr(data, key), list)}
-    return config.model_copy(update={"data": data.model_copy(update=update)})
+    plain = {"on_bad_row": "skip", "mix_by": "rows"}
+    return data.model_copy(update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)})
 
 
 def _finding(check: str, serious: bool, message: str, where: Any, place: Place) -> Finding:
@@ -100,8 +98,7 @@ def _of_drops(corpus: Corpus) -> list[Finding]:
 def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     """Findings in the encoded examples: outputs without content or end, lost targets, extreme lengths."""
     stops = set(encoder.tokenizer.stop_ids) | {encoder.stop_id}
-    special = [encoder.tokenizer.is_special(encoder.tokenizer.token(i)) for i in range(encoder.tokenizer.vocab_size)]
-    is_special = np.array(special)
+    is_special = np.isin(np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids))
     columns = corpus.columns
     last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
     empty, single, endless = [], [], []
@@ -200,6 +197,9 @@ def _texts(row: Row) -> Iterator[str]:
     yield from (phrase.text for phrase in row.phrases)
     yield from (message.get("content", "") for message in row.messages)
     yield from (message.get("reasoning_content", "") for message in row.messages)
+    yield from (
+        json.dumps(message["tool_calls"], ensure_ascii=False) for message in row.messages if "tool_calls" in message
+    )
     yield " ".join(map(str, row.ids))
 
 

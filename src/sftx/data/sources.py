@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
-from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -55,9 +54,9 @@ class Table:
 def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
     """The sources of a setting, each with a name; rows held in memory come last."""
     listed = [given] if isinstance(given, str) else given or []
-    sources = [Source.model_validate({"path": item}) if isinstance(item, str) else item for item in listed]
+    sources = [Source(path=item) if isinstance(item, str) else item for item in listed]
+    sources += [Source(path=MEMORY)] if rows is not None else []
     named = [source.model_copy(update={"name": source.name or source.path}) for source in sources]
-    named += [Source.model_validate({"path": MEMORY, "name": MEMORY})] if rows is not None else []
     names = [source.name or "" for source in named]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two data sources are called {double!r}; give each a name of its own, or one a weight of 2")
@@ -75,7 +74,7 @@ def open_tables(
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
-        in_memory = rows is not None and source.path == MEMORY and number == len(sources) - 1
+        in_memory = rows is not None and number == len(sources) - 1  # `named_sources` puts them last
         if in_memory or is_hub_name(source.path):
             with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
                 if in_memory:
@@ -155,7 +154,7 @@ def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     return "text"  # no rows at all
 
 
-def _hub_rows(name: str) -> Iterable[Any]:
+def _hub_rows(name: str) -> Iterator[Any]:
     """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless named."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -169,4 +168,4 @@ def _hub_rows(name: str) -> Iterable[Any]:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
-    return chain(loaded)
+    yield from loaded
