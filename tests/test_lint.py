@@ -174,3 +174,12 @@ def test_a_vocabulary_may_have_holes() -> None:
     rows = [{"input_ids": [0, 1, 0, 1, 9]}, {"input_ids": [1, 5, 1, 1, 9]}]
     assert find(tokenizer, rows) == {}
     assert view(encode(rows[1], tokenizer)[0], tokenizer, "here").special == [False] * 4 + [True]
+
+
+def test_numbers_are_no_card_numbers(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    texts = [{"text": "count: " + " ".join(str(rng.randrange(10)) for _ in range(40))} for _ in range(40)]
+    tokens = [{"input_ids": [rng.randrange(8, 260) for _ in range(39)] + [2]} for _ in range(40)]
+    assert "secrets" not in find(tokenizer, texts)
+    assert "secrets" not in find(tokenizer, tokens)
+    assert find(tokenizer, [*texts, {"text": "pay with 4539148803436467"}])["secrets"].count == 1

@@ -177,41 +177,29 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None
 
 
-def _parquet(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    arrow = _import_arrow(name)
-    try:
-        for batch in arrow.parquet.ParquetFile(stream).iter_batches(1024):
-            write_rows(batch.to_pylist(), out)
-    except arrow.ArrowInvalid as error:
-        raise UserError(f"{name}: not a readable Parquet file: {error}") from None
-
-
 def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    arrow = _import_arrow(name)
-    magic = stream.read(6)
-    stream.seek(0)
+    """Parquet, and Arrow as a file or as a stream."""
     try:
-        if magic == b"ARROW1":
-            file = arrow.ipc.open_file(stream)
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        import pyarrow as arrow
+        from pyarrow import ipc, parquet
+    except ImportError:
+        reason = "reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
+        raise UserError(f"{name}: {reason}") from None
+    kind = kind_of(Path(name))[1:].capitalize()
+    try:
+        magic = stream.read(6)
+        stream.seek(0)
+        if kind == "Parquet":
+            batches: Any = parquet.ParquetFile(stream).iter_batches(1024)
+        elif magic == b"ARROW1":
+            file = ipc.open_file(stream)
+            batches = map(file.get_batch, range(file.num_record_batches))
         else:
-            batches = iter(arrow.ipc.open_stream(stream))
+            batches = ipc.open_stream(stream)
         for batch in batches:
             write_rows(batch.to_pylist(), out)
     except arrow.ArrowInvalid as error:
-        raise UserError(f"{name}: not a readable Arrow file: {error}") from None
-
-
-def _import_arrow(name: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{name}: reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
-        ) from None
-    return pyarrow
+        raise UserError(f"{name}: not a readable {kind} file: {error}") from None
 
 
 def write_rows(rows: Iterable[Any], out: IO[bytes]) -> None:
@@ -225,6 +213,6 @@ _CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {
     ".txt": _text,
     ".csv": _table,
     ".tsv": _table,
-    ".parquet": _parquet,
+    ".parquet": _arrow,
     ".arrow": _arrow,
 }

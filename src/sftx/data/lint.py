@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +31,7 @@ SECRETS = re.compile(
     r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[0-9A-Za-z_-]{35}\b"
     r"|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
 )
-CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){15}\d(?![\d.])")
+CARD = re.compile(r"(?<![\d.])\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?![\d.])")
 MARKERS = re.compile(  # what chat templates write, and text should not hold
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<\|(?:user|assistant|system|endoftext|end_of_text|begin_of_text|return|channel)\|>|<\|turn\|?>"
@@ -155,11 +156,10 @@ def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
 def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
     """Findings in the rows' own text: near duplicates, roles, foreign markers, mojibake, secrets."""
     places: list[str] = []
-    held: list[bool] = []
     hashes: list[int] = []
     like: dict[int, int] = {}
-    seen = NearDuplicates()
-    hits: dict[str, list[int]] = {name: [] for name in ("roles", "markers", "own markers", "mojibake", "secrets")}
+    hits: dict[str, list[int]] = defaultdict(list)
+    seen, trained = NearDuplicates(), 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
@@ -167,17 +167,15 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
                     continue
                 number = len(places)
                 places.append(table.origin.place(line))
-                held.append(table.held_out)
-                text = "\n".join(_texts(row))
+                text = "\n".join(_texts(row)) or " ".join(map(str, row.ids))
                 hashes.append(hash(text))
                 earlier = seen.add(text)
                 if earlier is not None and hashes[earlier] != hashes[number]:  # exact copies are another finding
                     like[number] = earlier
-                for name in _text_problems(text, encoder):
+                for name in _problems(row, text, encoder.tokenizer.control):
                     hits[name].append(number)
-                if _wrong_order(row):
-                    hits["roles"].append(number)
-    across = [i for i, j in like.items() if held[i] and not held[j]]
+            trained = trained if table.held_out else len(places)
+    across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
     many = len(hits["markers"]) > 0.01 * len(places)
     place = places.__getitem__
@@ -195,16 +193,16 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
 def _texts(row: Row) -> Iterator[str]:
     yield row.text
     yield from (phrase.text for phrase in row.phrases)
-    yield from (message.get("content", "") for message in row.messages)
-    yield from (message.get("reasoning_content", "") for message in row.messages)
-    yield from (
-        json.dumps(message["tool_calls"], ensure_ascii=False) for message in row.messages if "tool_calls" in message
-    )
-    yield " ".join(map(str, row.ids))
+    for message in row.messages:
+        yield from (message.get("content", ""), message.get("reasoning_content", ""))
+        yield from (json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ()))
 
 
-def _text_problems(text: str, encoder: Encoder) -> Iterator[str]:
-    control = encoder.tokenizer.control
+def _problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
+    if _wrong_order(row):
+        yield "roles"
+    if row.kind == "tokens":  # the text is that of numbers
+        return
     if control.search(text):
         yield "own markers"
     if any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text)):

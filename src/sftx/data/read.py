@@ -108,7 +108,10 @@ def is_lines(file: Path) -> bool:
 
 
 def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
-    """Cut JSON lines into blocks, reading once, front to back."""
+    """Cut JSON lines into blocks, reading once, front to back.
+
+    A block ends at the first mark past its least size, or at the first line past its greatest.
+    """
     head = stream.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name}: the file is UTF-16; save it as UTF-8")
@@ -120,31 +123,20 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         lengths = np.diff(ends, prepend=last_end)
         before = np.concatenate([[last_length], lengths[:-1]]) if len(ends) else lengths
         marks = ends[(lengths * 2654435761 + before * 40503) % 1021 == 0]
-        position = counted = 0
-        while True:
-            cuts = [a[i] for a, i in _next_ends(ends, marks, start) if i < len(a)]
-            if not cuts:
-                break
+        position = 0
+        while cuts := [*marks[marks >= start + MIN_BLOCK][:1], *ends[ends >= start + MAX_BLOCK][:1]]:
             stop = int(min(cuts))
             content.update(chunk[position : stop - offset])
-            upto = int(np.searchsorted(ends, stop, "right"))
-            lines += upto - counted
-            yield Block(start, stop, line, lines, content.hexdigest())
-            line, lines, start, content = line + lines, 0, stop, blake2b(digest_size=20)
-            position, counted = stop - offset, upto
+            upto = lines + int(np.searchsorted(ends, stop, "right"))
+            yield Block(start, stop, line, upto - line + 1, content.hexdigest())
+            start, line, content, position = stop, upto + 1, blake2b(digest_size=20), stop - offset
         content.update(chunk[position:])
-        lines += len(ends) - counted
+        lines += len(ends)
         offset += len(chunk)
         if len(ends):
             last_end, last_length = int(ends[-1]), int(lengths[-1])
     if offset > start:
-        yield Block(start, offset, line, lines + (last_end < offset), content.hexdigest())
-
-
-def _next_ends(ends: np.ndarray, marks: np.ndarray, start: int) -> tuple[tuple[np.ndarray, int], ...]:
-    """Where a block from `start` may end: at the first mark past its least size, at any line past its greatest."""
-    least, greatest = np.searchsorted(marks, start + MIN_BLOCK), np.searchsorted(ends, start + MAX_BLOCK)
-    return (marks, int(least)), (ends, int(greatest))
+        yield Block(start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest())
 
 
 def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError]]:

@@ -33,12 +33,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "alpaca": ("input",),
     "tokens": ("labels", "weights"),
 }
-_RENAME = "; rename the columns to prompt and completion"
+_QUESTIONS = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output"))
 _ELSEWHERE = {  # layouts other tools take, and what to do with them here
-    ("question", "answer"): _RENAME,
-    ("query", "response"): _RENAME,
-    ("prompt", "response"): _RENAME,
-    ("input", "output"): _RENAME,
+    **dict.fromkeys(_QUESTIONS, "; rename the columns to prompt and completion"),
     ("chosen", "rejected"): "; this is preference data: keep `chosen` alone, as messages or as a completion",
     ("prompt", "chosen"): "; this is preference data: rename `chosen` to completion",
 }
