@@ -242,3 +242,8 @@ def test_the_right_line_far_into_a_large_file() -> None:
         if isinstance(value, RowError)
     ]
     assert found == [120_000]
+
+
+def test_an_array_named_jsonl_is_told_what_to_be_called() -> None:
+    found = [str(value) for _, _, value in rows_in(json.dumps(ROWS, indent=1).encode(), 1)]
+    assert found[0].endswith("; a JSON array of rows is read from a file named .json")

@@ -152,6 +152,10 @@ def test_sharegpt_roles() -> None:
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content' must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
+        (
+            {"messages": [{**MODEL, "function_call": {"name": "f"}}]},
+            "function_call is not read: write it as tool_calls",
+        ),
         ({"messages": [{**MODEL, "wieght": 0}]}, "did you mean 'weight'?"),
         ({"messages": [{**MODEL, "weight": "1"}]}, "messages[0].weight must be a number"),
         ({"messages": [{**MODEL, "weight": float("nan")}]}, "must be a number"),

@@ -290,6 +290,11 @@ def test_settings_that_would_do_nothing_or_fail_late(optim: dict[str, object], m
         make_config(model="m", data="d", output="o", optim=optim)
 
 
+def test_roles_to_train_on_are_known(tmp_path: Path) -> None:
+    found = "found ['asistant']; allowed: one of all, last or a list of system, developer, user, assistant, tool"
+    assert refused(tmp_path, BASE, "data.train_on=[asistant]") == [f"command line: data.train_on: {found}"]
+
+
 def test_rows_are_a_list(tmp_path: Path) -> None:
     found = "run.yaml:3: data.rows: found 3; allowed: a list of rows, or null"
     assert refused(tmp_path, "model: m\noutput: o\ndata: {rows: 3}\n") == [found]

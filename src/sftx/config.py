@@ -91,7 +91,7 @@ class Data(Section):
     template: str = "auto"
     """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
     are, EOS after the last output; else a .jinja file or the name of a bundled template."""
-    train_on: Literal["all", "last"] | list[str] = "all"
+    train_on: Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]] = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; default: the positions of the model, at most 8,192."""

@@ -77,7 +77,7 @@ def _type_in_words(annotation: Any) -> str:
             return words + ", or null" if type(None) in arguments else words
         case origin if origin is list:
             item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
-            return "a list of " + item.replace(" or ", " / ")
+            return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
     return "{" + ", ".join(annotation.model_fields) + "}"

@@ -38,21 +38,11 @@ TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so tha
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
-VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {
-    9: "⇥",
-    10: "↵\n",
-    155: "␛",
-}
+VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 155: "␛"}
 
 
 def run(
-    config: Config,
-    row: str = "",
-    rows: str = "",
-    step: str = "",
-    pack: str = "",
-    html: str = "",
-    json: str = "",
+    config: Config, row: str = "", rows: str = "", step: str = "", pack: str = "", html: str = "", json: str = ""
 ) -> int:
     """Show rows (or a step, or a pack) on the terminal; write a page or JSON where asked. Returns 0."""
     console = Console(highlight=False)

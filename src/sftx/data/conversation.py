@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Conversation:
         self.trained = [t for t, weight in enumerate(self.weights) if weight]
 
 
-def conversation_of(row: Row, train_on: str | list[str]) -> Conversation:
+def conversation_of(row: Row, train_on: str | Sequence[str]) -> Conversation:
     """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and assistant turns.
 
     A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is `weight`, or 1.

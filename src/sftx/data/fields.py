@@ -21,7 +21,11 @@ def from_json(text: str, at: str = "") -> Any:
     except json.JSONDecodeError as error:
         problem = error.msg.removesuffix(" starting at")
         is_cut = error.pos >= len(text.rstrip()) or problem.startswith("Unterminated")
-        problem += f" at column {error.pos + 1}{'; the line is cut off' * (is_cut and not at)}"
+        problem += f" at column {error.pos + 1}"
+        if text.strip() == "[":
+            problem += "; a JSON array of rows is read from a file named .json"
+        elif is_cut and not at:
+            problem += "; the line is cut off"
     except RecursionError:
         problem = "nested too deeply"
     except ValueError:

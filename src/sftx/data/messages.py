@@ -43,9 +43,7 @@ def _message(raw: Any, at: str) -> Message:
         hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(ROLES)}"
         raise RowError(f"{at}.role is {role!r}; {hint}")
     message = {key: value for key, value in raw.items() if value is not None}
-    for key in message.keys() - Message.__annotations__.keys():  # others are left to the template, if it reads them
-        if close := difflib.get_close_matches(str(key), list(Message.__annotations__), 1, 0.8):
-            raise RowError(f"{at} has an unknown field {key!r}; did you mean {close[0]!r}?")
+    _check_names(message, at)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], at)
         message.setdefault("content", "")
@@ -63,6 +61,14 @@ def _message(raw: Any, at: str) -> Message:
     if message.keys() - Message.__annotations__.keys() or "tool_calls" in message:
         check_spelling(message, at)
     return cast(Message, message)
+
+
+def _check_names(message: dict[str, Any], at: str) -> None:
+    for key in message.keys() - Message.__annotations__.keys():  # others are left to the template, if it reads them
+        if close := difflib.get_close_matches(str(key), list(Message.__annotations__), 1, 0.8):
+            raise RowError(f"{at} has an unknown field {key!r}; did you mean {close[0]!r}?")
+        if key == "function_call":
+            raise RowError(f"{at}.function_call is not read: write it as tool_calls")
 
 
 def _part(part: Any, at: str) -> str:
