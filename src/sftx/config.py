@@ -7,9 +7,10 @@ machine it happens to run on, and nothing in `runtime` but `precision` changes a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
 """Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
@@ -18,7 +19,9 @@ SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, every field documented."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -256,7 +259,7 @@ class Runtime(Section):
     tokens_per_pack: int | None = Field(default=None, ge=1)
     """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
     longer than this is a pack of its own."""
-    recompute: Literal["auto", "none", "all"] | int = "auto"
+    recompute: Literal["auto", "none", "all"] | Annotated[int, Ge(0)] = "auto"
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
     kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -272,13 +275,6 @@ class Runtime(Section):
     """Seconds for which a process may wait for another; then the job ends and the silent one is named."""
     progress: bool = True
     """Show progress on the terminal."""
-
-    @field_validator("recompute")
-    @classmethod
-    def _not_negative(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 0:
-            raise ValueError(f"found {value}; a number of layers is at least 0")
-        return value
 
 
 class Config(Section):

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -144,8 +143,6 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
         elif inner := section_of(field):
             value = _long_form(key, value)
             known[key] = _known(value, inner, path, places, problems) if isinstance(value, dict) else value
-        elif isinstance(value, float) and not isfinite(value):
-            problems.append(f"{_place(path, places)}{dotted(path)}: found {value}; allowed: {allowed(field)}")
         else:
             known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
             place = _place(path, places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,12 @@ def _chosen(corpus: Corpus) -> list[int]:
 
 
 def _row(shown: View) -> dict[str, Any]:
-    weights = np.array(shown.weights, np.float64)
+    row = asdict(shown)
+    weights = np.array(row.pop("weights"), np.float64)
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
-    return {
-        "place": shown.place,
-        "note": shown.note,
-        "part": shown.part,
-        "targets": shown.targets,
-        "texts": shown.texts,
-        "ids": shown.ids,
-        "special": [i for i, special in enumerate(shown.special) if special],
-        "runs": [[int(start), round(float(weights[start]), 6)] for start in starts],  # weights, run by run
-        "prompt": shown.prompt,
-    }
+    runs = [[int(start), round(float(weights[start]), 6)] for start in starts]  # weights, run by run
+    special = [i for i, special in enumerate(shown.special) if special]
+    return {**row, "targets": shown.targets, "special": special, "runs": runs}
 
 
 def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
