@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sftx.data import read
-from sftx.data.convert import convert
+from sftx.data.convert import convert, dump
 from sftx.data.read import Block, find_files, is_hub_name, is_lines, rows_in, scan
 from sftx.types import RowError, UserError
 
@@ -69,6 +69,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         "a.csv": csv_bytes(ROWS),
         "a.tsv": csv_bytes(ROWS).replace(b",", b"\t", 1).replace(b'","', b'"\t"'),
         "a.csv.gz": gzip.compress(csv_bytes(ROWS)),
+        **{f"{file.name}.zst": zstandard.compress(file.read_bytes()) for file in [*tmp_path.iterdir()]},
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -247,3 +248,24 @@ def test_the_right_line_far_into_a_large_file() -> None:
 def test_an_array_named_jsonl_is_told_what_to_be_called() -> None:
     found = [str(value) for _, _, value in rows_in(json.dumps(ROWS, indent=1).encode(), 1)]
     assert found[0].endswith("; a JSON array of rows is read from a file named .json")
+
+
+def test_texts_that_are_no_utf8_inside_parquet_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    pq.write_table(
+        pa.Table.from_arrays([pa.Array.from_buffers(pa.string(), 1, buffers)], ["a"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file: 'utf-8' codec"):
+        converted(tmp_path / "a.parquet")
+
+
+def test_what_is_no_json_is_a_bad_row() -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    for value, message in (({(1, 2): 3}, "keys must be str"), (itself, "Circular reference")):
+        [(_, _, found)] = rows_in(dump(value), 1)
+        assert isinstance(found, RowError)
+        assert message in str(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import shutil
@@ -28,7 +29,10 @@ def dump(value: Any) -> bytes:
     def plain(item: Any) -> Any:
         return item.tolist() if isinstance(item, np.ndarray | np.generic) else {"unreadable": type(item).__name__}
 
-    return json.dumps(value, default=plain).encode()
+    try:
+        return json.dumps(value, default=plain).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
+        return ERROR_MARK + str(error).encode()
 
 
 def convert(files: list[Path], out: IO[bytes]) -> None:
@@ -186,6 +190,7 @@ def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         reason = "reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
         raise UserError(f"{name}: {reason}") from None
     kind = kind_of(Path(name))[1:].capitalize()
+    stream = stream if stream.seekable() else io.BytesIO(stream.read())
     try:
         magic = stream.read(6)
         stream.seek(0)
@@ -198,7 +203,7 @@ def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
             batches = ipc.open_stream(stream)
         for batch in batches:
             write_rows(batch.to_pylist(), out)
-    except arrow.ArrowInvalid as error:
+    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable {kind} file: {error}") from None
 
 

@@ -89,16 +89,16 @@ class Tokenizer:
     def of_model(cls, model: Model) -> Tokenizer:
         """The tokenizer of a run: the model's, with the tokens the run adds."""
         made = cls.load(model.tokenizer or model.path)
-        if "" in (*model.add_tokens, *model.add_special_tokens):
+        texts = [(text, False) for text in model.add_tokens] + [(text, True) for text in model.add_special_tokens]
+        if not texts:
+            return made
+        if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
-        for texts, special in ((model.add_tokens, False), (model.add_special_tokens, True)):
-            tokens = [tokenizers.AddedToken(text, normalized=False, special=special) for text in texts]
-            known = made.vocab_size
-            (made.backend.add_special_tokens if special else made.backend.add_tokens)(tokens)
-            ids: Any = [made.backend.token_to_id(text) for text in texts]
-            taught = made.taught | {i: i >= known for i in ids}
-            made = cls(made.backend, made.special, made.chat_templates, made.stop_ids) if texts else made
-            made.taught = taught
+        made.backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts])
+        ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
+        taught = {i: i >= made.vocab_size for i in ids}
+        made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
+        made.taught = taught
         return made
 
     @classmethod
