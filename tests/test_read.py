@@ -269,3 +269,9 @@ def test_what_is_no_json_is_a_bad_row() -> None:
         [(_, _, found)] = rows_in(dump(value), 1)
         assert isinstance(found, RowError)
         assert message in str(found)
+
+
+def test_a_full_disk_is_no_damage_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(ROWS).encode())
+    with open("/dev/full", "wb", 0) as out, pytest.raises(OSError, match="No space left"):
+        convert([tmp_path / "a.json"], out)

@@ -27,14 +27,11 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
     paths are relative to the working directory. Raises `UserError` with every problem found, one per line, each with
     its file and line and its dotted key.
     """
-    data: Any = {}
-    places: Places = {}
     problems: list[str] = []
-    if path is not None:
-        data, places = parse(_read(path), path, problems)
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
+    data, places = parse("" if path is None else _read(path), path or "", problems)
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
     given = {re.split("[.=]", override)[0] for override in overrides} | set(data)
     absent = [default for default in defaults if re.split("[.=]", default)[0] not in given]
     for override in (*absent, *overrides):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
 import re
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -44,28 +44,27 @@ def convert(files: list[Path], out: IO[bytes]) -> None:
         try:
             with _open(file) as stream:
                 _CONVERTERS[kind_of(file)](stream, out, str(file))
-        except _damage() as error:
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise  # there is no room for the rows
             raise UserError(f"{file}: the file cannot be read ({error}); is it damaged or cut off?") from None
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    """What the readers raise for a file that is not whole."""
-    zstandard: Any = sys.modules.get("zstandard")
-    return (EOFError, OSError, zlib.error, *((zstandard.ZstdError,) if zstandard else ()))
 
 
 def _open(file: Path) -> IO[bytes]:
     name = file.name.lower()
     if name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(file))
-    if name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+    if not name.endswith(".zst"):
+        return file.open("rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+    try:
         _check_frames(file, zstandard.ZstdDecompressor())
-        return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-    return file.open("rb")
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
 
 
 def _check_frames(file: Path, decompressor: Any) -> None:
