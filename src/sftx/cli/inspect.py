@@ -70,7 +70,8 @@ def run(
     for shown in views:
         for text in paint(shown, console.width, console.is_terminal):
             console.print(text, soft_wrap=True)
-    console.print(_totals(views))
+    weight = sum(sum(v.weights) for v in views)
+    console.print(f"{len(views)} examples, {_counts(views)}, total weight {weight:g}")
     if json:
         write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
     if html:
@@ -97,11 +98,9 @@ def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str,
     ]
 
 
-def _totals(views: Sequence[View]) -> str:
+def _counts(views: Sequence[View]) -> str:
     tokens, targets = sum(len(v.ids) for v in views), sum(v.targets for v in views)
-    weight = sum(sum(v.weights) for v in views)
-    share = 100 * targets / max(tokens, 1)
-    return f"{len(views)} examples, {tokens:,} tokens, {targets:,} targets ({share:.1f} %), total weight {weight:g}"
+    return f"{tokens:,} tokens, {targets:,} targets ({100 * targets / max(tokens, 1):.1f} %)"
 
 
 def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
@@ -117,8 +116,7 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
                 line = Text(f"{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
-    share = 100 * shown.targets / max(len(shown.ids), 1)
-    yield Text(f"         {len(shown.ids):,} tokens, {shown.targets:,} targets ({share:.1f} %)", style="italic")
+    yield Text(f"         {_counts([shown])}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
 
