@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from sftx.data.cache import Cache, Entry, make_block, open_block
-from sftx.data.corpus import Corpus
 from sftx.types import Example, UserError
 
 
@@ -121,8 +121,8 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         Cache(str(tmp_path / "file"))
 
 
-def test_corpus_from_examples() -> None:
-    corpus = Corpus.from_examples(EXAMPLES)
+def test_corpus_of_examples() -> None:
+    corpus = tiny.corpus(EXAMPLES)
     assert len(corpus) == 3
     assert all(same(corpus.example(i), e) for i, e in enumerate(EXAMPLES))
     assert corpus.lengths.tolist() == [3, 1, 2]
@@ -135,16 +135,16 @@ def test_corpus_from_examples() -> None:
 
 
 def test_fingerprint_is_of_tokens_weights_and_order() -> None:
-    base = Corpus.from_examples(EXAMPLES)
+    base = tiny.corpus(EXAMPLES)
     assert base.subset([0, 1, 2]).fingerprint == base.fingerprint
-    assert Corpus.from_examples(EXAMPLES[::-1]).fingerprint == base.subset([2, 1, 0]).fingerprint != base.fingerprint
+    assert tiny.corpus(EXAMPLES[::-1]).fingerprint == base.subset([2, 1, 0]).fingerprint != base.fingerprint
     changed = [example([1, 2, 3], [0, 1, 0.5]), *EXAMPLES[1:]]
     moved = [example([1, 2, 3, 4], [0, 1, 1, 0]), *EXAMPLES[2:]]
-    assert len({Corpus.from_examples(e).fingerprint for e in (EXAMPLES, changed, moved)}) == 3
+    assert len({tiny.corpus(e).fingerprint for e in (EXAMPLES, changed, moved)}) == 3
 
 
 def test_subset_repeats_and_divides() -> None:
-    corpus = Corpus.from_examples(EXAMPLES)
+    corpus = tiny.corpus(EXAMPLES)
     twice = corpus.subset([2, 2, 0])
     assert [twice.example(i).ids.tolist() for i in range(3)] == [[5, 6], [5, 6], [1, 2, 3]]
     rest, held = corpus.divide(np.array([True, False, False]))
@@ -154,7 +154,7 @@ def test_subset_repeats_and_divides() -> None:
 
 
 def test_an_empty_corpus_keeps_its_dtypes() -> None:
-    empty = Corpus.from_examples([])
+    empty = tiny.corpus([])
     assert len(empty) == 0
     assert empty.lengths.dtype == np.int32
     assert empty.weights.dtype == np.float64

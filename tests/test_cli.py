@@ -46,9 +46,11 @@ def test_a_verb_gets_its_config_and_its_own_keys(monkeypatch: pytest.MonkeyPatch
         (["train", "--lr", "3"], "error: sftx train: '--lr': settings are written key=value"),
         (["train", "a.yaml", "b.yaml"], "error: sftx train: one YAML file at most: 'a.yaml', then 'b.yaml'"),
         (["train", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
+        (["train", "runs/lr=1e-4/run.yaml"], "error: runs/lr=1e-4/run.yaml: no such file"),
         (["schema", "formt=json"], "error: sftx schema: no key 'formt'; did you mean `format`?"),
         (["schema", "run.yaml"], "error: sftx schema: 'run.yaml' means nothing here; it takes format=..."),
         (["schema", "format=xml"], "error: sftx schema: format='xml'; allowed: json, markdown"),
+        (["schema", "format=json", "format=markdown"], "error: sftx schema: format: given twice"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(
@@ -81,6 +83,8 @@ def test_help_is_made_from_the_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert [key for key in settings() if f"  {key}\n" not in text] == []
+    assert cli.main(["export", "--help"]) == 0
+    assert "usage: sftx export PATH [key=value ...]" in capsys.readouterr().out
     assert cli.main([]) == 0
     overview = capsys.readouterr().out
     assert [name for name, doc in cli.verbs().items() if f"  {name} " not in overview or not doc] == []

@@ -79,9 +79,7 @@ def test_encode_is_what_the_corpus_holds(tokenizer: Tokenizer) -> None:
         corpus, _ = load(make([row, row]), tokenizer)
         assert tokens(corpus) == 2 * [(e.ids.tolist(), e.weights.tolist()) for e in alone]
         assert all(e.ids.dtype == np.int32 and e.weights.dtype == np.float32 and len(e.ids) <= LENGTH for e in alone)
-    assert tokens(Corpus.from_examples(sftx.encode("a", tiny.tokenizer()))) == tokens(
-        load(make([{"text": "a"}]), tokenizer)[0]
-    )
+    assert tokens(tiny.corpus(sftx.encode("a", tiny.tokenizer()))) == tokens(load(make([{"text": "a"}]), tokenizer)[0])
 
 
 def test_encode_takes_settings_and_refuses_others(tokenizer: Tokenizer) -> None:

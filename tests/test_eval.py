@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 
-from sftx.data.corpus import Corpus
 from sftx.eval.generate import generate
 from sftx.eval.loss import held_out_loss
 from sftx.model.load import PackLoss
@@ -21,7 +20,7 @@ def test_held_out_loss_is_the_naive_one_for_any_pack_size() -> None:
     twin = copy.deepcopy(model).double()
     naive = float(tiny.naive_loss(twin, data).detach())
     for tokens_per_pack in (1, 64, 10_000):
-        numbers = held_out_loss(PackLoss(model), Corpus.from_examples(data), tokens_per_pack, nullcontext)
+        numbers = held_out_loss(PackLoss(model), tiny.corpus(data), tokens_per_pack, nullcontext)
         assert numbers["loss"] == pytest.approx(naive, rel=1e-6)
         assert numbers["perplexity"] == pytest.approx(np.exp(naive), rel=1e-5)
 

@@ -149,3 +149,37 @@ def test_no_torch(run: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, "inspect", *run, "step=1"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_every_row_is_found_by_its_place(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out.json"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text(f"the text of {name}")
+    arguments = ["inspect", run[0], f"data={folder}"]
+    assert main([*arguments, f"row={folder / 'b.txt'}:1", f"json={out}"]) == 0
+    assert [(shown["place"], "".join(shown["texts"])) for shown in read_json(out)] == [
+        (str(folder / "b.txt"), "the text of b.txt<eos>")
+    ]
+    capsys.readouterr()
+    for wrong, message in (
+        ([*arguments, "row=4"], "texts, row 4: there is no row here"),
+        ([*arguments, "row=0"], "sftx inspect: row='0': expected a whole number of at least 1"),
+        ([*arguments, "rows=0"], "sftx inspect: rows='0': expected a whole number of at least 1"),
+        (["inspect", run[0], "data.max_length=9"], "data.train: nothing to train on is given"),
+    ):
+        assert main(wrong) == 2, wrong
+        assert message in capsys.readouterr().err.replace("\n", "")
+
+
+def test_data_commands_no_terminal() -> None:
+    shown = view(encode("a\x1b]0;b\x07c\x9b1m", TOKENIZER, template="none")[0], TOKENIZER, "here")
+    text = "".join(line.plain for colour in (True, False) for line in paint(shown, 80, colour))
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
+
+
+def test_the_page_names_the_place_of_a_dropped_row(run: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["good", {"text": 1}, "good"]')
+    page, skip = tmp_path / "page.html", "data.on_bad_row=skip"
+    assert main(["inspect", run[0], f"data={tmp_path / 'a.json'}", skip, "rows=1", f"html={page}"]) == 0
+    assert f'"place": "{tmp_path / "a.json"}, row 2"' in page.read_text(encoding="utf-8")

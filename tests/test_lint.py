@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from sftx.cli import main
+from sftx.data.encode import encode
 from sftx.data.lint import Finding, lint
 from sftx.data.minhash import NearDuplicates
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
+from sftx.data.view import view
 from sftx.settings import make_config
 
 WORDS = "apple river stone cloud window garden music letter bridge winter summer candle forest mirror".split()  # noqa: SIM905
@@ -80,7 +86,7 @@ def test_a_planted_fault_is_found(tokenizer: Tokenizer, row: Any, check: str, se
     assert findings[check].count == 1
     assert findings[check].serious == serious
     assert findings[check].places[0].startswith("rows, row 78")
-    assert SECRET not in json.dumps([f.as_json() for f in findings.values()])
+    assert SECRET not in json.dumps([asdict(f) for f in findings.values()])
 
 
 def test_lost_targets_are_serious(tokenizer: Tokenizer) -> None:
@@ -143,3 +149,37 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{data}:21" in capsys.readouterr().out.replace("\n", "")
     found = json.loads((tmp_path / "out.json").read_text())
     assert [(f["check"], f["count"], f["places"]) for f in found] == [("empty outputs", 1, [f"{data}:21"])]
+
+
+def test_a_mixture_by_tokens_repeats_no_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, rows in (("a.jsonl", good(50)), ("b.jsonl", good(9, seed=1))):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [{"path": str(tmp_path / name), "weight": 2.0} for name in ("a.jsonl", "b.jsonl")]
+    config = make_config(model="m", output="o", data={"train": train, "mix_by": "tokens", "workers": 0})
+    assert lint(config, Encoder(tokenizer, config.data, 512)) == []
+
+
+def test_a_secret_in_a_tool_call_is_found(tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "login", "arguments": {"key": SECRET}}}
+    row = chat("log in", "done")
+    row["messages"][1]["tool_calls"] = [call]
+    assert find(tokenizer, [*good(9), row])["secrets"].places == ["rows, row 10"]
+
+
+def test_a_vocabulary_may_have_holes() -> None:
+    words = Backend(WordLevel({"a": 0, "b": 1, "<eos>": 9}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    words.add_special_tokens(["<eos>"])
+    tokenizer = Tokenizer(words, {"eos_token": "<eos>"}, {})
+    rows = [{"input_ids": [0, 1, 0, 1, 9]}, {"input_ids": [1, 5, 1, 1, 9]}]
+    assert find(tokenizer, rows) == {}
+    assert view(encode(rows[1], tokenizer)[0], tokenizer, "here").special == [False] * 4 + [True]
+
+
+def test_numbers_are_no_card_numbers(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    texts = [{"text": "count: " + " ".join(str(rng.randrange(10)) for _ in range(40))} for _ in range(40)]
+    tokens = [{"input_ids": [rng.randrange(8, 260) for _ in range(39)] + [2]} for _ in range(40)]
+    assert "secrets" not in find(tokenizer, texts)
+    assert "secrets" not in find(tokenizer, tokens)
+    assert find(tokenizer, [*texts, {"text": "pay with 4539148803436467"}])["secrets"].count == 1

@@ -161,7 +161,7 @@ def test_the_last_layer_computes_only_what_targets_read() -> None:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
     pack = build_pack(data)
     loss(**to_tensors(pack, CPU))
-    assert seen == [pack.tokens, len(pack.index)]
+    assert seen == [len(pack.ids), len(pack.index)]
     loss.use_segments(False)
     loss.model(input_ids=torch.arange(9)[None])
     assert seen[2:] == [9, 9]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sftx.data import read
-from sftx.data.convert import convert
+from sftx.data.convert import convert, dump
 from sftx.data.read import Block, find_files, is_hub_name, is_lines, rows_in, scan
 from sftx.types import RowError, UserError
 
@@ -50,7 +51,6 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     """No format changes a value: texts that look like numbers, null, JSON or dates stay the texts they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import zstandard
 
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "a.parquet")
@@ -69,6 +69,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         "a.csv": csv_bytes(ROWS),
         "a.tsv": csv_bytes(ROWS).replace(b",", b"\t", 1).replace(b'","', b'"\t"'),
         "a.csv.gz": gzip.compress(csv_bytes(ROWS)),
+        **{f"{file.name}.zst": zstandard.compress(file.read_bytes()) for file in [*tmp_path.iterdir()]},
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -111,15 +112,25 @@ def test_arrow_does_not_invent_null_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"a": 1},\n {"a": }]', "2: not valid JSON"),
-        ("a.json", b'[{"a": 1}\n {"a": 2}]', "2: not valid JSON: expected ',' or ']'"),
+        ("a.json", b'[{"a": 1},\n {"a": }]', ":2: not valid JSON"),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', ":2: not valid JSON: expected ',' or ']'"),
         ("a.json", b'[{"a": 1},', "not valid JSON"),
         ("a.json", b'{"data": [\n1]}', "expected a JSON array of rows"),
         ("a.json", b'["\xff"]', "not UTF-8"),
-        ("a.csv", b'a,b\n1,"2"3\n', "2: not valid CSV"),
-        ("a.csv", b"a,b\n1,2\n\xff,3\n", "3: not UTF-8"),
+        (
+            "a.json",
+            b'[\n{"a": 1}\n]\n[\n{"a": 2}\n]',
+            ":4: not valid JSON: expected nothing after the array",
+        ),
+        ("a.json", b"[\n" + b"[" * 100_000, ":2: not valid JSON: nested too deeply"),
+        ("a.json", b"[1, " + b"1" * 5000 + b"]", "thousands of digits, in the row at column 5"),
+        ("a.csv", b"a,b,a\n1,2,3\n", ":1: two columns are called 'a'"),
+        ("a.csv", b'a,b\n1,"2"3\n', ":2: not valid CSV"),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", ":3: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-9], "damaged or cut off"),
         ("a.jsonl.gz", b"no gzip at all", "damaged or cut off"),
+        ("a.jsonl.zst", zstandard.compress(lines(ROWS * 9999))[:-1], "damaged or cut off"),
+        ("a.csv.zst", zstandard.compress(b"a\n1\n") + zstandard.compress(b"2\n")[:-1], "damaged or cut off"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.arrow", b"neither is this", "not a readable Arrow file"),
         ("utf16.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
@@ -133,9 +144,23 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
 
 
 def test_bad_bytes_are_row_errors() -> None:
-    found = [value for _, _, value in rows_in(b'"\xff"\n{"a": 1]\n' + b"[" * 100_000, 1)]
+    found = [value for _, _, value in rows_in(b'"\xff"\n{"a": 1]\n' + b"[" * 100_000 + b"\n" + b"1" * 5000, 1)]
     assert all(isinstance(value, RowError) for value in found)
-    assert [str(value)[:14] for value in found] == ["not UTF-8: byt", "not valid JSON", "not valid JSON"]
+    assert [str(value)[:14] for value in found] == [
+        "not UTF-8: byt",
+        "not valid JSON",
+        "not valid JSON",
+        "not valid JSON",
+    ]
+
+
+def test_a_folder_is_read_without_what_stands_beside_its_data(tmp_path: Path) -> None:
+    """Hidden folders hold older states of files; `datasets` leaves what `map` made, and notes, beside saved rows."""
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".b.jsonl", "state.json", "cache-0f3a12.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    assert [path.name for path in find_files(str(tmp_path))] == ["a.jsonl"]
+    assert len(find_files(str(tmp_path / ".b.jsonl"))) == 1  # what is named is read
 
 
 def test_missing_files_are_named_with_the_nearest(tmp_path: Path) -> None:
@@ -218,3 +243,35 @@ def test_the_right_line_far_into_a_large_file() -> None:
         if isinstance(value, RowError)
     ]
     assert found == [120_000]
+
+
+def test_an_array_named_jsonl_is_told_what_to_be_called() -> None:
+    found = [str(value) for _, _, value in rows_in(json.dumps(ROWS, indent=1).encode(), 1)]
+    assert found[0].endswith("; a JSON array of rows is read from a file named .json")
+
+
+def test_texts_that_are_no_utf8_inside_parquet_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    pq.write_table(
+        pa.Table.from_arrays([pa.Array.from_buffers(pa.string(), 1, buffers)], ["a"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file: 'utf-8' codec"):
+        converted(tmp_path / "a.parquet")
+
+
+def test_what_is_no_json_is_a_bad_row() -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    for value, message in (({(1, 2): 3}, "keys must be str"), (itself, "Circular reference")):
+        [(_, _, found)] = rows_in(dump(value), 1)
+        assert isinstance(found, RowError)
+        assert message in str(found)
+
+
+def test_a_full_disk_is_no_damage_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(ROWS).encode())
+    with open("/dev/full", "wb", 0) as out, pytest.raises(OSError, match="No space left"):
+        convert([tmp_path / "a.json"], out)

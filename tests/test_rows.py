@@ -16,6 +16,10 @@ USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
 PAIR = (Phrase("Hi", 0.0), Phrase("Hello", 1.0))
 
 
+def call(arguments: Any) -> dict[str, Any]:
+    return {"function": {"name": "f", "arguments": arguments}}
+
+
 def row(raw: Any) -> Row:
     return parse(raw, detect(raw), "s", 3)
 
@@ -148,10 +152,16 @@ def test_sharegpt_roles() -> None:
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content' must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
+        (
+            {"messages": [{**MODEL, "function_call": {"name": "f"}}]},
+            "function_call is not read: write it as tool_calls",
+        ),
         ({"messages": [{**MODEL, "wieght": 0}]}, "did you mean 'weight'?"),
         ({"messages": [{**MODEL, "weight": "1"}]}, "messages[0].weight must be a number"),
         ({"messages": [{**MODEL, "weight": float("nan")}]}, "must be a number"),
         ({"messages": [{**MODEL, "weight": -1}]}, "at least 0"),
+        ({"messages": [{**MODEL, "weight": 1e300}]}, "at most 3.4e+38"),
+        ({"messages": [{**MODEL, "weight": 10**400}]}, "at most 3.4e+38"),
         ({"messages": [{**MODEL, "train": 1}]}, "messages[0].train must be true or false"),
         ({"messages": [{**MODEL, "tool_calls": "f"}]}, "tool_calls must be a list"),
         (
@@ -163,6 +173,18 @@ def test_sharegpt_roles() -> None:
             "tool_calls[0].function.arguments is not valid JSON",
         ),
         ({"messages": [USER, MODEL], "tools": "{"}, "tools is not valid JSON"),
+        (
+            {"messages": [USER, {**MODEL, "tool_calls": [call("[" * 99_999)]}]},
+            "not valid JSON: nested too deeply",
+        ),
+        ({"messages": [USER, {**MODEL, "tool_calls": [call("1" * 5000)]}]}, "a number of thousands of digits"),
+        (
+            {"messages": [USER, {**MODEL, "tool_calls": [call({"a": "\ud800"})]}]},
+            "'messages[1]' holds half of",
+        ),
+        ({"messages": [USER, {**MODEL, "thinking": ["\ud800"]}]}, "'messages[1]' holds half of a surrogate"),
+        ({"messages": [USER, MODEL], "tools": [{"name": "\ud800"}]}, "'tools' holds half of a surrogate"),
+        ({"messages": [USER, MODEL], "chat_template_kwargs": {"a": "\ud800"}}, "holds half of a surrogate"),
         ({"messages": [USER, MODEL], "tools": ["f"]}, "'tools' must be a list"),
         ({"messages": [USER, MODEL], "tool": []}, "did you mean 'tools'?"),
         ({"messages": [USER, MODEL], "chat_template_kwargs": []} | {"chat_template_kwargs": [1]}, "must be an object"),
@@ -171,6 +193,7 @@ def test_sharegpt_roles() -> None:
             "conversations[0].from is 'narrator', an unknown role",
         ),
         ({"conversations": [{"from": "human"}]}, "conversations[0] must be an object with from and value"),
+        ({"conversations": [{"from": "human", "value": None}], "system": "S"}, "conversations[0].content is null"),
         ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "'history' is not part of format alpaca"),
         ({"segments": [{"text": "a"}]}, "segments[0] must be an object with text and weight"),
         ({"segments": [{"text": "a", "weight": 1, "mask": 0}]}, "unknown fields: mask"),

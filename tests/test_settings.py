@@ -266,3 +266,48 @@ def test_settings_page_is_up_to_date() -> None:
 
     page = Path(__file__).parents[1] / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == as_markdown(), "run `sftx schema format=markdown > docs/settings.md`"
+
+
+def test_nothing_given_twice_is_left_out_silently(tmp_path: Path) -> None:
+    for overrides, name in (
+        (["model=a", "model=b"], "model.path"),
+        (["model=a", "model.path=b"], "model.path"),
+        (["batch={epochs: 1}", "batch={epochs: 2}"], "batch.epochs"),
+        (["optim={eps: 1e-9}", "optim.eps=1e-8"], "optim.eps"),
+    ):
+        assert refused(tmp_path, BASE, *overrides) == [f"command line: {name}: given twice"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"schedule": "constant", "final_ratio": 0.1}, "`final_ratio` says where a schedule ends, but the schedule is"),
+        ({"betas": (0.9, 1.5)}, r"`betas` are \(0.9, 1.5\); each is at least 0 and below 1"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_fail_late(optim: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(model="m", data="d", output="o", optim=optim)
+
+
+def test_roles_to_train_on_are_known(tmp_path: Path) -> None:
+    found = "found ['asistant']; allowed: one of all, last or a list of system, developer, user, assistant, tool"
+    assert refused(tmp_path, BASE, "data.train_on=[asistant]") == [f"command line: data.train_on: {found}"]
+
+
+def test_rows_are_a_list(tmp_path: Path) -> None:
+    found = "run.yaml:3: data.rows: found 3; allowed: a list of rows, or null"
+    assert refused(tmp_path, "model: m\noutput: o\ndata: {rows: 3}\n") == [found]
+    assert "for files write `data: {train: [owner/name]}`" in refused(tmp_path, BASE, "data=[owner/name]")[0]
+    assert refused(tmp_path, BASE + f"seed: {'1' * 5000}\n")[0].startswith("run.yaml:4: seed: found '111")
+
+
+def test_data_sets_held_in_memory() -> None:
+    """Rows are rows: not the names of a table's columns, and without the null keys that Arrow invents."""
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    for data in (pandas.DataFrame(rows), datasets.Dataset.from_list(rows)):
+        assert make_config(model="m", output="o", data=data).data.rows == rows
+    calls = [{"text": "a", "call": {"city": "Paris"}}, {"text": "b", "call": {"n": 1}}]
+    table = datasets.Dataset.from_list(calls)
+    assert make_config(model="m", output="o", data={"eval_rows": table}).data.eval_rows == calls

@@ -194,7 +194,7 @@ def test_stop_token_is_the_one_that_ends_every_turn() -> None:
     def stop(template: str, **special: Any) -> str:
         tokenizer = ours(**special)
         stop_id = encoder(template, tokenizer=tokenizer).stop_id
-        return "" if stop_id is None else tokenizer.token(stop_id)
+        return "" if stop_id is None else tokenizer.backend.id_to_token(stop_id)
 
     double = CHATML.replace("<|im_end|>", "<|im_end|><unk>")
     final = CHATML + "{{ '<unk>' if not add_generation_prompt }}"
@@ -243,7 +243,7 @@ def test_headers_may_be_stop_tokens() -> None:
     tokenizer = ours()
     tokenizer.stop_ids = frozenset(tokenizer.backend.token_to_id(token) for token in ("<s>", "<unk>", "</s>"))
     made = encoder(template, tokenizer=tokenizer)
-    assert {tokenizer.token(i) for i in made.stop_ids} == {"<s>", "<unk>"}
+    assert {tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<s>", "<unk>"}
     assert shown(encoded(row(TALK), made), tokenizer) == [
         "<s>hello<|im_start|>⟦yes, hello<s>⟧what is 2+2?<|im_start|>⟦it is 4<s>⟧"
     ]
@@ -259,7 +259,7 @@ def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
         "<|im_end|>", "{{ m.tool_calls[0].function.name ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"
     )
     made = encoder(called)
-    assert {made.tokenizer.token(i) for i in made.stop_ids} == {"<|im_end|>", "<unk>"}
+    assert {made.tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<|im_end|>", "<unk>"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
     found = shown(encoded(row(talk), made), made.tokenizer)
@@ -358,10 +358,10 @@ def test_special_tokens_in_contents_stay_text(kind: str) -> None:
     assert tokenizer.decode(example.ids) == "".join(
         f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talk
     ).removesuffix("\n")
-    controls = [tokenizer.token(i) for i in example.ids if tokenizer.is_special(tokenizer.token(i))]
+    controls = [tokenizer.backend.id_to_token(i) for i in example.ids if i in tokenizer.control_ids]
     assert controls == ["<|im_start|>", "<|im_end|>"] * 4
     allowed = encoded(row(talk), encoder(CHATML, tokenizer=ours(kind), special_tokens="allow"))
-    assert sum(tokenizer.token(i) == "<|im_end|>" for i in allowed.examples[-1].ids) > 4
+    assert sum(tokenizer.backend.id_to_token(i) == "<|im_end|>" for i in allowed.examples[-1].ids) > 4
 
 
 def test_text_begins_and_ends_once() -> None:

@@ -61,7 +61,7 @@ def test_real_tokenizers_are_loaded_as_transformers_loads_them(name: str) -> Non
     assert ids_of(mine) == [other(text, add_special_tokens=False).input_ids for text in TEXTS]
     assert (mine.bos_id, mine.eos_id) == (other.bos_token_id, other.eos_token_id)
     assert mine.adds_bos == (other("a").input_ids[0] == other.bos_token_id)
-    assert mine.chat_template == other.chat_template
+    assert mine.chat_templates.get("default") == other.chat_template
     assert mine.special == other.special_tokens_map
 
 
@@ -109,7 +109,7 @@ def test_added_tokens_are_found_where_the_tokenizer_finds_them() -> None:
     for text in ("<|a|>b[x]", "<|a|> <|a[x <|a|>bb]", "<|", "x<|im_end|><s>[[x]]", ""):
         matched = [match.group() for match in tokenizer.splitting.finditer(text)]
         ids = [i for i in tokenizer.encode(text) if tokenizer.is_splitting[i]]
-        assert [tokenizer.token(i) for i in ids] == matched
+        assert [tokenizer.backend.id_to_token(i) for i in ids] == matched
 
 
 def test_folder_with_every_form_of_template(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_folder_with_every_form_of_template(tmp_path: Path) -> None:
         tmp_path / "a", {**plain, "chat_template": "one"}, **{"generation_config.json": '{"eos_token_id": [2, 4]}'}
     )
     tokenizer = Tokenizer.load(path)
-    assert (tokenizer.chat_template, tokenizer.stop_ids, tokenizer.adds_bos) == ("one", {2, 4}, True)
+    assert (tokenizer.chat_templates["default"], tokenizer.stop_ids, tokenizer.adds_bos) == ("one", {2, 4}, True)
     (tmp_path / "b").mkdir()
     named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
     assert Tokenizer.load(folder(tmp_path / "b", {**plain, "chat_template": named})).chat_templates == {
@@ -158,7 +158,13 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Tokenizer.load(str(tmp_path))
     with pytest.raises(UserError, match="neither a folder here nor a tokenizer"):
         Tokenizer.load(str(tmp_path / "missing"))
-    with pytest.raises(UserError, match="not in the vocabulary"):
-        ours().token(10_000)
     with pytest.raises(UserError, match="no fast"):
         Tokenizer.of(object())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path, {"eos_token": "</s>"})
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=f"{tmp_path}: no usable tokenizer there"):
+        Tokenizer.load(path)

@@ -11,6 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sftx.data.cache import Entry, make_block
+from sftx.data.corpus import Corpus, Origin, Part
 from sftx.types import Example
 
 CHAT_TEMPLATE = (
@@ -98,3 +100,9 @@ def gradient_difference(model: torch.nn.Module, reference: torch.nn.Module) -> f
             difference += float(((ours.grad.double() - theirs.grad) ** 2).sum())
             norm += float((theirs.grad**2).sum())
     return (difference / norm) ** 0.5
+
+
+def corpus(examples: list[Example]) -> Corpus:
+    """A corpus held in memory, one row per example."""
+    block = make_block([Entry(example, i, row=i) for i, example in enumerate(examples)], {})
+    return Corpus([Part(block, 0, 0, 1)], ["memory"], [Origin("memory", "row")])

@@ -7,15 +7,29 @@ machine it happens to run on, and nothing in `runtime` but `precision` changes a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
+"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
 
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, every field documented."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        name = cls.__name__.lower()
+        if name in SHORT_FORMS and isinstance(value, str):
+            return {SHORT_FORMS[name]: value}
+        return {"rows": value} if name == "data" and isinstance(value, list) else value
 
 
 class Model(Section):
@@ -80,7 +94,7 @@ class Data(Section):
     template: str = "auto"
     """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
     are, EOS after the last output; else a .jinja file or the name of a bundled template."""
-    train_on: Literal["all", "last"] | list[str] = "all"
+    train_on: Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]] = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
@@ -98,13 +112,6 @@ class Data(Section):
     workers: int | None = Field(default=None, ge=0)
     """Processes that encode; default: one per core. 0 encodes in this process."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"train": value}
-        return {"rows": value} if isinstance(value, list) else value
-
 
 class Batch(Section):
     """The step: which examples share one update. A property of the run, not of the machine."""
@@ -121,7 +128,7 @@ class Batch(Section):
     """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Batch:
+    def _fits_together(self) -> Batch:
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("`epochs` and `steps` both say how long to train; set one")
         if self.tokens_per_step is not None and "examples_per_step" in self.model_fields_set:
@@ -157,9 +164,13 @@ class Optim(Section):
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
     @model_validator(mode="after")
-    def _decay_is_used(self) -> Optim:
+    def _fits_together(self) -> Optim:
         if "decay" in self.model_fields_set and self.schedule != "wsd":
             raise ValueError(f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}")
+        if "final_ratio" in self.model_fields_set and self.schedule == "constant":
+            raise ValueError("`final_ratio` says where a schedule ends, but the schedule is constant")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` are {self.betas}; each is at least 0 and below 1")
         return self
 
 
@@ -205,13 +216,8 @@ class Adapter(Section):
     merge: bool = False
     """Also write the merged model, as `sftx export` does, into `OUTPUT/merged`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
-    def _has_method(self) -> Adapter:
+    def _fits_together(self) -> Adapter:
         unused = sorted(self.model_fields_set - {"method"})
         if self.method == "none" and unused:
             raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
@@ -253,7 +259,7 @@ class Runtime(Section):
     tokens_per_pack: int | None = Field(default=None, ge=1)
     """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
     longer than this is a pack of its own."""
-    recompute: Literal["auto", "none", "all"] | int = "auto"
+    recompute: Literal["auto", "none", "all"] | Annotated[int, Ge(0)] = "auto"
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
     kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -269,13 +275,6 @@ class Runtime(Section):
     """Seconds for which a process may wait for another; then the job ends and the silent one is named."""
     progress: bool = True
     """Show progress on the terminal."""
-
-    @field_validator("recompute")
-    @classmethod
-    def _not_negative(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 0:
-            raise ValueError(f"found {value}; a number of layers is at least 0")
-        return value
 
 
 class Config(Section):
@@ -304,15 +303,8 @@ class Config(Section):
     seed: int = 0
     """Seed of shuffling, adapter initialisation and dropout."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("model"), str):
-            return {**value, "model": {"path": value["model"]}}
-        return value
-
     @model_validator(mode="after")
-    def _one_way_to_choose_weights(self) -> Config:
+    def _fits_together(self) -> Config:
         ways = [name for name in ("unfrozen_layers", "train_only", "freeze") if getattr(self.model, name) is not None]
         if ways and self.adapter.method != "none":
             raise ValueError(f"`model.{ways[0]}` is for training without an adapter, which freezes all but itself")
@@ -320,12 +312,7 @@ class Config(Section):
             raise ValueError("`optim.weights` is for training without an adapter, whose weights are always fp32")
         if ways[:2] == ["unfrozen_layers", "train_only"]:
             raise ValueError("`model.unfrozen_layers` and `model.train_only` both say what trains; set one")
-        return self
-
-    @model_validator(mode="after")
-    def _something_is_held_out(self) -> Config:
-        data = self.data
-        if self.eval.every and not (data.eval or data.eval_rows or data.eval_split):
+        if self.eval.every and not (self.data.eval or self.data.eval_rows or self.data.eval_split):
             raise ValueError(
                 "`eval.every` is set, but there is nothing to evaluate on: set data.eval or data.eval_split"
             )

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from sftx.config import Config, Section
+from sftx.config import SHORT_FORMS, Config, Section
 
-SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
-"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
-
-
-def _foreign_names() -> dict[str, tuple[str, str]]:
-    table = yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
-    return {name: (entry.get("ours", ""), entry.get("note", "")) for entry in table for name in entry["names"]}
-
-
-FOREIGN_NAMES = _foreign_names()
+FOREIGN_NAMES: dict[str, tuple[str, str]] = {
+    name: (entry.get("ours", ""), entry.get("note", ""))
+    for entry in yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
+    for name in entry["names"]
+}
 """The names other tools use for the same idea: our dotted key, and a sentence where the meaning differs."""
 
 
@@ -62,11 +57,14 @@ def allowed(field: FieldInfo) -> str:
     """What a field allows, in words: `a whole number >= 1, or null`."""
     if inner := section_of(field):
         return "settings (" + ", ".join(inner.model_fields) + ")"
-    text = _type_in_words(field.annotation)
+    words, null, _ = _type_in_words(field.annotation).partition(", or null")
+    return words + _limits(field.metadata) + null
+
+
+def _limits(metadata: Sequence[Any]) -> str:
     signs = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
-    limits = [signs[type(limit)].format(limit) for limit in field.metadata if type(limit) in signs]
-    words = text.removesuffix(", or null")
-    return words + " " * bool(limits) + " and ".join(limits) + text[len(words) :]
+    limits = [signs[type(limit)].format(limit) for limit in metadata if type(limit) in signs]
+    return " " * bool(limits) + " and ".join(limits)
 
 
 def _type_in_words(annotation: Any) -> str:
@@ -75,6 +73,8 @@ def _type_in_words(annotation: Any) -> str:
         return simple[annotation]
     arguments = get_args(annotation)
     match get_origin(annotation):
+        case origin if origin is Annotated:
+            return _type_in_words(arguments[0]) + _limits(arguments[1:])
         case origin if origin is Literal:
             return "one of " + ", ".join(str(value) for value in arguments)
         case origin if origin in (Union, types.UnionType):
@@ -82,7 +82,7 @@ def _type_in_words(annotation: Any) -> str:
             return words + ", or null" if type(None) in arguments else words
         case origin if origin is list:
             item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
-            return "a list of " + item.replace(" or ", " / ")
+            return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
     return "{" + ", ".join(annotation.model_fields) + "}"

@@ -6,19 +6,18 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from sftx.config import Config, Section
-from sftx.schema import SHORT_FORMS, allowed, doc, section_of, shown, suggestion
+from sftx.config import SHORT_FORMS, Config, Section
+from sftx.schema import allowed, doc, section_of, shown, suggestion
 from sftx.strict_yaml import KeyPath, Places, dotted, parse
-from sftx.types import UserError
+from sftx.types import UserError, without_nulls
 
 _COMMAND_LINE = "command line"
-_DATA_FILE = re.compile(r"[^\n]+\.(jsonl|json|txt|csv|parquet|arrow)(\.gz|\.zst)?")
+_DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
 
 
 def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:
@@ -28,14 +27,11 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
     paths are relative to the working directory. Raises `UserError` with every problem found, one per line, each with
     its file and line and its dotted key.
     """
-    data: Any = {}
-    places: Places = {}
     problems: list[str] = []
-    if path is not None:
-        data, places = parse(_read(path), path, problems)
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
+    data, places = parse("" if path is None else _read(path), path or "", problems)
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
     given = {re.split("[.=]", override)[0] for override in overrides} | set(data)
     absent = [default for default in defaults if re.split("[.=]", default)[0] not in given]
     for override in (*absent, *overrides):
@@ -77,29 +73,40 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
+def _rows(value: Any) -> list[Any]:
+    """The rows in such a value."""
+    if hasattr(value, "itertuples"):  # a DataFrame of pandas, whose iterator gives the names of its columns
+        return value.to_dict("records")
+    return [without_nulls(row) for row in value] if hasattr(value, "features") else list(value)  # of `datasets`: Arrow
+
+
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
     """Put `a.b=c` into `data`. A section given whole is merged into what stands there; a setting is replaced."""
     key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
+    key = key.strip()
+    path = tuple(key.split("."))
     if not equals or not all(path):
         problems.append(f"{_COMMAND_LINE}: {override!r}: write a setting as key=value, for example batch.epochs=2")
         return
     value, below = parse(text, f"{_COMMAND_LINE}: {key}", problems, numbered=False)
-    inner = data
-    for depth, part in enumerate(path[:-1]):
-        inner[part] = _long_form(part, inner.get(part)) if depth == 0 else inner.get(part, {})
-        places.setdefault(path[: depth + 1], _COMMAND_LINE)
-        inner = inner[part]
-        if not isinstance(inner, dict):
-            problems.append(f"{_COMMAND_LINE}: {key}: {dotted(path[: depth + 1])} is not a section")
-            return
-    if len(path) == 1 and isinstance(section := _long_form(key, value), dict) and key in Config.model_fields:
-        before = _long_form(key, data.get(key))
-        value = {**before, **section} if isinstance(before, dict) else section
-    elif places.get(path) == _COMMAND_LINE:
-        problems.append(f"{_COMMAND_LINE}: {key}: given twice")
-    inner[path[-1]] = value
-    places.update({(*path, *rest): _COMMAND_LINE for rest in below} | {path: _COMMAND_LINE})
+    given = {path: value}
+    field = Config.model_fields.get(key)
+    if field and section_of(field) and isinstance(section := _long_form(key, value), dict):
+        data[key] = _long_form(key, data.get(key))
+        given = {(key, name): item for name, item in section.items()}
+    for at, item in given.items():
+        inner = data
+        for depth, part in enumerate(at[:-1]):
+            inner[part] = _long_form(part, inner.get(part)) if depth == 0 else inner.get(part, {})
+            places.setdefault(at[: depth + 1], _COMMAND_LINE)
+            inner = inner[part]
+            if not isinstance(inner, dict):
+                problems.append(f"{_COMMAND_LINE}: {key}: {dotted(at[: depth + 1])} is not a section")
+                return
+        if places.get(at) == _COMMAND_LINE:
+            problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
+        inner[at[-1]] = item
+    places.update(dict.fromkeys([path, *given, *((*path, *rest) for rest in below)], _COMMAND_LINE))
 
 
 def _checked(data: dict[str, Any], places: Places, problems: list[str], *, source: str) -> Config:
@@ -127,18 +134,17 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
     for key, value in data.items():
         path = (*at, key)
         field = section.model_fields.get(key)
-        value = list(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
+        value = _rows(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
         if field is None:
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):
             value = _long_form(key, value)
             known[key] = _known(value, inner, path, places, problems) if isinstance(value, dict) else value
-        elif isinstance(value, float) and not isfinite(value):
-            problems.append(f"{_place(path, places)}{dotted(path)}: found {value}; allowed: {allowed(field)}")
         else:
             known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
-            if key == "rows" and (paths := _as_paths(value)):
-                short = f"{_place(path, places)}{dotted(at)}: found a list of paths; a list here means rows in memory; "
+            place = _place(path, places)
+            if key == "rows" and (paths := _as_paths(value, bool(place))):
+                short = f"{place}{dotted(at)}: found a list of paths; a list here means rows in memory; "
                 problems.append(f"{short}for files write `data: {{train: [{', '.join(paths[:3])}]}}`")
     return known
 
@@ -151,10 +157,12 @@ def _plain(value: Any, *, as_tuple: bool) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _as_paths(value: Any) -> list[str]:
-    """The strings of a list whose every entry is the name of a data file; empty if it is anything else."""
-    texts = [os.fspath(item) if isinstance(item, str | os.PathLike) else "" for item in value or []]
-    found = (_DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists()) for text in texts)
+def _as_paths(value: Any, written: bool) -> list[str]:
+    """The texts of a list that holds names of data files alone; where it is `written` down in YAML, any text is one."""
+    if not isinstance(value, list) or not all(isinstance(item, str | os.PathLike) for item in value):
+        return []
+    texts = [os.fspath(item) for item in value]
+    found = (written or _DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists()) for text in texts)
     return texts if all(found) else []
 
 

@@ -101,20 +101,6 @@ class Pack:
     weight: Float32  # [M]
     examples: tuple[int, ...] = ()
 
-    @property
-    def tokens(self) -> int:
-        """Length T of the stream."""
-        return len(self.ids)
-
-
-class LedgerRow(TypedDict):
-    """One row that was not trained on, or was changed: where it stands and why."""
-
-    source: str
-    line: int
-    action: Literal["dropped", "split", "truncated", "forced_opening"]
-    reason: str
-
 
 @dataclass(slots=True)
 class Ledger:
@@ -131,7 +117,7 @@ class Ledger:
     tokens_truncated: int = 0
     targets_truncated: int = 0
     notes: dict[str, int] = field(default_factory=dict)
-    rows: list[LedgerRow] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the `line` and `reason` of each that was dropped
 
     def add(self, other: Ledger) -> None:
         """Add the counts of `other`, the rows listed included."""
@@ -180,3 +166,14 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
+
+
+def without_nulls(row: Any) -> Any:
+    """A row that comes from Arrow, without the null keys that its unified structs invent; its columns all stay."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in row.items()} if isinstance(row, dict) else row

@@ -103,10 +103,12 @@ def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             raise UserError(f"sftx {verb}: {argument!r}: settings are written key=value, for example batch.epochs=2")
-        if not equals:
+        if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
             if path is not None:
                 raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
             path = argument
+        elif key in extra:
+            raise UserError(f"sftx {verb}: {key}: given twice")
         elif key in extra_keys:
             extra[key] = value
         elif close := [] if "." in key else get_close_matches(key, extra_keys, 1, 0.75):
@@ -134,15 +136,15 @@ def _verb_help(verb: str, module: ModuleType) -> str:
     def entry(key: str, *texts: str) -> list[str]:
         return [f"  {key}", *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts)]
 
-    lines = [(module.__doc__ or "").strip(), ""]
+    takes = signature(module.run).parameters
+    where = "[file.yaml] " if "config" in takes else "PATH " if "path" in takes else ""
+    lines = [f"usage: sftx {verb} {where}[key=value ...]", "", (module.__doc__ or "").strip(), ""]
     for key, meaning in vars(module).get("EXTRA", {}).items():
         lines += entry(f"{key}=...", meaning)
-    if "config" not in signature(module.run).parameters:
-        return "\n".join([f"usage: sftx {verb} [key=value ...]", "", *lines])
+    if "config" in takes:
+        from sftx.schema import doc, in_words, settings
 
-    from sftx.schema import doc, in_words, settings
-
-    lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
-    for key, field in settings().items():
-        lines += entry(key, in_words(field), doc(field))
-    return "\n".join([f"usage: sftx {verb} [file.yaml] [key=value ...]", "", *lines])
+        lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
+        for key, field in settings().items():
+            lines += entry(key, in_words(field), doc(field))
+    return "\n".join(lines)

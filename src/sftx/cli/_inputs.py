@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH
-from sftx.data.tokenizer import Tokenizer
+from sftx.data.tokenizer import Tokenizer, read_json
 from sftx.types import UserError
 
 
@@ -28,9 +26,14 @@ def _positions(path: str) -> int:
             file = Path(hf_hub_download(path, "config.json"))
         except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
             raise UserError(f"{path}: neither a folder here nor a model that could be fetched ({error})") from None
-    if not file.is_file():
-        return DEFAULT_LENGTH
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     inner = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
     return next((int(inner[name]) for name in names if inner.get(name)), DEFAULT_LENGTH)
+
+
+def whole_number(key: str, value: str, least: int = 1) -> int:
+    """The number that a verb's own `key` was given; UserError if it is none, or less than `least`."""
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"sftx {key}={value!r}: expected a whole number of at least {least}")
+    return int(value)

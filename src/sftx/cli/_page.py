@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sftx.cli._output import write_text
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.plan import Plan
@@ -35,16 +36,19 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
         "title": ", ".join(corpus.sources),
         "ledgers": {name: ledger.summary() for name, ledger in corpus.ledgers.items()},
         "notes": corpus.ledger.notes,
-        "dropped": [{"place": f"{r['source']}:{r['line']}", "reason": r["reason"]} for r in corpus.ledger.rows[:200]],
+        "dropped": [{"place": corpus.origins[d.origin].place(d.line), "reason": d.reason} for d in corpus.drops[:200]],
         "examples": len(corpus),
         "maxLength": encoder.max_length,
         "lengths": _histogram(corpus, encoder.max_length),
-        "shares": _shares(corpus),
+        "shares": [
+            {"source": name, "tokens": ledger.tokens, "targets": ledger.targets, "rows": ledger.read}
+            for name, ledger in corpus.ledgers.items()
+        ],
         "steps": _steps(config, corpus),
         "rows": [_row(v) for v in views],
     }
     text = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    write_text(path, page.replace("/*FACTS*/null", text))
+    Path(path).write_text(page.replace("/*FACTS*/null", text), encoding="utf-8")
 
 
 def _chosen(corpus: Corpus) -> list[int]:
@@ -62,19 +66,12 @@ def _chosen(corpus: Corpus) -> list[int]:
 
 
 def _row(shown: View) -> dict[str, Any]:
-    weights = np.array(shown.weights, np.float64)
+    row = asdict(shown)
+    weights = np.array(row.pop("weights"), np.float64)
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
-    return {
-        "place": shown.place,
-        "note": shown.note,
-        "part": shown.part,
-        "targets": shown.targets,
-        "texts": shown.texts,
-        "ids": shown.ids,
-        "special": [i for i, special in enumerate(shown.special) if special],
-        "runs": [[int(start), round(float(weights[start]), 6)] for start in starts],  # weights, run by run
-        "prompt": shown.prompt,
-    }
+    runs = [[int(start), round(float(weights[start]), 6)] for start in starts]  # weights, run by run
+    special = [i for i, special in enumerate(shown.special) if special]
+    return {**row, "targets": shown.targets, "special": special, "runs": runs}
 
 
 def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
@@ -82,13 +79,6 @@ def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
     edges = np.unique(np.linspace(0, min(max(top, 8), max_length), 41).astype(np.int64))
     counts, _ = np.histogram(np.clip(corpus.lengths, 0, edges[-1]), edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def _shares(corpus: Corpus) -> list[dict[str, Any]]:
-    return [
-        {"source": name, "tokens": ledger.tokens, "targets": ledger.targets, "rows": ledger.read}
-        for name, ledger in corpus.ledgers.items()
-    ]
 
 
 def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:

@@ -7,12 +7,13 @@ special tokens are set apart. Numbers at the left are positions. Nothing is trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.cli._page import write_page
 from sftx.config import Config
@@ -36,16 +37,12 @@ CPU_PACK = 1024  # tokens per pack where the settings leave it to the machine an
 TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so that the borders of tokens show
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
+# What a terminal would obey, as signs.
+VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 155: "␛"}
 
 
 def run(
-    config: Config,
-    row: str = "",
-    rows: str = "",
-    step: str = "",
-    pack: str = "",
-    html: str = "",
-    json: str = "",
+    config: Config, row: str = "", rows: str = "", step: str = "", pack: str = "", html: str = "", json: str = ""
 ) -> int:
     """Show rows (or a step, or a pack) on the terminal; write a page or JSON where asked. Returns 0."""
     console = Console(highlight=False)
@@ -55,21 +52,28 @@ def run(
     if pack and not step:
         raise UserError("sftx inspect: pack= needs step=")
     encoder = Encoder(tokenizer, config.data, max_length)
-    corpus = _load(config, encoder, console) if step or html else None
+    corpus: Corpus | None = None
+    if step or html:
+        with console.status("encoding") as status:
+            corpus, _ = load_corpora(
+                config, tokenizer, max_length, lambda done, total: status.update(f"encoding {done:,} of {total:,} rows")
+            )
     if step:
         assert corpus is not None
-        views = _views_of_step(config, corpus, encoder, _number("step", step), _number("pack", pack) if pack else None)
+        views = _views_of_step(config, corpus, encoder, step, pack)
     else:
         file, _, line = row.rpartition(":")
-        count = _number("rows", rows) if rows else 1 if row else 3
+        count = whole_number("inspect: rows", rows) if rows else 1 if row else 3
+        start = whole_number("inspect: row", line) if row else None
         with raw_tables(config) as tables:
-            views = views_of_rows(tables, encoder, _number("row", line) if row else None, file, count)
+            views = views_of_rows(tables, encoder, start, file, count)
     for shown in views:
         for text in paint(shown, console.width, console.is_terminal):
             console.print(text, soft_wrap=True)
-    console.print(_totals(views))
+    weight = sum(sum(v.weights) for v in views)
+    console.print(f"{len(views)} examples, {_counts(views)}, total weight {weight:g}")
     if json:
-        write_json(json, [shown.as_json() for shown in views])
+        write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
     if html:
         assert corpus is not None
         write_page(html, config, corpus, encoder, views)
@@ -77,44 +81,26 @@ def run(
     return 0
 
 
-def _number(key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise UserError(f"sftx inspect: {key}={value!r}: expected a whole number")
-    return int(value)
-
-
-def _load(config: Config, encoder: Encoder, console: Console) -> Corpus:
-    with console.status("encoding") as status:
-        corpus, _ = load_corpora(
-            config,
-            encoder.tokenizer,
-            encoder.max_length,
-            lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
-        )
-    return corpus
-
-
-def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, step: int, pack: int | None) -> list[View]:
+def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
+    step = whole_number("inspect: step", asked)
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
     if not 1 <= step <= plan.num_steps:
         raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
     packs = plan.packs(step - 1, config.runtime.tokens_per_pack or CPU_PACK)[0]
-    if pack is not None and pack >= len(packs):
+    if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
     return [
         view(corpus.example(i), encoder.tokenizer, f"step {step}, pack {number}: {corpus.place(i)}")
         for number, members in enumerate(packs)
         for i in members
-        if pack is None or number == pack
+        if not pack or number == int(pack)
     ]
 
 
-def _totals(views: Sequence[View]) -> str:
+def _counts(views: Sequence[View]) -> str:
     tokens, targets = sum(len(v.ids) for v in views), sum(v.targets for v in views)
-    weight = sum(sum(v.weights) for v in views)
-    share = 100 * targets / max(tokens, 1)
-    return f"{len(views)} examples, {tokens:,} tokens, {targets:,} targets ({share:.1f} %), total weight {weight:g}"
+    return f"{tokens:,} tokens, {targets:,} targets ({100 * targets / max(tokens, 1):.1f} %)"
 
 
 def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
@@ -130,8 +116,7 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
                 line = Text(f"{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
-    share = 100 * shown.targets / max(len(shown.ids), 1)
-    yield Text(f"         {len(shown.ids):,} tokens, {shown.targets:,} targets ({share:.1f} %)", style="italic")
+    yield Text(f"         {_counts([shown])}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
 
@@ -141,7 +126,7 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
-        text = text.replace("\r", "␍").replace("\n", "↵\n").replace("\t", "⇥")
+        text = text.translate(VISIBLE)
         if not colour and weight != before:
             named = f"{weight:g}:" if weight not in (0, 1) else ""
             text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text

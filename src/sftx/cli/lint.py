@@ -6,6 +6,8 @@ roles out of order, markers of another template, wrongly decoded text, likely se
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from rich.console import Console
 
 from sftx.cli._inputs import tokenizer_and_length
@@ -34,5 +36,5 @@ def run(config: Config, json: str = "") -> int:
     serious = any(finding.serious for finding in findings)
     console.print("nothing found" if not findings else "something serious was found" if serious else "nothing serious")
     if json:
-        write_json(json, [finding.as_json() for finding in findings])
+        write_json(json, [asdict(finding) for finding in findings])
     return int(serious)

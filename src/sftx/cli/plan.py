@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sftx.cli._inputs import tokenizer_and_length
+from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
@@ -42,7 +42,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     """Print the plan. Returns 0, or 1 where the run does not fit."""
     if bool(gpus) != bool(gpu_memory):
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
-    count = _number("gpus", gpus) if gpus else 1
+    count = whole_number("plan: gpus", gpus) if gpus else 1
     added = config.model.add_tokens or config.model.add_special_tokens
     loss = outline(config, Tokenizer.of_model(config.model).taught if added else {})
     plan, load = _load(config, loss, count)
@@ -70,12 +70,6 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
-
-
-def _number(key: str, value: str) -> int:
-    if not value.isdecimal() or not int(value):
-        raise UserError(f"sftx plan: {key}={value!r}: expected a whole number of at least 1")
-    return int(value)
 
 
 def _bytes(value: str) -> int:

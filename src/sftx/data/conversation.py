@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,26 +29,20 @@ class Conversation:
         self.trained = [t for t, weight in enumerate(self.weights) if weight]
 
 
-def conversation_of(row: Row, train_on: str | list[str]) -> Conversation:
+def conversation_of(row: Row, train_on: str | Sequence[str]) -> Conversation:
     """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and assistant turns.
 
     A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is `weight`, or 1.
     """
-    if row.kind == "phrases":
-        raw: list[dict[str, Any]] = [
-            {"role": "assistant" if phrase.weight else "user", "content": phrase.text, "weight": phrase.weight or 1.0}
-            for phrase in row.phrases
-        ]
-    else:
-        raw = [dict(message) for message in row.messages]
+    raw: Sequence[Any] = row.messages or [
+        {"role": "assistant" if phrase.weight else "user", "content": phrase.text, "weight": phrase.weight or 1.0}
+        for phrase in row.phrases
+    ]
     roles = train_on if isinstance(train_on, list) else ["assistant"]
-    chosen = [message["role"] in roles for message in raw]
-    if train_on == "last":
-        for t in [t for t, choice in enumerate(chosen) if choice][:-1]:
-            chosen[t] = False
+    chosen = [t for t, message in enumerate(raw) if message["role"] in roles]
+    chosen = {*(chosen[-1:] if train_on == "last" else chosen)}
     weights = [
-        float(message.get("weight", 1.0)) if message.get("train", choice) else 0.0
-        for message, choice in zip(raw, chosen, strict=True)
+        float(message.get("weight", 1.0)) if message.get("train", t in chosen) else 0.0 for t, message in enumerate(raw)
     ]
     tools = [dict(tool) for tool in row.tools] or None
     return Conversation([as_read(message) for message in raw], weights, tools, dict(row.template_kwargs))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
+import io
 import json
 import re
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from sftx.data.read import CHUNK, ERROR_MARK, kind_of, parse_line
-from sftx.types import RowError, UserError
+from sftx.data.fields import from_json
+from sftx.data.read import CHUNK, ERROR_MARK, kind_of
+from sftx.types import RowError, UserError, without_nulls
 
 VERSION = "2"  # raise when the lines made from a file change
 
@@ -27,7 +29,10 @@ def dump(value: Any) -> bytes:
     def plain(item: Any) -> Any:
         return item.tolist() if isinstance(item, np.ndarray | np.generic) else {"unreadable": type(item).__name__}
 
-    return json.dumps(value, default=plain).encode()
+    try:
+        return json.dumps(value, default=plain).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
+        return ERROR_MARK + str(error).encode()
 
 
 def convert(files: list[Path], out: IO[bytes]) -> None:
@@ -36,33 +41,43 @@ def convert(files: list[Path], out: IO[bytes]) -> None:
     Line i of `out` is row i of the file, or what stood on line i of a .csv or compressed .jsonl.
     """
     for file in files:
-        kind = kind_of(file)
         try:
             with _open(file) as stream:
-                _CONVERTERS[kind](stream, out, file.name)
-        except _damage() as error:
+                _CONVERTERS[kind_of(file)](stream, out, str(file))
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise  # there is no room for the rows
             raise UserError(f"{file}: the file cannot be read ({error}); is it damaged or cut off?") from None
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    """What the readers raise for a file that is not whole."""
-    zstandard: Any = sys.modules.get("zstandard")
-    return (EOFError, OSError, zlib.error, *((zstandard.ZstdError,) if zstandard else ()))
 
 
 def _open(file: Path) -> IO[bytes]:
     name = file.name.lower()
     if name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(file))
-    if name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst needs one more package: pip install 'sftx[zstd]'") from None
-        return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-    return file.open("rb")
+    if not name.endswith(".zst"):
+        return file.open("rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+    try:
+        _check_frames(file, zstandard.ZstdDecompressor())
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
+
+
+def _check_frames(file: Path, decompressor: Any) -> None:
+    """`EOFError` if a .zst file ends inside a frame: reading it as a stream, its end would go unnoticed."""
+    frame = None
+    with file.open("rb") as packed:
+        while chunk := packed.read(1 << 16):
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                frame.decompress(chunk)
+                chunk, frame = frame.unused_data, None if frame.eof else frame
+    if frame:
+        raise EOFError("its last frame is not whole")
 
 
 def _lines(stream: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -75,7 +90,7 @@ def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         out.write(dump(data.decode("utf-8-sig")) + b"\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        out.write(ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line} of {name}\n".encode())
+        out.write(ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line}\n".encode())
 
 
 def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -84,33 +99,48 @@ def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1}") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from None
     del data
     position = _skip(text, 0)
     if text[position : position + 1] != "[" or _is_list_line(text, position):
-        first = text[position:].split("\n", 1)[0]
-        if first and isinstance(parse_line(first.encode("utf-8", "surrogatepass")), RowError):
-            raise UserError("expected a JSON array of rows, or one JSON value per line")
+        try:
+            from_json(text[position:].split("\n", 1)[0] or "null")
+        except RowError:
+            raise UserError(f"{name}: expected a JSON array of rows, or one JSON value per line") from None
         out.write(text.encode())
         return
+
+    def wrong(what: str, at: int) -> UserError:
+        column = at - text.rfind("\n", 0, at)
+        return UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: not valid JSON: {what} at column {column}")
+
     decode, position = json.JSONDecoder().raw_decode, _skip(text, position + 1)
     while text[position : position + 1] != "]":
         try:
             row, position = decode(text, position)
         except json.JSONDecodeError as error:
-            raise UserError(f"{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raise wrong(error.msg.removesuffix(" starting at"), error.pos) from None
+        except (RecursionError, ValueError):
+            raise wrong("nested too deeply, or a number of thousands of digits, in the row", position) from None
         out.write(dump(row) + b"\n")
         position = _skip(text, position)
         if text[position : position + 1] not in (",", "]") or not text[position:]:
-            raise UserError(f"{text.count(chr(10), 0, position) + 1}: not valid JSON: expected ',' or ']' after a row")
+            raise wrong("expected ',' or ']' after a row", position)
         if text[position] == ",":
             position = _skip(text, position + 1)
+    position = _skip(text, position + 1)
+    if text[position:]:
+        raise wrong("expected nothing after the array", position)
 
 
 def _is_list_line(text: str, position: int) -> bool:
     """Whether the text is lines of JSON lists, rather than one array of rows."""
     first, _, rest = text[position:].partition("\n")
-    return bool(rest.strip()) and isinstance(parse_line(first.encode("utf-8", "surrogatepass")), list)
+    try:
+        return bool(rest.strip()) and isinstance(from_json(first), list)
+    except RowError:
+        return False
 
 
 def _skip(text: str, position: int) -> int:
@@ -118,100 +148,75 @@ def _skip(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _table(delimiter: str) -> Callable[[IO[bytes], IO[bytes], str], None]:
+def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     """CSV: the first line names the columns; every value is text. A row keeps the number of its first line."""
+    number = 0  # of the last physical line handed to the parser
 
-    def convert_table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-        number = 0  # of the last physical line handed to the parser
+    def decoded() -> Iterator[str]:
+        nonlocal number
+        for number, raw in enumerate(stream, 1):
+            try:
+                yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
 
-        def decoded() -> Iterator[str]:
-            nonlocal number
-            for number, raw in enumerate(stream, 1):
-                try:
-                    yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{number}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
-
-        csv.field_size_limit(1 << 30)
-        header, before = None, 0
-        try:
-            for values in csv.reader(decoded(), delimiter=delimiter, strict=True):
-                line = b"\n" * (number - before - 1)  # blank lines keep the numbering where values span lines
-                if header is None:
-                    header = values
-                    out.write(b"\n" + line)
-                elif not values:
-                    out.write(b"\n" + line)
-                elif len(values) != len(header):
-                    found = f"{len(values)} values where the first line names {len(header)} columns\n"
-                    out.write(ERROR_MARK + found.encode() + line)
-                else:
-                    out.write(dump(dict(zip(header, values, strict=True))) + b"\n" + line)
-                before = number
-        except csv.Error as error:
-            raise UserError(f"{before + 1}: not valid CSV: {error}") from None
-
-    return convert_table
-
-
-def _parquet(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    arrow = _import_arrow()
+    csv.field_size_limit(1 << 30)
+    delimiter = "\t" if kind_of(Path(name)) == ".tsv" else ","
+    header, before = None, 0
     try:
-        for batch in arrow.parquet.ParquetFile(stream).iter_batches(1024):
-            write_rows(batch.to_pylist(), out)
-    except arrow.ArrowInvalid as error:
-        raise UserError(f"not a readable Parquet file: {error}") from None
+        for values in csv.reader(decoded(), delimiter=delimiter, strict=True):
+            if header is None:
+                header, line = values, b""
+                if double := next((c for c in header if c and header.count(c) > 1), ""):
+                    raise UserError(f"{name}:1: two columns are called {double!r}")
+            elif len(values) in (0, len(header)):
+                line = dump(dict(zip(header, values, strict=True))) if values else b""
+            else:
+                found = f"{len(values)} values where the first line names {len(header)} columns"
+                line = ERROR_MARK + found.encode()
+            out.write(line + b"\n" * (number - before))  # where values span lines, blank lines keep the numbering
+            before = number
+    except csv.Error as error:
+        raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None
 
 
 def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    arrow = _import_arrow()
-    magic = stream.read(6)
-    stream.seek(0)
+    """Parquet, and Arrow as a file or as a stream."""
     try:
-        if magic == b"ARROW1":
-            file = arrow.ipc.open_file(stream)
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        import pyarrow as arrow
+        from pyarrow import ipc, parquet
+    except ImportError:
+        reason = "reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
+        raise UserError(f"{name}: {reason}") from None
+    kind = kind_of(Path(name))[1:].capitalize()
+    stream = stream if stream.seekable() else io.BytesIO(stream.read())
+    try:
+        magic = stream.read(6)
+        stream.seek(0)
+        if kind == "Parquet":
+            batches: Any = parquet.ParquetFile(stream).iter_batches(1024)
+        elif magic == b"ARROW1":
+            file = ipc.open_file(stream)
+            batches = map(file.get_batch, range(file.num_record_batches))
         else:
-            batches = iter(arrow.ipc.open_stream(stream))
+            batches = ipc.open_stream(stream)
         for batch in batches:
             write_rows(batch.to_pylist(), out)
-    except arrow.ArrowInvalid as error:
-        raise UserError(f"not a readable Arrow file: {error}") from None
-
-
-def _import_arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'") from None
-    return pyarrow
+    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: not a readable {kind} file: {error}") from None
 
 
 def write_rows(rows: Iterable[Any], out: IO[bytes]) -> None:
-    """Write rows that come from Arrow, without the null keys its unified structs invent."""
-    for row in rows:
-        clean = {k: _without_nulls(v) for k, v in row.items()} if isinstance(row, dict) else row
-        out.write(dump(clean) + b"\n")
-
-
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case dict():
-            return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-        case list():
-            return [_without_nulls(v) for v in value]
-        case _:
-            return value
+    """Write rows that come from Arrow."""
+    out.writelines(dump(without_nulls(row)) + b"\n" for row in rows)
 
 
 _CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {
     ".jsonl": _lines,
     ".json": _json,
     ".txt": _text,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
-    ".parquet": _parquet,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _arrow,
     ".arrow": _arrow,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sftx.data.cache import Entry, TokenBlock, make_block, open_block
+from sftx.data.cache import TokenBlock, make_block, open_block
 from sftx.types import Example, Int32, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
@@ -29,7 +30,7 @@ class Origin:
 
     def place(self, line: int) -> str:
         """`file:line`, or `file, row n` where rows are not lines."""
-        if self.names:
+        if 0 < line <= len(self.names):
             return self.names[line - 1]
         return f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, row {line}"
 
@@ -105,12 +106,6 @@ class Corpus:
         self._use(columns)
         self.ledgers = self._ledgers(self.drops, self._notes)
 
-    @classmethod
-    def from_examples(cls, examples: Sequence[Example], source: str = "memory") -> Corpus:
-        """A corpus held in memory, one row per example."""
-        block = make_block([Entry(example, i, row=i) for i, example in enumerate(examples)], {})
-        return cls([Part(block, 0, 0, 1)], [source], [Origin(source, "row")])
-
     def __len__(self) -> int:
         return len(self.columns.lengths)
 
@@ -167,11 +162,11 @@ class Corpus:
             raise UserError(f"{block}: this file of the token cache is gone or damaged; start again to make it anew")
         return opened
 
-    def _collect(self) -> tuple[Columns, list[Drop], dict[int, dict[str, int]]]:
+    def _collect(self) -> tuple[Columns, list[Drop], dict[int, Counter[str]]]:
         """Columns of all examples, dropped rows in the order of the data, and per source the counts of notes."""
         columns: dict[str, list[Any]] = {name: [] for name in Columns.__slots__}
         drops: list[Drop] = []
-        notes: dict[int, dict[str, int]] = {}
+        notes: dict[int, Counter[str]] = defaultdict(Counter)
         codes: dict[tuple[str, ...], int] = {}
         for number, part in enumerate(self._parts):
             block = self._load(number)  # not kept: a large corpus has more blocks than may be open
@@ -192,14 +187,11 @@ class Corpus:
                 arrays.append(given[name] if name in given else np.array(getattr(block, name)))
             here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
-            counts = notes.setdefault(part.source, {})
-            for column, rows in block.meta["unused"].items():
-                note = f"column {column!r} not used"
-                counts[note] = counts.get(note, 0) + rows
+            notes[part.source].update({f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()})
         self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
 
-    def _ledgers(self, drops: list[Drop], notes: dict[int, dict[str, int]]) -> dict[str, Ledger]:
+    def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
         """The ledger of each source. `notes` counts what is not known by example: columns that are not read."""
         columns, ledgers = self.columns, {}
         for number, name in enumerate(self.sources):
@@ -208,11 +200,10 @@ class Corpus:
             dropped = [drop for drop in drops if drop.source == number]
             split = int((first & (columns.split != 0)).sum())
             rows = int(first.sum())
-            counts = dict(notes.get(number, {}))
-            for about, found in zip(
-                self._abouts, np.bincount(columns.about[first], minlength=len(self._abouts)), strict=True
-            ):
-                counts |= {note: counts.get(note, 0) + int(found) for note in about if found}
+            counts = Counter(notes.get(number))
+            found = np.bincount(columns.about[first], minlength=len(self._abouts)).tolist()
+            for about, times in zip(self._abouts, found, strict=True):
+                counts.update(dict.fromkeys(about, times) if times else {})
             ledgers[name] = Ledger(
                 read=rows + len(dropped),
                 trained=rows - split,
@@ -224,10 +215,7 @@ class Corpus:
                 targets=int(columns.targets[mine].sum()),
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
-                notes=counts,
-                rows=[
-                    {"source": self.origins[d.origin].name, "line": d.line, "action": "dropped", "reason": d.reason}
-                    for d in dropped
-                ],
+                notes=dict(counts),
+                rows=[{"line": drop.line, "reason": drop.reason} for drop in dropped],
             )
         return ledgers

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from sftx.types import RowError
 
+_LARGEST = 3.4e38  # weights are kept as float32
 
-def from_json(value: Any, at: str) -> Any:
-    """The value a text of JSON stands for; other values as they are."""
+
+def from_json(text: str, at: str = "") -> Any:
+    """The value that a text of JSON stands for.
+
+    Raises:
+        RowError: it is not JSON; the message says where it stops being that, after `at`, the name of the field.
+    """
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"{at} is not valid JSON: {error.msg} at column {error.pos + 1}") from None
+        problem = error.msg.removesuffix(" starting at")
+        is_cut = error.pos >= len(text.rstrip()) or problem.startswith("Unterminated")
+        problem += f" at column {error.pos + 1}"
+        if text.strip() == "[":
+            problem += "; a JSON array of rows is read from a file named .json"
+        elif is_cut and not at:
+            problem += "; the line is cut off"
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError:
+        problem = "a number of thousands of digits"
+    raise RowError(f"{at}{' is ' * bool(at)}not valid JSON: {problem}")
 
 
 def checked_text(value: Any, field: str) -> str:
@@ -29,10 +45,18 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
+def check_spelling(value: Any, field: str) -> None:
+    """`RowError` if a text anywhere inside `value` (any JSON) cannot be written as UTF-8."""
+    try:
+        checked_text(json.dumps(value, ensure_ascii=False), field)
+    except RecursionError:
+        raise RowError(f"field {field!r} is nested too deeply") from None
+
+
 def checked_weight(value: Any, field: str) -> float:
     """`value`, if it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise RowError(f"{field} must be a number of at least 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+        raise RowError(f"{field} must be a number of at least 0 (and at most {_LARGEST:g}), not {value!r}")
     return float(value)
 
 

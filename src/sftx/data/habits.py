@@ -248,10 +248,7 @@ def common(first: str, second: str) -> str:
 
 def _without_header(between: str, before: str) -> str:
     """The text between two turns without what stands `before` every user's turn; whole tags only."""
-    length = 0
-    while length < min(len(between), len(before)) and between[-1 - length] == before[-1 - length]:
-        length += 1
-    end = len(between) - length
+    end = len(between) - common_length(between[::-1], before[::-1])
     if _PARTIAL.search(between[:end]):
         end = re.compile(r"[>\]]").search(between, end).end()  # type: ignore[union-attr]
     return between[:end]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import Config
+from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
 from sftx.data.length import runs
@@ -29,7 +31,7 @@ SECRETS = re.compile(
     r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[0-9A-Za-z_-]{35}\b"
     r"|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
 )
-CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){15}\d(?![\d.])")
+CARD = re.compile(r"(?<![\d.])\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?![\d.])")
 MARKERS = re.compile(  # what chat templates write, and text should not hold
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<\|(?:user|assistant|system|endoftext|end_of_text|begin_of_text|return|channel)\|>|<\|turn\|?>"
@@ -46,11 +48,7 @@ class Finding:
     serious: bool
     message: str
     count: int
-    places: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return asdict(self)
+    places: list[str]
 
 
 def lint(config: Config, encoder: Encoder) -> list[Finding]:
@@ -59,24 +57,25 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
     Raises:
         UserError: a file cannot be read at all.
     """
-    lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
-    corpus, held_out = load_corpora(_unweighted(lenient), encoder.tokenizer, encoder.max_length)
+    once = config.model_copy(update={"data": _once(config.data)})
+    corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length)
     found = _of_drops(corpus) + _of_tokens(corpus, encoder) + _of_copies(corpus, held_out)
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)
-    found += _of_texts(lenient, encoder)
+    found += _of_texts(once, encoder)
     return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
 
 
-def _unweighted(config: Config) -> Config:
-    """The same data, every row once."""
+def _once(data: Data) -> Data:
+    """The same data with every row once, bad rows left out."""
 
-    def once(given: Any) -> Any:
+    def unweighted(given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
         return [s if isinstance(s, str) else s.model_copy(update={"weight": 1.0}) for s in given]
 
-    data = config.data
-    update = {key: once(value) for key in ("train", "eval") if isinstance(value := getattr(data, key), list)}
-    return config.model_copy(update={"data": data.model_copy(update=update)})
+    plain = {"on_bad_row": "skip", "mix_by": "rows"}
+    return data.model_copy(update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)})
 
 
 def _finding(check: str, serious: bool, message: str, where: Any, place: Place) -> Finding:
@@ -100,8 +99,7 @@ def _of_drops(corpus: Corpus) -> list[Finding]:
 def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     """Findings in the encoded examples: outputs without content or end, lost targets, extreme lengths."""
     stops = set(encoder.tokenizer.stop_ids) | {encoder.stop_id}
-    special = [encoder.tokenizer.is_special(encoder.tokenizer.token(i)) for i in range(encoder.tokenizer.vocab_size)]
-    is_special = np.array(special)
+    is_special = np.isin(np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids))
     columns = corpus.columns
     last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
     empty, single, endless = [], [], []
@@ -158,11 +156,10 @@ def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
 def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
     """Findings in the rows' own text: near duplicates, roles, foreign markers, mojibake, secrets."""
     places: list[str] = []
-    held: list[bool] = []
     hashes: list[int] = []
     like: dict[int, int] = {}
-    seen = NearDuplicates()
-    hits: dict[str, list[int]] = {name: [] for name in ("roles", "markers", "own markers", "mojibake", "secrets")}
+    hits: dict[str, list[int]] = defaultdict(list)
+    seen, trained = NearDuplicates(), 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
@@ -170,17 +167,15 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
                     continue
                 number = len(places)
                 places.append(table.origin.place(line))
-                held.append(table.held_out)
-                text = "\n".join(_texts(row))
+                text = "\n".join(_texts(row)) or " ".join(map(str, row.ids))
                 hashes.append(hash(text))
                 earlier = seen.add(text)
                 if earlier is not None and hashes[earlier] != hashes[number]:  # exact copies are another finding
                     like[number] = earlier
-                for name in _text_problems(text, encoder):
+                for name in _problems(row, text, encoder.tokenizer.control):
                     hits[name].append(number)
-                if _wrong_order(row):
-                    hits["roles"].append(number)
-    across = [i for i, j in like.items() if held[i] and not held[j]]
+            trained = trained if table.held_out else len(places)
+    across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
     many = len(hits["markers"]) > 0.01 * len(places)
     place = places.__getitem__
@@ -198,13 +193,16 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
 def _texts(row: Row) -> Iterator[str]:
     yield row.text
     yield from (phrase.text for phrase in row.phrases)
-    yield from (message.get("content", "") for message in row.messages)
-    yield from (message.get("reasoning_content", "") for message in row.messages)
-    yield " ".join(map(str, row.ids))
+    for message in row.messages:
+        yield from (message.get("content", ""), message.get("reasoning_content", ""))
+        yield from (json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ()))
 
 
-def _text_problems(text: str, encoder: Encoder) -> Iterator[str]:
-    control = encoder.tokenizer.control
+def _problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
+    if _wrong_order(row):
+        yield "roles"
+    if row.kind == "tokens":  # the text is that of numbers
+        return
     if control.search(text):
         yield "own markers"
     if any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text)):

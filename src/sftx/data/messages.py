@@ -5,25 +5,16 @@ from __future__ import annotations
 import difflib
 from typing import Any, cast
 
-from sftx.data.fields import checked_text, checked_weight, from_json, kind_name
+from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.types import Message, RowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
 }
 
 
@@ -48,18 +39,11 @@ def _message(raw: Any, at: str) -> Message:
     if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
         return cast(Message, raw)  # nothing can be wrong with most messages
     if role not in ROLES:
-        hint = (
-            SHAREGPT_ROLES.get(role) or next(iter(difflib.get_close_matches(role, ROLES, 1)), "")
-            if isinstance(role, str)
-            else ""
-        )
-        raise RowError(
-            f"{at}.role is {role!r}; " + (f"did you mean {hint!r}?" if hint else f"known: {', '.join(ROLES)}")
-        )
+        meant = SHAREGPT_ROLES.get(str(role)) or "".join(difflib.get_close_matches(str(role), ROLES, 1))
+        hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(ROLES)}"
+        raise RowError(f"{at}.role is {role!r}; {hint}")
     message = {key: value for key, value in raw.items() if value is not None}
-    for key in message.keys() - Message.__annotations__.keys():  # others are left to the template, if it reads them
-        if close := difflib.get_close_matches(str(key), list(Message.__annotations__), 1, 0.8):
-            raise RowError(f"{at} has an unknown field {key!r}; did you mean {close[0]!r}?")
+    _check_names(message, at)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], at)
         message.setdefault("content", "")
@@ -69,12 +53,22 @@ def _message(raw: Any, at: str) -> Message:
         message["content"] = "".join(_part(part, f"{at}.content[{i}]") for i, part in enumerate(message["content"]))
     for key in ("content", "reasoning_content", "tool_call_id", "name"):
         if key in message:
-            message[key] = checked_text(message[key], f"{at}.{key}")
+            checked_text(message[key], f"{at}.{key}")
     if "weight" in message:
-        message["weight"] = checked_weight(message["weight"], f"{at}.weight")
+        checked_weight(message["weight"], f"{at}.weight")
     if not isinstance(message.get("train", True), bool):
         raise RowError(f"{at}.train must be true or false, not {message['train']!r}")
+    if message.keys() - Message.__annotations__.keys() or "tool_calls" in message:
+        check_spelling(message, at)
     return cast(Message, message)
+
+
+def _check_names(message: dict[str, Any], at: str) -> None:
+    for key in message.keys() - Message.__annotations__.keys():  # others are left to the template, if it reads them
+        if close := difflib.get_close_matches(str(key), list(Message.__annotations__), 1, 0.8):
+            raise RowError(f"{at} has an unknown field {key!r}; did you mean {close[0]!r}?")
+        if key == "function_call":
+            raise RowError(f"{at}.function_call is not read: write it as tool_calls")
 
 
 def _part(part: Any, at: str) -> str:

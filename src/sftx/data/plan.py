@@ -8,6 +8,7 @@ divisor needs no communication.
 from __future__ import annotations
 
 import hashlib
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -47,12 +48,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the steps; a run may be continued only under the same one."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(self.lengths.tobytes())
-        digest.update(self.weights.tobytes())
-        digest.update(self._starts.tobytes())
-        digest.update(f"{self.seed} {self.batch.shuffle}".encode())
-        return digest.hexdigest()
+        arrays = b"".join(array.tobytes() for array in (self.lengths, self.weights, self._starts))
+        return hashlib.blake2b(arrays + f"{self.seed} {self.batch.shuffle}".encode(), digest_size=16).hexdigest()
 
     def examples(self, step: int) -> Int64:
         """Indices of the examples of `step` (0-based), in stream order; int64[examples in the step]."""
@@ -83,31 +80,25 @@ class Plan:
 
     def _stream(self, start: int, stop: int) -> Int64:
         count = len(self.lengths)
-        parts = [
-            self._order(epoch)[max(start - epoch * count, 0) : stop - epoch * count]
-            for epoch in range(start // count, (stop - 1) // count + 1)
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        epochs = range(start // count, (stop - 1) // count + 1)
+        return np.concatenate([self._order(e)[max(start - e * count, 0) : stop - e * count] for e in epochs])
 
     def _cut(self) -> Int64:
         """Positions in the stream where steps begin, and the end; int64[num_steps + 1]."""
         batch, count = self.batch, len(self.lengths)
-        total = max(1, round(batch.epochs * count))
+        steps = sys.maxsize if batch.steps is None else batch.steps
+        total = max(1, round(batch.epochs * count)) if batch.steps is None else sys.maxsize
         if batch.tokens_per_step is None:
             size = batch.examples_per_step
-            if batch.steps is not None:
-                return np.arange(batch.steps + 1, dtype=np.int64) * size
-            return np.minimum(np.arange(-(-total // size) + 1, dtype=np.int64) * size, total)
+            return np.minimum(np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total)
         starts = [0]
         # `ends` holds the running token count of the epochs looked at so far; it grows as steps need it.
         ends = np.cumsum(self.lengths[self._order(0)])
-        limit = None if batch.steps is not None else total
-        while (len(starts) - 1 < batch.steps) if batch.steps is not None else (starts[-1] < total):
+        while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
             while len(ends) < start + count:
                 more = np.cumsum(self.lengths[self._order(len(ends) // count)])
                 ends = np.concatenate([ends, ends[-1] + more])
             budget = batch.tokens_per_step + (int(ends[start - 1]) if start else 0)
-            stop = max(start + 1, int(np.searchsorted(ends, budget, side="right")))
-            starts.append(stop if limit is None else min(stop, limit))
+            starts.append(min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total))
         return np.array(starts, dtype=np.int64)

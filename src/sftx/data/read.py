@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import re
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -17,13 +16,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from sftx.data.fields import from_json
 from sftx.types import RowError, UserError
 
 CHUNK = 4 << 20
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 PACKED = ("", ".gz", ".zst")
-NOT_ROWS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` puts beside its rows
+BESIDE_ROWS = re.compile(r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 ERROR_MARK = b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
 
 
@@ -50,32 +50,36 @@ def find_files(path: str) -> list[Path]:
         UserError: nothing is there, or what is there is not a data file.
     """
     target = Path(path).expanduser()
+    kinds = f"{', '.join(SUFFIXES)}, also .gz and .zst of them"
+    if target.is_file():
+        if _is_data(target):
+            return [target]
+        raise UserError(f"{path}: unknown kind of file; expected {kinds}")
     if target.is_dir():
-        found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and f.name not in NOT_ROWS]
+        found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and not _is_beside(f, target)]
         # What a folder holds may come from strangers; the hub's cache alone links out of its folders, to its own blobs.
         root = target.resolve()
         root = root.parents[1] if root.parent.name == "snapshots" else root
         if outside := next((f for f in found if not f.resolve().is_relative_to(root)), None):
             raise UserError(f"{outside}: a link to a file outside of {path}; name that file itself in data.train")
-        files = [f for f in found if kind_of(f) != ".txt"] or found
-        if not files:
-            raise UserError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)}, also .gz and .zst of them)")
-        return files
-    if target.is_file():
-        if not _is_data(target):
-            raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}, also .gz and .zst of them")
-        return [target]
+        if files := [f for f in found if kind_of(f) != ".txt"] or found:
+            return files
+        raise UserError(f"{path}: the folder holds no data file ({kinds})")
     if glob.has_magic(path):
-        found = [Path(f) for f in sorted(glob.glob(str(target), recursive=True))]
-        files = [f for f in found if f.is_file() and _is_data(f)]
-        if not files:
-            raise UserError(f"{path}: no data file matches this pattern")
-        return files
+        paths = map(Path, sorted(glob.glob(str(target), recursive=True)))
+        if files := [f for f in paths if f.is_file() and _is_data(f)]:
+            return files
+        raise UserError(f"{path}: no data file matches this pattern")
     names = [f.name for f in target.parent.iterdir()] if target.parent.is_dir() else []
     close = difflib.get_close_matches(target.name, names, 1)
-    raise UserError(
-        f"{path}: no such file or folder" + (f"; did you mean {target.with_name(close[0])}?" if close else "")
-    )
+    hint = f"; did you mean {target.with_name(close[0])}?" if close else ""
+    raise UserError(f"{path}: no such file or folder{hint}")
+
+
+def _is_beside(file: Path, folder: Path) -> bool:
+    """Whether a file in a folder is no part of its data: hidden, or one that `datasets` puts beside saved rows."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return hidden or bool(BESIDE_ROWS.fullmatch(file.name))
 
 
 def is_hub_name(path: str) -> bool:
@@ -95,7 +99,7 @@ def kind_of(file: Path) -> str:
 
 
 def _is_data(file: Path) -> bool:
-    return file.name.lower().endswith(tuple(s + p for s in SUFFIXES for p in PACKED)) and not file.name.startswith(".")
+    return file.name.lower().endswith(tuple(s + p for s in SUFFIXES for p in PACKED))
 
 
 def is_lines(file: Path) -> bool:
@@ -104,7 +108,10 @@ def is_lines(file: Path) -> bool:
 
 
 def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
-    """Cut JSON lines into blocks, reading once, front to back."""
+    """Cut JSON lines into blocks, reading once, front to back.
+
+    A block ends at the first mark past its least size, or at the first line past its greatest.
+    """
     head = stream.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name}: the file is UTF-16; save it as UTF-8")
@@ -116,31 +123,20 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         lengths = np.diff(ends, prepend=last_end)
         before = np.concatenate([[last_length], lengths[:-1]]) if len(ends) else lengths
         marks = ends[(lengths * 2654435761 + before * 40503) % 1021 == 0]
-        position = counted = 0
-        while True:
-            cuts = [a[i] for a, i in _next_ends(ends, marks, start) if i < len(a)]
-            if not cuts:
-                break
+        position = 0
+        while cuts := [*marks[marks >= start + MIN_BLOCK][:1], *ends[ends >= start + MAX_BLOCK][:1]]:
             stop = int(min(cuts))
             content.update(chunk[position : stop - offset])
-            upto = int(np.searchsorted(ends, stop, "right"))
-            lines += upto - counted
-            yield Block(start, stop, line, lines, content.hexdigest())
-            line, lines, start, content = line + lines, 0, stop, blake2b(digest_size=20)
-            position, counted = stop - offset, upto
+            upto = lines + int(np.searchsorted(ends, stop, "right"))
+            yield Block(start, stop, line, upto - line + 1, content.hexdigest())
+            start, line, content, position = stop, upto + 1, blake2b(digest_size=20), stop - offset
         content.update(chunk[position:])
-        lines += len(ends) - counted
+        lines += len(ends)
         offset += len(chunk)
         if len(ends):
             last_end, last_length = int(ends[-1]), int(lengths[-1])
     if offset > start:
-        yield Block(start, offset, line, lines + (last_end < offset), content.hexdigest())
-
-
-def _next_ends(ends: np.ndarray, marks: np.ndarray, start: int) -> tuple[tuple[np.ndarray, int], ...]:
-    """Where a block from `start` may end: at the first mark past its least size, at any line past its greatest."""
-    least, greatest = np.searchsorted(marks, start + MIN_BLOCK), np.searchsorted(ends, start + MAX_BLOCK)
-    return (marks, int(least)), (ends, int(greatest))
+        yield Block(start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest())
 
 
 def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError]]:
@@ -155,12 +151,8 @@ def parse_line(raw: bytes) -> Any | RowError:
     if raw.startswith(ERROR_MARK):
         return RowError(raw.removeprefix(ERROR_MARK).decode("utf-8", "replace"))
     try:
-        return json.loads(str(raw, "utf-8"))
+        return from_json(str(raw, "utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        problem = error.msg.removesuffix(" starting at")
-        is_cut = error.pos >= len(error.doc.rstrip()) or problem.startswith("Unterminated")
-        return RowError(f"not valid JSON: {problem} at column {error.pos + 1}{'; the line is cut off' * is_cut}")
-    except RecursionError:
-        return RowError("not valid JSON: nested too deeply")
+    except RowError as error:
+        return error

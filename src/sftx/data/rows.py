@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from sftx.data.fields import checked_text, checked_weight, from_json, kind_name
+from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.data.messages import SHAREGPT_ROLES, parse_messages
 from sftx.types import Message, Phrase, Row, RowError
 
@@ -33,12 +33,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "alpaca": ("input",),
     "tokens": ("labels", "weights"),
 }
-_RENAME = "; rename the columns to prompt and completion"
+_QUESTIONS = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output"))
 _ELSEWHERE = {  # layouts other tools take, and what to do with them here
-    ("question", "answer"): _RENAME,
-    ("query", "response"): _RENAME,
-    ("prompt", "response"): _RENAME,
-    ("input", "output"): _RENAME,
+    **dict.fromkeys(_QUESTIONS, "; rename the columns to prompt and completion"),
     ("chosen", "rejected"): "; this is preference data: keep `chosen` alone, as messages or as a completion",
     ("prompt", "chosen"): "; this is preference data: rename `chosen` to completion",
 }
@@ -60,7 +57,7 @@ def detect(raw: Any) -> str:
     found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
-    if found == ["sharegpt"] and _has_roles(raw["conversations"]):
+    if found == ["sharegpt"] and _all_have("role", raw["conversations"]):
         raise RowError("`conversations` holds role and content: rename the column to messages")
     if len(found) > 1:
         raise RowError(f"the row fits the formats {' and '.join(found)}; choose one with data.format")
@@ -72,30 +69,31 @@ def detect(raw: Any) -> str:
 def _detect_list(raw: list[Any]) -> str:
     if raw and all(isinstance(item, str) for item in raw):
         return "dialogue"
-    if _has_roles(raw):
+    if _all_have("role", raw):
         return "messages"
-    if raw and all(isinstance(item, dict) and "from" in item for item in raw):
+    if _all_have("from", raw):
         return "sharegpt"
     if raw and all(isinstance(item, int) for item in raw):
         raise RowError('a list of numbers: write tokens as {"input_ids": [...], "labels" or "weights": [...]}')
     raise RowError("a list must hold prompt and output texts in turn, or messages with role and content")
 
 
-def _has_roles(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+def _all_have(field: str, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and field in item for item in value)
 
 
 def _unknown_shape(raw: dict[str, Any]) -> str:
-    names = ", ".join(map(str, raw)) or "none"
-    for fields, advice in _ELSEWHERE.items():
-        if all(field in raw for field in fields):
-            return f"no format has the columns {names}{advice}"
-    for fields in REQUIRED.values():
-        for field in fields:
-            if field not in raw and (close := difflib.get_close_matches(field, map(str, raw), 1, 0.75)):
-                return f"no format has the columns {names}; did you mean {field!r} where it says {close[0]!r}?"
+    advice = (text for fields, text in _ELSEWHERE.items() if all(field in raw for field in fields))
+    hints = (_misnamed(field, raw) for fields in REQUIRED.values() for field in fields if field not in raw)
     shapes = " | ".join("+".join(fields) for fields in REQUIRED.values())
-    return f"no format has the columns {names}; expected one of {shapes}"
+    more = next(filter(None, (*advice, *hints)), f"; expected one of {shapes}")
+    return f"no format has the columns {', '.join(map(str, raw)) or 'none'}{more}"
+
+
+def _misnamed(field: str, raw: dict[str, Any]) -> str:
+    """A hint, if a row has a column with almost the name of the `field` that it lacks."""
+    close = difflib.get_close_matches(field, map(str, raw), 1, 0.75)
+    return f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
 
 
 def parse(raw: Any, form: str, source: str = "", line: int = 0) -> Row:
@@ -106,17 +104,14 @@ def parse(raw: Any, form: str, source: str = "", line: int = 0) -> Row:
     """
     fields = REQUIRED[form]
     if not isinstance(raw, dict):
-        wrapped = {"text": (str,), "dialogue": (list,), "messages": (list,), "sharegpt": (list,)}.get(form, ())
+        wrapped = {"text": str, "dialogue": list, "messages": list, "sharegpt": list}.get(form, ())
         if not isinstance(raw, wrapped):
             raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
         raw = {fields[0]: raw}
     for field in fields:
         if field not in raw:
-            close = difflib.get_close_matches(field, map(str, raw), 1, 0.75)
-            hint = f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
-            raise RowError(
-                f"field {field!r} is missing (format {form}); found {', '.join(map(str, raw)) or 'none'}{hint}"
-            )
+            found = ", ".join(map(str, raw)) or "none"
+            raise RowError(f"field {field!r} is missing (format {form}); found {found}{_misnamed(field, raw)}")
     if bad := _misspelt(tuple(raw), form):
         raise RowError(bad)
     return _PARSERS[form](raw, source, line)
@@ -156,14 +151,12 @@ def _pairs(raw: dict[str, Any], source: str, line: int) -> Row:
     for field in _CHAT:
         if raw.get(field):
             raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
-    pair = (Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0))
+    pair = Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0)
     return Row("phrases", source, line, phrases=pair)
 
 
 def _dialogue(raw: dict[str, Any], source: str, line: int) -> Row:
-    texts = raw["dialogue"]
-    if not isinstance(texts, list) or not texts:
-        raise RowError(f"field 'dialogue' must be a list of texts, not {kind_name(texts)}")
+    texts = _full_list(raw, "dialogue", "texts")
     if len(texts) % 2:
         raise RowError(
             f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} phrases, an odd number"
@@ -177,30 +170,22 @@ def _messages_row(raw: dict[str, Any], source: str, line: int) -> Row:
 
 
 def _alpaca(raw: dict[str, Any], source: str, line: int) -> Row:
-    prompt = checked_text(raw["instruction"], "instruction")
+    prompt, output = checked_text(raw["instruction"], "instruction"), checked_text(raw["output"], "output")
     if extra := raw.get("input"):
         prompt = f"{prompt}\n\n{checked_text(extra, 'input')}"
-    return Row(
-        "phrases", source, line, phrases=(Phrase(prompt, 0.0), Phrase(checked_text(raw["output"], "output"), 1.0))
-    )
+    return Row("phrases", source, line, phrases=(Phrase(prompt, 0.0), Phrase(output, 1.0)))
 
 
 def _segments(raw: dict[str, Any], source: str, line: int) -> Row:
-    pieces = raw["segments"]
-    if not isinstance(pieces, list) or not pieces:
-        raise RowError(f'field \'segments\' must be a list of {{"text", "weight"}}, not {kind_name(pieces)}')
     phrases = []
-    for i, piece in enumerate(pieces):
+    for i, piece in enumerate(_full_list(raw, "segments", '{"text", "weight"}')):
+        at = f"segments[{i}]"
         if not isinstance(piece, dict) or not {"text", "weight"} <= piece.keys():
-            raise RowError(f"segments[{i}] must be an object with text and weight")
+            raise RowError(f"{at} must be an object with text and weight")
         if extra := piece.keys() - {"text", "weight"}:
-            raise RowError(f"segments[{i}] has unknown fields: {', '.join(sorted(extra))}")
-        phrases.append(
-            Phrase(
-                checked_text(piece["text"], f"segments[{i}].text"),
-                checked_weight(piece["weight"], f"segments[{i}].weight"),
-            )
-        )
+            raise RowError(f"{at} has unknown fields: {', '.join(sorted(extra))}")
+        text, weight = checked_text(piece["text"], f"{at}.text"), checked_weight(piece["weight"], f"{at}.weight")
+        phrases.append(Phrase(text, weight))
     return Row("segments", source, line, phrases=tuple(phrases))
 
 
@@ -208,9 +193,8 @@ def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
     ids = raw["input_ids"]
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise RowError("field 'input_ids' must be a list of whole numbers that is not empty")
-    if min(ids) < 0 or max(ids) > 2**31 - 1:
-        bad = next(i for i in ids if not 0 <= i <= 2**31 - 1)
-        raise RowError(f"field 'input_ids' holds {bad}, which no vocabulary has")
+    if bad := [i for i in (min(ids), max(ids)) if not 0 <= i <= 2**31 - 1]:
+        raise RowError(f"field 'input_ids' holds {bad[0]}, which no vocabulary has")
     mask = raw.get("attention_mask")
     if isinstance(mask, list) and not all(mask):
         raise RowError("field 'attention_mask' marks padding: remove the padded positions, rows need none")
@@ -225,51 +209,58 @@ def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
         if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
             length = len(values) if isinstance(values, list) else kind_name(values)
             raise RowError(f"field {field!r} must be a list as long as input_ids ({len(ids)}), found {length}")
-    if labels is not None:
+    if weights is not None:
+        weights = [checked_weight(w, f"weights[{i}]") for i, w in enumerate(weights)]
+    elif labels is not None:
+        weights = [float(label != -100) for label in labels]
         for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (-100, token):
-                shifted = labels[:-1] == ids[1:]
-                hint = "; the labels look shifted by one: leave them unshifted" if shifted else ""
+                hint = "; the labels look shifted by one: leave them unshifted" if labels[:-1] == ids[1:] else ""
                 raise RowError(f"labels[{i}] is {label}, but must be -100 or equal to input_ids[{i}] = {token}{hint}")
-        weights = [float(label != -100) for label in labels]
-    checked = (
-        [checked_weight(w, f"weights[{i}]") for i, w in enumerate(weights)] if weights is not None else [1.0] * len(ids)
-    )
-    return Row("tokens", source, line, ids=tuple(ids), weights=tuple(checked))
+    return Row("tokens", source, line, ids=tuple(ids), weights=tuple(weights or [1.0] * len(ids)))
 
 
 def _sharegpt(raw: dict[str, Any], source: str, line: int) -> Row:
-    turns = raw["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field 'conversations' must be a list of turns, not {kind_name(turns)}")
-    messages = []
-    for i, turn in enumerate(turns):
+    turns = []
+    for i, turn in enumerate(_full_list(raw, "conversations", "turns")):
         at = f"conversations[{i}]"
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise RowError(f"{at} must be an object with from and value")
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise RowError(f"{at}.from is {turn['from']!r}, an unknown role; known: {', '.join(SHAREGPT_ROLES)}")
-        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        message = {k: v for k, v in turn.items() if k not in ("from", "value")} | {"role": role}
         if turn["from"] in ("function_call", "tool_call"):
-            calls = from_json(turn["value"], f"{at}.value")
-            message |= {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+            calls = turn["value"]
+            calls = from_json(calls, f"{at}.value") if isinstance(calls, str) else calls
+            message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         else:
-            message |= {"role": role, "content": turn["value"]}
-        messages.append(message)
+            message |= {"content": turn["value"]}
+        turns.append(message)
+    messages = parse_messages(turns, "conversations")
     if raw.get("system"):
-        messages.insert(0, {"role": "system", "content": raw["system"]})
-    return _chat(raw, parse_messages(messages, "conversations"), source, line)
+        first: Message = {"role": "system", "content": checked_text(raw["system"], "system")}
+        messages = (first, *messages)
+    return _chat(raw, messages, source, line)
+
+
+def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
+    value = raw[field]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {field!r} must be a list of {items}, not {kind_name(value)}")
+    return value
 
 
 def _chat(raw: dict[str, Any], messages: tuple[Message, ...], source: str, line: int) -> Row:
-    tools = raw.get("tools")
+    tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs") or {}
     tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("field 'tools' must be a list of tool descriptions")
-    kwargs = raw.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise RowError(f"field 'chat_template_kwargs' must be an object, not {kind_name(kwargs)}")
+    if tools or kwargs:
+        check_spelling(tools, "tools")
+        check_spelling(kwargs, "chat_template_kwargs")
     return Row("messages", source, line, messages=messages, tools=tuple(tools), template_kwargs=kwargs)
 
 

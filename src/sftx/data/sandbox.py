@@ -136,7 +136,8 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _environment() -> _Environment:
+def compile_template(source: str) -> jinja2.Template:
+    """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -147,13 +148,8 @@ def _environment() -> _Environment:
         dict=_dict,
         namespace=_namespace,
     )
-    return environment
-
-
-def compile_template(source: str) -> jinja2.Template:
-    """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
     with watched():  # jinja2 computes constant expressions here
-        template = _environment().from_string(source)
+        template = environment.from_string(source)
     template.globals = dict(template.globals)
     return template
 

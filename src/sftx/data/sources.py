@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
-from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -41,7 +40,9 @@ class Table:
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
         if self.lines is None:
-            self.lines = _converted(self.files, scratch)
+            self.lines = scratch / (blake2b(str(self.files).encode(), digest_size=12).hexdigest() + ".lines")
+            with self.lines.open("wb") as out:
+                convert.convert(self.files, out)
         return self.lines
 
     def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Any | RowError]]:
@@ -55,9 +56,9 @@ class Table:
 def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
     """The sources of a setting, each with a name; rows held in memory come last."""
     listed = [given] if isinstance(given, str) else given or []
-    sources = [Source.model_validate({"path": item}) if isinstance(item, str) else item for item in listed]
+    sources = [Source(path=item) if isinstance(item, str) else item for item in listed]
+    sources += [Source(path=MEMORY)] if rows is not None else []
     named = [source.model_copy(update={"name": source.name or source.path}) for source in sources]
-    named += [Source.model_validate({"path": MEMORY, "name": MEMORY})] if rows is not None else []
     names = [source.name or "" for source in named]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two data sources are called {double!r}; give each a name of its own, or one a weight of 2")
@@ -75,14 +76,15 @@ def open_tables(
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
-        in_memory = rows is not None and source.path == MEMORY and number == len(sources) - 1
+        in_memory = rows is not None and number == len(sources) - 1  # `named_sources` puts them last
         if in_memory or is_hub_name(source.path):
             with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
                 if in_memory:
                     out.writelines(convert.dump(row) + b"\n" for row in rows or [])
                 else:
                     convert.write_rows(_hub_rows(source.path), out)
-            tables.append(_table(number, Origin(name, "row"), [], Path(out.name), data, scratch))
+            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name))
+            tables.append(_cut(table, data, scratch))
         else:
             tables += [
                 _open_file(number, origin, files, data, cache, scratch) for origin, files in _grouped(source.path)
@@ -102,8 +104,10 @@ def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
 
 
 def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path) -> Table:
+    table = Table(number, origin, files, [], data.format, None)
     if len(files) == 1 and is_lines(files[0]):
-        return _table(number, origin, files, files[0], data, scratch)
+        table.lines = files[0]
+        return _cut(table, data, scratch)
     key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
     for file in files:
         with file.open("rb") as stream:
@@ -112,27 +116,20 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
     note = cache.path(key.hexdigest(), ".blocks")
     try:
         known = json.loads(note.read_bytes())
-        return Table(number, origin, files, [Block(*block) for block in known["blocks"]], known["form"], None)
+        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
     except (FileNotFoundError, ValueError):
-        table = _table(number, origin, files, _converted(files, scratch), data, scratch)
+        _cut(table, data, scratch)
         cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
-        return table
+    return table
 
 
-def _converted(files: list[Path], scratch: Path) -> Path:
-    lines = scratch / (blake2b(str(files).encode(), digest_size=12).hexdigest() + ".lines")
-    with lines.open("wb") as out:
-        convert.convert(files, out)
-    return lines
-
-
-def _table(number: int, origin: Origin, files: list[Path], lines: Path, data: Data, scratch: Path) -> Table:
+def _cut(table: Table, data: Data, scratch: Path) -> Table:
+    """The table with its blocks and, where that is not set, its format."""
     try:
-        with lines.open("rb") as stream:
-            blocks = list(scan(stream, origin.name))
+        with table.open_lines(scratch).open("rb") as stream:
+            table.blocks = list(scan(stream, table.origin.name))
     except OSError as error:
-        raise UserError(f"{origin.name}: cannot be read: {error.strerror}") from None
-    table = Table(number, origin, files, blocks, data.format, lines)
+        raise UserError(f"{table.origin.name}: cannot be read: {error.strerror}") from None
     if data.format == "auto":
         table.form = _detect_first(table, data.on_bad_row == "skip", scratch)
     return table
@@ -140,22 +137,22 @@ def _table(number: int, origin: Origin, files: list[Path], lines: Path, data: Da
 
 def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     """The format of the first row (of the first good one, if bad rows are skipped)."""
-    first: RowError | None = None
+    first = ""
     for line, _, value in table.rows(scratch):
         try:
             if isinstance(value, RowError):
                 raise value
             return detect(value)
         except RowError as error:
-            first = first or RowError(f"{table.origin.place(line)}: {error}")
+            first = first or f"{table.origin.place(line)}: {error}"
             if not skip:
                 break
     if first:
-        raise UserError(str(first))
+        raise UserError(first)
     return "text"  # no rows at all
 
 
-def _hub_rows(name: str) -> Iterable[Any]:
+def _hub_rows(name: str) -> Iterator[Any]:
     """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless named."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -169,4 +166,4 @@ def _hub_rows(name: str) -> Iterable[Any]:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
-    return chain(loaded)
+    yield from loaded

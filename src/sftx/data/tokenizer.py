@@ -63,22 +63,22 @@ class Tokenizer:
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
-    def load(cls, path: str, revision: str | None = None) -> Tokenizer:
+    def load(cls, path: str) -> Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
-        folder = Path(path)
-        if not folder.is_dir():
-            folder = _download(path, revision)
+        folder = Path(path) if Path(path).is_dir() else _download(path)
+        try:
+            return cls._of_folder(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no usable tokenizer there ({error})") from error
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             from transformers import AutoTokenizer  # the slow road: a folder with only sentencepiece or vocab files
 
-            try:
-                return cls.of(
-                    AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), stop_ids=_stop_ids(folder)
-                )
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: no usable tokenizer there ({error})") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special = {**_named(_read_json(folder / "special_tokens_map.json")), **_named(config)}
+            return cls.of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
+        config = read_json(folder / "tokenizer_config.json")
+        special = {**_named(read_json(folder / "special_tokens_map.json")), **_named(config)}
         content = (folder / "tokenizer.json").read_bytes()
         backend = tokenizers.Tokenizer.from_buffer(content)
         _add_missing(backend, config, special)
@@ -89,16 +89,16 @@ class Tokenizer:
     def of_model(cls, model: Model) -> Tokenizer:
         """The tokenizer of a run: the model's, with the tokens the run adds."""
         made = cls.load(model.tokenizer or model.path)
-        if "" in (*model.add_tokens, *model.add_special_tokens):
+        texts = [(text, False) for text in model.add_tokens] + [(text, True) for text in model.add_special_tokens]
+        if not texts:
+            return made
+        if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
-        for texts, special in ((model.add_tokens, False), (model.add_special_tokens, True)):
-            tokens = [tokenizers.AddedToken(text, normalized=False, special=special) for text in texts]
-            known = made.vocab_size
-            (made.backend.add_special_tokens if special else made.backend.add_tokens)(tokens)
-            ids: Any = [made.backend.token_to_id(text) for text in texts]
-            taught = made.taught | {i: i >= known for i in ids}
-            made = cls(made.backend, made.special, made.chat_templates, made.stop_ids) if texts else made
-            made.taught = taught
+        made.backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts])
+        ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
+        taught = {i: i >= made.vocab_size for i in ids}
+        made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
+        made.taught = taught
         return made
 
     @classmethod
@@ -110,11 +110,6 @@ class Tokenizer:
         templates = {"default": template} if isinstance(template, str) else dict(template or {})
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         return cls(backend, dict(tokenizer.special_tokens_map), templates, stop_ids)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's default chat template, if it has one."""
-        return self.chat_templates.get("default")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,10 +144,14 @@ class Tokenizer:
         # Tokens matched after normalisation, or only as whole words, do not cut text wherever their letters stand.
         return [i for i, token in self._added.items() if not token.normalized and not token.single_word]
 
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        return frozenset(i for i, token in self._added.items() if token.special)
+
     def is_special(self, text: str) -> bool:
         """Whether `text` is one special token."""
-        token = self._added.get(self.backend.token_to_id(text) or 0)
-        return token is not None and token.special and token.content == text
+        return self.backend.token_to_id(text) in self.control_ids
 
     def encode_batch(self, texts: Sequence[str], *, plain: bool = False, inside: bool = False) -> list[Int32]:
         """Ids of each text, with no special token added, on all cores.
@@ -196,13 +195,6 @@ class Tokenizer:
         """Text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def token(self, token_id: int) -> str:
-        """The vocabulary's spelling of one id."""
-        text = self.backend.id_to_token(int(token_id))
-        if text is None:
-            raise UserError(f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
-        return text
-
     @cached_property
     def _by_word(self) -> bool:
         return tokenises_by_word(self.backend)
@@ -233,17 +225,21 @@ def _alternatives(texts: list[str]) -> str:
     return "|".join(branches)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=_FILES))
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a folder here nor a tokenizer that could be fetched ({error})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a model folder holds; {} if it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
@@ -267,7 +263,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(declared, str):
         declared = [{"name": "default", "template": declared}]
     templates = {entry["name"]: entry["template"] for entry in declared or []}
-    if alone := _read_json(folder / "chat_template.json"):
+    if alone := read_json(folder / "chat_template.json"):
         templates["default"] = alone["chat_template"]
     for path in (*(folder / "additional_chat_templates").glob("*.jinja"), *folder.glob("chat_template.jinja")):
         name = "default" if path.parent == folder else path.stem
@@ -276,5 +272,5 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _stop_ids(folder: Path) -> list[int]:
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    eos = read_json(folder / "generation_config.json").get("eos_token_id")
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
@@ -41,10 +40,6 @@ class View:
         """Tokens that carry weight."""
         return sum(weight != 0 for weight in self.weights)
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"targets": self.targets}
-
 
 def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
     """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
@@ -52,7 +47,7 @@ def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prom
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
-    special = [tokenizer.is_special(tokenizer.token(token)) for token in ids]
+    special = [token in tokenizer.control_ids for token in ids]
     return View(place, note, example.part, ids, example.weights.tolist(), texts, special, prompt)
 
 
@@ -77,7 +72,7 @@ def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError
     for number, _, value in table.rows(table.lines.parent, first):
         if number >= line:
             try:
-                yield number, value if isinstance(value, RowError) else parse(value, table.form, line=number)
+                yield number, value if isinstance(value, RowError) else parse(value, table.form)
             except RowError as error:
                 yield number, error
 
@@ -90,16 +85,21 @@ def views_of_rows(
     Raises:
         UserError: there is no such file or row, or a row of them is wrong.
     """
-    named = [table for table in tables if not file or file in (table.origin.name, *table.origin.names)]
-    if not named:
+    if not tables:
+        raise UserError("data.train: nothing to train on is given")
+    table = next((table for table in tables if not file or file in (table.origin.name, *table.origin.names)), None)
+    if table is None:
         known = ", ".join(table.origin.name for table in tables[:5])
         raise UserError(f"no file called {file!r} in the data; known: {known}{', ...' if len(tables) > 5 else ''}")
-    found = list(islice(read_rows(named[0], line or 1), count))
-    if not found or (line is not None and found[0][0] != line):
-        raise UserError(f"{named[0].origin.place(line or 1)}: there is no row here")
+    start = line or 1
+    if file in table.origin.names:  # plain texts, each of them one row of the table
+        start += table.origin.names.index(file)
+    found = list(islice(read_rows(table, start), count))
+    if not found or (line is not None and found[0][0] != start):
+        raise UserError(f"{table.origin.place(start)}: there is no row here")
     views: list[View] = []
     for number, row in found:
-        place = named[0].origin.place(number)
+        place = table.origin.place(number)
         encoded = row if isinstance(row, RowError) else encoder.encode([row])[0]
         if isinstance(encoded, RowError) or isinstance(row, RowError):
             raise UserError(f"{place}: {encoded}")
@@ -112,10 +112,6 @@ def views_of_rows(
 
 
 def _served_prompt(row: Row, encoder: Encoder) -> str:
-    if row.kind == "messages":
-        turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
-    elif row.kind == "phrases":
-        turns = [i for i, phrase in enumerate(row.phrases) if phrase.weight]
-    else:
-        return ""
+    turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
+    turns += [i for i, phrase in enumerate(row.phrases) if phrase.weight]
     return encoder.served_prompt(row, turns[-1]) if turns else ""
