@@ -80,7 +80,7 @@ def tokenizer_state(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
         "special": tokenizer.special,
         "chat_templates": tokenizer.chat_templates,
         "stop_ids": sorted(tokenizer.stop_ids),
-        "fingerprint": tokenizer.fingerprint,
+        "known": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
     }
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     state = setup["tokenizer"]
     backend = tokenizers.Tokenizer.from_file(state["path"])
     tokenizer = Tokenizer(backend, state["special"], state["chat_templates"], state["stop_ids"])
-    tokenizer.fingerprint = state["fingerprint"]  # of the files it was read from, which are not read again
+    vars(tokenizer).update(state["known"])  # not worked out again
     encoder = Encoder(tokenizer, Data.model_validate(setup["data"]), setup["max_length"])
     assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
     cache = Cache(setup["cache"])

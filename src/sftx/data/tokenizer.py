@@ -32,7 +32,7 @@ class Tokenizer:
     """Text to ids. Made by `Tokenizer.load(path)` or `Tokenizer.of(transformers_tokenizer)`.
 
     `bos_id`, `eos_id`: ids or None. `stop_ids`: ids at which a server stops generating (EOS and those of
-    generation_config.json). `vocab_size`: largest id + 1. `special`: named special tokens (`eos_token` -> "</s>").
+    generation_config.json). `special`: named special tokens (`eos_token` -> "</s>").
     `content`, if given, is what the fingerprint hashes in place of the backend (the bytes of its files: faster).
     `chat_templates`: the tokenizer's own templates by name ("default", "tool_use", ...). `taught`: ids of the tokens a
     run adds (`Tokenizer.of_model`), and whether each was unknown before.
@@ -59,7 +59,6 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
         self._words = {plain: WordIds(backend) for plain in (False, True)}
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
@@ -94,9 +93,10 @@ class Tokenizer:
             return made
         if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
+        known = made.vocab_size
         made.backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts])
         ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
-        taught = {i: i >= made.vocab_size for i in ids}
+        taught = {i: i >= known for i in ids}
         made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
         made.taught = taught
         return made
@@ -110,6 +110,11 @@ class Tokenizer:
         templates = {"default": template} if isinstance(template, str) else dict(template or {})
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         return cls(backend, dict(tokenizer.special_tokens_map), templates, stop_ids)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id + 1; there may be holes beneath it."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
