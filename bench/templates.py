@@ -132,7 +132,7 @@ def spans(example: Example) -> Iterator[tuple[int, int]]:
 def check(encoder: Encoder, theirs: Any, name: str) -> Result:
     """Encode one conversation and hold every trained span against what transformers would send."""
     messages, tools = CONVERSATIONS[name]
-    row = Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+    row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
     encoded = encoder.encode([row])[0]
     if isinstance(encoded, RowError):
         return Result("refused", str(encoded))
@@ -228,7 +228,7 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
     for path in paths:
         encoder = Encoder(ours, Data(template=str(path)), 1 << 20)
         for name, (messages, tools) in kinds.items():
-            row = Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+            row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
             if isinstance(encoder.encode([row])[0], RowError):
                 continue
             shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages]
@@ -255,7 +255,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def outputs(encoder: Encoder, theirs: Any, name: str) -> Iterator[str]:
     """Each trained span as text, with the end of its prompt before it."""
     messages, tools = CONVERSATIONS[name]
-    encoded = encoder.encode([Row("messages", name, 1, messages=tuple(messages), tools=tuple(tools))])[0]  # type: ignore[arg-type]
+    encoded = encoder.encode([Row("messages", messages=tuple(messages), tools=tuple(tools))])[0]  # type: ignore[arg-type]
     assert not isinstance(encoded, RowError)
     for example in encoded.examples:
         for begin, end in spans(example):

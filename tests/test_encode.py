@@ -244,7 +244,7 @@ def test_nothing_to_train_on_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -
     with pytest.raises(UserError, match=r"empty\.jsonl: the data set is empty"):
         load(make(str(tmp_path / "empty.jsonl")), tokenizer)
     path = write(tmp_path / "long.jsonl", [["a", "b" * 500]] * 3)
-    with pytest.raises(UserError, match=r"all 3 rows were dropped; the first, line 1: "):
+    with pytest.raises(UserError, match=r"all 3 rows were dropped; the first, .*:1: "):
         load(make(path, too_long="drop"), tokenizer)
     with pytest.raises(UserError, match="nothing to train on"):
         load(make_config(model="m", output="o", data={}), tokenizer)
@@ -403,3 +403,25 @@ def test_reading_data_imports_no_torch(tmp_path: Path) -> None:
 
 def test_example_is_public() -> None:
     assert sftx.Example is Example
+
+
+def test_the_first_drop_is_named_by_its_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, text in (("a.txt", "one"), ("b.txt", ""), ("c.txt", "three")):
+        (tmp_path / name).write_text(text)
+    corpus, _ = load(make(str(tmp_path), on_bad_row="skip"), tokenizer)
+    write_ledger(corpus, tmp_path / "run")
+    [dropped] = [json.loads(line) for line in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()]
+    assert (dropped["file"], dropped["line"]) == (str(tmp_path / "b.txt"), 1)
+    write(tmp_path / "b.jsonl", [{"text": 2}])
+    write(tmp_path / "a.jsonl", [{"text": 1}])
+    with pytest.raises(UserError, match=rf"all 2 rows were dropped; the first, {tmp_path}/a\.jsonl:1: field 'text'"):
+        load(make(str(tmp_path / "*.jsonl"), on_bad_row="skip"), tokenizer)
+
+
+def test_a_row_of_great_depth_is_a_bad_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for depth in (700, 990):
+        call = {"function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
+        messages = [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        path = write(tmp_path / f"{depth}.jsonl", [{"messages": messages}])
+        with pytest.raises(UserError, match=rf"{depth}\.jsonl:1: .*nested too deeply"):
+            load(make(path), tokenizer)

@@ -141,7 +141,7 @@ def _same(a: Any, b: Any) -> bool:
 def test_a_batch_is_its_rows(texts: list[str], kind: str) -> None:
     made = encoder(CHATML, tokenizer=ours(kind))
     rows = [row(talk([(text, text[::-1])])) for text in texts]
-    rows += [Row("text", "", 1, text=text) for text in texts]
+    rows += [Row("text", text=text) for text in texts]
     together = made.encode(rows)
     for one, alone in zip(together, (made.encode([r])[0] for r in rows), strict=True):
         assert str(one) == str(alone) if isinstance(alone, RowError) else _same(one, alone)
@@ -151,7 +151,7 @@ def test_a_batch_is_its_rows(texts: list[str], kind: str) -> None:
 @given(TEXT, KINDS, st.booleans())
 def test_text_is_text(text: str, kind: str, adds_bos: bool) -> None:
     tokenizer = ours(kind, adds_bos=adds_bos)
-    result = encode(encoder(tokenizer=tokenizer), Row("text", "", 1, text=text))
+    result = encode(encoder(tokenizer=tokenizer), Row("text", text=text))
     (example,) = result.examples
     begins = adds_bos or text.startswith("<s>")
     body = text.removeprefix("<s>").removesuffix("</s>")
@@ -182,6 +182,7 @@ def sequence(turns: list[tuple[int, int, float]], bos: bool, context: int | None
 @ROUNDS
 @given(SEQUENCES, st.booleans(), st.sampled_from([None, 1]), st.integers(2, 20))
 @case([(2, 8, 1.0), (3, 2, 1.0), (1, 5, 1.0)], False, None, 9)
+@case([(0, 1, 0.5), (0, 2, 0.5)], False, None, 2)
 def test_split_trains_each_target_once_in_its_context(
     turns: list[tuple[int, int, float]], bos: bool, context: int | None, length: int
 ) -> None:
@@ -274,7 +275,7 @@ def test_phrases_are_what_trlx_publishes(
     expected = published_dialogue(phrases, tokenizer, length, "left" if left else "right")
     parts = tuple(Phrase(text, float(i % 2)) for i, text in enumerate(phrases))
     made = encoder("none", length=length, tokenizer=tokenizer, too_long="truncate_left" if left else "truncate_right")
-    result = made.encode([Row("phrases", "", 1, phrases=parts)])[0]
+    result = made.encode([Row("phrases", phrases=parts)])[0]
     if not any(output for _, output in expected[1:]):  # nothing left to learn: dropped, where trlx trains on nothing
         assert isinstance(result, RowError) or result.action == "dropped"
         return

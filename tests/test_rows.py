@@ -21,61 +21,59 @@ def call(arguments: Any) -> dict[str, Any]:
 
 
 def row(raw: Any) -> Row:
-    return parse(raw, detect(raw), "s", 3)
+    return parse(raw, detect(raw))
 
 
 @pytest.mark.parametrize(
     ("raw", "form", "expected"),
     [
-        ("Hi", "text", Row("text", "s", 3, text="Hi")),
-        ({"text": "Hi"}, "text", Row("text", "s", 3, text="Hi")),
-        (["Hi", "Hello"], "dialogue", Row("phrases", "s", 3, phrases=PAIR)),
-        ({"dialogue": ["Hi", "Hello"]}, "dialogue", Row("phrases", "s", 3, phrases=PAIR)),
-        ({"prompt": "Hi", "completion": "Hello"}, "pairs", Row("phrases", "s", 3, phrases=PAIR)),
-        ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", Row("phrases", "s", 3, phrases=PAIR)),
+        ("Hi", "text", Row("text", text="Hi")),
+        ({"text": "Hi"}, "text", Row("text", text="Hi")),
+        (["Hi", "Hello"], "dialogue", Row("phrases", phrases=PAIR)),
+        ({"dialogue": ["Hi", "Hello"]}, "dialogue", Row("phrases", phrases=PAIR)),
+        ({"prompt": "Hi", "completion": "Hello"}, "pairs", Row("phrases", phrases=PAIR)),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", Row("phrases", phrases=PAIR)),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
             "alpaca",
-            Row("phrases", "s", 3, phrases=(Phrase("Add.\n\n1 2", 0.0), Phrase("3", 1.0))),
+            Row("phrases", phrases=(Phrase("Add.\n\n1 2", 0.0), Phrase("3", 1.0))),
         ),
-        ([USER, MODEL], "messages", Row("messages", "s", 3, messages=(USER, MODEL))),  # type: ignore[arg-type]
-        ({"messages": [USER, MODEL]}, "messages", Row("messages", "s", 3, messages=(USER, MODEL))),  # type: ignore[arg-type]
+        ([USER, MODEL], "messages", Row("messages", messages=(USER, MODEL))),  # type: ignore[arg-type]
+        ({"messages": [USER, MODEL]}, "messages", Row("messages", messages=(USER, MODEL))),  # type: ignore[arg-type]
         (
             {"prompt": [USER, MODEL, USER], "completion": [MODEL]},
             "pairs",
             Row(
                 "messages",
-                "s",
-                3,
                 messages=({**USER, "train": False}, {**MODEL, "train": False}, {**USER, "train": False}, MODEL),  # type: ignore[arg-type]
             ),
         ),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
             "sharegpt",
-            Row("messages", "s", 3, messages=(USER, MODEL)),  # type: ignore[arg-type]
+            Row("messages", messages=(USER, MODEL)),  # type: ignore[arg-type]
         ),
         (
             {"segments": [{"text": "a", "weight": 0}, {"text": "b", "weight": 0.5}]},
             "segments",
-            Row("segments", "s", 3, phrases=(Phrase("a", 0.0), Phrase("b", 0.5))),
+            Row("segments", phrases=(Phrase("a", 0.0), Phrase("b", 0.5))),
         ),
-        ({"input_ids": [5, 6]}, "tokens", Row("tokens", "s", 3, ids=(5, 6), weights=(1.0, 1.0))),
+        ({"input_ids": [5, 6]}, "tokens", Row("tokens", ids=(5, 6), weights=(1.0, 1.0))),
         (
             {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]},
             "tokens",
-            Row("tokens", "s", 3, ids=(5, 6, 7), weights=(0.0, 1.0, 0.0)),
+            Row("tokens", ids=(5, 6, 7), weights=(0.0, 1.0, 0.0)),
         ),
         (
             {"input_ids": [5, 6], "weights": [0, 0.25], "attention_mask": [1, 1]},
             "tokens",
-            Row("tokens", "s", 3, ids=(5, 6), weights=(0.0, 0.25)),
+            Row("tokens", ids=(5, 6), weights=(0.0, 0.25)),
         ),
     ],
 )
 def test_every_shape(raw: Any, form: str, expected: Row) -> None:
     assert detect(raw) == form
-    assert parse(raw, form, "s", 3) == expected
+    assert parse(raw, form) == expected
 
 
 def test_messages_keep_what_templates_read() -> None:

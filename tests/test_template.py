@@ -71,11 +71,11 @@ TALK = [user("hello"), model("yes, hello"), user("what is 2+2?"), model("it is 4
 
 
 def row(messages: list[dict[str, Any]], **more: Any) -> Row:
-    return Row("messages", "", 1, messages=tuple(messages), **more)  # type: ignore[arg-type]
+    return Row("messages", messages=tuple(messages), **more)  # type: ignore[arg-type]
 
 
 def phrases(*texts: str) -> Row:
-    return Row("phrases", "", 1, phrases=tuple(Phrase(text, float(i % 2)) for i, text in enumerate(texts)))
+    return Row("phrases", phrases=tuple(Phrase(text, float(i % 2)) for i, text in enumerate(texts)))
 
 
 def encoder(template: str = "none", length: int = 4096, tokenizer: Tokenizer | None = None, **data: Any) -> Encoder:
@@ -343,7 +343,7 @@ def test_weights_and_the_choice_of_turns() -> None:
     ]
     assert "no turn carries weight" in error(row([user("a")]), encoder(CHATML))
     for kind in ("text", "segments", "tokens"):
-        plain = Row(kind, "", 1, text="a", ids=(1, 2), weights=(0.0, 1.0), phrases=(Phrase("a", 1.0),))  # type: ignore[arg-type]
+        plain = Row(kind, text="a", ids=(1, 2), weights=(0.0, 1.0), phrases=(Phrase("a", 1.0),))  # type: ignore[arg-type]
         assert "train_on" in error(plain, encoder(train_on="last"))
 
 
@@ -372,7 +372,7 @@ def test_text_begins_and_ends_once() -> None:
             body = tokenizer.encode("hello there")
             for text in ("hello there", "<s>hello there", "hello there</s>", "<s>hello there</s>"):
                 bos = [tokenizer.bos_id] if adds_bos or text.startswith("<s>") else []
-                (example,) = encoded(Row("text", "", 1, text=text), made).examples
+                (example,) = encoded(Row("text", text=text), made).examples
                 assert example.ids.tolist() == [*bos, *body, tokenizer.eos_id]
                 assert example.weights.tolist() == [0.0] + [1.0] * (len(example.ids) - 1)
 
@@ -380,15 +380,15 @@ def test_text_begins_and_ends_once() -> None:
 def test_segments_and_tokens_are_taken_as_they_are() -> None:
     made = encoder()
     parts = (Phrase("hello ", 0.0), Phrase(" there", 0.5), Phrase("</s>", 2.0))
-    (example,) = encoded(Row("segments", "", 1, phrases=parts), made).examples
+    (example,) = encoded(Row("segments", phrases=parts), made).examples
     assert example.ids.tolist() == [i for part in parts for i in made.tokenizer.encode(part.text, plain=True)]
-    (example,) = encoded(Row("segments", "", 1, phrases=parts), encoder(special_tokens="allow")).examples
+    (example,) = encoded(Row("segments", phrases=parts), encoder(special_tokens="allow")).examples
     assert (example.ids[-1], example.weights[-1]) == (made.tokenizer.eos_id, 2.0)
-    (example,) = encoded(Row("tokens", "", 1, ids=(5, 6, 7), weights=(1.0, 0.0, 0.5)), made).examples
+    (example,) = encoded(Row("tokens", ids=(5, 6, 7), weights=(1.0, 0.0, 0.5)), made).examples
     assert (example.ids.tolist(), example.weights.tolist()) == ([5, 6, 7], [0.0, 0.0, 0.5])
     beyond = made.tokenizer.vocab_size
-    assert f"input_ids[1] is {beyond}" in error(Row("tokens", "", 1, ids=(5, beyond), weights=(0.0, 1.0)), made)
-    assert "no token to learn" in error(Row("tokens", "", 1, ids=(5, 6), weights=(1.0, 0.0)), made)
+    assert f"input_ids[1] is {beyond}" in error(Row("tokens", ids=(5, beyond), weights=(0.0, 1.0)), made)
+    assert "no token to learn" in error(Row("tokens", ids=(5, 6), weights=(1.0, 0.0)), made)
 
 
 def test_phrases_are_turns_where_there_is_a_template() -> None:
@@ -559,3 +559,9 @@ def test_the_shortcut_is_given_up_where_it_would_be_wrong() -> None:
 def _runs(weights: Any) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], weights != 0, [0]]))).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Any) -> None:
+    (tmp_path / "a.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"data\.template: .*a\.jinja: cannot be read as UTF-8 text"):
+        Encoder(ours(), Data(template=str(tmp_path / "a.jinja")), 100)

@@ -53,8 +53,6 @@ class Row:
     """
 
     kind: Literal["text", "phrases", "messages", "segments", "tokens"]
-    source: str
-    line: int  # 1-based line of a file, or row number where rows are not lines
     text: str = ""
     phrases: tuple[Phrase, ...] = ()  # also holds the segments
     messages: tuple[Message, ...] = ()
@@ -117,10 +115,9 @@ class Ledger:
     tokens_truncated: int = 0
     targets_truncated: int = 0
     notes: dict[str, int] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)  # the `line` and `reason` of each that was dropped
 
     def add(self, other: Ledger) -> None:
-        """Add the counts of `other`, the rows listed included."""
+        """Add the counts of `other`."""
         for name, value in asdict(other).items():
             if name == "notes":
                 for note, count in value.items():

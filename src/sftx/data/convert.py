@@ -20,7 +20,7 @@ from sftx.data.fields import from_json
 from sftx.data.read import CHUNK, ERROR_MARK, kind_of
 from sftx.types import RowError, UserError, without_nulls
 
-VERSION = "2"  # raise when the lines made from a file change
+VERSION = "3"  # raise when the lines made from a file change
 
 
 def dump(value: Any) -> bytes:

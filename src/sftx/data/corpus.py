@@ -216,6 +216,5 @@ class Corpus:
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
                 notes=dict(counts),
-                rows=[{"line": drop.line, "reason": drop.reason} for drop in dropped],
             )
         return ledgers

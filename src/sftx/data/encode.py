@@ -163,10 +163,11 @@ def _check(corpus: Corpus, data: Data) -> None:
         more = f"\n({len(bad) - 1:,} more bad rows; " if len(bad) > 1 else "\n("
         place = corpus.origins[bad[0].origin].place(bad[0].line)
         raise UserError(f"{place}: {bad[0].reason}{more}data.on_bad_row=skip leaves bad rows out and lists them)")
-    for name, ledger in corpus.ledgers.items():
+    for number, (name, ledger) in enumerate(corpus.ledgers.items()):
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
-        first = f"; the first, line {ledger.rows[0]['line']}: {ledger.rows[0]['reason']}" if ledger.rows else ""
+        dropped = (drop for drop in corpus.drops if drop.source == number)
+        first = next((f"; the first, {corpus.origins[d.origin].place(d.line)}: {d.reason}" for d in dropped), "")
         if ledger.dropped == ledger.read:
             raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
         if ledger.dropped > 0.01 * ledger.read:
@@ -219,14 +220,16 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> None:
     """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    counts: dict[str, Any] = {"fingerprint": corpus.fingerprint, "summary": corpus.ledger.summary()}
-    for name, ledger in {"all": corpus.ledger, **corpus.ledgers}.items():
-        counted = {key: value for key, value in asdict(ledger).items() if key != "rows"}
-        counts |= {"all": counted} if name == "all" else {"sources": {**counts.get("sources", {}), name: counted}}
+    counts = {
+        "fingerprint": corpus.fingerprint,
+        "summary": corpus.ledger.summary(),
+        "all": asdict(corpus.ledger),
+        "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
+    }
     (folder / "ledger.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as out:
         for drop in corpus.drops:
             origin = corpus.origins[drop.origin]
             file = origin.names[drop.line - 1] if origin.names else origin.name
-            row = {"file": file, "line": drop.line, "reason": drop.reason}
+            row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -40,7 +40,7 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         try:
             if isinstance(value, RowError):
                 raise value
-            row = parse(value, form, line=line)
+            row = parse(value, form)
         except RowError as error:
             meta["bad"].append((line, str(error)))
             continue

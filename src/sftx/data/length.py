@@ -100,7 +100,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         first = spans[0][0]
         # Room for the whole prompt of the first output: no answer is trained without its question where both fit.
         asked = max((end for _, end in sequence.spans if end <= first), default=0) - sequence.begins_with_bos
-        prompt = asked if sequence.context is None else first - 1
+        prompt = min(asked, first - 1) if sequence.context is None else first - 1  # something stands before it
         count = max(1, sum(end - prompt <= max_length for _, end in spans))
         end = spans[count - 1][1]
         context = max_length if sequence.context is None else sequence.context

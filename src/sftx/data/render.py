@@ -150,6 +150,8 @@ class Encoder:
             return plan
         except RowError as error:
             return error
+        except RecursionError:
+            return RowError("the row is nested too deeply")
 
     def _text(self, text: str) -> Script:
         """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor escaped."""
@@ -265,4 +267,7 @@ def _resolve_template(setting: str, tokenizer: Tokenizer) -> dict[str, tuple[str
         raise UserError(
             f"data.template: {setting!r} is neither a file nor one of auto, none, {', '.join(bundled_templates())}"
         )
-    return {"default": (Path(setting).read_text(encoding="utf-8"), f"template {setting}")}
+    try:
+        return {"default": (Path(setting).read_text(encoding="utf-8"), f"template {setting}")}
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.template: {setting}: cannot be read as UTF-8 text: {error}") from None

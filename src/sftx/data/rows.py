@@ -96,7 +96,7 @@ def _misnamed(field: str, raw: dict[str, Any]) -> str:
     return f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
 
 
-def parse(raw: Any, form: str, source: str = "", line: int = 0) -> Row:
+def parse(raw: Any, form: str) -> Row:
     """A raw row of a known format (one of `REQUIRED`) as a `Row`.
 
     Raises:
@@ -114,7 +114,7 @@ def parse(raw: Any, form: str, source: str = "", line: int = 0) -> Row:
             raise RowError(f"field {field!r} is missing (format {form}); found {found}{_misnamed(field, raw)}")
     if bad := _misspelt(tuple(raw), form):
         raise RowError(bad)
-    return _PARSERS[form](raw, source, line)
+    return _PARSERS[form](raw)
 
 
 @lru_cache(1024)
@@ -137,46 +137,46 @@ def _misspelt(columns: tuple[str, ...], form: str) -> str:
     return ""
 
 
-def _text_row(raw: dict[str, Any], source: str, line: int) -> Row:
-    return Row("text", source, line, text=checked_text(raw["text"], "text"))
+def _text_row(raw: dict[str, Any]) -> Row:
+    return Row("text", text=checked_text(raw["text"], "text"))
 
 
-def _pairs(raw: dict[str, Any], source: str, line: int) -> Row:
+def _pairs(raw: dict[str, Any]) -> Row:
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         before: list[Message] = [{**m, "train": False} for m in parse_messages(prompt, "prompt")]
-        return _chat(raw, tuple(before) + parse_messages(completion, "completion"), source, line)
+        return _chat(raw, tuple(before) + parse_messages(completion, "completion"))
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowError("fields 'prompt' and 'completion' must both be texts or both be lists of messages")
     for field in _CHAT:
         if raw.get(field):
             raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
     pair = Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0)
-    return Row("phrases", source, line, phrases=pair)
+    return Row("phrases", phrases=pair)
 
 
-def _dialogue(raw: dict[str, Any], source: str, line: int) -> Row:
+def _dialogue(raw: dict[str, Any]) -> Row:
     texts = _full_list(raw, "dialogue", "texts")
     if len(texts) % 2:
         raise RowError(
             f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} phrases, an odd number"
         )
     phrases = tuple(Phrase(checked_text(t, f"dialogue[{i}]"), float(i % 2)) for i, t in enumerate(texts))
-    return Row("phrases", source, line, phrases=phrases)
+    return Row("phrases", phrases=phrases)
 
 
-def _messages_row(raw: dict[str, Any], source: str, line: int) -> Row:
-    return _chat(raw, parse_messages(raw["messages"], "messages"), source, line)
+def _messages_row(raw: dict[str, Any]) -> Row:
+    return _chat(raw, parse_messages(raw["messages"], "messages"))
 
 
-def _alpaca(raw: dict[str, Any], source: str, line: int) -> Row:
+def _alpaca(raw: dict[str, Any]) -> Row:
     prompt, output = checked_text(raw["instruction"], "instruction"), checked_text(raw["output"], "output")
     if extra := raw.get("input"):
         prompt = f"{prompt}\n\n{checked_text(extra, 'input')}"
-    return Row("phrases", source, line, phrases=(Phrase(prompt, 0.0), Phrase(output, 1.0)))
+    return Row("phrases", phrases=(Phrase(prompt, 0.0), Phrase(output, 1.0)))
 
 
-def _segments(raw: dict[str, Any], source: str, line: int) -> Row:
+def _segments(raw: dict[str, Any]) -> Row:
     phrases = []
     for i, piece in enumerate(_full_list(raw, "segments", '{"text", "weight"}')):
         at = f"segments[{i}]"
@@ -186,10 +186,10 @@ def _segments(raw: dict[str, Any], source: str, line: int) -> Row:
             raise RowError(f"{at} has unknown fields: {', '.join(sorted(extra))}")
         text, weight = checked_text(piece["text"], f"{at}.text"), checked_weight(piece["weight"], f"{at}.weight")
         phrases.append(Phrase(text, weight))
-    return Row("segments", source, line, phrases=tuple(phrases))
+    return Row("segments", phrases=tuple(phrases))
 
 
-def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
+def _tokens(raw: dict[str, Any]) -> Row:
     ids = raw["input_ids"]
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise RowError("field 'input_ids' must be a list of whole numbers that is not empty")
@@ -217,10 +217,10 @@ def _tokens(raw: dict[str, Any], source: str, line: int) -> Row:
             if label not in (-100, token):
                 hint = "; the labels look shifted by one: leave them unshifted" if labels[:-1] == ids[1:] else ""
                 raise RowError(f"labels[{i}] is {label}, but must be -100 or equal to input_ids[{i}] = {token}{hint}")
-    return Row("tokens", source, line, ids=tuple(ids), weights=tuple(weights or [1.0] * len(ids)))
+    return Row("tokens", ids=tuple(ids), weights=tuple(weights or [1.0] * len(ids)))
 
 
-def _sharegpt(raw: dict[str, Any], source: str, line: int) -> Row:
+def _sharegpt(raw: dict[str, Any]) -> Row:
     turns = []
     for i, turn in enumerate(_full_list(raw, "conversations", "turns")):
         at = f"conversations[{i}]"
@@ -241,7 +241,7 @@ def _sharegpt(raw: dict[str, Any], source: str, line: int) -> Row:
     if raw.get("system"):
         first: Message = {"role": "system", "content": checked_text(raw["system"], "system")}
         messages = (first, *messages)
-    return _chat(raw, messages, source, line)
+    return _chat(raw, messages)
 
 
 def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
@@ -251,7 +251,7 @@ def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
     return value
 
 
-def _chat(raw: dict[str, Any], messages: tuple[Message, ...], source: str, line: int) -> Row:
+def _chat(raw: dict[str, Any], messages: tuple[Message, ...]) -> Row:
     tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs") or {}
     tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -261,10 +261,10 @@ def _chat(raw: dict[str, Any], messages: tuple[Message, ...], source: str, line:
     if tools or kwargs:
         check_spelling(tools, "tools")
         check_spelling(kwargs, "chat_template_kwargs")
-    return Row("messages", source, line, messages=messages, tools=tuple(tools), template_kwargs=kwargs)
+    return Row("messages", messages=messages, tools=tuple(tools), template_kwargs=kwargs)
 
 
-_PARSERS: dict[str, Callable[[dict[str, Any], str, int], Row]] = {
+_PARSERS: dict[str, Callable[[dict[str, Any]], Row]] = {
     "text": _text_row,
     "pairs": _pairs,
     "dialogue": _dialogue,
