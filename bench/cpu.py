@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
     if "torchtune" in args.systems and not (args.torchtune_python and args.torchtune_python.is_file()):
-        parser.error("torchtune needs --torchtune-python, the Python of its own environment; --help says how to make one")
+        parser.error("torchtune needs --torchtune-python, the Python of an environment made as --help says")
     figures: list[dict[str, Any]] = []
     for shape, kind, method, precision in itertools.product(args.shape, args.rows, args.method, args.precision):
         case = {"shape": shape, "rows": kind, "method": method, "precision": precision}

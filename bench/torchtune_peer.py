@@ -1,13 +1,12 @@
-"""torchtune as a peer: like `peers.py` a process that takes a job as JSON and prints a JSON line, but of another Python.
+"""torchtune as a peer: like `peers.py`, a process that takes a job as JSON and prints a JSON line; of another Python.
 
-It runs torchtune's own recipe, `full_finetune_single_device` or `lora_finetune_single_device`, as the wheel brings them;
-everything that is given to it is configuration, in the settings of the configurations that come with it: rows padded to
-the longest of a step, the chunked loss over every position, nothing recomputed or compiled. Three things differ: AdamW
-is fused and without decay at a constant rate, as everywhere here; the rows come as token ids, not from a tokenizer; and
-no model is saved at the end. A step's time is from one line of the recipe's log to the next.
+It runs torchtune's own recipe, `full_finetune_single_device` or `lora_finetune_single_device`, as the wheel brings it,
+on what its configurations choose as a rule: rows padded to the longest of a step, the chunked loss over every position,
+nothing recomputed or compiled. Examples per step, AdamW (fused) and clipping are those of the other systems; rows come
+as token ids, and no model is saved at the end. A step lasts from one report of the recipe to the next.
 
-**Its bf16 is not that of the others**: weights, gradients and moments are all bf16, without weights in fp32. That takes
-less memory and time, and updates smaller than about 1/256 of a weight are lost; the others keep fp32 weights.
+**Its bf16 is not that of the others**: weights, gradients and moments are all bf16, while the others keep the weights
+that they train, and their moments, in fp32. That takes less memory, and small updates are lost to rounding.
 """
 
 from __future__ import annotations
