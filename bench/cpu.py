@@ -5,6 +5,12 @@
     python bench/cpu.py --shape qwen3-0.6b --rows sft_mix --method full lora --json out.json
     python bench/cpu.py --systems sftx trl-packing --rounds 1 --steps 3      # a quick look
 
+torchtune 0.6.1 needs an old torchao, so it has an environment of its own (what it runs: `torchtune_peer.py`):
+
+    python -m venv tune
+    tune/bin/pip install torch==2.13.0 torchtune==0.6.1 torchao==0.10.0
+    python bench/cpu.py --systems sftx torchtune --torchtune-python tune/bin/python
+
 Systems run in turn, each in a process of its own, several times over; figures are medians, ratios are taken pair by
 pair within a round. Both wall and CPU seconds are shown: on a busy machine the second is the fairer one. The matmul
 limit is what the same machine does on the model's own matrix sizes in the same minutes, in the same precision.
@@ -41,7 +47,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["gsm8k"], choices=LENGTHS)
     parser.add_argument("--method", nargs="+", default=["full"], choices=["full", "lora"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=[*SYSTEMS, "torchtune"])
+    parser.add_argument("--torchtune-python", type=Path, help="the Python of an environment with torchtune")
     parser.add_argument("--batch", type=int, default=8, help="examples per step")
     parser.add_argument("--steps", type=int, default=4, help="steps per process; the first is warm-up")
     parser.add_argument("--rounds", type=int, default=3)
@@ -49,6 +56,8 @@ def main() -> None:
     parser.add_argument("--tokens-per-pack", type=int, help="of sftx; default: its own choice")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
+    if "torchtune" in args.systems and not (args.torchtune_python and args.torchtune_python.is_file()):
+        parser.error("torchtune needs --torchtune-python, the Python of an environment made as --help says")
     figures: list[dict[str, Any]] = []
     for shape, kind, method, precision in itertools.product(args.shape, args.rows, args.method, args.precision):
         case = {"shape": shape, "rows": kind, "method": method, "precision": precision}
@@ -82,7 +91,10 @@ def measure(args: argparse.Namespace, case: dict[str, str]) -> dict[str, Any]:
                 "steps": args.steps, "threads": args.threads, "length": PACK, "pack_length": PACK, "pack_steps": packs,
                 "tokens_per_pack": args.tokens_per_pack, "output": f"{scratch}/run", "cache": f"{scratch}/cache",
             }  # fmt: skip
-            command = [sys.executable, str(Path(__file__).parent / "peers.py"), json.dumps(job)]
+            python, file = sys.executable, "peers.py"
+            if system == "torchtune":
+                python, file = str(args.torchtune_python), "torchtune_peer.py"
+            command = [python, str(Path(__file__).parent / file), json.dumps(job)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment(args.threads), check=False)
             if done.returncode:
                 sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
@@ -153,9 +165,10 @@ def report(args: argparse.Namespace, case: dict[str, str], rounds: list[dict[str
         ceiling = summary["speed"] / summary["matmul"]
         print(f"against {best}: {summary['speed']:.2f} times the tokens per CPU-second (products alone, nothing else "
               f"computed: {ceiling:.2f}), {summary['memory']:.2f} of its memory")  # fmt: skip
-    if "trl" in args.systems:
-        theirs = rounds[0]["trl"]["loss"]
-        print(f"first loss against trl: {abs(rounds[0]['sftx']['loss'] / theirs - 1):.1e} relative")
+    for system in ("trl", "torchtune"):
+        if system in args.systems:
+            theirs = rounds[0][system]["loss"]
+            print(f"first loss against {system}: {abs(rounds[0]['sftx']['loss'] / theirs - 1):.1e} relative")
     return summary
 
 

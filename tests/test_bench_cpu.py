@@ -1,7 +1,9 @@
-"""The CPU benchmarks: rows of the stated lengths, one small case of the growth table, the summary line."""
+"""The CPU benchmarks: rows of the stated lengths, one small case of the growth table, the summary line, and what
+torchtune is told (it is not needed here)."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,41 @@ def test_the_last_line_names_every_precision_of_the_first_case() -> None:
 
     figures = [case("a", "bf16", 5.6), case("a", "fp32", 5.31), case("b", "fp32", 1.0)]
     assert last_line(figures) == "speedup bf16=5.60 fp32=5.31 matmul_share=0.53 memory=0.50"
+
+
+def test_torchtune_is_told_the_sizes_of_the_model_and_the_rows_of_the_others(tmp_path: Path) -> None:
+    from peers import SHAPES, folder, rows
+    from torchtune_peer import configuration, dataset
+
+    size, data = SHAPES["smoke"], rows(2, 1024)
+    job = {"model": folder("smoke", tmp_path), "method": "lora", "batch": 2, "precision": "bf16", "output": "run"}
+    told = configuration(job, data)
+    model = told["model"]
+    assert [model[name] for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim")] == [
+        size["vocab_size"], size["num_hidden_layers"], size["num_attention_heads"], size["num_key_value_heads"],
+        size["hidden_size"],
+    ]  # fmt: skip
+    assert (model["intermediate_dim"], model["tie_word_embeddings"], model["lora_rank"]) == (128, True, 16)
+    assert told["checkpointer"]["checkpoint_files"] == ["model.safetensors"]
+    assert [list(row.values()) for row in dataset(None, told["dataset"]["rows"])] == [list(r.values()) for r in data]
+
+
+def test_torchtune_without_a_builder_for_the_family_is_an_error_that_says_so(tmp_path: Path) -> None:
+    from torchtune_peer import configuration
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    with pytest.raises(ValueError, match="no builder for qwen3; choose a Llama shape"):
+        configuration({"model": str(tmp_path), "method": "full"}, [])
+
+
+def test_torchtune_without_its_own_python_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cpu
+
+    monkeypatch.setattr("sys.argv", ["cpu.py", "--systems", "sftx", "torchtune"])
+    monkeypatch.setattr(cpu, "measure", None)
+    with pytest.raises(SystemExit) as stop:
+        cpu.main()
+    assert stop.value.code == 2
+    assert "--torchtune-python" in capsys.readouterr().err
