@@ -157,9 +157,11 @@ class Optim(Section):
     """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
 
     @model_validator(mode="after")
-    def _decay_is_used(self) -> Optim:
+    def _shape_is_used(self) -> Optim:
         if "decay" in self.model_fields_set and self.schedule != "wsd":
             raise ValueError(f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}")
+        if "final_ratio" in self.model_fields_set and self.schedule == "constant":
+            raise ValueError("`final_ratio` says where the schedule ends, but the schedule is constant")
         return self
 
 

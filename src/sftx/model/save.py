@@ -34,8 +34,7 @@ def load_tokenizer(model: Model) -> Any:
 
 def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) -> GenerationConfig:
     """The model's generation config, whose EOS now includes every token that training taught to stop at."""
-    config = model.generation_config if model.generation_config is not None else GenerationConfig()
-    config = GenerationConfig.from_dict(config.to_dict())
+    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
     before = config.eos_token_id
     eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
     config.eos_token_id = list(dict.fromkeys(eos)) or None
