@@ -80,7 +80,7 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
     reference = tiny.naive_loss(twin, data)
     reference.backward()
     loss = PackLoss(model)
-    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    assert check_paths(loss, probe_pack(data), torch.float32, longest=200) == []
     assert loss.prunes
     for packs in ([tuple(range(7))], balanced(LENGTHS, 70)[0], [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
         value = step_gradient(loss, data, packs)
@@ -88,10 +88,8 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
         assert tiny.gradient_difference(model, twin) <= 1e-6
 
 
-@pytest.mark.parametrize(
-    ("family", "says"), [("Falcon", "one at a time"), ("Bloom", "one at a time"), ("Mamba", "one at a time")]
-)
-def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str, says: str) -> None:
+@pytest.mark.parametrize("family", ["Falcon", "Bloom", "Mamba", "Doge"])
+def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str) -> None:
     changes = {"state_size": 8} if family == "Mamba" else {"n_layer": 2, "n_head": 4} if family == "Bloom" else {}
     model = tiny.model(family, **changes)
     data = tiny.examples([5, 20, 9])
@@ -101,7 +99,7 @@ def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str, 
     loss = PackLoss(model)
     notes = check_paths(loss, probe_pack(data), torch.float32)
     assert len(notes) == 1
-    assert says in notes[0]
+    assert "one at a time" in notes[0]
     value = step_gradient(loss, data, [(0, 1), (2,)])
     assert value == pytest.approx(float(reference), rel=1e-6)
     assert tiny.gradient_difference(model, twin) <= 2e-6

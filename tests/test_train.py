@@ -224,6 +224,16 @@ def test_a_model_that_could_never_learn_to_stop_is_refused(tmp_path: Path) -> No
     sftx.train(**settings(path, tmp_path / "run", data={"rows": rows, "format": "tokens"}))
 
 
+def test_a_tokenizer_with_several_templates_is_saved_with_them(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = {"default": tiny.CHAT_TEMPLATE, "tool_use": tiny.CHAT_TEMPLATE + "!"}
+    tokenizer.save_pretrained(path)
+    data = {"rows": ["a text"] * 8, "template": "none"}
+    result = sftx.train(**settings(path, tmp_path / "run", data=data, batch={"epochs": 1}))
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template == tokenizer.chat_template
+
+
 def test_one_row_is_enough(model: str, tmp_path: Path) -> None:
     assert sftx.train(**settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})).steps == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,8 @@ def save_model(
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with ExitStack() as stack:
-        temporary.mkdir(parents=True)
-        stack.callback(shutil.rmtree, temporary)
+    temporary.mkdir(parents=True)
+    try:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if isinstance(model, PeftModel):
             # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
@@ -80,7 +78,11 @@ def save_model(
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):  # more templates have a folder
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.replace(folder / path.name)
+            final = folder / path.relative_to(temporary)
+            final.parent.mkdir(exist_ok=True)
+            path.replace(final)
+    finally:
+        shutil.rmtree(temporary)

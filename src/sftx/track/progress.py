@@ -107,10 +107,6 @@ class Progress:
             self.say(f"measured peak memory {peaks}, {seconds}")
         self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
 
-    def finished_before(self, run: Run) -> None:
-        """The run needs no step."""
-        self.say(f"done     {run.folder} is finished already: no step was taken")
-
     def _live(self, record: StepRecord, text: str) -> None:
         if self._bar is None:
             columns = TextColumn("step {task.completed:,}/{task.total:,}"), BarColumn(), TimeRemainingColumn()

@@ -55,7 +55,11 @@ def save(
     final = folder / f"step-{state.step:08d}"
     copied = background is not None
     parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
-    moments = {n: _held(t, copied) for n, t in _moments(model, optimizer).items()}
+    moments = {
+        f"{name}/{kind}": _held(moment, copied)
+        for name, parameter in model.named_parameters()
+        for kind, moment in optimizer.state.get(parameter, {}).items()
+    }
     needed = sum(t.nbytes for t in (*parameters.values(), *moments.values()))
 
     def write() -> None:
@@ -195,15 +199,6 @@ def _verify(path: Path, read: bool = True) -> str:
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} has changed since it was written"
     return ""
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state, one flat dictionary: `<parameter>/<exp_avg | exp_avg_sq | step>`."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _require_space(folder: Path, needed: int) -> None:

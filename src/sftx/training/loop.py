@@ -84,7 +84,7 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
         job = prepare(config, here, run, progress, stack)
         stop.at_once = False
         if run.finished:
-            progress.finished_before(run)
+            progress.say(f"done     {run.folder} is finished already: no step was taken")
         else:
             _evaluate_first(job, stop, progress)
             for record in _steps(job, stop):

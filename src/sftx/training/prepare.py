@@ -60,8 +60,7 @@ class Job:
     optimizer: torch.optim.AdamW
     peak: float
     mathematics: str
-    recomputed: int  # decoder layers
-    predicted: dict[str, Any]  # bytes of memory by part, and seconds of all steps
+    facts: dict[str, Any]  # for run.json: layers recomputed, and what memory and time are predicted to be
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
@@ -108,12 +107,14 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
+    dist.alive("loading the model")
     loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
     corpora = [some for some in (corpus, held_out) if some is not None]
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
     notes += check_paths(loss, probe, machine.precision, longest)
+    dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
     load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
     shape = loss.train()
@@ -142,8 +143,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         build_optimizer(loss, config.optim),
         peak_learning_rate(config.optim, config.adapter),
         _mathematics(config, corpus, max_length, machine),
-        chosen.recomputed,
-        {"memory": chosen.parts(), "seconds": seconds},
+        {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}},
         notes=notes,
     )
     _continue_or_start(job)
@@ -301,6 +301,7 @@ def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
     run = job.run
     facts: dict[str, Any] = {}
+    dist.alive("looking for a checkpoint")
     _check_ranks(job)
     changed = _changed(job)
     if run.exists:
@@ -332,11 +333,10 @@ def _continue_or_start(job: Job) -> None:
         precision=_name(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.machine.tokens_per_pack,
-        recomputed_layers=job.recomputed,
-        predicted=job.predicted,
         notes=job.notes,
         peak_learning_rate=job.peak,
         stop_id=job.encoder.stop_id,
+        **job.facts,
         **facts,
     )
     if run.writes:
