@@ -63,8 +63,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
             f"(first: {missing[0]}); training would start from random numbers there"

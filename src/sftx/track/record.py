@@ -84,11 +84,10 @@ class Run:
                 if lines or name == "metrics.jsonl" or (self.folder / name).exists():
                     self._rewrite(name, lines)
         earlier = self.facts.get("started", []) if step else []
-        settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
         self.facts = {
             "status": "running",
             "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
-            "config": settings,
+            "config": self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
             "versions": _versions(),
         }
         self.update(**facts)

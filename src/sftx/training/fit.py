@@ -99,11 +99,9 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
             return Fit(size, recomputed, None, at_hand, (f"memory could not be predicted: {reason}",))
         found = Fit(size, recomputed, memory, at_hand)
         if memory.peak <= fitting:
-            if runtime.recompute != "auto":
-                return found
-            counts = range(recomputed + 1)
-            fewest = bisect_left(counts, x=True, key=lambda n: predict(rehearsal, load, size, n).peak <= fitting)
-            return Fit(size, fewest, predict(rehearsal, load, size, fewest), at_hand)
+            counts = range(recomputed + 1) if runtime.recompute == "auto" else [recomputed]
+            first = bisect_left(counts, x=True, key=lambda n: predict(rehearsal, load, size, n).peak <= fitting)
+            return Fit(size, counts[first], predict(rehearsal, load, size, counts[first]), at_hand)
     assert found is not None
     assert found.memory is not None
     raise UserError(_refusal(found, found.memory, load))

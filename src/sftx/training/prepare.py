@@ -92,8 +92,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     other. They part when `until_end` closes.
     """
     _refuse_wrong_folder(config, run)
-    model_config = load_config(config.model)
-    max_length = longest_example(config, model_config)
+    max_length = longest_example(config, load_config(config.model))
     fast_tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
@@ -117,12 +116,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
     load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
-    shape = loss.train()
-    if shards is not None:  # what is in shards cannot be rehearsed
-        shape = outline(config, fast_tokenizer.taught)
-        shape.isolate, shape.transform, shape.prunes = loss.isolate, loss.transform, loss.prunes
-        shape.use_segments(True)
-    rehearsal = Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
+    rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
     chosen = fit(config.runtime, rehearsal, load, at_hand)
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
@@ -149,6 +143,17 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
+
+
+def _rehearsal(
+    config: Config, machine: Machine, loss: PackLoss, held: int, shards: int | None, taught: dict[int, bool]
+) -> Rehearsal:
+    shape = loss.train()
+    if shards is not None:  # what is in shards cannot be rehearsed
+        shape = outline(config, taught)
+        shape.isolate, shape.transform, shape.prunes = loss.isolate, loss.transform, loss.prunes
+        shape.use_segments(True)
+    return Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
 
 
 def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[str]]:
