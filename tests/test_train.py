@@ -131,6 +131,14 @@ def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: 
     assert losses(result.folder) == losses(whole.folder)
 
 
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    model = tiny.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, loss in enumerate([2.0, float("nan"), 3.0], 1):
+        checkpoint.save(tmp_path, checkpoint.State(step, "", "{}", 0, 0, loss), model, optimizer, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
 def test_a_finished_run_takes_no_step_and_other_settings_are_refused(model: str, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "run")
     before = sftx.train(**config)

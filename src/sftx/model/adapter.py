@@ -30,9 +30,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
     if adapter.method == "none":
         return None
     rows = _token_rows(model, tokens) if tokens else None
-    wrapped = (
-        _new(model, adapter, seed, rows) if adapter.path is None else _continued(model, adapter, adapter.path, rows)
-    )
+    path = adapter.path
+    wrapped = _new(model, adapter, seed, rows) if path is None else _continued(model, adapter, path, rows)
     lora.fuse(wrapped)
     return wrapped
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -113,7 +114,7 @@ def _seal(temporary: Path, final: Path, state: State) -> None:
 def _prune(folder: Path, keep: int) -> None:
     """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
     sound = [path for path in _found(folder) if not _verify(path, read=False)]
-    judged = [(loss, path) for path in sound if (loss := _state(path).held_out_loss) is not None and loss == loss]
+    judged = [(loss, p) for p in sound if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
     for path in folder.glob("step-*"):
         if path not in kept:
