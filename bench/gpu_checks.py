@@ -153,7 +153,7 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
     if compiled:
         compile_layers(loss, pack, machine, "on")
     with machine.autocast():
-        value = loss(**to_tensors(pack, where))
+        value = loss(to_tensors(pack, where))
     value.backward()
     difference = norm = 0.0
     for ours, theirs in zip(loss.parameters(), twin.parameters(), strict=True):

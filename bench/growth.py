@@ -72,7 +72,7 @@ def compare(longest: int, vocabulary: int, repeats: int) -> tuple[float, float, 
     loss = PackLoss(model)
     loss.prunes = True
     pack = to_tensors(build_pack(examples), CPU)
-    ours, our_loss = best(lambda: loss(**pack) / total, model, repeats)
+    ours, our_loss = best(lambda: loss(pack) / total, model, repeats)
     loss.use_segments(False)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)

@@ -21,6 +21,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.tokens import add_rows
+from sftx.training.fit import outline
 from sftx.training.optim import build_optimizer
 
 TAUGHT = {264: True, 265: True, 5: False}
@@ -71,7 +72,7 @@ def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     assert [tuple(p.shape) for p in rows.values()] == [(3, 32)] * (1 if tied else 2)
     example = tiny.examples([40])[0]
     example.ids[3:6], example.weights[3:6] = [264, 265, 5], 1.0
-    loss(**to_tensors(build_pack([example]), torch.device("cpu"))).backward()
+    loss(to_tensors(build_pack([example]), torch.device("cpu"))).backward()
     reference = tiny.naive_loss(twin.double(), [example]) * float(example.weights[1:].sum())
     reference.backward()  # the adapter's B is 0 at the start, so the unadapted twin has the same gradients
     matrices = [twin.get_input_embeddings()] + ([] if tied else [twin.get_output_embeddings()])
@@ -209,3 +210,22 @@ def test_a_saved_folder_is_laid_out_as_servers_expect(tmp_path: Path) -> None:
         stem, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
         out_features, in_features = base[f"{stem}.weight"].shape
         assert tuple(tensor.shape) == {"lora_A": (4, in_features), "lora_B": (out_features, 4)}[kind]
+
+
+def test_an_adapter_that_trains_on_computes_as_it_did_when_it_was_new(tmp_path: Path) -> None:
+    first = run(tiny.folder(tmp_path / "model"), tmp_path / "first")
+    kinds = []
+    for settings in ({}, {"path": str(first.folder)}):
+        adapted = attach(tiny.model(tie_word_embeddings=True), adapter(**settings), 0)
+        assert adapted is not None
+        kinds.append({name: type(module) for name, module in adapted.named_modules()})
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_outline_of_a_run_that_continues_an_adapter_warns_of_nothing(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+    first = run(path, tmp_path / "first")
+    sections = {"model": path, "adapter": {"method": "lora", "path": str(first.folder)}}
+    outlined = outline(Config.model_validate({"data": "d", "output": "o", **sections}), {})
+    assert {p.device.type for p in outlined.parameters()} == {"meta"}

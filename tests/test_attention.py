@@ -86,6 +86,19 @@ def test_no_segments_no_attention() -> None:
         attention.segment_attention(torch.nn.Module(), *states(), None, cu_seq_lens_q=BORDERS, max_length_q=32)
 
 
+def test_a_mask_of_the_models_own_is_not_passed_over() -> None:
+    """Doge's adds to the scores, and beyond 2,048 tokens hides keys: a short probe sees little of it."""
+    with pytest.raises(ValueError, match="with a mask"):
+        attention.segment_attention(
+            torch.nn.Module(),
+            *states(),
+            torch.zeros(1, 1, 1, 1),
+            cu_seq_lens_q=BORDERS,
+            max_length_q=32,
+            borders=BORDERS,
+        )
+
+
 @pytest.mark.parametrize("has_groups", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 7])
 def test_the_arguments_of_the_cuda_kernel(

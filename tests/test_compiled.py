@@ -41,7 +41,7 @@ def gradients(loss: PackLoss) -> list[torch.Tensor]:
     for pack in PACKS:
         loss.zero_grad()
         torch.manual_seed(3)
-        value = loss(**to_tensors(pack, CPU))
+        value = loss(to_tensors(pack, CPU))
         value.backward()
         found += [value.detach(), *(p.grad.clone() for p in loss.parameters() if p.grad is not None)]
     return found
@@ -72,13 +72,13 @@ def check(loss: PackLoss, tolerance: float, graphs: int) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     with torch.no_grad():
-        before = loss.eval()(**to_tensors(PACKS[2], CPU))
+        before = loss.eval()(to_tensors(PACKS[2], CPU))
         loss.use_segments(False)
         graphs = counters["stats"]["unique_graphs"]
         loss.model(input_ids=torch.arange(3, 9)[None])
         assert counters["stats"]["unique_graphs"] == graphs  # generation and reference stay eager
         loss.use_segments(True)
-        assert torch.equal(loss(**to_tensors(PACKS[2], CPU)), before)
+        assert torch.equal(loss(to_tensors(PACKS[2], CPU)), before)
 
 
 @pytest.mark.long

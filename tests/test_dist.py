@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,17 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sftx import dist
+from sftx.config import Model
 from sftx.data.cache import Cache
+from sftx.model.load import load_model
+from sftx.model.shard import unread_model
 from sftx.settings import load_config
+from sftx.types import UserError
 
+CPU = torch.device("cpu")
 SEVERAL = [str(Path(__file__).with_name("several_runs.py"))]
 
 
@@ -369,3 +375,22 @@ def test_no_rank_ever_holds_the_model(folder: Path) -> None:
         imports = 64 << 20  # what torch loads for the first group, and the buffers of gloo
         allowed = 1 / 4 + (found[0]["unit"] + imports) / found[0]["model"]  # its quarter, and one layer at a time
     assert max(grown["fsdp"]) < allowed < 0.9 < min(grown["replicate"])
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"RANK": "1"}])
+def test_ranks_that_nobody_started_are_refused(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process would train its share of every step, alone."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="but not of MASTER_ADDR: start them with torchrun"), dist.joined(CPU, 1.0):
+        pass
+
+
+def test_a_model_that_is_read_in_shards_generates_as_its_folder_says(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    said = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    GenerationConfig(**said).save_pretrained(tmp_path / "model")
+    settings = Model(path=str(tmp_path / "model"))
+    shards = unread_model(settings, torch.float32).model.generation_config.to_dict()
+    assert shards == load_model(settings, CPU).generation_config.to_dict()
+    assert said.items() <= shards.items()

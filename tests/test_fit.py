@@ -55,7 +55,7 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Reh
 def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = PackLoss(tiny.model()).train()
 
-    def depends_on_data(**_: Any) -> None:
+    def depends_on_data(_: Any) -> None:
         raise RuntimeError("the shape depends on data")
 
     monkeypatch.setattr(loss, "forward", depends_on_data)

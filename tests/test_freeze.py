@@ -89,6 +89,20 @@ def test_a_head_that_trains_alone_takes_part_in_an_empty_pack() -> None:
     loss = PackLoss(model)
     for examples in ([], tiny.examples([9])):
         loss.zero_grad()
-        loss(**to_tensors(build_pack(examples), torch.device("cpu"))).backward()
+        loss(to_tensors(build_pack(examples), torch.device("cpu"))).backward()
         gradient = model.get_output_embeddings().weight.grad
         assert bool(gradient.any()) == bool(examples)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"unfrozen_layers": 1}, "embeddings"),
+        ({"freeze": ["model.embed_tokens.*"]}, "embeddings"),
+        ({"train_only": ["model.embed_tokens.*"]}, "head"),
+    ],
+)
+def test_new_tokens_whose_rows_would_not_train_are_refused(settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.add_tokens: the {what} of LlamaForCausalLM would stay frozen"):
+        freeze(tiny.model(), Model(path="m", add_special_tokens=["<new>"], **settings))
+    freeze(tiny.model(), Model(path="m", add_tokens=["<new>"], freeze=["*.0.*"]))

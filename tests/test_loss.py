@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -15,7 +17,7 @@ from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import blocks
 from sftx.model.checks import _prunes, check_paths
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
 from sftx.training.step import train_step
 from sftx.types import Example
@@ -55,7 +57,7 @@ def step_gradient(loss: PackLoss, data: list[Example], packs: list[tuple[int, ..
     weight = float(sum(example.weights[1:].astype(float).sum() for example in data))
     total = 0.0
     for members in packs:
-        value = loss(**to_tensors(build_pack([data[i] for i in members]), CPU)) / weight
+        value = loss(to_tensors(build_pack([data[i] for i in members]), CPU)) / weight
         value.backward()
         total += float(value.detach())
     return total
@@ -78,7 +80,7 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
     reference = tiny.naive_loss(twin, data)
     reference.backward()
     loss = PackLoss(model)
-    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    assert check_paths(loss, probe_pack(data), torch.float32, longest=200) == []
     assert loss.prunes
     for packs in ([tuple(range(7))], balanced(LENGTHS, 70)[0], [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
         value = step_gradient(loss, data, packs)
@@ -86,10 +88,8 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
         assert tiny.gradient_difference(model, twin) <= 1e-6
 
 
-@pytest.mark.parametrize(
-    ("family", "says"), [("Falcon", "one at a time"), ("Bloom", "one at a time"), ("Mamba", "one at a time")]
-)
-def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str, says: str) -> None:
+@pytest.mark.parametrize("family", ["Falcon", "Bloom", "Mamba", "Doge"])
+def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str) -> None:
     changes = {"state_size": 8} if family == "Mamba" else {"n_layer": 2, "n_head": 4} if family == "Bloom" else {}
     model = tiny.model(family, **changes)
     data = tiny.examples([5, 20, 9])
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str, 
     loss = PackLoss(model)
     notes = check_paths(loss, probe_pack(data), torch.float32)
     assert len(notes) == 1
-    assert says in notes[0]
+    assert "one at a time" in notes[0]
     value = step_gradient(loss, data, [(0, 1), (2,)])
     assert value == pytest.approx(float(reference), rel=1e-6)
     assert tiny.gradient_difference(model, twin) <= 2e-6
@@ -125,8 +125,7 @@ def test_perturbing_a_segment_leaves_the_others_alone() -> None:
     logits = []
     for chosen in (data, other):
         pack = to_tensors(build_pack(chosen), CPU)
-        everywhere = torch.arange(51)
-        logits.append(loss.own_logits(pack["ids"], pack["positions"], pack["cu_seqlens"], everywhere, pack["longest"]))
+        logits.append(loss.own_logits(replace(pack, index=torch.arange(51))))
     assert torch.equal(logits[0][11:], logits[1][11:])
     assert not torch.equal(logits[0][:11], logits[1][:11])
 
@@ -160,7 +159,7 @@ def test_the_last_layer_computes_only_what_targets_read() -> None:
     for layer in loss.model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
     pack = build_pack(data)
-    loss(**to_tensors(pack, CPU))
+    loss(to_tensors(pack, CPU))
     assert seen == [len(pack.ids), len(pack.index)]
     loss.use_segments(False)
     loss.model(input_ids=torch.arange(9)[None])
@@ -197,7 +196,7 @@ def test_bad_step_changes_no_weight() -> None:
     data = tiny.examples([12])
     pack = to_tensors(build_pack(data), CPU)
     before = copy.deepcopy(model.state_dict())
-    poisoned = {**pack, "weight": pack["weight"] * float("nan")}
+    poisoned = replace(pack, weight=pack.weight * float("nan"))
     result = train_step(loss, optimizer, [poisoned], 1.0, 1e-2, 1.0, nullcontext)
     assert float(result.bad) == 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -212,9 +211,37 @@ def test_a_pack_of_nothing_has_a_gradient_of_zero_for_every_weight() -> None:
         model = tiny.model(tie_word_embeddings=tied)
         loss = PackLoss(model)
         torch.full((264, 32), float("nan"))  # what uninitialised memory would hold
-        total = loss(**to_tensors(build_pack(()), torch.device("cpu")))
+        total = loss(to_tensors(build_pack(()), torch.device("cpu")))
         total.backward()
         assert float(total) == 0.0
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert float(parameter.grad.abs().max()) == 0.0, name
+
+
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, pack = PackLoss(tiny.model()), to_tensors(build_pack(tiny.examples(LENGTHS)), CPU)
+    added = Mock(wraps=_add_outer)
+    monkeypatch.setattr("sftx.model.loss._add_outer", added)
+    with torch.no_grad():
+        value = loss(pack)
+    assert not added.called
+    assert torch.equal(value, loss(pack).detach())
+    assert added.called
+
+
+def test_rotary_embeddings_that_go_by_the_longest_segment_are_found() -> None:
+    """Phi-3's: beyond a length other frequencies hold, and transformers takes them for all that is in a pack."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 32
+    model = tiny.model("Phi3", rope_parameters=rope, original_max_position_embeddings=32, pad_token_id=0)
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.weight.data *= 20  # attention that is far from uniform
+    data = tiny.examples([20, 60, 9])
+    reference = float(tiny.naive_loss(float64_twin(model), data))
+    loss = PackLoss(model)
+    assert check_paths(loss, probe_pack(data), torch.float32, longest=32) == []
+    assert step_gradient(loss, data, [(0, 1, 2)]) != pytest.approx(reference, rel=1e-4)
+    (said,) = check_paths(loss, probe_pack(data), torch.float32, longest=60)
+    assert "cannot keep packed segments apart" in said
+    assert step_gradient(loss, data, [(0, 1, 2)]) == pytest.approx(reference, rel=1e-6)

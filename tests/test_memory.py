@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sftx.config import Adapter, Config
 from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
@@ -37,14 +37,14 @@ def loss_of(family: str, changes: dict[str, Any], method: str) -> PackLoss:
     return PackLoss(model).train()
 
 
-def measured(loss: PackLoss, packs: list[dict[str, Any]], precision: torch.dtype) -> int:
+def measured(loss: PackLoss, packs: list[TensorPack], precision: torch.dtype) -> int:
     """Peak bytes of the second step of a real run (the first makes the optimiser's state), told by the allocator."""
     optimizer = build_optimizer(loss, Config.model_validate({"model": "m", "data": "d", "output": "o"}).optim)
 
     def step() -> None:
         for pack in packs:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                value = loss(**pack)
+                value = loss(pack)
             value.backward()
         optimizer.step()
         optimizer.zero_grad()

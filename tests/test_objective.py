@@ -69,7 +69,7 @@ def gradients(loss: PackLoss, data: list[Example], packs: list[tuple[int, ...]])
     loss.zero_grad()
     total = 0.0
     for members in packs:
-        value = loss(**to_tensors(build_pack([data[i] for i in members], members), CPU))
+        value = loss(to_tensors(build_pack([data[i] for i in members], members), CPU))
         value.backward()
         total += float(value.detach())
     return total, torch.cat([p.grad.flatten().double() for p in loss.parameters() if p.grad is not None])
@@ -120,7 +120,7 @@ def test_noise_is_added_to_the_embeddings_of_training_alone() -> None:
         nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
         expected += float((nll * torch.tensor(example.weights[1:])).sum().detach())
     tensors = to_tensors(build_pack(data, (0, 1)), CPU)
-    assert float(loss(**tensors)) == pytest.approx(expected, rel=1e-6)
+    assert float(loss(tensors)) == pytest.approx(expected, rel=1e-6)
     ids = torch.tensor(data[0].ids, dtype=torch.int64)[None]
     loss.use_segments(False)
     assert torch.equal(model(ids).logits, model(ids).logits)  # no noise is left behind

@@ -12,11 +12,14 @@ import tiny
 import torch
 
 import sftx
-from sftx.config import Adapter
+from sftx.config import Adapter, Runtime
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, to_tensors
+from sftx.model.memory import Rehearsal
 from sftx.model.recompute import decoder_layers, recompute
+from sftx.model.runtime import Machine
+from sftx.training.fit import Load, fit
 from sftx.types import UserError
 
 PACK = to_tensors(build_pack(tiny.examples([20, 33, 7])), torch.device("cpu"))
@@ -36,7 +39,7 @@ def gradients(loss: PackLoss, count: int) -> tuple[torch.Tensor, list[torch.Tens
     loss.zero_grad()
     torch.manual_seed(1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss(**PACK)
+        value = loss(PACK)
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     kept.clear()
     value.backward()
@@ -94,3 +97,12 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
         run(7)
     with pytest.raises(UserError, match=r"runtime.recompute.*-1"):
         run(-1)
+
+
+@pytest.mark.parametrize("count", ["all", 3])
+def test_recomputing_layers_that_are_not_shown_is_refused_in_words(count: str | int) -> None:
+    model = tiny.model("CTRL", n_embd=32, dff=64, n_layer=2, n_head=4, n_positions=256)
+    rehearsal = Rehearsal(PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0)
+    chosen = fit(Runtime(recompute=count), rehearsal, Load(40, 100, 0.5), 1 << 34)  # pyright: ignore
+    with pytest.raises(UserError, match="CTRLLMHeadModel shows no decoder layers that can be recomputed"):
+        recompute(model, chosen.recomputed)

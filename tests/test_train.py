@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import tiny
@@ -18,8 +22,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sftx
-from sftx.training import checkpoint
+from sftx.training import checkpoint, loop
 from sftx.training.optim import build_optimizer, learning_rate
+from sftx.training.stop import Diverged, StopFlag, Stopped
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(40)]
 
@@ -107,6 +112,8 @@ def test_a_killed_run_continues_to_the_bit(model: str, tmp_path: Path, adapter: 
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["total_tokens"] == sum(line["tokens"] for line in lines)
+    measured = json.loads((result.folder / "run.json").read_text())["measured"]
+    assert measured["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
 
 
 def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +129,14 @@ def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: 
     result = sftx.train(**config)
     assert "damaged" in capfd.readouterr().err
     assert losses(result.folder) == losses(whole.folder)
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    model = tiny.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, loss in enumerate([2.0, float("nan"), 3.0], 1):
+        checkpoint.save(tmp_path, checkpoint.State(step, "", "{}", 0, 0, loss), model, optimizer, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_a_finished_run_takes_no_step_and_other_settings_are_refused(model: str, tmp_path: Path) -> None:
@@ -217,6 +232,16 @@ def test_a_model_that_could_never_learn_to_stop_is_refused(tmp_path: Path) -> No
     sftx.train(**settings(path, tmp_path / "run", data={"rows": rows, "format": "tokens"}))
 
 
+def test_a_tokenizer_with_several_templates_is_saved_with_them(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = {"default": tiny.CHAT_TEMPLATE, "tool_use": tiny.CHAT_TEMPLATE + "!"}
+    tokenizer.save_pretrained(path)
+    data = {"rows": ["a text"] * 8, "template": "none"}
+    result = sftx.train(**settings(path, tmp_path / "run", data=data, batch={"epochs": 1}))
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template == tokenizer.chat_template
+
+
 def test_one_row_is_enough(model: str, tmp_path: Path) -> None:
     assert sftx.train(**settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})).steps == 1
 
@@ -245,14 +270,98 @@ def test_schedules_are_functions_of_the_step() -> None:
     stable = curve(schedule="wsd", warmup=10, decay=0.2)
     assert stable[10:80] == [1.0] * 70
     assert stable[90] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="the schedule is constant"):
+        curve(schedule="constant", final_ratio=0.1)
 
 
-def test_weight_decay_is_for_matrices_only() -> None:
-    model = tiny.model(tie_word_embeddings=True)
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "count"),
+    [("Llama", {"tie_word_embeddings": True}, 14), ("Cohere", {"use_qk_norm": True}, 14), ("GptOss", EXPERTS, 15)],
+)
+def test_weight_decay_is_for_matrices_only(family: str, changes: dict[str, Any], count: int) -> None:
+    """Norms of heads and biases of experts have two dimensions too."""
+    model = tiny.model(family, **changes)
     section = sftx.Config.model_validate(
         {"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}
     ).optim
     decayed = {id(p) for p in build_optimizer(model, section).param_groups[0]["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    assert all(name.endswith("proj.weight") for name in names)
-    assert len(names) == 14
+    assert any("q_proj.weight" in name for name in names)
+    assert not [name for name in names if "norm" in name or "bias" in name or "embed" in name]
+    assert len(names) == count
+
+
+@pytest.mark.parametrize("asked", range(1, 8))
+def test_whenever_a_signal_comes_what_is_said_to_be_saved_is(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    """It comes between two steps, packs of an evaluation, or what is done after them: where the flag is looked at."""
+    looks = itertools.count(1)
+
+    def look(flag: StopFlag) -> bool:
+        flag.signal = flag.signal or (signal.SIGTERM if next(looks) == asked else None)
+        return flag.signal is not None
+
+    monkeypatch.setattr(StopFlag, "__call__", look)
+    changes: dict[str, Any] = {"data": {"eval_split": 0.1}, "eval": {"every": 1, "at_start": False}}
+    with pytest.raises(Stopped, match="75"):
+        sftx.train(**settings(model, tmp_path / "run", batch={"epochs": 0.5}, **changes))
+    stopped = json.loads((tmp_path / "run" / "run.json").read_text())["stopped_at"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}").is_dir()
+
+
+def test_a_merge_that_was_interrupted_is_made_up_for(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(model, tmp_path / "run", batch={"epochs": 0.2}, adapter={"method": "lora", "merge": True})
+    export = Mock(wraps=loop.export, side_effect=[OSError("no space"), DEFAULT])
+    monkeypatch.setattr(loop, "export", export)
+    with pytest.raises(OSError, match="no space"):
+        sftx.train(**config)
+    for _ in range(2):
+        assert list(sftx.steps(**config)) == []
+    assert export.call_count == 2, "once is enough"
+    assert (tmp_path / "run" / "merged" / "model.safetensors").exists()
+
+
+def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, train_step = checkpoint._write, loop.train_step
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: time.sleep(1) or write(*args))
+
+    def poisoned(model: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
+        first = not optimizer.state
+        packs = packs if first else [replace(pack, weight=pack.weight * float("nan")) for pack in packs]
+        return train_step(model, optimizer, packs, *rest)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    changes: dict[str, Any] = {"optim": {"max_bad_steps": 0}, "checkpoint": {"every": 1, "background": True}}
+    with pytest.raises(Diverged) as ended:
+        sftx.train(**settings(model, tmp_path / "run", **changes))
+    assert ended.value.message.endswith("last good checkpoint: step 1")
+
+
+def test_a_run_continues_only_in_the_precision_that_auto_meant(model: str, tmp_path: Path) -> None:
+    for _ in sftx.steps(**settings(model, tmp_path / "run", checkpoint={"every": 1})):
+        break
+    path = tmp_path / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"precision": "bfloat16"}))  # as it would be, begun on a GPU
+    with pytest.raises(sftx.UserError, match="precision: 'bfloat16' in the run, 'float32' now"):
+        sftx.train(**settings(model, tmp_path / "run"))
+    path.write_text(json.dumps(facts))
+    sftx.train(**settings(model, tmp_path / "run", runtime={"precision": "fp32"}))
+
+
+@pytest.mark.parametrize("compile", ["auto", "on"])
+def test_no_step_leaves_the_model_as_it_was(model: str, tmp_path: Path, compile: str) -> None:
+    batch, runtime = {"examples_per_step": 8, "steps": 0}, {"compile": compile}
+    base = settings(model, tmp_path / "run", data={"eval_split": 0.1}, runtime=runtime)
+    result = sftx.train(**base | {"batch": batch})
+    assert (result.steps, result.loss) == (0, None)
+    assert result.eval_after == result.eval_before
+    assert all(torch.equal(value, weights(Path(model))[name]) for name, value in weights(result.folder).items())

@@ -139,9 +139,9 @@ def test_gradients_through_a_base_in_4_bits_are_those_of_its_dequantised_weights
         loss = PackLoss(model)
         loss.eval()
         with torch.no_grad():
-            loss(**pack)  # bitsandbytes may repack its weights here, through which no gradient would come
+            loss(pack)  # bitsandbytes may repack its weights here, through which no gradient would come
         loss.train()
-        loss(**pack).backward()
+        loss(pack).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None]))
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from sftx.types import UserError
+
 Value = TypeVar("Value")
 GRACE = 5.0
 """Seconds after `runtime.rank_timeout` until a rank ends itself: those that wait for it get to speak first."""
@@ -99,7 +101,13 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     no sign of life for so long prints the stacks of its threads and ends. The launcher then ends the rest.
     """
     global _saving, _watch
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or is_joined():
+    missing = sorted({"MASTER_ADDR", "RANK", "WORLD_SIZE"} - os.environ.keys())
+    if missing and not is_joined() and (rank() or world_size() > 1):  # or each would train its share, and no more
+        raise UserError(
+            f"the environment speaks of several processes (RANK={rank()}, WORLD_SIZE={world_size()}), but not of "
+            f"{missing[0]}: start them with torchrun, or unset what is left of another program"
+        )
+    if missing or is_joined():
         yield
         return
     _die_with_launcher()

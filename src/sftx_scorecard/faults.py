@@ -250,9 +250,7 @@ def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
             count += 1
             forward = PackLoss.forward
             if count in steps:
-                PackLoss.forward = lambda *args, **pack: POISONS[kind](
-                    forward(*args, **pack), next(args[0].parameters())
-                )
+                PackLoss.forward = lambda self, pack: POISONS[kind](forward(self, pack), next(self.parameters()))
             try:
                 return original(*args, **kwargs)
             finally:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import sftx
 from sftx.data.pack import build_pack
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.training import loop
 from sftx.types import Example
 from sftx_scorecard import tiny
@@ -156,20 +156,17 @@ def packing(folder: Path) -> str:
     model = tiny.model()
     loss = PackLoss(model)
 
-    def packed(some: list[list[int]]) -> dict[str, Any]:
+    def packed(some: list[list[int]]) -> TensorPack:
         weights = [torch.ones(len(ids)).numpy() for ids in some]
         examples = [
             Example(torch.tensor(ids, dtype=torch.int32).numpy(), w) for ids, w in zip(some, weights, strict=True)
         ]
         return to_tensors(build_pack(examples), torch.device("cpu"))
 
-    together = loss(**packed(documents)).item()
-    off = abs(together - sum(loss(**packed([ids])).item() for ids in documents)) / together
+    together = loss(packed(documents)).item()
+    off = abs(together - sum(loss(packed([ids])).item() for ids in documents)) / together
     changed = [[documents[0][0] ^ 1, *documents[0][1:]], *documents[1:]]
-    hidden = [
-        loss.hidden(*(p[k] for k in ("ids", "positions", "cu_seqlens", "longest")))
-        for p in map(packed, (documents, changed))
-    ]
+    hidden = [loss.hidden(packed(some)) for some in (documents, changed)]
     leak, seen = (float((hidden[0] - hidden[1])[part].abs().max()) for part in (slice(20, None), slice(0, 20)))
     expect(
         off <= 1e-6 and leak == 0.0 and seen > 0,

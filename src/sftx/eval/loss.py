@@ -40,7 +40,7 @@ def held_out_loss(
                     return {}
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
-                    totals[number] += model(**to_tensors(pack, device)).double()
+                    totals[number] += model(to_tensors(pack, device)).double()
     sums = dist.add_up(totals).tolist()
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -30,8 +30,13 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
     if adapter.method == "none":
         return None
     rows = _token_rows(model, tokens) if tokens else None
-    if adapter.path is not None:
-        return _continued(model, adapter, adapter.path, rows)
+    path = adapter.path
+    wrapped = _new(model, adapter, seed, rows) if path is None else _continued(model, adapter, path, rows)
+    lora.fuse(wrapped)
+    return wrapped
+
+
+def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None) -> PeftModel:
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -50,7 +55,6 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
     except ValueError as error:
         raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
     assert isinstance(wrapped, PeftModel)
-    lora.fuse(wrapped)
     return wrapped
 
 
@@ -71,7 +75,9 @@ def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[s
     try:
         folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
         config: Any = PeftConfig.from_pretrained(folder)
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* to a meta parameter")  # of a model that is only to be measured
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         odd = {name for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed} if "lora_" in name}
     except (OSError, ValueError, RuntimeError) as error:

@@ -57,6 +57,8 @@ def segment_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None or borders is None:
         raise ValueError("segment attention was called without segments: the model does not pass them on")
+    if attention_mask is not None:  # transformers makes none for this attention: it is the model's own, for itself
+        raise ValueError("segment attention was called with a mask: the model hides or weighs keys in a way of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
     plain = not softcap and s_aux is None and dropout == 0.0

@@ -8,18 +8,19 @@ path that cannot, and says so; where no path is right, the run is refused.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sftx.model.adapter import bare, trainable
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum
 from sftx.types import Pack, UserError
 
@@ -40,126 +41,108 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
         raise UserError("no parameter is trainable: every weight of the model is frozen")
 
 
-def check_paths(loss: PackLoss, pack: Pack, precision: torch.dtype) -> list[str]:
+def check_paths(loss: PackLoss, probe: Pack, precision: torch.dtype, longest: int = 1) -> list[str]:
     """Measure the trainer's path against the model's own on a small pack; choose the fast one where equal.
 
-    Returns what had to be changed, in words. Raises UserError where the loss is wrong on every path.
+    `longest` = tokens of the longest example that may stand beside others. Returns what had to be changed, in words.
+    Raises UserError where the loss is wrong on every path.
     """
-    device = next(loss.parameters()).device
+    name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
-    autocast = nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
-    notes: list[str] = []
+    autocast = torch.autocast(pack.ids.device.type, precision, enabled=precision != torch.float32)
     with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
-        reference = _reference_logits(loss, pack, device)
+        reference = _reference_logits(loss, pack)
         scale = float(reference.abs().max())
-        if not np.isfinite(scale):
+        if not math.isfinite(scale):
             raise UserError("the model's own logits are not finite before training: its weights are damaged")
-        if not _isolated(loss, pack, device, reference, tolerance * scale):
+        if not _isolated(loss, pack, reference, tolerance * scale, longest):
             loss.isolate = False
             loss.use_segments(False)
-            notes.append(
-                f"{type(loss.model).__name__} cannot keep packed segments apart (measured): "
-                "segments run one at a time, which is exact but slower"
-            )
-            return notes
-        loss.transform = _matching_transform(loss, pack, device, reference, tolerance * scale)
-        if loss.transform is None:
-            notes.append(
-                f"the head of {type(loss.model).__name__} is not a plain matrix (measured): "
-                "logits come from the model's own forward, which needs more memory"
-            )
-        tensors = to_tensors(pack, device)
-        loss.prunes = loss.transform is not None and _prunes(loss, tensors, tolerance)
-        fused = float(loss(**tensors))
-        own = float(cross_entropy_sum(reference, tensors["label"], tensors["weight"]))
+            how = "segments run one at a time, which is exact but slower"
+            return [f"{name} cannot keep packed segments apart (measured): {how}"]
+        loss.transform = _matching_transform(loss, pack, reference, tolerance * scale)
+        loss.prunes = loss.transform is not None and _prunes(loss, pack, tolerance)
+        fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
         if abs(fused - own) > tolerance * abs(own):
             raise UserError(f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed probe")
-    return notes
+    if loss.transform is None:
+        how = "logits come from the model's own forward, which needs more memory"
+        return [f"the head of {name} is not a plain matrix (measured): {how}"]
+    return []
 
 
 @contextmanager
-def _callable_in_parts(loss: PackLoss, pack: Pack) -> Iterator[None]:
+def _callable_in_parts(loss: PackLoss, tensors: TensorPack) -> Iterator[None]:
     """Where the model is in shards, gather what does not belong to a layer, so that its parts run on their own."""
     if not isinstance(loss, FSDPModule):
         yield
         return
-    loss(**to_tensors(pack, next(loss.parameters()).device))  # the first pass must come through the root
+    loss(tensors)  # the first pass must come through the root
     loss.unshard()
     yield
     loss.reshard()
 
 
-def _reference_logits(loss: PackLoss, pack: Pack, device: torch.device) -> Tensor:
+def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
     """Logits at the targets, each segment on its own through the unchanged model, [M, V]."""
     loss.use_segments(False)
     try:
-        borders = pack.cu_seqlens.tolist()
-        parts = []
-        for a, b in itertools.pairwise(borders):
-            ids = torch.as_tensor(pack.ids[a:b], dtype=torch.int64, device=device)
-            parts.append(loss.model(input_ids=ids[None], use_cache=False).logits[0])
-        return torch.cat(parts).float()[torch.as_tensor(pack.index, dtype=torch.int64, device=device)]
+        segments = itertools.pairwise(pack.borders.tolist())
+        parts = [loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in segments]
+        return torch.cat(parts).float()[pack.index]
     finally:
         loss.use_segments(True)
 
 
-def _isolated(loss: PackLoss, pack: Pack, device: torch.device, reference: Tensor, tolerance: float) -> bool:
-    """Packed logits equal the reference, and changing the first segment leaves the others' logits alone."""
-    changed_ids = pack.ids.copy()
-    first = int(pack.cu_seqlens[1])
-    changed_ids[:first] = np.roll(changed_ids[:first], 1)
+def _isolated(loss: PackLoss, pack: TensorPack, reference: Tensor, tolerance: float, longest: int) -> bool:
+    """Packed logits equal the reference, beside a token at the last place of a segment as long as the longest (some
+    rotary embeddings go by that); and changing the first segment leaves the others' logits alone."""
+    ids, positions = torch.cat([pack.ids, pack.ids[:1]]), torch.cat([pack.positions, pack.positions[:1] + longest - 1])
+    pack = replace(pack, ids=ids, positions=positions, borders=torch.cat([pack.borders, pack.borders[-1:] + 1]))
+    first = int(pack.borders[1])
+    changed_ids = pack.ids.clone()
+    changed_ids[:first] = changed_ids[:first].roll(1)
     changed_ids[0] = changed_ids[first - 1]
-    tensors = to_tensors(pack, device)
-    arguments = tensors["positions"], tensors["cu_seqlens"], tensors["index"], tensors["longest"]
     try:
-        packed = loss.own_logits(tensors["ids"], *arguments).float()
+        packed = loss.own_logits(pack).float()
         if packed.shape != reference.shape or float((packed - reference).abs().max()) > tolerance:
             return False
-        changed = loss.own_logits(torch.as_tensor(changed_ids, dtype=torch.int64, device=device), *arguments).float()
+        changed = loss.own_logits(replace(pack, ids=changed_ids)).float()
     except (TypeError, ValueError):  # the model's forward does not take segments
         return False
-    others = tensors["index"] >= first
-    return float((changed - packed)[others].abs().max()) <= 1e-3 * tolerance
+    return float((changed - packed)[pack.index >= first].abs().max()) <= 1e-3 * tolerance
 
 
-def _matching_transform(
-    loss: PackLoss, pack: Pack, device: torch.device, reference: Tensor, tolerance: float
-) -> LogitTransform | None:
+def _matching_transform(loss: PackLoss, pack: TensorPack, reference: Tensor, tolerance: float) -> LogitTransform | None:
     """The transform under which head(hidden) equals the model's logits; None if there is none among the known."""
     head: Any = loss.model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, TrainableTokensWrapper) or head._forward_hooks or head._forward_pre_hooks:
         return None
-    tensors = to_tensors(pack, device)
     try:
-        hidden = loss.hidden(tensors["ids"], tensors["positions"], tensors["cu_seqlens"], tensors["longest"])
+        raw = head(loss.hidden(pack)[pack.index]).float()
     except (TypeError, AttributeError):
         return None
-    raw = head(hidden[tensors["index"]]).float()
-    if raw.shape != reference.shape:
-        return None
-    config = loss.model.config.get_text_config()
-    names = config.to_dict()
+    names = loss.model.config.get_text_config().to_dict()
     softcap = float(names.get("final_logit_softcapping") or 0.0)
-    candidates = [LogitTransform(softcap=softcap)]
-    if names.get("logit_scale"):
-        candidates.append(LogitTransform(scale=float(names["logit_scale"]), softcap=softcap))
-    if names.get("logits_scaling"):
-        candidates.append(LogitTransform(scale=1.0 / float(names["logits_scaling"]), softcap=softcap))
-    for transform in candidates:
-        if float((transform(raw) - reference).abs().max()) <= tolerance:
-            return transform
-    return None
+    scales = [1.0, float(names.get("logit_scale") or 1.0), 1.0 / float(names.get("logits_scaling") or 1.0)]
+    candidates = (LogitTransform(scale, softcap) for scale in scales)
+    fitting = (c for c in candidates if raw.shape == reference.shape and _apart(c(raw), reference) <= tolerance)
+    return next(fitting, None)
 
 
-def _prunes(loss: PackLoss, tensors: dict[str, Any], tolerance: float) -> bool:
+def _prunes(loss: PackLoss, pack: TensorPack, tolerance: float) -> bool:
     """Every third row comes out of the pruned last layer as it does of the whole one."""
-    arguments = {name: tensors[name] for name in ("ids", "positions", "cu_seqlens", "longest")}
-    rows = tensors["index"][::3]
+    rows = pack.index[::3]
     try:
-        whole, pruned = loss.hidden(**arguments)[rows], loss.hidden(**arguments, rows=rows)[rows]
+        whole, pruned = loss.hidden(pack)[rows], loss.hidden(pack, rows)[rows]
     except (TypeError, AttributeError, RuntimeError):  # a module takes or returns something else than one tensor
         return False
-    return float((whole - pruned).abs().max()) <= tolerance * float(whole.abs().max())
+    return _apart(whole, pruned) <= tolerance * float(whole.abs().max())
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two elements."""
+    return float((one - other).abs().max())
 
 
 @contextmanager

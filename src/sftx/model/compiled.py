@@ -54,7 +54,7 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
         loss.compiled = list(zip(layers, calls, own, strict=True))
         loss.use_segments(True)
         with machine.autocast():
-            value = loss(**to_tensors(pack, machine.device))
+            value = loss(to_tensors(pack, machine.device))
         value.backward()
     except (TorchDynamoException, RuntimeError) as error:
         for layer, forward in zip(layers, own, strict=True):

@@ -1,15 +1,30 @@
-"""Which weights train where there is no adapter: the last layers, or those whose names match."""
+"""Which weights train: an adapter; or all, the last layers, or those whose names match."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from sftx.config import Model
+from sftx.config import Adapter, Model
+from sftx.model.adapter import attach
+from sftx.model.tokens import add_rows
 from sftx.types import UserError
+
+
+def choose_weights(
+    model: PreTrainedModel, settings: Model, adapter: Adapter, seed: int, taught: dict[int, bool]
+) -> tuple[PeftModel | None, list[str]]:
+    """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in; all in place.
+
+    Returns the adapter around the model (None where there is none), and what was done to its rows, in words.
+    """
+    notes = add_rows(model, taught, seed)
+    freeze(model, settings)
+    return attach(model, adapter, seed, sorted(taught)), notes
 
 
 def freeze(model: PreTrainedModel, settings: Model) -> None:
@@ -25,6 +40,13 @@ def freeze(model: PreTrainedModel, settings: Model) -> None:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze: it matches every parameter, and nothing is left to train")
+    rows: dict[str, Any] = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    for name, module in rows.items() if settings.add_tokens or settings.add_special_tokens else ():
+        if not module.weight.requires_grad:
+            raise UserError(
+                f"model.add_tokens: the {name} of {type(model).__name__} would stay frozen, new rows included; let "
+                "them train (model.unfrozen_layers, model.freeze, model.train_only), or train an adapter"
+            )
 
 
 def _matching(model: PreTrainedModel, field: str, patterns: list[str]) -> list[nn.Parameter]:

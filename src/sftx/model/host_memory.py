@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -22,10 +23,8 @@ def resident_peak() -> int:
 
 def forget_resident_peak() -> None:
     """Begin a new peak, where the system allows it (proc(5), clear_refs)."""
-    try:
+    with suppress(OSError):
         (PROC / "self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def free() -> int:
@@ -34,7 +33,7 @@ def free() -> int:
     Processes that torchrun starts together share it equally.
     """
     machine = _field(PROC / "meminfo", "MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(machine, *_rooms(), machine) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([machine, *_rooms()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _rooms() -> Iterator[int]:

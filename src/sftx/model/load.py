@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
-from sftx.model.adapter import head_weights
+from sftx.model.adapter import bare, head_weights
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
 from sftx.model.recompute import decoder_layers
@@ -62,8 +63,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
             f"(first: {missing[0]}); training would start from random numbers there"
@@ -81,6 +81,51 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
         raise UserError("adapter.quantize: nf4 needs bitsandbytes; pip install 'sftx[qlora]'")
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
     return BitsAndBytesConfig(load_in_4bit=True, **settings)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPack:
+    """A `Pack` as tensors on the device, but for the borders of its segments, which stay on the host."""
+
+    ids: Tensor  # int64[T]
+    positions: Tensor  # int64[T]
+    borders: Tensor  # int32[n + 1]
+    index: Tensor  # int64[M]
+    label: Tensor  # int64[M]
+    weight: Tensor  # float32[M]
+    longest: int  # tokens of the longest segment
+    examples: tuple[int, ...]  # their numbers, by which noise is drawn
+
+    def segments(self) -> dict[str, Any]:
+        """What `attention` needs to know; under the names of transformers' own kernels, so that models pass it on."""
+        cu_seqlens, longest = self.borders.to(self.ids.device, non_blocking=True), self.longest
+        lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        return {**lengths, "max_length_q": longest, "max_length_k": longest, "borders": self.borders}
+
+
+def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
+    """The pack as `PackLoss` takes it.
+
+    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be ordered.
+    """
+
+    def pinned(array: Any, dtype: torch.dtype) -> Tensor:
+        tensor = torch.as_tensor(array).to(dtype)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    def move(array: Any, dtype: torch.dtype) -> Tensor:
+        return pinned(array, dtype).to(device, non_blocking=True)
+
+    return TensorPack(
+        ids=move(pack.ids, torch.int64),
+        positions=move(pack.positions, torch.int64),
+        borders=pinned(pack.cu_seqlens, torch.int32),
+        index=move(pack.index, torch.int64),
+        label=move(pack.label, torch.int64),
+        weight=move(pack.weight, torch.float32),
+        longest=int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
+        examples=pack.examples,
+    )
 
 
 class PackLoss(nn.Module):
@@ -122,63 +167,45 @@ class PackLoss(nn.Module):
         for layer, compiled, own in self.compiled:  # a graph for every length that is generated would not pay
             layer.forward = compiled if on else own
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        index: Tensor,
-        label: Tensor,
-        weight: Tensor,
-        longest: int,
-        examples: tuple[int, ...] = (),
-    ) -> Tensor:
-        """`ids`, `positions` int64[T]; `cu_seqlens` int32[n + 1] on the host; `index`, `label` int64[M]; `weight`
-        float32[M]; `longest` = tokens in the longest segment; `examples` = their numbers, by which noise is drawn.
-        Returns the sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for every weight."""
+    def forward(self, pack: TensorPack) -> Tensor:
+        """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for every weight."""
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
-            self._noise = self._draw_noise(cu_seqlens.diff().tolist(), examples)
+            self._noise = self._draw_noise(pack)
         if not self.isolate:
-            return self._one_by_one(ids, cu_seqlens, index, label, weight, objective)
+            return self._one_by_one(pack, objective)
         if self.transform is None:
-            logits = self.own_logits(ids, positions, cu_seqlens, index, longest)
-            total = cross_entropy_sum(logits, label, weight, objective)
+            total = cross_entropy_sum(self.own_logits(pack), pack.label, pack.weight, objective)
         else:
-            prunes = self.prunes and not objective.router_aux and 0 < len(index) <= WORTH_IT * len(ids)
-            hidden = self.hidden(ids, positions, cu_seqlens, longest, index if prunes else None).index_select(0, index)
+            prunes = self.prunes and not objective.router_aux and 0 < len(pack.index) <= WORTH_IT * len(pack.ids)
+            hidden = self.hidden(pack, pack.index if prunes else None).index_select(0, pack.index)
             head, bias = head_weights(self.model)
-            total = fused_cross_entropy_sum(hidden, head, bias, label, weight, self.transform, objective)
-        return total + self._balance(cu_seqlens, index, weight) if objective.router_aux else total
+            total = fused_cross_entropy_sum(hidden, head, bias, pack.label, pack.weight, self.transform, objective)
+        return total + self._balance(pack.borders, pack.index, pack.weight) if objective.router_aux else total
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, pack: TensorPack, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [T, h]; where `rows` are named, those of others need not be right."""
-        segments = _segment_kwargs(cu_seqlens, longest, ids.device) | ({} if rows is None else {"rows_needed": rows})
-        out = self._run(self.model.base_model, ids, position_ids=positions[None], **segments)
-        return out.last_hidden_state[0]
+        more = {"position_ids": pack.positions[None]} | ({} if rows is None else {"rows_needed": rows})
+        return self._run(self.model.base_model, pack.ids, **pack.segments(), **more).last_hidden_state[0]
 
-    def own_logits(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, index: Tensor, longest: int) -> Tensor:
-        """Logits [M, V] at `index` through the model's own forward, whatever it does after the head."""
-        segments = _segment_kwargs(cu_seqlens, longest, ids.device)
-        out = self._run(self.model, ids, position_ids=positions[None], logits_to_keep=index, **segments)
-        return _keep(out.logits[0], index)
+    def own_logits(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the head."""
+        more = {"position_ids": pack.positions[None], "logits_to_keep": pack.index}
+        logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
+        return logits if len(logits) == len(pack.index) else logits[pack.index]  # some models ignore `logits_to_keep`
 
-    def _one_by_one(
-        self, ids: Tensor, cu_seqlens: Tensor, index: Tensor, label: Tensor, weight: Tensor, objective: Loss
-    ) -> Tensor:
-        total = torch.zeros((), device=ids.device)
+    def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
+        total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
-        for a, b in itertools.pairwise(cu_seqlens.tolist()):
-            mine = (index >= a) & (index < b)
-            if mine.any() or len(index) == 0:  # a pack of nothing still passes through all weights, see `forward`
+        for a, b in itertools.pairwise(pack.borders.tolist()):
+            mine = (pack.index >= a) & (pack.index < b)
+            if mine.any() or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
-                out = self._run(self.model, ids[a:b])
-                at = index[mine] - a
-                total = total + cross_entropy_sum(out.logits[0][at], label[mine], weight[mine], objective)
+                at, weight = pack.index[mine] - a, pack.weight[mine]
+                logits = self._run(self.model, pack.ids[a:b]).logits[0][at]
+                total = total + cross_entropy_sum(logits, pack.label[mine], weight, objective)
                 if objective.router_aux:
-                    total = total + self._balance(torch.tensor([0, b - a], device=ids.device), at, weight[mine])
+                    total = total + self._balance(torch.tensor([0, b - a]), at, weight)
         return total
 
     def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:
@@ -191,62 +218,21 @@ class PackLoss(nn.Module):
             raise UserError(f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits")
         return out
 
-    def _balance(self, cu_seqlens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _balance(self, borders: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts' balance of each segment times the weight of its targets, summed."""
-        cu_seqlens = cu_seqlens.to(index.device, non_blocking=True)
+        cu_seqlens = borders.to(index.device, non_blocking=True)
         segment = torch.bucketize(index, cu_seqlens[1:], right=True)
         share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
         logits, self._router_logits = self._router_logits, ()
         return self.objective.router_aux * router_balance(logits, self.experts_per_token, cu_seqlens, share)
 
-    def _draw_noise(self, lengths: list[int], examples: tuple[int, ...]) -> Tensor:
+    def _draw_noise(self, pack: TensorPack) -> Tensor:
         """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
-        width = int(self.model.get_input_embeddings().weight.shape[1])  # pyright: ignore
-        seeds = [self.noise_seed * 1_000_003 + example for example in examples or range(len(lengths))]
+        lengths = pack.borders.diff().tolist()
+        width = int(bare(self.model.get_input_embeddings()).weight.shape[1])
+        seeds = [self.noise_seed * 1_000_003 + example for example in pack.examples or range(len(lengths))]
         return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
 
     def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         noise, self._noise = self._noise, None  # once: whatever runs the model next is not this training pack
         return out if noise is None else out + noise.to(out)
-
-
-def to_tensors(pack: Pack, device: torch.device) -> dict[str, Any]:
-    """The arguments of `PackLoss.forward`, on `device` but for the borders, which the host reads too.
-
-    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be ordered.
-    """
-
-    def pinned(array: Any, dtype: torch.dtype) -> Tensor:
-        tensor = torch.as_tensor(array).to(dtype)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
-
-    def move(array: Any, dtype: torch.dtype) -> Tensor:
-        return pinned(array, dtype).to(device, non_blocking=True)
-
-    return {
-        "ids": move(pack.ids, torch.int64),
-        "positions": move(pack.positions, torch.int64),
-        "cu_seqlens": pinned(pack.cu_seqlens, torch.int32),
-        "index": move(pack.index, torch.int64),
-        "label": move(pack.label, torch.int64),
-        "weight": move(pack.weight, torch.float32),
-        "longest": int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
-        "examples": pack.examples,
-    }
-
-
-def _segment_kwargs(borders: Tensor, longest: int, device: torch.device) -> dict[str, Any]:
-    # The names are those of transformers' own variable-length kernels, so models that pass them on pass these on.
-    cu_seqlens = borders.to(device, non_blocking=True)
-    return {
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "borders": borders,
-    }
-
-
-def _keep(logits: Tensor, index: Tensor) -> Tensor:
-    """Some models ignore `logits_to_keep`; then the rows are taken here."""
-    return logits if logits.shape[0] == index.shape[0] else logits[index]

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+Settings = tuple[float, torch.dtype, torch.dtype]
+"""Scale of the adapter; dtypes of the base layer's product and of the adapter's."""
+
 
 def fuse(model: nn.Module) -> int:
     """Let every plain adapted linear layer of `model` compute in one function; how many there are.
@@ -50,25 +53,17 @@ class LoraLinear(Linear):
         base, low_rank = x.dtype, down.dtype
         if torch.is_autocast_enabled(x.device.type):
             base = low_rank = torch.get_autocast_dtype(x.device.type)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        return _LoraLinear.apply(x, weight, bias, down, up, self.scaling[name], base, low_rank)  # pyright: ignore[reportReturnType]
+        settings = self.scaling[name], base, low_rank
+        return _LoraLinear.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, settings)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
-        base: torch.dtype,
-        low_rank: torch.dtype,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, settings: Settings
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
-        ctx.settings = (scaling, base, low_rank)
+        ctx.settings = scaling, base, low_rank = settings
         out = F.linear(x.to(base), weight.to(base), None if bias is None else bias.to(base))
         small = x.flatten(0, -2).to(low_rank) @ down.to(low_rank).t()
         flat = out.flatten(0, -2).to(low_rank).addmm_(small, up.to(low_rank).t(), alpha=scaling)
@@ -86,4 +81,4 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = (grad.flatten(0, -2).to(base) @ weight.to(base)).to(low_rank).addmm_(small_grad, a)
             d_x = d_x.to(x.dtype).view(x.shape)
-        return d_x, None, None, d_down.to(down.dtype), d_up.to(up.dtype), None, None, None
+        return d_x, None, None, d_down.to(down.dtype), d_up.to(up.dtype), None

@@ -12,6 +12,7 @@ pack times the vocabulary nor on the number of targets. Statistics are fp32, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ PLAIN = Loss()
 """The objective without additions: what evaluation reports."""
 CHUNK_BYTES = 64 << 20
 """Budget of the logits held at once, in bytes of fp32; 16 times as much on a GPU, whose products want more rows."""
+Chunk = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Rows, all hidden states, matrix of the head -> loss of the rows, its gradient with respect to the head's output."""
 
 
 @dataclass(frozen=True)
@@ -77,37 +80,57 @@ def fused_cross_entropy_sum(
     Gradients are computed chunk by chunk in the forward pass (6 h V operations per target in all, none twice).
     Under autocast the products run in its dtype, as the model's own head would; the sums stay in fp32.
     """
-    device = hidden.device.type
+    device, eps = hidden.device.type, objective.label_smoothing
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _FusedCrossEntropy.apply(hidden, head, bias, label, weight, transform, objective)  # pyright: ignore[reportReturnType]
+    if not torch.is_grad_enabled():  # which an autograd function cannot see
+        head, bias = head.detach(), None if bias is None else bias.detach()
+
+    def chunk(s: slice, hidden: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss (fp64 scalar) of some rows and its gradient with respect to the head's output, fp32 [rows, V].
+
+        One array of that size is enough: the logits become the gradient in place.
+        """
+        x = (hidden[s] @ matrix.t()).float()
+        if bias is not None:
+            x += bias
+        z = transform(x)
+        at_label, mean = _at(z, label[s]), z.mean(-1) if eps else None
+        slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
+        peak = z.amax(-1)
+        grad = z.sub_(peak[:, None]).exp_()
+        mass = grad.sum(-1)
+        lse = peak + mass.log()
+        losses, share = _losses(at_label, mean, lse, objective)
+        pull = weight[s] if share is None else weight[s] * share
+        grad *= ((pull + 2 * objective.z_loss * weight[s] * lse if objective.z_loss else pull) / mass)[:, None]
+        grad.scatter_add_(-1, label[s, None], (eps - 1) * pull[:, None])
+        if eps:
+            grad -= (eps / z.shape[1]) * pull[:, None]
+        if slope is not None:
+            grad *= slope
+        if transform.scale != 1.0:
+            grad *= transform.scale
+        return (losses.double() * weight[s]).sum(), grad
+
+    return _FusedCrossEntropy.apply(hidden, head, bias, chunk)  # pyright: ignore[reportReturnType]
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        label: Tensor,
-        weight: Tensor,
-        transform: LogitTransform,
-        objective: Loss,
-    ) -> Tensor:
-        needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk: Chunk) -> Tensor:
+        needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         fill = torch.empty if len(hidden) else torch.zeros  # without targets no chunk writes it
         d_head = fill(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
         d_bias = torch.zeros(head.shape[0], dtype=torch.float32, device=head.device) if needs_bias else None
-        ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         rows = max(1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = head.detach().to(hidden.dtype)
             for a in range(0, hidden.shape[0], rows):
                 s = slice(a, min(a + rows, hidden.shape[0]))
-                loss, grad = _chunk(hidden[s], matrix, bias, label[s], weight[s], transform, objective)
+                loss, grad = chunk(s, hidden, matrix)
                 total += loss
                 if d_bias is not None:
                     d_bias += grad.sum(0)
@@ -124,59 +147,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         d_hidden, d_head, d_bias = ctx.gradients
         ctx.gradients = None
-        head_dtype, bias_dtype = ctx.dtypes
         if d_head is not None and accumulates(ctx.head):
             if ctx.head.grad is None:  # an embedding that shares the weight then adds its few rows to it
                 ctx.head.grad = d_head.mul_(grad)
             else:
                 ctx.head.grad.addcmul_(d_head, grad)
             d_head = None
-        return (
-            None if d_hidden is None else d_hidden.mul_(grad),
-            None if d_head is None else d_head.mul_(grad).to(head_dtype),
-            None if d_bias is None else d_bias.mul_(grad).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _chunk(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    label: Tensor,
-    weight: Tensor,
-    transform: LogitTransform,
-    objective: Loss,
-) -> tuple[Tensor, Tensor]:
-    """Loss (fp64 scalar) of a few rows and its gradient with respect to the head's output, fp32 [rows, V].
-
-    One array of that size is enough: the logits become the gradient in place.
-    """
-    x = (hidden @ head.t()).float()
-    if bias is not None:
-        x += bias
-    z = transform(x)
-    eps = objective.label_smoothing
-    at_label, mean = _at(z, label), z.mean(-1) if eps else None
-    slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
-    peak = z.amax(-1)
-    grad = z.sub_(peak[:, None]).exp_()
-    mass = grad.sum(-1)
-    lse = peak + mass.log()
-    losses, share = _losses(at_label, mean, lse, objective)
-    pull = weight if share is None else weight * share
-    grad *= ((pull + 2 * objective.z_loss * weight * lse if objective.z_loss else pull) / mass)[:, None]
-    grad.scatter_add_(-1, label[:, None], (eps - 1) * pull[:, None])
-    if eps:
-        grad -= (eps / z.shape[1]) * pull[:, None]
-    if slope is not None:
-        grad *= slope
-    if transform.scale != 1.0:
-        grad *= transform.scale
-    return (losses.double() * weight).sum(), grad
+        # Autograd casts each to the dtype of its input.
+        return *(None if d is None else d.mul_(grad) for d in (d_hidden, d_head, d_bias)), None
 
 
 def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:

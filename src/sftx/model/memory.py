@@ -81,7 +81,7 @@ class Rehearsal:
         model raises when its shapes depend on data (RuntimeError and its kind).
         """
         body, forward, *backward = self._marks(pack, False, accumulate)
-        if recomputed:
+        if recomputed and self.layers:
             every = self._marks(pack, True, accumulate)
             saved = recomputed / len(self.layers) * (body - every[0])
             # What the backward pass computes again lifts it up to the peak it has when all layers are recomputed.
@@ -161,7 +161,7 @@ class Rehearsal:
             try:
                 with count:
                     with torch.autocast("cpu", torch.bfloat16, enabled=self.precision != torch.float32):
-                        value = loss(**tensors)
+                        value = loss(tensors)
                     count.cut(1)
                     value.backward()
                     count.cut(3)

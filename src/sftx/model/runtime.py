@@ -45,9 +45,8 @@ class Machine:
 
     def memory(self) -> int:
         """Bytes: peak allocated on a GPU, else peak of this process' resident memory, since `forget_peak`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return host_memory.resident_peak()
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self.device) if on_gpu else host_memory.resident_peak()
 
     def forget_peak(self) -> None:
         """Begin a new peak."""
@@ -81,11 +80,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             )
         torch.cuda.set_device(device)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
-    chosen = Machine(
-        device=device,
-        precision=torch.bfloat16 if half else torch.float32,
-        tokens_per_pack=runtime.tokens_per_pack or (16384 if device.type == "cuda" else 1024),
-    )
+    tokens = runtime.tokens_per_pack or (16384 if device.type == "cuda" else 1024)
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if device.type == "cpu":
@@ -94,7 +89,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             # oneDNN keeps code for 1,024 shapes otherwise: up to 0.7 GiB. It looks here once, at its first product.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
             _fast_exact_matmul()
-        yield chosen
+        yield Machine(device, torch.bfloat16 if half else torch.float32, tokens)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)

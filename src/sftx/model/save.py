@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ def load_tokenizer(model: Model) -> Any:
 
 def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) -> GenerationConfig:
     """The model's generation config, whose EOS now includes every token that training taught to stop at."""
-    config = model.generation_config if model.generation_config is not None else GenerationConfig()
-    config = GenerationConfig.from_dict(config.to_dict())
+    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
     before = config.eos_token_id
     eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
     config.eos_token_id = list(dict.fromkeys(eos)) or None
@@ -64,9 +62,8 @@ def save_model(
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with ExitStack() as stack:
-        temporary.mkdir(parents=True)
-        stack.callback(shutil.rmtree, temporary)
+    temporary.mkdir(parents=True)
+    try:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if isinstance(model, PeftModel):
             # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
@@ -81,7 +78,11 @@ def save_model(
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):  # more templates have a folder
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.replace(folder / path.name)
+            final = folder / path.relative_to(temporary)
+            final.parent.mkdir(exist_ok=True)
+            path.replace(final)
+    finally:
+        shutil.rmtree(temporary)

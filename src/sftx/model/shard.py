@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sftx import dist
 from sftx.config import Model, Runtime
@@ -106,6 +106,8 @@ def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
         )
     model.tie_weights()
     model.config.use_cache = False
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
     places, filled = [], dict[int, nn.Parameter]()
     for name in model.state_dict():
@@ -131,14 +133,14 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained_only and not parameter.requires_grad:
             continue
-        tensor = tied[id(parameter)] if id(parameter) in tied else whole(parameter.detach())
-        if dist.is_main():
-            state[name] = tied[id(parameter)] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
-        else:
-            tied[id(parameter)] = torch.empty(0)  # known, and gone
-    if dist.is_main() and not trained_only:
-        state |= {name: tensor for name, tensor in model.state_dict().items() if name not in state}
-    return state
+        if id(parameter) not in tied:
+            tensor = whole(parameter.detach())  # all take part; rank 0 keeps it
+            cast = dtype if tensor.is_floating_point() else None
+            tied[id(parameter)] = tensor.to("cpu", cast) if dist.is_main() else torch.empty(0)
+        state[name] = tied[id(parameter)]
+    if not dist.is_main():
+        return {}
+    return state if trained_only else state | {n: t for n, t in model.state_dict().items() if n not in state}
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -14,8 +14,6 @@ from sftx.model.memory import Rehearsal
 from sftx.model.recompute import decoder_layers
 from sftx.types import Pack
 
-ARGUMENTS = ("ids", "positions", "cu_seqlens", "longest")
-
 
 def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
     """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`;
@@ -48,7 +46,7 @@ def reached_speed(rehearsal: Rehearsal, pack: Pack) -> float | None:
         for _ in range(3):
             start = _now()
             with rehearsal.machine.autocast():
-                loss.hidden(*(inputs[name] for name in ARGUMENTS)).sum().requires_grad_().backward()
+                loss.hidden(inputs).sum().requires_grad_().backward()
             best[depth - 1] = min(best[depth - 1], _now() - start)
     if not best[0] < best[1] < float("inf"):
         return None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from sftx.track.record import Run
+from sftx.training.stop import Ended
 from sftx.types import Ledger, StepRecord
 
 PLAIN_EVERY = 10.0
@@ -25,7 +24,6 @@ class Progress:
     def __init__(self, on: bool) -> None:
         self.console = Console(stderr=True, quiet=not on, highlight=False)
         self._bar: Bar | None = None
-        self._task: TaskID | None = None
         self._last_line = 0.0
         self._encoding_since: float | None = None
         self._smooth: float | None = None
@@ -36,15 +34,8 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-    @contextmanager
-    def saying_why(self, *endings: type[SystemExit]) -> Iterator[None]:
-        """Show the message of a run's early end on its way out."""
-        try:
-            yield
-        except endings as end:
-            self.say(f"ended    {end.message}")  # pyright: ignore[reportAttributeAccessIssue]
-            raise
+        if isinstance(error, Ended):
+            self.say(f"ended    {error.message}")
 
     def say(self, text: str) -> None:
         """One line."""
@@ -102,9 +93,8 @@ class Progress:
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """A held-out loss."""
         if numbers:
-            self.say(
-                f"held out loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}  after step {step:,}"
-            )
+            found = f"loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}"
+            self.say(f"held out {found}  after step {step:,}")
 
     def finished(self, run: Run) -> None:
         """Where the result is."""
@@ -112,22 +102,15 @@ class Progress:
             self._bar.stop()
         predicted, measured = run.facts["predicted"], run.facts["measured"]
         if measured and predicted["memory"]:
-            self.say(
-                f"measured peak memory {measured['memory'] / 2**30:.2f} GiB ({predicted['memory']['peak'] / 2**30:.2f} "
-                f"predicted), {measured['seconds']:,.0f} s in steps "
-                f"({round(predicted['seconds'] or 0) or 'none'} predicted)"
-            )
+            peaks = f"{measured['memory'] / 2**30:.2f} GiB ({predicted['memory']['peak'] / 2**30:.2f} predicted)"
+            seconds = f"{measured['seconds']:,.0f} s in steps ({round(predicted['seconds'] or 0) or 'none'} predicted)"
+            self.say(f"measured peak memory {peaks}, {seconds}")
         self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
-
-    def finished_before(self, run: Run) -> None:
-        """The run needs no step."""
-        self.say(f"done     {run.folder} is finished already: no step was taken")
 
     def _live(self, record: StepRecord, text: str) -> None:
         if self._bar is None:
             columns = TextColumn("step {task.completed:,}/{task.total:,}"), BarColumn(), TimeRemainingColumn()
             self._bar = Bar(*columns, TextColumn("{task.description}"), console=self.console)
-            self._task = self._bar.add_task(text, total=record.num_steps)
+            self._bar.add_task(text, total=record.num_steps)
             self._bar.start()
-        assert self._task is not None
-        self._bar.update(self._task, completed=record.step, description=text)
+        self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)

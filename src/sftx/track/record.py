@@ -60,7 +60,6 @@ class Run:
         self.folder = Path(config.output)
         self.writes = writes
         self.config = config
-        self._metrics = None
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; a folder is needed")
         path = self.folder / "run.json"
@@ -84,31 +83,24 @@ class Run:
                 lines = [line for line in self._lines(name) if line["step"] <= step] if step else []
                 if lines or name == "metrics.jsonl" or (self.folder / name).exists():
                     self._rewrite(name, lines)
-            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         earlier = self.facts.get("started", []) if step else []
-        settings = self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}})
         self.facts = {
             "status": "running",
             "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
-            "config": settings,
+            "config": self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
             "versions": _versions(),
         }
         self.update(**facts)
 
     def write(self, record: StepRecord) -> StepRecord:
         """Append one step to metrics.jsonl."""
-        if self.writes:
-            assert self._metrics is not None, "the run was not started"
-            self._metrics.write(json.dumps(asdict(record)) + "\n")
+        self._append("metrics.jsonl", asdict(record))
         return record
 
     def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
         """Append a step whose loss or gradient was not finite, with the rows it was made of, to bad_steps.jsonl."""
-        if not self.writes:
-            return
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
-        with (self.folder / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append("bad_steps.jsonl", line)
 
     def update(self, **facts: Any) -> None:
         """Add facts to run.json."""
@@ -118,12 +110,9 @@ class Run:
 
     def amend(self, **facts: Any) -> None:
         """Add to the last step recorded."""
-        if not self.writes:
-            return
-        *lines, last = self.metrics()
-        self.close()
-        self._rewrite("metrics.jsonl", [*lines, {**last, **facts}])
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        if self.writes:
+            *lines, last = self.metrics()
+            self._rewrite("metrics.jsonl", [*lines, {**last, **facts}])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far; a half-written last line is left out."""
@@ -137,8 +126,7 @@ class Run:
     def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
         write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def close(self) -> None:
-        """Close metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if self.writes:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")

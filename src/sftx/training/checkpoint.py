@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -55,7 +56,7 @@ def save(
     final = folder / f"step-{state.step:08d}"
     copied = background is not None
     parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
-    moments = {n: _held(t, copied) for n, t in _moments(model, optimizer).items()}
+    moments = {name: _held(moment, copied) for name, moment in _moments(model, optimizer).items()}
     needed = sum(t.nbytes for t in (*parameters.values(), *moments.values()))
 
     def write() -> None:
@@ -109,7 +110,7 @@ def _seal(temporary: Path, final: Path, state: State) -> None:
 def _prune(folder: Path, keep: int) -> None:
     """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
     sound = [path for path in _found(folder) if not _verify(path, read=False)]
-    judged = [(loss, path) for path in sound if (loss := _state(path).held_out_loss) is not None]
+    judged = [(loss, p) for p in sound if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
     for path in folder.glob("step-*"):
         if path not in kept:
@@ -194,9 +195,9 @@ def _verify(path: Path, read: bool = True) -> str:
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state, one flat dictionary: `<parameter>/<exp_avg | exp_avg_sq | step>`."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{kind}": moment
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for kind, moment in optimizer.state.get(parameter, {}).items()
     }
 
 

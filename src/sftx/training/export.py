@@ -11,11 +11,9 @@ import torch
 from sftx.config import Adapter, Data, Model
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import attach
-from sftx.model.freeze import freeze
+from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
-from sftx.model.tokens import add_rows
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
 
@@ -41,9 +39,7 @@ def export(folder: Path, target: Path, dtype: str = "", step: str = "") -> tuple
     nf4 = torch.float32 if given["quantize"] == "nf4" else None
     model = load_model(source, torch.device("cpu"), nf4=nf4)
     model = model.dequantize() if nf4 else model
-    add_rows(model, tokenizer.taught, settings["seed"])
-    freeze(model, source)
-    adapted = attach(model, adapter, settings["seed"], sorted(tokenizer.taught))
+    adapted, _ = choose_weights(model, source, adapter, settings["seed"], tokenizer.taught)
     if step:
         load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
         loss.use_segments(False)

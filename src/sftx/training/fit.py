@@ -14,12 +14,10 @@ from sftx import dist
 from sftx.config import Config, Runtime
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
-from sftx.model.adapter import attach
-from sftx.model.freeze import freeze
+from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_config
 from sftx.model.memory import Memory, Rehearsal
 from sftx.model.speed import flops, reached_speed
-from sftx.model.tokens import add_rows
 from sftx.types import Int32, UserError
 
 MARGIN = 0.92
@@ -75,9 +73,7 @@ def outline(config: Config, taught: dict[int, bool]) -> PackLoss:
             load_config(config.model), dtype=dtype, trust_remote_code=config.model.trust_remote_code
         )
         assert isinstance(model, PreTrainedModel)
-        add_rows(model, taught, config.seed)
-        freeze(model, config.model)
-        attach(model, config.adapter, config.seed, sorted(taught))
+        choose_weights(model, config.model, config.adapter, config.seed, taught)
     return PackLoss(model, config.loss).train()
 
 
@@ -102,12 +98,10 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
             reason = str(error).strip().partition("\n")[0]
             return Fit(size, recomputed, None, at_hand, (f"memory could not be predicted: {reason}",))
         found = Fit(size, recomputed, memory, at_hand)
-        if memory.peak <= fitting and runtime.recompute == "auto":
-            counts = range(recomputed + 1)
-            fewest = bisect_left(counts, x=True, key=lambda n: predict(rehearsal, load, size, n).peak <= fitting)
-            return Fit(size, fewest, predict(rehearsal, load, size, fewest), at_hand)
         if memory.peak <= fitting:
-            return found
+            counts = range(recomputed + 1) if runtime.recompute == "auto" else [recomputed]
+            first = bisect_left(counts, x=True, key=lambda n: predict(rehearsal, load, size, n).peak <= fitting)
+            return Fit(size, counts[first], predict(rehearsal, load, size, counts[first]), at_hand)
     assert found is not None
     assert found.memory is not None
     raise UserError(_refusal(found, found.memory, load))
@@ -115,6 +109,8 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
 
 def seconds_of(rehearsal: Rehearsal, load: Load, chosen: Fit, tokens: int) -> float | None:
     """Predicted seconds of all steps, from a layer timed here over at most `tokens` tokens; None where none can be."""
+    if not load.tokens:
+        return 0.0
     work = flops(rehearsal.loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
     pack = blank_pack(min(chosen.tokens_per_pack, tokens), round(load.squares / load.tokens), 1.0)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
-from sftx.model.load import stored_dtype, to_tensors
+from sftx.model.load import TensorPack, stored_dtype, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.model.shard import check_replicas, whole_state
@@ -32,7 +32,7 @@ from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare
 from sftx.training.step import StepResult, train_step
-from sftx.training.stop import NOTHING_TO_SAVE, Diverged, StopFlag, Stopped, listening
+from sftx.training.stop import NOTHING_TO_SAVE, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 
@@ -79,23 +79,21 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
         run = Run(config, writes=dist.is_main())
-        stack.callback(run.close)
         progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
-        stack.enter_context(progress.saying_why(Stopped, Diverged))
         stop.at_once = True
         job = prepare(config, here, run, progress, stack)
         stop.at_once = False
         if run.finished:
-            progress.finished_before(run)
-            return
-        _evaluate_first(job, stop, progress)
-        for record in _steps(job, stop):
-            progress.step(record)
-            yield run.write(record)
-        _finish(job, stop, progress)
-    if config.adapter.merge and dist.is_main():  # the others need not wait
-        del job  # the base is loaded anew, and whole
-        export(run.folder, run.folder / "merged")
+            progress.say(f"done     {run.folder} is finished already: no step was taken")
+        else:
+            _evaluate_first(job, stop, progress)
+            for record in _steps(job, stop):
+                progress.step(record)
+                yield run.write(record)
+            _finish(job, stop, progress)
+        del job
+    if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
+        run.update(merged=export(run.folder, run.folder / "merged")[0])  # the base is loaded anew, and whole
 
 
 def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
@@ -120,13 +118,15 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
         if eval_due:
             record.eval = _evaluate(job, stop) or None
         yield record
-        if save_due or stop():
+        stopping = stop()
+        if save_due or stopping:
             _save(job, done, record.eval)
-        _leave_if_asked(job, stop, done)
+        if stopping:
+            _leave(job, stop, done)
         meter.restart()
 
 
-def _packs(job: Job, step: int) -> list[dict[str, Any]]:
+def _packs(job: Job, step: int) -> list[TensorPack]:
     """The packs of `step` on their way to the device."""
     bins = job.plan.packs(step, job.machine.tokens_per_pack, dist.world_size())[dist.rank()]
     return [
@@ -135,7 +135,7 @@ def _packs(job: Job, step: int) -> list[dict[str, Any]]:
     ]
 
 
-def _step(job: Job, step: int, packs: list[dict[str, Any]]) -> StepResult:
+def _step(job: Job, step: int, packs: list[TensorPack]) -> StepResult:
     """Launch step `step` (0-based)."""
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
     job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
@@ -188,11 +188,10 @@ def _save(job: Job, done: int, evaluated: dict[str, float] | None) -> None:
     checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep, background)
 
 
-def _leave_if_asked(job: Job, stop: StopFlag, done: int) -> None:
-    if stop():
-        job.background.wait()
-        job.run.update(status="stopped", stopped_at=done)
-        raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
+def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
+    job.background.wait()
+    job.run.update(status="stopped", stopped_at=done)
+    raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
 
 
 def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
@@ -202,7 +201,7 @@ def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
         after = _evaluate(job, stop)
         if stop():
             _save(job, job.plan.num_steps, None)
-            _leave_if_asked(job, stop, job.plan.num_steps)
+            _leave(job, stop, job.plan.num_steps)
         job.run.update(eval_after=after)
         progress.evaluated(job.plan.num_steps, after)
     state = None

@@ -19,9 +19,9 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        recorded = reversed(job.run.metrics())
-        self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, recorded))  # in a row
-        self.seconds = 0.0  # of all steps read
+        recorded = job.run.metrics()
+        self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, reversed(recorded)))  # in a row
+        self.seconds = sum(line["seconds"] for line in recorded)
         job.machine.forget_peak()
         self.restart()
 
@@ -73,6 +73,7 @@ class Meter:
         job = self.job
         if self.bad_steps <= job.config.optim.max_bad_steps:
             return
+        job.background.wait()  # what is being written counts
         good = checkpoint.newest(job.checkpoints)
         job.run.update(status="diverged")
         raise Diverged(

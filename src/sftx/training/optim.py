@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from sftx.config import Adapter, Optim
 from sftx.model.shard import own_part
 
 DEFAULT_LEARNING_RATE = {"none": 2e-5, "lora": 2e-4, "rslora": 2e-4, "dora": 2e-4}
+_NO_MATRIX = re.compile(r"(norm|bias|trainable_tokens)[^.]*(\.\w+)?$")
+"""How names end of what is no matrix, whatever its shape: norms of heads (Cohere), biases of experts (GPT-OSS)."""
 
 
 def peak_learning_rate(optim: Optim, adapter: Adapter) -> float:
@@ -31,14 +34,14 @@ def learning_rate(step: int, num_steps: int, optim: Optim, peak: float) -> float
     progress = (step - warmup) / max(1, num_steps - warmup)
     match optim.schedule:
         case "constant":
-            factor = 1.0
+            return peak
         case "linear":
             factor = 1 - progress
         case "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
             factor = min(1.0, (num_steps - step) / max(1, round(optim.decay * num_steps)))
-    return peak * (optim.final_ratio + (1 - optim.final_ratio) * factor if optim.schedule != "constant" else 1.0)
+    return peak * (optim.final_ratio + (1 - optim.final_ratio) * factor)
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
@@ -47,7 +50,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and "trainable_tokens" not in name
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not _NO_MATRIX.search(name)
             (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if optim.weights == "fp32" else StochasticAdamW

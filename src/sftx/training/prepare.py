@@ -22,17 +22,16 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import attach, trainable
+from sftx.model.adapter import trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, repays
-from sftx.model.freeze import freeze
+from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_config, load_model
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
-from sftx.model.tokens import add_rows
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
@@ -61,8 +60,7 @@ class Job:
     optimizer: torch.optim.AdamW
     peak: float
     mathematics: str
-    recomputed: int  # decoder layers
-    predicted: dict[str, Any]  # bytes of memory by part, and seconds of all steps
+    facts: dict[str, Any]  # for run.json: layers recomputed, and what memory and time are predicted to be
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
@@ -94,8 +92,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     other. They part when `until_end` closes.
     """
     _refuse_wrong_folder(config, run)
-    model_config = load_config(config.model)
-    max_length = longest_example(config, model_config)
+    max_length = longest_example(config, load_config(config.model))
     fast_tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
@@ -109,16 +106,17 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
+    dist.alive("loading the model")
     loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
-    check_sizes(loss, max_length, _largest_id(corpus, held_out))
-    notes += check_paths(loss, probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))]), machine.precision)
+    corpora = [some for some in (corpus, held_out) if some is not None]
+    check_sizes(loss, max_length, max(some.largest_id for some in corpora))
+    probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
+    longest = max(int(some.lengths.max(initial=1)) for some in corpora)
+    notes += check_paths(loss, probe, machine.precision, longest)
+    dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
     load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
-    shape = loss.train()
-    if shards is not None:  # what is in shards cannot be rehearsed
-        shape = outline(config, fast_tokenizer.taught)
-        shape.transform, shape.prunes = loss.transform, loss.prunes
-    rehearsal = Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
+    rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
     chosen = fit(config.runtime, rehearsal, load, at_hand)
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
@@ -138,14 +136,24 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         tokenizer,
         build_optimizer(loss, config.optim),
         peak_learning_rate(config.optim, config.adapter),
-        _mathematics(config, corpus, held_out, max_length),
-        chosen.recomputed,
-        {"memory": chosen.parts(), "seconds": seconds},
+        _mathematics(config, corpus, max_length, machine),
+        {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}},
         notes=notes,
     )
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
+
+
+def _rehearsal(
+    config: Config, machine: Machine, loss: PackLoss, held: int, shards: int | None, taught: dict[int, bool]
+) -> Rehearsal:
+    shape = loss.train()
+    if shards is not None:  # what is in shards cannot be rehearsed
+        shape = outline(config, taught)
+        shape.isolate, shape.transform, shape.prunes = loss.isolate, loss.transform, loss.prunes
+        shape.use_segments(True)
+    return Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
 
 
 def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[str]]:
@@ -159,11 +167,9 @@ def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[s
 
 def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, plan: Plan) -> list[str]:
     """Compile the layers where that is asked for or repays itself, on the first pack; what came of it, in words."""
-    wish = config.runtime.compile
-    tokens = float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
-    if wish == "off" or (
-        wish == "auto" and (dist.is_joined() or not repays(machine.device, trainable(loss)[1], tokens))
-    ):
+    wish, tokens = config.runtime.compile, float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
+    pays = not dist.is_joined() and repays(machine.device, trainable(loss)[1], tokens)
+    if wish == "off" or (wish == "auto" and not pays) or plan.num_steps == 0:
         return []
     members = plan.packs(0, machine.tokens_per_pack)[0][0]
     pack = build_pack([corpus.example(i) for i in members], members)
@@ -192,10 +198,8 @@ def _build(
         model = unread.model
     else:
         model = load_model(config.model, torch.device("cpu") if layout and nf4 is None else machine.device, dtype, nf4)
-    notes += add_rows(model, taught, config.seed)
-    freeze(model, config.model)
-    adapted = attach(model, config.adapter, config.seed, sorted(taught))
-    loss = PackLoss(model, config.loss)
+    adapted, more = choose_weights(model, config.model, config.adapter, config.seed, taught)
+    loss, notes = PackLoss(model, config.loss), [*notes, *more]
     if not dist.is_joined():
         return loss, adapted, notes, None
     mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
@@ -217,10 +221,6 @@ def _refuse_wrong_folder(config: Config, run: Run) -> None:
         raise UserError(f"output: {target} holds a model that is no run of sftx; choose another folder")
 
 
-def _largest_id(*corpora: Corpus | None) -> int:
-    return max(corpus.largest_id for corpus in corpora if corpus is not None)
-
-
 def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
     """The model must be taught to stop: a stop token is among the targets.
 
@@ -233,10 +233,8 @@ def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
         example = corpus.example(i)
         if np.isin(example.ids[example.weights > 0], list(stops)).any():
             return
-    names = " or ".join(map(str, sorted(stops)))
-    why = (
-        "the tokenizer has no EOS token" if encoder.tokenizer.eos_id is None else f"no target is a stop token ({names})"
-    )
+    found = f"no target is a stop token ({' or '.join(map(str, sorted(stops)))})"
+    why = "the tokenizer has no EOS token" if encoder.tokenizer.eos_id is None else found
     raise UserError(
         f"{why}: the model would never learn to stop. If the rows are meant so, say data.format: tokens (or segments)"
     )
@@ -255,12 +253,16 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
             )
 
 
-def _mathematics(config: Config, corpus: Corpus, held_out: Corpus | None, max_length: int) -> str:
+def _mathematics(config: Config, corpus: Corpus, max_length: int, machine: Machine) -> str:
     """The settings that decide the result, as JSON: what a run may not change when it is continued."""
     facts = config.model_dump(mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"})
     facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
-    facts["runtime"] = {"precision": config.runtime.precision}
+    facts["runtime"] = {"precision": _name(machine.precision)}  # what `auto` meant here
     return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_ranks(job: Job) -> None:
@@ -281,7 +283,7 @@ def _changed(job: Job) -> dict[str, list[Any]]:
             raise UserError(f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}")
     if not job.run.exists:
         return {}
-    then = _dotted(json.loads(job.run.facts["mathematics"]))
+    then = _dotted(json.loads(job.run.facts["mathematics"])) | {"runtime.precision": job.run.facts["precision"]}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]:
         diff = "\n".join(f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused)
@@ -304,6 +306,7 @@ def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
     run = job.run
     facts: dict[str, Any] = {}
+    dist.alive("looking for a checkpoint")
     _check_ranks(job)
     changed = _changed(job)
     if run.exists:
@@ -332,14 +335,13 @@ def _continue_or_start(job: Job) -> None:
         plan=job.plan.fingerprint,
         num_steps=job.plan.num_steps,
         device=str(job.machine.device),
-        precision=str(job.machine.precision).removeprefix("torch."),
+        precision=_name(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.machine.tokens_per_pack,
-        recomputed_layers=job.recomputed,
-        predicted=job.predicted,
         notes=job.notes,
         peak_learning_rate=job.peak,
         stop_id=job.encoder.stop_id,
+        **job.facts,
         **facts,
     )
     if run.writes:

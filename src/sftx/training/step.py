@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sftx import dist
-from sftx.model.load import PackLoss
+from sftx.model.load import PackLoss, TensorPack
 from sftx.model.shard import whole
 
 
@@ -37,7 +37,7 @@ class StepResult:
 def train_step(
     model: PackLoss,
     optimizer: torch.optim.AdamW,
-    packs: Sequence[dict[str, Any]],
+    packs: Sequence[TensorPack],
     total_weight: float,
     learning_rate: float,
     max_grad_norm: float,
@@ -55,7 +55,7 @@ def train_step(
             if isinstance(model, FSDPModule):  # replicas exchange what they have summed once, with the last pack
                 model.set_requires_all_reduce(number == len(packs))
             with autocast():
-                pack_loss = model(**pack)
+                pack_loss = model(pack)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
     loss = dist.add_up(loss)

@@ -11,24 +11,29 @@ from types import FrameType
 from sftx import dist
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
-EXIT_DIVERGED = 3
 NOTHING_TO_SAVE = "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
 
 
-class Stopped(SystemExit):
+class Ended(SystemExit):
+    """A run that ends early, for a reason it can say."""
+
+    exit_code: int
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.exit_code)
+        self.message = message
+
+
+class Stopped(Ended):
     """The run was asked to stop and saved its state; exit code 75, run the same command to continue."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(EXIT_STOPPED)
-        self.message = message
+    exit_code = EXIT_STOPPED
 
 
-class Diverged(SystemExit):
+class Diverged(Ended):
     """Loss or gradients were not finite for too many steps in a row; exit code 3."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(EXIT_DIVERGED)
-        self.message = message
+    exit_code = 3
 
 
 class StopFlag:

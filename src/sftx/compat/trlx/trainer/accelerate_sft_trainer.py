@@ -111,7 +111,6 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         run = Run(translate.to_config(self.config, _rows(self.store)))
         shutil.rmtree(run.folder, ignore_errors=True)  # the record of an earlier run of the same script
         run = Run(run.config)
-        stack.callback(run.close)
         progress = stack.enter_context(Progress(run.config.runtime.progress))
         here = stack.enter_context(machine(run.config.runtime))
         job = self._job = prepare(run.config, here, run, progress, stack)
