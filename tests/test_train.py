@@ -334,7 +334,7 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(
     monkeypatch.setattr(checkpoint, "_write", lambda *args: time.sleep(1) or write(*args))
 
     def poisoned(model: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
-        first = not optimizer.state
+        first = all(state["step"] == 0 for state in optimizer.state.values())
         packs = packs if first else [replace(pack, weight=pack.weight * float("nan")) for pack in packs]
         return train_step(model, optimizer, packs, *rest)
 

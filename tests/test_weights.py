@@ -19,7 +19,7 @@ from sftx.config import Config, Model
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, load_model, to_tensors
-from sftx.training.optim import StochasticAdamW, random_bits
+from sftx.training.optim import StochasticAdamW, random_bits, with_moments
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(16)]
 with_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -43,6 +43,8 @@ def steps(weight: torch.Tensor, number: int, rate: float, kind: type[torch.optim
     """The weight after steps whose gradient is 1 everywhere, so that each moves it by the learning rate."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = kind([parameter], lr=rate, weight_decay=0.0, fused=True)
+    if kind is StochasticAdamW:
+        with_moments(optimizer)
     for step in range(number):
         if isinstance(optimizer, StochasticAdamW):
             optimizer.seed = step
@@ -63,6 +65,7 @@ def test_small_updates_are_lost_by_naive_rounding_and_kept_by_stochastic_roundin
     assert torch.equal(steps(-weight, 1, 0.0, StochasticAdamW), -weight)
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = StochasticAdamW([parameter], lr=1.0)
+    with_moments(optimizer)
     parameter.grad, optimizer.found_inf = torch.full_like(weight, float("nan")), torch.ones(())
     optimizer.step()
     assert torch.equal(parameter, weight)

@@ -54,11 +54,15 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
             (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if optim.weights == "fp32" else StochasticAdamW
-    made = kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
-    for p in (*decayed, *plain):  # PyTorch's first step would make these among its activations: holes in the heap
+    return with_moments(kind([g for g in groups if g["params"]], lr=0.0, betas=optim.betas, eps=optim.eps, fused=True))
+
+
+def with_moments(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """The optimizer, its moments made: its first step would make them among activations, and leave holes in the heap."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
         means = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-        made.state[p] = {"step": torch.zeros((), device=p.device), **means}
-    return made
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **means}
+    return optimizer
 
 
 class StochasticAdamW(torch.optim.AdamW):
@@ -66,7 +70,7 @@ class StochasticAdamW(torch.optim.AdamW):
 
     bf16 is the upper half of fp32, so adding 16 random bits and cutting the lower half rounds up with just the
     probability that leaves the expectation unchanged. The bits are a function of `seed`, which must differ in every
-    step, and of the place of a weight in the model, whichever rank holds it.
+    step, and of the place of a weight in the model, whichever rank holds it. It needs `with_moments`.
     """
 
     seed = 0
