@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sftx.config import Adapter
 from sftx.model import lora
+from sftx.model.recompute import decoder_layers
 from sftx.types import UserError
 
 
@@ -52,6 +53,14 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
     assert isinstance(wrapped, PeftModel)
     lora.fuse(wrapped)
     return wrapped
+
+
+def hold(model: torch.nn.Module, precision: torch.dtype) -> None:
+    """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in place): autocast would
+    cast them to it at every product, so that no number changes, and bf16 takes half the memory."""
+    for module in decoder_layers(model).modules():
+        if isinstance(module, lora.LoraLinear):
+            module.base_layer.to(precision)
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import attach, trainable
+from sftx.model.adapter import attach, hold, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, repays
 from sftx.model.freeze import freeze
@@ -126,23 +126,11 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     recompute(loss.model, chosen.recomputed)
     notes += [*chosen.notes, *([] if run.finished else _compile(config, machine, loss, corpus, plan))]
     job = Job(
-        config,
-        machine,
-        run,
-        encoder,
-        corpus,
-        held_out,
-        plan,
-        loss,
-        adapted,
-        tokenizer,
-        build_optimizer(loss, config.optim),
-        peak_learning_rate(config.optim, config.adapter),
-        _mathematics(config, corpus, held_out, max_length),
-        chosen.recomputed,
-        {"memory": chosen.parts(), "seconds": seconds},
-        notes=notes,
-    )
+        config, machine, run, encoder, corpus, held_out, plan, loss, adapted, tokenizer,
+        build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter),
+        _mathematics(config, corpus, held_out, max_length), chosen.recomputed,
+        {"memory": chosen.parts(), "seconds": seconds}, notes=notes,
+    )  # fmt: skip
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
@@ -197,6 +185,7 @@ def _build(
     adapted = attach(model, config.adapter, config.seed, sorted(taught))
     loss = PackLoss(model, config.loss)
     if not dist.is_joined():
+        hold(model, machine.precision)
         return loss, adapted, notes, None
     mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
     shard(loss, mesh, machine.precision)
