@@ -116,6 +116,7 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
 
 def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
+    hold(rehearsal.loss.model, torch.float32)  # as shards do; one process has been rehearsed already
     sharded = Rehearsal(rehearsal.loss, rehearsal.machine, rehearsal.base, 2, bool(rehearsal.packed))
 
     def fits(count: int) -> bool:
