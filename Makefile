@@ -6,13 +6,19 @@ SCORECARD ?=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test scorecard check lint format docs clean
+.PHONY: demo test test-oldest scorecard check lint format docs clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
 
 test: $(VENV)/.installed-dev  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
 	@$(MAKE) --no-print-directory lint; lint=$$?; $(RUN) -m pytest $(PYTEST); tests=$$?; exit $$((lint || tests))
+
+test-oldest:  ## the tests with the oldest torch and transformers that are supported, in .venv-oldest; PYTEST as above
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet torch==2.11.0
+	.venv-oldest/bin/python -m pip install --quiet transformers==5.17.0 --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest $(PYTEST)
 
 scorecard: $(VENV)/.installed-dev  ## 30 checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
 	@$(RUN) -m sftx_scorecard $(SCORECARD)
@@ -30,7 +36,7 @@ docs: $(VENV)/.installed  ## pages made from the code
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; name one: make demo PYTHON=python3.12')"

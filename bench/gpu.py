@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -37,7 +36,10 @@ from typing import Any
 from peers import SHAPES, rows
 
 HERE = Path(__file__).parent
-PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+PEAKS = {  # the first that the name of the device holds; of "H100" and "H200" the boards with SXM sockets
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
+    "B200": 2250e12, "L40S": 362e12,
+}  # fmt: skip
 SHARDED = ("lora", "qlora", "dora")  # on one rank of `fully_shard`, compiled, all layers recomputed
 WARM_UP = 5  # steps that no figure contains: compilation, allocation, the first look at every length
 
@@ -77,7 +79,7 @@ def main() -> None:
         return
     end = time.monotonic() + 60 * args.minutes
     args.scratch.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"device": ask(args, {"do": "device"}, 60), "checks": {}, "cells": []}
+    found: dict[str, Any] = {"device": ask(args, {"do": "device"}, 120), "checks": {}, "cells": []}
     if not args.smoke and not found["device"].get("cuda"):
         sys.exit(f"no CUDA device: {found['device']}; `--smoke` runs on a CPU")
     print(json.dumps(found["device"]), flush=True)
@@ -141,18 +143,28 @@ def measure(args: argparse.Namespace, cell: dict[str, Any], end: float) -> dict[
     steps = WARM_UP + (3 if args.smoke else args.steps if cell["shape"] != "llama-3.1-8b" else max(args.steps // 2, 5))
     if args.smoke:
         attempts, steps = [{} if cell["system"].startswith("trl") else attempts[-1]], WARM_UP + 3
-    failed = []
+    failed: list[dict[str, Any]] = []
+    if absent := [name for name in needed(cell) if importlib.util.find_spec(name) is None]:
+        return {"failed": [{"setup": {}, "error": f"needs {', '.join(absent)}, not installed"}]}
     for attempt in attempts:
         left = end - time.monotonic()
         if left < 15:
             break
+        refused = ["do not compile" in e["error"] and "out of memory" not in e["error"] for e in failed]
+        if attempt.get("compile") == "on" and any(refused):
+            continue
         figures = ask(args, {"do": "cell", "steps": steps, **cell, **attempt}, min(200, left))
         if "error" not in figures:
             return {"setup": attempt, "failed": failed, **figures}
         failed.append({"setup": attempt, "error": figures["error"]})
-        if "ModuleNotFoundError" in figures["error"] or re.search("not installed|needs bitsandbytes", figures["error"]):
-            break
     return {"failed": failed}
+
+
+def needed(cell: dict[str, Any]) -> list[str]:
+    """The modules that a cell takes beside those of sftx."""
+    if cell["system"].startswith("trl"):
+        return ["trl", "datasets", *(["liger_kernel"] if cell["system"].endswith("liger") else [])]
+    return ["bitsandbytes"] if cell["method"] == "qlora" else []
 
 
 def line(figures: dict[str, Any], device: dict[str, Any], args: argparse.Namespace) -> str:
@@ -249,8 +261,6 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
     while total + len(data[batch]["input_ids"]) <= work["pack"]:
         total, batch = total + len(data[batch]["input_ids"]), batch + 1
     data = data[:batch]
-    if system.endswith("liger") and importlib.util.find_spec("liger_kernel") is None:
-        sys.exit("liger_kernel is not installed")
     flash = importlib.util.find_spec("flash_attn") is not None
     micro = max(size for size in range(1, 17) if batch % size == 0)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -278,7 +288,8 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
         counts["squares"] = sum(length**2 for length in lengths)
         counts |= {key: facts[key] for key in counts if key in facts}
         counts["squares"] *= counts["tokens"] / total  # TRL's packs hold a little more or less than one step of rows
-        measured = clock.wall[WARM_UP:] if ours else clock.wall[-1:]
+        # A record that is read while the next step computes ends with the step before; the last one holds two steps.
+        measured = clock.wall[WARM_UP : -1 if cuda else None] if ours else clock.wall[-1:]
     return {**facts, **counts, "wall": sum(measured) / len(measured), "peak": peers.peak_memory()}
 
 

@@ -11,6 +11,7 @@ import test_loss
 import tiny
 import torch
 from torch._dynamo.utils import counters
+from transformers.integrations import moe
 
 from sftx.config import Adapter
 from sftx.data.pack import build_pack
@@ -53,6 +54,8 @@ def difference(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float
 
 
 def make(family: str, adapter: str = "none", recomputed: int = 0, dropout: float = 0.1) -> PackLoss:
+    if family in ("Mixtral", "Qwen3Moe") and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
+        pytest.skip("this transformers computes experts on a CPU in a loop that cannot be traced")
     changes = {"attn_pdrop": 0.0} if family == "GPT2" else test_loss.FAMILIES[family]  # GPT-2 keeps other dropout
     # The last layer, which may be pruned, is not compiled.
     model = tiny.model(family, num_hidden_layers=3, **changes)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sftx.config import Adapter
 from sftx.data.pack import probe_pack
 from sftx.model import lora
-from sftx.model.adapter import attach
+from sftx.model.adapter import attach, hold
 from sftx.model.checks import check_paths
 from sftx.model.load import PackLoss
 from sftx.model.lora import LoraLinear, fuse
@@ -65,6 +65,19 @@ def test_gradients_are_those_of_peft(family: str) -> None:
     assert fused_rough_loss == pytest.approx(rough_loss, rel=2e-3)
     assert difference(fused_rough, theirs) <= 1.1 * difference(rough, theirs)
     assert {n: g.dtype for n, g in fused_rough.items()} == {n: g.dtype for n, g in rough.items()}
+
+
+def test_frozen_matrices_in_the_precision_of_autocast_change_no_number() -> None:
+    model = adapted("Qwen2")
+    fuse(model)
+    loss, theirs = gradients(model, autocast=True)
+    outside = {n: p.dtype for n, p in model.named_parameters() if "base_layer" not in n}
+    hold(model, torch.bfloat16)
+    assert gradients(model, autocast=True)[0] == loss
+    assert difference(gradients(model, autocast=True)[1], theirs) == 0
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    assert {dtype for n, dtype in dtypes.items() if "layers" in n and "base_layer" in n} == {torch.bfloat16}
+    assert outside.items() <= dtypes.items()
 
 
 @pytest.mark.parametrize("family", test_loss.FAMILIES)

@@ -19,7 +19,7 @@ from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import trainable
+from sftx.model.adapter import hold, trainable
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
@@ -51,6 +51,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         if gpus:
             half = config.runtime.precision != "fp32"
             here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
+        if count == 1:
+            hold(loss.model, here.precision)
         nf4 = config.adapter.quantize == "nf4"
         rehearsal = Rehearsal(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, at_hand)
@@ -108,6 +110,7 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
 
 def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
+    hold(rehearsal.loss.model, torch.float32)  # as shards do; one process has been rehearsed already
     sharded = Rehearsal(rehearsal.loss, rehearsal.machine, rehearsal.base, 2, bool(rehearsal.packed))
 
     def fits(count: int) -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sftx.config import Adapter
 from sftx.model import lora
+from sftx.model.recompute import decoder_layers
 from sftx.types import UserError
 
 
@@ -56,6 +57,14 @@ def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, li
         raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+def hold(model: torch.nn.Module, precision: torch.dtype) -> None:
+    """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in place): autocast would
+    cast them to it at every product, so that no number changes, and bf16 takes half the memory."""
+    for module in decoder_layers(model).modules():
+        if isinstance(module, lora.LoraLinear):
+            module.base_layer.to(precision)
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:

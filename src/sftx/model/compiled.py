@@ -56,7 +56,7 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
         with machine.autocast():
             value = loss(to_tensors(pack, machine.device))
         value.backward()
-    except (TorchDynamoException, RuntimeError) as error:
+    except (TorchDynamoException, RuntimeError, AssertionError) as error:  # the last: generated code checks strides
         for layer, forward in zip(layers, own, strict=True):
             layer.forward = forward
         loss.compiled = []

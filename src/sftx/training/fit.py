@@ -108,11 +108,13 @@ def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit
 
 
 def seconds_of(rehearsal: Rehearsal, load: Load, chosen: Fit, tokens: int) -> float | None:
-    """Predicted seconds of all steps, from a layer timed here over at most `tokens` tokens; None where none can be."""
+    """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack, elsewhere over at most
+    `tokens` tokens; None where none can be."""
     if not load.tokens:
         return 0.0
     work = flops(rehearsal.loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
-    pack = blank_pack(min(chosen.tokens_per_pack, tokens), round(load.squares / load.tokens), 1.0)
+    tokens = chosen.tokens_per_pack if rehearsal.on_gpu else min(chosen.tokens_per_pack, tokens)
+    pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
     try:
         speed = reached_speed(rehearsal, pack)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`

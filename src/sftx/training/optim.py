@@ -58,7 +58,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def with_moments(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
-    """The optimizer, its moments made: its first step would make them among activations, and leave holes in the heap."""
+    """The optimizer, its moments made: in its first step they would come among activations, and leave holes."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         means = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **means}

@@ -22,7 +22,7 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import trainable
+from sftx.model.adapter import hold, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, repays
 from sftx.model.freeze import choose_weights
@@ -201,6 +201,7 @@ def _build(
     adapted, more = choose_weights(model, config.model, config.adapter, config.seed, taught)
     loss, notes = PackLoss(model, config.loss), [*notes, *more]
     if not dist.is_joined():
+        hold(model, machine.precision)
         return loss, adapted, notes, None
     mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
     shard(loss, mesh, machine.precision)
