@@ -33,7 +33,7 @@ LAYERS = {
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
-MAX_LIBRARY, MAX_ON_TOP, MAX_FILE, X 1500, 350, 60
+MAX_LIBRARY, MAX_ON_TOP, MAX_FILE, MAX_FUNCTION = 7530, 1500, 350, 60
 """Lines. The first two count lines of code, so that nobody saves on documentation: of the library, and of what stands
 on top of it and uses only its public parts (`ON_TOP`). Files and functions count whole, as a reader meets them."""
 ON_TOP = ("compat", "demo")

@@ -197,8 +197,8 @@ class Cache:
             try:
                 if entry.stat().st_mtime < time.time() - 3 * 86400:
                     shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
-            except FileNotFoundError:
-                continue  # another process was first
+            except (FileNotFoundError, PermissionError):
+                continue  # another process was first, or it is another user's
         with tempfile.TemporaryDirectory(dir=tmp) as folder:
             yield Path(folder)
 
