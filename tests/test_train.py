@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sftx
+from sftx import dist
 from sftx.training import checkpoint, loop
 from sftx.training.optim import build_optimizer, learning_rate
 from sftx.training.stop import Diverged, StopFlag, Stopped
@@ -325,6 +326,12 @@ def test_a_merge_that_was_interrupted_is_made_up_for(
         assert list(sftx.steps(**config)) == []
     assert export.call_count == 2, "once is enough"
     assert (tmp_path / "run" / "merged" / "model.safetensors").exists()
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = StopFlag()
+    monkeypatch.setattr(dist, "agree", lambda number: flag.set(signal.SIGTERM, None) or number)
+    assert (flag(), flag(), flag.signal) == (False, True, signal.SIGTERM)
 
 
 def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(

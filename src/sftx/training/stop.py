@@ -45,8 +45,9 @@ class StopFlag:
 
     def __call__(self) -> bool:
         """Whether a stop was asked for, on any rank; every rank must ask equally often."""
-        self.signal = dist.agree(self.signal or 0) or None
-        return self.signal is not None
+        agreed = dist.agree(self.signal or 0)
+        self.signal = agreed or self.signal  # one that has come meanwhile is for the next time
+        return agreed != 0
 
     def set(self, number: int, _: FrameType | None) -> None:
         """The signal handler."""
