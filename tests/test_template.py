@@ -308,6 +308,17 @@ def test_edges(messages: list[dict[str, Any]], outputs: list[str]) -> None:
     assert ("turns after the last output left out" in result.notes) == (messages[-1]["role"] == "user")
 
 
+def test_a_template_that_a_row_without_turns_does_not_use_is_named() -> None:
+    for rows in (
+        Row("text", text="a b"),
+        Row("segments", phrases=(Phrase("a b", 1.0),)),
+        Row("tokens", ids=(3, 4), weights=(1.0, 1.0)),
+    ):
+        chosen, own = Encoder(ours(), Data(template="chatml"), 64), Encoder(ours(), Data(template="none"), 64)
+        assert encoded(rows, chosen).notes == ["no turns: data.template is not used"]
+        assert encoded(rows, own).notes == []
+
+
 def test_output_that_merges_with_the_header_is_tokenised_apart() -> None:
     made = encoder(CHATML)
     result = encoded(row([user("a"), model("\n\nyes"), user("b"), model("c")]), made)

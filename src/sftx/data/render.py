@@ -131,16 +131,17 @@ class Encoder:
         return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
 
     def _plan(self, row: Row) -> _Plan | RowError:
+        idle = [] if self.data.template in ("auto", "none") else ["no turns: data.template is not used"]
         try:
             match row.kind:
                 case "text" | "segments" | "tokens" if self.data.train_on != "all":
                     raise RowError(f"data.train_on: {self.data.train_on} needs turns; a row of {row.kind} has none")
                 case "text":
-                    return _Plan([self._text(row.text)])
+                    return _Plan([self._text(row.text)], notes=idle)
                 case "segments":
-                    return _Plan([Script([(part.text, part.weight) for part in row.phrases], alone=True)])
+                    return _Plan([Script([(part.text, part.weight) for part in row.phrases], alone=True)], notes=idle)
                 case "tokens":
-                    return _Plan(tokens=self._tokens(row))
+                    return _Plan(tokens=self._tokens(row), notes=idle)
             conversation = conversation_of(row, self.data.train_on)
             if not conversation.trained:
                 raise RowError("row has no token to learn: no turn carries weight")
