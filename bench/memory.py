@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of real runs on this machine.
 
     python bench/memory.py                      # two shapes, all weights and LoRA, fp32 and bf16, recomputed or not
+    python bench/memory.py --recompute none --compile on
     python bench/memory.py --shape small --json out.json
 
 Each set-up is a process of its own that takes three steps through `sftx.steps`. Measured is the peak of what the
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["none", "lora"], choices=["none", "lora", "rslora", "dora"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--recompute", nargs="+", default=["none", "4", "all"])
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
     parser.add_argument("--tokens", type=int, default=1024, help="per pack")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -42,9 +44,11 @@ def main() -> None:
     if args.job:
         return measure(json.loads(args.job))
     figures, worst = [], 0.0
-    print(f"{'shape':14}{'adapter':8}{'dtype':6}{'recompute':>10}{'base':>8}{'predicted':>11}{'measured':>10}  ratio")
-    for shape, method, precision, layers in itertools.product(args.shape, args.method, args.precision, args.recompute):
-        job = {"shape": shape, "method": method, "precision": precision, "recompute": layers, "tokens": args.tokens}
+    head = f"{'shape':14}{'adapter':8}{'dtype':6}{'recompute':>10}{'compile':>8}"
+    print(f"{head}{'base':>8}{'predicted':>11}{'measured':>10}  ratio")
+    names = ("shape", "method", "precision", "recompute", "compile")
+    for values in itertools.product(args.shape, args.method, args.precision, args.recompute, args.compile):
+        job = {**dict(zip(names, values, strict=True)), "tokens": args.tokens}
         command = [sys.executable, __file__, "--job", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -54,10 +58,9 @@ def main() -> None:
         base, predicted, measured = (found[name] / 2**20 for name in ("base", "peak", "measured"))
         ratio = predicted / measured
         worst = max(worst, abs(ratio - 1))
-        print(
-            f"{shape:14}{method:8}{precision:6}{layers:>10}{base:8.0f}{predicted:11.0f}{measured:10.0f}{ratio:7.3f}",
-            flush=True,
-        )
+        shape, method, precision, layers, compiled = values
+        cell = f"{shape:14}{method:8}{precision:6}{layers:>10}{compiled:>8}"
+        print(f"{cell}{base:8.0f}{predicted:11.0f}{measured:10.0f}{ratio:7.3f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     print(f"largest error {100 * worst:.1f} %")
@@ -76,7 +79,7 @@ def measure(job: dict[str, Any]) -> None:
             data={"rows": data, "cache": f"{scratch}/cache", "max_length": 1024}, adapter=job["method"],
             batch={"examples_per_step": len(data), "steps": 3}, optim={"learning_rate": 1e-5},
             runtime={"progress": False, "precision": job["precision"], "tokens_per_pack": job["tokens"], "threads": 1,
-                     "recompute": int(layers) if layers.isdecimal() else layers},
+                     "recompute": int(layers) if layers.isdecimal() else layers, "compile": job["compile"]},
         )  # fmt: skip
         peak = max(record.memory for record in itertools.islice(steps, 2))
         predicted = json.loads(Path(scratch, "run/run.json").read_text())["predicted"]["memory"]

@@ -191,7 +191,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         "logging_steps": 10**6 if clock.syncs else 1, "logging_first_step": True,  # a logged step waits for the device
         "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
         "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True,
-        "dataloader_pin_memory": cuda, "use_liger_kernel": bool(job.get("liger")),
+        "dataloader_pin_memory": cuda, "torch_compile": job.get("compile") == "on",
+        "use_liger_kernel": bool(job.get("liger")),
     }  # fmt: skip
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(

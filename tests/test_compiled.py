@@ -17,7 +17,7 @@ from sftx.config import Adapter
 from sftx.data.pack import build_pack
 from sftx.model import compiled
 from sftx.model.adapter import attach
-from sftx.model.compiled import compile_layers, repays
+from sftx.model.compiled import compile_layers, planned
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
@@ -131,10 +131,12 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_compiling_has_to_repay() -> None:
     million = 1_000_000
-    assert not repays(CPU, 135 * million, 50_000)
-    assert repays(CPU, 135 * million, million)
-    assert not repays(torch.device("cuda"), 600 * million, million)
-    assert repays(torch.device("cuda"), 600 * million, 50 * million)
+    assert planned("on", CPU, million, 1.0)
+    assert not planned("on", CPU, million, 0.0)  # no step is taken
+    assert not planned("off", CPU, 135 * million, million)
+    assert [planned("auto", CPU, 135 * million, tokens) for tokens in (50_000, million)] == [False, True]
+    gpu = torch.device("cuda")
+    assert [planned("auto", gpu, 600 * million, tokens * million) for tokens in (1, 50)] == [False, True]
 
 
 @pytest.mark.usefixtures("traced_only")

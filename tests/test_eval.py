@@ -1,4 +1,4 @@
-"""Held-out loss: the naive weighted mean, whatever the packs; and generation that batches without changing answers."""
+"""Held-out loss: the naive weighted mean, whatever the packs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 
-from sftx.eval.generate import generate
 from sftx.eval.loss import held_out_loss
 from sftx.model.load import PackLoss
 
@@ -23,12 +22,3 @@ def test_held_out_loss_is_the_naive_one_for_any_pack_size() -> None:
         numbers = held_out_loss(PackLoss(model), tiny.corpus(data), tokens_per_pack, nullcontext)
         assert numbers["loss"] == pytest.approx(naive, rel=1e-6)
         assert numbers["perplexity"] == pytest.approx(np.exp(naive), rel=1e-5)
-
-
-def test_a_batch_of_prompts_gets_the_answers_of_each_alone() -> None:
-    model, tokenizer = tiny.model().eval(), tiny.tokenizer()
-    prompts = ["a", "what is this?", "one two three four"]
-    together = generate(model, tokenizer, prompts, max_new_tokens=8)
-    alone = [generate(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
-    assert together == alone
-    assert any(together)

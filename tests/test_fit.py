@@ -13,6 +13,7 @@ import torch
 import sftx
 from sftx.config import Runtime
 from sftx.model import host_memory
+from sftx.model.compiled import KEPT
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import Machine
@@ -50,6 +51,23 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Reh
         choose(2000)
     with pytest.raises(sftx.UserError, match=r"1,024 tokens.* 0 layers"):
         choose(needed(rehearsal, 1024, 0) - 2, recompute="none", tokens_per_pack=1024)
+
+
+def test_a_continued_run_keeps_the_packs_it_had_while_they_fit(rehearsal: Rehearsal) -> None:
+    assert fit(Runtime(), rehearsal, LOAD, 1 << 40, earlier=700).tokens_per_pack == 700
+    assert fit(Runtime(tokens_per_pack=90), rehearsal, LOAD, 1 << 40, earlier=700).tokens_per_pack == 90
+    found = fit(Runtime(recompute="none"), rehearsal, LOAD, needed(rehearsal, 512, 0), earlier=700)
+    assert found.tokens_per_pack == 512
+    assert found.notes == ("the run had packs of 700 tokens, which no longer fit: from here on it differs by rounding",)
+
+
+def test_compiled_layers_keep_less_and_get_larger_packs() -> None:
+    rehearsal = Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
+    eager = predict(rehearsal, LOAD, 1024, 0)
+    rehearsal.compiled = True
+    assert predict(rehearsal, LOAD, 1024, 0).activations == pytest.approx(KEPT * eager.activations, rel=0.01)
+    assert fit(Runtime(), rehearsal, LOAD, 1 << 40).tokens_per_pack == 2048
+    assert fit(Runtime(), rehearsal, LOAD, needed(rehearsal, 2048, 0) - 2).tokens_per_pack == 1024
 
 
 def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,12 @@ def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -
     assert main(["inspect", *arguments, "step=2", f"json={out}"]) == 0
     assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for pack in packs for i in pack]
     assert main(["inspect", *arguments, "step=2", "pack=1", f"json={out}"]) == 0
-    assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for i in packs[1]]
+    of_the_second = read_json(out)
+    assert [r["ids"] for r in of_the_second] == [corpus.example(i).ids.tolist() for i in packs[1]]
+    arguments = [*arguments[:-1], f"output={tmp_path}"]  # where a run says what its packs were
+    (tmp_path / "run.json").write_text('{"tokens_per_pack": 150}')
+    assert main(["inspect", *arguments, "step=2", "pack=1", f"json={out}"]) == 0
+    assert read_json(out) == of_the_second
 
 
 def test_what_is_not_there_is_said(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,18 @@ def test_a_killed_run_continues_to_the_bit(model: str, tmp_path: Path, adapter: 
     assert measured["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
 
 
+def test_a_continued_run_keeps_its_packs_however_much_memory_there_is_now(model: str, tmp_path: Path) -> None:
+    extra = {"checkpoint": {"every": 3}, "runtime": {"tokens_per_pack": 100}}
+    whole = sftx.train(**settings(model, tmp_path / "whole", **extra))
+    for record in sftx.steps(**settings(model, tmp_path / "killed", **extra)):
+        if record.step == 5:
+            break
+    result = sftx.train(**settings(model, tmp_path / "killed", checkpoint={"every": 3}))
+    assert json.loads((result.folder / "run.json").read_text())["tokens_per_pack"] == 100
+    for key, tensor in weights(whole.folder).items():
+        assert torch.equal(tensor, weights(result.folder)[key])
+
+
 def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = sftx.train(**settings(model, tmp_path / "whole", checkpoint={"every": 2}))
     config = settings(model, tmp_path / "run", checkpoint={"every": 2})

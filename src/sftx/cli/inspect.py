@@ -22,6 +22,7 @@ from sftx.data.encode import load_corpora
 from sftx.data.plan import Plan
 from sftx.data.render import Encoder
 from sftx.data.view import View, raw_tables, view, views_of_rows
+from sftx.track.record import Run
 from sftx.types import UserError
 
 EXTRA = {
@@ -33,7 +34,7 @@ EXTRA = {
     "json": "Write what is shown, token by token, to this file.",
 }
 DEFAULTS = ("output=unused",)
-CPU_PACK = 1024  # tokens per pack where the settings leave it to the machine and there is no GPU
+CPU_PACK = 1024  # tokens per pack where neither the settings nor a run in the output folder says how many
 TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so that the borders of tokens show
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
@@ -87,7 +88,8 @@ def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str,
     plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
     if not 1 <= step <= plan.num_steps:
         raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
-    packs = plan.packs(step - 1, config.runtime.tokens_per_pack or CPU_PACK)[0]
+    size = config.runtime.tokens_per_pack or Run(config).facts.get("tokens_per_pack", CPU_PACK)
+    packs = plan.packs(step - 1, size)[0]
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
     return [

@@ -20,6 +20,7 @@ from sftx.data.encode import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
+from sftx.model.compiled import planned
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
@@ -56,6 +57,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         nf4 = config.adapter.quantize == "nf4"
         rehearsal = Rehearsal(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, at_hand)
+        tokens = load.tokens if count == 1 else 0.0
+        rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": str(here.precision)[6:]}
         try:
             chosen = fit(config.runtime, rehearsal, load, at_hand)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from math import exp
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -20,7 +20,6 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.demo.newborn import make_model
 from sftx.demo.show import show, show_answers, show_table, show_targets, tell
 from sftx.demo.village import Question, Village, build
-from sftx.eval.generate import generate
 from sftx.model.runtime import machine
 from sftx.settings import load_config
 from sftx.training.loop import steps
@@ -111,11 +110,18 @@ def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[st
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     turns = [[{"role": "user", "content": question.text}] for question in questions]
     prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
-    replies = generate(model, tokenizer, prompts, max_new_tokens=24)
-    endings = generate(model, tokenizer, [f"{LEAD} {question.opening}" for question in questions], max_new_tokens=24)
+    replies = _continued(model, tokenizer, prompts)
+    endings = _continued(model, tokenizer, [f"{LEAD} {question.opening}" for question in questions])
     ended = [(q.opening + ending).startswith(q.answer) for q, ending in zip(questions, endings, strict=True)]
     answered = [reply.strip() == q.answer for q, reply in zip(questions, replies, strict=True)]
     return sum(ended) / len(questions), sum(answered) / len(questions), replies
+
+
+def _continued(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """What the model adds to each prompt, greedily, until it stops as it was taught to."""
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    out = model.generate(**batch, do_sample=False, max_new_tokens=24)
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _fresh(folder: Path) -> Path:

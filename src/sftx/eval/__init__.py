@@ -1,1 +1,1 @@
-"""Held-out loss and generation."""
+"""Held-out loss."""

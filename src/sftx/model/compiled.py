@@ -12,30 +12,36 @@ from typing import Literal
 
 import torch
 
+from sftx import dist
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.recompute import decoder_layers
 from sftx.model.runtime import Machine
 from sftx.types import Pack, UserError
 
 COMPILER = "inductor"
-_ASSUMED = {"cuda": (30.0, 0.2, 2.5e14), "cpu": (90.0, 0.1, 2e11)}
+KEPT = 0.55
+"""Share of what layers keep for the backward pass that compiled ones keep on a CPU: 0.35 to 0.73 where measured."""
+_ASSUMED = {"cuda": (30.0, 0.2, 2.5e14), "cpu": (30.0, 0.1, 2e11)}
 """Seconds to compile, the share of a step that is saved, and the speed without it in FLOP/s. Rough on purpose: whether
 a run compiles must not depend on how fast the machine happens to be when it starts, or is continued."""
 
 
-def repays(device: torch.device, parameters: int, tokens: float) -> bool:
-    """Whether a run over `tokens` saves more time than compiling costs: share * 6 * parameters * tokens / speed."""
+def planned(wish: Literal["auto", "on", "off"], device: torch.device, parameters: int, tokens: float) -> bool:
+    """Whether a run over `tokens` tokens compiles its layers: `auto` = where that saves more time than it costs, which
+    is where share * 6 * parameters * tokens / speed > seconds."""
     seconds, share, speed = _ASSUMED[device.type]
-    return share * 6 * parameters * tokens / speed > seconds
+    repays = share * 6 * parameters * tokens / speed > seconds and not dist.is_joined()
+    return tokens > 0 and (wish == "on" or (wish == "auto" and repays))
 
 
-def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on"]) -> str:
+def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on", "off"]) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
 
     Where a layer does not compile, everything stays as it was; UserError if that was not the wish.
     """
     from torch._dynamo import config as dynamo  # these imports take a second: only who compiles waits for them
     from torch._dynamo.exc import TorchDynamoException
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
@@ -45,6 +51,9 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     layers = [m for m in decoder_layers(loss.model) if not hooked & {id(part) for part in [*m.modules()][1:]}]
     own = [layer.forward for layer in layers]
     inductor.fallback_random = True
+    # The backward pass computes again whatever needs no product, also where products then wait for it. On a CPU that is
+    # as fast, and keeps a third less; on a GPU it was not measured.
+    functorch.ban_recompute_materialized_backward = machine.device.type != "cpu"
     # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     try:

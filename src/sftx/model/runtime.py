@@ -35,7 +35,7 @@ class Machine:
 
     device: torch.device
     precision: torch.dtype
-    tokens_per_pack: int
+    tokens_per_pack: int = 0  # chosen by `training.fit`, once the model is known
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in `precision` over fp32 weights."""
@@ -80,7 +80,6 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             )
         torch.cuda.set_device(device)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
-    tokens = runtime.tokens_per_pack or (16384 if device.type == "cuda" else 1024)
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if device.type == "cpu":
@@ -89,7 +88,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             # oneDNN keeps code for 1,024 shapes otherwise: up to 0.7 GiB. It looks here once, at its first product.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
             _fast_exact_matmul()
-        yield Machine(device, torch.bfloat16 if half else torch.float32, tokens)
+        yield Machine(device, torch.bfloat16 if half else torch.float32)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -83,15 +83,23 @@ def weigh(plan: Plan, loss: PackLoss, targets: Int32) -> None:
     plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
 
 
-def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int) -> Fit:
+def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int, earlier: int | None = None) -> Fit:
     """The largest packs, then the fewest recomputed layers, that fit into `at_hand` bytes; UserError where none do.
 
     Packs shrink down to the size below which a device gets slower; only then layers are recomputed; and where all of
-    them are not enough, packs shrink further. What the settings say is taken as it is.
+    them are not enough, packs shrink further. What the settings say is taken as it is. A run that is continued keeps
+    the `earlier` size, so that it goes on to the bit whatever else the machine does now.
     """
-    layers, fitting = len(rehearsal.layers), MARGIN * at_hand
+    if earlier is not None and runtime.tokens_per_pack is None:
+        try:
+            return fit(runtime.model_copy(update={"tokens_per_pack": earlier}), rehearsal, load, at_hand)
+        except UserError:
+            found = fit(runtime, rehearsal, load, at_hand)
+            note = f"the run had packs of {earlier:,} tokens, which no longer fit: from here on it differs by rounding"
+            return replace(found, notes=(*found.notes, note))
+    fitting = MARGIN * at_hand
     found: Fit | None = None
-    for size, recomputed in _candidates(runtime, rehearsal.on_gpu, layers):
+    for size, recomputed in _candidates(runtime, rehearsal):
         try:
             memory = predict(rehearsal, load, size, recomputed)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -129,9 +137,11 @@ def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: 
     return rehearsal.predict(blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1)
 
 
-def _candidates(runtime: Runtime, on_gpu: bool, layers: int) -> Iterator[tuple[int, int]]:
+def _candidates(runtime: Runtime, rehearsal: Rehearsal) -> Iterator[tuple[int, int]]:
     """(tokens per pack, recomputed layers), in the order of preference."""
-    good = [16384, 8192] if on_gpu else [1024, 512]  # sizes at which the device is about as fast as it gets
+    # Sizes at which the device is about as fast as it gets. Compiled layers keep half as much of every token.
+    layers, on_cpu = len(rehearsal.layers), [2048, 1024, 512] if rehearsal.compiled else [1024, 512]
+    good = [16384, 8192] if rehearsal.on_gpu else on_cpu
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     if runtime.tokens_per_pack is not None:
         good, small = [runtime.tokens_per_pack], []

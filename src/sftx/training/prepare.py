@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.checks import check_paths, check_sizes
-from sftx.model.compiled import compile_layers, repays
+from sftx.model.compiled import compile_layers, planned
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_config, load_model
 from sftx.model.memory import Rehearsal
@@ -36,8 +35,9 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Load, fit, outline, seconds_of, weigh
+from sftx.training.fit import Fit, Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
+from sftx.training.resume import changes, dotted, mathematics, name_of
 from sftx.types import UserError
 
 CALIBRATION = 256  # tokens of a layer timed before a run, to predict its time
@@ -115,34 +115,44 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     notes += check_paths(loss, probe, machine.precision, longest)
     dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
-    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
     rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
-    chosen = fit(config.runtime, rehearsal, load, at_hand)
+    chosen, seconds = _settle(config, run, corpus, plan, loss, rehearsal, at_hand)
+    notes += chosen.notes
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
-    seconds = seconds_of(rehearsal, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
-    recompute(loss.model, chosen.recomputed)
-    notes += [*chosen.notes, *([] if run.finished else _compile(config, machine, loss, corpus, plan))]
+    facts = {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}}
+    optimizer, peak = build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter)
+    decides = mathematics(config, corpus.fingerprint, max_length, machine.precision)
     job = Job(
-        config,
-        machine,
-        run,
-        encoder,
-        corpus,
-        held_out,
-        plan,
-        loss,
-        adapted,
-        tokenizer,
-        build_optimizer(loss, config.optim),
-        peak_learning_rate(config.optim, config.adapter),
-        _mathematics(config, corpus, max_length, machine),
-        {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}},
-        notes=notes,
-    )
+        config, machine, run, encoder, corpus, held_out, plan, loss, adapted, tokenizer, optimizer, peak, decides,
+        facts, notes=notes,
+    )  # fmt: skip
     _continue_or_start(job)
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
+
+
+def _settle(
+    config: Config, run: Run, corpus: Corpus, plan: Plan, loss: PackLoss, rehearsal: Rehearsal, at_hand: int
+) -> tuple[Fit, float | None]:
+    """Choose packs and recomputed layers, compile where that is asked for or repays itself; predicted seconds too."""
+    machine, wish = rehearsal.machine, config.runtime.compile
+    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
+    rehearsal.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
+    same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
+    earlier = run.facts["tokens_per_pack"] if same_device else None
+    chosen = fit(config.runtime, rehearsal, load, at_hand, earlier)
+    seconds = seconds_of(rehearsal, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
+    recompute(loss.model, chosen.recomputed)
+    if rehearsal.compiled:
+        members = plan.packs(0, chosen.tokens_per_pack)[0][0]
+        said = compile_layers(loss, build_pack([corpus.example(i) for i in members], members), machine, wish)
+        if not loss.compiled:  # layers as they are hold more
+            rehearsal.compiled = False
+            chosen = fit(config.runtime, rehearsal, load, at_hand, earlier)
+            recompute(loss.model, chosen.recomputed)
+        chosen = replace(chosen, notes=(*chosen.notes, said))
+    return chosen, seconds
 
 
 def _rehearsal(
@@ -163,17 +173,6 @@ def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[s
     if machine.precision == torch.float32:
         raise UserError(f"optim.weights: {config.optim.weights} computes in bf16; set runtime.precision: bf16 too")
     return torch.bfloat16, ["weights are bf16 without an fp32 copy: updates are rounded at random (optim.weights)"]
-
-
-def _compile(config: Config, machine: Machine, loss: PackLoss, corpus: Corpus, plan: Plan) -> list[str]:
-    """Compile the layers where that is asked for or repays itself, on the first pack; what came of it, in words."""
-    wish, tokens = config.runtime.compile, float(corpus.lengths.sum()) * plan.epoch(plan.num_steps - 1)
-    pays = not dist.is_joined() and repays(machine.device, trainable(loss)[1], tokens)
-    if wish == "off" or (wish == "auto" and not pays) or plan.num_steps == 0:
-        return []
-    members = plan.packs(0, machine.tokens_per_pack)[0][0]
-    pack = build_pack([corpus.example(i) for i in members], members)
-    return [compile_layers(loss, pack, machine, wish)]
 
 
 def _build(
@@ -254,53 +253,12 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
             )
 
 
-def _mathematics(config: Config, corpus: Corpus, max_length: int, machine: Machine) -> str:
-    """The settings that decide the result, as JSON: what a run may not change when it is continued."""
-    facts = config.model_dump(mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"})
-    facts["data"] = {"fingerprint": corpus.fingerprint, "max_length": max_length}
-    facts["runtime"] = {"precision": _name(machine.precision)}  # what `auto` meant here
-    return json.dumps(facts, indent=1, sort_keys=True)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_ranks(job: Job) -> None:
     """All ranks train on the same data with the same settings, in equally many packs."""
-    mine = {**_dotted(json.loads(job.mathematics)), "tokens per pack": job.machine.tokens_per_pack}
+    mine = {**dotted(json.loads(job.mathematics)), "tokens per pack": job.machine.tokens_per_pack}
     for rank, theirs in enumerate(held := dist.everyone(mine)):
         if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
             raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")
-
-
-def _changed(job: Job) -> dict[str, list[Any]]:
-    """{setting: [then, now]} of what differs from the run in the folder; UserError if it may not differ."""
-    now, allowed = _dotted(json.loads(job.mathematics)), job.config.checkpoint.resume_allow
-    for name in allowed:
-        if not any(f"{key}.".startswith(f"{name}.") for key in now):
-            close = difflib.get_close_matches(name, now, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}")
-    if not job.run.exists:
-        return {}
-    then = _dotted(json.loads(job.run.facts["mathematics"])) | {"runtime.precision": job.run.facts["precision"]}
-    keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if refused := [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]:
-        diff = "\n".join(f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused)
-        raise UserError(
-            f"output: {job.run.folder} holds a run with other settings or data; choose another folder, or allow the "
-            f"difference with checkpoint.resume_allow.\n{diff}"
-        )
-    return {key: [then.get(key), now.get(key)] for key in keys}
-
-
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _continue_or_start(job: Job) -> None:
@@ -309,7 +267,7 @@ def _continue_or_start(job: Job) -> None:
     facts: dict[str, Any] = {}
     dist.alive("looking for a checkpoint")
     _check_ranks(job)
-    changed = _changed(job)
+    changed = changes(job.config, run, job.mathematics)
     if run.exists:
         if run.finished and not changed:
             job.start = job.plan.num_steps
@@ -336,7 +294,7 @@ def _continue_or_start(job: Job) -> None:
         plan=job.plan.fingerprint,
         num_steps=job.plan.num_steps,
         device=str(job.machine.device),
-        precision=_name(job.machine.precision),
+        precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.machine.tokens_per_pack,
         notes=job.notes,
