@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -14,12 +16,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch.utils.checkpoint import checkpoint
 
-from sftx.config import Adapter
+from sftx.config import Adapter, Model
 from sftx.data.pack import probe_pack
 from sftx.model import lora
 from sftx.model.adapter import attach, hold
 from sftx.model.checks import check_paths
-from sftx.model.load import PackLoss
+from sftx.model.load import PackLoss, load_model
 from sftx.model.lora import LoraLinear, fuse
 
 
@@ -78,6 +80,19 @@ def test_frozen_matrices_in_the_precision_of_autocast_change_no_number() -> None
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
     assert {dtype for n, dtype in dtypes.items() if "layers" in n and "base_layer" in n} == {torch.bfloat16}
     assert outside.items() <= dtypes.items()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_file_of_weights_is_let_go_once_its_matrices_are_held_otherwise(tmp_path: Path) -> None:
+    model = load_model(Model(path=tiny.folder(tmp_path / "model")), torch.device("cpu"))
+    attach(model, Adapter(method="lora", dropout=0.0), 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    mapped = [str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text()]
+    hold(model, torch.bfloat16)
+    mapped.append(str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text())
+    assert mapped == [True, False]
+    assert all(torch.equal(p, before[n].to(p.dtype)) for n, p in model.named_parameters())
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("family", test_loss.FAMILIES)

@@ -61,10 +61,16 @@ def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, li
 
 def hold(model: torch.nn.Module, precision: torch.dtype) -> None:
     """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in place): autocast would
-    cast them to it at every product, so that no number changes, and bf16 takes half the memory."""
-    for module in decoder_layers(model).modules():
-        if isinstance(module, lora.LoraLinear):
-            module.base_layer.to(precision)
+    cast them to it at every product, so that no number changes, and bf16 takes half the memory.
+
+    On a CPU the rest is copied: any tensor that is read from the file's mapping keeps all of it, and what was read of
+    it, in memory.
+    """
+    held = [module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)]
+    for module in held:
+        module.base_layer.to(precision)
+    for p in model.parameters() if held and precision != torch.float32 else ():
+        p.data = p.data.clone() if p.device.type == "cpu" else p.data
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:

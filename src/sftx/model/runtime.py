@@ -85,8 +85,10 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
         if device.type == "cpu":
             torch.set_num_threads(runtime.threads or max(1, _physical_cores() // dist.local_size()))
             _mallopt(_KEEP_MEMORY)
-            # oneDNN keeps code for 1,024 shapes otherwise: up to 0.7 GiB. It looks here once, at its first product.
-            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+            # oneDNN, and PyTorch once more in front of it, keep code for 1,024 shapes otherwise: up to 0.7 and 0.4 GiB.
+            # They look here once, at their first product.
+            for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                os.environ.setdefault(name, "100")
             _fast_exact_matmul()
         yield Machine(device, torch.bfloat16 if half else torch.float32)
     finally:
