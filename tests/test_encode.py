@@ -204,7 +204,7 @@ BAD = [
     (b'{"prompt": "a", "completion": null}', "field 'completion' must be text, not null"),
     (b'{"prompt": "a", "completion": 3}', "field 'completion' must be text, not a number"),
     (b'{"prompt": "a", "completoin": "b"}', "did you mean 'completion'"),
-    (b'{"text": "a"}', "field 'prompt' is missing (format pairs); found text"),
+    (b'{"text": "a"}', "field 'prompt' is missing (format pairs); found text; a file has one format, the first row's"),
     (b'["a", "b"]', "expected an object with prompt and completion"),
     (b"{}", "found none"),
     (b"null", "found null"),

@@ -111,7 +111,8 @@ def parse(raw: Any, form: str) -> Row:
     for field in fields:
         if field not in raw:
             found = ", ".join(map(str, raw)) or "none"
-            raise RowError(f"field {field!r} is missing (format {form}); found {found}{_misnamed(field, raw)}")
+            hint = _misnamed(field, raw) or "; a file has one format, the first row's unless data.format names another"
+            raise RowError(f"field {field!r} is missing (format {form}); found {found}{hint}")
     if bad := _misspelt(tuple(raw), form):
         raise RowError(bad)
     return _PARSERS[form](raw)
