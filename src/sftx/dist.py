@@ -135,7 +135,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
-        _watch = None
+        _watch = _saving = None  # its threads end here, not while the interpreter is taken apart
 
 
 def alive(place: str = "") -> None:

@@ -28,7 +28,7 @@ from sftx.model.recompute import decoder_layers, recompute
 from sftx.model.runtime import Machine
 from sftx.types import Pack
 
-HEAP = 480 << 20
+HEAP = 400 << 20
 """Bytes that kernels of a CPU and the gaps of its heap take on top (from the smaller shape of bench/memory.py; a model
 that is smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
 allocated is predicted, and the margin of `training.fit` is for the rest."""
