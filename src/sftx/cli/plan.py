@@ -27,6 +27,7 @@ from sftx.model.runtime import CUBLAS_WORKSPACE, machine
 from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
+from sftx.training.resume import name_of
 from sftx.types import UserError
 
 EXTRA = {
@@ -59,7 +60,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts = _facts(config, plan, load, loss, at_hand)
         tokens = load.tokens if count == 1 else 0.0
         rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
-        facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": str(here.precision)[6:]}
+        facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
         try:
             chosen = fit(config.runtime, rehearsal, load, at_hand)
             facts |= {"tokens_per_pack": chosen.tokens_per_pack, "recomputed_layers": chosen.recomputed}

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from sftx.track.record import Run
+from sftx.training.resume import name_of
 from sftx.training.stop import Ended
 from sftx.types import Ledger, StepRecord
 
@@ -64,10 +65,9 @@ class Progress:
         self, name: str, parameters: tuple[int, int], machine: Any, peak: float, notes: list[str], start: int
     ) -> None:
         """The model and the machine, after the checks."""
-        precision = str(machine.precision).removeprefix("torch.")
         self.say(
-            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {precision} on "
-            f"{machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
+            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {name_of(machine.precision)} "
+            f"on {machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
         )
         for note in notes:
             self.say(f"note     {note}")
