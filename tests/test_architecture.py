@@ -32,7 +32,7 @@ STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "d
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
 MAX_FILE, MAX_FUNCTION = 400, 60
-"""Lines, counted whole, as a reader meets them. There is no limit on the whole: code is never made denser to fit one."""
+"""Lines, counted whole, as a reader meets them. The whole has no limit: code is never made denser to fit one."""
 
 
 @cache
