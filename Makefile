@@ -26,8 +26,8 @@ test-newest:  ## the tests with the newest torch and transformers that install, 
 	.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft --editable ".[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST)
 
-scorecard: $(VENV)/.installed-dev  ## 30 checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
-	@$(RUN) -m sftx_scorecard $(SCORECARD)
+scorecard: $(VENV)/.installed-dev  ## checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
+	@PYTHONPATH=$(CURDIR)/tests:$$PYTHONPATH $(RUN) -m scorecard $(SCORECARD)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -103,6 +103,7 @@ def test_a_step_takes_as_many_tokens_as_fit() -> None:
     lengths = np.array([40, 60, 30, 250, 50, 50, 50], np.int32)
     plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=100, epochs=1, shuffle=False), 0)
     assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert [plan.epoch(step) for step in range(plan.num_steps)] == [2 / 7, 3 / 7, 4 / 7, 6 / 7, 1.0]
 
 
 def test_part_of_an_epoch_is_the_nearest_number_of_examples() -> None:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.runs import (
+import tiny
+
+from scorecard.frame import check, expect
+from scorecard.runs import (
     die,
     digest,
     expect_equal,

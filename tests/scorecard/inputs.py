@@ -8,17 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tiny
 from safetensors.torch import load_file, save_file
 
+from scorecard import fuzz
+from scorecard.frame import check, expect
+from scorecard.runs import on_call, records, run, settings, write_rows
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings import make_config
 from sftx.training import prepare
 from sftx.types import UserError
-from sftx_scorecard import fuzz, tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.runs import on_call, records, run, settings, write_rows
 
 SYSTEM = {"role": "system", "content": "s"}
 IMAGE = {"role": "user", "content": [{"type": "image", "url": "file:///secret"}]}
@@ -143,7 +144,7 @@ def ids(folder: Path) -> str:
         path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", [{"input_ids": ids, "labels": labels}])
         return {"data": {"train": path, "format": form}}
 
-    small, broken = tiny.folder(folder / "small", vocabulary=200), tiny.folder(folder / "broken")
+    small, broken = tiny.folder(folder / "small", vocab_size=200), tiny.folder(folder / "broken")
     weights = load_file(folder / "broken" / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "broken" / "model.safetensors", {"format": "pt"})
@@ -165,7 +166,7 @@ def ids(folder: Path) -> str:
     corpus = reader.read(config["data"]["train"])
     ends = [int(corpus.example(i).ids[corpus.example(i).weights > 0][-1]) for i in range(len(corpus))]
     expect(set(ends) == {tiny.SPECIAL.index("<|end|>")}, f"answers end in {set(ends)}")
-    template = "{{ bos_token }}" + tiny.TEMPLATE
+    template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
     (folder / "bos.jinja").write_text(template)
     first = reader.read(config["data"]["train"], template=str(folder / "bos.jinja")).example(0).ids.tolist()
     expect(first.count(1) == 1 and first[0] == 1, f"BOS: {first[:4]}")
@@ -176,7 +177,7 @@ def ids(folder: Path) -> str:
 def stale(folder: Path) -> str:
     """A file or template changed, its size and time kept, another length or mask: noticed; nothing else is redone."""
     reader, path, template = Reader(folder), folder / "rows.jsonl", folder / "turns.jinja"
-    template.write_text(tiny.TEMPLATE)
+    template.write_text(tiny.CHAT_TEMPLATE)
 
     def write(word: str) -> None:
         write_rows(path, [{"prompt": f"{word} {i:03}", "completion": "answer"} for i in range(60)])
@@ -194,7 +195,7 @@ def stale(folder: Path) -> str:
     expect("old 000" in first and text() == first and blocks() == one, "the same data was encoded twice")
     write("new")
     expect("new 000" in text(), "a file with the same size and time was not read again")
-    template.write_text(tiny.TEMPLATE.replace("<|end|>", "<|tool|>"))
+    template.write_text(tiny.CHAT_TEMPLATE.replace("<|end|>", "<|tool|>"))
     os.utime(template, (1_700_000_000, 1_700_000_000))
     expect("<|tool|>" in text(), "a changed template file was not noticed")
     expect(len(text(max_length=15, too_long="truncate_left")) < len(text()), "another max_length was not noticed")

@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security")
-PROGRAM = (sys.executable, "-m", "sftx_scorecard")
+TESTS = Path(__file__).resolve().parent.parent
+PROGRAM = (sys.executable, "-m", "scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
 
 
@@ -73,7 +74,7 @@ def check(
 def checks() -> dict[int, Check]:
     """All checks by their number."""
     for group in GROUPS:
-        import_module(f"sftx_scorecard.{group}")
+        import_module(f"scorecard.{group}")
     return dict(sorted(_checks.items()))
 
 
@@ -90,6 +91,12 @@ def run_here(one: Check) -> None:
     print("\n" + json.dumps({"passed": passed, "found": " ".join(found.split())[:600]}), flush=True)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """The variables of a process that imports this package: those of this one, and `more`."""
+    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)), **more}
+
+
 def run_apart(one: Check) -> Outcome:
     """Run a check in a process of its own; kill it and all that it started when its time is over."""
     mark = f"{os.getpid()}.{one.number}.{time.monotonic_ns()}"
@@ -101,7 +108,7 @@ def run_apart(one: Check) -> Outcome:
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        env={**os.environ, MARK: mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        env=environment(**{MARK: mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
     )
     try:
         text, _ = process.communicate(timeout=one.limit)

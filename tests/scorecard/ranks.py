@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sftx_scorecard.frame import MARK, check, expect
-from sftx_scorecard.runs import checkpoints, expect_equal, records, run_ranks, settings, torchrun
+from scorecard.frame import MARK, check, expect
+from scorecard.runs import checkpoints, expect_equal, records, run_ranks, settings, torchrun
 
 TRIALS = 10
 

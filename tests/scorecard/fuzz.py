@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+from scorecard.frame import expect
 from sftx.config import Data
 from sftx.data.convert import convert
 from sftx.data.encode_worker import encode_block
@@ -18,8 +20,6 @@ from sftx.data.render import Encoder
 from sftx.data.rows import REQUIRED, parse
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import expect
 
 SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -151,8 +151,8 @@ PIECES = [
 def templates(folder: Path, examples: int) -> int:
     """Made-up templates over changed conversations; returns how many."""
     tokenizer, path = _tokenizer(folder), folder / "made.jinja"
-    cuts = [tiny.TEMPLATE[i:j] for i in (0, 20, 61) for j in (40, 61, 90, len(tiny.TEMPLATE)) if i < j]
-    sources = some.lists(some.sampled_from(PIECES + cuts), max_size=7).map("".join) | some.just(tiny.TEMPLATE)
+    cuts = [tiny.CHAT_TEMPLATE[i:j] for i in (0, 20, 61) for j in (40, 61, 90, len(tiny.CHAT_TEMPLATE)) if i < j]
+    sources = some.lists(some.sampled_from(PIECES + cuts), max_size=7).map("".join) | some.just(tiny.CHAT_TEMPLATE)
 
     def render(source: str, row: bytes) -> None:
         path.write_text(source)

@@ -1,4 +1,4 @@
-"""`python -m sftx_scorecard [only=1,5,7] [json=FILE]`: the table, and `scorecard N/30` as the last line."""
+"""`python -m scorecard [only=1,5,7] [json=FILE]`: the table, and `scorecard N/N` as the last line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from sftx_scorecard.frame import checks, run_apart, run_here
+from scorecard.frame import checks, run_apart, run_here
 
 
 def main(arguments: list[str]) -> int:

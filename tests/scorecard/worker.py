@@ -1,4 +1,4 @@
-"""One rank of a run under torchrun, with a fault planted: `-m sftx_scorecard.worker CONFIG FAULT`.
+"""One rank of a run under torchrun, with a fault planted: `-m scorecard.worker CONFIG FAULT`.
 
 FAULT is empty, `slow`, `gradients:FILE` (rank 0 writes those of every step there), or `KIND:RANK:STEP` with a kind of
 `die`, `hang`, `raise`, `leave`, `drift` (one weight changes in its last bit) or `other` (the rank has another seed).
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from scorecard import numbers
+from scorecard.runs import on_call, on_step
 from sftx.cli import main
 from sftx.training import loop
-from sftx_scorecard import numbers
-from sftx_scorecard.runs import on_call, on_step
 
 
 def plant(fault: str) -> None:

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ranks
+import tiny
+
+from scorecard.frame import Failed, environment, expect
 from sftx.cli import main
 from sftx.training import loop
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import Failed, expect
 
 STEPS = 12
 
@@ -33,11 +35,19 @@ def write_rows(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+def shape(dropout: float = 0.0) -> dict[str, Any]:
+    """What `tiny.model` makes of the checks' model: Llama, or GPT-2 where dropout is wanted."""
+    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    if dropout:
+        return {"family": "GPT2", **dict.fromkeys(rates, dropout)}
+    return {"tie_word_embeddings": True, "initializer_range": 0.1}  # so wide that no distribution is uniform
+
+
 def settings(folder: Path, output: str = "run", dropout: float = 0.1, **changes: Any) -> dict[str, Any]:
     """A run of `STEPS` steps over two epochs that saves every 3 steps; sections in `changes` are merged."""
     model, data = folder / f"model-{dropout}", folder / "rows.jsonl"
     if not model.exists():
-        tiny.folder(model, dropout=dropout)
+        tiny.folder(model, **shape(dropout))
     if not data.exists():
         write_rows(data, tiny.pairs(24))
     base: dict[str, Any] = {
@@ -166,11 +176,10 @@ def die() -> None:
 
 
 def torchrun(config: dict[str, Any], processes: int = 2, fault: str = "") -> subprocess.Popen[str]:
-    """The same run on several gloo processes; `fault` is planted by `sftx_scorecard.worker`."""
+    """The same run on several gloo processes; `fault` is planted by `scorecard.worker`."""
     log = Path(config["output"]).with_suffix(".log").open("w")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, "-m", "sftx_scorecard.worker", write_config(config), fault]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+    command = [*ranks.launcher(processes), "-m", "scorecard.worker", write_config(config), fault]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment())
 
 
 def run_ranks(config: dict[str, Any], processes: int = 2, fault: str = "", code: int | None = 0) -> str:

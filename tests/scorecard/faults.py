@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from safetensors.torch import load_file
 
 import sftx
-from sftx.model.load import PackLoss
-from sftx.training import checkpoint, loop, prepare
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.runs import (
+from scorecard.frame import check, expect
+from scorecard.runs import (
     Child,
     checkpoints,
     die,
@@ -37,6 +35,8 @@ from sftx_scorecard.runs import (
     settings,
     write_rows,
 )
+from sftx.model.load import PackLoss
+from sftx.training import checkpoint, loop, prepare
 
 
 @check(11, "50 x SIGKILL inside a save", limit=600)

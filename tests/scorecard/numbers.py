@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from safetensors.torch import load_file
 
 import sftx
+from scorecard.frame import check, expect
+from scorecard.runs import digest, facts, records, run, run_ranks, settings, shape, write_rows
 from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.training import loop
 from sftx.types import Example
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.runs import digest, facts, records, run, run_ranks, settings, write_rows
 
 Gradients = dict[str, torch.Tensor]
 LENGTHS = (1, 2, 3, 5, 10, 40, 100, 180, 7, 64, 20)
@@ -105,7 +105,7 @@ def reference(folder: Path) -> str:
     """Loss (1e-6) and every gradient tensor (2e-6) equal sum(CE) / targets, computed in float64 by other code."""
     config = unequal(folder, "run")
     ours = gradients(config)[0]
-    model = tiny.model().double()
+    model = tiny.model(**shape()).double()
     tokenizer = tiny.tokenizer()
     total, targets = torch.zeros((), dtype=torch.float64), 0
     for line in Path(config["data"]["train"]).read_text().splitlines()[:8]:
@@ -153,7 +153,7 @@ def packing(folder: Path) -> str:
     """
     rng = random.Random(0)
     documents = [[rng.randrange(8, 264) for _ in range(length)] for length in (20, 33, 7)]
-    model = tiny.model()
+    model = tiny.model(**shape())
     loss = PackLoss(model)
 
     def packed(some: list[list[int]]) -> TensorPack:

@@ -14,18 +14,19 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
 import sftx
+from scorecard import fuzz
+from scorecard.frame import check, expect
+from scorecard.inputs import Reader
+from scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
 from sftx.cli import main
 from sftx.data import sandbox
 from sftx.data.sandbox import SECONDS
 from sftx.settings import load_config
 from sftx.types import UserError
-from sftx_scorecard import fuzz, tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.inputs import Reader
-from sftx_scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0123456789",
@@ -157,7 +158,7 @@ def templates(folder: Path) -> str:
     slowest = 0.0
     for name, source in {**ESCAPES, **BOMBS}.items():
         path = folder / f"{name}.jinja"
-        path.write_text(source + tiny.TEMPLATE)
+        path.write_text(source + tiny.CHAT_TEMPLATE)
         began = time.process_time()
         refusal = reader.refusal(rows, template=str(path))
         slowest = max(slowest, time.process_time() - began)
@@ -196,7 +197,7 @@ def bombs_in_runs(folder: Path) -> None:
     endless = SHARED + "{% set a = n.t %}" + SHARED.replace("'long'", "'l' ~ 'ong'") + "{{ a == n.t }}"
     config = settings(folder, "one", dropout=0.0, batch={"steps": 1, "examples_per_step": 2})
     for name, source, code in (("one", bomb, 0), ("endless", endless, -signal.SIGVTALRM)):
-        (folder / f"{name}.jinja").write_text(source + tiny.TEMPLATE)
+        (folder / f"{name}.jinja").write_text(source + tiny.CHAT_TEMPLATE)
         config["data"] |= {"train": rows, "template": str(folder / f"{name}.jinja"), "on_bad_row": "skip"}
         text = run(config, lambda: setattr(sandbox, "LAST", 15.0), code=code)
         told = "read 3 rows = trained 2 + split 0 + dropped 1" if not code else 'File "<template>"'

@@ -10,14 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tiny
+
+from scorecard.frame import check, expect
+from scorecard.runs import Child, on_call, run, settings, write_config, write_rows
 from sftx.cli import main
 from sftx.data.encode import load_corpora
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings import make_config
 from sftx.training import checkpoint
-from sftx_scorecard import tiny
-from sftx_scorecard.frame import check, expect
-from sftx_scorecard.runs import Child, on_call, run, settings, write_config, write_rows
 
 ROWS = 1_000_000
 
