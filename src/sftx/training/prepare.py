@@ -24,8 +24,9 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, planned
+from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_config, load_model
+from sftx.model.load import PackLoss, load_model
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
