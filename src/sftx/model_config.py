@@ -31,17 +31,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    with boundary(path, "; the file is damaged: copy or download it again"):
+    again = "; the file is damaged: copy or download it again"
+    with boundary(f"{path}: not JSON", again):
         value = json.loads(path.read_bytes().decode("utf-8"))
-        if not isinstance(value, dict):
-            raise TypeError(f"a JSON object is needed, found {str(value)[:40]}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, found {str(value)[:40]}{again}")
     return value
 
 
 def config_file(path: str) -> Path:
-    """Where the config.json of the model at `path` is: in a folder, or fetched from the hub where `path` is a name."""
+    """The config.json of the model at `path`: a folder, that file itself, or a name on the hub, which is fetched."""
     if Path(path).is_dir():
         return Path(path) / "config.json"
+    if Path(path).is_file():
+        return Path(path)
     from huggingface_hub import hf_hub_download
 
     with boundary(f"{path}: neither a folder here nor a model that could be fetched"):
