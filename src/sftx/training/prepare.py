@@ -211,6 +211,7 @@ def _build(
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
+    run.check()
     source, target = Path(config.model.path), run.folder
     if source.exists() and target.exists() and source.resolve() == target.resolve():
         raise UserError(f"output: {target} is the folder of the model itself; choose another, it would be overwritten")
