@@ -5,34 +5,24 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sftx.boundary import boundary
 from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
+from sftx.model.folder import check_weights, load_config
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
 from sftx.model.recompute import decoder_layers
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
-
-
-def load_config(model: Model) -> Any:
-    """The model's Hugging Face configuration; UserError if the folder does not hold one."""
-    path = Path(model.path)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
-    try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {model.path} cannot be read as a model: {error}") from error
 
 
 def stored_dtype(model: Model) -> torch.dtype:
@@ -50,19 +40,20 @@ def load_model(
 
     With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype that it names.
     """
+    config = load_config(model)
+    check_weights(model.path)
     quantised = {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
     transformers_logging.disable_progress_bar()
-    try:
+    with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model.path,
+            config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
             **quantised,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
@@ -73,7 +64,10 @@ def load_model(
         # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes through any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
-    return loaded if nf4 else loaded.to(device)
+    loaded = loaded if nf4 else loaded.to(device)
+    with boundary(f"model.path: {model.path} cannot compute with what its config.json says"), torch.no_grad():
+        loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    return loaded
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:

@@ -13,18 +13,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from sftx.boundary import boundary
 from sftx.config import Model
 from sftx.model.shard import whole_state
-from sftx.types import UserError
 
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer as transformers and its servers load it, with the tokens the run adds."""
     path = model.tokenizer or model.path
-    try:
+    with boundary(f"model.tokenizer: {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: {path} cannot be loaded: {error}") from error
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in model.add_tokens])
     special = [AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens]
     tokenizer.add_tokens(special, special_tokens=True)

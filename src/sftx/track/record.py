@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config import Config
+from sftx.track.facts import check_needed, read_facts
 from sftx.types import StepRecord, UserError
 
 PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
@@ -62,8 +63,7 @@ class Run:
         self.config = config
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; a folder is needed")
-        path = self.folder / "run.json"
-        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.facts: dict[str, Any] = read_facts(self.folder / "run.json")
 
     @property
     def exists(self) -> bool:
@@ -74,6 +74,11 @@ class Run:
     def finished(self) -> bool:
         """Whether that run reached its end."""
         return self.facts.get("status") == "finished"
+
+    def check(self) -> None:
+        """UserError where the record of the run in this folder lacks what continuing it needs."""
+        if self.exists:
+            check_needed(self.facts, self.folder / "run.json")
 
     def start(self, step: int, **facts: Any) -> None:
         """Begin at `step`: write run.json, and drop metrics of steps that will be taken again."""

@@ -180,6 +180,8 @@ def _verify(path: Path, read: bool = True) -> str:
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name in sorted({"state.json", *sums}):
+            if Path(name).name != name:  # only files of the checkpoint itself are opened
+                return f"{MANIFEST} names {name!r}, outside of the checkpoint"
             if name not in sums or not (path / name).exists():
                 return f"{name} is missing"
             same = (path / name).stat().st_size == sums[name]["bytes"]

@@ -27,7 +27,7 @@ from sftx.track.card import model_card
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
-from sftx.training.export import export
+from sftx.training.export import Allowed, export
 from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare
@@ -93,7 +93,8 @@ def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]
             _finish(job, stop, progress)
         del job
     if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
-        run.update(merged=export(run.folder, run.folder / "merged")[0])  # the base is loaded anew, and whole
+        moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
+        run.update(merged=moved)
 
 
 def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:

@@ -24,8 +24,9 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, planned
+from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_config, load_model
+from sftx.model.load import PackLoss, load_model
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
@@ -210,6 +211,7 @@ def _build(
 
 
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
+    run.check()
     source, target = Path(config.model.path), run.folder
     if source.exists() and target.exists() and source.resolve() == target.resolve():
         raise UserError(f"output: {target} is the folder of the model itself; choose another, it would be overwritten")
