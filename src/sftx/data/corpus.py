@@ -187,12 +187,14 @@ class Corpus:
                 arrays.append(given[name] if name in given else np.array(getattr(block, name)))
             here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
-            notes[part.source].update({f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()})
+            unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
+            passed = {f"message field {f!r} left to the template": n for f, n in block.meta["fields"].items()}
+            notes[part.source].update(unread | passed)
         self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
 
     def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
-        """The ledger of each source. `notes` counts what is not known by example: columns that are not read."""
+        """The ledger of each source. `notes` counts what is not known by example: fields that are not read."""
         columns, ledgers = self.columns, {}
         for number, name in enumerate(self.sources):
             mine = columns.source == number

@@ -16,6 +16,7 @@ from typing import Any
 
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.messages import other_fields
 from sftx.data.read import rows_in
 from sftx.data.render import Encoder
 from sftx.data.rows import parse, unused
@@ -35,7 +36,7 @@ def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
 
 def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     rows: list[tuple[int, int, Row]] = []
-    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}}
+    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "fields": {}}
     for line, raw, value in rows_in(data, 0):
         try:
             if isinstance(value, RowError):
@@ -47,6 +48,8 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         rows.append((line, row_hash(raw), row))
         for column in unused(tuple(value), form) if isinstance(value, dict) else ():
             meta["unused"][column] = meta["unused"].get(column, 0) + 1
+        for name in sorted(other_fields(row.messages)):
+            meta["fields"][name] = meta["fields"].get(name, 0) + 1
     entries: list[Entry] = []
     for (line, digest, _), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
         if isinstance(encoded, RowError):
