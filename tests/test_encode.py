@@ -21,8 +21,9 @@ from sftx.data import encode_pool, read
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora, write_ledger
 from sftx.data.tokenizer import Tokenizer
+from sftx.data.view import raw_tables, read_rows
 from sftx.settings import make_config
-from sftx.types import Example, UserError
+from sftx.types import Example, Row, UserError
 
 LENGTH = 64
 
@@ -297,6 +298,44 @@ def test_held_out_rows_never_overlap(tokenizer: Tokenizer, tmp_path: Path) -> No
     both = [load(make(pairs(9), eval_rows=pairs(3, 50)), tokenizer), load(make(pairs(9)), tokenizer)]
     assert tokens(both[0][0]) == tokens(both[1][0])
     assert tokens(both[0][1]) == tokens(load(make(pairs(3, 50)), tokenizer)[0])
+
+
+def test_columns_are_renamed_wherever_rows_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The same corpus as under the usual names: from files, from memory, by `encode`."""
+    rows = [{"question": row["prompt"], "answer": row["completion"], "label": False} for row in pairs(30)]
+    columns = {"question": "prompt", "answer": "completion", "label": None}
+    expected = tokens(load(make(pairs(30)), tokenizer)[0])
+    csv = "question,answer,label\n" + "".join(f"{r['question']},{r['answer']},False\n" for r in rows)
+    (tmp_path / "a.csv").write_text(csv)
+    for data in (rows, write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.csv")):
+        for _ in range(2):  # encoded, and from the cache
+            corpus, _ = load(make(data, columns=columns), tokenizer)
+            assert tokens(corpus) == expected
+            assert corpus.ledger.notes == {}
+        with pytest.raises(UserError, match=r"set data\.columns: \{question: prompt, answer: completion\}"):
+            load(make(data), tokenizer)
+    example = sftx.encode(rows[3], tokenizer, columns=columns)[0]
+    assert (example.ids.tolist(), example.weights.tolist()) == expected[3]
+    with raw_tables(make(rows, columns=columns)) as [table]:
+        asked = [row.phrases[0].text for _, row in read_rows(table) if isinstance(row, Row)]
+    assert asked[:2] == ["0 + 1 =", "1 + 1 ="]
+    with pytest.raises(UserError, match=r"data\.columns: lable: no row has a column of this name"):
+        load(make(rows, columns={**columns, "lable": None}), tokenizer)
+    with pytest.raises(UserError, match="a column that no format reads"):
+        load(make(rows, columns={"question": "ask"}), tokenizer)
+    with pytest.raises(UserError, match="a column that no format reads"):
+        sftx.encode(rows[3], tokenizer, columns={"question": "ask"})
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_columns_are_renamed_in_other_processes(tmp_path: Path) -> None:
+    path, columns = write(tmp_path / "a.jsonl", pairs(8000)), {"prompt": "completion", "completion": "prompt"}
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(str(tmp_path / "tokenizer"))
+    alone, _ = load(make(path, columns=columns, cache=str(tmp_path / "1")), tokenizer)
+    shared, _ = load(make(path, columns=columns, cache=str(tmp_path / "2"), workers=2), tokenizer)
+    assert alone.fingerprint == shared.fingerprint
+    assert alone.fingerprint != load(make(path, cache=str(tmp_path / "1")), tokenizer)[0].fingerprint
 
 
 def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:

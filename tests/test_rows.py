@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftx.data.messages import other_fields
-from sftx.data.rows import detect, parse, unused
-from sftx.types import Phrase, Row, RowError
+from sftx.data.rows import check_names, detect, parse, renamed, unused
+from sftx.types import Phrase, Row, RowError, UserError
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 PAIR = (Phrase("Hi", 0.0), Phrase("Hello", 1.0))
@@ -135,9 +135,9 @@ def test_sharegpt_roles() -> None:
         ({"prompt": "a", "completion": 1}, "field 'completion' must be text, not a number"),
         ({"prompt": "a", "completion": [MODEL]}, "both be texts or both be lists"),
         ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' needs prompt and completion to be lists"),
-        ({"question": "a", "answer": "b"}, "rename the columns to prompt and completion"),
+        ({"question": "a", "answer": "b"}, "set data.columns: {question: prompt, answer: completion}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data"),
-        ({"conversations": [USER, MODEL]}, "rename the column to messages"),
+        ({"conversations": [USER, MODEL]}, "set data.columns: {conversations: messages}"),
         ({"text": "a", "messages": [USER]}, "choose one with data.format"),
         ({"messages": []}, "not an empty list"),
         ({"messages": "a"}, "not text"),
@@ -306,6 +306,20 @@ def test_alpaca_with_system_and_history() -> None:
     made = row({**plain, "system": "S", "history": [["Yo", "Sir"]]})
     assert made == Row("messages", messages=(SYSTEM, *turns, USER, MODEL))  # type: ignore[arg-type]
     assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (*earlier, *PAIR)
+
+
+def test_columns_get_other_names() -> None:
+    columns = {"question": "prompt", "answer": "completion", "label": None}
+    raw = {"question": "Hi", "label": False, "answer": "Hello", "id": 3}
+    assert renamed(raw, columns) == {"prompt": "Hi", "completion": "Hello", "id": 3}
+    assert renamed(raw, {}) is raw
+    assert renamed(["a", "b"], columns) == ["a", "b"]
+    swapped = renamed({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"})
+    assert swapped == {"completion": "a", "prompt": "b"}
+    with pytest.raises(RowError, match="columns 'prompt' and 'question' would both be 'prompt'"):
+        renamed({"prompt": "a", **raw}, columns)
+    with pytest.raises(UserError, match="'promt' is a column that no format reads; did you mean 'prompt'"):
+        check_names({"question": "promt"})
 
 
 def test_fields_that_only_a_template_may_know_are_named() -> None:

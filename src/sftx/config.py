@@ -91,6 +91,9 @@ class Data(Section):
         "auto"
     )
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    columns: dict[str, str | None] = {}
+    """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be in
+    some row."""
     template: str = "auto"
     """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
     are, EOS after the last output; else a .jinja file or the name of a bundled template."""

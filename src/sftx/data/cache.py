@@ -54,8 +54,9 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`, `abouts`, `dropped` and `bad` ([line, reason] of each row), `unused` (rows per column), `fields` (rows per
-    field of a message that only the template may know), `largest_id`."""
+    """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how many rows have each
+    column that is not read (`unused`), each field of a message that only the template may know (`fields`), and each
+    column of `data.columns` (`renamed`)."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -90,7 +91,7 @@ class Entry(NamedTuple):
 
 
 def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
-    """Lay examples end to end. `meta` may hold `dropped`, `bad`, `unused` and `fields`."""
+    """Lay examples end to end. `meta` may hold all that `TokenBlock.meta` does but `largest_id`."""
     examples = [entry.example for entry in entries]
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
     starts = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
@@ -106,7 +107,8 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
-    facts = {"dropped": [], "bad": [], "unused": {}, "fields": {}, **meta, "notes": list(notes), "abouts": list(abouts)}
+    nothing = {"dropped": [], "bad": [], "unused": {}, "fields": {}, "renamed": {}}
+    facts = {**nothing, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,
         weights=weights.astype(np.uint8) if plain else weights,

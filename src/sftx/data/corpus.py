@@ -95,6 +95,7 @@ class Corpus:
         sources: names of the sources.
         ledgers: where every row of each source went.
         largest_id: largest token id of all (-1 if there is none).
+        renamed: how many rows have each of the columns that `data.columns` names anew.
     """
 
     def __init__(self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]) -> None:
@@ -102,6 +103,7 @@ class Corpus:
         self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
         self._open = lru_cache(OPEN_BLOCKS)(self._load)
         self.largest_id = -1
+        self.renamed: Counter[str] = Counter()
         columns, self.drops, self._notes = self._collect()
         self._use(columns)
         self.ledgers = self._ledgers(self.drops, self._notes)
@@ -187,6 +189,7 @@ class Corpus:
                 arrays.append(given[name] if name in given else np.array(getattr(block, name)))
             here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
+            self.renamed.update(block.meta["renamed"])
             unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
             passed = {f"message field {f!r} left to the template": n for f, n in block.meta["fields"].items()}
             notes[part.source].update(unread | passed)

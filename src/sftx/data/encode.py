@@ -21,13 +21,13 @@ from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Columns, Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.render import DECIDES, Encoder
-from sftx.data.rows import detect, parse
+from sftx.data.rows import check_names, detect, parse, renamed
 from sftx.data.sources import Table, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Example, RowError, UserError
 
 log = logging.getLogger("sftx")
-ENCODING = {*DECIDES, "format", "max_length", "on_bad_row"}
+ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
@@ -52,7 +52,8 @@ def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
         raise UserError("encode: " + "; ".join(problems)) from None
     encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
     try:
-        plain = _plain(row)
+        check_names(data.columns)
+        plain = renamed(_plain(row), data.columns)
         encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
         if isinstance(encoded, RowError):
             raise encoded
@@ -118,11 +119,13 @@ def load_corpora(
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
-        jobs = _missing([*tables, *held_tables], encoder.fingerprint, cache, scratch)
+        fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
+        jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
-        corpus = _assemble(train, tables, encoder.fingerprint, cache)
-        held_out = _assemble(held, held_tables, encoder.fingerprint, cache) if held else None
+        corpus = _assemble(train, tables, fingerprint, cache)
+        held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
+    _check_renamed(data, corpus, held_out)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
@@ -173,6 +176,12 @@ def _check(corpus: Corpus, data: Data) -> None:
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
             log.warning("warning: %s: %.1f %% of %s rows were dropped%s", name, share, f"{ledger.read:,}", first)
+
+
+def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
+    for column in data.columns:
+        if not corpus.renamed[column] and (held_out is None or not held_out.renamed[column]):
+            raise UserError(f"data.columns: {column}: no row has a column of this name")
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -6,14 +6,14 @@ The shape is decided once per file, from its first row; a later row of another s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.data.foreign import check_columns
 from sftx.data.messages import SHAREGPT_ROLES, parse_messages
-from sftx.types import Message, Phrase, Row, RowError
+from sftx.types import Message, Phrase, Row, RowError, UserError
 
 # The fields that make a format, and those it may have besides. Any other column is unused, and said to be.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -37,9 +37,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 _QUESTIONS = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output"))
 _ELSEWHERE = {  # layouts other tools take, and what to do with them here
-    **dict.fromkeys(_QUESTIONS, "; rename the columns to prompt and completion"),
-    ("chosen", "rejected"): "; this is preference data: keep `chosen` alone, as messages or as a completion",
-    ("prompt", "chosen"): "; this is preference data: rename `chosen` to completion",
+    **{names: f"; set data.columns: {{{names[0]}: prompt, {names[1]}: completion}}" for names in _QUESTIONS},
+    ("prompt", "chosen"): "; this is preference data: to train on what was chosen, data.columns: {chosen: completion}",
+    ("chosen", "rejected"): "; this is preference data: to train on what was chosen, data.columns: {chosen: messages}",
 }
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
 
@@ -60,7 +60,7 @@ def detect(raw: Any) -> str:
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
     if found == ["sharegpt"] and _all_have("role", raw["conversations"]):
-        raise RowError("`conversations` holds role and content: rename the column to messages")
+        raise RowError("`conversations` holds role and content: set data.columns: {conversations: messages}")
     if len(found) > 1:
         raise RowError(f"the row fits the formats {' and '.join(found)}; choose one with data.format")
     if not found:
@@ -96,6 +96,39 @@ def _misnamed(field: str, raw: dict[str, Any]) -> str:
     """A hint, if a row has a column with almost the name of the `field` that it lacks."""
     close = difflib.get_close_matches(field, map(str, raw), 1, 0.75)
     return f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
+
+
+def renamed(raw: Any, columns: Mapping[str, str | None]) -> Any:
+    """A raw row with its columns named as `data.columns` says, without those that it names null.
+
+    Raises:
+        RowError: two columns would have the same name.
+    """
+    if not columns or not isinstance(raw, dict):
+        return raw
+    made: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for column, value in raw.items():
+        name = columns.get(column, column)
+        if name is None:
+            continue
+        if name in made:
+            raise RowError(
+                f"data.columns: the columns {origin[name]!r} and {column!r} would both be {name!r}; "
+                "name the one to leave out null"
+            )
+        made[name], origin[name] = value, column
+    return made
+
+
+def check_names(columns: Mapping[str, str | None]) -> None:
+    """`UserError` if `data.columns` gives a column a name that no format reads."""
+    known = {name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names}
+    for column, name in columns.items():
+        if name is not None and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"data.columns: {column}: {name!r} is a column that no format reads; {hint}")
 
 
 def parse(raw: Any, form: str) -> Row:
