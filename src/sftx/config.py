@@ -67,7 +67,8 @@ class Source(Section):
     name: str | None = None
     """Name in reports; default: the path."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch."""
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch and
+    0.5 half of them: another half in each epoch, no row again before all were shown."""
 
 
 class Data(Section):
