@@ -45,7 +45,7 @@ class Load:
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
         most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
         epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
-        tokens, squares = (epochs * float((plan.lengths**power).sum()) for power in (1, 2))
+        tokens, squares = (epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2))
         return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
 
 

@@ -18,7 +18,7 @@ from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
 from sftx.data.pack import build_pack, probe_pack
-from sftx.data.plan import Plan
+from sftx.data.plan import Plan, plan_of
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
@@ -97,7 +97,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     fast_tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     _check_stop_token(corpus, encoder, config.data)
     until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
