@@ -18,6 +18,7 @@ from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
 from sftx.model.folder import check_weights, load_config
+from sftx.model.forward_state import ForwardState
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
 from sftx.model.recompute import decoder_layers
@@ -129,7 +130,8 @@ class PackLoss(nn.Module):
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
     `checks` turns to them when measuring shows that the fast one is not equal. `prunes`: the last layer computes only
-    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `objective` holds
+    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `forgets` is put back
+    before every segment that runs alone: a model may remember something of the one before. `objective` holds
     while training; in evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
@@ -146,6 +148,7 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
+        self.forgets: ForwardState | None = None
         self.prunes = False
         for layer in decoder_layers(model)[-1:]:
             LastLayer(layer)
@@ -188,6 +191,25 @@ class PackLoss(nn.Module):
         logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
         return logits if len(logits) == len(pack.index) else logits[pack.index]  # some models ignore `logits_to_keep`
 
+    def run_one_by_one(self) -> None:
+        """Run segments one at a time from now on, with the model's own attention."""
+        self.isolate = False
+        self.use_segments(False)
+
+    def logits_one_by_one(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index`, segments one at a time."""
+        parts = []
+        for a, b in itertools.pairwise(pack.borders.tolist()):
+            mine = (pack.index >= a) & (pack.index < b)
+            parts.append(self._logits_alone(pack.ids[a:b])[pack.index[mine] - a])
+        return torch.cat(parts)
+
+    def _logits_alone(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] of one segment, whatever ran before it."""
+        if self.forgets is not None:
+            self.forgets.put_back()
+        return self._run(self.model, ids).logits[0]
+
     def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
@@ -196,7 +218,7 @@ class PackLoss(nn.Module):
             if mine.any() or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
                 at, weight = pack.index[mine] - a, pack.weight[mine]
-                logits = self._run(self.model, pack.ids[a:b]).logits[0][at]
+                logits = self._logits_alone(pack.ids[a:b])[at]
                 total = total + cross_entropy_sum(logits, pack.label[mine], weight, objective)
                 if objective.router_aux:
                     total = total + self._balance(torch.tensor([0, b - a]), at, weight)
