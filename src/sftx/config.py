@@ -241,7 +241,10 @@ class Checkpoint(Section):
     """State to continue from."""
 
     every: int = Field(default=0, ge=0)
-    """Save every so many steps; 0 = only when the run is stopped by a signal."""
+    """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
+    minutes: float = Field(default=15, ge=0)
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there is
+    no room for such a checkpoint the run says so and goes on."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
     background: bool = False

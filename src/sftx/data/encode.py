@@ -24,6 +24,7 @@ from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import check_names, detect, parse, renamed
 from sftx.data.sources import Table, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
+from sftx.files import make_folder, write_text
 from sftx.types import Example, RowError, UserError
 
 log = logging.getLogger("sftx")
@@ -191,20 +192,32 @@ def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
     return corpus.divide(held_out)
 
 
-def write_ledger(corpus: Corpus, folder: str | Path) -> None:
-    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`.
+
+    Returns the names of those that were not there, or had other contents.
+    """
     counts = {
         "fingerprint": corpus.fingerprint,
         "summary": corpus.ledger.summary(),
         "all": asdict(corpus.ledger),
         "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
     }
-    (folder / "ledger.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as out:
-        for drop in corpus.drops:
-            origin = corpus.origins[drop.origin]
-            file = origin.names[drop.line - 1] if origin.names else origin.name
-            row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dropped = []
+    for drop in corpus.drops:
+        origin = corpus.origins[drop.origin]
+        file = origin.names[drop.line - 1] if origin.names else origin.name
+        row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
+        dropped.append(json.dumps(row, ensure_ascii=False) + "\n")
+    texts = {
+        "ledger.json": json.dumps(counts, indent=2, ensure_ascii=False) + "\n",
+        "dropped.jsonl": "".join(dropped),
+    }
+    make_folder(Path(folder))
+    new = []
+    for name, text in texts.items():
+        path = Path(folder) / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+            new.append(name)
+    return new

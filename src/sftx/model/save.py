@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sftx.boundary import boundary
 from sftx.config import Model
+from sftx.files import make_folder, sync
 from sftx.model.shard import whole_state
 
 
@@ -54,9 +54,9 @@ def save_model(
 ) -> None:
     """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
 
-    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names.
-    Matrices of a whole model are stored in `dtype`; adapters always in float32. `state` holds the tensors
-    where those of `model` are in shards.
+    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names;
+    all of it is on the disk when this returns. Matrices of a whole model are stored in `dtype`; adapters always in
+    float32. `state` holds the tensors where those of `model` are in shards.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -77,10 +77,10 @@ def save_model(
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):  # more templates have a folder
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             final = folder / path.relative_to(temporary)
-            final.parent.mkdir(exist_ok=True)
+            make_folder(final.parent)
             path.replace(final)
+            sync(final.parent)
     finally:
         shutil.rmtree(temporary)
