@@ -14,6 +14,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
+from sftx.track.card import public_name
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
 
@@ -51,7 +52,7 @@ def export(folder: Path, target: Path, dtype: str = "", step: str = "") -> tuple
     encoder = Encoder(tokenizer, Data.model_validate(settings["data"]), 1 << 20)
     served = load_tokenizer(source)
     served.chat_template = encoder.chat_template or served.chat_template
-    card = f"Exported by sftx from a run that started from `{settings['model']['path']}`.\n"
+    card = f"Exported by sftx from a run that started from `{public_name(settings['model']['path'])}`.\n"
     merged.config.use_cache = True
     target.mkdir(parents=True, exist_ok=True)
     save_model(target, merged, served, sorted(encoder.stop_ids), card, stored_dtype(source))

@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        recorded = job.run.metrics()
+        recorded = [line for line in job.run.metrics() if line["step"]]  # that of step 0 is of no step
         self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, reversed(recorded)))  # in a row
         self.seconds = sum(line["seconds"] for line in recorded)
         job.machine.forget_peak()
