@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, Unpack, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +15,9 @@ from sftx.config import SHORT_FORMS, Config, Section
 from sftx.schema import allowed, doc, section_of, shown, suggestion
 from sftx.strict_yaml import KeyPath, Places, dotted, parse
 from sftx.types import UserError, without_nulls
+
+if TYPE_CHECKING:
+    from sftx.settings_types import Sections
 
 _COMMAND_LINE = "command line"
 _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
@@ -39,13 +42,13 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
     return _checked(data, places, problems, source=path or "")
 
 
-def make_config(**sections: Any) -> Config:
+def make_config(**sections: Unpack[Sections]) -> Config:
     """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a", batch={"epochs": 2})`.
 
     Sections are nested dictionaries, their short forms, or section objects of `sftx.config`. Raises `UserError` with
     every problem found, one per line.
     """
-    return _checked(sections, {}, [], source="")
+    return _checked(dict(sections), {}, [], source="")
 
 
 def _read(path: str) -> str:

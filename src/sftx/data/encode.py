@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,13 +27,16 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, write_text
 from sftx.types import Example, RowError, UserError
 
+if TYPE_CHECKING:
+    from sftx.settings_types import DataSettings
+
 log = logging.getLogger("sftx")
 ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
 
-def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
+def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
     """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
 
     `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers

@@ -21,6 +21,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
+from sftx.track.card import public_name
 from sftx.track.facts import check_needed, damaged, read_facts, section
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
@@ -86,7 +87,8 @@ def export(
         raise UserError(f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was written")
     served = load_tokenizer(source)
     served.chat_template = encoder.chat_template or served.chat_template
-    card = f"Exported by sftx from a run that started from `{facts['config']['model'].get('path', '')}`.\n"
+    started_from = public_name(facts["config"]["model"].get("path", ""))
+    card = f"Exported by sftx from a run that started from `{started_from}`.\n"
     merged.config.use_cache = True
     with _beside(target) as temporary:
         save_model(temporary, merged, served, sorted(encoder.stop_ids), card, stored_dtype(source))

@@ -249,8 +249,6 @@ def refuse_strangers(config: Config) -> None:
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
     refuse_strangers(config)
     target = run.folder
-    if run.exists and not {"status", "mathematics"} <= run.facts.keys():
-        raise UserError(f"output: {target} has a run.json that sftx did not write; choose another folder")
     run.check()
     if config.checkpoint.resume == "must" and not run.exists:
         raise UserError(f"checkpoint.resume: must, but there is no run in {target}")

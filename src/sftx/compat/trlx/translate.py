@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLConfig
 from sftx.config import Config
 from sftx.settings import make_config
+from sftx.settings_types import AdapterSettings
 from sftx.types import UserError
 
 RUN_FOLDER = "sftx"
@@ -88,7 +89,7 @@ def _refuse_untranslatable(config: TRLConfig) -> None:
         raise UserError("train.rollout_logging_dir: there are no rollouts in supervised fine-tuning")
 
 
-def _adapter(config: TRLConfig) -> dict[str, Any]:
+def _adapter(config: TRLConfig) -> AdapterSettings:
     """sftx's adapter settings for a peft configuration, given as a dictionary or as an object."""
     given = config.model.peft_config
     if given is None:
