@@ -35,7 +35,7 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Fit, Load, fit, outline, seconds_of, weigh
+from sftx.training.fit import Fit, Load, fit, largest_pack, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.training.resume import changes, dotted, mathematics, name_of
 from sftx.types import UserError
@@ -112,7 +112,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
-    notes += check_paths(loss, probe, machine.precision, longest)
+    notes += check_paths(loss, probe, machine.precision, longest, largest_pack(config.runtime, machine.device))
     dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
     rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
