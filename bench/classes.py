@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks import check_paths
 from sftx.model.load import PackLoss, to_tensors
+from sftx.model.stand_in import stand_in
 from sftx.types import Example, UserError
 
 LENGTHS = [120, 9, 97, 43, 110, 5]
@@ -47,8 +48,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", default=[], help="model types, such as llama; none: all")
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    context = multiprocessing.get_context("fork")  # everything is imported already, and one thread runs
     found: dict[str, dict[str, Any]] = {}
     for name in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         with context.Pool(1) as pool:
@@ -102,8 +102,6 @@ def try_class(name: str) -> dict[str, Any]:
 
 def small_model(name: str) -> Any:
     """A model of the type with random weights, narrow and of few layers, and with short windows."""
-    from sftx.model.stand_in import stand_in
-
     config = AutoConfig.for_model(name)
     shorten(config)
     if hasattr(config, "is_decoder"):

@@ -86,10 +86,10 @@ def weigh(plan: Plan, loss: PackLoss, targets: Int32) -> None:
     plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
 
 
-def largest_pack(runtime: Runtime, device: torch.device) -> int:
-    """The most tokens that `fit` may choose for a pack; one example alone may have more."""
+def largest_pack(runtime: Runtime, device: torch.device, load: Load) -> int:
+    """The most tokens that a pack may get, whatever `fit` chooses."""
     sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
-    return runtime.tokens_per_pack or max(sizes)
+    return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 
 
 def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int, earlier: int | None = None) -> Fit:
