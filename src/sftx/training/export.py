@@ -17,6 +17,9 @@ from sftx.model.save import load_tokenizer, save_model
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
 
+TRLX = "trlx"
+"""The fact in run.json that tells a run of a trlx script (`sftx.compat.trlx`)."""
+
 
 def export(folder: Path, target: Path, dtype: str = "", step: str = "") -> tuple[float, float]:
     """Write the run in `folder`, or the checkpoint after its `step`, into `target`, in `dtype` or that of the run.
@@ -27,6 +30,8 @@ def export(folder: Path, target: Path, dtype: str = "", step: str = "") -> tuple
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if not step and facts["status"] != "finished":
         raise UserError(f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its checkpoints")
+    if TRLX in facts:  # every checkpoint of such a run holds a whole model
+        folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
     settings, given = facts["config"], facts["config"]["adapter"]
     source = Model.model_validate(settings["model"] | ({"save_dtype": dtype} if dtype else {}))
     adapter = Adapter()
@@ -57,6 +62,15 @@ def export(folder: Path, target: Path, dtype: str = "", step: str = "") -> tuple
     save_model(target, merged, served, sorted(encoder.stop_ids), card, stored_dtype(source))
     written = _probe(load_model(Model(path=str(target)), torch.device("cpu")))
     return moved, float((written - before).abs().max() / before.abs().max())
+
+
+def _model_of_trlx(folder: Path, step: int) -> Path:
+    """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside that."""
+    found = {int(path.name.removeprefix("checkpoint_")): path for path in folder.parent.glob("checkpoint_*[0-9]")}
+    if step not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise UserError(f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}")
+    return found[step] / "hf_model"
 
 
 def _probe(model: Any) -> torch.Tensor:
