@@ -26,6 +26,9 @@ from sftx.track.facts import check_needed, damaged, read_facts, section
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
 
+TRLX = "trlx"
+"""The fact in run.json that tells a run of a trlx script (`sftx.compat.trlx`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
@@ -67,6 +70,8 @@ def export(
     check_needed(facts, path)
     if not step and facts["status"] != "finished":
         raise UserError(f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its checkpoints")
+    if TRLX in facts:  # every checkpoint of such a run holds a whole model
+        folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
     source, adapter = _sources(folder, facts, bool(step), allowed)
     if dtype:
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
@@ -196,6 +201,15 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it runs, but is somebody else's
         return True
     return True
+
+
+def _model_of_trlx(folder: Path, step: int) -> Path:
+    """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside that."""
+    found = {int(path.name.removeprefix("checkpoint_")): path for path in folder.parent.glob("checkpoint_*[0-9]")}
+    if step not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise UserError(f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}")
+    return found[step] / "hf_model"
 
 
 def _probe(model: Any) -> torch.Tensor:
