@@ -20,6 +20,7 @@ from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Columns, Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
+from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import detect, parse
 from sftx.data.sources import Table, named_sources, open_tables
@@ -53,7 +54,9 @@ def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
     encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
     try:
         plain = _plain(row)
-        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.oversize import AT_ONCE, check_size
 from sftx.data.read import rows_in
 from sftx.data.render import Encoder
 from sftx.data.rows import parse, unused
@@ -41,6 +42,8 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
             if isinstance(value, RowError):
                 raise value
             row = parse(value, form)
+            if len(raw) > AT_ONCE:
+                check_size(row, encoder.tokenizer)
         except RowError as error:
             meta["bad"].append((line, str(error)))
             continue
