@@ -20,6 +20,7 @@ from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.mixture import choose, weighted, weighted_held_out
+from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import check_names, detect, parse, renamed
 from sftx.data.sources import Table, named_sources, open_tables
@@ -58,7 +59,9 @@ def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[E
     try:
         check_names(data.columns)
         plain = renamed(_plain(row), data.columns)
-        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError:

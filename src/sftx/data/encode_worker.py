@@ -17,6 +17,7 @@ from typing import Any
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
 from sftx.data.messages import other_fields
+from sftx.data.oversize import AT_ONCE, check_size
 from sftx.data.read import rows_in
 from sftx.data.render import KEPT_AS_TEXT, Encoded, Encoder
 from sftx.data.rows import parse, renamed, unused
@@ -46,6 +47,8 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
                 meta["renamed"][column] = meta["renamed"].get(column, 0) + 1
             value = renamed(given, columns)
             row = parse(value, form)
+            if len(raw) > AT_ONCE:
+                check_size(row, encoder.tokenizer)
         except RowError as error:
             meta["bad"].append((line, str(error)))
             continue
