@@ -25,6 +25,7 @@ from sftx.data.pack import build_pack
 from sftx.model.load import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
+from sftx.track.lock import owned
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
@@ -110,6 +111,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             raise UserError("trlx's trainer runs in one process here; `sftx train` trains in several")
         run = Run(translate.to_config(self.config, _rows(self.store)))
         shutil.rmtree(run.folder, ignore_errors=True)  # the record of an earlier run of the same script
+        stack.enter_context(owned(run.folder))
         run = Run(run.config)
         progress = stack.enter_context(Progress(run.config.runtime.progress))
         here = stack.enter_context(machine(run.config.runtime))
