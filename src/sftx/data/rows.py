@@ -59,7 +59,7 @@ def detect(raw: Any) -> str:
         return _detect_list(raw)
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
-    check_columns(raw)
+    _check_count(raw)
     found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
@@ -103,7 +103,7 @@ def _names(raw: dict[str, Any]) -> str:
     return (", ".join(names[:SHOWN_COLUMNS]) or "none") + more
 
 
-def check_columns(raw: dict[str, Any]) -> None:
+def _check_count(raw: dict[str, Any]) -> None:
     """RowError for a row of more columns than any format could have."""
     if len(raw) > MOST_COLUMNS:
         raise RowError(f"the row has {len(raw):,} columns, at most {MOST_COLUMNS:,} are read; leave the others out")
@@ -160,7 +160,7 @@ def parse(raw: Any, form: str) -> Row:
         if not isinstance(raw, wrapped):
             raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
         raw = {fields[0]: raw}
-    check_columns(raw)
+    _check_count(raw)
     for field in fields:
         if field not in raw:
             found = _names(raw)

@@ -108,8 +108,8 @@ class Run:
 
     def unreadable(self) -> list[str]:
         """In words, what is missing in the record of a finished run; what can be read of it stays."""
-        lines, expected = self.metrics(), self.facts["num_steps"]
-        missing = expected - len({line["step"] for line in lines})
+        lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
+        missing = expected - len({line["step"] for line in lines} - {0})
         if not missing:
             return []
         if self.writes:

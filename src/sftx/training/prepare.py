@@ -331,9 +331,9 @@ def _continue_or_start(job: Job) -> None:
                 f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue {job.plan.num_steps} steps from "
                 f"(found: {found}); choose another folder for a new run"
             )
-        if not job.start and (lost := run.metrics()):
+        if not job.start and (lost := [line["step"] for line in run.metrics() if line["step"]]):
             found = "left no checkpoint that can be used" if any(job.checkpoints.glob("step-*")) else "saved nothing"
-            job.notes.append(f"an earlier run stopped after step {lost[-1]['step']:,} and {found}: starting over")
+            job.notes.append(f"an earlier run stopped after step {lost[-1]:,} and {found}: starting over")
     if changed:
         job.notes.extend(
             f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})" for key, (old, new) in changed.items()

@@ -25,11 +25,13 @@ from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
 from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import read_json
+from sftx.files import write_text
 from sftx.model.load import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
+from sftx.track.lock import owned
 from sftx.track.progress import Progress
-from sftx.track.record import Run, write_text
+from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.export import TRLX
 from sftx.training.meter import Meter
@@ -179,6 +181,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
         """Load everything; continue from what `load` named."""
         _refuse_foreign_folder(self._record_folder)
+        stack.enter_context(owned(self._record_folder))
         config = translate.to_config(self.config, _rows(self.store))
         begin, earlier = 0, Run(config).facts
         if self._resume_from is not None:
