@@ -57,7 +57,7 @@ class SourceSettings(TypedDict, total=False):
 class ModelSettings(TypedDict, total=False):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
-    path: Required[Text]
+    path: Required[Text | PreTrainedModel]
     """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the hub."""
     tokenizer: Text | None
     """Folder or hub name of the tokenizer, if it is not the model's own."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import sftx
+from sftx import cli
 from sftx.model.load import PackLoss
 from sftx.training import checkpoint, loop, prepare
 from sftx_scorecard import tiny
@@ -283,7 +283,7 @@ def not_finite(folder: Path) -> str:
     expect(all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values()), "NaN was saved")
     shown = folder / "shown.json"
     asked = ["inspect", str(folder / "nan.yaml"), "step=5", f"json={shown}"]
-    child = Child(lambda: sftx.cli.main(asked), folder / "inspect.log")
+    child = Child(lambda: cli.main(asked), folder / "inspect.log")
     expect(child.wait() == 0, child.text[-300:])
     rows = [view["place"].partition(": ")[2] for view in json.loads(shown.read_text())]
     named = json.loads((folder / "nan" / "bad_steps.jsonl").read_text())["rows"]

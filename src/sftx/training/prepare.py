@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +58,7 @@ class Job:
     tokenizer: Any  # the transformers tokenizer that is saved with the model
     optimizer: torch.optim.AdamW
     peak: float
-    mathematics: str
+    mathematics: dict[str, Any]  # the settings that decide the result
     facts: dict[str, Any]  # for run.json: layers recomputed, and what memory and time are predicted to be
     start: int = 0
     total_tokens: int = 0
@@ -255,7 +254,7 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
 
 def _check_ranks(job: Job) -> None:
     """All ranks train on the same data with the same settings, in equally many packs."""
-    mine = {**dotted(json.loads(job.mathematics)), "tokens per pack": job.machine.tokens_per_pack}
+    mine = {**dotted(job.mathematics), "tokens per pack": job.machine.tokens_per_pack}
     for rank, theirs in enumerate(held := dist.everyone(mine)):
         if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
             raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")
