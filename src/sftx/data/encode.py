@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sftx")
 ENCODING = {*DECIDES, "format", "max_length", "on_bad_row"}
+TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
+"""Formats whose rows are turns, which a chat template writes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
@@ -121,6 +123,7 @@ def load_corpora(
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
+        _require_template(encoder, [*tables, *held_tables])
         jobs = _missing([*tables, *held_tables], encoder.fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
         corpus = _assemble(train, tables, encoder.fingerprint, cache)
@@ -132,6 +135,13 @@ def load_corpora(
         _check(held_out, data)
         held_out = _weighted(held_out, held, "rows", config.seed)
     return _weighted(corpus, train, data.mix_by, config.seed), held_out
+
+
+def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
+    """A chat template that is missing is one mistake of the run, not of each row."""
+    with_turns = next((table for table in tables if table.form in TURNS), None)
+    if with_turns is not None and (problem := encoder.missing_template()):
+        raise UserError(f"{with_turns.origin.name} ({with_turns.form}): {problem}")
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:

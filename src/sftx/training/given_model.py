@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from sftx import dist
 from sftx.types import UserError
@@ -49,6 +50,7 @@ class GivenModel:
                 f"given now (their digest is {self.digest}); choose another folder"
             )
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+        transformers_logging.disable_progress_bar()
         temporary = self.folder.with_name(self.folder.name + ".tmp")
         try:
             self.model.save_pretrained(str(temporary))

@@ -30,6 +30,7 @@ from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
+from sftx.model.threads import settle_threads
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
@@ -101,12 +102,14 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
     run.facts = dist.from_main(run.facts)
 
+    threads, said = settle_threads(config.runtime, machine.device, run.facts.get("threads"))
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
     dist.alive("loading the model")
     loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
+    notes += said
     corpora = [some for some in (corpus, held_out) if some is not None]
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
@@ -119,7 +122,11 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     notes += chosen.notes
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
-    facts = {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}}
+    facts = {
+        "threads": threads,
+        "recomputed_layers": chosen.recomputed,
+        "predicted": {"memory": chosen.parts(), "seconds": seconds},
+    }
     optimizer, peak = build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter)
     decides = mathematics(config, corpus.fingerprint, max_length, machine.precision)
     job = Job(
