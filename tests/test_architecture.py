@@ -37,6 +37,7 @@ LAYERS = {
     0: (
         "boundary",
         "config",
+        "cores",
         "files",
         "model_config",
         "schema",

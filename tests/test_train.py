@@ -149,7 +149,7 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> 
     model = tiny.model()
     optimizer = torch.optim.AdamW(model.parameters())
     for step, loss in enumerate([2.0, float("nan"), 3.0], 1):
-        checkpoint.save(tmp_path, checkpoint.State(step, "", "{}", 0, 0, loss), model, optimizer, keep=1)
+        checkpoint.save(tmp_path, checkpoint.State(step, "", {}, 0, 0, loss), model, optimizer, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 

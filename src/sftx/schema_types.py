@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from sftx.config import SHORT_FORMS, Config, Section, Source
+from sftx.config import SHORT_FORMS, Config, Model, Section, Source
 from sftx.schema import doc, section_of
 
 HEAD = '''\
@@ -94,6 +94,8 @@ def _docstring(text: str) -> list[str]:
 def _field_type(key: str, field: FieldInfo) -> str:
     """What a keyword or a key of a dictionary takes."""
     section = section_of(field)
+    if key == "path" and field is Model.model_fields["path"]:
+        return "Text | PreTrainedModel"
     if section is None:
         return "Rows | None" if key in ("rows", "eval_rows") else _source_of(field.annotation)
     name = section.__name__

@@ -50,6 +50,8 @@ def make_config(**sections: Unpack[Sections]) -> Config:
     Sections are nested dictionaries, their short forms, or section objects of `sftx.config`. Raises `UserError` with
     every problem found, one per line.
     """
+    if hasattr(sections.get("model"), "state_dict"):
+        raise UserError("model: an object of a model goes to sftx.train or sftx.steps; settings name a folder")
     return _checked(dict(sections), {}, [], source="")
 
 

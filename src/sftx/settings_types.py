@@ -57,7 +57,7 @@ class SourceSettings(TypedDict, total=False):
 class ModelSettings(TypedDict, total=False):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
-    path: Required[Text]
+    path: Required[Text | PreTrainedModel]
     """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the hub."""
     tokenizer: Text | None
     """Folder or hub name of the tokenizer, if it is not the model's own."""
@@ -107,8 +107,9 @@ class DataSettings(TypedDict, total=False):
     format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"]
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
     template: Text
-    """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
-    are, EOS after the last output; else a .jinja file or the name of a bundled template.
+    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none`
+    = turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml,
+    plain.
     """
     train_on: Literal["all", "last"] | Sequence[Literal["system", "developer", "user", "assistant", "tool"]]
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
@@ -266,7 +267,10 @@ class RuntimeSettings(TypedDict, total=False):
     docs/performance.md) and the model allows it.
     """
     threads: int | None
-    """CPU threads of one process; default: one per physical core, shared among the processes of the machine."""
+    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a control group's quota
+    leaves, shared among the processes of the machine; fewer where other programs use the cores and that is faster
+    (measured at the start). A run that is continued keeps its number.
+    """
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"]
     """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model: `replicate` = whole in
     each; `fsdp` = in shards over all; `hsdp` = in shards within a node, which nodes repeat; `auto` = `replicate`

@@ -54,6 +54,28 @@ for _tag, _pattern, _first in (
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Writes what `_StrictLoader` reads as the same value: text that it would take for a number is quoted."""
+
+    yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _quoted_where_odd(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Text with line ends or characters that are not seen is quoted, with escapes: YAML folds some of them."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_StrictDumper.add_representer(str, _quoted_where_odd)
+
+
+def dump(value: Any) -> str:
+    """`value` (dictionaries, lists, texts, numbers, booleans, null) as YAML that `parse` reads as the same value."""
+    return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 def parse(text: str, source: str, problems: list[str], *, numbered: bool = True) -> tuple[Any, Places]:
     """The value that `text` spells and the place of each of its keys: `source:line`, or `source` if not `numbered`.
 

@@ -19,7 +19,6 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import sftx
 from scorecard.frame import check, expect
 from scorecard.runs import (
     Child,
@@ -35,6 +34,7 @@ from scorecard.runs import (
     settings,
     write_rows,
 )
+from sftx import cli
 from sftx.model.load import PackLoss
 from sftx.training import checkpoint, loop, prepare
 
@@ -283,7 +283,7 @@ def not_finite(folder: Path) -> str:
     expect(all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values()), "NaN was saved")
     shown = folder / "shown.json"
     asked = ["inspect", str(folder / "nan.yaml"), "step=5", f"json={shown}"]
-    child = Child(lambda: sftx.cli.main(asked), folder / "inspect.log")
+    child = Child(lambda: cli.main(asked), folder / "inspect.log")
     expect(child.wait() == 0, child.text[-300:])
     rows = [view["place"].partition(": ")[2] for view in json.loads(shown.read_text())]
     named = json.loads((folder / "nan" / "bad_steps.jsonl").read_text())["rows"]

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sftx")
 ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
+TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
+"""Formats whose rows are turns, which a chat template writes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
@@ -126,6 +128,7 @@ def load_corpora(
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
+        _require_template(encoder, [*tables, *held_tables])
         fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
         jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
@@ -139,6 +142,13 @@ def load_corpora(
         _check(held_out, data)
         held_out = weighted_held_out(held_out, held, config.seed)
     return weighted(corpus, train, data.mix_by, config.seed), held_out
+
+
+def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
+    """A chat template that is missing is one mistake of the run, not of each row."""
+    with_turns = next((table for table in tables if table.form in TURNS), None)
+    if with_turns is not None and (problem := encoder.missing_template()):
+        raise UserError(f"{with_turns.origin.name} ({with_turns.form}): {problem}")
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:

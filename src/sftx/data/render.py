@@ -128,6 +128,17 @@ class Encoder:
         with watched():
             return self.template(conversation.tools is not None).turn(conversation, turn).prompt
 
+    def missing_template(self) -> str:
+        """What to say where rows of turns come and there is no chat template to write them with; empty if there is
+        one, or `data.template: none` joins the turns as they are."""
+        if self._templates or self.data.template == "none":
+            return ""
+        return (
+            "the rows are turns, and the tokenizer has no chat template to write them with. Take an instruct model, or "
+            "set data.template: plain (turns a person can read; for a base model), chatml, a .jinja file, or none "
+            "(turns joined as they are, EOS after the last)"
+        )
+
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
         return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
@@ -174,11 +185,8 @@ class Encoder:
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first output."""
-        if row.kind == "messages" and self.data.template != "none":
-            raise RowError(
-                "the tokenizer has no chat template: set data.template to a .jinja file, to a bundled template "
-                f"({', '.join(bundled_templates())}), or to none (turns joined as they are)"
-            )
+        if problem := self.missing_template():
+            raise RowError(problem)
         if conversation.tools or conversation.kwargs or any("tool_calls" in m for m in conversation.messages):
             raise RowError("data.template: none cannot render tools, tool calls or chat_template_kwargs")
         last = conversation.trained[-1]

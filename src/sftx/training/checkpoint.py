@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +40,7 @@ class State:
 
     step: int  # optimiser steps done
     plan: str  # fingerprint of the plan
-    mathematics: str  # the settings that change results, as JSON
+    mathematics: dict[str, Any]  # the settings that change results
     total_tokens: int
     total_targets: int
     held_out_loss: float | None = None  # of these very weights, where they were evaluated

@@ -31,69 +31,82 @@ from sftx.training import checkpoint
 from sftx.training.background import Background
 from sftx.training.control import Control, Steps
 from sftx.training.export import Allowed, export
+from sftx.training.given_model import GivenModel, without_object
 from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare, refuse_strangers
+from sftx.training.repeat import write_settings
 from sftx.training.result import Result
 from sftx.training.step import StepResult, train_step
 from sftx.training.stop import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sftx.settings_types import Sections
 
 
 @overload
-def train(config: Config, /) -> Result: ...
+def train(config: Config) -> Result: ...
 @overload
-def train(config: None = None, /, **sections: Unpack[Sections]) -> Result: ...
-def train(config: Config | None = None, /, **sections: Any) -> Result:
+def train(
+    config: None = None, *, tokenizer: PreTrainedTokenizerBase | None = None, **sections: Unpack[Sections]
+) -> Result: ...
+def train(config: Config | None = None, **sections: Any) -> Result:
     """Run to the end and write the trained model to `output`.
 
     Takes a `Config`, or its sections by name: `train(model="folder", data=["a text", ...], output="runs/first",
-    batch={"epochs": 2})`. Raises UserError for a mistake in them; exits with code 75 when stopped by a signal (run the
+    batch={"epochs": 2})`. `model` may be an object of transformers, with `tokenizer`: it is written into the run's
+    folder, from which the run starts, and stays as it is; the trained one is `Result.model`.
+
+    Raises UserError for a mistake in them; exits with code 75 when stopped by a signal (run the
     same again to continue) and 3 when the loss is not finite.
     """
-    config = _one_config(config, sections)
+    config, given = _one_config(config, sections)
     control = Control(exact=False)
-    run = Steps(config, control, _run(config, control))
+    run = Steps(config, control, _run(config, given, control))
     for _ in run:
         pass
     return run.result
 
 
 @overload
-def steps(config: Config, /) -> Steps: ...
+def steps(config: Config) -> Steps: ...
 @overload
-def steps(config: None = None, /, **sections: Unpack[Sections]) -> Steps: ...
-def steps(config: Config | None = None, /, **sections: Any) -> Steps:
+def steps(
+    config: None = None, *, tokenizer: PreTrainedTokenizerBase | None = None, **sections: Unpack[Sections]
+) -> Steps: ...
+def steps(config: Config | None = None, **sections: Any) -> Steps:
     """Train under the caller's control: an iterator of one record per optimiser step; see `Steps`.
 
     Takes what `train` takes. The model is written when the iterator is exhausted. Between two steps the device has
     nothing to do, where `train` already computes the next one: on a GPU, `train` is a little faster.
     """
-    config = _one_config(config, sections)
+    config, given = _one_config(config, sections)
     control = Control(exact=True)
-    return Steps(config, control, _run(config, control))
+    return Steps(config, control, _run(config, given, control))
 
 
-def _run(config: Config, control: Control) -> Generator[StepRecord | None]:
+def _run(config: Config, given: GivenModel | None, control: Control) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
     refuse_strangers(config)
     with owned(Path(config.output)) if dist.is_main() else nullcontext():
         run = Run(config, writes=dist.is_main())
-        yield from _train(config, run, control)
+        yield from _train(config, given, run, control)
         if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
             moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
             run.update(merged=moved)
 
 
-def _train(config: Config, run: Run, control: Control) -> Generator[StepRecord | None]:
+def _train(config: Config, given: GivenModel | None, run: Run, control: Control) -> Generator[StepRecord | None]:
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
         progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
         stop.at_once = True
+        if given is not None:
+            given.write()
         job = prepare(config, here, run, progress, stack)
         stop.at_once = False
         control.begin(job, partial(_evaluate_now, job, stop, control), partial(_save_now, job, control))
@@ -101,6 +114,8 @@ def _train(config: Config, run: Run, control: Control) -> Generator[StepRecord |
         if run.finished:
             progress.say(f"done     {run.folder} is finished already: no step was taken")
         else:
+            if run.writes:
+                write_settings(run.folder, config)
             _evaluate_first(job, stop, progress)
             for record in _steps(job, stop, control):
                 progress.step(record)
@@ -306,9 +321,11 @@ def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
     save_model(job.run.folder, job.trained, job.tokenizer, stop_ids, card, stored_dtype(job.config.model), state)
 
 
-def _one_config(config: Config | None, sections: dict[str, Any]) -> Config:
+def _one_config(config: Config | None, sections: dict[str, Any]) -> tuple[Config, GivenModel | None]:
+    """The settings, and a model that was given as an object."""
     if config is None:
-        return make_config(**sections)
+        named, given = without_object(sections)
+        return make_config(**named), given
     if sections:
         raise UserError(f"give either a Config or its sections, not both (got {', '.join(sections)})")
-    return config
+    return config, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
+from sftx.model.threads import settle_threads
 from sftx.track.lock import LOCK, OWNER
 from sftx.track.progress import Progress
 from sftx.track.record import Run
@@ -63,7 +63,7 @@ class Job:
     tokenizer: Any  # the transformers tokenizer that is saved with the model
     optimizer: torch.optim.AdamW
     peak: float
-    mathematics: str
+    mathematics: dict[str, Any]  # the settings that decide the result
     facts: dict[str, Any]  # for run.json: layers recomputed, and what memory and time are predicted to be
     start: int = 0
     total_tokens: int = 0
@@ -118,12 +118,14 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
     run.facts = dist.from_main(run.facts)
 
+    threads, said = settle_threads(config.runtime, machine.device, run.facts.get("threads"))
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
     at_hand, held = machine.memory_at_hand()
     dist.alive("loading the model")
     loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
+    notes += said
     corpora = [some for some in (corpus, held_out) if some is not None]
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
@@ -138,7 +140,11 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     notes += chosen.notes
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
-    facts = {"recomputed_layers": chosen.recomputed, "predicted": {"memory": chosen.parts(), "seconds": seconds}}
+    facts = {
+        "threads": threads,
+        "recomputed_layers": chosen.recomputed,
+        "predicted": {"memory": chosen.parts(), "seconds": seconds},
+    }
     optimizer, peak = build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter)
     decides = mathematics(config, corpus.fingerprint, max_length, machine.precision)
     job = Job(
@@ -298,7 +304,7 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
 
 def _check_ranks(job: Job) -> None:
     """All ranks train on the same data with the same settings, in equally many packs."""
-    mine = {**dotted(json.loads(job.mathematics)), "tokens per pack": job.machine.tokens_per_pack}
+    mine = {**dotted(job.mathematics), "tokens per pack": job.machine.tokens_per_pack}
     for rank, theirs in enumerate(held := dist.everyone(mine)):
         if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
             raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")

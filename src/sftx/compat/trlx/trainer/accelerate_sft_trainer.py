@@ -142,7 +142,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                     self._checkpoint()
                 if self._due(record, self.config.train.eval_interval):
                     record.eval = results = self.evaluate()
-                    job.run.amend(eval=results)
+                    job.run.write_evaluation(record.step, record.num_steps, results)
                 numbers = {"loss": record.loss, "learning_rate_group_0": record.learning_rate}
                 log(numbers | (record.eval or {}), self.iter_count)
                 best = self._keep_best(record, best)
