@@ -98,6 +98,14 @@ def test_lost_targets_are_serious(tokenizer: Tokenizer) -> None:
     assert not split["split rows"].serious
 
 
+def test_shortened_prompts_are_found(tokenizer: Tokenizer) -> None:
+    """Serious where more than a tenth of the targets stand behind one."""
+    long = chat("a question " * 14, "an answer", "a question " * 14, "an answer")
+    found = find(tokenizer, [long], 250)["shortened prompts"]
+    assert (found.count, found.serious, found.places) == (1, True, ["rows, row 1"])
+    assert not find(tokenizer, [long, *good(20)], 250)["shortened prompts"].serious
+
+
 def test_outputs_that_never_end(tokenizer: Tokenizer) -> None:
     rows = [
         {"segments": [{"text": f"question {i}", "weight": 0}, {"text": f"answer {i}", "weight": 1}]} for i in range(9)

@@ -47,6 +47,7 @@ class TokenBlock:
     note: NDArray[np.int32]  # [N] index into meta["notes"]: what was done to the example
     about: NDArray[np.int32]  # [N] index into meta["abouts"]: what was done to its row
     split: NDArray[np.uint8]  # [N] 1 where the row was cut into pieces because it was too long
+    shortened: NDArray[np.uint8]  # [N] 1 where something of the prompt is gone because the row was too long
     cut_tokens: NDArray[np.int32]  # [N]
     cut_targets: NDArray[np.int32]  # [N]
     targets: NDArray[np.int32]  # [N] tokens with weight
@@ -68,7 +69,8 @@ class TokenBlock:
         ids, weights = self.ids[start:stop], self.weights[start:stop].astype(np.float32, copy=False)
         if example_digest(ids, weights) != int(self.digest[index]):
             raise UserError("a file of the token cache is damaged; delete the cache folder and start again")
-        return Example(ids, weights, self.meta["notes"][int(self.note[index])], int(self.part[index]))
+        note, part, shortened = self.note[index], self.part[index], self.shortened[index]
+        return Example(ids, weights, self.meta["notes"][int(note)], int(part), bool(shortened))
 
 
 def example_digest(ids: NDArray[np.int32], weights: NDArray[np.float32]) -> int:
@@ -118,6 +120,7 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         note=np.array([notes[e.note] for e in examples], np.int32),
         about=np.array([abouts[entry.about] for entry in entries], np.int32),
         split=np.array([entry.split for entry in entries], np.uint8),
+        shortened=np.array([e.shortened for e in examples], np.uint8),
         cut_tokens=first([entry.cut_tokens for entry in entries]),
         cut_targets=first([entry.cut_targets for entry in entries]),
         targets=targets,

@@ -117,6 +117,8 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
     lost = np.flatnonzero(columns.cut_targets > 0)
     cut = np.flatnonzero((columns.cut_tokens > 0) & (columns.cut_targets == 0))
+    behind = np.flatnonzero(columns.shortened != 0)
+    many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
     split = np.flatnonzero((columns.split != 0) & (columns.part == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
     return [
@@ -125,6 +127,9 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
         _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),
         _finding("short outputs", False, "outputs of one token", single, place),
         _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
+        _finding(
+            "shortened prompts", many, f"examples without the oldest turns of their prompt at {limit}", behind, place
+        ),
         _finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
         _finding("extreme lengths", False, f"examples far from the median of {typical:.0f} tokens", extreme, place),
     ]

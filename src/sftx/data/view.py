@@ -32,6 +32,8 @@ class View:
     weights: list[float]
     texts: list[str]
     special: list[bool]
+    shortened: bool = False
+    """Whether something of the prompt is gone, because the row was too long."""
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns."""
 
@@ -43,12 +45,13 @@ class View:
 
 def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
     """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
-    note = "; ".join(filter(None, [example.note, f"{lost:,} tokens of the row cut off" if lost else ""]))
+    behind = "prompt shortened" if example.shortened else ""
+    note = "; ".join(filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""]))
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
     special = [token in tokenizer.control_ids for token in ids]
-    return View(place, note, example.part, ids, example.weights.tolist(), texts, special, prompt)
+    return View(place, note, example.part, ids, example.weights.tolist(), texts, special, example.shortened, prompt)
 
 
 @contextmanager
