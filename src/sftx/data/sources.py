@@ -125,12 +125,12 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
             content = file_digest(stream, blake2b).digest()
         key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + content)
     note = cache.path(key.hexdigest(), ".blocks")
-    try:
-        known = json.loads(note.read_bytes())
-        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
-    except (FileNotFoundError, ValueError):
+    known = cache.read_note(note)
+    if known is None:
         _cut(table, data, scratch)
-        cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
+        cache.write_note(note, {"blocks": table.blocks, "form": table.form})
+    else:
+        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
     return table
 
 
