@@ -329,8 +329,10 @@ def test_columns_are_renamed_wherever_rows_are_read(tokenizer: Tokenizer, tmp_pa
 
 
 @pytest.mark.usefixtures("_small_blocks")
-def test_columns_are_renamed_in_other_processes(tmp_path: Path) -> None:
-    path, columns = write(tmp_path / "a.jsonl", pairs(3500)), {"prompt": "completion", "completion": "prompt"}
+def test_columns_are_renamed_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "MIN_BLOCK", 1 << 12)
+    monkeypatch.setattr(read, "MAX_BLOCK", 1 << 14)
+    path, columns = write(tmp_path / "a.jsonl", pairs(1500)), {"prompt": "completion", "completion": "prompt"}
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizer = Tokenizer.load(str(tmp_path / "tokenizer"))
     alone, _ = load(make(path, columns=columns, cache=str(tmp_path / "1")), tokenizer)
