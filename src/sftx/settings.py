@@ -11,10 +11,11 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from sftx.arrow import from_numpy, rows_of
 from sftx.config import SHORT_FORMS, Config, Section
 from sftx.schema import allowed, doc, section_of, shown, suggestion
 from sftx.strict_yaml import KeyPath, Places, dotted, parse
-from sftx.types import UserError, without_nulls
+from sftx.types import UserError
 
 _COMMAND_LINE = "command line"
 _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
@@ -76,8 +77,8 @@ def _holds_rows(value: Any) -> bool:
 def _rows(value: Any) -> list[Any]:
     """The rows in such a value."""
     if hasattr(value, "itertuples"):  # a DataFrame of pandas, whose iterator gives the names of its columns
-        return value.to_dict("records")
-    return [without_nulls(row) for row in value] if hasattr(value, "features") else list(value)  # of `datasets`: Arrow
+        return [from_numpy(row) for row in value.to_dict("records")]
+    return list(rows_of(value)) if hasattr(value, "features") else list(value)  # of `datasets`
 
 
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:

@@ -62,6 +62,7 @@ class Row:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # what was changed while reading, for the ledger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,14 +202,3 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
-
-
-def without_nulls(row: Any) -> Any:
-    """A row that comes from Arrow, without the null keys that its unified structs invent; its columns all stay."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) for key, value in row.items()} if isinstance(row, dict) else row

@@ -59,8 +59,8 @@ class TokenBlock:
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
     """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how many rows have each
-    column that is not read (`unused`), each field of a message that only the template may know (`fields`), and each
-    column of `data.columns` (`renamed`)."""
+    column that is not read (`unused`), each column of `data.columns` (`renamed`), and each remark made while they were
+    read (`noted`)."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -112,7 +112,7 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
-    nothing = {"dropped": [], "bad": [], "unused": {}, "fields": {}, "renamed": {}}
+    nothing = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
     facts = {**nothing, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,

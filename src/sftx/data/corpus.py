@@ -204,8 +204,7 @@ class Corpus:
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
             self.renamed.update(block.meta["renamed"])
             unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
-            passed = {f"message field {f!r} left to the template": n for f, n in block.meta["fields"].items()}
-            notes[part.source].update(unread | passed)
+            notes[part.source].update(unread | block.meta["noted"])
         self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from sftx.arrow import rows_of
 from sftx.config import Data, Source
 from sftx.data import convert
 from sftx.data.cache import Cache
@@ -92,7 +93,7 @@ def open_tables(
                 if in_memory:
                     out.writelines(convert.dump(row) + b"\n" for row in rows or [])
                 else:
-                    convert.write_rows(_hub_rows(source.path), out)
+                    out.writelines(convert.dump(row) + b"\n" for row in _hub_rows(source.path))
             table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name), columns=data.columns)
             tables.append(_cut(table, data, scratch))
         else:
@@ -177,4 +178,4 @@ def _hub_rows(name: str) -> Iterator[Any]:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
-    yield from loaded
+    yield from rows_of(loaded)
