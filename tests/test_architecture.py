@@ -35,6 +35,7 @@ LAYERS = {
     2: ("model", "dist"),
     1: ("data", "track"),
     0: (
+        "arrow",
         "boundary",
         "config",
         "cores",

@@ -104,3 +104,38 @@ def test_a_share_of_held_out_rows_is_always_the_same(tokenizer: Tokenizer, tmp_p
     held = load_corpora(make_config(model="m", output="o", data=data), tokenizer, 64)[1]
     assert held is not None
     assert (len(held), held.rotations, held.ledger.shown) == (50, (), 40)
+
+
+TALK = [{**USER, "content": "x" * 60}, {**MODEL, "content": "y" * 60}]
+
+
+def test_a_cut_is_a_warning_of_its_own(tokenizer: Tokenizer) -> None:
+    """What is gone, and what stands behind less than it should, in numbers that can be added up by hand."""
+    # A pair is <|user|> x... <|end|> \n <|assistant|> y... <|end|>: 64 tokens of context and 61 targets; 251 for two.
+    rows = [{"messages": TALK * 2}, {"messages": TALK}]
+    corpus = load(tokenizer, 140, rows=rows)
+    assert corpus.ledger.warnings() == [
+        "61 targets (33.3 %) stand behind a shortened prompt; raise data.max_length to train them behind the whole one"
+    ]
+    assert [corpus.example(i).shortened for i in range(3)] == [False, True, False]
+    assert "lost" not in corpus.ledger.summary()
+    cut = load(tokenizer, 140, rows=rows, too_long="truncate_left").ledger  # its first token has nothing before it
+    assert cut.warnings() == [
+        "1 rows lost 111 tokens and 48 targets with them; raise data.max_length to keep them",
+        "74 targets (54.8 %) stand behind a shortened prompt; raise data.max_length to train them behind the whole one",
+    ]
+    long = load(tokenizer, 140, rows=[{"messages": [{**USER, "content": "x" * 200}, MODEL]}]).ledger
+    assert long.warnings()[0] == "1 rows lost 70 tokens of context, and no target; raise data.max_length to keep them"
+    assert load(tokenizer, 300, rows=rows).ledger.warnings() == []
+
+
+def test_one_sequence_per_turn_names_what_it_multiplies(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    newest = "{{ '!' if loop.last and message.role == 'assistant' }}{{ message.content }}"
+    (tmp_path / "t.jinja").write_text(tiny.CHAT_TEMPLATE.replace("{{ message.content }}", newest))
+    corpus = load(tokenizer, 600, rows=[{"messages": TALK * 3}] * 2, template=str(tmp_path / "t.jinja"))
+    assert corpus.ledger.notes == {"one sequence per turn": 2}
+    longest = [int(corpus.lengths[[i, i + 1, i + 2]].max()) for i in (0, 3)]
+    assert corpus.ledger.tokens_repeated == int(corpus.lengths.sum()) - sum(longest)
+    [warning] = corpus.ledger.warnings()
+    assert f"makes 2.0 times the tokens ({corpus.ledger.tokens:,} of {sum(longest):,})" in warning
+    assert "data.train_on: last" in warning

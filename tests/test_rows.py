@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftx.data.arguments import INVENTED
 from sftx.data.messages import other_fields
 from sftx.data.rows import check_names, detect, parse, renamed, unused
 from sftx.types import Phrase, Row, RowError, UserError
@@ -306,6 +307,30 @@ def test_alpaca_with_system_and_history() -> None:
     made = row({**plain, "system": "S", "history": [["Yo", "Sir"]]})
     assert made == Row("messages", messages=(SYSTEM, *turns, USER, MODEL))  # type: ignore[arg-type]
     assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (*earlier, *PAIR)
+
+
+def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
+    """Nobody wrote them; those that it has, and those of tools whose arguments are not known, stay."""
+
+    def arguments(given: Any, tools: Any) -> tuple[Any, tuple[str, ...]]:
+        raw = {"messages": [USER, {**MODEL, "tool_calls": [call(given)]}], "tools": tools}
+        before = json.dumps(raw)
+        made = row(raw)
+        assert json.dumps(raw) == before
+        return made.messages[1]["tool_calls"][0]["function"]["arguments"], made.notes
+
+    schema = {"type": "object", "properties": {"city": {}, "unit": {}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    given = {"city": "Paris", "unit": None, "n": None}
+    left = {"city": "Paris", "unit": None}
+    assert arguments(given, [tool]) == (left, (INVENTED,))
+    assert arguments(given, json.dumps([tool["function"]])) == (left, (INVENTED,))
+    assert arguments(json.dumps(given), [tool]) == (given, ())  # a text is no part of a table
+    assert arguments({"city": None, "n": 1}, [tool]) == ({"city": None, "n": 1}, ())
+    for tools in ([], [{"name": "g", "parameters": schema}], [{"name": "f", "parameters": {}}], [{"name": "f"}]):
+        assert arguments(given, tools) == (given, ())
+    open_schema = {**schema, "additionalProperties": True}
+    assert arguments(given, [{"name": "f", "parameters": open_schema}]) == (given, ())
 
 
 def test_columns_get_other_names() -> None:

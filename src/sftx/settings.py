@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Unpack, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from sftx.arrow import from_numpy, rows_of
 from sftx.config import SHORT_FORMS, Config, Section
 from sftx.schema import allowed, doc, section_of, shown, suggestion
 from sftx.strict_yaml import LARGEST, KeyPath, Places, check_text_size, dotted, parse
-from sftx.types import UserError, without_nulls
+from sftx.types import UserError
 
 if TYPE_CHECKING:
     from sftx.settings_types import Sections
@@ -86,8 +87,8 @@ def _holds_rows(value: Any) -> bool:
 def _rows(value: Any) -> list[Any]:
     """The rows in such a value."""
     if hasattr(value, "itertuples"):  # a DataFrame of pandas, whose iterator gives the names of its columns
-        return value.to_dict("records")
-    return [without_nulls(row) for row in value] if hasattr(value, "features") else list(value)  # of `datasets`: Arrow
+        return [from_numpy(row) for row in value.to_dict("records")]
+    return list(rows_of(value)) if hasattr(value, "features") else list(value)  # of `datasets`
 
 
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:

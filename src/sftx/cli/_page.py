@@ -34,7 +34,7 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
     page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
         "title": ", ".join(corpus.sources),
-        "ledgers": {name: ledger.summary() for name, ledger in corpus.ledgers.items()},
+        "ledgers": {name: "; ".join([ledger.summary(), *ledger.warnings()]) for name, ledger in corpus.ledgers.items()},
         "notes": corpus.ledger.notes,
         "dropped": [{"place": corpus.origins[d.origin].place(d.line), "reason": d.reason} for d in corpus.drops[:200]],
         "examples": len(corpus),

@@ -73,7 +73,9 @@ def run(
         for text in paint(shown, console.width, console.is_terminal):
             console.print(text, soft_wrap=True)
     weight = sum(sum(v.weights) for v in views)
-    console.print(f"{len(views)} examples, {_counts(views)}, total weight {weight:g}")
+    behind = sum(v.targets for v in views if v.shortened)
+    shortened = f", {behind:,} targets behind a shortened prompt" if behind else ""
+    console.print(f"{len(views)} examples, {_counts(views)}{shortened}, total weight {weight:g}")
     if json:
         write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
     if html:

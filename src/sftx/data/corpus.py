@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.cache import TokenBlock, make_block, open_block
 from sftx.data.rotation import Rotation
-from sftx.types import Example, Int32, Ledger, UserError
+from sftx.types import ONE_EACH, Example, Int32, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
@@ -69,6 +69,7 @@ class Columns:
     line: NDArray[np.int64]
     part: Int32
     split: NDArray[np.uint8]
+    shortened: NDArray[np.uint8]
     cut_tokens: Int32
     cut_targets: Int32
     digest: NDArray[np.uint64]
@@ -203,10 +204,19 @@ class Corpus:
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
             self.renamed.update(block.meta["renamed"])
             unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
-            passed = {f"message field {f!r} left to the template": n for f, n in block.meta["fields"].items()}
-            notes[part.source].update(unread | passed)
+            notes[part.source].update(unread | block.meta["noted"])
         self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
+
+    def _repeated(self, mine: NDArray[np.bool_]) -> int:
+        """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each row."""
+        several = np.array([ONE_EACH in about for about in self._abouts], np.bool_)
+        chosen = np.flatnonzero(mine & several[self.columns.about])
+        if not len(chosen):
+            return 0
+        starts = np.flatnonzero(self.columns.part[chosen] == 0)
+        lengths = self.columns.lengths[chosen].astype(np.int64)
+        return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
 
     def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
         """The ledger of each source. `notes` counts what is not known by example: fields that are not read."""
@@ -233,6 +243,8 @@ class Corpus:
                 targets=int(columns.targets[mine].sum()),
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
+                targets_shortened=int(columns.targets[mine & (columns.shortened != 0)].sum()),
+                tokens_repeated=self._repeated(mine),
                 notes=dict(counts),
             )
         return ledgers

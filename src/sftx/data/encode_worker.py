@@ -37,7 +37,7 @@ def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
 
 def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     rows: list[tuple[int, int, Row]] = []
-    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "fields": {}, "renamed": {}}
+    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
     columns = encoder.data.columns
     for line, raw, given in rows_in(data, 0):
         try:
@@ -55,8 +55,9 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         rows.append((line, row_hash(raw), row))
         for column in unused(tuple(value), form) if isinstance(value, dict) else ():
             meta["unused"][column] = meta["unused"].get(column, 0) + 1
-        for name in sorted(other_fields(row.messages)):
-            meta["fields"][name] = meta["fields"].get(name, 0) + 1
+        passed = [f"message field {name!r} left to the template" for name in sorted(other_fields(row.messages))]
+        for note in (*passed, *row.notes):
+            meta["noted"][note] = meta["noted"].get(note, 0) + 1
     entries: list[Entry] = []
     for (line, digest, row), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
         if isinstance(encoded, RowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ class TokenSequence:
 
     `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put before a piece
     whose first token would otherwise be a target, and, if the sequence `begins_with_bos`, before every piece.
-    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit.
+    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit. `shortened`:
+    something of the prompt that stood before the targets is not here.
     """
 
     ids: Int32
@@ -28,6 +30,7 @@ class TokenSequence:
     begins_with_bos: bool = False
     context: int | None = None
     note: str = ""
+    shortened: bool = False
 
     @property
     def targets(self) -> int:
@@ -89,7 +92,9 @@ def _piece(sequence: TokenSequence, begin: int, end: int, max_length: int) -> tu
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
     piece_weights[:1] = 0  # nothing stands before it
-    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=()), begin
+    gone = weights[max(1, sequence.begins_with_bos) : begin]  # a first token without weight may have no place before it
+    shortened = sequence.shortened or bool((gone == 0).any())
+    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened), begin
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
@@ -132,5 +137,7 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
         if end - begin < max_length:
             chunks.append((begin, end))
         else:
-            chunks += [(at, min(at + size, end)) for at in range(begin, end, size)]
+            first = max(max_length - begin, 0) if begin < size else size  # with the whole prompt, where it fits
+            starts = [begin, *range(begin + first, end, size)]
+            chunks += list(pairwise([*starts, end]))
     return chunks

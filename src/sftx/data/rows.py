@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from sftx.data.arguments import INVENTED, without_invented
 from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.data.foreign import check_columns
 from sftx.data.messages import SHAREGPT_ROLES, parse_messages
@@ -199,9 +200,12 @@ def _pairs(raw: dict[str, Any]) -> Row:
     if isinstance(prompt, list) and isinstance(completion, list):
         if raw.get("history"):
             raise RowError("field 'history' needs prompt and completion to be texts; put its turns into the prompt")
+        (prompt, one), (completion, other) = (without_invented(given, _tools(raw)) for given in (prompt, completion))
         asked = _behind_system(raw, parse_messages(prompt, "prompt"))
         before: list[Message] = [{**m, "train": False} for m in asked]
-        return _chat(raw, tuple(before) + parse_messages(completion, "completion"))
+        row = _chat(raw, tuple(before) + parse_messages(completion, "completion"))
+        row.notes = (INVENTED,) if one or other else ()
+        return row
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowError("fields 'prompt' and 'completion' must both be texts or both be lists of messages")
     for field in _CHAT:
@@ -222,7 +226,10 @@ def _dialogue(raw: dict[str, Any]) -> Row:
 
 
 def _messages_row(raw: dict[str, Any]) -> Row:
-    return _chat(raw, _behind_system(raw, parse_messages(raw["messages"], "messages")))
+    given, invented = without_invented(raw["messages"], _tools(raw))
+    row = _chat(raw, _behind_system(raw, parse_messages(given, "messages")))
+    row.notes = (INVENTED,) if invented else ()
+    return row
 
 
 def _alpaca(raw: dict[str, Any]) -> Row:
@@ -340,11 +347,16 @@ def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
     return value
 
 
-def _chat(raw: dict[str, Any], messages: tuple[Message, ...]) -> Row:
-    tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs") or {}
+def _tools(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    tools = raw.get("tools")
     tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("field 'tools' must be a list of tool descriptions")
+    return tools
+
+
+def _chat(raw: dict[str, Any], messages: tuple[Message, ...]) -> Row:
+    tools, kwargs = _tools(raw), raw.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise RowError(f"field 'chat_template_kwargs' must be an object, not {kind_name(kwargs)}")
     if tools or kwargs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from sftx.arrow import rows_of
 from sftx.config import Data, Source
 from sftx.data import convert
 from sftx.data.cache import Cache
@@ -92,7 +93,7 @@ def open_tables(
                 if in_memory:
                     out.writelines(convert.dump(row) + b"\n" for row in rows or [])
                 else:
-                    convert.write_rows(_hub_rows(source.path), out)
+                    out.writelines(convert.dump(row) + b"\n" for row in _hub_rows(source.path))
             table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name), columns=data.columns)
             tables.append(_cut(table, data, scratch))
         else:
@@ -125,12 +126,12 @@ def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache
             content = file_digest(stream, blake2b).digest()
         key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + content)
     note = cache.path(key.hexdigest(), ".blocks")
-    try:
-        known = json.loads(note.read_bytes())
-        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
-    except (FileNotFoundError, ValueError):
+    known = cache.read_note(note)
+    if known is None:
         _cut(table, data, scratch)
-        cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
+        cache.write_note(note, {"blocks": table.blocks, "form": table.form})
+    else:
+        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
     return table
 
 
@@ -177,4 +178,4 @@ def _hub_rows(name: str) -> Iterator[Any]:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
-    yield from loaded
+    yield from rows_of(loaded)

@@ -33,6 +33,8 @@ class View:
     weights: list[float]
     texts: list[str]
     special: list[bool]
+    shortened: bool = False
+    """Whether something of the prompt is gone, because the row was too long."""
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns."""
     spelled: list[bool] = field(default_factory=list)
@@ -50,7 +52,8 @@ class View:
 
 def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
     """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
-    note = "; ".join(filter(None, [example.note, f"{lost:,} tokens of the row cut off" if lost else ""]))
+    behind = "prompt shortened" if example.shortened else ""
+    note = "; ".join(filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""]))
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
@@ -63,6 +66,7 @@ def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prom
         example.weights.tolist(),
         texts,
         special,
+        example.shortened,
         prompt,
         _spelled(texts, special, tokenizer),
     )

@@ -57,8 +57,12 @@ class Progress:
         self.say(f"train    {train.summary()}")
         for note, count in train.notes.items():
             self.say(f"         {note}: {count:,}")
+        for warning in train.warnings():
+            self.say(f"warning  {warning}")
         if held_out is not None:
             self.say(f"held out {held_out.summary()}")
+            for warning in held_out.warnings():
+                self.say(f"warning  of the held-out rows, {warning}")
         self.say(f"plan     {num_steps:,} steps")
 
     def model(
