@@ -200,6 +200,34 @@ def test_every_setting_that_matters_has_its_own_cache(tokenizer: Tokenizer, tmp_
     assert load(make(path, template=str(tmp_path / "t.jinja")), tokenizer)[0].fingerprint not in prints
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_the_format_of_rows_has_its_own_cache(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    """Rows that could be read in two ways: what one way has left in the cache is not taken for the other."""
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text("text,prompt,completion\nwhole,half,other\n")
+    else:
+        write(tmp_path / name, [{"text": "whole", "prompt": "half", "completion": "other"}])
+    shapes = ("text", "pairs", "text", "pairs")
+    prints = [load(make(str(tmp_path / name), format=shape), tokenizer)[0].fingerprint for shape in shapes]
+    assert prints[:2] == prints[2:]
+    assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("version", ["sftx.data.encode.VERSION", "sftx.data.render.VERSION"])
+def test_another_version_of_the_encoding_makes_blocks_anew(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    def encoded() -> int:
+        counted = [0]
+        load_corpora(make(path), tokenizer, LENGTH, lambda done, total: counted.append(total))
+        return counted[-1]
+
+    path = write(tmp_path / "a.jsonl", pairs(5))
+    assert [encoded(), encoded()] == [5, 0]
+    monkeypatch.setattr(version, "another")
+    assert [encoded(), encoded()] == [5, 0]
+
+
 BAD = [
     (b'{"prompt": "a"', "not valid JSON"),
     (b'{"prompt": "a", "completion": "\xff"}', "not UTF-8"),

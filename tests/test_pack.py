@@ -29,6 +29,17 @@ def test_every_example_is_placed_once_and_fits(lengths: list[int], capacity: int
             assert len(members) <= 1 or sum(lengths[i] for i in members) <= capacity
 
 
+def test_a_pack_may_be_exactly_full() -> None:
+    assert balanced([4, 6, 5, 5], 10) == [[(0, 1), (2, 3)]]
+
+
+def test_ranks_with_several_packs_get_equal_sums() -> None:
+    """Eight packs of one example, whose work is 8, 7, ... 1: each of two ranks gets half of it."""
+    work = np.arange(8.0, 0.0, -1.0)
+    ranks = balanced([1] * 8, 1, 2, work)
+    assert [sum(work[i] for members in bins for i in members) for bins in ranks] == [18.0, 18.0]
+
+
 def test_pack_shifts_labels_once_and_never_across_segments() -> None:
     a = Example(np.array([5, 6, 7], np.int32), np.array([9, 0, 2], np.float32))
     b = Example(np.array([8, 9], np.int32), np.array([9, 0.5], np.float32))
@@ -90,10 +101,35 @@ def test_steps_and_tokens_per_step_are_kept() -> None:
     assert all(plan.lengths[plan.examples(step)].sum() <= 100 for step in range(50))
 
 
+def test_a_step_takes_as_many_tokens_as_fit() -> None:
+    """`tokens_per_step` is used up where examples allow it; an example that is longer makes a step of its own."""
+    lengths = np.array([40, 60, 30, 250, 50, 50, 50], np.int32)
+    plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=100, epochs=1, shuffle=False), 0)
+    assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert [plan.epoch(step) for step in range(plan.num_steps)] == [2 / 7, 3 / 7, 4 / 7, 6 / 7, 1.0]
+
+
+def test_part_of_an_epoch_is_the_nearest_number_of_examples() -> None:
+    """In floating point, 47 / 35 times 35 is a little less than 47."""
+    for examples in range(1, 200):
+        plan = make_plan(count=35, examples_per_step=1, epochs=examples / 35)
+        assert plan.num_steps == examples
+
+
 def test_plan_is_a_function_of_data_batch_and_seed() -> None:
     assert make_plan().fingerprint == make_plan().fingerprint
     assert make_plan().fingerprint != make_plan(seed=4).fingerprint
     assert make_plan().fingerprint != make_plan(examples_per_step=3).fingerprint
+    assert make_plan().fingerprint != make_plan(shuffle=False).fingerprint
+    lengths, weights = np.array([3, 4, 5], np.int32), np.array([1.0, 2.0, 3.0])
+    base = Plan(lengths, weights, Batch(), 0).fingerprint
+    assert base != Plan(lengths, weights[::-1], Batch(), 0).fingerprint
+    assert base != Plan(lengths[::-1], weights, Batch(), 0).fingerprint
+
+
+def test_another_seed_is_another_order() -> None:
+    orders = {tuple(make_plan(seed=seed, examples_per_step=37).examples(0).tolist()) for seed in range(5)}
+    assert len(orders) == 5
 
 
 def test_no_examples_is_an_error() -> None:

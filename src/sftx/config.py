@@ -96,8 +96,8 @@ class Data(Section):
     """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be in
     some row."""
     template: str = "auto"
-    """How turns become text: `auto` = the tokenizer's chat template where it has one; `none` = turns joined as they
-    are, EOS after the last output; else a .jinja file or the name of a bundled template."""
+    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none` =
+    turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml, plain."""
     train_on: Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]] = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None = Field(default=None, ge=2)
@@ -241,7 +241,10 @@ class Checkpoint(Section):
     """State to continue from."""
 
     every: int = Field(default=0, ge=0)
-    """Save every so many steps; 0 = only when the run is stopped by a signal."""
+    """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
+    minutes: float = Field(default=15, ge=0)
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there is
+    no room for such a checkpoint the run says so and goes on."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
     background: bool = False
@@ -270,7 +273,9 @@ class Runtime(Section):
     """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it (see
     docs/performance.md) and the model allows it."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of one process; default: one per physical core, shared among the processes of the machine."""
+    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a control group's quota
+    leaves, shared among the processes of the machine; fewer where other programs use the cores and that is faster
+    (measured at the start). A run that is continued keeps its number."""
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
     """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model: `replicate` = whole in
     each; `fsdp` = in shards over all; `hsdp` = in shards within a node, which nodes repeat; `auto` = `replicate` where

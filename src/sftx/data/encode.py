@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,19 +20,26 @@ from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.mixture import choose, weighted, weighted_held_out
+from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import check_names, detect, parse, renamed
 from sftx.data.sources import Table, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
+from sftx.files import make_folder, write_text
 from sftx.types import Example, RowError, UserError
+
+if TYPE_CHECKING:
+    from sftx.settings_types import DataSettings
 
 log = logging.getLogger("sftx")
 ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
+TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
+"""Formats whose rows are turns, which a chat template writes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
 
-def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
+def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
     """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
 
     `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers
@@ -54,7 +61,9 @@ def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
     try:
         check_names(data.columns)
         plain = renamed(_plain(row), data.columns)
-        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError:
@@ -119,6 +128,7 @@ def load_corpora(
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
+        _require_template(encoder, [*tables, *held_tables])
         fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
         jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
@@ -132,6 +142,13 @@ def load_corpora(
         _check(held_out, data)
         held_out = weighted_held_out(held_out, held, config.seed)
     return weighted(corpus, train, data.mix_by, config.seed), held_out
+
+
+def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
+    """A chat template that is missing is one mistake of the run, not of each row."""
+    with_turns = next((table for table in tables if table.form in TURNS), None)
+    if with_turns is not None and (problem := encoder.missing_template()):
+        raise UserError(f"{with_turns.origin.name} ({with_turns.form}): {problem}")
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:
@@ -191,20 +208,32 @@ def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
     return corpus.divide(held_out)
 
 
-def write_ledger(corpus: Corpus, folder: str | Path) -> None:
-    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`.
+
+    Returns the names of those that were not there, or had other contents.
+    """
     counts = {
         "fingerprint": corpus.fingerprint,
         "summary": corpus.ledger.summary(),
         "all": asdict(corpus.ledger),
         "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
     }
-    (folder / "ledger.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as out:
-        for drop in corpus.drops:
-            origin = corpus.origins[drop.origin]
-            file = origin.names[drop.line - 1] if origin.names else origin.name
-            row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dropped = []
+    for drop in corpus.drops:
+        origin = corpus.origins[drop.origin]
+        file = origin.names[drop.line - 1] if origin.names else origin.name
+        row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
+        dropped.append(json.dumps(row, ensure_ascii=False) + "\n")
+    texts = {
+        "ledger.json": json.dumps(counts, indent=2, ensure_ascii=False) + "\n",
+        "dropped.jsonl": "".join(dropped),
+    }
+    make_folder(Path(folder))
+    new = []
+    for name, text in texts.items():
+        path = Path(folder) / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+            new.append(name)
+    return new

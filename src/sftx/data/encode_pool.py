@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import sftx
 from sftx.config import Data
+from sftx.cores import usable_cores
 from sftx.data.cache import Cache
 from sftx.data.encode_worker import encode_block, read_block, tokenizer_state
 from sftx.data.render import Encoder
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
 def cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def encode_jobs(

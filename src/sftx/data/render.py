@@ -31,7 +31,9 @@ from sftx.types import ONE_EACH, Example, Row, RowError, UserError
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
-VERSION = 3  # raise it when the same rows and settings become other tokens
+KEPT_AS_TEXT = "special tokens kept as text"
+"""The note of a row whose own text spells special tokens."""
+VERSION = 4  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
 
@@ -129,6 +131,17 @@ class Encoder:
         with watched():
             return self.template(conversation.tools is not None).turn(conversation, turn).prompt
 
+    def missing_template(self) -> str:
+        """What to say where rows of turns come and there is no chat template to write them with; empty if there is
+        one, or `data.template: none` joins the turns as they are."""
+        if self._templates or self.data.template == "none":
+            return ""
+        return (
+            "the rows are turns, and the tokenizer has no chat template to write them with. Take an instruct model, or "
+            "set data.template: plain (turns a person can read; for a base model), chatml, a .jinja file, or none "
+            "(turns joined as they are, EOS after the last)"
+        )
+
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
         return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
@@ -178,11 +191,8 @@ class Encoder:
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first output."""
-        if row.kind == "messages" and self.data.template != "none":
-            raise RowError(
-                "the tokenizer has no chat template: set data.template to a .jinja file, to a bundled template "
-                f"({', '.join(bundled_templates())}), or to none (turns joined as they are)"
-            )
+        if problem := self.missing_template():
+            raise RowError(problem)
         if conversation.tools or conversation.kwargs or any("tool_calls" in m for m in conversation.messages):
             raise RowError("data.template: none cannot render tools, tool calls or chat_template_kwargs")
         last = conversation.trained[-1]
@@ -195,7 +205,7 @@ class Encoder:
         mark, notes = "", []
         if self._escape and spells(conversation, self.tokenizer.control, self.tokenizer.control_as_json):
             conversation, mark = marked(conversation, self.tokenizer.control)
-            notes.append("special tokens kept as text")
+            notes.append(KEPT_AS_TEXT)
         turns = self._turns(conversation)
         scripts = scripts_of(turns, [conversation.weights[t] for t in conversation.trained], mark)
         if len(scripts) > 1:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from sftx import dist
 from sftx.config import Runtime
 from sftx.model import host_memory
+from sftx.model.threads import default_threads
 from sftx.types import UserError
 
 # glibc's mallopt parameters (malloc.h) and their documented defaults.
@@ -83,7 +83,7 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if device.type == "cpu":
-            torch.set_num_threads(runtime.threads or max(1, _physical_cores() // dist.local_size()))
+            torch.set_num_threads(default_threads(runtime))
             _mallopt(_KEEP_MEMORY)
             # oneDNN, and PyTorch once more in front of it, keep code for 1,024 shapes otherwise: up to 0.7 and 0.4 GiB.
             # They look here once, at their first product.
@@ -96,13 +96,6 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
         torch.set_float32_matmul_precision(matmul)
         if device.type == "cpu":
             _mallopt(_DEFAULTS)
-
-
-def _physical_cores() -> int:
-    """Cores this process may use, counting two hardware threads of one core once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    return len({host_memory.read(Path(siblings.format(cpu))) or cpu for cpu in allowed})
 
 
 def _mallopt(settings: dict[int, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from sftx.track.record import Run
 from sftx.types import UserError
 
 
-def mathematics(config: Config, fingerprint: str, max_length: int, precision: torch.dtype) -> str:
-    """The settings that decide the result, as JSON: what a run may not change when it is continued."""
+def mathematics(config: Config, fingerprint: str, max_length: int, precision: torch.dtype) -> dict[str, Any]:
+    """The settings that decide the result, as plain values: what a run may not change when it is continued."""
     facts = config.model_dump(mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"})
     facts["data"] = {"fingerprint": fingerprint, "max_length": max_length}
     facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant here
-    return json.dumps(facts, indent=1, sort_keys=True)
+    return facts
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -26,9 +25,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def changes(config: Config, run: Run, mathematics: str) -> dict[str, list[Any]]:
+def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, list[Any]]:
     """{setting: [then, now]} of what differs from the run in the folder; UserError if it may not differ."""
-    now, allowed = dotted(json.loads(mathematics)), config.checkpoint.resume_allow
+    now, allowed = dotted(mathematics), config.checkpoint.resume_allow
     for name in allowed:
         if not any(f"{key}.".startswith(f"{name}.") for key in now):
             close = difflib.get_close_matches(name, now, 1)
@@ -36,7 +35,7 @@ def changes(config: Config, run: Run, mathematics: str) -> dict[str, list[Any]]:
             raise UserError(f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}")
     if not run.exists:
         return {}
-    then = dotted(json.loads(run.facts["mathematics"])) | {"runtime.precision": run.facts["precision"]}
+    then = dotted(run.facts["mathematics"]) | {"runtime.precision": run.facts["precision"]}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]:
         diff = "\n".join(f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused)

@@ -1,0 +1,37 @@
+"""What a run folder needs to be repeated: its settings as YAML, and the rows that were only in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sftx.config import Config
+from sftx.data.convert import dump as as_line
+from sftx.data.sources import MEMORY
+from sftx.strict_yaml import dump
+from sftx.track.record import write_text
+
+CONFIG = "config.yaml"
+_HEAD = """\
+# The settings of this run. Once more, in another folder: sftx train {file} output=ANOTHER
+# Relative paths are seen from the folder in which the run was started.
+"""
+
+
+def write_settings(folder: Path, config: Config) -> None:
+    """Write `config.yaml`, and beside it the rows held in memory as they are read, one JSON value per line."""
+    settings = config.model_dump(mode="json", exclude_unset=True, exclude={"data": {"rows", "eval_rows"}})
+    data = settings["data"]
+    for rows, name, setting in ((config.data.rows, "rows", "train"), (config.data.eval_rows, "eval_rows", "eval")):
+        if rows is not None:
+            path = folder / f"{name}.jsonl"
+            write_text(path, "".join(as_line(row).decode() + "\n" for row in rows))
+            data[setting] = [*_listed(data.get(setting)), {"path": str(path), "name": MEMORY}]
+    write_text(folder / CONFIG, _HEAD.format(file=folder / CONFIG) + dump(settings))
+
+
+def _listed(sources: Any) -> list[Any]:
+    """The sources of a setting, as a list."""
+    if sources is None:
+        return []
+    return [sources] if isinstance(sources, str) else list(sources)
