@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from sftx.types import Example, UserError
 
-VERSION = "3"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
+VERSION = "4"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
 _DTYPES = {"I64": np.int64, "U64": np.uint64, "F64": np.float64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 

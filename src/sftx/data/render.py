@@ -33,7 +33,7 @@ DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
-VERSION = 3  # raise it when the same rows and settings become other tokens
+VERSION = 4  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
 
