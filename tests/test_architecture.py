@@ -26,7 +26,7 @@ LAYERS = {
     3: ("training", "eval"),
     2: ("model", "dist"),
     1: ("data", "track"),
-    0: ("boundary", "config", "model_config", "types", "schema", "settings", "strict_yaml"),
+    0: ("boundary", "config", "model_config", "printable", "types", "schema", "settings", "strict_yaml"),
 }
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""

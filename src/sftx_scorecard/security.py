@@ -22,7 +22,7 @@ from sftx.data import sandbox
 from sftx.data.sandbox import SECONDS
 from sftx.settings import load_config
 from sftx.types import UserError
-from sftx_scorecard import fuzz, tiny
+from sftx_scorecard import good_rows, tiny
 from sftx_scorecard.frame import check, expect
 from sftx_scorecard.inputs import Reader
 from sftx_scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
@@ -153,7 +153,7 @@ BOMBS = {
 def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the data."""
     reader = Reader(folder)
-    rows = write_rows(folder / "rows.jsonl", [fuzz.GOOD["messages"]])
+    rows = write_rows(folder / "rows.jsonl", [good_rows.GOOD["messages"]])
     slowest = 0.0
     for name, source in {**ESCAPES, **BOMBS}.items():
         path = folder / f"{name}.jinja"
@@ -190,8 +190,8 @@ def templates(folder: Path) -> str:
 
 def bombs_in_runs(folder: Path) -> None:
     """A bomb that one row sets off costs that row alone; an operation that cannot be interrupted ends the process."""
-    row = {"messages": [{"role": "user", "content": "set it off"}, fuzz.ANSWER]}
-    rows = write_rows(folder / "one.jsonl", [fuzz.GOOD["messages"], row, fuzz.GOOD["messages"]])
+    row = {"messages": [{"role": "user", "content": "set it off"}, good_rows.ANSWER]}
+    rows = write_rows(folder / "one.jsonl", [good_rows.GOOD["messages"], row, good_rows.GOOD["messages"]])
     bomb = "{% if 'off' in messages[0].content %}" + BOMBS["nested range"] + "{% endif %}"
     endless = SHARED + "{% set a = n.t %}" + SHARED.replace("'long'", "'l' ~ 'ong'") + "{{ a == n.t }}"
     config = settings(folder, "one", dropout=0.0, batch={"steps": 1, "examples_per_step": 2})

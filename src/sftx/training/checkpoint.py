@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sftx import dist
 from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_facts
+from sftx.printable import printable
 from sftx.training.background import Background
 from sftx.types import UserError
 
@@ -150,7 +151,7 @@ def _newest_good(folder: Path) -> Path | None:
     for path in _found(folder):
         if not (problem := _verify(path)):
             return path
-        print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+        print(printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"), file=sys.stderr)
     return None
 
 
