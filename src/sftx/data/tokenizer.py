@@ -256,11 +256,15 @@ def _download(name: str) -> Path:
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
     """The named special tokens of a config: texts, or objects with `content`. Raises TypeError for anything else."""
-    named = {name: config[name] for name in NAMED if config.get(name)}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    for name, text in texts.items():
+    texts: dict[str, str] = {}
+    for name in NAMED:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if not value:
+            continue
         if not isinstance(text, str):
-            raise TypeError(f"{name} must be a text, found {named[name]!r}")
+            raise TypeError(f"{name} must be a text, found {value!r}")
+        texts[name] = text
     return texts
 
 
