@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.printable import printable
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 ONE_EACH = "one sequence per turn"
@@ -18,7 +20,13 @@ ONE_EACH = "one sequence per turn"
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: shown as one message, without a traceback, exit code 2."""
+    """A mistake in the user's input: shown as one message, without a traceback, exit code 2.
+
+    What a terminal would obey in the message is written as an escape.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RowError(UserError):

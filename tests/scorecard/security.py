@@ -18,7 +18,7 @@ import tiny
 import torch
 
 import sftx
-from scorecard import fuzz
+from scorecard import good_rows
 from scorecard.frame import check, expect
 from scorecard.inputs import Reader
 from scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
@@ -154,7 +154,7 @@ BOMBS = {
 def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the data."""
     reader = Reader(folder)
-    rows = write_rows(folder / "rows.jsonl", [fuzz.GOOD["messages"]])
+    rows = write_rows(folder / "rows.jsonl", [good_rows.GOOD["messages"]])
     slowest = 0.0
     for name, source in {**ESCAPES, **BOMBS}.items():
         path = folder / f"{name}.jinja"
@@ -191,8 +191,8 @@ def templates(folder: Path) -> str:
 
 def bombs_in_runs(folder: Path) -> None:
     """A bomb that one row sets off costs that row alone; an operation that cannot be interrupted ends the process."""
-    row = {"messages": [{"role": "user", "content": "set it off"}, fuzz.ANSWER]}
-    rows = write_rows(folder / "one.jsonl", [fuzz.GOOD["messages"], row, fuzz.GOOD["messages"]])
+    row = {"messages": [{"role": "user", "content": "set it off"}, good_rows.ANSWER]}
+    rows = write_rows(folder / "one.jsonl", [good_rows.GOOD["messages"], row, good_rows.GOOD["messages"]])
     bomb = "{% if 'off' in messages[0].content %}" + BOMBS["nested range"] + "{% endif %}"
     endless = SHARED + "{% set a = n.t %}" + SHARED.replace("'long'", "'l' ~ 'ong'") + "{{ a == n.t }}"
     config = settings(folder, "one", dropout=0.0, batch={"steps": 1, "examples_per_step": 2})

@@ -24,6 +24,7 @@ from sftx.model.compiled import planned
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
+from sftx.printable import printable
 from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
@@ -72,7 +73,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["refused"] = str(error)
     if gpus:
         facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
-    print("\n".join(_lines(facts, config)))
+    print(printable("\n".join(_lines(facts, config))))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sftx.printable import printable
 from sftx.track.record import Run
 from sftx.training.resume import name_of
 from sftx.training.stop import Ended
@@ -40,7 +41,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def encoding(self, done: int, total: int) -> None:
         """Rows encoded so far."""
