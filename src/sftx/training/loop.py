@@ -105,6 +105,7 @@ def _run(config: Config, given: GivenModel | None, control: Control) -> Generato
         else:
             if run.writes:
                 write_settings(run.folder, config)
+            progress.time(job.facts["predicted"]["seconds"])
             _evaluate_first(job, stop, progress)
             for record in _steps(job, stop, control):
                 progress.step(record)
