@@ -185,7 +185,8 @@ class Ledger:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one optimiser step did. `seconds` is wall time; `memory` is bytes.
+    """What one optimiser step did. `seconds` is wall time; `memory` is bytes; `seconds_left` is what the steps that are
+    left will take at the speed of the latest, None after the first.
 
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
     `eval` are always plain.
@@ -211,6 +212,7 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
+    seconds_left: float | None = None
 
 
 def untrained(num_steps: int) -> StepRecord:

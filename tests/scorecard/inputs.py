@@ -107,7 +107,7 @@ def malformed(folder: Path) -> str:
     expect("MODEL LOADED" not in text and "4.jsonl:4: " in text and "Traceback" not in text, text[-300:])
     missing = "rows are named; fuzzing them was not tried: hypothesis is not installed (pip install 'sftx[dev]')"
     expect(find_spec("hypothesis"), missing)
-    from sftx_scorecard import fuzz  # the one check that needs more than sftx itself
+    from scorecard import fuzz  # the one check that needs more than sftx itself
 
     tried = {name: getattr(fuzz, name)(folder, examples) for name, examples in FUZZED.items()}
     expect(sum(tried.values()) >= 10_000, f"only {tried} were tried")

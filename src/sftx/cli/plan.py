@@ -149,7 +149,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         yield from (f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items())
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
     if facts.get("seconds"):
-        yield f"time     about {facts['seconds']:,.0f} s for all steps on this machine"
+        yield f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs on this machine"
     if "gpus_needed" in facts:
         yield f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at least"
     yield from (f"note     {note}" for note in facts.get("notes", []))

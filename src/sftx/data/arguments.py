@@ -46,7 +46,9 @@ def without_invented(messages: Any, tools: Sequence[dict[str, Any]]) -> tuple[An
 
 
 def _with_calls(message: Any, known: dict[str, set[str]]) -> Any:
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(message, dict):
+        return message
+    calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
     kept = [_with_arguments(call, known) for call in calls]
@@ -55,9 +57,13 @@ def _with_calls(message: Any, known: dict[str, set[str]]) -> Any:
 
 
 def _with_arguments(call: Any, known: dict[str, set[str]]) -> Any:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, dict) or function.get("name") not in known:
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function", call)
+    if not isinstance(function, dict) or function.get("name") not in known:
+        return call
+    arguments = function.get("arguments")
+    if not isinstance(arguments, dict):
         return call
     own = known[function["name"]]
     kept = {key: value for key, value in arguments.items() if value is not None or key in own}
