@@ -60,6 +60,8 @@ def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # Of experts, whose ranks are set all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         if adapter.method == "dora" and mixture.has_joint_experts(model):
