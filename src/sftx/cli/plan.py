@@ -23,6 +23,7 @@ from sftx.model.adapter import hold, trainable
 from sftx.model.compiled import planned
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
+from sftx.model.mixture import describe_adapter
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
 from sftx.printable import printable
 from sftx.training.fit import Load, fit, outline, seconds_of, weigh
@@ -61,6 +62,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts = _facts(config, plan, load, loss, at_hand)
         tokens = load.tokens if count == 1 else 0.0
         rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
+        facts["adapter"] = describe_adapter(loss.model)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
         try:
             chosen = fit(config.runtime, rehearsal, load, at_hand)
@@ -134,6 +136,8 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     method = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
     trained, weights = facts["trainable"], facts["weights"]
     yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
+    if facts.get("adapter"):
+        yield f"adapter  {facts['adapter']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
     kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
     yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
