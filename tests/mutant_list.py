@@ -26,6 +26,10 @@ PACK = ("test_pack.py",)
 BLOCKS = ("test_attention.py",)
 ENCODE = ("test_encode.py test_template.py test_cache.py",)
 OPTIM = ("test_step.py", "test_train.py -k schedule", "test_train.py -k decay")
+SAVED = ("test_saved_state.py",)
+CONTINUED = ("test_train.py -k killed",)
+RANDOM = ("test_randomness.py",)
+LOOP = ("test_step.py -k recorded",)
 RANKS = ("test_shard.py", "test_dist.py")
 
 # fmt: off
@@ -145,7 +149,8 @@ MUTANTS = [
     Mutant("key-of-table-without-format", "data/sources.py", "{convert.VERSION} {data.format} {data.on_bad_row}",
            "{convert.VERSION} {data.on_bad_row}", ENCODE),
     Mutant("key-of-table-without-bad-rows", "data/sources.py", "{convert.VERSION} {data.format} {data.on_bad_row}",
-           "{convert.VERSION} {data.format}", ENCODE),
+           "{convert.VERSION} {data.format}", ENCODE,
+           "equal: with `stop`, a bad row is refused when its format is detected or when it is encoded"),
     Mutant("key-of-table-without-content", "data/sources.py", '{kind_of(file)} {file.suffix} ".encode() + content',
            '{kind_of(file)} {file.suffix} ".encode() + str(file).encode()', ENCODE),
     Mutant("cache-digest-not-compared", "data/cache.py", "!= int(self.digest[index])", "== -1", ENCODE),
@@ -186,5 +191,56 @@ MUTANTS = [
     Mutant("eval-own-rank", "eval/loss.py", "sums = dist.add_up(totals).tolist()", "sums = totals.tolist()", RANKS),
     Mutant("eval-with-dropout", "eval/loss.py", "with evaluating(model), torch.no_grad():", "with torch.no_grad():",
            ("test_eval.py",)),
+    # --- checkpoints
+    Mutant("checkpoint-moments-not-loaded", "training/checkpoint.py",
+           "tensors |= {name: moment for name, moment in _moments(model, optimizer).items() if name in facts}", "pass",
+           SAVED),
+    Mutant("checkpoint-step-of-adamw-lost", "training/checkpoint.py",
+           "for kind, moment in optimizer.state.get(parameter, {}).items()\n",
+           "for kind, moment in optimizer.state.get(parameter, {}).items()\n        if kind != 'step'\n", SAVED),
+    Mutant("checkpoint-keeps-one-fewer", "training/checkpoint.py", "*sound[:keep]", "*sound[: keep - 1]", SAVED),
+    Mutant("checkpoint-keeps-worst", "training/checkpoint.py", "sorted(judged)[:1]", "sorted(judged)[-1:]", SAVED),
+    Mutant("checkpoint-oldest-first", "training/checkpoint.py", "key=lambda p: p.name, reverse=True)",
+           "key=lambda p: p.name)", SAVED),
+    Mutant("checkpoint-not-copied", "training/checkpoint.py", 'to("cpu", copy=copied)', 'to("cpu")', SAVED),
+    Mutant("checkpoint-sums-not-read", "training/checkpoint.py", "if not same or (read and",
+           "if not same or (False and",
+           (*SAVED, "test_train.py -k damaged")),
+    Mutant("checkpoint-state-not-required", "training/checkpoint.py", 'sorted({"state.json", *sums})', "sorted(sums)",
+           (*SAVED, "test_train.py -k 'damaged or killed'", "scorecard 12")),
+    Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", "        check_replicas(parameters)\n", "",
+           (*RANKS, "scorecard 16")),
+    # --- what a continued run must have in common
+    Mutant("resume-without-seed", "training/resume.py", '"adapter", "seed"}', '"adapter"}', SAVED),
+    Mutant("resume-without-loss", "training/resume.py", '"optim", "loss", "adapter"', '"optim", "adapter"', SAVED),
+    Mutant("resume-without-adapter", "training/resume.py", '"loss", "adapter", "seed"', '"loss", "seed"', SAVED),
+    Mutant("resume-without-length", "training/resume.py", ', "max_length": max_length}', "}", SAVED),
+    Mutant("resume-without-precision", "training/resume.py",
+           '    facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant here\n', "", SAVED),
+    Mutant("resume-without-data", "training/resume.py", '"fingerprint": fingerprint, ', "", SAVED),
+    Mutant("resume-one-step-late", "training/prepare.py", "job.total_targets = state.step,",
+           "job.total_targets = state.step + 1,", CONTINUED),
+    Mutant("resume-counts-anew", "training/prepare.py", "state.step, state.total_tokens, state.total_targets",
+           "state.step, 0, 0", CONTINUED),
+    # --- the loop
+    Mutant("loop-dropout-alike-in-every-step", "training/loop.py",
+           "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63",
+           "job.loss.noise_seed = (job.config.seed * 1_000_003) % 2**63", RANDOM),
+    Mutant("loop-dropout-alike-with-every-seed", "training/loop.py",
+           "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63", "job.loss.noise_seed = step", RANDOM),
+    Mutant("loop-dropout-alike-on-every-rank", "training/loop.py",
+           "(job.loss.noise_seed + (dist.rank() << 40)) % 2**63", "job.loss.noise_seed", RANDOM),
+    Mutant("loop-rate-of-next-step", "training/loop.py", "learning_rate(step, job.plan.num_steps, job.config.optim",
+           "learning_rate(step + 1, job.plan.num_steps, job.config.optim", LOOP),
+    Mutant("loop-rounding-alike-in-every-step", "training/loop.py", "job.optimizer.seed = job.loss.noise_seed",
+           "job.optimizer.seed = 0", RANDOM),
+    Mutant("loop-saves-every-other", "training/loop.py", "return every > 0 and done % every == 0",
+           "return every > 0 and done % every == 1", CONTINUED),
+    Mutant("loop-packs-of-rank-0", "training/loop.py", "dist.world_size())[dist.rank()]", "dist.world_size())[0]",
+           RANKS),
+    Mutant("loop-stop-is-not-saved", "training/loop.py", "or stopping:\n", "or False:\n",
+           ("test_train.py -k signal",)),
+    Mutant("loop-bad-steps-for-ever", "training/meter.py", "self.bad_steps + 1 if bad else 0", "0",
+           ("test_train.py -k finite",)),
 ]
 # fmt: on

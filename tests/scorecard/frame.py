@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security")
+GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security", "folders", "lengths")
 TESTS = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-m", "scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
