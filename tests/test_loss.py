@@ -16,10 +16,11 @@ import torch
 from sftx.config import Runtime
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import blocks
-from sftx.model.checks import _prunes, check_paths
+from sftx.model.checks import check_paths
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
+from sftx.model.shortcuts import prunes
 from sftx.training.step import train_step
 from sftx.types import Example
 
@@ -196,7 +197,7 @@ def test_the_last_layer_computes_only_what_targets_read() -> None:
     assert seen[2:] == [9, 9]
     loss.use_segments(True)
     loss.model.model.layers[-1].mlp.register_forward_hook(lambda _m, _a, out: out.flip(1))  # no longer row by row
-    assert not _prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
+    assert not prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -164,7 +164,7 @@ def disk_full(folder: Path) -> str:
                 else:
                     on_call(checkpoint, "save", lambda: leave(200_000), calls=2)
                 if case == "while writing":
-                    on_call(checkpoint, "_require_space", around=lambda _: lambda *args: None)
+                    on_call(checkpoint, "_shortage", around=lambda _: lambda *args: "")
 
             text = run(config, fill, code=2)
             told.append(text.strip().rpartition("\n")[2])
@@ -196,7 +196,7 @@ def stop(folder: Path) -> str:
         "first evaluation": lambda act: on_call(loop, "held_out_loss", act),
         "step": lambda act: on_step(5, act)(),
         "evaluation": lambda act: on_call(loop, "held_out_loss", act, calls=3),
-        "save": lambda act: on_call(checkpoint, "_sync", act, calls=2),
+        "save": lambda act: on_call(checkpoint, "sync", act, calls=2),
         "last evaluation": lambda act: on_call(loop, "held_out_loss", act, calls=5),
     }
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -217,7 +217,7 @@ def stop(folder: Path) -> str:
     run(once, on_step(5, lambda: os.kill(os.getpid(), signal.SIGINT)), code=75)
     run(once)
     expect_equal(whole, once, "after SIGINT")
-    for point, plant in (("step", points["step"]), ("save", lambda act: on_call(checkpoint, "_sync", act, calls=9))):
+    for point, plant in (("step", points["step"]), ("save", lambda act: on_call(checkpoint, "sync", act, calls=9))):
         twice = settings(folder, f"twice {point}", **more)
         run(twice, lambda plant=plant: plant(_interrupt_twice), code=130)
         expect(checkpoints(twice)[0] == "step-00000003", f"a second SIGINT left {checkpoints(twice)}")

@@ -19,7 +19,7 @@ from sftx.cli._page import write_page
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
-from sftx.data.plan import Plan
+from sftx.data.plan import plan_of
 from sftx.data.render import Encoder
 from sftx.data.view import View, raw_tables, view, views_of_rows
 from sftx.track.record import Run
@@ -85,7 +85,7 @@ def run(
 def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
     step = whole_number("inspect: step", asked)
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
         raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
     size = config.runtime.tokens_per_pack or Run(config).facts.get("tokens_per_pack", CPU_PACK)

@@ -16,9 +16,10 @@ from typing import Any
 
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.messages import other_fields
 from sftx.data.read import rows_in
 from sftx.data.render import Encoder
-from sftx.data.rows import parse, unused
+from sftx.data.rows import parse, renamed, unused
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
@@ -35,11 +36,15 @@ def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
 
 def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     rows: list[tuple[int, int, Row]] = []
-    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}}
-    for line, raw, value in rows_in(data, 0):
+    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "fields": {}, "renamed": {}}
+    columns = encoder.data.columns
+    for line, raw, given in rows_in(data, 0):
         try:
-            if isinstance(value, RowError):
-                raise value
+            if isinstance(given, RowError):
+                raise given
+            for column in columns.keys() & given.keys() if isinstance(given, dict) else ():
+                meta["renamed"][column] = meta["renamed"].get(column, 0) + 1
+            value = renamed(given, columns)
             row = parse(value, form)
         except RowError as error:
             meta["bad"].append((line, str(error)))
@@ -47,6 +52,8 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         rows.append((line, row_hash(raw), row))
         for column in unused(tuple(value), form) if isinstance(value, dict) else ():
             meta["unused"][column] = meta["unused"].get(column, 0) + 1
+        for name in sorted(other_fields(row.messages)):
+            meta["fields"][name] = meta["fields"].get(name, 0) + 1
     entries: list[Entry] = []
     for (line, digest, _), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
         if isinstance(encoded, RowError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, cast
 
+from sftx.data import foreign
 from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.types import Message, RowError
 
@@ -16,6 +18,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "developer": "developer",
 }
+_KNOWN = Message.__annotations__.keys() | {"thinking", "reasoning"}
 
 
 def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
@@ -32,6 +35,11 @@ def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{field}[{i}]") for i, item in enumerate(value))
 
 
+def other_fields(messages: Sequence[Message]) -> set[str]:
+    """The fields of messages that only the template may know."""
+    return {str(field) for message in messages if len(message) > 2 for field in message.keys() - _KNOWN}
+
+
 def _message(raw: Any, at: str) -> Message:
     if not isinstance(raw, dict) or "role" not in raw:
         raise RowError(f"{at} must be an object with role and content")
@@ -43,6 +51,7 @@ def _message(raw: Any, at: str) -> Message:
         hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(ROLES)}"
         raise RowError(f"{at}.role is {role!r}; {hint}")
     message = {key: value for key, value in raw.items() if value is not None}
+    foreign.own_marks(message, at)
     _check_names(message, at)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], at)
@@ -73,6 +82,7 @@ def _check_names(message: dict[str, Any], at: str) -> None:
 
 def _part(part: Any, at: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and "text" in part:
+        foreign.check_part(part, at)
         return checked_text(part["text"], f"{at}.text")
     kind = part.get("type") if isinstance(part, dict) else kind_name(part)
     raise RowError(f"{at} is a part of type {kind!r}; only parts of type 'text' can be trained on")

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftx import dist
+from sftx.boundary import boundary
 from sftx.config import Config, Runtime
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
+from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_config
+from sftx.model.load import PackLoss
 from sftx.model.memory import Memory, Rehearsal
 from sftx.model.speed import flops, reached_speed
 from sftx.types import Int32, UserError
@@ -43,7 +45,7 @@ class Load:
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
         most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
         epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
-        tokens, squares = (epochs * float((plan.lengths**power).sum()) for power in (1, 2))
+        tokens, squares = (epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2))
         return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
 
 
@@ -68,10 +70,12 @@ def outline(config: Config, taught: dict[int, bool]) -> PackLoss:
     `taught` = the tokens that the run adds; see `Tokenizer.taught`.
     """
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
+    settings = load_config(config.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_config(config.model), dtype=dtype, trust_remote_code=config.model.trust_remote_code
-        )
+        with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=config.model.trust_remote_code
+            )
         assert isinstance(model, PreTrainedModel)
         choose_weights(model, config.model, config.adapter, config.seed, taught)
     return PackLoss(model, config.loss).train()
