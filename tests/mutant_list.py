@@ -30,6 +30,10 @@ SAVED = ("test_saved_state.py",)
 CONTINUED = ("test_train.py -k killed",)
 RANDOM = ("test_randomness.py",)
 LOOP = ("test_step.py -k recorded",)
+CRASH = ("test_crash.py",)
+OWNER = ("test_owner.py",)
+LENGTHS = ("test_isolation.py", "test_loss.py", "scorecard 35")
+BOX = ("test_template.py", "scorecard 29")
 RANKS = ("test_shard.py", "test_dist.py")
 
 # fmt: off
@@ -94,16 +98,22 @@ MUTANTS = [
            "float(self.weights.sum() / self.num_steps)", PACK),
     Mutant("plan-budget-not-used-up", "data/plan.py", 'side="right"', 'side="left"', PACK),
     Mutant("plan-example-beyond-budget", "data/plan.py", "min(max(start + 1, int(", "min(max(start, int(", PACK),
-    Mutant("plan-epoch-before-step", "data/plan.py", "self._starts[step + 1] / len(self.lengths)",
-           "self._starts[step] / len(self.lengths)", PACK),
-    Mutant("plan-epochs-cut-off", "data/plan.py", "round(batch.epochs * count)", "int(batch.epochs * count)", PACK),
+    Mutant("plan-epoch-before-step", "data/plan.py", "position = int(self._starts[step + 1])",
+           "position = int(self._starts[step])", PACK),
+    Mutant("plan-epochs-cut-off", "data/plan.py", "max(1, round(epochs * len(self.lengths)))",
+           "max(1, int(epochs * len(self.lengths)))", PACK),
     Mutant("plan-fingerprint-without-weights", "data/plan.py", "(self.lengths, self.weights, self._starts)",
            "(self.lengths, self._starts)", PACK),
     Mutant("plan-fingerprint-without-lengths", "data/plan.py", "(self.lengths, self.weights, self._starts)",
            "(self.weights, self._starts)", PACK),
     Mutant("plan-fingerprint-without-shuffle", "data/plan.py", '{self.seed} {self.batch.shuffle}', '{self.seed}', PACK),
-    Mutant("plan-stream-cut-at-epochs", "data/plan.py", "self._order(e)[max(start - e * count, 0) : stop - e * count]",
-           "self._order(e)[(start - e * count) % count : stop - e * count]", PACK),
+    Mutant("plan-stream-cut-at-epochs", "data/plan.py",
+           "self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)]",
+           "self._order(e)[max(start - self._begin(e), 0) :]", PACK),
+    Mutant("plan-share-never-changes", "data/plan.py", "rotation.members(epoch)", "rotation.members(0)",
+           ("test_encode.py test_ledger.py", "test_pack.py")),
+    Mutant("plan-shown-counts-all", "data/plan.py", "[: end - self._begin(epoch)]] = True", "] = True",
+           ("test_encode.py test_ledger.py", "test_pack.py")),
     # --- packs
     Mutant("pack-target-across-segments", "data/pack.py", "weights[cu_seqlens[:-1]] = 0.0", "weights[0] = 0.0", PACK),
     Mutant("pack-never-full", "data/pack.py", "full + sizes[i] <= capacity", "full + sizes[i] < capacity", PACK),
@@ -238,9 +248,54 @@ MUTANTS = [
            "return every > 0 and done % every == 1", CONTINUED),
     Mutant("loop-packs-of-rank-0", "training/loop.py", "dist.world_size())[dist.rank()]", "dist.world_size())[0]",
            RANKS),
-    Mutant("loop-stop-is-not-saved", "training/loop.py", "or stopping:\n", "or False:\n",
-           ("test_train.py -k signal",)),
-    Mutant("loop-bad-steps-for-ever", "training/meter.py", "self.bad_steps + 1 if bad else 0", "0",
+    Mutant("loop-stop-is-not-saved", "training/loop.py", "if save_due or stopping or by_time:",
+           "if save_due or by_time:", ("test_train.py -k signal",)),
+    Mutant("loop-bad-steps-for-ever", "training/meter.py", "job.bad_steps + 1 if bad else 0", "0",
            ("test_train.py -k finite",)),
+    Mutant("loop-bad-steps-never-forgiven", "training/meter.py", "job.bad_steps + 1 if bad else 0",
+           "job.bad_steps + bad", ("test_train.py -k finite", "test_run_folder.py", "scorecard 19")),
+    # --- files and folders after a crash
+    Mutant("files-never-synced", "files.py", "        os.fsync(descriptor)\n", "        pass\n", CRASH),
+    Mutant("files-checkpoint-folder-not-synced", "training/checkpoint.py", "    sync(final.parent)\n", "", CRASH),
+    Mutant("files-checkpoint-not-synced", "training/checkpoint.py", "        sync(path)\n    (temporary", 
+           "    (temporary", CRASH),
+    Mutant("files-manifest-not-synced", "training/checkpoint.py", "    sync(temporary / MANIFEST)\n", "", CRASH),
+    Mutant("files-run-json-not-synced", "files.py", "        sync(temporary)\n", "", CRASH),
+    Mutant("files-records-not-carried", "training/prepare.py",
+           "carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}", "carried = {}", CRASH),
+    Mutant("files-model-not-synced", "model/save.py", "            sync(path)\n", "", CRASH),
+    Mutant("lock-not-taken", "track/lock.py", "        lock.acquire()\n", "        pass\n", OWNER),
+    Mutant("lock-of-the-dead-holds", "track/lock.py", "        if renewed != before:\n", "        if now:\n", OWNER),
+    Mutant("lock-elsewhere-not-waited-for", "track/lock.py", "    until = time.monotonic() + PATIENCE\n",
+           "    until = time.monotonic()\n", OWNER),
+    Mutant("lock-not-renewed", "track/lock.py", "            os.utime(path)\n", "            pass\n", OWNER),
+    # --- the checks before a run
+    Mutant("checks-nothing-tried-long", "model/checks.py", "measure_isolation(loss.model, longest,",
+           "measure_isolation(loss.model, min(longest, 32),", LENGTHS),
+    Mutant("checks-gradients-not-compared", "model/isolation.py", "<= EQUAL\n\n\ndef _sum",
+           "<= 9\n\n\ndef _sum", LENGTHS),
+    Mutant("checks-one-order-only", "model/isolation.py", "for numbers in (order, order[::-1]):",
+           "for numbers in (order,):", LENGTHS),
+    Mutant("checks-packed-once", "model/probe.py", "        order += range(len(lengths))\n", "        break\n",
+           LENGTHS),
+    Mutant("checks-segments-up-to-the-reach", "model/probe.py", "max(SHORT, inside + inside // 4)",
+           "max(SHORT, inside)", LENGTHS),
+    Mutant("checks-products-of-lengths-forgotten", "model/probe.py", "max((*found, *products), default=0)",
+           "max(found, default=0)", LENGTHS),
+    Mutant("checks-state-not-put-back", "model/isolation.py", "        return names\n    raise",
+           "        return frozenset()\n    raise", LENGTHS),
+    Mutant("checks-loss-of-probe-not-compared", "model/checks.py", "if abs(fused - own) > tolerance * abs(own):",
+           "if False:", LENGTHS),
+    Mutant("checks-vocabulary-off-by-one", "model/checks.py", "if largest_id >= rows:", "if largest_id > rows:",
+           ("test_train.py -k mistake", "scorecard 26")),
+    # --- templates and their box
+    Mutant("sandbox-power-unchecked", "data/sandbox.py", "abs(exponent) > 1000", "abs(exponent) > 10**30", BOX),
+    Mutant("sandbox-underscores-in-namespaces", "data/sandbox.py", 'str(name).startswith("_")', "False", BOX),
+    Mutant("sandbox-text-without-end", "data/sandbox.py", "    if len(text) > CHARACTERS:\n", "    if False:\n", BOX),
+    Mutant("sandbox-underscores-of-loops", "data/sandbox.py", ' and not attribute.startswith("_"):', ":", BOX),
+    Mutant("sandbox-row-can-be-changed", "data/sandbox.py", "class _Environment(ImmutableSandboxedEnvironment):",
+           "class _Environment(ImmutableSandboxedEnvironment.__base__):", BOX),
+    Mutant("sandbox-no-limits-after-one", "data/sandbox.py", "self.started, self.fired = None, False",
+           "self.started = None", BOX),
 ]
 # fmt: on

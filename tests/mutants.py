@@ -145,7 +145,8 @@ def first_failure(log: Path, tests: str, code: int) -> str:
     if code == 124:
         return f"{tests}: not done after {LIMIT} s"
     said = [*failed, *checks, f"exit code {code}"][0]
-    return f"{tests}: {said}"
+    late = " (a time limit: look whether the machine was busy)" if "TimeoutExpired" in "".join(lines) else ""
+    return f"{tests}: {said}{late}"
 
 
 def main(arguments: list[str]) -> int:

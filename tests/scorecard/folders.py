@@ -37,7 +37,7 @@ LONGEST = 60
 """Seconds for a command on a folder that is hostile or damaged."""
 
 
-@check(31, "Two runs into one folder", limit=240)
+@check(31, "Two runs into one folder", limit=480)
 def two_runs(folder: Path) -> str:
     """However close their starts: one trains as if it were alone, the other is refused and told who was first.
 
@@ -72,7 +72,7 @@ def two_runs(folder: Path) -> str:
     return f"{len(delays)} of {len(delays)} pairs: one run to the bit, one refused by host, process and start"
 
 
-@check(32, "Power loss at any moment", limit=1200)
+@check(32, "Power loss at any moment", limit=1800)
 def power_loss(folder: Path) -> str:
     """Stopped after any sync, rename or delete, without what was not synced: continued to the bit, no save lost."""
     disk = folder / "disk"
@@ -151,7 +151,7 @@ def booby_trapped(folder: Path, trace: Path) -> Path:
     return evil
 
 
-@check(33, "Hostile run folder", limit=600)
+@check(33, "Hostile run folder", limit=1200)
 def hostile_run(folder: Path) -> str:
     """Whatever run.json says of trust, models, adapters, templates and data: no code runs, no such file is opened.
 
@@ -210,7 +210,7 @@ HURTS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@check(34, "Damaged model folder", limit=900)
+@check(34, "Damaged model folder", limit=1800)
 def damaged_model(folder: Path) -> str:
     """Every file damaged in 8 ways, every value of its JSON in 9: it trains, or ends with one message and code 2."""
     config = settings(folder, dropout=0.0, batch={"steps": 1}, checkpoint={"every": 0})

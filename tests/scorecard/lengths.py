@@ -47,7 +47,7 @@ PACKED = ("a window that packs keep",)
 """Those that may, and must, stay on the fast way."""
 
 
-@check(35, "Models that go by length", limit=300)
+@check(35, "Models that go by length", limit=400)
 def by_length(folder: Path) -> str:
     """Rows beyond the reach of windows, chunks, temperatures and positions: loss and gradient of float64, alone.
 
