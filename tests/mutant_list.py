@@ -30,10 +30,10 @@ SAVED = ("test_saved_state.py",)
 CONTINUED = ("test_train.py -k killed",)
 RANDOM = ("test_randomness.py",)
 LOOP = ("test_step.py -k recorded",)
-CRASH = ("test_crash.py",)
+CRASH = ("test_crash.py", "test_run_folder.py -k record")
 OWNER = ("test_owner.py",)
-LENGTHS = ("test_isolation.py", "test_loss.py", "scorecard 35")
-BOX = ("test_template.py", "scorecard 29")
+LENGTHS = ("test_isolation.py -k 'probe or place or leak'", "test_isolation.py -k one_at_a_time", "test_loss.py")
+BOX = ("test_template.py -k limits",)
 RANKS = ("test_shard.py", "test_dist.py")
 
 # fmt: off
@@ -111,9 +111,9 @@ MUTANTS = [
            "self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)]",
            "self._order(e)[max(start - self._begin(e), 0) :]", PACK),
     Mutant("plan-share-never-changes", "data/plan.py", "rotation.members(epoch)", "rotation.members(0)",
-           ("test_encode.py test_ledger.py", "test_pack.py")),
+           ("test_ledger.py", "test_pack.py")),
     Mutant("plan-shown-counts-all", "data/plan.py", "[: end - self._begin(epoch)]] = True", "] = True",
-           ("test_encode.py test_ledger.py", "test_pack.py")),
+           ("test_ledger.py", "test_pack.py")),
     # --- packs
     Mutant("pack-target-across-segments", "data/pack.py", "weights[cu_seqlens[:-1]] = 0.0", "weights[0] = 0.0", PACK),
     Mutant("pack-never-full", "data/pack.py", "full + sizes[i] <= capacity", "full + sizes[i] < capacity", PACK),
@@ -249,11 +249,11 @@ MUTANTS = [
     Mutant("loop-packs-of-rank-0", "training/loop.py", "dist.world_size())[dist.rank()]", "dist.world_size())[0]",
            RANKS),
     Mutant("loop-stop-is-not-saved", "training/loop.py", "if save_due or stopping or by_time:",
-           "if save_due or by_time:", ("test_train.py -k signal",)),
+           "if save_due or by_time:", ("test_train.py -k whenever_a_signal",)),
     Mutant("loop-bad-steps-for-ever", "training/meter.py", "job.bad_steps + 1 if bad else 0", "0",
            ("test_train.py -k finite",)),
     Mutant("loop-bad-steps-never-forgiven", "training/meter.py", "job.bad_steps + 1 if bad else 0",
-           "job.bad_steps + bad", ("test_train.py -k finite", "test_run_folder.py", "scorecard 19")),
+           "job.bad_steps + bad", ("test_run_folder.py -k bad_steps", "test_train.py -k finite", "scorecard 19")),
     # --- files and folders after a crash
     Mutant("files-never-synced", "files.py", "        os.fsync(descriptor)\n", "        pass\n", CRASH),
     Mutant("files-checkpoint-folder-not-synced", "training/checkpoint.py", "    sync(final.parent)\n", "", CRASH),
