@@ -40,6 +40,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed  ## pages made from the code
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
+	$(RUN) -m sftx schema format=python > settings_types.tmp && mv settings_types.tmp src/sftx/settings_types.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build

@@ -69,8 +69,9 @@ def run(path: Path, ranks: int, expect: int = 0, **options: Any) -> str:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The steps of a run."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The steps of a run, without that of step 0."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["step"]]
 
 
 def facts(folder: Path) -> dict[str, Any]:

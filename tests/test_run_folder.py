@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 from safetensors.torch import load_file
 
@@ -367,3 +368,14 @@ def test_every_step_draws_noise_of_its_own(model: str, tmp_path: Path, noise: st
     sftx.train(**config)
     losses = [line["loss"] for line in numbers(tmp_path / "run")]
     assert min(abs(a - b) for a, b in zip(losses, [*losses[1:], losses[0]], strict=True)) > 1e-4, losses
+
+
+@pytest.mark.slow
+def test_two_ranks_save_by_time_after_the_same_steps_and_change_no_number(tmp_path: Path) -> None:
+    path = ranks.model(tmp_path / "model")
+    ranks.run(ranks.write_run(tmp_path, path, "plain", checkpoint={"minutes": 0}), 2)
+    ranks.run(ranks.write_run(tmp_path, path, "saved", checkpoint={"minutes": 1e-9, "keep": 99}), 2)
+    assert ranks.difference(tmp_path / "plain", tmp_path / "saved") == 0
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "saved")
+    saved = sorted(path.name for path in (tmp_path / "saved" / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in range(1, 20)]

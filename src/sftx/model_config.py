@@ -68,7 +68,7 @@ def check_config(config: dict[str, Any], place: object, trusted: bool = False) -
                 raise UserError(f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed")
         for name in _LAYERS:
             value = inner.get(name)
-            if name in inner and type(value) in (int, float) and value < 1:
+            if isinstance(value, int | float) and value < 1:
                 raise UserError(f"{place}: {name}: found {value!r}; a model has at least one layer")
     for name, value in _entries(config):
         if type(value) in (int, float) and value > MOST and _COUNT.fullmatch(name):

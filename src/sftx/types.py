@@ -150,7 +150,8 @@ class StepRecord:
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
     `eval` are always plain.
 
-    `loss` and `grad_norm` are None where they were not finite: such a step was not applied.
+    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0 stands for the model
+    before training: it has held-out numbers alone.
     """
 
     step: int
@@ -170,6 +171,28 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
+
+
+def untrained(num_steps: int) -> StepRecord:
+    """The record of step 0 of `num_steps`: nothing was trained yet."""
+    return StepRecord(
+        step=0,
+        num_steps=num_steps,
+        epoch=0.0,
+        loss=None,
+        learning_rate=0.0,
+        grad_norm=None,
+        examples=0,
+        tokens=0,
+        targets=0,
+        weight=0.0,
+        packs=0,
+        seconds=0.0,
+        tokens_per_second=0.0,
+        memory=0,
+        total_tokens=0,
+        total_targets=0,
+    )
 
 
 def without_nulls(row: Any) -> Any:

@@ -66,9 +66,9 @@ class Reader:
     def read(self, path: str, **data: Any) -> Corpus:
         """The corpus of a file."""
         tokenizer = Tokenizer.load(str(self.folder / "tokenizer"))
-        data = {"train": path, "cache": str(self.folder / "cache"), "workers": 0, **data}
-        length = data.get("max_length", 128)
-        return load_corpora(make_config(model="unused", data=data, output="unused"), tokenizer, length)[0]
+        given: Any = {"train": path, "cache": str(self.folder / "cache"), "workers": 0, **data}
+        length = given.get("max_length", 128)
+        return load_corpora(make_config(model="unused", data=given, output="unused"), tokenizer, length)[0]
 
     def refusal(self, path: str, **data: Any) -> str:
         """The message with which a file is refused; empty if it is not."""

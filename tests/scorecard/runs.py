@@ -192,11 +192,12 @@ def run_ranks(config: dict[str, Any], processes: int = 2, fault: str = "", code:
 
 
 def records(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what differs between equal runs: time and memory."""
+    """The steps in metrics.jsonl (that of step 0 left out) without what differs between equal runs: time and memory."""
     path = Path(config["output"]) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    timing = ("seconds", "tokens_per_second", "memory")
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines if line]
+    steps = [step for line in lines if line and (step := json.loads(line))["step"]]
+    timing = ("seconds", "seconds_left", "tokens_per_second", "memory")
+    return [{k: v for k, v in step.items() if k not in timing} for step in steps]
 
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:

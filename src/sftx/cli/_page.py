@@ -71,7 +71,8 @@ def _row(shown: View) -> dict[str, Any]:
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
     runs = [[int(start), round(float(weights[start]), 6)] for start in starts]  # weights, run by run
     special = [i for i, special in enumerate(shown.special) if special]
-    return {**row, "targets": shown.targets, "special": special, "runs": runs}
+    spelled = [i for i, spelled in enumerate(shown.spelled) if spelled]
+    return {**row, "targets": shown.targets, "special": special, "spelled": spelled, "runs": runs}
 
 
 def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:

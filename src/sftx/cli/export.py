@@ -39,6 +39,8 @@ def run(
 ) -> int:
     """Export the run in `path`. Raises UserError where merging moves a logit by more than 1e-5 of the largest."""
     folder, target = Path(path), Path(to or Path(path) / "exported")
+    if (folder / "sftx" / "run.json").is_file():  # the checkpoint_dir of a trlx script
+        folder = folder / "sftx"
     if not (folder / "run.json").is_file():
         raise UserError(f"sftx export: {path or 'no folder given'}: the folder of a run (with run.json) is needed")
     if trust_remote_code not in ("true", "false"):

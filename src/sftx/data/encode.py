@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,6 +20,7 @@ from sftx.data.cache import VERSION, Cache
 from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.mixture import choose, weighted, weighted_held_out
+from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import check_names, detect, parse, renamed
 from sftx.data.sources import Table, named_sources, open_tables
@@ -27,13 +28,16 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, write_text
 from sftx.types import Example, RowError, UserError
 
+if TYPE_CHECKING:
+    from sftx.settings_types import DataSettings
+
 log = logging.getLogger("sftx")
 ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
 
 
-def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
+def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
     """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
 
     `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers
@@ -55,7 +59,9 @@ def encode(row: Any, tokenizer: Any, **settings: Any) -> list[Example]:
     try:
         check_names(data.columns)
         plain = renamed(_plain(row), data.columns)
-        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError:

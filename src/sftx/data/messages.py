@@ -11,6 +11,8 @@ from sftx.data.fields import check_spelling, checked_text, checked_weight, from_
 from sftx.types import Message, RowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MOST_FIELDS = 1000
+"""Fields of a message; comparing the names of more would take minutes."""
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"),
@@ -43,6 +45,8 @@ def other_fields(messages: Sequence[Message]) -> set[str]:
 def _message(raw: Any, at: str) -> Message:
     if not isinstance(raw, dict) or "role" not in raw:
         raise RowError(f"{at} must be an object with role and content")
+    if len(raw) > MOST_FIELDS:
+        raise RowError(f"{at} has {len(raw):,} fields, at most {MOST_FIELDS:,} are read; leave the others out")
     role, content = raw["role"], raw.get("content")
     if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
         return cast(Message, raw)  # nothing can be wrong with most messages

@@ -41,6 +41,9 @@ _ELSEWHERE = {  # layouts other tools take, and what to do with them here
     ("prompt", "chosen"): "; this is preference data: to train on what was chosen, data.columns: {chosen: completion}",
     ("chosen", "rejected"): "; this is preference data: to train on what was chosen, data.columns: {chosen: messages}",
 }
+MOST_COLUMNS = 1000
+"""Columns of a row, and fields of a message: more are a mistake, and comparing their names would take minutes."""
+SHOWN_COLUMNS = 10
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
 
 
@@ -56,6 +59,7 @@ def detect(raw: Any) -> str:
         return _detect_list(raw)
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
+    _check_count(raw)
     found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
@@ -89,7 +93,20 @@ def _unknown_shape(raw: dict[str, Any]) -> str:
     hints = (_misnamed(field, raw) for fields in REQUIRED.values() for field in fields if field not in raw)
     shapes = " | ".join("+".join(fields) for fields in REQUIRED.values())
     more = next(filter(None, (*advice, *hints)), f"; expected one of {shapes}")
-    return f"no format has the columns {', '.join(map(str, raw)) or 'none'}{more}"
+    return f"no format has the columns {_names(raw)}{more}"
+
+
+def _names(raw: dict[str, Any]) -> str:
+    """The names of a row's columns, the first of them where there are many."""
+    names = [str(name) for name in raw]
+    more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
+    return (", ".join(names[:SHOWN_COLUMNS]) or "none") + more
+
+
+def _check_count(raw: dict[str, Any]) -> None:
+    """RowError for a row of more columns than any format could have."""
+    if len(raw) > MOST_COLUMNS:
+        raise RowError(f"the row has {len(raw):,} columns, at most {MOST_COLUMNS:,} are read; leave the others out")
 
 
 def _misnamed(field: str, raw: dict[str, Any]) -> str:
@@ -143,9 +160,10 @@ def parse(raw: Any, form: str) -> Row:
         if not isinstance(raw, wrapped):
             raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
         raw = {fields[0]: raw}
+    _check_count(raw)
     for field in fields:
         if field not in raw:
-            found = ", ".join(map(str, raw)) or "none"
+            found = _names(raw)
             hint = _misnamed(field, raw) or "; a file has one format, the first row's unless data.format names another"
             raise RowError(f"field {field!r} is missing (format {form}); found {found}{hint}")
     if bad := _misspelt(tuple(raw), form):

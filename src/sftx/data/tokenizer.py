@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sftx.boundary import boundary
 from sftx.config import Model
-from sftx.data.words import WordIds, tokenises_by_word
+from sftx.data.words import WORD, WordIds, tokenises_by_word
 from sftx.model_config import read_json
 from sftx.types import Int32, UserError
 
@@ -205,6 +205,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def longest_piece(self, text: str) -> int:
+        """How many characters of a text have to be tokenised together."""
+        if not self.cuts_at_spaces:
+            return len(text)
+        return max((match.end() - match.start() for match in WORD.finditer(text)), default=0)
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """Whether the words of a text are tokenised one by one."""
+        return self._by_word
 
     @cached_property
     def _by_word(self) -> bool:

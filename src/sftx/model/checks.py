@@ -134,12 +134,14 @@ def _isolated(
         if packed.shape != reference.shape:
             return False
         changed = loss.own_logits(replace(larger, ids=changed_ids)).float()
-        rounding = _rounding(loss, pack, reference) if only_rounding else 0.0
     except FOREIGN_ERRORS:  # the model's forward does not take segments
         return False
     moved, leaked = _by_row(packed, reference), _by_row(changed, packed)[pack.index >= first]
+    if float(moved.max()) <= limit and float(leaked.max()) <= 1e-3 * limit:
+        return True
     if not only_rounding:
-        return float(moved.max()) <= limit and float(leaked.max()) <= 1e-3 * limit
+        return False
+    rounding = _rounding(loss, pack, reference)
     return float(moved.mean()) <= max(limit, 2 * rounding) and float(leaked.mean()) <= max(1e-3 * limit, rounding)
 
 

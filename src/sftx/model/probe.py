@@ -37,12 +37,11 @@ def lengths_named(settings: Any, name: str = "") -> Iterator[int]:
             yield int(settings)
 
 
-def reach(settings: dict[str, Any], largest: int) -> int:
-    """Tokens up to which a model could change what it does: the largest of the lengths below `largest`, and of the
-    products of two of them (blocks of so many tokens, so many blocks); 0 where there is none."""
-    numbers = sorted(set(lengths_named(settings)))
-    found = [number for number in numbers if number < largest]
-    products = [a * b for a in found for b in found if a * b < largest]
+def reach(settings: dict[str, Any], longest: int) -> int:
+    """Tokens up to which a model could change what it does in a segment of `longest` tokens: the largest of the named
+    lengths below that, and of the products of two of them (so many blocks of so many tokens); 0 where there is none."""
+    found = [number for number in set(lengths_named(settings)) if number < longest]
+    products = [a * b for a in found for b in found if a * b < longest]
     return max((*found, *products), default=0)
 
 
@@ -60,7 +59,7 @@ def segment_lengths(settings: dict[str, Any], longest: int) -> list[int]:
 def places(settings: dict[str, Any], lengths: list[int], largest_pack: int) -> list[int]:
     """Which segments follow one another in a probe, by number; again and again until they reach beyond every named
     length below `largest_pack`, for what goes by the place in the pack."""
-    across = reach(settings, largest_pack)
+    across = max((number for number in lengths_named(settings) if number < largest_pack), default=0)
     order = list(range(len(lengths)))
     while sum(lengths[number] for number in order) <= across + max(lengths):
         order += range(len(lengths))

@@ -51,12 +51,14 @@ def save_model(
     card: str,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
 
     Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names;
     all of it is on the disk when this returns. Matrices of a whole model are stored in `dtype`; adapters always in
-    float32. `state` holds the tensors where those of `model` are in shards.
+    float32. `state` holds the tensors where those of `model` are in shards. A file of weights holds at most
+    `max_shard_size`, as transformers takes it.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +73,7 @@ def save_model(
                 state = whole_state(model, dtype, trained_only=False)  # tied weights stay one
             kept = model.config.dtype
             model.config.dtype = dtype
-            model.save_pretrained(str(temporary), state_dict=state)
+            model.save_pretrained(str(temporary), state_dict=state, max_shard_size=max_shard_size)
             model.config.dtype = kept
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))

@@ -73,7 +73,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_needed(facts: dict[str, Any], path: Path) -> None:
-    """UserError where the facts of `path` lack one of `NEEDED`."""
+    """UserError where the facts of `path` lack one of `NEEDED`; where they lack all, another program wrote them."""
+    if not facts.keys() & set(NEEDED):
+        raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
     if missing := [name for name in NEEDED if name not in facts]:
         raise damaged(path, f"{', '.join(missing)} is missing")
 

@@ -23,7 +23,7 @@ from typing import Any
 from sftx.config import Config
 from sftx.files import make_folder, sync, write_json, write_text
 from sftx.track.facts import check_needed, read_facts
-from sftx.types import StepRecord, UserError
+from sftx.types import StepRecord, UserError, untrained
 
 RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
 """Files of one line per step, which a checkpoint carries up to its own."""
@@ -108,8 +108,8 @@ class Run:
 
     def unreadable(self) -> list[str]:
         """In words, what is missing in the record of a finished run; what can be read of it stays."""
-        lines, expected = self.metrics(), self.facts["num_steps"]
-        missing = expected - len({line["step"] for line in lines})
+        lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
+        missing = expected - len({line["step"] for line in lines} - {0})
         if not missing:
             return []
         if self.writes:
@@ -132,11 +132,17 @@ class Run:
         if self.writes:
             write_json(self.folder / "run.json", self.facts)
 
-    def amend(self, **facts: Any) -> None:
-        """Add to the last step recorded."""
-        if self.writes:
-            *lines, last = self.metrics()
-            self._rewrite("metrics.jsonl", [*lines, {**last, **facts}])
+    def write_evaluation(self, step: int, num_steps: int, numbers: dict[str, float]) -> None:
+        """Put held-out numbers beside the record of `step`; step 0, of which nothing else is recorded, gets one."""
+        if not self.writes:
+            return
+        lines = self.metrics()
+        if step == 0 and not lines:
+            lines = [asdict(untrained(num_steps))]
+        for line in lines:
+            if line["step"] == step:
+                line["eval"] = numbers
+        self._rewrite("metrics.jsonl", lines)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far; what cannot be read, such as a half-written last line, is left out."""

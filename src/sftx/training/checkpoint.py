@@ -30,6 +30,7 @@ from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
 MANIFEST = "MANIFEST.json"
+_NAME = "step-" + "[0-9]" * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,10 @@ def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
-    sound = [path for path in _found(folder) if not _verify(path, read=False)]
+    sound = [path for path in folders(folder) if not _verify(path, read=False)]
     judged = [(loss, p) for p in sound if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
-    for path in folder.glob("step-*"):
+    for path in [*folders(folder), *folder.glob(f"{_NAME}.tmp")]:
         if path not in kept:
             shutil.rmtree(path)
 
@@ -167,7 +168,7 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
 
 
 def _newest_good(folder: Path) -> Path | None:
-    for path in _found(folder):
+    for path in folders(folder):
         if not (problem := _verify(path)):
             return path
         print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
@@ -183,7 +184,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def newest(folder: Path) -> State | None:
     """State of the newest checkpoint that verifies, without loading its tensors."""
-    return next((_state(path) for path in _found(folder) if not _verify(path)), None)
+    return next((_state(path) for path in folders(folder) if not _verify(path)), None)
 
 
 def records(folder: Path, step: int) -> dict[str, str]:
@@ -196,9 +197,14 @@ def _state(path: Path) -> State:
     return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
-def _found(folder: Path) -> list[Path]:
-    """Checkpoints, newest first; only whole ones ever get such a name."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: p.name, reverse=True)
+def folders(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first; only whole ones ever get such a name."""
+    return sorted(folder.glob(_NAME), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _verify(path: Path, read: bool = True) -> str:

@@ -21,9 +21,13 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
+from sftx.track.card import public_name
 from sftx.track.facts import check_needed, damaged, read_facts, section
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
+
+TRLX = "trlx"
+"""The fact in run.json that tells a run of a trlx script (`sftx.compat.trlx`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ def export(
     check_needed(facts, path)
     if not step and facts["status"] != "finished":
         raise UserError(f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its checkpoints")
+    if TRLX in facts:  # every checkpoint of such a run holds a whole model
+        folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
     source, adapter = _sources(folder, facts, bool(step), allowed)
     if dtype:
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
@@ -86,7 +92,8 @@ def export(
         raise UserError(f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was written")
     served = load_tokenizer(source)
     served.chat_template = encoder.chat_template or served.chat_template
-    card = f"Exported by sftx from a run that started from `{facts['config']['model'].get('path', '')}`.\n"
+    started_from = public_name(facts["config"]["model"].get("path", ""))
+    card = f"Exported by sftx from a run that started from `{started_from}`.\n"
     merged.config.use_cache = True
     with _beside(target) as temporary:
         save_model(temporary, merged, served, sorted(encoder.stop_ids), card, stored_dtype(source))
@@ -194,6 +201,15 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it runs, but is somebody else's
         return True
     return True
+
+
+def _model_of_trlx(folder: Path, step: int) -> Path:
+    """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside that."""
+    found = {int(path.name.removeprefix("checkpoint_")): path for path in folder.parent.glob("checkpoint_*[0-9]")}
+    if step not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise UserError(f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}")
+    return found[step] / "hf_model"
 
 
 def _probe(model: Any) -> torch.Tensor:

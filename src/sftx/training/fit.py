@@ -22,6 +22,9 @@ from sftx.model.memory import Memory, Rehearsal
 from sftx.model.speed import flops, reached_speed
 from sftx.types import Int32, UserError
 
+GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
+"""Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled layers keep half as
+much of every token."""
 MARGIN = 0.92
 """Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
 
@@ -87,6 +90,12 @@ def weigh(plan: Plan, loss: PackLoss, targets: Int32) -> None:
     plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
 
 
+def largest_pack(runtime: Runtime, device: torch.device, load: Load) -> int:
+    """The most tokens that a pack may get, whatever `fit` chooses."""
+    sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
+    return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
+
+
 def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int, earlier: int | None = None) -> Fit:
     """The largest packs, then the fewest recomputed layers, that fit into `at_hand` bytes; UserError where none do.
 
@@ -143,9 +152,8 @@ def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: 
 
 def _candidates(runtime: Runtime, rehearsal: Rehearsal) -> Iterator[tuple[int, int]]:
     """(tokens per pack, recomputed layers), in the order of preference."""
-    # Sizes at which the device is about as fast as it gets. Compiled layers keep half as much of every token.
-    layers, on_cpu = len(rehearsal.layers), [2048, 1024, 512] if rehearsal.compiled else [1024, 512]
-    good = [16384, 8192] if rehearsal.on_gpu else on_cpu
+    layers, on_cpu = len(rehearsal.layers), COMPILED_CPU_SIZES if rehearsal.compiled else CPU_SIZES
+    good = GPU_SIZES if rehearsal.on_gpu else on_cpu
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     if runtime.tokens_per_pack is not None:
         good, small = [runtime.tokens_per_pack], []

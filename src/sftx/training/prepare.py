@@ -37,7 +37,7 @@ from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Fit, Load, fit, outline, seconds_of, weigh
+from sftx.training.fit import Fit, Load, fit, largest_pack, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.training.resume import changes, dotted, mathematics, name_of
 from sftx.training.room import numbers, shortage
@@ -128,11 +128,13 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
-    notes += check_paths(loss, probe, machine.precision, longest)
-    dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
+    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
+    largest = largest_pack(config.runtime, machine.device, load)
+    notes += check_paths(loss, probe, machine.precision, longest, largest)
+    dist.alive("the plan of its memory")
     rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
-    chosen, seconds = _settle(config, run, corpus, plan, loss, rehearsal, at_hand)
+    chosen, seconds = _settle(config, run, corpus, plan, load, loss, rehearsal, at_hand)
     notes += chosen.notes
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
@@ -151,11 +153,17 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
 
 
 def _settle(
-    config: Config, run: Run, corpus: Corpus, plan: Plan, loss: PackLoss, rehearsal: Rehearsal, at_hand: int
+    config: Config,
+    run: Run,
+    corpus: Corpus,
+    plan: Plan,
+    load: Load,
+    loss: PackLoss,
+    rehearsal: Rehearsal,
+    at_hand: int,
 ) -> tuple[Fit, float | None]:
     """Choose packs and recomputed layers, compile where that is asked for or repays itself; predicted seconds too."""
     machine, wish = rehearsal.machine, config.runtime.compile
-    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
     rehearsal.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
     same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
     earlier = run.facts["tokens_per_pack"] if same_device else None
@@ -249,8 +257,6 @@ def refuse_strangers(config: Config) -> None:
 def _refuse_wrong_folder(config: Config, run: Run) -> None:
     refuse_strangers(config)
     target = run.folder
-    if run.exists and not {"status", "mathematics"} <= run.facts.keys():
-        raise UserError(f"output: {target} has a run.json that sftx did not write; choose another folder")
     run.check()
     if config.checkpoint.resume == "must" and not run.exists:
         raise UserError(f"checkpoint.resume: must, but there is no run in {target}")
@@ -325,9 +331,9 @@ def _continue_or_start(job: Job) -> None:
                 f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue {job.plan.num_steps} steps from "
                 f"(found: {found}); choose another folder for a new run"
             )
-        if not job.start and (lost := run.metrics()):
+        if not job.start and (lost := [line["step"] for line in run.metrics() if line["step"]]):
             found = "left no checkpoint that can be used" if any(job.checkpoints.glob("step-*")) else "saved nothing"
-            job.notes.append(f"an earlier run stopped after step {lost[-1]['step']:,} and {found}: starting over")
+            job.notes.append(f"an earlier run stopped after step {lost[-1]:,} and {found}: starting over")
     if changed:
         job.notes.extend(
             f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})" for key, (old, new) in changed.items()
