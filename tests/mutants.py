@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -92,7 +93,8 @@ def run_pytest(source: Path, arguments: list[str]) -> int:
     import pytest
 
     os.chdir(ROOT)
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+    named = [f"tests/{word}" if word.startswith("test_") else word for word in arguments]
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *named]))
 
 
 def run_scorecard(source: Path, numbers: str) -> int:
@@ -115,21 +117,24 @@ def killer(mutant: Mutant, whole_suite: bool) -> str:
     with tempfile.TemporaryDirectory(prefix="sftx-mutant-") as name:
         folder = Path(name)
         source = copy_with(mutant, folder)
-        log = folder / "log"
-        for tests in mutant.tests:
-            kind, _, rest = tests.partition(" ")
-            if kind == "scorecard":
-                code = in_a_fork(lambda numbers=rest: run_scorecard(source, numbers), log)
-            else:
-                arguments = [str(ROOT / "tests" / word) if word.startswith("test_") else word for word in tests.split()]
-                code = in_a_fork(lambda arguments=arguments: run_pytest(source, arguments), log)
-            if code:
-                return first_failure(log, tests, code)
-        if whole_suite:
-            code = in_a_fork(lambda: run_pytest(source, [str(ROOT / "tests")]), log)
-            if code:
-                return first_failure(log, "the default suite", code)
+        for tests in (*mutant.tests, *["the default suite"] * whole_suite):
+            if found := try_on(source, tests, folder / "log"):
+                return found
     return ""
+
+
+def try_on(source: Path, tests: str, log: Path) -> str:
+    """The first failure of these tests on the code in `source`; `ValueError` if there are no such tests."""
+    kind, _, rest = tests.partition(" ")
+    if kind == "scorecard":
+        code = in_a_fork(lambda: run_scorecard(source, rest), log)
+    elif kind == "the":
+        code = in_a_fork(lambda: run_pytest(source, []), log)
+    else:
+        code = in_a_fork(lambda: run_pytest(source, shlex.split(tests)), log)
+        if code in (4, 5):  # pytest's codes for tests that are not there
+            raise ValueError(f"no test is called {tests}")
+    return first_failure(log, tests, code) if code else ""
 
 
 def first_failure(log: Path, tests: str, code: int) -> str:
@@ -140,7 +145,8 @@ def first_failure(log: Path, tests: str, code: int) -> str:
     if code == 124:
         return f"{tests}: not done after {LIMIT} s"
     said = [*failed, *checks, f"exit code {code}"][0]
-    return f"{tests}: {said}"
+    late = " (a time limit: look whether the machine was busy)" if "TimeoutExpired" in "".join(lines) else ""
+    return f"{tests}: {said}{late}"
 
 
 def main(arguments: list[str]) -> int:

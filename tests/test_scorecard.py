@@ -19,7 +19,9 @@ def test_check(number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30], ids=lambda n: CHECKS[n].name)
+@pytest.mark.parametrize(
+    "number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30, 31, 32, 33, 34, 35], ids=lambda n: CHECKS[n].name
+)
 def test_check_of_its_own_process(number: int) -> None:
     outcome = frame.run_apart(CHECKS[number])
     assert outcome.passed, outcome.found
