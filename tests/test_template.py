@@ -500,6 +500,7 @@ BOMBS = {
 def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
     monkeypatch.setattr(sandbox, "MEMORY", 200 << 20)
+    monkeypatch.setattr(sandbox, "_own_process", True)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
@@ -522,7 +523,7 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data import sandbox\nsandbox.LAST = 0.5\n"
+        "import sys; from sftx.data import sandbox\nsandbox.LAST = 0.5\nsandbox.limit_this_process()\n"
         "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]

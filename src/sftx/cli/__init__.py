@@ -27,9 +27,10 @@ _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130 interrupted."""
+    own_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, own_process)
     except UserError as error:
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(2)  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
@@ -57,7 +58,7 @@ def verbs() -> dict[str, str]:
     return found
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], own_process: bool) -> int:
     match arguments:
         case [] | ["-h" | "--help" | "help"]:
             print(_overview())
@@ -74,10 +75,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_verb_help(verb, module))
         return 0
-    return _call(verb, module, rest)
+    return _call(verb, module, rest, own_process)
 
 
-def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
+def _call(verb: str, module: ModuleType, arguments: list[str], own_process: bool) -> int:
     extra_keys: dict[str, str] = vars(module).get("EXTRA", {})
     path, overrides, extra = _split(verb, arguments, extra_keys)
     takes = signature(module.run).parameters
@@ -89,8 +90,11 @@ def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
             raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}")
         return module.run(**extra)
 
+    from sftx.data.sandbox import limit_this_process
     from sftx.settings import load_config
 
+    if own_process:
+        limit_this_process()
     return module.run(load_config(path, overrides, vars(module).get("DEFAULTS", ())), **extra)
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
+from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.corpus import Columns, Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.render import DECIDES, Encoder
@@ -123,6 +124,7 @@ def load_corpora(
         corpus = _assemble(train, tables, encoder.fingerprint, cache)
         held_out = _assemble(held, held_tables, encoder.fingerprint, cache) if held else None
     _check(corpus, data)
+    _warn_of_lost_reasoning(corpus, encoder)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
@@ -173,6 +175,20 @@ def _check(corpus: Corpus, data: Data) -> None:
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
             log.warning("warning: %s: %.1f %% of %s rows were dropped%s", name, share, f"{ledger.read:,}", first)
+
+
+def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
+    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a source."""
+    for name, ledger in corpus.ledgers.items():
+        lost = ledger.notes.get(LOST_REASONING, 0)
+        if lost > 0.01 * ledger.read:
+            log.warning(
+                "warning: %s: the chat template leaves out the reasoning of %s of %s rows; %s",
+                name,
+                f"{lost:,}",
+                f"{ledger.read:,}",
+                encoder.how_to_keep_reasoning(),
+            )
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -19,6 +19,7 @@ from sftx.data.cache import Cache, Entry, TokenBlock, make_block
 from sftx.data.read import rows_in
 from sftx.data.render import Encoder
 from sftx.data.rows import parse, unused
+from sftx.data.sandbox import limit_this_process
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
@@ -89,6 +90,7 @@ def main() -> None:
     import tokenizers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    limit_this_process()
     setup = json.loads(sys.stdin.readline())
     state = setup["tokenizer"]
     backend = tokenizers.Tokenizer.from_file(state["path"])

@@ -121,6 +121,11 @@ class Encoder:
         with watched():
             return self.template(conversation.tools is not None).turn(conversation, turn).prompt
 
+    def how_to_keep_reasoning(self) -> str:
+        """What to do where the template leaves out the reasoning of turns."""
+        with watched():
+            return self._templates["default"].how_to_keep_thoughts()
+
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
         return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]

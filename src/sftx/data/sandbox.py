@@ -2,9 +2,10 @@
 
 The environment renders as the one in transformers does, to the letter. A template cannot reach Python, files or the
 network (jinja2's immutable sandbox). Its limits cost ordinary rendering nothing: a watchdog thread interrupts the
-series of small operations that most templates are. What it cannot interrupt is one large operation (`'x' * 10**10`, the
-text of a list that holds itself many times over). For these the system refuses memory beyond `MEMORY` while templates
-run, and ends the process, which shows its stacks, after `LAST` seconds.
+series of small operations that most templates are. What it cannot interrupt is one large operation (the text of a list
+that holds itself many times over). For these the system refuses memory beyond `MEMORY` while templates run, and ends
+the process, which shows its stacks, after `LAST` seconds. Such limits are of the whole process: they act only in
+processes of our own (`limit_this_process`), never in one that calls the library and does other things beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ LAST = 60.0  # seconds of processor time in one operation, after which the proce
 CHARACTERS = 20_000_000  # longest text
 MEMORY = 1 << 30  # bytes by which the process may grow during one rendering
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
+_own_process = False
+
+
+def limit_this_process() -> None:
+    """Say that this process is ours: templates run under limits of memory and time that act on all of it."""
+    global _own_process
+    _own_process = True
 
 
 class LimitError(TemplateError):
@@ -90,10 +98,13 @@ _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_",
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, quicker where its answers are known, and without powers that take minutes."""
 
-    intercepted_binops = frozenset(["**"])
+    intercepted_binops = frozenset(["**", "*"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _check_power(right)
+        if operator == "**":
+            _check_power(right)
+        else:
+            _check_repetition(left, right)
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -119,6 +130,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _check_power(exponent: Any) -> None:
     if isinstance(exponent, int) and abs(exponent) > 1000:
         raise LimitError(f"the template asks for a power of {exponent:.2g}")
+
+
+def _check_repetition(left: Any, right: Any) -> None:
+    count, repeated = (left, right) if isinstance(left, int) else (right, left)
+    if isinstance(count, int) and hasattr(repeated, "__len__") and len(repeated) * count > CHARACTERS:
+        raise LimitError(f"the template repeats something {count:,} times")
 
 
 def _round(value: float, precision: int = 0, method: Any = "common") -> float:
@@ -175,17 +192,23 @@ class _Watch(threading.Thread):
         self.target = threading.get_ident()
         self.started: float | None = None
         self.fired = False
+        self.clock = time.pthread_getcpuclockid(self.target) if hasattr(time, "pthread_getcpuclockid") else None
+
+    def spent(self) -> float:
+        """Seconds of processor time of the rendering thread; of the whole process where threads are not told apart."""
+        return time.process_time() if self.clock is None else time.clock_gettime(self.clock)
 
     def run(self) -> None:
         seen, memory, began = None, 0, 0.0
         while not self.done.wait(0.02):
-            signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
+            if _own_process:
+                signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
             with self.guard:
                 if self.started is None or self.fired:
                     continue
                 if seen != self.started:  # a new rendering since the last look
-                    seen, memory, began = self.started, _memory(), time.process_time()
-                elif time.process_time() - began > SECONDS or _memory() - memory > MEMORY:
+                    seen, memory, began = self.started, _memory(), self.spent()
+                elif self.spent() - began > SECONDS or (_own_process and _memory() - memory > MEMORY):
                     self.fired = True
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
@@ -213,12 +236,27 @@ _local = threading.local()  # .watch: the watchdog of this thread, if one is on 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, every `run_template` of this thread is interrupted when it runs too long or takes too much memory."""
+    """Inside, every `run_template` of this thread is interrupted when it runs too long or, in a process of our own,
+    takes too much memory."""
     if getattr(_local, "watch", None) is not None:
         yield
         return
     watch = _local.watch = _Watch()
     watch.start()
+    try:
+        with _process_limits() if _own_process else nullcontext():
+            yield
+    finally:
+        watch.done.set()
+        watch.join()
+        if _own_process:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _local.watch = None
+
+
+@contextmanager
+def _process_limits() -> Iterator[None]:
+    """Inside, the process gets no more than `MEMORY` further bytes, and is ended by an operation longer than `LAST`."""
     signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
     if sys.__stderr__ is not None:  # the stacks, and then what the signal does by default
         faulthandler.register(signal.SIGVTALRM, sys.__stderr__, chain=True)
@@ -228,10 +266,6 @@ def watched() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, _UNLIMITED)
-        watch.done.set()
-        watch.join()
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _local.watch = None
 
 
 def _memory(of_data: bool = False) -> int:

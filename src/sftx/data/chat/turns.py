@@ -286,7 +286,7 @@ class ChatTemplate:
         """Whether the template writes a content at this turn at all."""
         messages = [*conversation.messages[:t], {**conversation.messages[t], "content": MODEL}]
         probe = Conversation(messages, [], conversation.tools, conversation.kwargs)
-        return MODEL in self.render(probe, t + 1, False, **switch)
+        return MODEL in self.render(probe, t + 1, False, **switch).lower()
 
     def _other_turn(self, conversation: Conversation, t: int) -> Turn:
         """A turn that no model is asked for: its prompt ends where the content begins."""
