@@ -22,17 +22,38 @@ SOURCE = ROOT / "src" / "sftx"
 # A module imports from its own layer and from those beneath it; the longest name that fits decides.
 LAYERS = {
     5: ("cli", "compat", "demo", "__main__"),
-    4: ("training.loop", "training.meter", "training.prepare", "track.report", "track.progress", "track.trackers"),
+    4: (
+        "training.loop",
+        "training.control",
+        "training.meter",
+        "training.prepare",
+        "track.report",
+        "track.progress",
+        "track.trackers",
+    ),
     3: ("training", "eval"),
     2: ("model", "dist"),
     1: ("data", "track"),
-    0: ("config", "types", "schema", "settings", "strict_yaml"),
+    0: (
+        "boundary",
+        "config",
+        "files",
+        "model_config",
+        "schema",
+        "schema_types",
+        "settings",
+        "settings_types",
+        "strict_yaml",
+        "types",
+    ),
 }
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
+CATCHES_ALL = SOURCE / "boundary.py"
+"""The one file that may catch whatever a library raises; see its docstring."""
 MAX_FILE, MAX_FUNCTION = 400, 60
-"""Lines, counted whole, as a reader meets them. There is no limit on the whole: code is never made denser to fit one."""
+"""Lines, counted whole, as a reader meets them. The whole has no limit: code is never made denser to fit one."""
 
 
 @cache
@@ -159,7 +180,11 @@ def test_everything_public_is_documented() -> None:
     missing = [f"sftx.{name}" for name, tree in modules().items() if not ast.get_docstring(tree)]
     for name, tree in modules().items():
         public = [
-            node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.name[0] != "_"
+            and "overload" not in [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)]
         ]
         missing += [f"sftx.{name}.{node.name}" for node in public if not ast.get_docstring(node)]
     assert not missing, "\n".join(missing)
@@ -184,12 +209,15 @@ def test_no_leftovers() -> None:
     ]
     wrong = []
     for path in [*places, *(ROOT / "examples").rglob("*.*")]:
-        patterns = [re.escape(word) for word in everywhere] + (in_source if SOURCE in path.parents else [])
+        patterns = [re.escape(word) for word in everywhere]
+        if SOURCE in path.parents:
+            patterns += [word for word in in_source if path != CATCHES_ALL or word != r"except Exception"]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             wrong += [
                 f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for word in patterns if re.search(word, line)
             ]
     assert not wrong, "\n".join(wrong)
+    assert CATCHES_ALL.read_text(encoding="utf-8").count("except Exception") == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)

@@ -79,6 +79,30 @@ def test_a_torn_file_is_no_block(tmp_path: Path) -> None:
     assert open_block(tmp_path / "nothing") is None
 
 
+def test_a_block_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power could leave a file that is named as a block and holds nothing."""
+    synced: dict[int, int] = {}
+    named: list[tuple[int, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def watched_sync(descriptor: int) -> None:
+        sync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def watched_replace(source: str, target: Path) -> None:
+        found = os.stat(source)
+        named.append((synced.get(found.st_ino, -1), found.st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    cache = Cache(str(tmp_path))
+    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    size = cache.path("k1").stat().st_size
+    assert named == [(size, size)]
+
+
 def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
     """Every bit of every token and weight is under the hash of its example."""
     cache = Cache(str(tmp_path))

@@ -318,5 +318,5 @@ def test_another_thread_may_allocate_while_a_row_is_encoded(monkeypatch: pytest.
 
 
 def test_a_template_cannot_repeat_a_text_without_end() -> None:
-    with pytest.raises(UserError, match="repeats something"):
+    with pytest.raises(UserError, match="makes a text or list of"):
         encoder("{{ 'x' * 10**10 }}").encode([row([user("a"), model("b")])])

@@ -49,7 +49,7 @@ def test_a_verb_gets_its_config_and_its_own_keys(monkeypatch: pytest.MonkeyPatch
         (["train", "runs/lr=1e-4/run.yaml"], "error: runs/lr=1e-4/run.yaml: no such file"),
         (["schema", "formt=json"], "error: sftx schema: no key 'formt'; did you mean `format`?"),
         (["schema", "run.yaml"], "error: sftx schema: 'run.yaml' means nothing here; it takes format=..."),
-        (["schema", "format=xml"], "error: sftx schema: format='xml'; allowed: json, markdown"),
+        (["schema", "format=xml"], "error: sftx schema: format='xml'; allowed: json, markdown, python"),
         (["schema", "format=json", "format=markdown"], "error: sftx schema: format: given twice"),
     ],
 )

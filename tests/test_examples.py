@@ -10,6 +10,7 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftx import cli
+from sftx.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +22,9 @@ def test_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     changes = [f"model={model}", f"output={output}", "data.max_length=128", f"data.cache={tmp_path}", "data.workers=0"]
     assert cli.main(["train", str(path), *changes]) == 0
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(steps[0], len(lines) + steps[0]))
+    assert steps[0] == (0 if "eval" in load_config(str(path)).model_dump(exclude_unset=True) else 1)
     saved = output / "merged" if (output / "merged").exists() else output
     AutoModelForCausalLM.from_pretrained(saved)
     AutoTokenizer.from_pretrained(saved)

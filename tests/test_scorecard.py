@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from sftx_scorecard import frame, fuzz
+from scorecard import frame, fuzz
 
 CHECKS = frame.checks()
 
@@ -33,7 +32,7 @@ def test_broken_rows_files_and_templates(tmp_path: Path) -> None:
 
 def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     script = (
-        "import sys; from sftx_scorecard import frame, __main__ as program\n"
+        "import sys; from scorecard import frame, __main__ as program\n"
         "@frame.check(1, 'holds', 9)\ndef one(folder): return 'measured'\n"
         "@frame.check(2, 'does not', 9)\ndef two(folder): frame.expect(1 > 2, 'found 1')\n"
         "@frame.check(3, 'hangs', 1)\ndef three(folder): __import__('time').sleep(60)\n"
@@ -41,7 +40,12 @@ def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     )
     (tmp_path / "small.py").write_text(script)
     done = subprocess.run(
-        [sys.executable, "small.py", "json=out.json"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "small.py", "json=out.json"],
+        cwd=tmp_path,
+        env=frame.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-1] == "scorecard 1/3"

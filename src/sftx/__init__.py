@@ -3,25 +3,63 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in `_PUBLIC`, for editors and type checkers
+    from sftx.config import Config
+    from sftx.data.encode import encode
+    from sftx.data.tokenizer import Tokenizer
+    from sftx.settings import load_config, make_config
+    from sftx.training.control import Steps
+    from sftx.training.loop import steps, train
+    from sftx.training.result import Result
+    from sftx.types import Example, Ledger, Pack, StepRecord, UserError
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Example",
+    "Ledger",
+    "Pack",
+    "Result",
+    "StepRecord",
+    "Steps",
+    "Tokenizer",
+    "UserError",
+    "__version__",
+    "encode",
+    "load_config",
+    "make_config",
+    "steps",
+    "train",
+]
 
 _PUBLIC = {
     "Config": "sftx.config",
-    "UserError": "sftx.types",
+    "encode": "sftx.data.encode",
+    "Tokenizer": "sftx.data.tokenizer",
+    "load_config": "sftx.settings",
+    "make_config": "sftx.settings",
+    "Steps": "sftx.training.control",
+    "steps": "sftx.training.loop",
+    "train": "sftx.training.loop",
+    "Result": "sftx.training.result",
     "Example": "sftx.types",
+    "Ledger": "sftx.types",
     "Pack": "sftx.types",
     "StepRecord": "sftx.types",
-    "encode": "sftx.data.encode",
-    "train": "sftx.training.loop",
-    "steps": "sftx.training.loop",
+    "UserError": "sftx.types",
 }
-__all__ = ["__version__", *_PUBLIC]
+"""Public names and the modules they are imported from when first used: `import sftx` loads no torch."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names when first used, so that `import sftx` loads neither torch nor transformers."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'sftx' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+if not TYPE_CHECKING:  # a type checker would take every name for a name of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'sftx' has no attribute {name!r}")
+        return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

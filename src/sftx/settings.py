@@ -7,16 +7,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, Unpack, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from sftx.config import SHORT_FORMS, Config, Section
 from sftx.schema import allowed, doc, section_of, shown, suggestion
-from sftx.strict_yaml import KeyPath, Places, dotted, parse
+from sftx.strict_yaml import LARGEST, KeyPath, Places, check_text_size, dotted, parse
 from sftx.types import UserError, without_nulls
 
+if TYPE_CHECKING:
+    from sftx.settings_types import Sections
+
 _COMMAND_LINE = "command line"
+_SHOWN = 50
+"""Problems that are printed; of more, their number."""
 _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
 
 
@@ -39,18 +44,21 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
     return _checked(data, places, problems, source=path or "")
 
 
-def make_config(**sections: Any) -> Config:
+def make_config(**sections: Unpack[Sections]) -> Config:
     """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a", batch={"epochs": 2})`.
 
     Sections are nested dictionaries, their short forms, or section objects of `sftx.config`. Raises `UserError` with
     every problem found, one per line.
     """
-    return _checked(sections, {}, [], source="")
+    return _checked(dict(sections), {}, [], source="")
 
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST + 1)
+        check_text_size(len(content), path)
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +126,8 @@ def _checked(data: dict[str, Any], places: Places, problems: list[str], *, sourc
     else:
         if not problems:
             return config
-    raise UserError("\n".join(problems))
+    more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+    raise UserError("\n".join(problems[:_SHOWN] + more))
 
 
 def _place(path: KeyPath, places: Places) -> str:
@@ -135,7 +144,9 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
         path = (*at, key)
         field = section.model_fields.get(key)
         value = _rows(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
-        if field is None:
+        if field is None and len(problems) > _SHOWN:  # looking for what was meant takes longest
+            problems.append(f"{dotted(path)}: no such setting")
+        elif field is None:
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):
             value = _long_form(key, value)

@@ -102,13 +102,18 @@ class Pack:
 
 @dataclass(slots=True)
 class Ledger:
-    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too."""
+    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too.
+
+    `shown`: how many different rows at least one step shows; all that were not dropped, unless the run is shorter than
+    that or shows only a share of a source.
+    """
 
     read: int = 0
     trained: int = 0
     split: int = 0
     dropped: int = 0
     truncated: int = 0
+    shown: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -130,9 +135,11 @@ class Ledger:
         share = 100 * self.targets / max(self.tokens, 1)
         lost = f"{self.targets_truncated:,} of them targets" if self.targets_truncated else "no target among them"
         cut = f"; {self.truncated:,} rows lost {self.tokens_truncated:,} tokens, {lost}" if self.truncated else ""
+        unseen = self.trained + self.split - self.shown
+        missed = f"; {unseen:,} of these rows are in no step of this run" if unseen else ""
         return (
-            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}; "
-            f"{self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets{cut}"
+            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}"
+            f"{missed}; {self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets{cut}"
         )
 
 
@@ -143,7 +150,8 @@ class StepRecord:
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
     `eval` are always plain.
 
-    `loss` and `grad_norm` are None where they were not finite: such a step was not applied.
+    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0 stands for the model
+    before training: it has held-out numbers alone.
     """
 
     step: int
@@ -163,6 +171,28 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
+
+
+def untrained(num_steps: int) -> StepRecord:
+    """The record of step 0 of `num_steps`: nothing was trained yet."""
+    return StepRecord(
+        step=0,
+        num_steps=num_steps,
+        epoch=0.0,
+        loss=None,
+        learning_rate=0.0,
+        grad_norm=None,
+        examples=0,
+        tokens=0,
+        targets=0,
+        weight=0.0,
+        packs=0,
+        seconds=0.0,
+        tokens_per_second=0.0,
+        memory=0,
+        total_tokens=0,
+        total_targets=0,
+    )
 
 
 def without_nulls(row: Any) -> Any:

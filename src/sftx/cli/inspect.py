@@ -1,7 +1,8 @@
 """Show the exact tokens a run trains on, by row, step or pack: `sftx inspect run.yaml row=17`.
 
 Trained tokens stand out (on a terminal by colour, in plain text between ⟦ and ⟧), a weight other than 1 is named, and
-special tokens are set apart. Numbers at the left are positions. Nothing is trained and no model is loaded.
+special tokens are set apart; a text that only spells one has a backslash before it. Numbers at the left are positions.
+Nothing is trained and no model is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sftx.cli._page import write_page
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
-from sftx.data.plan import Plan
+from sftx.data.plan import plan_of
 from sftx.data.render import Encoder
 from sftx.data.view import View, raw_tables, view, views_of_rows
 from sftx.track.record import Run
@@ -85,7 +86,7 @@ def run(
 def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
     step = whole_number("inspect: step", asked)
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
         raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
     size = config.runtime.tokens_per_pack or Run(config).facts.get("tokens_per_pack", CPU_PACK)
@@ -118,7 +119,8 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
                 line = Text(f"{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
-    yield Text(f"         {_counts([shown])}", style="italic")
+    legend = r"; \ = text that spells a special token (data.special_tokens: escape)" if any(shown.spelled) else ""
+    yield Text(f"         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
 
@@ -128,7 +130,7 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
-        text = text.translate(VISIBLE)
+        text = ("\\" if shown.begins_spelling(i) else "") + text.translate(VISIBLE)
         if not colour and weight != before:
             named = f"{weight:g}:" if weight not in (0, 1) else ""
             text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text

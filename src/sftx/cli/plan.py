@@ -17,7 +17,7 @@ from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
-from sftx.data.plan import Plan
+from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.compiled import planned
@@ -90,7 +90,7 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
-        plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+        plan = plan_of(corpus, config)
         weigh(plan, loss, corpus.targets)
         return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
     sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)

@@ -1,13 +1,14 @@
-"""Print every setting: as JSON schema for editors, or as the page of the documentation."""
+"""Print every setting: as JSON schema for editors, as the page of the documentation, or as types for Python."""
 
 from __future__ import annotations
 
 import json
 
 from sftx.schema import as_json_schema, as_markdown
+from sftx.schema_types import as_python
 from sftx.types import UserError
 
-EXTRA = {"format": "json (the default) or markdown"}
+EXTRA = {"format": "json (the default), markdown or python"}
 
 
 def run(format: str = "json") -> int:
@@ -17,6 +18,8 @@ def run(format: str = "json") -> int:
             print(json.dumps(as_json_schema(), indent=2))
         case "markdown":
             print(as_markdown(), end="")
+        case "python":
+            print(as_python(), end="")
         case _:
-            raise UserError(f"sftx schema: format={format!r}; allowed: json, markdown")
+            raise UserError(f"sftx schema: format={format!r}; allowed: json, markdown, python")
     return 0

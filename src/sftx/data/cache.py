@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from sftx.types import Example, UserError
 
-VERSION = "2"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
+VERSION = "3"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
 _DTYPES = {"I64": np.int64, "U64": np.uint64, "F64": np.float64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
@@ -54,7 +54,9 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`, `abouts`, `dropped` and `bad` ([line, reason] of each row), `unused` (rows per column), `largest_id`."""
+    """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how many rows have each
+    column that is not read (`unused`), each field of a message that only the template may know (`fields`), and each
+    column of `data.columns` (`renamed`)."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -89,7 +91,7 @@ class Entry(NamedTuple):
 
 
 def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
-    """Lay examples end to end. `meta` may hold `dropped`, `bad` and `unused`."""
+    """Lay examples end to end. `meta` may hold all that `TokenBlock.meta` does but `largest_id`."""
     examples = [entry.example for entry in entries]
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
     starts = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
@@ -105,7 +107,8 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
-    facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes), "abouts": list(abouts)}
+    nothing = {"dropped": [], "bad": [], "unused": {}, "fields": {}, "renamed": {}}
+    facts = {**nothing, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,
         weights=weights.astype(np.uint8) if plain else weights,

@@ -96,13 +96,18 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     spans = _chunks(sequence, max_length)
     pieces: list[TokenSequence] = []
     covered = np.zeros(len(sequence.ids), dtype=np.bool_)
-    while spans:
-        first = spans[0][0]
+    done = before = 0  # spans that are in a piece; outputs that end before the next of them
+    while done < len(spans):
+        first = spans[done][0]
         # Room for the whole prompt of the first output: no answer is trained without its question where both fit.
-        asked = max((end for _, end in sequence.spans if end <= first), default=0) - sequence.begins_with_bos
+        while before < len(sequence.spans) and sequence.spans[before][1] <= first:
+            before += 1
+        asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
         prompt = min(asked, first - 1) if sequence.context is None else first - 1  # something stands before it
-        count = max(1, sum(end - prompt <= max_length for _, end in spans))
-        end = spans[count - 1][1]
+        count = 1
+        while done + count < len(spans) and spans[done + count][1] - prompt <= max_length:
+            count += 1
+        end = spans[done + count - 1][1]
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
@@ -110,7 +115,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
-        spans = spans[count:]
+        done += count
     assert sum(piece.targets for piece in pieces) == sequence.targets
     return Fitted(pieces, int(np.count_nonzero(~covered)))
 

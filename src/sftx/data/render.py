@@ -29,7 +29,9 @@ from sftx.types import Example, Row, RowError, UserError
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens", "lost_reasoning")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
-VERSION = 3  # raise it when the same rows and settings become other tokens
+KEPT_AS_TEXT = "special tokens kept as text"
+"""The note of a row whose own text spells special tokens."""
+VERSION = 4  # raise it when the same rows and settings become other tokens
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
 
 
@@ -190,7 +192,7 @@ class Encoder:
         mark, notes = "", []
         if self._escape and spells(conversation, self.tokenizer.control, self.tokenizer.control_as_json):
             conversation, mark = marked(conversation, self.tokenizer.control)
-            notes.append("special tokens kept as text")
+            notes.append(KEPT_AS_TEXT)
         turns = self._turns(conversation)
         texts = text_sequences(turns, [conversation.weights[t] for t in conversation.trained], mark)
         if len(texts) > 1:

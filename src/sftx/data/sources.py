@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,7 +15,7 @@ from sftx.data import convert
 from sftx.data.cache import Cache
 from sftx.data.corpus import Origin
 from sftx.data.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
-from sftx.data.rows import detect
+from sftx.data.rows import check_names, detect, renamed
 from sftx.types import RowError, UserError
 
 MEMORY = "rows"  # the name of a source held in memory
@@ -36,6 +36,7 @@ class Table:
     form: str
     lines: Path | None
     held_out: bool = False
+    columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
@@ -50,7 +51,15 @@ class Table:
         with self.open_lines(scratch).open("rb") as file:
             for block in self.blocks[start:]:
                 file.seek(block.start)
-                yield from rows_in(file.read(block.stop - block.start), block.line)
+                for line, raw, value in rows_in(file.read(block.stop - block.start), block.line):
+                    yield line, raw, _renamed(value, self.columns)
+
+
+def _renamed(value: Any | RowError, columns: Mapping[str, str | None]) -> Any | RowError:
+    try:
+        return value if isinstance(value, RowError) else renamed(value, columns)
+    except RowError as error:
+        return error
 
 
 def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
@@ -73,6 +82,7 @@ def open_tables(
     Raises:
         UserError: a file is missing or unreadable, or its first row has no known format.
     """
+    check_names(data.columns)
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
@@ -83,7 +93,7 @@ def open_tables(
                     out.writelines(convert.dump(row) + b"\n" for row in rows or [])
                 else:
                     convert.write_rows(_hub_rows(source.path), out)
-            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name))
+            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name), columns=data.columns)
             tables.append(_cut(table, data, scratch))
         else:
             tables += [
@@ -104,11 +114,12 @@ def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
 
 
 def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path) -> Table:
-    table = Table(number, origin, files, [], data.format, None)
+    table = Table(number, origin, files, [], data.format, None, columns=data.columns)
     if len(files) == 1 and is_lines(files[0]):
         table.lines = files[0]
         return _cut(table, data, scratch)
-    key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
+    decides = f"{convert.VERSION} {data.format} {data.on_bad_row} {json.dumps(data.columns, sort_keys=True)}"
+    key = blake2b(decides.encode(), digest_size=20)
     for file in files:
         with file.open("rb") as stream:
             content = file_digest(stream, blake2b).digest()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from sftx.config import Config
@@ -34,11 +35,17 @@ class View:
     special: list[bool]
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns."""
+    spelled: list[bool] = field(default_factory=list)
+    """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`)."""
 
     @property
     def targets(self) -> int:
         """Tokens that carry weight."""
         return sum(weight != 0 for weight in self.weights)
+
+    def begins_spelling(self, index: int) -> bool:
+        """Whether a text that spells a special token begins with this token."""
+        return self.spelled[index] and not (index and self.spelled[index - 1])
 
 
 def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
@@ -48,7 +55,29 @@ def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prom
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
     special = [token in tokenizer.control_ids for token in ids]
-    return View(place, note, example.part, ids, example.weights.tolist(), texts, special, prompt)
+    return View(
+        place,
+        note,
+        example.part,
+        ids,
+        example.weights.tolist(),
+        texts,
+        special,
+        prompt,
+        _spelled(texts, special, tokenizer),
+    )
+
+
+def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> list[bool]:
+    """Which tokens, not special themselves, write letters of a special token."""
+    text = "".join(texts)
+    inside = np.zeros(len(text), np.bool_)
+    for match in tokenizer.control.finditer(text):
+        inside[match.start() : match.end()] = True
+    spelled = []
+    for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
+        spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
+    return spelled
 
 
 @contextmanager

@@ -5,34 +5,25 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sftx.boundary import boundary
 from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
+from sftx.model.folder import check_weights, load_config
+from sftx.model.forward_state import ForwardState
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
 from sftx.model.recompute import decoder_layers
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
-
-
-def load_config(model: Model) -> Any:
-    """The model's Hugging Face configuration; UserError if the folder does not hold one."""
-    path = Path(model.path)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
-    try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {model.path} cannot be read as a model: {error}") from error
 
 
 def stored_dtype(model: Model) -> torch.dtype:
@@ -50,19 +41,20 @@ def load_model(
 
     With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype that it names.
     """
+    config = load_config(model)
+    check_weights(model.path)
     quantised = {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
     transformers_logging.disable_progress_bar()
-    try:
+    with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model.path,
+            config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
             **quantised,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
@@ -73,7 +65,10 @@ def load_model(
         # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes through any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
-    return loaded if nf4 else loaded.to(device)
+    loaded = loaded if nf4 else loaded.to(device)
+    with boundary(f"model.path: {model.path} cannot compute with what its config.json says"), torch.no_grad():
+        loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    return loaded
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
@@ -135,7 +130,8 @@ class PackLoss(nn.Module):
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
     `checks` turns to them when measuring shows that the fast one is not equal. `prunes`: the last layer computes only
-    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `objective` holds
+    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `forgets` is put back
+    before every segment that runs alone: a model may remember something of the one before. `objective` holds
     while training; in evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
@@ -152,6 +148,7 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
+        self.forgets: ForwardState | None = None
         self.prunes = False
         for layer in decoder_layers(model)[-1:]:
             LastLayer(layer)
@@ -194,6 +191,25 @@ class PackLoss(nn.Module):
         logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
         return logits if len(logits) == len(pack.index) else logits[pack.index]  # some models ignore `logits_to_keep`
 
+    def run_one_by_one(self) -> None:
+        """Run segments one at a time from now on, with the model's own attention."""
+        self.isolate = False
+        self.use_segments(False)
+
+    def logits_one_by_one(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index`, segments one at a time."""
+        parts = []
+        for a, b in itertools.pairwise(pack.borders.tolist()):
+            mine = (pack.index >= a) & (pack.index < b)
+            parts.append(self._logits_alone(pack.ids[a:b])[pack.index[mine] - a])
+        return torch.cat(parts)
+
+    def _logits_alone(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] of one segment, whatever ran before it."""
+        if self.forgets is not None:
+            self.forgets.put_back()
+        return self._run(self.model, ids).logits[0]
+
     def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
@@ -202,7 +218,7 @@ class PackLoss(nn.Module):
             if mine.any() or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
                 at, weight = pack.index[mine] - a, pack.weight[mine]
-                logits = self._run(self.model, pack.ids[a:b]).logits[0][at]
+                logits = self._logits_alone(pack.ids[a:b])[at]
                 total = total + cross_entropy_sum(logits, pack.label[mine], weight, objective)
                 if objective.router_aux:
                     total = total + self._balance(torch.tensor([0, b - a]), at, weight)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
 
 import torch
 from safetensors import SafetensorError
@@ -24,31 +24,30 @@ from sftx.model.save import save_model
 from sftx.model.shard import check_replicas, whole_state
 from sftx.settings import make_config
 from sftx.track.card import model_card
+from sftx.track.lock import owned
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
-from sftx.training.export import export
+from sftx.training.background import Background
+from sftx.training.control import Control, Steps
+from sftx.training.export import Allowed, export
 from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
-from sftx.training.prepare import Job, prepare
+from sftx.training.prepare import Job, prepare, refuse_strangers
+from sftx.training.result import Result
 from sftx.training.step import StepResult, train_step
-from sftx.training.stop import NOTHING_TO_SAVE, StopFlag, Stopped, listening
+from sftx.training.stop import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a finished run leaves: its folder, and its numbers."""
-
-    folder: Path
-    steps: int
-    seconds: float
-    loss: float | None  # of the last step
-    eval_before: dict[str, float] | None
-    eval_after: dict[str, float] | None
+if TYPE_CHECKING:
+    from sftx.settings_types import Sections
 
 
-def train(config: Config | None = None, **sections: Any) -> Result:
+@overload
+def train(config: Config, /) -> Result: ...
+@overload
+def train(config: None = None, /, **sections: Unpack[Sections]) -> Result: ...
+def train(config: Config | None = None, /, **sections: Any) -> Result:
     """Run to the end and write the trained model to `output`.
 
     Takes a `Config`, or its sections by name: `train(model="folder", data=["a text", ...], output="runs/first",
@@ -56,54 +55,76 @@ def train(config: Config | None = None, **sections: Any) -> Result:
     same again to continue) and 3 when the loss is not finite.
     """
     config = _one_config(config, sections)
-    began = time.perf_counter()
-    losses = [record.loss for record in steps(config)]
-    facts = Run(config).facts
-    return Result(
-        folder=Path(config.output),
-        steps=facts["num_steps"],
-        seconds=time.perf_counter() - began,
-        loss=losses[-1] if losses else None,
-        eval_before=facts.get("eval_before"),
-        eval_after=facts.get("eval_after"),
-    )
+    control = Control(exact=False)
+    run = Steps(config, control, _run(config, control))
+    for _ in run:
+        pass
+    return run.result
 
 
-def steps(config: Config | None = None, **sections: Any) -> Iterator[StepRecord]:
-    """Train, yielding one record per optimiser step; the model is saved when the generator is exhausted.
+@overload
+def steps(config: Config, /) -> Steps: ...
+@overload
+def steps(config: None = None, /, **sections: Unpack[Sections]) -> Steps: ...
+def steps(config: Config | None = None, /, **sections: Any) -> Steps:
+    """Train under the caller's control: an iterator of one record per optimiser step; see `Steps`.
 
-    Records come one step late, so that reading them never makes the device wait.
+    Takes what `train` takes. The model is written when the iterator is exhausted. Between two steps the device has
+    nothing to do, where `train` already computes the next one: on a GPU, `train` is a little faster.
     """
     config = _one_config(config, sections)
+    control = Control(exact=True)
+    return Steps(config, control, _run(config, control))
+
+
+def _run(config: Config, control: Control) -> Generator[StepRecord | None]:
+    """The whole run: None once it is prepared, then its records."""
+    refuse_strangers(config)
+    with owned(Path(config.output)) if dist.is_main() else nullcontext():
+        run = Run(config, writes=dist.is_main())
+        yield from _train(config, run, control)
+        if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
+            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
+            run.update(merged=moved)
+
+
+def _train(config: Config, run: Run, control: Control) -> Generator[StepRecord | None]:
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
-        run = Run(config, writes=dist.is_main())
         progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
         stop.at_once = True
         job = prepare(config, here, run, progress, stack)
         stop.at_once = False
+        control.begin(job, partial(_evaluate_now, job, stop, control), partial(_save_now, job, control))
+        yield None
         if run.finished:
             progress.say(f"done     {run.folder} is finished already: no step was taken")
         else:
             _evaluate_first(job, stop, progress)
-            for record in _steps(job, stop):
+            for record in _steps(job, stop, control):
                 progress.step(record)
                 yield run.write(record)
-            _finish(job, stop, progress)
+            _finish(job, stop, progress, control.done)
+        control.job = None
         del job
-    if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
-        run.update(merged=export(run.folder, run.folder / "merged")[0])  # the base is loaded anew, and whole
 
 
-def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
-    """The steps from `job.start` on, with evaluation and checkpoints when due."""
+def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
+    """The steps from `job.start` on, with evaluation and checkpoints when due.
+
+    Records come one step late, so that reading them never makes the device wait; where the caller has control, at
+    once.
+    """
     config, plan = job.config, job.plan
-    meter = Meter(job)
+    meter, clock = Meter(job), SaveClock(config.checkpoint.minutes)
     pending: tuple[int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
+        if control.must_end():
+            return
         dist.alive(f"step {step + 1}")
         result = _step(job, step, packs)
+        control.done = step + 1
         if pending is not None:
             yield meter.read(*pending)
         pending = (step, result, time.perf_counter())
@@ -111,7 +132,8 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
         last, done = step + 1 == plan.num_steps, step + 1
         eval_due = _eval_due(job, done)
         save_due = not last and _due(config.checkpoint.every, done)
-        if not (eval_due or save_due or last or stop()):
+        asked, time_due = stop.or_save(dist.is_main() and clock.due())
+        if not (eval_due or save_due or last or control.exact or asked or time_due):
             continue
         record = meter.read(step, result, None)
         pending = None
@@ -119,8 +141,11 @@ def _steps(job: Job, stop: StopFlag) -> Iterator[StepRecord]:
             record.eval = _evaluate(job, stop) or None
         yield record
         stopping = stop()
-        if save_due or stopping:
-            _save(job, done, record.eval)
+        by_time = time_due and not last
+        if save_due or stopping or by_time:
+            background = job.background if config.checkpoint.background else None
+            _save(job, done, record.eval, background, optional=by_time and not (save_due or stopping))
+            clock.restart()
         if stopping:
             _leave(job, stop, done)
         meter.restart()
@@ -172,7 +197,9 @@ def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
     if stop():
         run.update(status="stopped", stopped_at=job.start)
         raise Stopped(NOTHING_TO_SAVE.format(stop.signal))
-    run.amend(eval=numbers) if missed else run.update(eval_before=numbers)
+    run.write_evaluation(job.start, job.plan.num_steps, numbers)
+    if not missed:
+        run.update(eval_before=numbers)
     progress.evaluated(job.start, numbers)
 
 
@@ -181,11 +208,40 @@ def _evaluate(job: Job, stop: StopFlag) -> dict[str, float]:
     return held_out_loss(job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop)
 
 
-def _save(job: Job, done: int, evaluated: dict[str, float] | None) -> None:
-    held_out = evaluated["loss"] if evaluated else None
-    state = checkpoint.State(done, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets, held_out)
+def _evaluate_now(job: Job, stop: StopFlag, control: Control) -> dict[str, float]:
+    """The held-out loss between two steps, at the caller's wish."""
+    numbers = _evaluate(job, stop)
+    if numbers:  # else a signal cut it short
+        job.run.write_evaluation(control.done, job.plan.num_steps, numbers)
+    return numbers
+
+
+def _save_now(job: Job, control: Control) -> Path:
+    """A checkpoint between two steps, at the caller's wish."""
+    lines = job.run.metrics()
     background = job.background if job.config.checkpoint.background else None
-    checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep, background)
+    return _save(job, control.done, lines[-1]["eval"] if lines else None, background)
+
+
+def _save(
+    job: Job,
+    done: int,
+    evaluated: dict[str, float] | None,
+    background: Background | None = None,
+    optional: bool = False,
+) -> Path:
+    state = checkpoint.State(
+        step=done,
+        plan=job.plan.fingerprint,
+        mathematics=job.mathematics,
+        total_tokens=job.total_tokens,
+        total_targets=job.total_targets,
+        held_out_loss=evaluated["loss"] if evaluated else None,
+        bad_steps=job.bad_steps,
+        seconds=job.seconds,
+    )
+    keep, records = job.config.checkpoint.keep, job.run.records()
+    return checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, keep, background, records, optional)
 
 
 def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
@@ -194,30 +250,49 @@ def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
     raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
 
 
-def _finish(job: Job, stop: StopFlag, progress: Progress) -> None:
-    """Last evaluation, the model in its folder, and the run marked finished."""
+def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
+    """Last evaluation, the model in its folder, and the run, which took `done` steps, marked finished."""
     job.background.wait()
+    if done < job.plan.num_steps:
+        job.run.update(ended_at=done)
     if job.held_out is not None:
         after = _evaluate(job, stop)
         if stop():
-            _save(job, job.plan.num_steps, None)
-            _leave(job, stop, job.plan.num_steps)
+            _save(job, done, None)
+            _leave(job, stop, done)
         job.run.update(eval_after=after)
-        progress.evaluated(job.plan.num_steps, after)
+        job.run.write_evaluation(done, job.plan.num_steps, after)
+        progress.evaluated(done, after)
     state = None
     if dist.is_joined():
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
         state = whole_state(job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted)
+    problem = job.no_room()
     try:
-        if dist.is_main():
+        if dist.is_main() and not problem:
             _write_model(job, state)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{job.run.folder}: no model can be written ({error}); make room, then run it again") from error
+        problem = str(error)
+    if problem := dist.from_main(problem):
+        raise UserError(f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}")
+    job.run.records()  # a finished run has all of them
     job.run.update(
         status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
     )
     progress.finished(job.run)
+
+
+def _rescue(job: Job, done: int) -> str:
+    """Save the state, for there is no model; returns what there is to continue from."""
+    try:
+        _save(job, done, None)
+        return "the state after the last step is saved: make room, then run the same command to write the model"
+    except UserError:
+        good = dist.from_main(checkpoint.newest(job.checkpoints) if dist.is_main() else None)
+    if good is None:
+        return "there is no room for its state either, and no checkpoint: make room, then run the same command again"
+    return f"the newest checkpoint is that of step {good.step:,}: make room, then run the same command to continue"
 
 
 def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
