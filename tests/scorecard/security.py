@@ -153,6 +153,7 @@ BOMBS = {
 @check(29, "Templates and paths", limit=420)
 def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the data."""
+    sandbox.limit_this_process()
     reader = Reader(folder)
     rows = write_rows(folder / "rows.jsonl", [good_rows.GOOD["messages"]])
     slowest = 0.0
@@ -199,9 +200,15 @@ def bombs_in_runs(folder: Path) -> None:
     for name, source, code in (("one", bomb, 0), ("endless", endless, -signal.SIGVTALRM)):
         (folder / f"{name}.jinja").write_text(source + tiny.CHAT_TEMPLATE)
         config["data"] |= {"train": rows, "template": str(folder / f"{name}.jinja"), "on_bad_row": "skip"}
-        text = run(config, lambda: setattr(sandbox, "LAST", 15.0), code=code)
+        text = run(config, lambda: _limited(15.0), code=code)
         told = "read 3 rows = trained 2 + split 0 + dropped 1" if not code else 'File "<template>"'
         expect(told in text, f"{name}: {text[-300:]}")
+
+
+def _limited(last: float) -> None:
+    """Limit this process as the command line limits its own."""
+    sandbox.LAST = last
+    sandbox.limit_this_process()
 
 
 def listening() -> list[str]:

@@ -29,9 +29,10 @@ _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130 interrupted."""
+    own_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, own_process)
     except UserError as error:
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(2)  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
@@ -59,7 +60,7 @@ def verbs() -> dict[str, str]:
     return found
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], own_process: bool) -> int:
     match arguments:
         case [] | ["-h" | "--help" | "help"]:
             print(_overview())
@@ -75,7 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_verb_help(verb, declared(verb)))
         return 0
-    return _call(verb, rest)
+    return _call(verb, rest, own_process)
 
 
 class Declared(NamedTuple):
@@ -105,7 +106,7 @@ def declared(verb: str) -> Declared:
     return Declared(ast.get_docstring(tree) or "", found.get("EXTRA", {}), found.get("DEFAULTS", ()), takes)
 
 
-def _call(verb: str, arguments: list[str]) -> int:
+def _call(verb: str, arguments: list[str], own_process: bool) -> int:
     told = declared(verb)
     path, overrides, extra = _split(verb, arguments, told.extra)
     if "config" not in told.takes:
@@ -117,8 +118,11 @@ def _call(verb: str, arguments: list[str]) -> int:
         _sign_of_life(verb, arguments)
         return import_module(f"sftx.cli.{verb}").run(**extra)
 
+    from sftx.data.sandbox import limit_this_process
     from sftx.settings import load_config
 
+    if own_process:
+        limit_this_process()
     config = load_config(path, overrides, told.defaults)
     if config.runtime.progress:
         _sign_of_life(verb, arguments)

@@ -17,8 +17,10 @@ def parameters(tools: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
         inner = tool.get("function", tool)
         if isinstance(inner, dict) and isinstance(inner.get("name"), str):
             schema = inner.get("parameters")
-            names = schema.get("properties") if isinstance(schema, dict) else None
-            if isinstance(names, dict) and not schema.get("additionalProperties"):
+            if not isinstance(schema, dict) or schema.get("additionalProperties"):
+                continue
+            names = schema.get("properties")
+            if isinstance(names, dict):
                 found[inner["name"]] = set(names)
     return found
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
+from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.mixture import choose, weighted, weighted_held_out
@@ -137,6 +138,7 @@ def load_corpora(
         held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
     _check_renamed(data, corpus, held_out)
+    _warn_of_lost_reasoning(corpus, encoder)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
@@ -194,6 +196,20 @@ def _check(corpus: Corpus, data: Data) -> None:
             share = 100 * ledger.dropped / ledger.read
             lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
             log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+
+
+def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
+    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a source."""
+    for name, ledger in corpus.ledgers.items():
+        lost = ledger.notes.get(LOST_REASONING, 0)
+        if lost > 0.01 * ledger.read:
+            log.warning(
+                "warning: %s: the chat template leaves out the reasoning of %s of %s rows; %s",
+                name,
+                f"{lost:,}",
+                f"{ledger.read:,}",
+                encoder.how_to_keep_reasoning(),
+            )
 
 
 def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
