@@ -6,7 +6,7 @@ SCORECARD ?=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest scorecard check lint format docs clean
+.PHONY: demo test test-oldest test-newest scorecard check lint format docs clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
@@ -20,8 +20,14 @@ test-oldest:  ## the tests with the oldest torch and transformers that are suppo
 	.venv-oldest/bin/python -m pip install --quiet transformers==5.17.0 --editable ".[dev]"
 	.venv-oldest/bin/python -m pytest $(PYTEST)
 
-scorecard: $(VENV)/.installed-dev  ## 30 checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
-	@$(RUN) -m sftx_scorecard $(SCORECARD)
+test-newest:  ## the tests with the newest torch and transformers that install, in .venv-newest; PYTEST as above
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade torch
+	.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft --editable ".[dev]"
+	.venv-newest/bin/python -m pytest $(PYTEST)
+
+scorecard: $(VENV)/.installed-dev  ## checks of what a run must survive; SCORECARD="only=7,11 json=FILE" adds arguments
+	@PYTHONPATH=$(CURDIR)/tests:$$PYTHONPATH $(RUN) -m scorecard $(SCORECARD)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
@@ -37,7 +43,7 @@ docs: $(VENV)/.installed  ## pages made from the code
 	$(RUN) -m sftx schema format=python > settings_types.tmp && mv settings_types.tmp src/sftx/settings_types.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; name one: make demo PYTHON=python3.12')"

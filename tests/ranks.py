@@ -43,10 +43,15 @@ def write_run(folder: Path, model: str | dict[str, Any], name: str, **changes: A
     return path
 
 
+def launcher(count: int) -> list[str]:
+    """The command that starts a module or a program on so many ranks; of 0 ranks, without torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return [sys.executable, *(torchrun if count else [])]
+
+
 def start(path: Path, ranks: int, program: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
     """The launcher of a run; 0 ranks = one process without torchrun. `program` replaces `-m sftx train`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    command = [sys.executable, *launcher, *(program or ["-m", "sftx", "train"]), str(path)]
+    command = [*launcher(ranks), *(program or ["-m", "sftx", "train"]), str(path)]
     return subprocess.Popen(
         command, text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
     )

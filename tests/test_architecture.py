@@ -34,13 +34,29 @@ LAYERS = {
     3: ("training", "eval"),
     2: ("model", "dist"),
     1: ("data", "track"),
-    0: ("config", "cores", "types", "schema", "schema_types", "settings", "settings_types", "strict_yaml"),
+    0: (
+        "arrow",
+        "boundary",
+        "config",
+        "cores",
+        "files",
+        "model_config",
+        "printable",
+        "schema",
+        "schema_types",
+        "settings",
+        "settings_types",
+        "strict_yaml",
+        "types",
+    ),
 }
 STRANGERS = (("data", "model"), ("data", "track"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
+CATCHES_ALL = SOURCE / "boundary.py"
+"""The one file that may catch whatever a library raises; see its docstring."""
 MAX_FILE, MAX_FUNCTION = 400, 60
-"""Lines, counted whole, as a reader meets them. There is no limit on the whole: code is never made denser to fit one."""
+"""Lines, counted whole, as a reader meets them. The whole has no limit: code is never made denser to fit one."""
 
 
 @cache
@@ -196,12 +212,15 @@ def test_no_leftovers() -> None:
     ]
     wrong = []
     for path in [*places, *(ROOT / "examples").rglob("*.*")]:
-        patterns = [re.escape(word) for word in everywhere] + (in_source if SOURCE in path.parents else [])
+        patterns = [re.escape(word) for word in everywhere]
+        if SOURCE in path.parents:
+            patterns += [word for word in in_source if path != CATCHES_ALL or word != r"except Exception"]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             wrong += [
                 f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for word in patterns if re.search(word, line)
             ]
     assert not wrong, "\n".join(wrong)
+    assert CATCHES_ALL.read_text(encoding="utf-8").count("except Exception") == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)

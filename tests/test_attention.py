@@ -81,6 +81,36 @@ def test_dropout_falls_only_on_what_is_seen() -> None:
     assert 0.8 < float(out.detach().mean()) < 1.2
 
 
+@pytest.mark.parametrize("window", [0, 1, 7])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.0, False), (1.5, False), (2.0, True)])
+def test_the_way_that_drops_is_plain_attention_where_nothing_is_dropped(
+    window: int, softcap: float, sinks: bool
+) -> None:
+    exact = states((4, 4, 4))
+    column = torch.linspace(-1, 1, 4, dtype=torch.float64) if sinks else None
+    out = blocks.by_segment(*(x.float() for x in exact), column, BORDERS, 0.3, window, softcap, 0.0)
+    expected = plain(*exact, 0.3, window, softcap, column)
+    assert float((out - expected).detach().norm() / expected.detach().norm()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "flash"),
+    [({}, True), ({"softcap": 2.0}, False), ({"s_aux": torch.zeros(4)}, False), ({"dropout": 0.5}, False)],
+)
+def test_flash_attention_is_left_to_what_it_computes(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], flash: bool
+) -> None:
+    """It knows neither soft-capping nor sinks nor dropout: on a GPU these go another way."""
+    kernels: list[str] = []
+    monkeypatch.setattr(attention, "rehearsing_gpu", True)
+    monkeypatch.setattr(attention, "_varlen", lambda q, *_: kernels.append("flash") or q.transpose(1, 2))
+    given = [x.detach() for x in states(dtype=torch.bfloat16)]
+    attention.segment_attention(
+        torch.nn.Module(), *given, None, cu_seq_lens_q=BORDERS, max_length_q=32, borders=BORDERS, **options
+    )
+    assert kernels == ["flash"] * flash
+
+
 def test_no_segments_no_attention() -> None:
     with pytest.raises(ValueError, match="without segments"):
         attention.segment_attention(torch.nn.Module(), *states(), None, cu_seq_lens_q=BORDERS, max_length_q=32)

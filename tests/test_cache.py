@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,7 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from sftx.data.cache import Cache, Entry, make_block, open_block
+from sftx.data.cache import Cache, Entry, TokenBlock, make_block, open_block
+from sftx.data.encode import load_corpora
+from sftx.data.tokenizer import Tokenizer
+from sftx.settings import make_config
 from sftx.types import Example, UserError
 
 
@@ -71,12 +79,36 @@ def test_a_torn_file_is_no_block(tmp_path: Path) -> None:
     cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
     path = cache.path("k1")
     whole = path.read_bytes()
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
+    for size in reversed(range(len(whole))):
+        os.truncate(path, size)
         assert open_block(path) is None, size
     path.write_bytes(whole)
     assert open_block(path) is not None
     assert open_block(tmp_path / "nothing") is None
+
+
+def test_a_block_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power could leave a file that is named as a block and holds nothing."""
+    synced: dict[int, int] = {}
+    named: list[tuple[int, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def watched_sync(descriptor: int) -> None:
+        sync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def watched_replace(source: str, target: Path) -> None:
+        found = os.stat(source)
+        named.append((synced.get(found.st_ino, -1), found.st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    cache = Cache(str(tmp_path))
+    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    size = cache.path("k1").stat().st_size
+    assert named == [(size, size)]
 
 
 def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
@@ -99,6 +131,101 @@ def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
         assert broken is not None
         with pytest.raises(UserError, match="damaged"):
             [broken.example(i) for i in range(3)]
+
+
+def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_path: Path) -> None:
+    """One bit changed anywhere: the file is no block, or says the same, or its examples are found to be damaged."""
+    cache = Cache(str(tmp_path))
+    meta = {"dropped": [(7, "too long")], "unused": {"id": 3}}
+    cache.save("k1", make_block([Entry(e, i, i) for i, e in enumerate(EXAMPLES)], meta))
+    path = cache.path("k1")
+    whole = path.read_bytes()
+    good = open_block(path)
+    assert good is not None
+    expected = {f.name: np.array(getattr(good, f.name)).tolist() for f in fields(TokenBlock) if f.name != "meta"}
+    found = {"no block": 0, "damaged example": 0, "the same": 0}
+    for place in range(len(whole)):
+        for bit in (0, 5):
+            with path.open("r+b") as file:
+                file.write(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            block = open_block(path)
+            if block is None:
+                found["no block"] += 1
+                continue
+            assert block.meta == good.meta
+            for name in expected.keys() - {"ids", "weights"}:
+                assert np.array(getattr(block, name)).tolist() == expected[name], (place, bit, name)
+            try:
+                assert all(same(block.example(i), e) for i, e in enumerate(EXAMPLES))
+                found["the same"] += 1
+            except UserError:
+                found["damaged example"] += 1
+    assert found["damaged example"] == 2 * (6 * 4 + 6)  # the bytes of tokens and weights
+    assert found["no block"] > 2 * 1000 > 50 > found["the same"]  # white space behind the header
+
+
+def test_a_damaged_note_about_a_file_is_written_again(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
+    path = cache.path("n1", ".blocks")
+    note = {"blocks": [[0, 10, 1, 2, "ab"]], "form": "text"}
+    cache.write_note(path, note)
+    whole = path.read_bytes()
+    assert cache.read_note(path) == note
+    for place in range(len(whole)):
+        for bit in (0, 5):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            assert cache.read_note(path) is None, (place, bit)
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert cache.read_note(path) is None
+    assert cache.read_note(tmp_path / "nothing") is None
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder that this process may read but not write, whoever runs the tests."""
+    everything = [folder, *folder.rglob("*")]
+    for path in everything:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        for path in everything:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user may reach, as that of a test is not."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_a_whole_cache_may_be_read_only(shared_folder: Path) -> None:
+    """A run whose rows are all encoded needs to write nothing; one that lacks some says where it could not."""
+    tokenizer = Tokenizer.of(tiny.tokenizer())
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
+    (shared_folder / "a.csv").write_text("prompt,completion\n" + "".join(",".join(r.values()) + "\n" for r in rows))
+    (shared_folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    data = {"train": [str(shared_folder / "a.csv"), str(shared_folder / "b.jsonl")], "workers": 0}
+    config = make_config(model="m", output="o", data={**data, "cache": str(shared_folder / "cache")})
+    written, _ = load_corpora(config, tokenizer, 64)
+    with read_only(shared_folder):
+        corpus, _ = load_corpora(config, tokenizer, 64)
+        assert corpus.fingerprint == written.fingerprint
+        assert corpus.example(3).ids.tolist() == written.example(3).ids.tolist()
+        with pytest.raises(UserError, match=r"the token cache cannot be written .* set data\.cache"):
+            load_corpora(config, tokenizer, 32)
+    (shared_folder / "cache" / "tmp").rmdir()
+    with read_only(shared_folder):
+        assert load_corpora(config, tokenizer, 64)[0].fingerprint == written.fingerprint
 
 
 def test_debris_goes_and_live_files_stay(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_tokenizers
 import tiny
 
 import sftx
@@ -20,9 +21,11 @@ from sftx.config import Config
 from sftx.data import encode_pool, read
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora, write_ledger
+from sftx.data.plan import plan_of
 from sftx.data.tokenizer import Tokenizer
+from sftx.data.view import raw_tables, read_rows
 from sftx.settings import make_config
-from sftx.types import Example, UserError
+from sftx.types import Example, Row, UserError
 
 LENGTH = 64
 
@@ -198,6 +201,59 @@ def test_every_setting_that_matters_has_its_own_cache(tokenizer: Tokenizer, tmp_
     assert load(make(path, template=str(tmp_path / "t.jinja")), tokenizer)[0].fingerprint not in prints
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_the_format_of_rows_has_its_own_cache(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    """Rows that could be read in two ways: what one way has left in the cache is not taken for the other."""
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text("text,prompt,completion\nwhole,half,other\n")
+    else:
+        write(tmp_path / name, [{"text": "whole", "prompt": "half", "completion": "other"}])
+    shapes = ("text", "pairs", "text", "pairs")
+    prints = [load(make(str(tmp_path / name), format=shape), tokenizer)[0].fingerprint for shape in shapes]
+    assert prints[:2] == prints[2:]
+    assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("version", ["sftx.data.encode.VERSION", "sftx.data.render.VERSION"])
+def test_another_version_of_the_encoding_makes_blocks_anew(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    def encoded() -> int:
+        counted = [0]
+        load_corpora(make(path), tokenizer, LENGTH, lambda done, total: counted.append(total))
+        return counted[-1]
+
+    path = write(tmp_path / "a.jsonl", pairs(5))
+    assert [encoded(), encoded()] == [5, 0]
+    monkeypatch.setattr(version, "another")
+    assert [encoded(), encoded()] == [5, 0]
+
+
+def test_an_edited_file_that_is_converted_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its name, size and time say nothing: what was once made of a .csv is found by its content."""
+    path = tmp_path / "rows.csv"
+    found = []
+    for word in ("one", "two", "one"):
+        path.write_text(f"prompt,completion\nsay it,{word}\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        (example,) = tokens(load(make(str(path), template="none"), tokenizer)[0])
+        found.append(tokenizer.decode(example[0]))
+    assert found == ["say itone<eos>", "say ittwo<eos>", "say itone<eos>"]
+
+
+def test_a_tokenizer_never_gets_the_tokens_of_another(tmp_path: Path) -> None:
+    """The same rows, template and settings in one cache."""
+    path = write(tmp_path / "a.jsonl", pairs(3))
+    prints = set()
+    for kind in ("byte_level", "metaspace"):
+        tokenizer = small_tokenizers.ours(kind)
+        corpus, _ = load(make(path, template="none"), tokenizer)
+        first, *_ = tokens(corpus)
+        assert tokenizer.decode(first[0]).endswith(" 1</s>")
+        prints.add(corpus.fingerprint)
+    assert len(prints) == 2
+
+
 BAD = [
     (b'{"prompt": "a"', "not valid JSON"),
     (b'{"prompt": "a", "completion": "\xff"}', "not UTF-8"),
@@ -299,6 +355,46 @@ def test_held_out_rows_never_overlap(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert tokens(both[0][1]) == tokens(load(make(pairs(3, 50)), tokenizer)[0])
 
 
+def test_columns_are_renamed_wherever_rows_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The same corpus as under the usual names: from files, from memory, by `encode`."""
+    rows = [{"question": row["prompt"], "answer": row["completion"], "label": False} for row in pairs(30)]
+    columns = {"question": "prompt", "answer": "completion", "label": None}
+    expected = tokens(load(make(pairs(30)), tokenizer)[0])
+    csv = "question,answer,label\n" + "".join(f"{r['question']},{r['answer']},False\n" for r in rows)
+    (tmp_path / "a.csv").write_text(csv)
+    for data in (rows, write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.csv")):
+        for _ in range(2):  # encoded, and from the cache
+            corpus, _ = load(make(data, columns=columns), tokenizer)
+            assert tokens(corpus) == expected
+            assert corpus.ledger.notes == {}
+        with pytest.raises(UserError, match=r"set data\.columns: \{question: prompt, answer: completion\}"):
+            load(make(data), tokenizer)
+    example = sftx.encode(rows[3], tokenizer, columns=columns)[0]
+    assert (example.ids.tolist(), example.weights.tolist()) == expected[3]
+    with raw_tables(make(rows, columns=columns)) as [table]:
+        asked = [row.phrases[0].text for _, row in read_rows(table) if isinstance(row, Row)]
+    assert asked[:2] == ["0 + 1 =", "1 + 1 ="]
+    with pytest.raises(UserError, match=r"data\.columns: lable: no row has a column of this name"):
+        load(make(rows, columns={**columns, "lable": None}), tokenizer)
+    with pytest.raises(UserError, match="a column that no format reads"):
+        load(make(rows, columns={"question": "ask"}), tokenizer)
+    with pytest.raises(UserError, match="a column that no format reads"):
+        sftx.encode(rows[3], tokenizer, columns={"question": "ask"})
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_columns_are_renamed_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "MIN_BLOCK", 1 << 12)
+    monkeypatch.setattr(read, "MAX_BLOCK", 1 << 14)
+    path, columns = write(tmp_path / "a.jsonl", pairs(1500)), {"prompt": "completion", "completion": "prompt"}
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(str(tmp_path / "tokenizer"))
+    alone, _ = load(make(path, columns=columns, cache=str(tmp_path / "1")), tokenizer)
+    shared, _ = load(make(path, columns=columns, cache=str(tmp_path / "2"), workers=2), tokenizer)
+    assert alone.fingerprint == shared.fingerprint
+    assert len({part.block.name for part in shared._parts if isinstance(part.block, Path)}) > 1
+
+
 def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
     a, b = (
         write(tmp_path / "a.jsonl", pairs(20)),
@@ -307,9 +403,7 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
     sources = [{"path": a, "weight": 2.5, "name": "sums"}, {"path": b, "weight": 1.0}]
     corpus, _ = load(make_config(model="m", output="o", data={"train": sources}), tokenizer)
     lines = corpus.line[corpus.source == 0].tolist()
-    assert lines[:40] == 2 * list(range(1, 21))
-    assert len(lines) == 50
-    assert len(set(lines[40:])) == 10
+    assert lines == 3 * list(range(1, 21))  # the third copy is there to be shown in halves
     assert corpus.ledgers["sums"].read == 20
     assert corpus.ledgers["sums"].notes["rows in one epoch, shown 2.5 times"] == 50
     assert corpus.ledgers[b].read == 10
@@ -318,14 +412,20 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_weights_may_be_shares_of_the_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """In every epoch alike; an epoch has as many tokens as all sources together."""
     a, b = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(40, 1000))
     sources = [{"path": a, "weight": 1.0, "name": "large"}, {"path": b, "weight": 3.0, "name": "small"}]
-    corpus, _ = load(make_config(model="m", output="o", data={"train": sources, "mix_by": "tokens"}), tokenizer)
+    batch = {"epochs": 3, "examples_per_step": 5}
+    config = make_config(model="m", output="o", data={"train": sources, "mix_by": "tokens"}, batch=batch)
+    corpus, _ = load(config, tokenizer)
+    plan = plan_of(corpus, config)
     plain, _ = load(make_config(model="m", output="o", data={"train": sources}), tokenizer)
-    counted = [int(corpus.lengths[corpus.source == number].sum()) for number in range(2)]
-    assert counted[1] / sum(counted) == pytest.approx(0.75, abs=0.02)
     once = int(plain.lengths[plain.source == 0].sum() + plain.lengths[plain.source == 1].sum() / 3)
-    assert sum(counted) == pytest.approx(once, rel=0.02)
+    for epoch in range(3):
+        shown = np.concatenate([plan.examples(s) for s in range(plan.num_steps) if epoch < plan.epoch(s) <= epoch + 1])
+        counted = [int(corpus.lengths[shown][corpus.source[shown] == number].sum()) for number in range(2)]
+        assert counted[1] / sum(counted) == pytest.approx(0.75, abs=0.03)
+        assert sum(counted) == pytest.approx(once, rel=0.06)
 
 
 def test_a_hub_data_set_is_read_through_datasets(

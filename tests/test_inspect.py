@@ -21,7 +21,7 @@ from sftx.data.encode import encode, load_corpora
 from sftx.data.plan import Plan
 from sftx.data.tokenizer import Tokenizer
 from sftx.data.view import view
-from sftx.settings import load_config
+from sftx.settings import load_config, make_config
 from sftx.types import Example
 
 TOKENIZER = Tokenizer.of(tiny.tokenizer())
@@ -188,3 +188,64 @@ def test_the_page_names_the_place_of_a_dropped_row(run: list[str], tmp_path: Pat
     page, skip = tmp_path / "page.html", "data.on_bad_row=skip"
     assert main(["inspect", run[0], f"data={tmp_path / 'a.json'}", skip, "rows=1", f"html={page}"]) == 0
     assert f'"place": "{tmp_path / "a.json"}, row 2"' in page.read_text(encoding="utf-8")
+
+
+# --- special tokens that are only spelled -----------------------------------------------------------------------------
+
+
+def test_a_spelled_special_token_is_told_from_the_token() -> None:
+    """The row's own `<eos>` is five letters here, and the one at the end is the token."""
+    example = encode("a<eos>b", TOKENIZER)[0]
+    shown = view(example, TOKENIZER, "here")
+    assert "".join(text for text, spelled in zip(shown.texts, shown.spelled, strict=True) if spelled) == "<eos>"
+    assert sum(shown.special) == 1
+    plain = [line.plain for line in paint(shown, 80, colour=False)]
+    assert plain[1] == r"     0 │ a⟦\<eos>b<eos>⟧"
+    assert r"\ = text that spells a special token (data.special_tokens: escape)" in plain[-1]
+    coloured = [line.plain for line in paint(shown, 80, colour=True)]
+    assert coloured[1].endswith(r"a\<eos>b<eos>")
+    allowed = view(encode("a<eos>b", TOKENIZER, special_tokens="allow")[0], TOKENIZER, "here")
+    assert not any(allowed.spelled)
+    assert [line.plain for line in paint(allowed, 80, colour=False)][1:] == [
+        "     0 │ a⟦<eos>b<eos>⟧",
+        "         4 tokens, 3 targets (75.0 %)",
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["a", "<eos>", "<", "eos>", "<|user|>", "é", "🙂"]), min_size=1, max_size=8))
+def test_what_is_marked_as_spelled_is_what_the_tokenizer_would_take_for_tokens(parts: list[str]) -> None:
+    text = "x" + "".join(parts) + "y"
+    shown = view(encode(text, TOKENIZER)[0], TOKENIZER, "here")
+    marked = re.sub(r"0+", "0", "".join(str(int(spelled)) for spelled in shown.spelled))
+    would_be = [i for i in TOKENIZER.encode(text) if i in TOKENIZER.control_ids]
+    letters = sum(len(TOKENIZER.decode([i])) for i in would_be)
+    assert marked.count("1") == letters
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "noted"),
+    [
+        ({"text": "a<eos>b"}, {}, True),
+        ({"text": "<bos>ab<eos>"}, {}, False),  # at its ends it is the token
+        ({"text": "<bos>a<bos>b"}, {}, True),
+        ({"text": "a<eos>b"}, {"special_tokens": "allow"}, False),
+        ({"text": "a< eos>b"}, {}, False),
+        ({"prompt": "a<|user|>", "completion": "b"}, {"template": "none"}, True),
+        ({"prompt": "a", "completion": "b<eos>"}, {"template": "none"}, False),
+        ({"prompt": "a<eos>", "completion": "b"}, {"template": "none"}, True),
+        ({"prompt": "a", "completion": "b<eos>c"}, {"template": "auto"}, True),
+        ({"segments": [{"text": "a<eos>", "weight": 0}, {"text": "b", "weight": 1}]}, {}, True),
+        ({"messages": [{"role": "user", "content": "<eos>"}, {"role": "assistant", "content": "b"}]},
+         {"template": "none"}, True),
+    ],
+)  # fmt: skip
+def test_the_ledger_counts_rows_with_spelled_special_tokens(
+    row: dict[str, Any], settings: dict[str, Any], noted: bool, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    tiny.tokenizer().save_pretrained(model)
+    data = {"rows": [row, row], "workers": 0, "cache": str(tmp_path / "cache"), **settings}
+    config = make_config(model=str(model), output=str(tmp_path / "out"), data=data)
+    corpus, _ = load_corpora(config, Tokenizer.load(str(model)), 64)
+    assert corpus.ledger.notes.get("special tokens kept as text", 0) == (2 if noted else 0)

@@ -76,6 +76,24 @@ SECRET = "ghp_" + "a1B2" * 9
         (chat("what is <|user|> for?", "a role"), "special tokens", False),
         (chat("[INST] translate this [/INST]", "bonjour"), "template mismatch", False),
         (chat("x " * 6000, "a long one"), "extreme lengths", False),
+        (chat("how is it done?", "I'm sorry, but I can't help with that."), "refusals", False),
+        (chat("how is it done?", "As an AI language model, I have no hands."), "refusals", False),
+        (chat("how is it done?", "I cannot assist with this request."), "refusals", False),
+        (chat("how is it done?", "Like this:<br>first, <strong>look</strong>"), "html", False),
+        (chat("how is it done?", "Like &quot;this&quot;, I think."), "html", False),
+        (chat("how is it done?", "```python\nprint(1)"), "cut answers", False),
+        (chat("how is it done?", "word " * 30 + "and the"), "cut answers", False),
+        (
+            chat("how is it done?", "One goes first. " * 8 + "Then one of the others takes its turn and"),
+            "cut answers",
+            False,
+        ),
+        (
+            chat("how is it done?", "One goes first. " * 8 + "Then each of the others will take its own tur"),
+            "cut answers",
+            False,
+        ),
+        (chat("how is it done, by hand?", "How is it done, by hand? Like so."), "echo", False),
         ({"messages": 3}, "bad rows", True),
     ],
 )
@@ -98,6 +116,14 @@ def test_lost_targets_are_serious(tokenizer: Tokenizer) -> None:
     assert not split["split rows"].serious
 
 
+def test_shortened_prompts_are_found(tokenizer: Tokenizer) -> None:
+    """Serious where more than a tenth of the targets stand behind one."""
+    long = chat("a question " * 14, "an answer", "a question " * 14, "an answer")
+    found = find(tokenizer, [long], 250)["shortened prompts"]
+    assert (found.count, found.serious, found.places) == (1, True, ["rows, row 1"])
+    assert not find(tokenizer, [long, *good(20)], 250)["shortened prompts"].serious
+
+
 def test_outputs_that_never_end(tokenizer: Tokenizer) -> None:
     rows = [
         {"segments": [{"text": f"question {i}", "weight": 0}, {"text": f"answer {i}", "weight": 1}]} for i in range(9)
@@ -117,6 +143,75 @@ def test_copies(tokenizer: Tokenizer) -> None:
     assert findings["near duplicates"].places == ["rows, row 102"]
     assert findings["overlap"].places == ["rows, row 7"]
     assert findings["near overlap"].places == ["rows, row 6"]
+
+
+def test_good_answers_are_left_alone(tokenizer: Tokenizer) -> None:
+    """What looks like a refusal, HTML, a cut or an echo at a glance only."""
+    answers = [
+        "Sorry for the delay. You can't miss it: turn left.",
+        "The function cannot fail.",
+        "```html\n<div>code</div>\n```\nand `<br>` breaks a line",
+        "if a < b and c > d then x",
+        "First one. Then two. " * 4 + "At last, in the end:\n- one of the things on this list",
+        "One goes first. " * 8 + "```python\nprint(1)\n```",
+        "One goes first. " * 8 + "That is all there is to say of this.",
+        "yes",
+    ]
+    rows = [chat(f"a question of number {i}", answer) for i, answer in enumerate(answers)]
+    found = find(tokenizer, good(40) + rows)
+    assert not found.keys() & {"refusals", "html", "cut answers", "echo"}, found
+
+
+def test_answers_are_compared_apart_from_prompts(tokenizer: Tokenizer) -> None:
+    """Questions about one passage are alike; rows are so only where their answers are too. Each names its partner."""
+    rng = random.Random(5)
+    passage = " ".join(rng.choices(WORDS, k=300))
+    replies = [" ".join(rng.choices(WORDS, k=4)) for _ in range(8)]
+    rows = [chat(f"{passage} what is number {i}?", reply) for i, reply in enumerate(replies)]
+    held = [
+        chat(f"{passage} what is number {i}?", reply)
+        for i, reply in ((8, "quite another reply"), (2, replies[2] + " "))
+    ]
+    found = find(tokenizer, good(20) + rows, 4096, eval_rows=held)
+    assert "near duplicates" not in found
+    assert found["near overlap"].places == ["rows, row 2"]
+    assert found["near overlap"].partners == ["rows, row 23"]
+    both = find(tokenizer, [*good(4), rows[0], chat(passage + " what is number 0 then?", replies[0]), rows[0]])
+    assert (both["near duplicates"].places, both["near duplicates"].partners) == (["rows, row 6"], ["rows, row 5"])
+    assert (both["exact duplicates"].places, both["exact duplicates"].partners) == (["rows, row 7"], ["rows, row 5"])
+
+
+def test_every_row_of_a_finding_is_named(tokenizer: Tokenizer) -> None:
+    rows = good(30)
+    found = find(tokenizer, rows * 2, eval_rows=rows[:12])
+    assert found["exact duplicates"].places == [f"rows, row {31 + i}" for i in range(30)]
+    assert found["exact duplicates"].partners == [f"rows, row {1 + i}" for i in range(30)]
+    assert (found["overlap"].count, found["overlap"].partners) == (12, [f"rows, row {1 + i}" for i in range(12)])
+
+
+def test_odd_arguments_of_tools_are_found() -> None:
+    """Null almost everywhere, invented by a table, or not in the schema of the tool."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    )
+    source += "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = Tokenizer.of(tiny.tokenizer())
+    tokenizer.chat_templates = {"default": source}
+
+    def row(number: int, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+        talk = chat(f"log in {number}", "well done")["messages"]
+        return {"messages": [talk[0], {**talk[1], "tool_calls": [{"name": "login", "arguments": arguments}]}], **more}
+
+    rows = [row(i, {"key": f"{i} a", "unit": None}) for i in range(9)]
+    tools = [{"name": "login", "parameters": {"properties": {"key": {}}}}]
+    rows += [row(10, {"key": "b", "n": None}, tools=tools), row(11, {"kye": "c"}, tools=tools)]
+    found = find(tokenizer, rows)
+    assert found["null arguments"].places == [f"rows, row {i}" for i in range(1, 10)]
+    assert found["null arguments"].message.endswith(": login.unit")
+    assert found["invented nulls"].places == ["rows, row 10"]
+    assert found["strange arguments"].places == ["rows, row 11"]
+    assert found["strange arguments"].message.endswith(": login.kye")
+    assert "null arguments" not in find(tokenizer, [row(i, {"key": f"{i} a" if i % 2 else None}) for i in range(20)])
 
 
 def test_near_duplicates_finds_planted_pairs() -> None:

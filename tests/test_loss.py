@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,10 +16,11 @@ import torch
 from sftx.config import Runtime
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import blocks
-from sftx.model.checks import _prunes, check_paths
+from sftx.model.checks import check_paths
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
+from sftx.model.shortcuts import prunes
 from sftx.training.step import train_step
 from sftx.types import Example
 
@@ -151,6 +153,35 @@ def test_fused_cross_entropy_is_the_naive_one(
     assert float(cross_entropy_sum(logits.float(), label, weight)) == pytest.approx(float(naive), rel=1e-6)
 
 
+def test_chunks_of_rows_add_up_in_half_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the head is summed over chunks in float32, whatever the products are computed in."""
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(*shape, requires_grad=True) for shape in ((12, 8), (50, 8)))
+    label, weight = torch.randint(0, 50, (12,)), torch.rand(12)
+    gradients = []
+    for rows in (1000, 3):
+        monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", rows * 4 * 50)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
+        gradients.append(torch.autograd.grad(total, (hidden, head)))
+    for whole, chunked in zip(*gradients, strict=True):
+        assert float((whole - chunked).norm() / whole.norm()) < 0.01
+
+
+def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are summed in float64: in float32 each of these rows would vanish beside the first."""
+    monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", 4 * 50)  # one row at a time
+    hidden, head = torch.zeros(201, 8), torch.zeros(50, 8)  # every loss is log 50
+    label = torch.zeros(201, dtype=torch.int64)
+    weight = torch.ones(201)
+    weight[0] = 2.0**25
+    fused = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
+    plain = cross_entropy_sum(torch.zeros(201, 50), label, weight)
+    expected = (2**25 + 200) * math.log(50)
+    assert float(fused) == pytest.approx(expected, rel=1e-7)
+    assert float(plain) == pytest.approx(expected, rel=1e-7)
+
+
 def test_the_last_layer_computes_only_what_targets_read() -> None:
     loss = PackLoss(tiny.model())
     data = tiny.examples(LENGTHS)
@@ -166,7 +197,7 @@ def test_the_last_layer_computes_only_what_targets_read() -> None:
     assert seen[2:] == [9, 9]
     loss.use_segments(True)
     loss.model.model.layers[-1].mlp.register_forward_hook(lambda _m, _a, out: out.flip(1))  # no longer row by row
-    assert not _prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
+    assert not prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -187,6 +218,17 @@ def test_gradients_are_added_where_they_lie_unless_somebody_watches(tied: bool) 
         step_gradient(PackLoss(one), data, packs)
     assert seen == {"plain": 0 if tied else 1, "watched": 3}  # the first of an embedding of its own
     assert tiny.gradient_difference(model, watched) <= 1e-6
+
+
+def test_the_row_of_a_padding_token_does_not_train() -> None:
+    """As in `torch.nn.Embedding`, which gives it no gradient where the head does not share the weight."""
+    model, data = tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=False), tiny.examples(LENGTHS)
+    data[0].ids[:2] = 5
+    twin = float64_twin(model)
+    tiny.naive_loss(twin, data).backward()
+    step_gradient(PackLoss(model), data, [(0, 1, 2), (3, 4, 5, 6)])
+    assert float(model.model.embed_tokens.weight.grad[5].abs().max()) == 0.0
+    assert tiny.gradient_difference(model, twin) <= 1e-6
 
 
 def test_bad_step_changes_no_weight() -> None:

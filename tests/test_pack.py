@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from sftx.config import Batch
 from sftx.data.pack import balanced, build_pack
 from sftx.data.plan import Plan
+from sftx.data.rotation import Rotation
 from sftx.types import Example, UserError
 
 lengths_strategy = st.lists(st.integers(2, 50), min_size=1, max_size=40)
@@ -24,6 +27,17 @@ def test_every_example_is_placed_once_and_fits(lengths: list[int], capacity: int
     for bins in ranks:
         for members in bins:
             assert len(members) <= 1 or sum(lengths[i] for i in members) <= capacity
+
+
+def test_a_pack_may_be_exactly_full() -> None:
+    assert balanced([4, 6, 5, 5], 10) == [[(0, 1), (2, 3)]]
+
+
+def test_ranks_with_several_packs_get_equal_sums() -> None:
+    """Eight packs of one example, whose work is 8, 7, ... 1: each of two ranks gets half of it."""
+    work = np.arange(8.0, 0.0, -1.0)
+    ranks = balanced([1] * 8, 1, 2, work)
+    assert [sum(work[i] for members in bins for i in members) for bins in ranks] == [18.0, 18.0]
 
 
 def test_pack_shifts_labels_once_and_never_across_segments() -> None:
@@ -87,12 +101,94 @@ def test_steps_and_tokens_per_step_are_kept() -> None:
     assert all(plan.lengths[plan.examples(step)].sum() <= 100 for step in range(50))
 
 
+def test_a_step_takes_as_many_tokens_as_fit() -> None:
+    """`tokens_per_step` is used up where examples allow it; an example that is longer makes a step of its own."""
+    lengths = np.array([40, 60, 30, 250, 50, 50, 50], np.int32)
+    plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=100, epochs=1, shuffle=False), 0)
+    assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert [plan.epoch(step) for step in range(plan.num_steps)] == [2 / 7, 3 / 7, 4 / 7, 6 / 7, 1.0]
+
+
+def test_part_of_an_epoch_is_the_nearest_number_of_examples() -> None:
+    """In floating point, 47 / 35 times 35 is a little less than 47."""
+    for examples in range(1, 200):
+        plan = make_plan(count=35, examples_per_step=1, epochs=examples / 35)
+        assert plan.num_steps == examples
+
+
 def test_plan_is_a_function_of_data_batch_and_seed() -> None:
     assert make_plan().fingerprint == make_plan().fingerprint
     assert make_plan().fingerprint != make_plan(seed=4).fingerprint
     assert make_plan().fingerprint != make_plan(examples_per_step=3).fingerprint
+    assert make_plan().fingerprint != make_plan(shuffle=False).fingerprint
+    lengths, weights = np.array([3, 4, 5], np.int32), np.array([1.0, 2.0, 3.0])
+    base = Plan(lengths, weights, Batch(), 0).fingerprint
+    assert base != Plan(lengths, weights[::-1], Batch(), 0).fingerprint
+    assert base != Plan(lengths[::-1], weights, Batch(), 0).fingerprint
+
+
+def test_another_seed_is_another_order() -> None:
+    orders = {tuple(make_plan(seed=seed, examples_per_step=37).examples(0).tolist()) for seed in range(5)}
+    assert len(orders) == 5
 
 
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(UserError, match="nothing to train on"):
         Plan(np.zeros(0, np.int32), np.zeros(0), Batch(), 0)
+
+
+PINNED = [  # settings, and the number of steps, the fingerprint and a hash of the order that they always had
+    ({}, 7, "7d7257344a92f97aa311271486b4103c", "6ffca872cf281fb8"),
+    ({"epochs": 2.5}, 16, "cb4946ac19d4988e752ac626d78f8e6d", "1195d1594ad9d8f4"),
+    ({"steps": 40}, 40, "54a30db85dbee85871f399b01717f62c", "766ce2ac42dc3054"),
+    ({"examples_per_step": 7, "shuffle": False}, 14, "fe94da49993d4ec58ffcf8e080781329", "4954951165f7730a"),
+    ({"tokens_per_step": 300, "epochs": 1.5}, 22, "a5638a2466100daf0a53294950c2eaea", "161f2d30708abdd8"),
+    ({"tokens_per_step": 64, "steps": 9}, 9, "45e2e3d3ae41f3216f68bf5da9dfc771", "ba178b8d857ec6f4"),
+    ({"epochs": 0.3}, 2, "8c8738208875d5bb53026f4d0c46d7a3", "63192e8d942f3b8a"),
+    ({"examples_per_step": 500, "steps": 3}, 3, "30d7cd3616f0c35e0d8f82c284573939", "e117ab663880bd68"),
+]
+
+
+@pytest.mark.parametrize("seed", range(len(PINNED)))
+def test_plans_stay_what_they_were(seed: int) -> None:
+    """A run that was begun with an earlier version goes on in the same order."""
+    rng = np.random.RandomState(5)
+    lengths, weights = rng.randint(2, 90, 97), rng.rand(97) * 9
+    batch, steps, fingerprint, order = PINNED[seed]
+    plan = Plan(lengths, weights, Batch(**batch), seed)
+    assert (plan.num_steps, plan.fingerprint) == (steps, fingerprint)
+    stream = b"".join(plan.examples(step).tobytes() for step in range(steps))
+    assert hashlib.blake2b(stream, digest_size=8).hexdigest() == order
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    st.floats(0.01, 0.999),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_a_rotation_shows_all_before_any_again(sizes: list[int], share: float, others: int, shuffle: bool) -> None:
+    """Epoch by epoch: whole rows, as many as the share says, none twice in an epoch or before all were shown."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    per_epoch = max(share * len(sizes), 1.0)
+    rotation = Rotation(others + np.arange(starts[-1]), starts, per_epoch)
+    count = others + int(starts[-1])
+    row_of = np.repeat(np.arange(len(sizes)), sizes)
+    batch = Batch(examples_per_step=1, epochs=7, shuffle=shuffle)
+    plan = Plan(np.full(count, 3, np.int32), np.ones(count), batch, 1, [rotation])
+    epochs: list[list[int]] = [[] for _ in range(8)]
+    for step in range(plan.num_steps):
+        epochs[int(np.ceil(plan.epoch(step))) - 1] += plan.examples(step).tolist()
+    assert plan.epoch(plan.num_steps - 1) == 7
+    shown: list[int] = []
+    for members in epochs[:7]:
+        assert sorted(members)[:others] == list(range(others))
+        turning = sorted(set(members) - set(range(others)))
+        assert len(members) == others + len(turning)
+        rows = sorted({int(row_of[i - others]) for i in turning})
+        assert [i - others for i in turning] == [i for i in range(len(row_of)) if row_of[i] in rows]
+        shown += rows
+    assert len(shown) == pytest.approx(7 * per_epoch, abs=1)
+    times = np.bincount(shown, minlength=len(sizes))
+    assert times.max() - times.min() <= 1
+    assert set(np.flatnonzero(plan.shown()).tolist()) == {i for members in epochs for i in members}

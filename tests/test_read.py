@@ -9,11 +9,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sftx.arrow import from_numpy, rows_of
 from sftx.data import read
 from sftx.data.convert import convert, dump
 from sftx.data.read import Block, find_files, is_hub_name, is_lines, rows_in, scan
@@ -107,6 +109,54 @@ def test_arrow_does_not_invent_null_keys(tmp_path: Path) -> None:
     calls = [{"name": "a", "arguments": {"city": "Paris"}}, {"name": "b", "arguments": {"n": 1}}]
     pq.write_table(pa.Table.from_pylist([{"calls": [call]} for call in calls]), tmp_path / "a.parquet")
     assert [row for _, row in converted(tmp_path / "a.parquet")] == [{"calls": [call]} for call in calls]
+
+
+def test_nulls_that_somebody_wrote_stay(tmp_path: Path) -> None:
+    """Where all structs have the same keys, or a map says which there are, a null is real; else it may be invented."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    same = [{"name": name, "arguments": {"city": city, "unit": None}} for name, city in ("aP", "bR")]
+    mixed = [{"name": "a", "arguments": {"city": "Paris", "n": None}}, {"name": "b", "arguments": {"n": 1}}]
+    for calls, expected in ((same, same), (mixed, [{"name": "a", "arguments": {"city": "Paris"}}, mixed[1]])):
+        table = pa.Table.from_pylist([{"id": None, "calls": [call]} for call in calls])
+        pq.write_table(table, tmp_path / "a.parquet")
+        for name, new in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+            with new(tmp_path / name, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1)
+        for name in ("a.parquet", "stream.arrow", "file.arrow"):
+            found = [row for _, row in converted(tmp_path / name)]
+            assert found == [{"id": None, "calls": [call]} for call in expected], name
+    maps = pa.array([[("city", "Paris"), ("unit", None)], [("n", "1")], None], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"arguments": maps}), tmp_path / "m.parquet")
+    found = [row["arguments"] for _, row in converted(tmp_path / "m.parquet")]
+    assert found == [{"city": "Paris", "unit": None}, {"n": "1"}, None]
+
+
+def test_nulls_in_frames_and_data_sets() -> None:
+    """As pandas and `datasets` hand rows out: arrays of structs from Arrow, and a table behind the rows."""
+    import pyarrow as pa
+
+    rows = [{"text": "a", "calls": [{"x": 1, "y": None}]}, {"text": "b", "calls": [{"x": 2, "y": None}]}]
+
+    class Table:
+        table = pa.Table.from_pylist(rows)
+
+    class Dataset(list[Any]):
+        features = "of all columns"
+        data = Table()
+
+    assert list(rows_of(Dataset(rows))) == rows
+    Table.table = pa.Table.from_pylist([*rows, {"text": "c", "calls": [{"y": 1}]}])
+    assert [row["calls"] for row in rows_of(Dataset(rows))] == [[{"x": 1}], [{"x": 2}]]
+    read = {
+        "text": "a",
+        "calls": np.array([{"x": 1, "y": None, "z": np.array([1, 2])}], dtype=object),
+        "n": np.int64(3),
+    }
+    assert from_numpy(read) == {"text": "a", "calls": [{"x": 1, "z": [1, 2]}], "n": 3}
+    written = {"calls": [{"x": None}], "label": None}
+    assert from_numpy(written) == written
 
 
 @pytest.mark.parametrize(

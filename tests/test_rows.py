@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftx.data.rows import detect, parse, unused
-from sftx.types import Phrase, Row, RowError
+from sftx.data.arguments import INVENTED
+from sftx.data.messages import other_fields
+from sftx.data.rows import check_names, detect, parse, renamed, unused
+from sftx.types import Phrase, Row, RowError, UserError
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 PAIR = (Phrase("Hi", 0.0), Phrase("Hello", 1.0))
@@ -134,9 +136,9 @@ def test_sharegpt_roles() -> None:
         ({"prompt": "a", "completion": 1}, "field 'completion' must be text, not a number"),
         ({"prompt": "a", "completion": [MODEL]}, "both be texts or both be lists"),
         ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' needs prompt and completion to be lists"),
-        ({"question": "a", "answer": "b"}, "rename the columns to prompt and completion"),
+        ({"question": "a", "answer": "b"}, "set data.columns: {question: prompt, answer: completion}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data"),
-        ({"conversations": [USER, MODEL]}, "rename the column to messages"),
+        ({"conversations": [USER, MODEL]}, "set data.columns: {conversations: messages}"),
         ({"text": "a", "messages": [USER]}, "choose one with data.format"),
         ({"messages": []}, "not an empty list"),
         ({"messages": "a"}, "not text"),
@@ -192,7 +194,11 @@ def test_sharegpt_roles() -> None:
         ),
         ({"conversations": [{"from": "human"}]}, "conversations[0] must be an object with from and value"),
         ({"conversations": [{"from": "human", "value": None}], "system": "S"}, "conversations[0].content is null"),
-        ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "'history' is not part of format alpaca"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history[0] must be [prompt, output]"),
+        ({"instruction": "a", "output": "b", "history": [["a", 1]]}, "history[0][1]' must be text, not a number"),
+        ({"instruction": "a", "output": "b", "history": "x"}, "'history' must be a list"),
+        ({"prompt": [USER], "completion": [MODEL], "history": [["a", "b"]]}, "'history' needs prompt and completion"),
+        ({"messages": [{"role": "system", "content": "A"}, USER], "system": "B"}, "both system messages, and differ"),
         ({"segments": [{"text": "a"}]}, "segments[0] must be an object with text and weight"),
         ({"segments": [{"text": "a", "weight": 1, "mask": 0}]}, "unknown fields: mask"),
         ({"input_ids": []}, "not empty"),
@@ -214,6 +220,137 @@ def test_mistakes_name_their_field(raw: Any, message: str) -> None:
     with pytest.raises(RowError) as caught:
         row(raw)
     assert message in str(caught.value)
+
+
+SYSTEM = {"role": "system", "content": "S"}
+TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"messages": [USER, {**MODEL, "train_detail": [{"begin_offset": 0}]}]}, "messages[1].train_detail"),
+        ({"conversations": [TALK[0], {**TALK[1], "train_detail": [{}]}]}, "conversations[1].train_detail"),
+        ({"messages": [USER, {**MODEL, "loss": "no"}]}, "messages[1].loss must be true or false"),
+        ({"messages": [USER, {**MODEL, "training": 0}]}, "messages[1].training must be true or false"),
+        ({"messages": [{**USER, "loss": True}, MODEL]}, "assistant messages only"),
+        ({"messages": [USER, {**MODEL, "loss": False, "train": True}]}, "train: True and loss: False"),
+        ({"messages": [USER, {**MODEL, "loss_scale": 0.5}]}, "write it as 'weight'"),
+        ({"messages": [USER, {**MODEL, "loss_weight": 0.5}]}, "write it as 'weight'"),
+        ({"messages": [USER, {**MODEL, "loss_mask": 0}]}, "write it as 'train'"),
+        ({"messages": [USER, {**MODEL, "loss_mask": False}]}, "write it as 'train'"),
+        ({"messages": [{**USER, "images": ["a.png"]}, MODEL]}, "messages[0].images is not read: only text"),
+        (
+            {"messages": [USER, {**MODEL, "content": [{"type": "text", "text": "a", "train": False}]}]},
+            "messages[1].content[0].train is not read",
+        ),
+        ({"messages": [USER, MODEL], "label": False}, "KTO"),
+        ({"messages": [USER, MODEL], "kto_tag": False}, "data.columns: {kto_tag: null}"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "column 'label' is not read: KTO"),
+        ({"conversations": TALK, "label": False}, "KTO"),
+        ({"dialogue": ["a", "b"], "label": False}, "KTO"),
+        ({"instruction": "a", "output": "b", "label": False}, "KTO"),
+        ({"messages": [USER, MODEL], "images": ["a.png"]}, "column 'images' is not read: only text"),
+        ({"text": "a <image>", "images": ["a.png"]}, "column 'images' is not read: only text"),
+        ({"conversations": TALK, "image": "a.png"}, "column 'image' is not read: only text"),
+        ({"messages": [USER, MODEL], "videos": ["a"], "audios": []}, "column 'videos' is not read"),
+        ({"messages": [USER, MODEL], "objects": {"ref": ["a"], "bbox": [[1, 2]]}}, "column 'objects' is not read"),
+        ({"messages": [USER, MODEL], "functions": [{"name": "f"}]}, "write it as 'tools'"),
+        ({"conversations": TALK[:1], "chosen": TALK[1], "rejected": TALK[1]}, "this is preference data"),
+    ],
+)
+def test_marks_of_other_tools_are_refused_by_name(raw: Any, message: str) -> None:
+    with pytest.raises(RowError) as caught:
+        row(raw)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", ["train", "training", "loss", "trainable"])
+@pytest.mark.parametrize("value", [True, False])
+def test_marks_with_our_meaning_are_honoured(mark: str, value: bool) -> None:
+    made = row({"messages": [USER, {**MODEL, mark: value}]}).messages
+    assert made == (USER, {**MODEL, "train": value})
+    made = row({"conversations": [TALK[0], {**TALK[1], mark: value}]}).messages
+    assert made == (USER, {**MODEL, "train": value})
+
+
+def test_what_says_nothing_is_no_mark() -> None:
+    """Empty fields, wanted answers of KTO, and columns of data that merely share a name."""
+    for extra in ({"train_detail": []}, {"images": []}, {"loss": None}, {"image": ""}, {"train_detail": None}):
+        assert row({"messages": [USER, {**MODEL, **extra}]}).messages == (USER, MODEL)
+    columns = [{"label": True}, {"label": 0}, {"images": []}, {"image": None}, {"functions": []}, {"objects": []}]
+    for extra in [*columns, {"chosen": "b", "rejected": "c"}, {"objects": ["a table"]}, {"system": ""}]:
+        assert row({"messages": [USER, MODEL], **extra}).messages == (USER, MODEL)
+    assert row({"text": "so good", "label": False}).text == "so good"
+
+
+def test_a_system_column_is_the_first_message() -> None:
+    """Beside every format that has turns; the same text twice is one message."""
+    talk = (SYSTEM, USER, MODEL)
+    assert row({"messages": [USER, MODEL], "system": "S"}).messages == talk
+    assert row({"messages": [SYSTEM, USER, MODEL], "system": "S"}).messages == talk
+    assert row({"conversations": TALK, "system": "S"}).messages == talk
+    assert row({"prompt": "Hi", "completion": "Hello", "system": "S"}).messages == talk
+    assert row({"dialogue": ["Hi", "Hello"], "system": "S"}).messages == talk
+    asked = row({"prompt": [USER], "completion": [MODEL], "system": "S"}).messages
+    assert asked == ({**SYSTEM, "train": False}, {**USER, "train": False}, MODEL)
+
+
+def test_alpaca_with_system_and_history() -> None:
+    """Empty ones are as if absent; filled ones are turns, and outputs in the history are targets."""
+    plain = {"instruction": "Hi", "input": "", "output": "Hello"}
+    assert row({**plain, "system": "", "history": []}) == Row("phrases", phrases=PAIR)
+    assert row({**plain, "system": None, "history": None}) == Row("phrases", phrases=PAIR)
+    earlier = (Phrase("Yo", 0.0), Phrase("Sir", 1.0))
+    assert row({**plain, "system": "", "history": [["Yo", "Sir"]]}) == Row("phrases", phrases=(*earlier, *PAIR))
+    turns = ({"role": "user", "content": "Yo"}, {"role": "assistant", "content": "Sir"})
+    made = row({**plain, "system": "S", "history": [["Yo", "Sir"]]})
+    assert made == Row("messages", messages=(SYSTEM, *turns, USER, MODEL))  # type: ignore[arg-type]
+    assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (*earlier, *PAIR)
+
+
+def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
+    """Nobody wrote them; those that it has, and those of tools whose arguments are not known, stay."""
+
+    def arguments(given: Any, tools: Any) -> tuple[Any, tuple[str, ...]]:
+        raw = {"messages": [USER, {**MODEL, "tool_calls": [call(given)]}], "tools": tools}
+        before = json.dumps(raw)
+        made = row(raw)
+        assert json.dumps(raw) == before
+        return made.messages[1]["tool_calls"][0]["function"]["arguments"], made.notes
+
+    schema = {"type": "object", "properties": {"city": {}, "unit": {}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    given = {"city": "Paris", "unit": None, "n": None}
+    left = {"city": "Paris", "unit": None}
+    assert arguments(given, [tool]) == (left, (INVENTED,))
+    assert arguments(given, json.dumps([tool["function"]])) == (left, (INVENTED,))
+    assert arguments(json.dumps(given), [tool]) == (given, ())  # a text is no part of a table
+    assert arguments({"city": None, "n": 1}, [tool]) == ({"city": None, "n": 1}, ())
+    for tools in ([], [{"name": "g", "parameters": schema}], [{"name": "f", "parameters": {}}], [{"name": "f"}]):
+        assert arguments(given, tools) == (given, ())
+    open_schema = {**schema, "additionalProperties": True}
+    assert arguments(given, [{"name": "f", "parameters": open_schema}]) == (given, ())
+
+
+def test_columns_get_other_names() -> None:
+    columns = {"question": "prompt", "answer": "completion", "label": None}
+    raw = {"question": "Hi", "label": False, "answer": "Hello", "id": 3}
+    assert renamed(raw, columns) == {"prompt": "Hi", "completion": "Hello", "id": 3}
+    assert renamed(raw, {}) is raw
+    assert renamed(["a", "b"], columns) == ["a", "b"]
+    swapped = renamed({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"})
+    assert swapped == {"completion": "a", "prompt": "b"}
+    with pytest.raises(RowError, match="columns 'prompt' and 'question' would both be 'prompt'"):
+        renamed({"prompt": "a", **raw}, columns)
+    with pytest.raises(UserError, match="'promt' is a column that no format reads; did you mean 'prompt'"):
+        check_names({"question": "promt"})
+
+
+def test_fields_that_only_a_template_may_know_are_named() -> None:
+    marked = {**MODEL, "prefix": True, "id": "7", "reasoning": "Hm.", "weight": 1, "name": "x"}
+    assert other_fields(row({"messages": [USER, marked]}).messages) == {"prefix", "id"}
+    assert other_fields(row({"messages": [USER, MODEL]}).messages) == set()
 
 
 @pytest.mark.parametrize("form", ["text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"])

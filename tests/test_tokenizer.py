@@ -166,5 +166,5 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_file_that_is_no_json_is_named(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path, {"eos_token": "</s>"})
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(UserError, match=f"{tmp_path}: no usable tokenizer there"):
+    with pytest.raises(UserError, match=f"{tmp_path / name}: "):
         Tokenizer.load(path)

@@ -17,6 +17,7 @@ optuna = pytest.importorskip("optuna")
 SCRIPT = """
 import json, pathlib
 import helper
+import trlx
 def main(hparams):
     if hparams["train.seed"] == 13:
         raise ValueError("unlucky")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+WORDS = ["river", "stone", "lamp", "seven", "orchard", "wind", "paper", "tower", "salt", "morning", "copper", "fox"]
+
+
+def text(rng: random.Random, length: int) -> str:
+    """Words, cut off at `length` characters."""
+    return " ".join(rng.choice(WORDS) for _ in range(length // 3 + 1))[:length]
+
+
+def pairs(count: int, shortest: int = 2, longest: int = 60) -> list[dict[str, str]]:
+    """Rows of unequal length, always the same."""
+    rng = random.Random(0)
+    return [
+        {"prompt": f"{i}: {text(rng, rng.randint(4, 16))}", "completion": text(rng, rng.randint(shortest, longest))}
+        for i in range(count)
+    ]
 
 
 SIZES: dict[str, Any] = {

@@ -67,7 +67,8 @@ class Source(Section):
     name: str | None = None
     """Name in reports; default: the path."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch."""
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch and
+    0.5 half of them: another half in each epoch, no row again before all were shown."""
 
 
 class Data(Section):
@@ -91,6 +92,9 @@ class Data(Section):
         "auto"
     )
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    columns: dict[str, str | None] = {}
+    """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be in
+    some row."""
     template: str = "auto"
     """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none` =
     turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml, plain."""
@@ -237,7 +241,10 @@ class Checkpoint(Section):
     """State to continue from."""
 
     every: int = Field(default=0, ge=0)
-    """Save every so many steps; 0 = only when the run is stopped by a signal."""
+    """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
+    minutes: float = Field(default=15, ge=0)
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there is
+    no room for such a checkpoint the run says so and goes on."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
     background: bool = False

@@ -83,6 +83,8 @@ def _type_in_words(annotation: Any) -> str:
         case origin if origin is list:
             item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
             return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
+        case origin if origin is dict:
+            return "{name: " + _type_in_words(arguments[1]).replace(", or null", " or null") + "}"
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
     return "{" + ", ".join(annotation.model_fields) + "}"

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any, Unpack, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from sftx.arrow import from_numpy, rows_of
 from sftx.config import SHORT_FORMS, Config, Section
 from sftx.schema import allowed, doc, section_of, shown, suggestion
-from sftx.strict_yaml import KeyPath, Places, dotted, parse
-from sftx.types import UserError, without_nulls
+from sftx.strict_yaml import LARGEST, KeyPath, Places, check_text_size, dotted, parse
+from sftx.types import UserError
 
 if TYPE_CHECKING:
     from sftx.settings_types import Sections
 
 _COMMAND_LINE = "command line"
+_SHOWN = 50
+"""Problems that are printed; of more, their number."""
 _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
 
 
@@ -55,7 +58,10 @@ def make_config(**sections: Unpack[Sections]) -> Config:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST + 1)
+        check_text_size(len(content), path)
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -81,8 +87,8 @@ def _holds_rows(value: Any) -> bool:
 def _rows(value: Any) -> list[Any]:
     """The rows in such a value."""
     if hasattr(value, "itertuples"):  # a DataFrame of pandas, whose iterator gives the names of its columns
-        return value.to_dict("records")
-    return [without_nulls(row) for row in value] if hasattr(value, "features") else list(value)  # of `datasets`: Arrow
+        return [from_numpy(row) for row in value.to_dict("records")]
+    return list(rows_of(value)) if hasattr(value, "features") else list(value)  # of `datasets`
 
 
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
@@ -123,7 +129,8 @@ def _checked(data: dict[str, Any], places: Places, problems: list[str], *, sourc
     else:
         if not problems:
             return config
-    raise UserError("\n".join(problems))
+    more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+    raise UserError("\n".join(problems[:_SHOWN] + more))
 
 
 def _place(path: KeyPath, places: Places) -> str:
@@ -140,7 +147,9 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
         path = (*at, key)
         field = section.model_fields.get(key)
         value = _rows(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
-        if field is None:
+        if field is None and len(problems) > _SHOWN:  # looking for what was meant takes longest
+            problems.append(f"{dotted(path)}: no such setting")
+        elif field is None:
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):
             value = _long_form(key, value)

@@ -19,6 +19,19 @@ Places = dict[KeyPath, str]
 """Where each value was written, by its path of keys: `run.yaml:12`, or `command line`."""
 
 
+LARGEST = 256 << 10
+"""Bytes of settings, a hundred times as many as a long file has. Parsing takes about 10 microseconds a byte."""
+
+
+def check_text_size(size: int, source: str) -> None:
+    """UserError where `source` has more than `LARGEST` bytes."""
+    if size > LARGEST:
+        raise UserError(
+            f"{source}: more than {LARGEST >> 10} KiB: this is no settings file. Rows belong into data files, which "
+            "data.train names"
+        )
+
+
 class _StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML reads it from the class)
 
@@ -68,6 +81,7 @@ def parse(text: str, source: str, problems: list[str], *, numbered: bool = True)
 
     Appends what is wrong with a value to `problems`. Raises `UserError` where the text is not YAML at all.
     """
+    check_text_size(len(text), source)
     try:
         node = yaml.compose(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

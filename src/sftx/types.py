@@ -11,12 +11,22 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.printable import printable
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+ONE_EACH = "one sequence per turn"
+"""The ledger's note for rows whose turns cannot share a sequence: the template writes earlier ones otherwise then."""
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: shown as one message, without a traceback, exit code 2."""
+    """A mistake in the user's input: shown as one message, without a traceback, exit code 2.
+
+    What a terminal would obey in the message is written as an escape.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RowError(UserError):
@@ -60,6 +70,7 @@ class Row:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # what was changed while reading, for the ledger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,13 +79,15 @@ class Example:
 
     `ids` int32[T]; `weights` float32[T]: the weight of predicting `ids[t]` from `ids[:t]`. 0 means context only.
     `weights[0]` is always 0: nothing stands before it. `note` says what was done to the row, if anything
-    ("split 2 of 3", "forced opening closed"); `part` numbers the examples that came from one row.
+    ("split 2 of 3", "forced opening closed"); `part` numbers the examples that came from one row. `shortened`: the row
+    was too long, and something of its prompt is not here.
     """
 
     ids: Int32
     weights: Float32
     note: str = ""
     part: int = 0
+    shortened: bool = False
 
     @property
     def targets(self) -> int:
@@ -102,18 +115,26 @@ class Pack:
 
 @dataclass(slots=True)
 class Ledger:
-    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too."""
+    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too.
+
+    `shown`: how many different rows at least one step shows; all that were not dropped, unless the run is shorter than
+    that or shows only a share of a source. `targets_shortened`: targets whose row was too long, and something of whose
+    prompt is gone. `tokens_repeated`: tokens that rows with a sequence for each turn hold more than once.
+    """
 
     read: int = 0
     trained: int = 0
     split: int = 0
     dropped: int = 0
     truncated: int = 0
+    shown: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
     tokens_truncated: int = 0
     targets_truncated: int = 0
+    targets_shortened: int = 0
+    tokens_repeated: int = 0
     notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Ledger) -> None:
@@ -126,14 +147,40 @@ class Ledger:
                 setattr(self, name, getattr(self, name) + value)
 
     def summary(self) -> str:
-        """One line: `read 7,473 = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311 tokens are targets`."""
+        """One line: `read 7,473 rows = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311 tokens are targets`."""
         share = 100 * self.targets / max(self.tokens, 1)
-        lost = f"{self.targets_truncated:,} of them targets" if self.targets_truncated else "no target among them"
-        cut = f"; {self.truncated:,} rows lost {self.tokens_truncated:,} tokens, {lost}" if self.truncated else ""
+        unseen = self.trained + self.split - self.shown
+        missed = f"; {unseen:,} of these rows are in no step of this run" if unseen else ""
         return (
-            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}; "
-            f"{self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets{cut}"
+            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}"
+            f"{missed}; {self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets"
         )
+
+    def warnings(self) -> list[str]:
+        """What the length limit cost and what is computed more than once, one sentence each with what to do."""
+        said = []
+        if self.truncated:
+            lost = "of context, and no target"
+            if self.targets_truncated:
+                lost = f"and {self.targets_truncated:,} targets with them"
+            said.append(
+                f"{self.truncated:,} rows lost {self.tokens_truncated:,} tokens {lost}; "
+                "raise data.max_length to keep them"
+            )
+        if self.targets_shortened:
+            share = 100 * self.targets_shortened / max(self.targets, 1)
+            said.append(
+                f"{self.targets_shortened:,} targets ({share:.1f} %) stand behind a shortened prompt; "
+                "raise data.max_length to train them behind the whole one"
+            )
+        if self.tokens_repeated:
+            once = self.tokens - self.tokens_repeated
+            said.append(
+                f"{ONE_EACH} makes {self.tokens / max(once, 1):.1f} times the tokens ({self.tokens:,} of {once:,}), "
+                "and so the time: the template writes earlier turns otherwise once others follow; a template that does "
+                "not, or data.train_on: last, avoids it"
+            )
+        return said
 
 
 @dataclass(slots=True)
@@ -188,14 +235,3 @@ def untrained(num_steps: int) -> StepRecord:
         total_tokens=0,
         total_targets=0,
     )
-
-
-def without_nulls(row: Any) -> Any:
-    """A row that comes from Arrow, without the null keys that its unified structs invent; its columns all stay."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) for key, value in row.items()} if isinstance(row, dict) else row

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sftx import __version__
+from sftx.printable import printable
 from sftx.types import UserError
 
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        print(f"error: {error}; mend that, then run the same command to continue", file=sys.stderr)
+        print(f"error: {printable(str(error))}; mend that, then run the same command to continue", file=sys.stderr)
         return 2
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sftx.config import Config
 from sftx.data.corpus import Corpus
-from sftx.data.plan import Plan
+from sftx.data.plan import plan_of
 from sftx.data.render import Encoder
 from sftx.data.view import View, view
 
@@ -34,7 +34,7 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
     page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
         "title": ", ".join(corpus.sources),
-        "ledgers": {name: ledger.summary() for name, ledger in corpus.ledgers.items()},
+        "ledgers": {name: "; ".join([ledger.summary(), *ledger.warnings()]) for name, ledger in corpus.ledgers.items()},
         "notes": corpus.ledger.notes,
         "dropped": [{"place": corpus.origins[d.origin].place(d.line), "reason": d.reason} for d in corpus.drops[:200]],
         "examples": len(corpus),
@@ -71,7 +71,8 @@ def _row(shown: View) -> dict[str, Any]:
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
     runs = [[int(start), round(float(weights[start]), 6)] for start in starts]  # weights, run by run
     special = [i for i, special in enumerate(shown.special) if special]
-    return {**row, "targets": shown.targets, "special": special, "runs": runs}
+    spelled = [i for i, spelled in enumerate(shown.spelled) if spelled]
+    return {**row, "targets": shown.targets, "special": special, "spelled": spelled, "runs": runs}
 
 
 def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
@@ -83,7 +84,7 @@ def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
 
 def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:
     """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, POINTS)).astype(np.int64)).tolist()
     chosen = [plan.examples(step) for step in steps]
     return {

@@ -1,7 +1,8 @@
 """Show the exact tokens a run trains on, by row, step or pack: `sftx inspect run.yaml row=17`.
 
 Trained tokens stand out (on a terminal by colour, in plain text between ⟦ and ⟧), a weight other than 1 is named, and
-special tokens are set apart. Numbers at the left are positions. Nothing is trained and no model is loaded.
+special tokens are set apart; a text that only spells one has a backslash before it. Numbers at the left are positions.
+Nothing is trained and no model is loaded.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from sftx.cli._page import write_page
 from sftx.config import Config
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
-from sftx.data.plan import Plan
+from sftx.data.plan import plan_of
 from sftx.data.render import Encoder
 from sftx.data.view import View, raw_tables, view, views_of_rows
+from sftx.printable import printable
 from sftx.track.record import Run
 from sftx.types import UserError
 
@@ -39,7 +41,7 @@ TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so tha
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
-VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 155: "␛"}
+VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 127: "␡", 155: "␛"}
 
 
 def run(
@@ -72,20 +74,22 @@ def run(
         for text in paint(shown, console.width, console.is_terminal):
             console.print(text, soft_wrap=True)
     weight = sum(sum(v.weights) for v in views)
-    console.print(f"{len(views)} examples, {_counts(views)}, total weight {weight:g}")
+    behind = sum(v.targets for v in views if v.shortened)
+    shortened = f", {behind:,} targets behind a shortened prompt" if behind else ""
+    console.print(f"{len(views)} examples, {_counts(views)}{shortened}, total weight {weight:g}")
     if json:
         write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
     if html:
         assert corpus is not None
         write_page(html, config, corpus, encoder, views)
-        console.print(f"page written to {html}")
+        console.print(f"page written to {printable(html)}", markup=False)
     return 0
 
 
 def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
     step = whole_number("inspect: step", asked)
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
         raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
     size = config.runtime.tokens_per_pack or Run(config).facts.get("tokens_per_pack", CPU_PACK)
@@ -109,6 +113,7 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     """The lines of one example, at most `width` cells wide, each with the position of its first token."""
     note = f" · {shown.note}" if shown.note else ""
     head = f"── {shown.place} · example {shown.part + 1} of its row{note} "
+    head = printable(head)
     yield Text(head + "─" * max(width - cell_len(head), 0), style="bold")
     line = Text("     0 │ ")
     for position, (piece, style) in enumerate(_pieces(shown, colour)):
@@ -118,9 +123,10 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
                 line = Text(f"{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
-    yield Text(f"         {_counts([shown])}", style="italic")
+    legend = r"; \ = text that spells a special token (data.special_tokens: escape)" if any(shown.spelled) else ""
+    yield Text(f"         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
-        yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
+        yield Text(f"         a server would send: {printable(repr(shown.prompt))}", style="italic")
 
 
 def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
@@ -128,7 +134,7 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
-        text = text.translate(VISIBLE)
+        text = ("\\" if shown.begins_spelling(i) else "") + printable(text.translate(VISIBLE))
         if not colour and weight != before:
             named = f"{weight:g}:" if weight not in (0, 1) else ""
             text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text

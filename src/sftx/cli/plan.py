@@ -17,13 +17,15 @@ from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora
-from sftx.data.plan import Plan
+from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.compiled import planned
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
+from sftx.model.mixture import describe_adapter
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
+from sftx.printable import printable
 from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
@@ -60,6 +62,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts = _facts(config, plan, load, loss, at_hand)
         tokens = load.tokens if count == 1 else 0.0
         rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
+        facts["adapter"] = describe_adapter(loss.model)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
         try:
             chosen = fit(config.runtime, rehearsal, load, at_hand)
@@ -72,7 +75,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["refused"] = str(error)
     if gpus:
         facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
-    print("\n".join(_lines(facts, config)))
+    print(printable("\n".join(_lines(facts, config))))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
@@ -90,7 +93,7 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
-        plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+        plan = plan_of(corpus, config)
         weigh(plan, loss, corpus.targets)
         return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
     sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
@@ -133,6 +136,8 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     method = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
     trained, weights = facts["trainable"], facts["weights"]
     yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
+    if facts.get("adapter"):
+        yield f"adapter  {facts['adapter']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
     kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
     yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"

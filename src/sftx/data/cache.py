@@ -1,7 +1,10 @@
 """The token cache: one safetensors file per block of rows, named by everything its tokens depend on.
 
 A file appears whole or not at all (temporary name, fsync, rename), so processes may share a cache and a killed one
-leaves nothing that looks finished. Every example carries a hash of its tokens and weights, checked when it is read.
+leaves nothing that looks finished. Every example carries a hash of its tokens and weights, checked when it is read;
+all else in a file is under a hash that is checked when it is opened. A file that fails is as if it were not there.
+
+Whoever may not write the cache can use what is in it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 
 from sftx.types import Example, UserError
 
-VERSION = "2"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
+VERSION = "4"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
 _DTYPES = {"I64": np.int64, "U64": np.uint64, "F64": np.float64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
@@ -47,6 +50,7 @@ class TokenBlock:
     note: NDArray[np.int32]  # [N] index into meta["notes"]: what was done to the example
     about: NDArray[np.int32]  # [N] index into meta["abouts"]: what was done to its row
     split: NDArray[np.uint8]  # [N] 1 where the row was cut into pieces because it was too long
+    shortened: NDArray[np.uint8]  # [N] 1 where something of the prompt is gone because the row was too long
     cut_tokens: NDArray[np.int32]  # [N]
     cut_targets: NDArray[np.int32]  # [N]
     targets: NDArray[np.int32]  # [N] tokens with weight
@@ -54,7 +58,9 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`, `abouts`, `dropped` and `bad` ([line, reason] of each row), `unused` (rows per column), `largest_id`."""
+    """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how many rows have each
+    column that is not read (`unused`), each column of `data.columns` (`renamed`), and each remark made while they were
+    read (`noted`)."""
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -66,7 +72,8 @@ class TokenBlock:
         ids, weights = self.ids[start:stop], self.weights[start:stop].astype(np.float32, copy=False)
         if example_digest(ids, weights) != int(self.digest[index]):
             raise UserError("a file of the token cache is damaged; delete the cache folder and start again")
-        return Example(ids, weights, self.meta["notes"][int(self.note[index])], int(self.part[index]))
+        note, part, shortened = self.note[index], self.part[index], self.shortened[index]
+        return Example(ids, weights, self.meta["notes"][int(note)], int(part), bool(shortened))
 
 
 def example_digest(ids: NDArray[np.int32], weights: NDArray[np.float32]) -> int:
@@ -89,7 +96,7 @@ class Entry(NamedTuple):
 
 
 def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
-    """Lay examples end to end. `meta` may hold `dropped`, `bad` and `unused`."""
+    """Lay examples end to end. `meta` may hold all that `TokenBlock.meta` does but `largest_id`."""
     examples = [entry.example for entry in entries]
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
     starts = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
@@ -105,7 +112,8 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
 
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
-    facts = {"dropped": [], "bad": [], "unused": {}, **meta, "notes": list(notes), "abouts": list(abouts)}
+    nothing = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
+    facts = {**nothing, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
         ids=ids,
         weights=weights.astype(np.uint8) if plain else weights,
@@ -115,6 +123,7 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         note=np.array([notes[e.note] for e in examples], np.int32),
         about=np.array([abouts[entry.about] for entry in entries], np.int32),
         split=np.array([entry.split for entry in entries], np.uint8),
+        shortened=np.array([e.shortened for e in examples], np.uint8),
         cut_tokens=first([entry.cut_tokens for entry in entries]),
         cut_targets=first([entry.cut_targets for entry in entries]),
         targets=targets,
@@ -131,12 +140,16 @@ class Cache:
     def __init__(self, folder: str | None = None) -> None:
         chosen = folder or os.environ.get("SFTX_CACHE") or "~/.cache/sftx"
         self.folder = Path(chosen).expanduser()
+        self.writable = True
         try:
             (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder / "tmp").close()
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: the token cache cannot be written here ({error}); set data.cache"
-            ) from None
+            self.writable = False
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{self.folder}: the token cache cannot be written here ({error}); set data.cache"
+                ) from None
 
     def path(self, key: str, suffix: str = ".safetensors") -> Path:
         """Where the block (or, with another suffix, the note about a file) called `key` lives."""
@@ -149,12 +162,14 @@ class Cache:
     def save(self, key: str, block: TokenBlock) -> None:
         """Write a block: it appears under its name whole, and survives a crash of the machine from then on."""
         arrays = {f.name: getattr(block, f.name) for f in fields(TokenBlock) if f.name != "meta"}
-        header: dict[str, Any] = {"__metadata__": {"sftx": json.dumps(block.meta)}}
+        about = {"sftx": json.dumps(block.meta), "columns": _digest_of_columns(arrays)}
+        header: dict[str, Any] = {"__metadata__": about}
         end = 0
         for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):  # keeps every array aligned
             end += array.nbytes
             span = [end - array.nbytes, end]
             header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": span}
+        about["header"] = _digest(json.dumps(header))
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         ordered = [np.ascontiguousarray(arrays[name]).tobytes() for name in header if name != "__metadata__"]
@@ -162,17 +177,33 @@ class Cache:
 
     def write(self, path: Path, content: bytes) -> None:
         """Put `content` at `path`, whole or not at all."""
-        path.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder / "tmp")
+        temporary = None
         try:
+            path.parent.mkdir(exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder / "tmp")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
             raise UserError(f"{path}: the token cache cannot be written ({error}); set data.cache") from None
+
+    def write_note(self, path: Path, value: Any) -> None:
+        """Put a JSON value at `path` with its hash; nothing where the cache may not be written."""
+        if self.writable:
+            text = json.dumps(value)
+            self.write(path, f"{_digest(text)} {text}".encode())
+
+    def read_note(self, path: Path) -> Any:
+        """What `write_note` wrote; None if nothing is there, or something else."""
+        try:
+            digest, _, text = path.read_text(encoding="utf-8").partition(" ")
+        except (OSError, UnicodeDecodeError):
+            return None
+        return json.loads(text) if digest == _digest(text) else None
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
@@ -180,6 +211,9 @@ class Cache:
 
         So the ranks of a node encode their data once. The rest then goes on at the same time.
         """
+        if not self.writable:  # what is not there cannot be made: nobody has to wait for it
+            yield
+            return
         path = self.path(blake2b(name.encode(), digest_size=20).hexdigest(), ".lock")
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
@@ -192,6 +226,10 @@ class Cache:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder for files that live as long as the block of code; what killed processes left long ago goes too."""
+        if not self.writable:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+            return
         tmp = self.folder / "tmp"
         for entry in os.scandir(tmp):
             try:
@@ -204,23 +242,23 @@ class Cache:
 
 
 def open_block(path: Path) -> TokenBlock | None:
-    """The block in a file, mapped into memory; None if the file is absent, cut off or not a block."""
+    """The block in a file, mapped into memory; None if the file is absent, cut off, damaged or not a block."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 16:
                 return None
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     length = struct.unpack("<Q", mapped[:8])[0]
     try:
         header = json.loads(mapped[8 : 8 + length]) if length < size else None
     except ValueError:
         return None
-    if not isinstance(header, dict) or "__metadata__" not in header:
+    about = _about(header)
+    if about is None:
         return None
-    meta = json.loads(header.pop("__metadata__")["sftx"])
     arrays: dict[str, Any] = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -228,4 +266,29 @@ def open_block(path: Path) -> TokenBlock | None:
             return None
         dtype = _DTYPES[entry["dtype"]]
         arrays[name] = np.frombuffer(mapped, dtype, (stop - start) // np.dtype(dtype).itemsize, 8 + length + start)
-    return TokenBlock(**arrays, meta=meta)
+    if about["columns"] != _digest_of_columns(arrays):
+        return None
+    return TokenBlock(**arrays, meta=json.loads(about["sftx"]))
+
+
+def _about(header: Any) -> dict[str, str] | None:
+    """What a header says beside its arrays, taken out of it; None if it is not as it was written."""
+    about = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(about, dict):
+        return None
+    written = about.pop("header", None)
+    if written != _digest(json.dumps(header)):
+        return None
+    return header.pop("__metadata__")
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _digest_of_columns(arrays: dict[str, NDArray[Any]]) -> str:
+    """Hash of all arrays but tokens and weights, which are under the hashes of their examples."""
+    content = blake2b(digest_size=16)
+    for name in sorted(arrays.keys() - {"ids", "weights"}):
+        content.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return content.hexdigest()

@@ -16,11 +16,12 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from sftx.arrow import Shape, as_written, shape_of
 from sftx.data.fields import from_json
 from sftx.data.read import CHUNK, ERROR_MARK, kind_of
-from sftx.types import RowError, UserError, without_nulls
+from sftx.types import RowError, UserError
 
-VERSION = "3"  # raise when the lines made from a file change
+VERSION = "4"  # raise when the lines made from a file change
 
 
 def dump(value: Any) -> bytes:
@@ -194,21 +195,26 @@ def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         magic = stream.read(6)
         stream.seek(0)
         if kind == "Parquet":
-            batches: Any = parquet.ParquetFile(stream).iter_batches(1024)
+            table = parquet.ParquetFile(stream)
+            shape = shape_of(table.iter_batches(1024))
+            batches: Any = table.iter_batches(1024)
         elif magic == b"ARROW1":
             file = ipc.open_file(stream)
+            shape = shape_of(map(file.get_batch, range(file.num_record_batches)))
             batches = map(file.get_batch, range(file.num_record_batches))
         else:
+            shape = shape_of(ipc.open_stream(stream))
+            stream.seek(0)
             batches = ipc.open_stream(stream)
         for batch in batches:
-            write_rows(batch.to_pylist(), out)
+            write_rows(batch.to_pylist(maps_as_pydicts="strict"), out, shape)
     except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable {kind} file: {error}") from None
 
 
-def write_rows(rows: Iterable[Any], out: IO[bytes]) -> None:
-    """Write rows that come from Arrow."""
-    out.writelines(dump(without_nulls(row)) + b"\n" for row in rows)
+def write_rows(rows: Iterable[Any], out: IO[bytes], shape: Shape | None) -> None:
+    """Write rows that come from Arrow; `shape` tells which of their nulls somebody wrote."""
+    out.writelines(dump(as_written(row, shape)) + b"\n" for row in rows)
 
 
 _CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {

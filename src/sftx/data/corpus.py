@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.cache import TokenBlock, make_block, open_block
-from sftx.types import Example, Int32, Ledger, UserError
+from sftx.data.rotation import Rotation
+from sftx.types import ONE_EACH, Example, Int32, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
@@ -68,6 +69,7 @@ class Columns:
     line: NDArray[np.int64]
     part: Int32
     split: NDArray[np.uint8]
+    shortened: NDArray[np.uint8]
     cut_tokens: Int32
     cut_targets: Int32
     digest: NDArray[np.uint64]
@@ -95,6 +97,8 @@ class Corpus:
         sources: names of the sources.
         ledgers: where every row of each source went.
         largest_id: largest token id of all (-1 if there is none).
+        renamed: how many rows have each of the columns that `data.columns` names anew.
+        rotations: examples of which each epoch shows another share; all others are in every epoch.
     """
 
     def __init__(self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]) -> None:
@@ -102,6 +106,7 @@ class Corpus:
         self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
         self._open = lru_cache(OPEN_BLOCKS)(self._load)
         self.largest_id = -1
+        self.renamed: Counter[str] = Counter()
         columns, self.drops, self._notes = self._collect()
         self._use(columns)
         self.ledgers = self._ledgers(self.drops, self._notes)
@@ -111,13 +116,15 @@ class Corpus:
 
     def _use(self, columns: Columns) -> None:
         self.columns = columns
+        self.rotations: tuple[Rotation, ...] = ()
         self.lengths, self.weights, self.targets = columns.lengths, columns.weights, columns.targets
         self.source, self.line, self.part = columns.source, columns.line, columns.part
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all tokens and weights, in order."""
-        return blake2b(self.columns.digest.tobytes(), digest_size=16).hexdigest()
+        """Hash of all tokens and weights, in order, and of what an epoch shows of them."""
+        states = [rotation.state() for rotation in self.rotations]
+        return blake2b(b"".join([self.columns.digest.tobytes(), *states]), digest_size=16).hexdigest()
 
     @property
     def ledger(self) -> Ledger:
@@ -145,6 +152,14 @@ class Corpus:
         chosen.__dict__.pop("fingerprint", None)  # cached, and of other examples
         chosen._use(self.columns.take(np.asarray(indices, np.intp)))
         return chosen
+
+    def count_shown(self, shown: NDArray[np.bool_]) -> None:
+        """Write into the ledgers how many different rows a run shows, of whose examples it shows those in `shown`."""
+        columns = self.columns
+        rows = columns.origin.astype(np.int64) << 40 | columns.line
+        for number, name in enumerate(self.sources):
+            mine = (columns.source == number) & shown
+            self.ledgers[name].shown = len(np.unique(rows[mine]))
 
     def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
         """(the others, those held out), each with a ledger of its own. Dropped rows stay with the first."""
@@ -187,12 +202,24 @@ class Corpus:
                 arrays.append(given[name] if name in given else np.array(getattr(block, name)))
             here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
             drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
-            notes[part.source].update({f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()})
+            self.renamed.update(block.meta["renamed"])
+            unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
+            notes[part.source].update(unread | block.meta["noted"])
         self._abouts = list(codes)
         return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
 
+    def _repeated(self, mine: NDArray[np.bool_]) -> int:
+        """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each row."""
+        several = np.array([ONE_EACH in about for about in self._abouts], np.bool_)
+        chosen = np.flatnonzero(mine & several[self.columns.about])
+        if not len(chosen):
+            return 0
+        starts = np.flatnonzero(self.columns.part[chosen] == 0)
+        lengths = self.columns.lengths[chosen].astype(np.int64)
+        return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
+
     def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
-        """The ledger of each source. `notes` counts what is not known by example: columns that are not read."""
+        """The ledger of each source. `notes` counts what is not known by example: fields that are not read."""
         columns, ledgers = self.columns, {}
         for number, name in enumerate(self.sources):
             mine = columns.source == number
@@ -209,12 +236,15 @@ class Corpus:
                 trained=rows - split,
                 split=split,
                 dropped=len(dropped),
+                shown=rows,
                 truncated=int((columns.cut_tokens[first] > 0).sum()),
                 examples=int(mine.sum()),
                 tokens=int(columns.lengths[mine].sum()),
                 targets=int(columns.targets[mine].sum()),
                 tokens_truncated=int(columns.cut_tokens[first].sum()),
                 targets_truncated=int(columns.cut_targets[first].sum()),
+                targets_shortened=int(columns.targets[mine & (columns.shortened != 0)].sum()),
+                tokens_repeated=self._repeated(mine),
                 notes=dict(counts),
             )
         return ledgers

@@ -13,24 +13,27 @@ from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
-from sftx.data.corpus import Columns, Corpus, Part
+from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
+from sftx.data.mixture import choose, weighted, weighted_held_out
+from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
-from sftx.data.rows import detect, parse
-from sftx.data.sources import Table, named_sources, open_tables
+from sftx.data.rows import check_names, detect, parse, renamed
+from sftx.data.sources import Table, bad_row, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
+from sftx.files import make_folder, write_text
+from sftx.printable import printable
 from sftx.types import Example, RowError, UserError
 
 if TYPE_CHECKING:
     from sftx.settings_types import DataSettings
 
 log = logging.getLogger("sftx")
-ENCODING = {*DECIDES, "format", "max_length", "on_bad_row"}
+ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
 TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
 """Formats whose rows are turns, which a chat template writes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
@@ -57,8 +60,11 @@ def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[E
         raise UserError("encode: " + "; ".join(problems)) from None
     encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
     try:
-        plain = _plain(row)
-        encoded = encoder.encode([parse(plain, detect(plain) if data.format == "auto" else data.format)])[0]
+        check_names(data.columns)
+        plain = renamed(_plain(row), data.columns)
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError:
@@ -124,17 +130,19 @@ def load_corpora(
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
         _require_template(encoder, [*tables, *held_tables])
-        jobs = _missing([*tables, *held_tables], encoder.fingerprint, cache, scratch)
+        fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
+        jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
-        corpus = _assemble(train, tables, encoder.fingerprint, cache)
-        held_out = _assemble(held, held_tables, encoder.fingerprint, cache) if held else None
+        corpus = _assemble(train, tables, fingerprint, cache)
+        held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
+    _check_renamed(data, corpus, held_out)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
         _check(held_out, data)
-        held_out = _weighted(held_out, held, "rows", config.seed)
-    return _weighted(corpus, train, data.mix_by, config.seed), held_out
+        held_out = weighted_held_out(held_out, held, config.seed)
+    return weighted(corpus, train, data.mix_by, config.seed), held_out
 
 
 def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
@@ -173,9 +181,8 @@ def _check(corpus: Corpus, data: Data) -> None:
     """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were dropped."""
     bad = [drop for drop in corpus.drops if drop.bad]
     if bad and data.on_bad_row == "stop":
-        more = f"\n({len(bad) - 1:,} more bad rows; " if len(bad) > 1 else "\n("
         place = corpus.origins[bad[0].origin].place(bad[0].line)
-        raise UserError(f"{place}: {bad[0].reason}{more}data.on_bad_row=skip leaves bad rows out and lists them)")
+        raise bad_row(place, bad[0].reason, others=len(bad) - 1)
     for number, (name, ledger) in enumerate(corpus.ledgers.items()):
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
@@ -185,64 +192,49 @@ def _check(corpus: Corpus, data: Data) -> None:
             raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
-            log.warning("warning: %s: %.1f %% of %s rows were dropped%s", name, share, f"{ledger.read:,}", first)
+            lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
+            log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+
+
+def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
+    for column in data.columns:
+        if not corpus.renamed[column] and (held_out is None or not held_out.renamed[column]):
+            raise UserError(f"data.columns: {column}: no row has a column of this name")
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    held_out = _choose(corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1)
+    held_out = choose(corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1)
     if held_out.all():
         raise UserError("data.eval_split: too few different rows to hold some out")
     return corpus.divide(held_out)
 
 
-def _choose(columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0) -> NDArray[np.bool_]:
-    """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row and salt."""
-    number = max(least, round(share * int((mask & (columns.part == 0)).sum())))
-    if not number:
-        return np.zeros(len(mask), np.bool_)
-    keys = columns.row ^ np.uint64(int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little"))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixing of splitmix64
-        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-    keys ^= keys >> np.uint64(31)
-    last = np.partition(keys[mask & (columns.part == 0)], number - 1)[number - 1]
-    return mask & (keys <= last)
+def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`.
 
-
-def _weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) -> Corpus:
-    """Every source as often as its weight says: whole copies, then a seeded share of its rows for the fraction."""
-    times = [source.weight for source in sources]
-    if mix_by == "tokens":
-        tokens = [int(corpus.lengths[corpus.source == number].sum()) for number in range(len(sources))]
-        times = [t * sum(tokens) / sum(times) / max(n, 1) for t, n in zip(times, tokens, strict=True)]
-    if all(shown == 1 for shown in times):
-        return corpus
-    order: list[NDArray[np.intp]] = []
-    for number, (source, shown) in enumerate(zip(sources, times, strict=True)):
-        mine = corpus.source == number
-        chosen = [np.flatnonzero(mine)] * int(shown)
-        if fraction := shown - int(shown):
-            chosen.append(np.flatnonzero(_choose(corpus.columns, mine, fraction, f"{source.name} {seed}")))
-        order += chosen
-        if shown != 1:
-            rows = sum(int((corpus.part[part] == 0).sum()) for part in chosen)
-            corpus.ledgers[source.name or source.path].notes[f"rows in one epoch, shown {shown:.4g} times"] = rows
-    return corpus.subset(np.concatenate(order))
-
-
-def write_ledger(corpus: Corpus, folder: str | Path) -> None:
-    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Returns the names of those that were not there, or had other contents.
+    """
     counts = {
         "fingerprint": corpus.fingerprint,
         "summary": corpus.ledger.summary(),
         "all": asdict(corpus.ledger),
         "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
     }
-    (folder / "ledger.json").write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as out:
-        for drop in corpus.drops:
-            origin = corpus.origins[drop.origin]
-            file = origin.names[drop.line - 1] if origin.names else origin.name
-            row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dropped = []
+    for drop in corpus.drops:
+        origin = corpus.origins[drop.origin]
+        file = origin.names[drop.line - 1] if origin.names else origin.name
+        row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
+        dropped.append(json.dumps(row, ensure_ascii=False) + "\n")
+    texts = {
+        "ledger.json": json.dumps(counts, indent=2, ensure_ascii=False) + "\n",
+        "dropped.jsonl": "".join(dropped),
+    }
+    make_folder(Path(folder))
+    new = []
+    for name, text in texts.items():
+        path = Path(folder) / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+            new.append(name)
+    return new

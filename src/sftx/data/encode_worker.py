@@ -16,9 +16,11 @@ from typing import Any
 
 from sftx.config import Data
 from sftx.data.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.messages import other_fields
+from sftx.data.oversize import AT_ONCE, check_size
 from sftx.data.read import rows_in
-from sftx.data.render import Encoder
-from sftx.data.rows import parse, unused
+from sftx.data.render import KEPT_AS_TEXT, Encoded, Encoder
+from sftx.data.rows import parse, renamed, unused
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
@@ -35,28 +37,57 @@ def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
 
 def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
     rows: list[tuple[int, int, Row]] = []
-    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}}
-    for line, raw, value in rows_in(data, 0):
+    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
+    columns = encoder.data.columns
+    for line, raw, given in rows_in(data, 0):
         try:
-            if isinstance(value, RowError):
-                raise value
+            if isinstance(given, RowError):
+                raise given
+            for column in columns.keys() & given.keys() if isinstance(given, dict) else ():
+                meta["renamed"][column] = meta["renamed"].get(column, 0) + 1
+            value = renamed(given, columns)
             row = parse(value, form)
+            if len(raw) > AT_ONCE:
+                check_size(row, encoder.tokenizer)
         except RowError as error:
             meta["bad"].append((line, str(error)))
             continue
         rows.append((line, row_hash(raw), row))
         for column in unused(tuple(value), form) if isinstance(value, dict) else ():
             meta["unused"][column] = meta["unused"].get(column, 0) + 1
+        passed = [f"message field {name!r} left to the template" for name in sorted(other_fields(row.messages))]
+        for note in (*passed, *row.notes):
+            meta["noted"][note] = meta["noted"].get(note, 0) + 1
     entries: list[Entry] = []
-    for (line, digest, _), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
+    for (line, digest, row), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
         if isinstance(encoded, RowError):
             meta["bad"].append((line, str(encoded)))
         elif encoded.action == "dropped":
             meta["dropped"].append((line, encoded.reason))
         else:
             cut = (encoded.action == "split", encoded.tokens_truncated, encoded.targets_truncated)
-            entries += [Entry(example, line, digest, *cut, tuple(encoded.notes)) for example in encoded.examples]
+            notes = _notes(row, encoded, encoder)
+            entries += [Entry(example, line, digest, *cut, notes) for example in encoded.examples]
     return make_block(entries, meta)
+
+
+def _notes(row: Row, encoded: Encoded, encoder: Encoder) -> tuple[str, ...]:
+    """What was done to a row, its spelled special tokens included: where a template renders it, the encoder says so."""
+    rendered = row.kind in ("messages", "phrases") and encoder.chat_template is not None
+    if rendered or encoder.data.special_tokens == "allow" or not _spells_special(row, encoder.tokenizer):
+        return tuple(encoded.notes)
+    return (*encoded.notes, KEPT_AS_TEXT)
+
+
+def _spells_special(row: Row, tokenizer: Tokenizer) -> bool:
+    """Whether the row's text spells a special token that stays text. One that ends a row is the token itself."""
+    bos, eos = (tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
+    texts = [phrase.text for phrase in row.phrases] + [str(message.get("content")) for message in row.messages]
+    if row.kind == "text":
+        texts = [row.text.removeprefix(bos).removesuffix(eos)]
+    elif row.kind != "segments" and texts:
+        texts[-1] = texts[-1].removesuffix(eos)
+    return any(tokenizer.control.search(text) for text in texts)
 
 
 def row_hash(raw: bytes) -> int:

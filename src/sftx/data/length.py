@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ class TokenSequence:
 
     `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put before a piece
     whose first token would otherwise be a target, and, if the sequence `begins_with_bos`, before every piece.
-    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit.
+    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit. `shortened`:
+    something of the prompt that stood before the targets is not here.
     """
 
     ids: Int32
@@ -28,6 +30,7 @@ class TokenSequence:
     begins_with_bos: bool = False
     context: int | None = None
     note: str = ""
+    shortened: bool = False
 
     @property
     def targets(self) -> int:
@@ -89,20 +92,27 @@ def _piece(sequence: TokenSequence, begin: int, end: int, max_length: int) -> tu
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
     piece_weights[:1] = 0  # nothing stands before it
-    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=()), begin
+    gone = weights[max(1, sequence.begins_with_bos) : begin]  # a first token without weight may have no place before it
+    shortened = sequence.shortened or bool((gone == 0).any())
+    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened), begin
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     spans = _chunks(sequence, max_length)
     pieces: list[TokenSequence] = []
     covered = np.zeros(len(sequence.ids), dtype=np.bool_)
-    while spans:
-        first = spans[0][0]
+    done = before = 0  # spans that are in a piece; outputs that end before the next of them
+    while done < len(spans):
+        first = spans[done][0]
         # Room for the whole prompt of the first output: no answer is trained without its question where both fit.
-        asked = max((end for _, end in sequence.spans if end <= first), default=0) - sequence.begins_with_bos
+        while before < len(sequence.spans) and sequence.spans[before][1] <= first:
+            before += 1
+        asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
         prompt = min(asked, first - 1) if sequence.context is None else first - 1  # something stands before it
-        count = max(1, sum(end - prompt <= max_length for _, end in spans))
-        end = spans[count - 1][1]
+        count = 1
+        while done + count < len(spans) and spans[done + count][1] - prompt <= max_length:
+            count += 1
+        end = spans[done + count - 1][1]
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
@@ -110,7 +120,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
-        spans = spans[count:]
+        done += count
     assert sum(piece.targets for piece in pieces) == sequence.targets
     return Fitted(pieces, int(np.count_nonzero(~covered)))
 
@@ -127,5 +137,7 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
         if end - begin < max_length:
             chunks.append((begin, end))
         else:
-            chunks += [(at, min(at + size, end)) for at in range(begin, end, size)]
+            first = max(max_length - begin, 0) if begin < size else size  # with the whole prompt, where it fits
+            starts = [begin, *range(begin + first, end, size)]
+            chunks += list(pairwise([*starts, end]))
     return chunks

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftx.config import Config, Data
+from sftx.data.arguments import INVENTED, calls_of, parameters
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
 from sftx.data.length import runs
+from sftx.data.lint_texts import problems, texts
 from sftx.data.minhash import NearDuplicates
 from sftx.data.render import Encoder
 from sftx.data.view import raw_tables, read_rows
 from sftx.types import Row, RowError
 
-NAMED = 10  # places of a finding
+FEW = 5  # calls; fewer are no pattern
 Place = Callable[[int], str]
-
-MOJIBAKE = re.compile(r"\ufffd|Ã[\x80-\xbf¡-¿]|Â[\xa0-\xbf]|â€[\x90-\x9f™œ“”˜¦\x9d]|ï»¿|ðŸ[\x80-\xbf˜™]")
-SECRETS = re.compile(
-    r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{60,}|\bhf_[A-Za-z0-9]{30,}\b"
-    r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[0-9A-Za-z_-]{35}\b"
-    r"|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
-)
-CARD = re.compile(r"(?<![\d.])\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?![\d.])")
-MARKERS = re.compile(  # what chat templates write, and text should not hold
-    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
-    r"|<\|(?:user|assistant|system|endoftext|end_of_text|begin_of_text|return|channel)\|>|<\|turn\|?>"
-    r"|^### (?:Instruction|Response):|^(?:Human|Assistant): ",
-    re.MULTILINE,
+_TEXTS = (  # the name in `problems`, the check, and what it says
+    ("secrets", "secrets", "rows with what looks like a key, password or card number"),
+    ("markers", "template mismatch", "rows with markers of another chat template"),
+    ("own markers", "special tokens", "rows that spell the tokenizer's special tokens"),
+    ("roles", "role order", "conversations whose roles are in an unusual order"),
+    ("mojibake", "mojibake", "rows with text that was decoded wrongly"),
+    ("refusals", "refusals", "rows with an answer that refuses, or speaks of itself as an AI"),
+    ("cut off", "cut answers", "rows with an answer that stops in the middle"),
+    ("html", "html", "rows with an answer that holds HTML outside code"),
+    ("echo", "echo", "rows with an answer that begins by repeating its prompt"),
 )
 
 
 @dataclass(slots=True)
 class Finding:
-    """One kind of problem: how many rows have it, and where the first of them stand."""
+    """One kind of problem: how many rows have it, where they stand, and which row each of them is like."""
 
     check: str
     serious: bool
     message: str
     count: int
     places: list[str]
+    partners: list[str]  # as many as places; none where a row has the problem by itself
 
 
 def lint(config: Config, encoder: Encoder) -> list[Finding]:
@@ -78,10 +75,13 @@ def _once(data: Data) -> Data:
     return data.model_copy(update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)})
 
 
-def _finding(check: str, serious: bool, message: str, where: Any, place: Place) -> Finding:
-    """A finding at the given indices or lines; the first few are named."""
-    indices = list(where)
-    return Finding(check, serious, message, len(indices), list(dict.fromkeys(place(int(i)) for i in indices[:NAMED])))
+def _finding(
+    check: str, serious: bool, message: str, where: Any, place: Place, partner: Place | None = None
+) -> Finding:
+    """A finding at the given indices or lines, each row named once."""
+    indices = [int(i) for i in where]
+    rows = {place(i): partner(i) if partner else "" for i in indices}
+    return Finding(check, serious, message, len(indices), list(rows), list(rows.values()) if partner else [])
 
 
 def _of_drops(corpus: Corpus) -> list[Finding]:
@@ -117,6 +117,8 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
     lost = np.flatnonzero(columns.cut_targets > 0)
     cut = np.flatnonzero((columns.cut_tokens > 0) & (columns.cut_targets == 0))
+    behind = np.flatnonzero(columns.shortened != 0)
+    many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
     split = np.flatnonzero((columns.split != 0) & (columns.part == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
     return [
@@ -125,6 +127,9 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
         _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),
         _finding("short outputs", False, "outputs of one token", single, place),
         _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
+        _finding(
+            "shortened prompts", many, f"examples without the oldest turns of their prompt at {limit}", behind, place
+        ),
         _finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
         _finding("extreme lengths", False, f"examples far from the median of {typical:.0f} tokens", extreme, place),
     ]
@@ -133,16 +138,20 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
 def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
     """Rows whose tokens and weights are those of another row, whatever else their lines say."""
     rows = _row_digests(corpus)
-    _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    known, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     starts = np.flatnonzero(corpus.part == 0)
-    again = starts[first[inverse] != np.arange(len(rows))]
-    found = [
-        _finding("exact duplicates", len(again) > 0.01 * len(rows), "rows that repeat another", again, corpus.place)
-    ]
+    original = dict(zip(starts.tolist(), starts[first[inverse]].tolist(), strict=True))
+    again = [i for i, earlier in original.items() if i != earlier]
+    many, message = len(again) > 0.01 * len(rows), "rows that repeat another"
+    found = [_finding("exact duplicates", many, message, again, corpus.place, lambda i: corpus.place(original[i]))]
     if held_out is not None:
-        inside = np.isin(_row_digests(held_out), rows)
+        digests = _row_digests(held_out)
+        inside = np.isin(digests, rows)
         overlap = np.flatnonzero(held_out.part == 0)[inside]
-        found.append(_finding("overlap", True, "held-out rows that are also trained on", overlap, held_out.place))
+        trained = starts[first[np.searchsorted(known, digests[inside])]]
+        twins = dict(zip(overlap.tolist(), trained.tolist(), strict=True))
+        message = "held-out rows that are also trained on"
+        found.append(_finding("overlap", True, message, overlap, held_out.place, lambda i: corpus.place(twins[i])))
     return found
 
 
@@ -154,12 +163,12 @@ def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
 
 
 def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
-    """Findings in the rows' own text: near duplicates, roles, foreign markers, mojibake, secrets."""
+    """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets, odd arguments."""
     places: list[str] = []
     hashes: list[int] = []
     like: dict[int, int] = {}
     hits: dict[str, list[int]] = defaultdict(list)
-    seen, trained = NearDuplicates(), 0
+    seen, calls, trained = NearDuplicates(), _Calls(), 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
@@ -167,64 +176,77 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
                     continue
                 number = len(places)
                 places.append(table.origin.place(line))
-                text = "\n".join(_texts(row)) or " ".join(map(str, row.ids))
+                said = list(texts(row))
+                text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
                 hashes.append(hash(text))
-                earlier = seen.add(text)
+                answer = "\n".join(text for text, role in said if role == "assistant")
+                asked = "\n".join(text for text, role in said if role not in ("assistant", "system", "developer"))
+                earlier = seen.add(answer or text, asked)
                 if earlier is not None and hashes[earlier] != hashes[number]:  # exact copies are another finding
                     like[number] = earlier
-                for name in _problems(row, text, encoder.tokenizer.control):
+                for name in problems(row, text, encoder.tokenizer.control):
                     hits[name].append(number)
+                calls.add(number, row)
             trained = trained if table.held_out else len(places)
     across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
-    many = len(hits["markers"]) > 0.01 * len(places)
     place = places.__getitem__
-    return [
-        _finding("secrets", True, "rows with what looks like a key, password or card number", hits["secrets"], place),
-        _finding("near overlap", True, "held-out rows much like a training row", across, place),
-        _finding("template mismatch", many, "rows with markers of another chat template", hits["markers"], place),
-        _finding("special tokens", False, "rows that spell the tokenizer's special tokens", hits["own markers"], place),
-        _finding("near duplicates", False, "rows much like an earlier one", inside, place),
-        _finding("role order", False, "conversations whose roles are in an unusual order", hits["roles"], place),
-        _finding("mojibake", False, "rows with text that was decoded wrongly", hits["mojibake"], place),
+
+    def partner(index: int) -> str:
+        return places[like[index]]
+
+    found = [
+        _finding("near overlap", True, "held-out rows much like a training row", across, place, partner),
+        _finding("near duplicates", False, "rows much like an earlier one", inside, place, partner),
     ]
+    for name, check, message in _TEXTS:
+        serious = check == "secrets" or (check == "template mismatch" and len(hits[name]) > 0.01 * len(places))
+        found.append(_finding(check, serious, message, hits[name], place))
+    return found + calls.findings(place)
 
 
-def _texts(row: Row) -> Iterator[str]:
-    yield row.text
-    yield from (phrase.text for phrase in row.phrases)
-    for message in row.messages:
-        yield from (message.get("content", ""), message.get("reasoning_content", ""))
-        yield from (json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ()))
+class _Calls:
+    """The arguments of all tool calls: which are null almost everywhere, and which the tool does not have."""
+
+    def __init__(self) -> None:
+        self._times: Counter[tuple[str, str]] = Counter()
+        self._null: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self._strange: dict[int, set[str]] = defaultdict(set)
+        self._left_out: list[int] = []
+
+    def add(self, number: int, row: Row) -> None:
+        """Look at the calls of row `number`."""
+        if INVENTED in row.notes:
+            self._left_out.append(number)
+        known = parameters(row.tools)
+        for name, arguments in calls_of(row.messages):
+            for key, value in arguments.items():
+                self._times[name, key] += 1
+                if value is None:
+                    self._null[name, key].append(number)
+                if name in known and key not in known[name]:
+                    self._strange[number].add(f"{name}.{key}")
+
+    def findings(self, place: Place) -> list[Finding]:
+        """What was found in all rows."""
+        empty = {key for key, rows in self._null.items() if len(rows) >= max(0.9 * self._times[key], FEW)}
+        rows = sorted({number for key in empty for number in self._null[key]})
+        names = _named([".".join(key) for key in sorted(empty)])
+        strange = _named(sorted({name for found in self._strange.values() for name in found}))
+        return [
+            _finding(
+                "null arguments", False, f"rows with arguments that are null almost everywhere{names}", rows, place
+            ),
+            _finding("invented nulls", False, f"rows with {INVENTED}", self._left_out, place),
+            _finding(
+                "strange arguments",
+                True,
+                f"rows with arguments that the tool does not have{strange}",
+                sorted(self._strange),
+                place,
+            ),
+        ]
 
 
-def _problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
-    if _wrong_order(row):
-        yield "roles"
-    if row.kind == "tokens":  # the text is that of numbers
-        return
-    if control.search(text):
-        yield "own markers"
-    if any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text)):
-        yield "markers"
-    if MOJIBAKE.search(text):
-        yield "mojibake"
-    if SECRETS.search(text) or any(_luhn(match.group()) for match in CARD.finditer(text)):
-        yield "secrets"
-
-
-def _luhn(text: str) -> bool:
-    """Whether digits carry the check digit of a card number, and are not all alike."""
-    digits = [int(c) for c in text if c.isdigit()]
-    doubled = [d if i % 2 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)]
-    return sum(doubled) % 10 == 0 and len(set(digits)) > 3
-
-
-def _wrong_order(row: Row) -> bool:
-    """System not first, the same speaker twice in a row, a tool result nobody asked for, or no answer at the end."""
-    roles = [message.get("role", "") for message in row.messages]
-    twice = any(a == b and a in ("user", "assistant", "system") for a, b in pairwise(roles))
-    late = any(role in ("system", "developer") for role in roles[1:]) and roles[:2] != ["system", "developer"]
-    asked = [bool(message.get("tool_calls")) or message.get("role") == "tool" for message in row.messages]
-    unasked = any(role == "tool" and (i == 0 or not asked[i - 1]) for i, role in enumerate(roles))
-    return bool(roles) and (twice or late or unasked or roles[-1] != "assistant")
+def _named(names: Sequence[str]) -> str:
+    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, cast
 
+from sftx.data import foreign
 from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
 from sftx.types import Message, RowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MOST_FIELDS = 1000
+"""Fields of a message; comparing the names of more would take minutes."""
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"),
@@ -16,6 +20,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "developer": "developer",
 }
+_KNOWN = Message.__annotations__.keys() | {"thinking", "reasoning"}
 
 
 def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
@@ -32,9 +37,16 @@ def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{field}[{i}]") for i, item in enumerate(value))
 
 
+def other_fields(messages: Sequence[Message]) -> set[str]:
+    """The fields of messages that only the template may know."""
+    return {str(field) for message in messages if len(message) > 2 for field in message.keys() - _KNOWN}
+
+
 def _message(raw: Any, at: str) -> Message:
     if not isinstance(raw, dict) or "role" not in raw:
         raise RowError(f"{at} must be an object with role and content")
+    if len(raw) > MOST_FIELDS:
+        raise RowError(f"{at} has {len(raw):,} fields, at most {MOST_FIELDS:,} are read; leave the others out")
     role, content = raw["role"], raw.get("content")
     if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
         return cast(Message, raw)  # nothing can be wrong with most messages
@@ -43,6 +55,7 @@ def _message(raw: Any, at: str) -> Message:
         hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(ROLES)}"
         raise RowError(f"{at}.role is {role!r}; {hint}")
     message = {key: value for key, value in raw.items() if value is not None}
+    foreign.own_marks(message, at)
     _check_names(message, at)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], at)
@@ -73,6 +86,7 @@ def _check_names(message: dict[str, Any], at: str) -> None:
 
 def _part(part: Any, at: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and "text" in part:
+        foreign.check_part(part, at)
         return checked_text(part["text"], f"{at}.text")
     kind = part.get("type") if isinstance(part, dict) else kind_name(part)
     raise RowError(f"{at} is a part of type {kind!r}; only parts of type 'text' can be trained on")

@@ -18,12 +18,13 @@ class NearDuplicates:
         self._originals: dict[int, RMinHash] = {}  # copies are not kept: many equal texts would all find each other
         self._count = 0
 
-    def add(self, text: str) -> int | None:
-        """The number (0 for the first) of the earliest original that `text` is much like; None if it is like none."""
-        words = text.lower().split()
+    def add(self, text: str, prompt: str = "") -> int | None:
+        """The number (0 for the first) of the earliest original that `text` is much like; None if it is like none.
+
+        With a `prompt`, both must be alike: they count half each, however long they are.
+        """
         sketch = RMinHash(HASHES, 20)
-        starts = range(max(len(words) - GRAM + 1, 1))
-        sketch.update([" ".join(words[i : i + GRAM]).encode("utf-8", "surrogatepass") for i in starts])
+        sketch.update(_balanced(_grams(text), [f"{gram}\0" for gram in _grams(prompt)]) if prompt else _grams(text))
         number, self._count = self._count, self._count + 1
         for other in sorted(self._index.query(sketch)):
             if self._originals[other].jaccard(sketch) >= self._similarity:
@@ -31,3 +32,15 @@ class NearDuplicates:
         self._index.insert(number, sketch)
         self._originals[number] = sketch
         return None
+
+
+def _grams(text: str) -> list[str]:
+    words = text.lower().encode("utf-8", "replace").decode().split()
+    return [" ".join(words[i : i + GRAM]) for i in range(max(len(words) - GRAM + 1, 1))]
+
+
+def _balanced(some: list[str], others: list[str]) -> list[str]:
+    """Both sets of grams, the smaller one so many times over that it counts as much as the larger."""
+    times = round(max(len(some), len(others)) / min(len(some), len(others)))
+    few, many = sorted((some, others), key=len)
+    return [*many, *(f"{gram}\0{copy}" for gram in few for copy in range(times))]

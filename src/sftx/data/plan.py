@@ -9,26 +9,38 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import Batch
+from sftx.config import Batch, Config
+from sftx.data.corpus import Corpus
 from sftx.data.pack import Bins, Float64, balanced
+from sftx.data.rotation import Int64, Rotation
 from sftx.types import Int32, UserError
 
-Int64 = NDArray[np.int64]
+
+def plan_of(corpus: Corpus, config: Config) -> Plan:
+    """The plan of a run over `corpus`, whose ledgers then know how many rows it shows."""
+    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed, corpus.rotations)
+    corpus.count_shown(plan.shown())
+    return plan
 
 
 class Plan:
     """Steps of a run over examples of the given `lengths` (tokens) and `weights` (sum of target weights).
 
     Examples are taken from one endless stream, epoch after epoch, each epoch in its own order; steps are consecutive
-    cuts of that stream. The last step takes what is left.
+    cuts of that stream. The last step takes what is left. An epoch shows every example once, but of those in
+    `rotations` a share, another one each time.
     """
 
-    def __init__(self, lengths: Int32, weights: Float64, batch: Batch, seed: int) -> None:
+    def __init__(
+        self, lengths: Int32, weights: Float64, batch: Batch, seed: int, rotations: Sequence[Rotation] = ()
+    ) -> None:
         if len(lengths) == 0:
             raise UserError("there is nothing to train on: the data holds no examples")
         self.lengths = np.asarray(lengths, np.int64)
@@ -37,7 +49,16 @@ class Plan:
         self.seed = seed
         self.work: Float64 = self.lengths.astype(np.float64)
         """What each example costs to compute, in any unit; ranks are dealt equal sums of it."""
+        self.shares: Float64 = np.ones(len(self.lengths))
+        """How often an epoch shows each example, on average."""
+        self._rotations = tuple(rotations)
+        always = np.ones(len(self.lengths), np.bool_)
+        for rotation in self._rotations:
+            self.shares[rotation.order] = rotation.share()
+            always[rotation.order] = False
+        self._always: Int64 = np.flatnonzero(always)
         self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._epochs = [0]  # where in the stream epochs begin, as far as that is worked out
         self._starts = self._cut()
 
     @property
@@ -49,7 +70,9 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of everything that decides the steps; a run may be continued only under the same one."""
         arrays = b"".join(array.tobytes() for array in (self.lengths, self.weights, self._starts))
-        return hashlib.blake2b(arrays + f"{self.seed} {self.batch.shuffle}".encode(), digest_size=16).hexdigest()
+        state = b"".join(rotation.state() for rotation in self._rotations)
+        decides = arrays + f"{self.seed} {self.batch.shuffle}".encode() + state
+        return hashlib.blake2b(decides, digest_size=16).hexdigest()
 
     def examples(self, step: int) -> Int64:
         """Indices of the examples of `step` (0-based), in stream order; int64[examples in the step]."""
@@ -61,7 +84,21 @@ class Plan:
 
     def epoch(self, step: int) -> float:
         """Epochs completed once `step` is done."""
-        return float(self._starts[step + 1] / len(self.lengths))
+        position = int(self._starts[step + 1])
+        if not self._rotations:
+            return float(position / len(self.lengths))
+        epoch = self._epoch_at(position)
+        begin, end = self._begin(epoch), self._begin(epoch + 1)
+        return epoch + (position - begin) / (end - begin)
+
+    def shown(self) -> NDArray[np.bool_]:
+        """bool[examples]: those that at least one step shows."""
+        shown = np.zeros(len(self.lengths), np.bool_)
+        epoch, end = 0, int(self._starts[-1])
+        while self._begin(epoch) < end and not shown.all():
+            shown[self._order(epoch)[: end - self._begin(epoch)]] = True
+            epoch += 1
+        return shown
 
     def packs(self, step: int, tokens_per_pack: int, world_size: int = 1) -> list[Bins]:
         """For every rank, its packs as tuples of example indices; equally many on each rank."""
@@ -72,33 +109,60 @@ class Plan:
         return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
 
     def _shuffled(self, epoch: int) -> Int64:
-        count = len(self.lengths)
+        members = self._always
+        if self._rotations:
+            shares = [rotation.members(epoch) for rotation in self._rotations]
+            members = np.sort(np.concatenate([members, *shares]))
         if not self.batch.shuffle:
-            return np.arange(count, dtype=np.int64)
+            return members
         # RandomState, not Generator: numpy promises that its stream never changes between releases.
-        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(count).astype(np.int64)
+        return members[np.random.RandomState([self.seed % 2**32, epoch]).permutation(len(members))]
 
     def _stream(self, start: int, stop: int) -> Int64:
-        count = len(self.lengths)
-        epochs = range(start // count, (stop - 1) // count + 1)
-        return np.concatenate([self._order(e)[max(start - e * count, 0) : stop - e * count] for e in epochs])
+        epochs = range(self._epoch_at(start), self._epoch_at(stop - 1) + 1)
+        parts = [self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)] for e in epochs]
+        return np.concatenate(parts)
+
+    def _begin(self, epoch: int) -> int:
+        """Where in the stream an epoch begins."""
+        if not self._rotations:
+            return epoch * len(self.lengths)
+        while len(self._epochs) <= epoch:
+            self._epochs.append(self._epochs[-1] + len(self._order(len(self._epochs) - 1)))
+        return self._epochs[epoch]
+
+    def _epoch_at(self, position: int) -> int:
+        """The epoch in which a position of the stream lies."""
+        if not self._rotations:
+            return position // len(self.lengths)
+        while self._epochs[-1] <= position:
+            self._begin(len(self._epochs))
+        return bisect_right(self._epochs, position) - 1
+
+    def _end_of(self, epochs: float) -> int:
+        """The position in the stream after so many epochs."""
+        if not self._rotations:
+            return max(1, round(epochs * len(self.lengths)))
+        whole = int(epochs)
+        begin, end = self._begin(whole), self._begin(whole + 1)
+        return max(1, begin + round((epochs - whole) * (end - begin)))
 
     def _cut(self) -> Int64:
         """Positions in the stream where steps begin, and the end; int64[num_steps + 1]."""
-        batch, count = self.batch, len(self.lengths)
+        batch = self.batch
         steps = sys.maxsize if batch.steps is None else batch.steps
-        total = max(1, round(batch.epochs * count)) if batch.steps is None else sys.maxsize
+        total = self._end_of(batch.epochs) if batch.steps is None else sys.maxsize
         if batch.tokens_per_step is None:
             size = batch.examples_per_step
             return np.minimum(np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total)
         starts = [0]
         # `ends` holds the running token count of the epochs looked at so far; it grows as steps need it.
-        ends = np.cumsum(self.lengths[self._order(0)])
+        ends, epoch = np.cumsum(self.lengths[self._order(0)]), 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
-            while len(ends) < start + count:
-                more = np.cumsum(self.lengths[self._order(len(ends) // count)])
-                ends = np.concatenate([ends, ends[-1] + more])
+            while len(ends) < start + len(self.lengths):
+                more = np.cumsum(self.lengths[self._order(epoch)])
+                ends, epoch = np.concatenate([ends, ends[-1] + more]), epoch + 1
             budget = batch.tokens_per_step + (int(ends[start - 1]) if start else 0)
             starts.append(min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total))
         return np.array(starts, dtype=np.int64)

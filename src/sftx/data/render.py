@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -18,18 +19,21 @@ import numpy as np
 
 from sftx.config import Data
 from sftx.data.conversation import Conversation, conversation_of, marked, spells
-from sftx.data.length import TokenSequence, fit, runs
+from sftx.data.length import Fitted, TokenSequence, fit, runs
 from sftx.data.sandbox import watched
 from sftx.data.script import APART, Script, Tokeniser, scripts_of
 from sftx.data.shortcut import Shortcut, learn_shortcut
+from sftx.data.shorten import shorten
 from sftx.data.template import ChatTemplate, Turn
 from sftx.data.tokenizer import Tokenizer
-from sftx.types import Example, Row, RowError, UserError
+from sftx.types import ONE_EACH, Example, Row, RowError, UserError
 
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
-VERSION = 2  # raise it when the same rows and settings become other tokens
+KEPT_AS_TEXT = "special tokens kept as text"
+"""The note of a row whose own text spells special tokens."""
+VERSION = 4  # raise it when the same rows and settings become other tokens
 _SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
 
@@ -53,6 +57,7 @@ class _Plan:
     scripts: list[Script] = field(default_factory=list)
     tokens: TokenSequence | None = None
     notes: list[str] = field(default_factory=list)
+    shorten: Callable[[list[TokenSequence]], list[Fitted]] | None = None  # cuts a conversation between its turns
 
 
 class Encoder:
@@ -156,7 +161,10 @@ class Encoder:
             conversation = conversation_of(row, self.data.train_on)
             if not conversation.trained:
                 raise RowError("row has no token to learn: no turn carries weight")
-            plan = self._rendered(conversation) if self._templates else self._joined(row, conversation)
+            render = self._rendered if self._templates else partial(self._joined, row)
+            plan = render(conversation)
+            if self.data.too_long == "split":
+                plan.shorten = partial(self._shortened, conversation, render)
             if not conversation.weights[-1]:
                 plan.notes.append("turns after the last output left out")
             return plan
@@ -197,11 +205,11 @@ class Encoder:
         mark, notes = "", []
         if self._escape and spells(conversation, self.tokenizer.control, self.tokenizer.control_as_json):
             conversation, mark = marked(conversation, self.tokenizer.control)
-            notes.append("special tokens kept as text")
+            notes.append(KEPT_AS_TEXT)
         turns = self._turns(conversation)
         scripts = scripts_of(turns, [conversation.weights[t] for t in conversation.trained], mark)
         if len(scripts) > 1:
-            notes.append("one sequence per turn")
+            notes.append(ONE_EACH)
         return _Plan(scripts, notes=notes + sorted({turn.note for turn in turns if turn.note}))
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
@@ -222,13 +230,32 @@ class Encoder:
                     raise _ShortcutFails
         return turns
 
+    def _shortened(
+        self, conversation: Conversation, render: Callable[[Conversation], _Plan], sequences: list[TokenSequence]
+    ) -> list[Fitted]:
+        def again(shorter: Conversation) -> list[TokenSequence]:
+            try:
+                plan = render(shorter)
+            except _ShortcutFails:  # it is off now
+                plan = render(shorter)
+            return self._tokeniser.sequences([plan.scripts])[0]
+
+        def count(texts: Sequence[str]) -> list[int]:
+            return [len(ids) for ids in self.tokenizer.encode_batch(texts)]
+
+        with watched():
+            return shorten(sequences, conversation, again, count, self.max_length)
+
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
         sequences = sequences if plan.tokens is None else [plan.tokens]
         if not any(sequence.weights.any() for sequence in sequences):
             return RowError("row has no token to learn: each target is empty, has weight 0 or has nothing before it")
         encoded = Encoded([], notes=plan.notes)
         try:
-            fits = [fit(sequence, self.max_length, self.data.too_long) for sequence in sequences]
+            if plan.shorten and any(len(sequence.ids) > self.max_length for sequence in sequences):
+                fits = plan.shorten(sequences)
+            else:
+                fits = [fit(sequence, self.max_length, self.data.too_long) for sequence in sequences]
         except RowError as error:
             return error
         for fitted in fits:
@@ -237,7 +264,8 @@ class Encoder:
             for k, piece in enumerate(fitted.pieces, 1):
                 part = f"split {k} of {len(fitted.pieces)}" if len(fitted.pieces) > 1 else ""
                 note = "; ".join(filter(None, [piece.note, part]))
-                encoded.examples.append(Example(piece.ids, piece.weights, note, len(encoded.examples)))
+                number = len(encoded.examples)
+                encoded.examples.append(Example(piece.ids, piece.weights, note, number, piece.shortened))
         longest = max(len(sequence.ids) for sequence in sequences)
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)

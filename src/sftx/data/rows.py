@@ -6,13 +6,15 @@ The shape is decided once per file, from its first row; a later row of another s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from sftx.data.arguments import INVENTED, without_invented
 from sftx.data.fields import check_spelling, checked_text, checked_weight, from_json, kind_name
+from sftx.data.foreign import check_columns
 from sftx.data.messages import SHAREGPT_ROLES, parse_messages
-from sftx.types import Message, Phrase, Row, RowError
+from sftx.types import Message, Phrase, Row, RowError, UserError
 
 # The fields that make a format, and those it may have besides. Any other column is unused, and said to be.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -27,18 +29,22 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _CHAT = ("tools", "chat_template_kwargs")
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "pairs": _CHAT,
-    "messages": _CHAT,
+    "pairs": ("system", "history", *_CHAT),
+    "dialogue": ("system",),
+    "messages": ("system", *_CHAT),
     "sharegpt": ("system", *_CHAT),
-    "alpaca": ("input",),
+    "alpaca": ("input", "system", "history"),
     "tokens": ("labels", "weights"),
 }
 _QUESTIONS = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output"))
 _ELSEWHERE = {  # layouts other tools take, and what to do with them here
-    **dict.fromkeys(_QUESTIONS, "; rename the columns to prompt and completion"),
-    ("chosen", "rejected"): "; this is preference data: keep `chosen` alone, as messages or as a completion",
-    ("prompt", "chosen"): "; this is preference data: rename `chosen` to completion",
+    **{names: f"; set data.columns: {{{names[0]}: prompt, {names[1]}: completion}}" for names in _QUESTIONS},
+    ("prompt", "chosen"): "; this is preference data: to train on what was chosen, data.columns: {chosen: completion}",
+    ("chosen", "rejected"): "; this is preference data: to train on what was chosen, data.columns: {chosen: messages}",
 }
+MOST_COLUMNS = 1000
+"""Columns of a row, and fields of a message: more are a mistake, and comparing their names would take minutes."""
+SHOWN_COLUMNS = 10
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
 
 
@@ -54,11 +60,12 @@ def detect(raw: Any) -> str:
         return _detect_list(raw)
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
+    _check_count(raw)
     found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
     if found == ["sharegpt"] and _all_have("role", raw["conversations"]):
-        raise RowError("`conversations` holds role and content: rename the column to messages")
+        raise RowError("`conversations` holds role and content: set data.columns: {conversations: messages}")
     if len(found) > 1:
         raise RowError(f"the row fits the formats {' and '.join(found)}; choose one with data.format")
     if not found:
@@ -87,13 +94,59 @@ def _unknown_shape(raw: dict[str, Any]) -> str:
     hints = (_misnamed(field, raw) for fields in REQUIRED.values() for field in fields if field not in raw)
     shapes = " | ".join("+".join(fields) for fields in REQUIRED.values())
     more = next(filter(None, (*advice, *hints)), f"; expected one of {shapes}")
-    return f"no format has the columns {', '.join(map(str, raw)) or 'none'}{more}"
+    return f"no format has the columns {_names(raw)}{more}"
+
+
+def _names(raw: dict[str, Any]) -> str:
+    """The names of a row's columns, the first of them where there are many."""
+    names = [str(name) for name in raw]
+    more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
+    return (", ".join(names[:SHOWN_COLUMNS]) or "none") + more
+
+
+def _check_count(raw: dict[str, Any]) -> None:
+    """RowError for a row of more columns than any format could have."""
+    if len(raw) > MOST_COLUMNS:
+        raise RowError(f"the row has {len(raw):,} columns, at most {MOST_COLUMNS:,} are read; leave the others out")
 
 
 def _misnamed(field: str, raw: dict[str, Any]) -> str:
     """A hint, if a row has a column with almost the name of the `field` that it lacks."""
     close = difflib.get_close_matches(field, map(str, raw), 1, 0.75)
     return f"; did you mean {field!r} where it says {close[0]!r}?" if close else ""
+
+
+def renamed(raw: Any, columns: Mapping[str, str | None]) -> Any:
+    """A raw row with its columns named as `data.columns` says, without those that it names null.
+
+    Raises:
+        RowError: two columns would have the same name.
+    """
+    if not columns or not isinstance(raw, dict):
+        return raw
+    made: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for column, value in raw.items():
+        name = columns.get(column, column)
+        if name is None:
+            continue
+        if name in made:
+            raise RowError(
+                f"data.columns: the columns {origin[name]!r} and {column!r} would both be {name!r}; "
+                "name the one to leave out null"
+            )
+        made[name], origin[name] = value, column
+    return made
+
+
+def check_names(columns: Mapping[str, str | None]) -> None:
+    """`UserError` if `data.columns` gives a column a name that no format reads."""
+    known = {name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names}
+    for column, name in columns.items():
+        if name is not None and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"data.columns: {column}: {name!r} is a column that no format reads; {hint}")
 
 
 def parse(raw: Any, form: str) -> Row:
@@ -108,13 +161,15 @@ def parse(raw: Any, form: str) -> Row:
         if not isinstance(raw, wrapped):
             raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
         raw = {fields[0]: raw}
+    _check_count(raw)
     for field in fields:
         if field not in raw:
-            found = ", ".join(map(str, raw)) or "none"
+            found = _names(raw)
             hint = _misnamed(field, raw) or "; a file has one format, the first row's unless data.format names another"
             raise RowError(f"field {field!r} is missing (format {form}); found {found}{hint}")
     if bad := _misspelt(tuple(raw), form):
         raise RowError(bad)
+    check_columns(raw, form)
     return _PARSERS[form](raw)
 
 
@@ -133,8 +188,6 @@ def _misspelt(columns: tuple[str, ...], form: str) -> str:
             return f"unknown field {column!r}; did you mean {close[0]!r}?"
         if form == "tokens" and column in _MASKS:
             return f"field {column!r} is not read; rename it to 'weights'"
-        if form == "alpaca" and column in ("history", "system"):
-            return f"field {column!r} is not part of format alpaca; write these rows as messages"
     return ""
 
 
@@ -145,15 +198,21 @@ def _text_row(raw: dict[str, Any]) -> Row:
 def _pairs(raw: dict[str, Any]) -> Row:
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before: list[Message] = [{**m, "train": False} for m in parse_messages(prompt, "prompt")]
-        return _chat(raw, tuple(before) + parse_messages(completion, "completion"))
+        if raw.get("history"):
+            raise RowError("field 'history' needs prompt and completion to be texts; put its turns into the prompt")
+        (prompt, one), (completion, other) = (without_invented(given, _tools(raw)) for given in (prompt, completion))
+        asked = _behind_system(raw, parse_messages(prompt, "prompt"))
+        before: list[Message] = [{**m, "train": False} for m in asked]
+        row = _chat(raw, tuple(before) + parse_messages(completion, "completion"))
+        row.notes = (INVENTED,) if one or other else ()
+        return row
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowError("fields 'prompt' and 'completion' must both be texts or both be lists of messages")
     for field in _CHAT:
         if raw.get(field):
             raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
     pair = Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0)
-    return Row("phrases", phrases=pair)
+    return _phrases(raw, (*_history(raw), *pair))
 
 
 def _dialogue(raw: dict[str, Any]) -> Row:
@@ -163,18 +222,58 @@ def _dialogue(raw: dict[str, Any]) -> Row:
             f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} phrases, an odd number"
         )
     phrases = tuple(Phrase(checked_text(t, f"dialogue[{i}]"), float(i % 2)) for i, t in enumerate(texts))
-    return Row("phrases", phrases=phrases)
+    return _phrases(raw, phrases)
 
 
 def _messages_row(raw: dict[str, Any]) -> Row:
-    return _chat(raw, parse_messages(raw["messages"], "messages"))
+    given, invented = without_invented(raw["messages"], _tools(raw))
+    row = _chat(raw, _behind_system(raw, parse_messages(given, "messages")))
+    row.notes = (INVENTED,) if invented else ()
+    return row
 
 
 def _alpaca(raw: dict[str, Any]) -> Row:
     prompt, output = checked_text(raw["instruction"], "instruction"), checked_text(raw["output"], "output")
     if extra := raw.get("input"):
         prompt = f"{prompt}\n\n{checked_text(extra, 'input')}"
-    return Row("phrases", phrases=(Phrase(prompt, 0.0), Phrase(output, 1.0)))
+    return _phrases(raw, (*_history(raw), Phrase(prompt, 0.0), Phrase(output, 1.0)))
+
+
+def _history(raw: dict[str, Any]) -> list[Phrase]:
+    """The earlier turns in a row's `history`: a list of [prompt, output]. Its outputs are targets too."""
+    phrases = []
+    given = raw.get("history") or []
+    if not isinstance(given, list):
+        raise RowError(f"field 'history' must be a list of [prompt, output], not {kind_name(given)}")
+    for i, pair in enumerate(given):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError(f"history[{i}] must be [prompt, output], not {kind_name(pair)}")
+        phrases.append(Phrase(checked_text(pair[0], f"history[{i}][0]"), 0.0))
+        phrases.append(Phrase(checked_text(pair[1], f"history[{i}][1]"), 1.0))
+    return phrases
+
+
+def _phrases(raw: dict[str, Any], phrases: tuple[Phrase, ...]) -> Row:
+    """Prompts and outputs in turn; as messages where a system message stands before them."""
+    if not raw.get("system"):
+        return Row("phrases", phrases=phrases)
+    turns: list[Message] = [
+        {"role": "assistant" if phrase.weight else "user", "content": phrase.text} for phrase in phrases
+    ]
+    return Row("messages", messages=_behind_system(raw, tuple(turns)))
+
+
+def _behind_system(raw: dict[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages, behind the one in a row's `system` field where that is filled."""
+    system = raw.get("system")
+    if not system:
+        return messages
+    first: Message = {"role": "system", "content": checked_text(system, "system")}
+    if messages[0].get("role") not in ("system", "developer"):
+        return (first, *messages)
+    if messages[0].get("content") != system:
+        raise RowError("field 'system' and the first message are both system messages, and differ; keep one of them")
+    return messages
 
 
 def _segments(raw: dict[str, Any]) -> Row:
@@ -238,11 +337,7 @@ def _sharegpt(raw: dict[str, Any]) -> Row:
         else:
             message |= {"content": turn["value"]}
         turns.append(message)
-    messages = parse_messages(turns, "conversations")
-    if raw.get("system"):
-        first: Message = {"role": "system", "content": checked_text(raw["system"], "system")}
-        messages = (first, *messages)
-    return _chat(raw, messages)
+    return _chat(raw, _behind_system(raw, parse_messages(turns, "conversations")))
 
 
 def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
@@ -252,11 +347,16 @@ def _full_list(raw: dict[str, Any], field: str, items: str) -> list[Any]:
     return value
 
 
-def _chat(raw: dict[str, Any], messages: tuple[Message, ...]) -> Row:
-    tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs") or {}
+def _tools(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    tools = raw.get("tools")
     tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("field 'tools' must be a list of tool descriptions")
+    return tools
+
+
+def _chat(raw: dict[str, Any], messages: tuple[Message, ...]) -> Row:
+    tools, kwargs = _tools(raw), raw.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise RowError(f"field 'chat_template_kwargs' must be an object, not {kind_name(kwargs)}")
     if tools or kwargs:

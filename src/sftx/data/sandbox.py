@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ SECONDS = 10.0  # of processor time: longest rendering of one text
 LAST = 60.0  # seconds of processor time in one operation, after which the process is ended
 CHARACTERS = 20_000_000  # longest text
 MEMORY = 1 << 30  # bytes by which the process may grow during one rendering
+ELEMENTS = 1_000_000  # of a list that a filter sorts or makes: sorting cannot be interrupted
+BITS = 1_000_000  # of a whole number: multiplying longer ones cannot be interrupted
+TOO_LATE = f"it ran longer than {SECONDS:g} s of processor time"
+TOO_LARGE = f"it took more than {MEMORY >> 20:,} MiB of memory"
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
 
 
@@ -46,7 +51,10 @@ class LimitError(TemplateError):
 
 
 class _Interruption(LimitError):
-    """Raised by the watchdog inside the rendering thread."""
+    """Raised by the watchdog inside the rendering thread, where it may arrive outside of any `except`."""
+
+    def __init__(self) -> None:
+        super().__init__("it ran for too long or took too much memory")
 
 
 # What a template can raise: its own complaint, a mistake in it, or data that it does not expect.
@@ -90,10 +98,14 @@ _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_",
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, quicker where its answers are known, and without powers that take minutes."""
 
-    intercepted_binops = frozenset(["**"])
+    intercepted_binops = frozenset(["**", "*"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _check_power(right)
+        if operator == "**":
+            _check_power(right)
+            _check_number(left, right)
+        else:
+            _check_product(left, right)
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -121,6 +133,41 @@ def _check_power(exponent: Any) -> None:
         raise LimitError(f"the template asks for a power of {exponent:.2g}")
 
 
+def _check_number(base: Any, exponent: Any) -> None:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > BITS:
+        raise LimitError(f"the template makes a number of more than {BITS:,} bits")
+
+
+def _check_product(left: Any, right: Any) -> None:
+    """Refuse to multiply where the result is too long a number, text or list."""
+    if isinstance(left, int) and isinstance(right, int):
+        if left.bit_length() + right.bit_length() > BITS:
+            raise LimitError(f"the template makes a number of more than {BITS:,} bits")
+        return
+    for series, times in ((left, right), (right, left)):
+        size = len(series) * times if isinstance(series, str | list | tuple) and isinstance(times, int) else 0
+        if size > CHARACTERS:
+            raise LimitError(f"the template makes a text or list of {size:,}; {CHARACTERS:,} are allowed")
+
+
+# Filters that look at every element of their input in one operation, or whose time grows faster than it.
+_WHOLE = ("batch", "dictsort", "groupby", "list", "max", "min", "reverse", "slice", "sort", "sum", "unique")
+
+
+def _limited(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses an input of more than `ELEMENTS`."""
+    place = 0 if getattr(original, "jinja_pass_arg", None) is None else 1  # the environment may come first
+
+    @wraps(original)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        value = args[place] if len(args) > place else None
+        if isinstance(value, str | list | tuple | dict) and len(value) > ELEMENTS:
+            raise LimitError(f"the template gives {len(value):,} elements to `{name}`; {ELEMENTS:,} are allowed")
+        return original(*args, **kwargs)
+
+    return limited
+
+
 def _round(value: float, precision: int = 0, method: Any = "common") -> float:
     _check_power(precision)
     return do_round(value, precision, method)
@@ -142,13 +189,14 @@ def compile_template(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters.update(tojson=_to_json, round=_round)
+    environment.filters.update({name: _limited(name, environment.filters[name]) for name in _WHOLE})
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=lambda form: datetime.now().strftime(form),
         dict=_dict,
         namespace=_namespace,
     )
-    with watched():  # jinja2 computes constant expressions here
+    with watched(), _deadline():  # jinja2 computes constant expressions here
         template = environment.from_string(source)
     template.globals = dict(template.globals)
     return template
@@ -156,13 +204,18 @@ def compile_template(source: str) -> jinja2.Template:
 
 def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """The text of a template; the time limit holds inside `watched()`. Raises one of `TEMPLATE_ERRORS`."""
-    watch: _Watch | None = getattr(_local, "watch", None)
-    with watch.deadline() if watch else nullcontext():
+    with _deadline():
         # What `template.render` does, without looking through its chained globals for every text.
         text = "".join(template.root_render_func(template.new_context({**template.globals, **variables}, shared=True)))
     if len(text) > CHARACTERS:
         raise LimitError(f"the template made {len(text):,} characters")
     return text
+
+
+def _deadline() -> AbstractContextManager[None]:
+    """What holds the limits of one rendering, where this thread is `watched`."""
+    watch: _Watch | None = getattr(_local, "watch", None)
+    return watch.deadline() if watch else nullcontext()
 
 
 class _Watch(threading.Thread):
@@ -175,6 +228,7 @@ class _Watch(threading.Thread):
         self.target = threading.get_ident()
         self.started: float | None = None
         self.fired = False
+        self.reason = ""
 
     def run(self) -> None:
         seen, memory, began = None, 0, 0.0
@@ -185,27 +239,33 @@ class _Watch(threading.Thread):
                     continue
                 if seen != self.started:  # a new rendering since the last look
                     seen, memory, began = self.started, _memory(), time.process_time()
-                elif time.process_time() - began > SECONDS or _memory() - memory > MEMORY:
-                    self.fired = True
+                    continue
+                is_late = time.process_time() - began > SECONDS
+                if is_late or _memory() - memory > MEMORY:
+                    self.fired, self.reason = True, TOO_LATE if is_late else TOO_LARGE
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
                     )
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        self.started = time.monotonic()
+        with self.guard:
+            self.started, self.fired, self.reason = time.monotonic(), False, TOO_LARGE
         try:
-            yield
-            with self.guard:
-                self.started = None
-            if self.fired:  # too late for the rendering: let it arrive here, and nowhere else
-                for _ in range(1000):
-                    time.sleep(0.001)
+            try:
+                yield
+            finally:
+                self._end()
         except (_Interruption, MemoryError):
-            raise LimitError(f"it ran longer than {SECONDS:g} s or took more than {MEMORY >> 20:,} MiB") from None
-        finally:
-            with self.guard:
-                self.started, self.fired = None, False
+            raise LimitError(self.reason) from None
+
+    def _end(self) -> None:
+        """Nothing is interrupted from here on; an interruption that is still on its way is waited for."""
+        with self.guard:
+            fired, self.started, self.fired = self.fired, None, False
+        if fired and not isinstance(sys.exc_info()[1], _Interruption):
+            for _ in range(1000):
+                time.sleep(0.001)
 
 
 _local = threading.local()  # .watch: the watchdog of this thread, if one is on guard

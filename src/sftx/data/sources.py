@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from sftx.arrow import rows_of
 from sftx.config import Data, Source
 from sftx.data import convert
 from sftx.data.cache import Cache
 from sftx.data.corpus import Origin
 from sftx.data.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
-from sftx.data.rows import detect
+from sftx.data.rows import check_names, detect, renamed
 from sftx.types import RowError, UserError
 
 MEMORY = "rows"  # the name of a source held in memory
@@ -36,6 +37,7 @@ class Table:
     form: str
     lines: Path | None
     held_out: bool = False
+    columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
@@ -50,7 +52,15 @@ class Table:
         with self.open_lines(scratch).open("rb") as file:
             for block in self.blocks[start:]:
                 file.seek(block.start)
-                yield from rows_in(file.read(block.stop - block.start), block.line)
+                for line, raw, value in rows_in(file.read(block.stop - block.start), block.line):
+                    yield line, raw, _renamed(value, self.columns)
+
+
+def _renamed(value: Any | RowError, columns: Mapping[str, str | None]) -> Any | RowError:
+    try:
+        return value if isinstance(value, RowError) else renamed(value, columns)
+    except RowError as error:
+        return error
 
 
 def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
@@ -73,6 +83,7 @@ def open_tables(
     Raises:
         UserError: a file is missing or unreadable, or its first row has no known format.
     """
+    check_names(data.columns)
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
@@ -82,8 +93,8 @@ def open_tables(
                 if in_memory:
                     out.writelines(convert.dump(row) + b"\n" for row in rows or [])
                 else:
-                    convert.write_rows(_hub_rows(source.path), out)
-            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name))
+                    out.writelines(convert.dump(row) + b"\n" for row in _hub_rows(source.path))
+            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name), columns=data.columns)
             tables.append(_cut(table, data, scratch))
         else:
             tables += [
@@ -104,22 +115,23 @@ def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
 
 
 def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path) -> Table:
-    table = Table(number, origin, files, [], data.format, None)
+    table = Table(number, origin, files, [], data.format, None, columns=data.columns)
     if len(files) == 1 and is_lines(files[0]):
         table.lines = files[0]
         return _cut(table, data, scratch)
-    key = blake2b(f"{convert.VERSION} {data.format} {data.on_bad_row}".encode(), digest_size=20)
+    decides = f"{convert.VERSION} {data.format} {data.on_bad_row} {json.dumps(data.columns, sort_keys=True)}"
+    key = blake2b(decides.encode(), digest_size=20)
     for file in files:
         with file.open("rb") as stream:
             content = file_digest(stream, blake2b).digest()
         key.update(f"\n{kind_of(file)} {file.suffix} ".encode() + content)
     note = cache.path(key.hexdigest(), ".blocks")
-    try:
-        known = json.loads(note.read_bytes())
-        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
-    except (FileNotFoundError, ValueError):
+    known = cache.read_note(note)
+    if known is None:
         _cut(table, data, scratch)
-        cache.write(note, json.dumps({"blocks": table.blocks, "form": table.form}).encode())
+        cache.write_note(note, {"blocks": table.blocks, "form": table.form})
+    else:
+        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
     return table
 
 
@@ -135,20 +147,26 @@ def _cut(table: Table, data: Data, scratch: Path) -> Table:
     return table
 
 
+def bad_row(place: str, reason: str, others: int = 0) -> UserError:
+    """The error of a bad row: its place and what is wrong with it lead, what to do about bad rows follows."""
+    more = f"{others:,} more bad rows; " if others else ""
+    return UserError(f"{place}: {reason}\n({more}data.on_bad_row=skip leaves bad rows out and lists them)")
+
+
 def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     """The format of the first row (of the first good one, if bad rows are skipped)."""
-    first = ""
+    first: UserError | None = None
     for line, _, value in table.rows(scratch):
         try:
             if isinstance(value, RowError):
                 raise value
             return detect(value)
         except RowError as error:
-            first = first or f"{table.origin.place(line)}: {error}"
             if not skip:
-                break
+                raise bad_row(table.origin.place(line), str(error)) from None
+            first = first or UserError(f"{table.origin.place(line)}: {error}")
     if first:
-        raise UserError(first)
+        raise first
     return "text"  # no rows at all
 
 
@@ -166,4 +184,4 @@ def _hub_rows(name: str) -> Iterator[Any]:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
         raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
-    yield from loaded
+    yield from rows_of(loaded)

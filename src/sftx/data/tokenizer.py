@@ -19,8 +19,10 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from sftx.boundary import boundary
 from sftx.config import Model
-from sftx.data.words import WordIds, tokenises_by_word
+from sftx.data.words import WORD, WordIds, tokenises_by_word
+from sftx.model_config import read_json
 from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
@@ -65,10 +67,8 @@ class Tokenizer:
     def load(cls, path: str) -> Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
         folder = Path(path) if Path(path).is_dir() else _download(path)
-        try:
+        with boundary(f"{path}: no usable tokenizer there"):
             return cls._of_folder(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no usable tokenizer there ({error})") from error
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Tokenizer:
@@ -76,11 +76,17 @@ class Tokenizer:
             from transformers import AutoTokenizer  # the slow road: a folder with only sentencepiece or vocab files
 
             return cls.of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
-        config = read_json(folder / "tokenizer_config.json")
-        special = {**_named(read_json(folder / "special_tokens_map.json")), **_named(config)}
+        file = folder / "tokenizer_config.json"
+        config = read_json(file)
+        with boundary(folder / "special_tokens_map.json"):
+            special = _named(read_json(folder / "special_tokens_map.json"))
+        with boundary(file):
+            special |= _named(config)
         content = (folder / "tokenizer.json").read_bytes()
-        backend = tokenizers.Tokenizer.from_buffer(content)
-        _add_missing(backend, config, special)
+        with boundary(folder / "tokenizer.json"):
+            backend = tokenizers.Tokenizer.from_buffer(content)
+        with boundary(file):
+            _add_missing(backend, config, special)
         content += json.dumps(config.get("added_tokens_decoder", {}), sort_keys=True).encode()
         return cls(backend, special, _templates(folder, config), _stop_ids(folder), content)
 
@@ -200,6 +206,17 @@ class Tokenizer:
         """Text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def longest_piece(self, text: str) -> int:
+        """How many characters of a text have to be tokenised together."""
+        if not self.cuts_at_spaces:
+            return len(text)
+        return max((match.end() - match.start() for match in WORD.finditer(text)), default=0)
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """Whether the words of a text are tokenised one by one."""
+        return self._by_word
+
     @cached_property
     def _by_word(self) -> bool:
         return tokenises_by_word(self.backend)
@@ -233,23 +250,22 @@ def _alternatives(texts: list[str]) -> str:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    with boundary(f"{name}: neither a folder here nor a tokenizer that could be fetched"):
         return Path(snapshot_download(name, allow_patterns=_FILES))
-    except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
-        raise UserError(f"{name}: neither a folder here nor a tokenizer that could be fetched ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file of a model folder holds; {} if it is not there."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
-    named = {name: config[name] for name in NAMED if config.get(name)}
-    return {name: value["content"] if isinstance(value, dict) else str(value) for name, value in named.items()}
+    """The named special tokens of a config: texts, or objects with `content`. Raises TypeError for anything else."""
+    texts: dict[str, str] = {}
+    for name in NAMED:
+        value = config.get(name)
+        if not value:
+            continue
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a text, found {value!r}")
+        texts[name] = text
+    return texts
 
 
 def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
@@ -264,18 +280,37 @@ def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special:
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    declared = config.get("chat_template")
-    if isinstance(declared, str):
-        declared = [{"name": "default", "template": declared}]
-    templates = {entry["name"]: entry["template"] for entry in declared or []}
-    if alone := read_json(folder / "chat_template.json"):
-        templates["default"] = alone["chat_template"]
+    """The chat templates of a folder by name; where several files have one of that name, the last read counts."""
+    templates: dict[str, str] = {}
+    with boundary(folder / "tokenizer_config.json"):
+        declared = config.get("chat_template")
+        if isinstance(declared, str):
+            declared = [{"name": "default", "template": declared}]
+        for entry in declared or []:
+            templates[_text(entry["name"])] = _text(entry["template"])
+    with boundary(folder / "chat_template.json"):
+        if alone := read_json(folder / "chat_template.json"):
+            templates["default"] = _text(alone["chat_template"])
     for path in (*(folder / "additional_chat_templates").glob("*.jinja"), *folder.glob("chat_template.jinja")):
         name = "default" if path.parent == folder else path.stem
-        templates[name] = path.read_text(encoding="utf-8")
+        with boundary(path):
+            templates[name] = path.read_text(encoding="utf-8")
     return templates
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"chat_template must be a text, found {value!r}")
+    return value
+
+
 def _stop_ids(folder: Path) -> list[int]:
-    eos = read_json(folder / "generation_config.json").get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    """The ids at which generation_config.json lets a server stop."""
+    file = folder / "generation_config.json"
+    eos = read_json(file).get("eos_token_id")
+    if eos is None:
+        return []
+    found = eos if isinstance(eos, list) else [eos]
+    if not all(type(i) is int for i in found):
+        raise UserError(f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed")
+    return found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from sftx.config import Config
 from sftx.data.cache import Cache
+from sftx.data.oversize import check_size
 from sftx.data.render import Encoder
 from sftx.data.rows import parse
 from sftx.data.sources import Table, named_sources, open_tables
@@ -32,23 +34,55 @@ class View:
     weights: list[float]
     texts: list[str]
     special: list[bool]
+    shortened: bool = False
+    """Whether something of the prompt is gone, because the row was too long."""
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns."""
+    spelled: list[bool] = field(default_factory=list)
+    """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`)."""
 
     @property
     def targets(self) -> int:
         """Tokens that carry weight."""
         return sum(weight != 0 for weight in self.weights)
 
+    def begins_spelling(self, index: int) -> bool:
+        """Whether a text that spells a special token begins with this token."""
+        return self.spelled[index] and not (index and self.spelled[index - 1])
+
 
 def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
     """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
-    note = "; ".join(filter(None, [example.note, f"{lost:,} tokens of the row cut off" if lost else ""]))
+    behind = "prompt shortened" if example.shortened else ""
+    note = "; ".join(filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""]))
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
     special = [token in tokenizer.control_ids for token in ids]
-    return View(place, note, example.part, ids, example.weights.tolist(), texts, special, prompt)
+    return View(
+        place,
+        note,
+        example.part,
+        ids,
+        example.weights.tolist(),
+        texts,
+        special,
+        example.shortened,
+        prompt,
+        _spelled(texts, special, tokenizer),
+    )
+
+
+def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> list[bool]:
+    """Which tokens, not special themselves, write letters of a special token."""
+    text = "".join(texts)
+    inside = np.zeros(len(text), np.bool_)
+    for match in tokenizer.control.finditer(text):
+        inside[match.start() : match.end()] = True
+    spelled = []
+    for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
+        spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
+    return spelled
 
 
 @contextmanager
@@ -100,8 +134,14 @@ def views_of_rows(
     views: list[View] = []
     for number, row in found:
         place = table.origin.place(number)
-        encoded = row if isinstance(row, RowError) else encoder.encode([row])[0]
-        if isinstance(encoded, RowError) or isinstance(row, RowError):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            check_size(row, encoder.tokenizer)
+        except RowError as error:
+            raise UserError(f"{place}: {error}") from None
+        encoded = encoder.encode([row])[0]
+        if isinstance(encoded, RowError):
             raise UserError(f"{place}: {encoded}")
         if not encoded.examples:
             raise UserError(f"{place}: the row is dropped: {encoded.reason}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sftx.types import Int32
 # A word ends before a space that follows something else, and before punctuation or a new line that follows a letter or
 # digit: anywhere else it goes on.
 WORD = re.compile(r'.[^ .,;:!?()"\n]*(?:(?<![A-Za-z0-9])(?:[.,;:!?()"\n]|(?<=\s) )[^ .,;:!?()"\n]*)*', re.DOTALL)
+AT_ONCE = 1 << 18  # characters of a text, or words of a longer one
 REMEMBERED, LONGEST = 200_000, 48  # words, and characters of a word worth remembering
 # The cutting rules of the GPT-4, Llama 3, Qwen 2 and 3 and GPT-4o families: in all of them a match holds a space only
 # as its first character, or among white space alone, holds none of .,;:!?()" or a new line after a letter or digit, and
@@ -84,4 +86,11 @@ class WordIds(dict[str, bytes]):
 
     def encode(self, text: str) -> Int32:
         """Ids int32[T] of a text, word by word."""
-        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
+        if len(text) <= AT_ONCE:
+            return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
+        # A list of all words of a large file would take ten times its memory.
+        words = (match.group() for match in WORD.finditer(text))
+        parts: list[bytes] = []
+        while part := b"".join(map(self.__getitem__, islice(words, AT_ONCE))):
+            parts.append(part)
+        return np.frombuffer(b"".join(parts), np.int32)

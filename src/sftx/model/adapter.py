@@ -13,13 +13,25 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from peft.utils.save_and_load import load_peft_weights
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftx.boundary import boundary
 from sftx.config import Adapter
-from sftx.model import lora
+from sftx.model import lora, mixture
 from sftx.model.recompute import decoder_layers
+from sftx.model_config import read_json
 from sftx.types import UserError
+
+# What of an adapter_config.json is read, or only says where the adapter comes from. `base_model_name_or_path`,
+# `revision` and `auto_mapping` name models and code: neither sftx nor peft, as sftx calls it, follows them.
+READ = frozenset([
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "trainable_token_indices",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "bias", "modules_to_save", "init_lora_weights", "target_parameters",
+])  # fmt: skip
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence[int] = ()) -> PeftModel | None:
@@ -39,23 +51,43 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
 
 def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None) -> PeftModel:
     torch.manual_seed(seed)
+    routers = mixture.routers(model) if adapter.targets == "all-linear" else []  # who wants them adapted names them
+    linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType] - a float is fine
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
+        exclude_modules=linear or None,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
         trainable_token_indices=rows,
     )
+    if routers:  # peft names those that are parameters itself, among the experts
+        convert_peft_config_for_transformers(config, model, None)
+        named = config.target_parameters or []
+        config.target_parameters = [name for name in named if name.split(".")[0] not in mixture.ROUTERS] or None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # Of experts, whose ranks are set all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             wrapped = get_peft_model(model, config)
     except ValueError as error:
+        if adapter.method == "dora" and mixture.has_joint_experts(model):
+            raise UserError(
+                f"adapter.method: dora cannot adapt the experts of {type(model).__name__}, whose weights are one "
+                "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+            ) from error
         raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
     assert isinstance(wrapped, PeftModel)
+    shared = mixture.shared_adapters(wrapped)
+    if adapter.merge and shared:
+        raise UserError(
+            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several layers; merged, each "
+            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is saved beside the model"
+        )
     return wrapped
 
 
@@ -85,18 +117,15 @@ def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list
 
 def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[str, list[int]] | None) -> PeftModel:
     """The saved adapter in `path`, trainable. What the settings say of it must be so."""
-    if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").exists():  # peft would read a pickle too
-        raise UserError(f"adapter.path: {path} has no adapter_model.safetensors; pickled weights are not read")
-    try:
+    with boundary(f"adapter.path: {path} cannot be continued"):
         folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        _check_folder(Path(folder))
         config: Any = PeftConfig.from_pretrained(folder)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* to a meta parameter")  # of a model that is only to be measured
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         odd = {name for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed} if "lora_" in name}
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"adapter.path: {path} cannot be continued: {error}") from error
     if config.peft_type != "LORA" or odd:  # peft itself only warns of weights that are missing
         raise UserError(
             f"adapter.path: {path} ({config.peft_type}) does not fit this model; odd weights: {sorted(odd)[:3]}"
@@ -111,6 +140,20 @@ def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[s
     if (has := config.trainable_token_indices) != rows:
         raise UserError(f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same")
     return wrapped
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse an adapter whose files could run code, are not safetensors, or ask for what sftx does not do."""
+    if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickle too
+        raise UserError(f"adapter.path: {folder} has no adapter_model.safetensors; pickled weights are not read")
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        raise UserError(f"adapter.path: {folder} has no adapter_config.json")
+    config, default = read_json(file), LoraConfig().to_dict()
+    for name in sorted(config.keys() - READ):
+        value = config[name]
+        if value and value != default.get(name):
+            raise UserError(f"adapter.path: {file}: {name}={str(value)[:60]!r} is not understood; sftx does without it")
 
 
 def bare(module: Any) -> Any:

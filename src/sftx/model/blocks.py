@@ -6,7 +6,7 @@ nothing).
 
 Heads that share keys are rows of one product. The keys of a block begin with its window and end with its last query,
 so what is hidden is hardly computed, and memory grows with the length, not with its square. One custom op, so that a
-compiled layer stays one graph; its backward computes p again. A CPU computes in fp32 whatever it is given. `window` and
+compiled layer stays one graph; its backward computes p again. A CPU computes in fp32, and of fp64 in fp64. `window` and
 `softcap` are 0 where there is none.
 """
 
@@ -24,6 +24,11 @@ ROWS = 128
 """Queries of a block; 8 times as many on a GPU."""
 FILL = 32
 """A CPU's segments are filled up to multiples of so many tokens: oneDNN prepares its code anew for every shape."""
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp64 where it is so already, else in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def segments_of(borders: Tensor) -> list[tuple[int, int]]:
@@ -78,7 +83,7 @@ def _segments_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and, where there are any, of the sinks."""
     found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in qkv]
-    d_sinks = torch.zeros(qkv[0].shape[1], device=grad.device)
+    d_sinks = at_least_fp32(grad.new_zeros(qkv[0].shape[1]))
     with torch.autocast(grad.device.type, enabled=False):
         for a, b in segments_of(borders):
             queries, keys, values = _cut(a, b, *qkv)
@@ -87,10 +92,10 @@ def _segments_backward(
             for rows, seen in _blocks(keys.shape[1], window, grad):
                 block, g = queries[:, :, rows].flatten(1, 2) * scale, grads[:, :, rows].flatten(1, 2)
                 p, slope, sink = _probabilities(block, keys[:, seen], sinks, rows, seen, window, softcap)
-                d_p = torch.bmm(g, values[:, seen].mT).float()
+                d_p = at_least_fp32(torch.bmm(g, values[:, seen].mT))
                 if sink is not None:  # what a sink gives is 0, and so is its d_p
                     d_sinks -= (sink * (p * d_p).sum(-1, keepdim=True)).view(len(d_sinks), -1).sum(1)
-                d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, torch.float32)
+                d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
                 d_z = (d_z if slope is None else d_z * slope).to(keys.dtype)
                 d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
                 d_k[:, seen] += torch.bmm(d_z.mT, block)
@@ -124,7 +129,7 @@ def _cut(a: int, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     """One segment: queries [H_kv, G, S, D], where G heads share keys; keys and values [H_kv, S, D]."""
     parts = [x[0, :, a:b] for x in (q, k, v)]
     if q.device.type == "cpu":  # what is filled up comes last, where no query of the segment sees it
-        parts = [F.pad(x.float(), (0, 0, 0, (a - b) % FILL)) for x in parts]
+        parts = [F.pad(at_least_fp32(x), (0, 0, 0, (a - b) % FILL)) for x in parts]
     return parts[0].unflatten(0, (k.shape[1], -1)), parts[1].contiguous(), parts[2].contiguous()
 
 
@@ -138,8 +143,9 @@ def _blocks(length: int, window: int, like: Tensor) -> Iterator[tuple[slice, sli
 def _probabilities(
     queries: Tensor, keys: Tensor, sinks: Tensor | None, rows: slice, seen: slice, window: int, softcap: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """p [H_kv, G x rows, keys] in fp32, of `queries` already scaled; the slope of soft-capping; the sinks' share."""
-    z, slope = torch.bmm(queries, keys.mT).float(), None
+    """p [H_kv, G x rows, keys] in at least fp32, of `queries` already scaled; the slope of soft-capping; the sinks'
+    share."""
+    z, slope = at_least_fp32(torch.bmm(queries, keys.mT)), None
     if softcap:
         z = torch.tanh(z / softcap)
         slope, z = 1 - z**2, z * softcap
@@ -150,6 +156,6 @@ def _probabilities(
         by_row.add_(hidden.tril(rows.start - seen.start - window))
     if sinks is None:
         return torch.softmax(z, -1), slope, None
-    column = sinks.float().view(len(z), -1, 1).expand(-1, -1, count).reshape(len(z), -1, 1)
+    column = sinks.to(z.dtype).view(len(z), -1, 1).expand(-1, -1, count).reshape(len(z), -1, 1)
     p = torch.softmax(torch.cat([z, column], -1), -1)
     return p[..., :-1].contiguous(), slope, p[..., -1:]

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sftx.boundary import boundary
 from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
+from sftx.model.folder import check_weights, load_config
+from sftx.model.forward_state import ForwardState
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.prune import WORTH_IT, LastLayer
 from sftx.model.recompute import decoder_layers
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
-
-
-def load_config(model: Model) -> Any:
-    """The model's Hugging Face configuration; UserError if the folder does not hold one."""
-    path = Path(model.path)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
-    try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {model.path} cannot be read as a model: {error}") from error
 
 
 def stored_dtype(model: Model) -> torch.dtype:
@@ -50,19 +43,20 @@ def load_model(
 
     With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype that it names.
     """
+    config = load_config(model)
+    check_weights(model.path)
     quantised = {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
     transformers_logging.disable_progress_bar()
-    try:
+    with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model.path,
+            config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
             **quantised,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path: {model.path} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
@@ -73,7 +67,10 @@ def load_model(
         # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes through any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
-    return loaded if nf4 else loaded.to(device)
+    loaded = loaded if nf4 else loaded.to(device)
+    with boundary(f"model.path: {model.path} cannot compute with what its config.json says"), torch.no_grad():
+        loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    return loaded
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
@@ -94,6 +91,7 @@ class TensorPack:
     label: Tensor  # int64[M]
     weight: Tensor  # float32[M]
     longest: int  # tokens of the longest segment
+    counts: tuple[int, ...]  # targets of each segment
     examples: tuple[int, ...]  # their numbers, by which noise is drawn
 
     def segments(self) -> dict[str, Any]:
@@ -101,6 +99,14 @@ class TensorPack:
         cu_seqlens, longest = self.borders.to(self.ids.device, non_blocking=True), self.longest
         lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         return {**lengths, "max_length_q": longest, "max_length_k": longest, "borders": self.borders}
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
+        """(first token, one past the last, places of its targets in it, which targets they are) of every segment."""
+        first = 0
+        for (a, b), count in zip(itertools.pairwise(self.borders.tolist()), self.counts, strict=True):
+            mine = slice(first, first + count)
+            first += count
+            yield a, b, self.index[mine] - a, mine
 
 
 def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
@@ -116,6 +122,7 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
+    targets_before = np.searchsorted(pack.index, pack.cu_seqlens)
     return TensorPack(
         ids=move(pack.ids, torch.int64),
         positions=move(pack.positions, torch.int64),
@@ -124,6 +131,7 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
         label=move(pack.label, torch.int64),
         weight=move(pack.weight, torch.float32),
         longest=int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
+        counts=tuple(np.diff(targets_before).tolist()),
         examples=pack.examples,
     )
 
@@ -135,7 +143,8 @@ class PackLoss(nn.Module):
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
     `checks` turns to them when measuring shows that the fast one is not equal. `prunes`: the last layer computes only
-    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `objective` holds
+    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `forgets` is put back
+    before every segment that runs alone: a model may remember something of the one before. `objective` holds
     while training; in evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
@@ -152,6 +161,7 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
+        self.forgets: ForwardState | None = None
         self.prunes = False
         for layer in decoder_layers(model)[-1:]:
             LastLayer(layer)
@@ -194,18 +204,31 @@ class PackLoss(nn.Module):
         logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
         return logits if len(logits) == len(pack.index) else logits[pack.index]  # some models ignore `logits_to_keep`
 
+    def run_one_by_one(self) -> None:
+        """Run segments one at a time from now on, with the model's own attention."""
+        self.isolate = False
+        self.use_segments(False)
+
+    def logits_one_by_one(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index`, segments one at a time."""
+        return torch.cat([self._logits_alone(pack.ids[a:b])[at] for a, b, at, _ in pack.parts()])
+
+    def _logits_alone(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] of one segment, whatever ran before it."""
+        if self.forgets is not None:
+            self.forgets.put_back()
+        return self._run(self.model, ids).logits[0]
+
     def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
-        for a, b in itertools.pairwise(pack.borders.tolist()):
-            mine = (pack.index >= a) & (pack.index < b)
-            if mine.any() or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
+        for a, b, at, mine in pack.parts():
+            if len(at) or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
-                at, weight = pack.index[mine] - a, pack.weight[mine]
-                logits = self._run(self.model, pack.ids[a:b]).logits[0][at]
-                total = total + cross_entropy_sum(logits, pack.label[mine], weight, objective)
+                logits = self._logits_alone(pack.ids[a:b])[at]
+                total = total + cross_entropy_sum(logits, pack.label[mine], pack.weight[mine], objective)
                 if objective.router_aux:
-                    total = total + self._balance(torch.tensor([0, b - a]), at, weight)
+                    total = total + self._balance(torch.tensor([0, b - a]), at, pack.weight[mine])
         return total
 
     def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:

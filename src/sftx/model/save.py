@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,17 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from sftx.boundary import boundary
 from sftx.config import Model
+from sftx.files import make_folder, sync
 from sftx.model.shard import whole_state
-from sftx.types import UserError
 
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer as transformers and its servers load it, with the tokens the run adds."""
     path = model.tokenizer or model.path
-    try:
+    with boundary(f"model.tokenizer: {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: {path} cannot be loaded: {error}") from error
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in model.add_tokens])
     special = [AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens]
     tokenizer.add_tokens(special, special_tokens=True)
@@ -53,12 +52,14 @@ def save_model(
     card: str,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
 
-    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names.
-    Matrices of a whole model are stored in `dtype`; adapters always in float32. `state` holds the tensors
-    where those of `model` are in shards.
+    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names;
+    all of it is on the disk when this returns. Matrices of a whole model are stored in `dtype`; adapters always in
+    float32. `state` holds the tensors where those of `model` are in shards. A file of weights holds at most
+    `max_shard_size`, as transformers takes it.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -68,21 +69,32 @@ def save_model(
         if isinstance(model, PeftModel):
             # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
             model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
+            _sort_sets(temporary / "adapter_config.json", model)
         else:
             if state is None:
                 state = whole_state(model, dtype, trained_only=False)  # tied weights stay one
             kept = model.config.dtype
             model.config.dtype = dtype
-            model.save_pretrained(str(temporary), state_dict=state)
+            model.save_pretrained(str(temporary), state_dict=state, max_shard_size=max_shard_size)
             model.config.dtype = kept
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):  # more templates have a folder
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             final = folder / path.relative_to(temporary)
-            final.parent.mkdir(exist_ok=True)
+            make_folder(final.parent)
             path.replace(final)
+            sync(final.parent)
     finally:
         shutil.rmtree(temporary)
+
+
+def _sort_sets(path: Path, model: PeftModel) -> None:
+    """Put what peft holds as a set (the adapted modules) in order: it writes it as it comes, in every process anew."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                told[name] = sorted(value)
+    path.write_text(json.dumps(told, indent=2, sort_keys=True), encoding="utf-8")

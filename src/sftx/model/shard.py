@@ -29,8 +29,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sftx import dist
+from sftx.boundary import boundary
 from sftx.config import Model, Runtime
-from sftx.model.load import PackLoss, load_config
+from sftx.model.folder import check_weights, load_config
+from sftx.model.load import PackLoss
 from sftx.model.recompute import decoder_layers
 from sftx.types import UserError
 
@@ -100,15 +102,18 @@ def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
     folder = Path(settings.path)
     if not folder.is_dir():
         folder = Path(snapshot_download(settings.path, allow_patterns=["*.safetensors", "*.json"]))
-    with init_empty_weights(include_buffers=False):  # parameters on the meta device; buffers are computed as always
-        model: Any = AutoModelForCausalLM.from_config(
-            load_config(settings), dtype=dtype, trust_remote_code=settings.trust_remote_code
-        )
-    model.tie_weights()
-    model.config.use_cache = False
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
+    config = load_config(settings)
+    check_weights(str(folder))
+    with boundary(f"model.path: {settings.path} cannot be built from its files"):
+        with init_empty_weights(include_buffers=False):  # parameters on the meta device; buffers are computed as always
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+            )
+        model.tie_weights()
+        model.config.use_cache = False
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
     places, filled = [], dict[int, nn.Parameter]()
     for name in model.state_dict():
         path, _, attribute = name.rpartition(".")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from sftx.printable import printable
 from sftx.track.record import Run
 from sftx.training.resume import name_of
 from sftx.training.stop import Ended
@@ -42,7 +43,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def encoding(self, done: int, total: int) -> None:
         """Rows encoded so far."""
@@ -59,8 +60,12 @@ class Progress:
         self.say(f"train    {train.summary()}")
         for note, count in train.notes.items():
             self.say(f"         {note}: {count:,}")
+        for warning in train.warnings():
+            self.say(f"warning  {warning}")
         if held_out is not None:
             self.say(f"held out {held_out.summary()}")
+            for warning in held_out.warnings():
+                self.say(f"warning  of the held-out rows, {warning}")
         self.say(f"plan     {num_steps:,} steps")
 
     def model(

@@ -3,44 +3,31 @@
 OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
 OUTPUT/metrics.jsonl   one line per optimiser step
 OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
-OUTPUT/checkpoints/    states to continue from
+OUTPUT/checkpoints/    states to continue from, each with the record up to its step
+OUTPUT/.owner.*        which process owns the folder
 OUTPUT/*               the trained model, a Hugging Face folder
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sftx.config import Config
+from sftx.files import make_folder, sync, write_json, write_text
+from sftx.track.facts import check_needed, read_facts
 from sftx.types import StepRecord, UserError, untrained
 
+RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
+"""Files of one line per step, which a checkpoint carries up to its own."""
 PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that the file is either the old one or the new one, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _versions() -> dict[str, str]:
@@ -62,8 +49,7 @@ class Run:
         self.config = config
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; a folder is needed")
-        path = self.folder / "run.json"
-        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.facts: dict[str, Any] = read_facts(self.folder / "run.json")
 
     @property
     def exists(self) -> bool:
@@ -75,14 +61,13 @@ class Run:
         """Whether that run reached its end."""
         return self.facts.get("status") == "finished"
 
-    def start(self, step: int, **facts: Any) -> None:
-        """Begin at `step`: write run.json, and drop metrics of steps that will be taken again."""
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "bad_steps.jsonl"):
-                lines = [line for line in self._lines(name) if line["step"] <= step] if step else []
-                if lines or name == "metrics.jsonl" or (self.folder / name).exists():
-                    self._rewrite(name, lines)
+    def check(self) -> None:
+        """UserError where the record of the run in this folder lacks what continuing it needs."""
+        if self.exists:
+            check_needed(self.facts, self.folder / "run.json")
+
+    def start(self, step: int, carried: Mapping[str, str], **facts: Any) -> None:
+        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step` carries."""
         earlier = self.facts.get("started", []) if step else []
         self.facts = {
             "status": "running",
@@ -90,7 +75,46 @@ class Run:
             "config": self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
             "versions": _versions(),
         }
-        self.update(**facts)
+        if self.writes:
+            make_folder(self.folder)
+        self.update(**facts)  # first of all files: what holds run.json is known to be a run
+        if self.writes:
+            for name in RECORDS:
+                kept = carried.get(name, "")
+                if kept or name == "metrics.jsonl" or (self.folder / name).exists():
+                    write_text(self.folder / name, kept)
+
+    def records(self) -> dict[str, str]:
+        """The records so far, for a checkpoint to carry; what is returned is on the disk."""
+        found: dict[str, str] = {}
+        for name in RECORDS:
+            if self.writes and (self.folder / name).exists():
+                sync(self.folder / name)
+                found[name] = self._text(name)
+        return found
+
+    def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
+        """In words, a line for each, the records that are not as the checkpoint of `step` carries them."""
+        said = []
+        for name in RECORDS:
+            kept = [line["step"] for line in _lines(carried.get(name, ""))]
+            found = [line["step"] for line in _lines(self._text(name))]
+            if found[: len(kept)] != kept:
+                said.append(f"{name} was damaged: it is again as the checkpoint of step {step:,} has it")
+            elif len(found) > len(kept):
+                more = len(found) - len(kept)
+                said.append(f"{name} is cut after step {step:,}: {more:,} lines of later steps come anew")
+        return said
+
+    def unreadable(self) -> list[str]:
+        """In words, what is missing in the record of a finished run; what can be read of it stays."""
+        lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
+        missing = expected - len({line["step"] for line in lines} - {0})
+        if not missing:
+            return []
+        if self.writes:
+            self._rewrite("metrics.jsonl", lines)
+        return [f"metrics.jsonl was damaged: {missing:,} of {expected:,} steps are lost from it, none from the model"]
 
     def write(self, record: StepRecord) -> StepRecord:
         """Append one step to metrics.jsonl."""
@@ -121,13 +145,12 @@ class Run:
         self._rewrite("metrics.jsonl", lines)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The steps recorded so far; a half-written last line is left out."""
-        return self._lines("metrics.jsonl")
+        """The steps recorded so far; what cannot be read, such as a half-written last line, is left out."""
+        return _lines(self._text("metrics.jsonl"))
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _text(self, name: str) -> str:
         path = self.folder / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines if line]
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
         write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
@@ -136,3 +159,14 @@ class Run:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    """The whole lines of a record; a power loss can leave it cut, or NULs in it."""
+    found = []
+    for line in text.split("\n")[:-1]:
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                found.append(value)
+    return found

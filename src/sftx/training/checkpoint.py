@@ -1,8 +1,8 @@
 """Checkpoints as transactions: a folder either holds a verified state or does not exist.
 
-Written beside its final name, every file synced, a manifest with sha256 sums last, then one rename. Loading verifies
-the manifest and falls back to the newest checkpoint that passes. Tensors are safetensors, the rest is JSON: nothing in
-a checkpoint can execute.
+Written beside its final name, every file synced, a manifest with sha256 sums last, then one rename, which is synced
+too. Loading verifies the manifest and falls back to the newest checkpoint that passes. Tensors are safetensors, the
+rest is JSON, the run's record up to this step included: nothing in a checkpoint can execute.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sftx import dist
+from sftx.files import make_folder, sync
 from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_facts
+from sftx.printable import printable
+from sftx.track.record import RECORDS
 from sftx.training.background import Background
+from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
 MANIFEST = "MANIFEST.json"
+_NAME = "step-" + "[0-9]" * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class State:
     total_tokens: int
     total_targets: int
     held_out_loss: float | None = None  # of these very weights, where they were evaluated
+    bad_steps: int = 0  # in a row, up to this one
+    seconds: float = 0.0  # of all steps so far
 
 
 def save(
@@ -49,27 +56,38 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep: int,
     background: Background | None = None,
+    records: Mapping[str, str] | None = None,
+    optional: bool = False,
 ) -> Path:
     """Write `folder/step-N`; of the others stay the newest `keep`, this one included, and the best.
 
-    With `background` only a copy is made here, and written there. Raises UserError when there is no room for it.
+    With `background` only a copy is made here, and written there. `records` = the texts of the run's records so far,
+    by the names of their files. Where there is no room, raises UserError, or, where the checkpoint is
+    `optional`, writes none and says so.
     """
     final = folder / f"step-{state.step:08d}"
     copied = background is not None
     parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
     moments = {name: _held(moment, copied) for name, moment in _moments(model, optimizer).items()}
-    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values()))
+    texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
+    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values())) + sum(map(len, texts.values()))
 
     def write() -> None:
         if dist.from_main(dist.is_main() and final.exists() and not _verify(final), saving=True):
             return  # a state is saved twice where a signal comes twice: the first is as good
+        if problem := dist.from_main(_shortage(folder, needed) if dist.is_main() else "", saving=True):
+            if not optional:
+                raise UserError(problem)
+            if dist.is_main():
+                print(f"warning: nothing was saved after step {state.step}: {problem}", file=sys.stderr)
+            return
         check_replicas(parameters)
         temporary = folder / f"{final.name}.tmp"
         try:
-            _write(temporary, final, state, {"weights": parameters, "optimizer": moments}, needed)
+            _write(temporary, final, texts, {"weights": parameters, "optimizer": moments})
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{_shortage(folder, needed)} ({error})") from error
+            raise UserError(f"{_no_room(folder, needed)} ({error})") from error
         if dist.is_main():
             _prune(folder, keep)
 
@@ -77,43 +95,47 @@ def save(
     return final
 
 
-def _write(temporary: Path, final: Path, state: State, tensors: dict[str, dict[str, Tensor]], needed: int) -> None:
+def _write(temporary: Path, final: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
     if dist.is_main():
-        _require_space(final.parent, needed)
+        make_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
     dist.barrier(saving=True)
     if dist.is_joined():
         save_tensors(temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()})
+        for path in temporary.iterdir():  # each rank its own: another machine's memory cannot be synced from here
+            sync(path)
     else:
         for name, some in tensors.items():
             save_file(some, temporary / f"{name}.safetensors")
+    dist.barrier(saving=True)
     if dist.is_main():
-        _seal(temporary, final, state)
+        _seal(temporary, final, texts)
     dist.barrier(saving=True)
 
 
-def _seal(temporary: Path, final: Path, state: State) -> None:
-    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (temporary / name).write_text(text, encoding="utf-8")
     sums = {}
     for path in sorted(temporary.iterdir()):
         sums[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        _sync(path)
+        sync(path)
     (temporary / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    sync(temporary / MANIFEST)
+    sync(temporary)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _prune(folder: Path, keep: int) -> None:
     """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
-    sound = [path for path in _found(folder) if not _verify(path, read=False)]
+    sound = [path for path in folders(folder) if not _verify(path, read=False)]
     judged = [(loss, p) for p in sound if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
-    for path in folder.glob("step-*"):
+    for path in [*folders(folder), *folder.glob(f"{_NAME}.tmp")]:
         if path not in kept:
             shutil.rmtree(path)
 
@@ -148,10 +170,10 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
 
 
 def _newest_good(folder: Path) -> Path | None:
-    for path in _found(folder):
+    for path in folders(folder):
         if not (problem := _verify(path)):
             return path
-        print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+        print(printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"), file=sys.stderr)
     return None
 
 
@@ -164,16 +186,27 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def newest(folder: Path) -> State | None:
     """State of the newest checkpoint that verifies, without loading its tensors."""
-    return next((_state(path) for path in _found(folder) if not _verify(path)), None)
+    return next((_state(path) for path in folders(folder) if not _verify(path)), None)
+
+
+def records(folder: Path, step: int) -> dict[str, str]:
+    """The texts of the records that the checkpoint of `step` in `folder` carries."""
+    path = folder / f"step-{step:08d}"
+    return {name: (path / name).read_text(encoding="utf-8") for name in RECORDS if (path / name).exists()}
 
 
 def _state(path: Path) -> State:
     return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
-def _found(folder: Path) -> list[Path]:
-    """Checkpoints, newest first; only whole ones ever get such a name."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: p.name, reverse=True)
+def folders(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first; only whole ones ever get such a name."""
+    return sorted(folder.glob(_NAME), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _verify(path: Path, read: bool = True) -> str:
@@ -181,6 +214,8 @@ def _verify(path: Path, read: bool = True) -> str:
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name in sorted({"state.json", *sums}):
+            if Path(name).name != name:  # only files of the checkpoint itself are opened
+                return f"{MANIFEST} names {name!r}, outside of the checkpoint"
             if name not in sums or not (path / name).exists():
                 return f"{name} is missing"
             same = (path / name).stat().st_size == sums[name]["bytes"]
@@ -202,28 +237,17 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < 1.2 * needed:
-        raise UserError(_shortage(folder, needed))
-
-
 def _shortage(folder: Path, needed: int) -> str:
-    free = shutil.disk_usage(folder).free
+    return _no_room(folder, needed) if shortage(folder, needed) else ""
+
+
+def _no_room(folder: Path, needed: int) -> str:
     return (
-        f"{folder}: the checkpoint cannot be written: {1.2 * needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB "
-        "free. Those written before are whole: make room, then run the same command to continue"
+        f"{folder}: the checkpoint cannot be written: {numbers(folder, needed)}. Those written before are whole: make "
+        "room, then run the same command to continue"
     )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,15 +11,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftx import dist
+from sftx.boundary import boundary
 from sftx.config import Config, Runtime
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
+from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_config
+from sftx.model.load import PackLoss
 from sftx.model.memory import Memory, Rehearsal
 from sftx.model.speed import flops, reached_speed
 from sftx.types import Int32, UserError
 
+GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
+"""Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled layers keep half as
+much of every token."""
 MARGIN = 0.92
 """Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
 
@@ -43,7 +48,7 @@ class Load:
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
         most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
         epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
-        tokens, squares = (epochs * float((plan.lengths**power).sum()) for power in (1, 2))
+        tokens, squares = (epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2))
         return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
 
 
@@ -68,10 +73,12 @@ def outline(config: Config, taught: dict[int, bool]) -> PackLoss:
     `taught` = the tokens that the run adds; see `Tokenizer.taught`.
     """
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
+    settings = load_config(config.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_config(config.model), dtype=dtype, trust_remote_code=config.model.trust_remote_code
-        )
+        with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=config.model.trust_remote_code
+            )
         assert isinstance(model, PreTrainedModel)
         choose_weights(model, config.model, config.adapter, config.seed, taught)
     return PackLoss(model, config.loss).train()
@@ -81,6 +88,12 @@ def weigh(plan: Plan, loss: PackLoss, targets: Int32) -> None:
     """Tell the plan what each example costs to compute; `targets` int32[N] = how many targets each has."""
     lengths = plan.lengths.astype(np.float64)
     plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
+
+
+def largest_pack(runtime: Runtime, device: torch.device, load: Load) -> int:
+    """The most tokens that a pack may get, whatever `fit` chooses."""
+    sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
+    return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 
 
 def fit(runtime: Runtime, rehearsal: Rehearsal, load: Load, at_hand: int, earlier: int | None = None) -> Fit:
@@ -139,9 +152,8 @@ def predict(rehearsal: Rehearsal, load: Load, tokens_per_pack: int, recomputed: 
 
 def _candidates(runtime: Runtime, rehearsal: Rehearsal) -> Iterator[tuple[int, int]]:
     """(tokens per pack, recomputed layers), in the order of preference."""
-    # Sizes at which the device is about as fast as it gets. Compiled layers keep half as much of every token.
-    layers, on_cpu = len(rehearsal.layers), [2048, 1024, 512] if rehearsal.compiled else [1024, 512]
-    good = [16384, 8192] if rehearsal.on_gpu else on_cpu
+    layers, on_cpu = len(rehearsal.layers), COMPILED_CPU_SIZES if rehearsal.compiled else CPU_SIZES
+    good = GPU_SIZES if rehearsal.on_gpu else on_cpu
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     if runtime.tokens_per_pack is not None:
         good, small = [runtime.tokens_per_pack], []

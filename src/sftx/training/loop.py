@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
@@ -24,19 +24,21 @@ from sftx.model.save import save_model
 from sftx.model.shard import check_replicas, whole_state
 from sftx.settings import make_config
 from sftx.track.card import model_card
+from sftx.track.lock import owned
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
+from sftx.training.background import Background
 from sftx.training.control import Control, Steps
-from sftx.training.export import export
+from sftx.training.export import Allowed, export
 from sftx.training.given_model import GivenModel, without_object
 from sftx.training.meter import Meter
 from sftx.training.optim import StochasticAdamW, learning_rate
-from sftx.training.prepare import Job, prepare
+from sftx.training.prepare import Job, prepare, refuse_strangers
 from sftx.training.repeat import write_settings
 from sftx.training.result import Result
 from sftx.training.step import StepResult, train_step
-from sftx.training.stop import NOTHING_TO_SAVE, StopFlag, Stopped, listening
+from sftx.training.stop import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 if TYPE_CHECKING:
@@ -88,10 +90,19 @@ def steps(config: Config | None = None, **sections: Any) -> Steps:
 
 def _run(config: Config, given: GivenModel | None, control: Control) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
+    refuse_strangers(config)
+    with owned(Path(config.output)) if dist.is_main() else nullcontext():
+        run = Run(config, writes=dist.is_main())
+        yield from _train(config, given, run, control)
+        if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
+            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
+            run.update(merged=moved)
+
+
+def _train(config: Config, given: GivenModel | None, run: Run, control: Control) -> Generator[StepRecord | None]:
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
-        run = Run(config, writes=dist.is_main())
         progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
         stop.at_once = True
         if given is not None:
@@ -113,8 +124,6 @@ def _run(config: Config, given: GivenModel | None, control: Control) -> Generato
             _finish(job, stop, progress, control.done)
         control.job = None
         del job
-    if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
-        run.update(merged=export(run.folder, run.folder / "merged")[0])  # the base is loaded anew, and whole
 
 
 def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
@@ -124,7 +133,7 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
     once.
     """
     config, plan = job.config, job.plan
-    meter = Meter(job)
+    meter, clock = Meter(job), SaveClock(config.checkpoint.minutes)
     pending: tuple[int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
         if control.must_end():
@@ -139,7 +148,8 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
         last, done = step + 1 == plan.num_steps, step + 1
         eval_due = _eval_due(job, done)
         save_due = not last and _due(config.checkpoint.every, done)
-        if not (eval_due or save_due or last or control.exact or stop()):
+        asked, time_due = stop.or_save(dist.is_main() and clock.due())
+        if not (eval_due or save_due or last or control.exact or asked or time_due):
             continue
         record = meter.read(step, result, None)
         pending = None
@@ -147,8 +157,11 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
             record.eval = _evaluate(job, stop) or None
         yield record
         stopping = stop()
-        if save_due or stopping:
-            _save(job, done, record.eval)
+        by_time = time_due and not last
+        if save_due or stopping or by_time:
+            background = job.background if config.checkpoint.background else None
+            _save(job, done, record.eval, background, optional=by_time and not (save_due or stopping))
+            clock.restart()
         if stopping:
             _leave(job, stop, done)
         meter.restart()
@@ -222,14 +235,29 @@ def _evaluate_now(job: Job, stop: StopFlag, control: Control) -> dict[str, float
 def _save_now(job: Job, control: Control) -> Path:
     """A checkpoint between two steps, at the caller's wish."""
     lines = job.run.metrics()
-    return _save(job, control.done, lines[-1]["eval"] if lines else None)
-
-
-def _save(job: Job, done: int, evaluated: dict[str, float] | None) -> Path:
-    held_out = evaluated["loss"] if evaluated else None
-    state = checkpoint.State(done, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets, held_out)
     background = job.background if job.config.checkpoint.background else None
-    return checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, job.config.checkpoint.keep, background)
+    return _save(job, control.done, lines[-1]["eval"] if lines else None, background)
+
+
+def _save(
+    job: Job,
+    done: int,
+    evaluated: dict[str, float] | None,
+    background: Background | None = None,
+    optional: bool = False,
+) -> Path:
+    state = checkpoint.State(
+        step=done,
+        plan=job.plan.fingerprint,
+        mathematics=job.mathematics,
+        total_tokens=job.total_tokens,
+        total_targets=job.total_targets,
+        held_out_loss=evaluated["loss"] if evaluated else None,
+        bad_steps=job.bad_steps,
+        seconds=job.seconds,
+    )
+    keep, records = job.config.checkpoint.keep, job.run.records()
+    return checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, keep, background, records, optional)
 
 
 def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
@@ -256,15 +284,31 @@ def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
         state = whole_state(job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted)
+    problem = job.no_room()
     try:
-        if dist.is_main():
+        if dist.is_main() and not problem:
             _write_model(job, state)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{job.run.folder}: no model can be written ({error}); make room, then run it again") from error
+        problem = str(error)
+    if problem := dist.from_main(problem):
+        raise UserError(f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}")
+    job.run.records()  # a finished run has all of them
     job.run.update(
         status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
     )
     progress.finished(job.run)
+
+
+def _rescue(job: Job, done: int) -> str:
+    """Save the state, for there is no model; returns what there is to continue from."""
+    try:
+        _save(job, done, None)
+        return "the state after the last step is saved: make room, then run the same command to write the model"
+    except UserError:
+        good = dist.from_main(checkpoint.newest(job.checkpoints) if dist.is_main() else None)
+    if good is None:
+        return "there is no room for its state either, and no checkpoint: make room, then run the same command again"
+    return f"the newest checkpoint is that of step {good.step:,}: make room, then run the same command to continue"
 
 
 def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:

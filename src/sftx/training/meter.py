@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from itertools import chain, takewhile
+from itertools import chain
 
 from sftx import dist
 from sftx.training import checkpoint
@@ -21,9 +21,6 @@ class Meter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.eta = Eta(job.plan)
-        recorded = [line for line in job.run.metrics() if line["step"]]  # that of step 0 is of no step
-        self.bad_steps = sum(1 for _ in takewhile(lambda line: line["loss"] is None, reversed(recorded)))  # in a row
-        self.seconds = sum(line["seconds"] for line in recorded)
         job.machine.forget_peak()
         self.restart()
 
@@ -41,14 +38,14 @@ class Meter:
         loss, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
         seconds, self.clock = now - self.clock, now
-        self.seconds += seconds
+        job.seconds += seconds
         memory = job.machine.memory()
-        job.measured = {"memory": memory, "seconds": self.seconds}
+        job.measured = {"memory": memory, "seconds": job.seconds}
         chosen = plan.examples(step)
         tokens, targets = int(job.corpus.lengths[chosen].sum()), int(job.corpus.targets[chosen].sum())
         job.total_tokens += tokens
         job.total_targets += targets
-        self.bad_steps = self.bad_steps + 1 if bad else 0
+        job.bad_steps = job.bad_steps + 1 if bad else 0
         if bad:
             job.run.bad_step(step + 1, loss, grad_norm, [job.corpus.place(int(i)) for i in chosen])
             self._stop_if_lost(step, loss, grad_norm)
@@ -74,13 +71,13 @@ class Meter:
 
     def _stop_if_lost(self, step: int, loss: float, grad_norm: float) -> None:
         job = self.job
-        if self.bad_steps <= job.config.optim.max_bad_steps:
+        if job.bad_steps <= job.config.optim.max_bad_steps:
             return
         job.background.wait()  # what is being written counts
         good = checkpoint.newest(job.checkpoints)
         job.run.update(status="diverged")
         raise Diverged(
-            f"loss {loss} or gradient norm {grad_norm} was not finite for {self.bad_steps} steps in a row, up to step "
+            f"loss {loss} or gradient norm {grad_norm} was not finite for {job.bad_steps} steps in a row, up to step "
             f"{step + 1}; none was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
             f"{'none' if good is None else f'step {good.step}'}"
         )

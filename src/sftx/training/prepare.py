@@ -17,29 +17,33 @@ from sftx.config import Config, Data
 from sftx.data.corpus import Corpus
 from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
 from sftx.data.pack import build_pack, probe_pack
-from sftx.data.plan import Plan
+from sftx.data.plan import Plan, plan_of
 from sftx.data.render import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import hold, trainable
 from sftx.model.checks import check_paths, check_sizes
 from sftx.model.compiled import compile_layers, planned
+from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_config, load_model
+from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.memory import Rehearsal
 from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import settle_threads
+from sftx.track.lock import LOCK, OWNER
 from sftx.track.progress import Progress
 from sftx.track.record import Run
 from sftx.training import checkpoint
 from sftx.training.background import Background
-from sftx.training.fit import Fit, Load, fit, outline, seconds_of, weigh
+from sftx.training.fit import Fit, Load, fit, largest_pack, outline, seconds_of, weigh
 from sftx.training.optim import build_optimizer, peak_learning_rate
 from sftx.training.resume import changes, dotted, mathematics, name_of
+from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
+OWN = {LOCK, OWNER, "run.json"}
 CALIBRATION = 256  # tokens of a layer timed before a run, to predict its time
 
 
@@ -64,6 +68,8 @@ class Job:
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
+    bad_steps: int = 0  # in a row, up to now
+    seconds: float = 0.0  # of all steps so far
     background: Background = field(default_factory=Background)  # writes checkpoints where that is asked for
     notes: list[str] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)  # bytes of memory at the peak, seconds of the steps so far
@@ -77,6 +83,16 @@ class Job:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.run.folder / "checkpoints"
+
+    def no_room(self) -> str:
+        """What is to be said where the disk has no room for the trained model; empty where it has, on every rank."""
+        trained, everything = trainable(self.loss)
+        whole = everything * stored_dtype(self.config.model).itemsize
+        needed = whole if self.adapted is None else trained * torch.float32.itemsize
+        if self.config.adapter.merge:
+            needed += whole
+        lacks = dist.is_main() and shortage(self.run.folder, needed)
+        return dist.from_main(numbers(self.run.folder, needed) if lacks else "")
 
 
 def longest_example(config: Config, model_config: Any) -> int:
@@ -96,7 +112,7 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     fast_tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(fast_tokenizer, config.data, max_length)
     corpus, held_out = load_corpora(config, fast_tokenizer, max_length, progress.encoding)
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed)
+    plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     _check_stop_token(corpus, encoder, config.data)
     until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
@@ -114,11 +130,13 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
-    notes += check_paths(loss, probe, machine.precision, longest)
-    dist.alive("the plan of its memory")
     weigh(plan, loss, corpus.targets)
+    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
+    largest = largest_pack(config.runtime, machine.device, load)
+    notes += check_paths(loss, probe, machine.precision, longest, largest)
+    dist.alive("the plan of its memory")
     rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
-    chosen, seconds = _settle(config, run, corpus, plan, loss, rehearsal, at_hand)
+    chosen, seconds = _settle(config, run, corpus, plan, load, loss, rehearsal, at_hand)
     notes += chosen.notes
     one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
@@ -134,16 +152,24 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
         facts, notes=notes,
     )  # fmt: skip
     _continue_or_start(job)
+    if not run.finished and (lacking := job.no_room()):
+        raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
     progress.model(type(loss.model).__name__, trainable(loss), machine, job.peak, notes, job.start)
     return job
 
 
 def _settle(
-    config: Config, run: Run, corpus: Corpus, plan: Plan, loss: PackLoss, rehearsal: Rehearsal, at_hand: int
+    config: Config,
+    run: Run,
+    corpus: Corpus,
+    plan: Plan,
+    load: Load,
+    loss: PackLoss,
+    rehearsal: Rehearsal,
+    at_hand: int,
 ) -> tuple[Fit, float | None]:
     """Choose packs and recomputed layers, compile where that is asked for or repays itself; predicted seconds too."""
     machine, wish = rehearsal.machine, config.runtime.compile
-    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
     rehearsal.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
     same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
     earlier = run.facts["tokens_per_pack"] if same_device else None
@@ -215,16 +241,33 @@ def _build(
     return loss, adapted, notes, mesh.size(1)
 
 
-def _refuse_wrong_folder(config: Config, run: Run) -> None:
-    source, target = Path(config.model.path), run.folder
-    if source.exists() and target.exists() and source.resolve() == target.resolve():
+def refuse_strangers(config: Config) -> None:
+    """UserError where the output folder holds files and no run of sftx: some would be overwritten."""
+    source, target = Path(config.model.path), Path(config.output)
+    if not target.is_dir():
+        return
+    if source.exists() and source.resolve() == target.resolve():
         raise UserError(f"output: {target} is the folder of the model itself; choose another, it would be overwritten")
+    if (target / "run.json").exists():
+        return
+    # A run that ended before its record was begun leaves no more than these.
+    strangers = sorted(path.name for path in target.iterdir() if path.name.removesuffix(".tmp") not in OWN)
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        raise UserError(
+            f"output: {target} holds {shown} and no run of sftx; its files could be overwritten. Choose a folder that "
+            "is empty or not there yet"
+        )
+
+
+def _refuse_wrong_folder(config: Config, run: Run) -> None:
+    refuse_strangers(config)
+    target = run.folder
+    run.check()
     if config.checkpoint.resume == "must" and not run.exists:
         raise UserError(f"checkpoint.resume: must, but there is no run in {target}")
     if config.checkpoint.resume == "never" and run.exists:
         raise UserError(f"checkpoint.resume: never, but {target} holds a run; choose another output folder")
-    if not run.exists and (target / "config.json").exists():
-        raise UserError(f"output: {target} holds a model that is no run of sftx; choose another folder")
 
 
 def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
@@ -274,28 +317,38 @@ def _continue_or_start(job: Job) -> None:
     dist.alive("looking for a checkpoint")
     _check_ranks(job)
     changed = changes(job.config, run, job.mathematics)
+    if run.finished and not changed:
+        job.start = job.plan.num_steps
+        job.notes += run.unreadable() + _write_ledger(job, again=True)
+        return
+    carried: dict[str, str] = {}
     if run.exists:
-        if run.finished and not changed:
-            job.start = job.plan.num_steps
-            return
         state = checkpoint.restore(job.checkpoints, job.loss, job.optimizer)
         if state is not None:
             assert changed or state.plan == job.plan.fingerprint, "equal settings and data give an equal plan"
             job.start, job.total_tokens, job.total_targets = state.step, state.total_tokens, state.total_targets
+            job.bad_steps, job.seconds = state.bad_steps, state.seconds
             facts = {key: run.facts[key] for key in ("eval_before", "changed") if key in run.facts}
+            carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}
+            job.notes += run.unlike(state.step, carried) if run.writes else []
         if changed and not 0 < job.start <= job.plan.num_steps:
             found = f"the one of step {job.start}" if job.start else "none"
             raise UserError(
                 f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue {job.plan.num_steps} steps from "
                 f"(found: {found}); choose another folder for a new run"
             )
+        if not job.start and (lost := [line["step"] for line in run.metrics() if line["step"]]):
+            found = "left no checkpoint that can be used" if any(job.checkpoints.glob("step-*")) else "saved nothing"
+            job.notes.append(f"an earlier run stopped after step {lost[-1]:,} and {found}: starting over")
     if changed:
         job.notes.extend(
             f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})" for key, (old, new) in changed.items()
         )
         facts["changed"] = [*facts.get("changed", []), {"step": job.start, **changed}]
+    again = run.exists and not changed
     run.start(
         job.start,
+        carried,
         mathematics=job.mathematics,
         plan=job.plan.fingerprint,
         num_steps=job.plan.num_steps,
@@ -309,5 +362,14 @@ def _continue_or_start(job: Job) -> None:
         **job.facts,
         **facts,
     )
-    if run.writes:
-        write_ledger(job.corpus, run.folder)
+    job.notes += _write_ledger(job, again)
+
+
+def _write_ledger(job: Job, again: bool) -> list[str]:
+    """Write the ledger; with `again` it was written before, and a line says what had to be mended."""
+    if not job.run.writes:
+        return []
+    names = write_ledger(job.corpus, job.run.folder)
+    if not (names and again):
+        return []
+    return [f"{' and '.join(names)} did not hold what this data gives (lost, damaged or older): written anew"]

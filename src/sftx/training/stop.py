@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +13,7 @@ from types import FrameType
 from sftx import dist
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
+STOPPING = "\nstopping after this step; again = quit without saving\n"
 NOTHING_TO_SAVE = "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
 
 
@@ -45,9 +48,16 @@ class StopFlag:
 
     def __call__(self) -> bool:
         """Whether a stop was asked for, on any rank; every rank must ask equally often."""
-        agreed = dist.agree(self.signal or 0)
+        return self.or_save(False)[0]
+
+    def or_save(self, due: bool) -> tuple[bool, bool]:
+        """Whether a stop was asked for, and whether to save now because `due` is true, on any rank.
+
+        One question answers both, so that the ranks wait for each other once.
+        """
+        agreed, save = divmod(dist.agree(2 * (self.signal or 0) + due), 2)
         self.signal = agreed or self.signal  # one that has come meanwhile is for the next time
-        return agreed != 0
+        return agreed != 0, save == 1
 
     def set(self, number: int, _: FrameType | None) -> None:
         """The signal handler."""
@@ -56,6 +66,24 @@ class StopFlag:
         self.signal = number
         if self.at_once:
             raise Stopped(NOTHING_TO_SAVE.format(number))
+        if number == signal.SIGINT and dist.is_main():
+            os.write(2, STOPPING.encode())  # print may be in the middle of another line, and must not be entered twice
+
+
+class SaveClock:
+    """Says when so many `minutes` have passed since the last save; 0 = never."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A state was saved just now."""
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
 
 
 @contextmanager

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftx.compat.trlx.rl import refuse
+from sftx.compat.trlx.rl import by_name
 from sftx.types import UserError
-
-_REINFORCEMENT = ("ppo", "ilql", "rft", "dpo")
 
 
 class Registry:
@@ -28,9 +26,11 @@ class Registry:
         return cls
 
     def get(self, name: str) -> Any:
-        """The class registered under `name`. Raises UserError if there is none."""
+        """The class registered under `name`, or the stand-in of that name. Raises UserError if there is none."""
         if name.lower() in self.classes:
             return self.classes[name.lower()]
-        if any(word in name.lower() for word in _REINFORCEMENT):
-            refuse(f"{self.what} {name}")
-        raise UserError(f"{self.what} {name} has not been registered; known: {', '.join(self.classes)}")
+        try:
+            return by_name(name)
+        except AttributeError:
+            known = ", ".join(self.classes)
+            raise UserError(f"{self.what} {name} has not been registered; known: {known}") from None

@@ -22,6 +22,8 @@ from sftx.strict_yaml import parse
 from sftx.types import UserError
 
 _RUN = """import json, os, runpy, sys
+import sftx.compat.trlx
+sys.modules['trlx'] = sftx.compat.trlx
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
 runpy.run_path(sys.argv[1], run_name='sweep')['main'](json.loads(sys.argv[2]))"""
 # Strategy: how many values it takes at least and at most.

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLConfig
+from sftx.compat.trlx.rl import StandIn, refuse
 from sftx.config import Config
 from sftx.settings import make_config
 from sftx.settings_types import AdapterSettings
@@ -20,12 +21,13 @@ from sftx.types import UserError
 
 RUN_FOLDER = "sftx"
 """Where the record of the run stands inside `train.checkpoint_dir`."""
+_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers (torchrun, accelerate, MPI) say how many processes there are."""
 _TORCH_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
     """The sftx run that `config` describes, over `rows` of final `input_ids` and `labels`."""
-    _refuse_untranslatable(config)
     train, model = config.train, config.model
     longest = max(len(row["input_ids"]) for row in rows)
     decay = 0.01 if config.optimizer.name == "adamw" else 0.0  # torch's own defaults
@@ -59,10 +61,24 @@ def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
     )
 
 
-def _refuse_untranslatable(config: TRLConfig) -> None:
+def refuse_several_processes() -> None:
+    """Raise UserError where a launcher has started this script more than once."""
+    for name in _PROCESSES:
+        count = os.environ.get(name, "1")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{name}={count}: a launcher has started this script in {count} processes, and a trlx script trains in "
+                "one. Start it as `python script.py`; or train its samples on all processes with `torchrun -m sftx "
+                "train run.yaml`, and then run metric_fn on the result: docs/migrating-from-trlx.md, 'Several "
+                "processes', has both steps"
+            )
+
+
+def refuse_untranslatable(config: TRLConfig) -> None:
+    """Raise UserError for what `config` asks for and sftx does not do."""
     model, train = config.model, config.train
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: a trlx script runs as one process here; start it with python, not with a launcher")
+    if isinstance(config.method, StandIn):
+        refuse(f"method {type(config.method).__name__}", config.method.INSTEAD)
     if not isinstance(model.model_path, str):
         raise UserError("model.model_path: a folder or a name is needed; sftx does not start from random weights")
     if model.model_arch_type != "causal":

@@ -11,7 +11,8 @@ from typing import Any
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.default_configs import default_sft_config
 from sftx.compat.trlx.pipeline.offline_pipeline import start_token
-from sftx.compat.trlx.rl import refuse
+from sftx.compat.trlx.rl import StandIn, refuse
+from sftx.compat.trlx.translate import refuse_several_processes
 from sftx.compat.trlx.utils import set_seed
 from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
 from sftx.types import UserError
@@ -34,21 +35,28 @@ def train(
     Strings are plain text, every token a target; lists are alternating prompts and outputs, the outputs being targets.
     `eval_prompts` (texts, or dictionaries with `"prompt"` and extra keys; default: BOS, once per element of a batch)
     are continued before training, every `train.eval_interval` steps and at the end, cut at `stop_sequences`, and given
-    to `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by name.
+    to `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by name; one that
+    names a parameter `tokenizer` is given that too.
     """
     for name, value in (("reward_fn", reward_fn), ("rewards", rewards), ("dataset", dataset), ("prompts", prompts)):
         if value is not None:
             refuse(name)
-    if samples is None or len(samples) == 0:
-        raise UserError("samples: there is nothing to train on; give a list of texts or of [prompt, output, ...] lists")
+    refuse_several_processes()
+    if samples is None or isinstance(samples, str) or len(samples) == 0:
+        raise UserError(
+            "samples: there is nothing to train on; give texts, or [prompt, output, ...] lists, in a list of them"
+        )
     if config is None:
         warnings.warn("no `config` given: default_sft_config() is used; adapt it instead", stacklevel=2)
         config = default_sft_config()
     if model_path:
         config = config.evolve(model={"model_path": model_path})
+    trainer_class = get_trainer(config.train.trainer)
+    if isinstance(trainer_class, type) and issubclass(trainer_class, StandIn):
+        refuse(f"train.trainer {config.train.trainer}", trainer_class.INSTEAD)
     set_seed(config.train.seed)
 
-    trainer = get_trainer(config.train.trainer)(
+    trainer = trainer_class(
         config=config, metric_fn=metric_fn, stop_sequences=stop_sequences, **config.train.trainer_kwargs
     )
     trainer.make_experience(samples, config.train.seq_length)

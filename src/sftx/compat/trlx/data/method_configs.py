@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from typing import Any, Self
 
 from sftx.compat.trlx.registry import Registry
+from sftx.compat.trlx.rl import by_name
 from sftx.types import UserError
 
+__getattr__ = by_name  # configurations of reinforcement learning
 _METHODS = Registry("method")
 register_method, get_method = _METHODS.register, _METHODS.get
 

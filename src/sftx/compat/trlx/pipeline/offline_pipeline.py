@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.tokenization_utils_base import BatchEncoding
 
 from sftx.compat.trlx.pipeline import BasePipeline, BaseRolloutStore, register_datapipeline
+from sftx.compat.trlx.rl import by_name
 from sftx.types import UserError
 
+__getattr__ = by_name  # the stores of reinforcement learning
 IGNORED = -100
 """The label of a token that is not a target."""
 
@@ -36,15 +38,9 @@ def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length:
 
     A string is short for (BOS, string). EOS is added to the last output. Tokens are cut away on the tokenizer's
     `truncation_side`; where that leaves an output at the front, BOS is put before it, within `max_length`.
+    Raises UserError where the dialogue is anything else, such as a dictionary.
     """
-    if isinstance(dialogue, str):
-        phrases = [start_token(tokenizer), dialogue]
-    else:
-        phrases = list(dialogue)
-        if len(phrases) % 2 or not phrases:
-            raise UserError(
-                f"Dialogue must have an even number of phrases, alternating prompt and output; found {len(phrases)}"
-            )
+    phrases = [start_token(tokenizer), dialogue] if isinstance(dialogue, str) else _phrases(dialogue)
     if not phrases[-1].endswith(tokenizer.eos_token):
         phrases[-1] += tokenizer.eos_token
     tokens = [tokenizer(phrase, add_special_tokens=False).input_ids for phrase in phrases]
@@ -59,6 +55,24 @@ def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         messages.insert(0, DialogMessage(False, (start,)))
     return messages
+
+
+def _phrases(dialogue: Any) -> list[str]:
+    """The texts of a dialogue."""
+    if isinstance(dialogue, dict):
+        keys = ", ".join(map(str, dialogue))
+        raise UserError(f"found a dictionary ({keys}); give a text, or the values as a list: [prompt, output, ...]")
+    if not isinstance(dialogue, Iterable):
+        raise UserError(f"found {type(dialogue).__name__}; give a text, or a list: [prompt, output, ...]")
+    phrases = list(dialogue)
+    for phrase in phrases:
+        if not isinstance(phrase, str):
+            raise UserError(f"a phrase of a dialogue must be a text; found {type(phrase).__name__}")
+    if len(phrases) % 2 or not phrases:
+        raise UserError(
+            f"Dialogue must have an even number of phrases, alternating prompt and output; found {len(phrases)}"
+        )
+    return phrases
 
 
 def _cut(phrases: list[list[int]], max_length: int, from_left: bool) -> list[list[int]]:
@@ -118,7 +132,10 @@ class PromptPipeline(BasePipeline):
         if max_prompt_length < 1:
             raise UserError(f"no room for a prompt: {max_prompt_length} tokens (train.seq_length - max_new_tokens)")
         extra = [{k: v for k, v in p.items() if k != "prompt"} if isinstance(p, dict) else {} for p in prompts]
-        texts = [p["prompt"] if isinstance(p, dict) else p for p in prompts]
+        texts = [p.get("prompt") if isinstance(p, dict) else p for p in prompts]
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"prompts[{i}]: a text, or a dictionary with a text under `prompt`, is needed")
         encoded = tokenizer(
             texts, truncation=True, padding=False, max_length=max_prompt_length, add_special_tokens=add_special_tokens
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.trainer import BaseRLTrainer
+from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable
 from sftx.compat.trlx.utils import significant
 from sftx.config import Model
 from sftx.model.save import load_tokenizer
@@ -26,6 +29,8 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     def __init__(self, config: TRLConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
+        refuse_several_processes()
+        refuse_untranslatable(config)
         path, extra = config.tokenizer.tokenizer_path, config.tokenizer.tokenizer_extra_configs
         trust = bool(extra.get("trust_remote_code", False))
         self.tokenizer = load_tokenizer(Model(path=path, trust_remote_code=trust))
@@ -33,7 +38,8 @@ class AccelerateRLTrainer(BaseRLTrainer):
             raise UserError(f"tokenizer.tokenizer_path: {path} has no EOS token")
         self.tokenizer.padding_side = config.tokenizer.padding_side
         self.tokenizer.truncation_side = config.tokenizer.truncation_side
-        self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         gen_kwargs = vars(config.method).get("gen_kwargs", {})
         special = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         self.generate_kwargs: dict[str, Any] = {**gen_kwargs, **special}
@@ -97,7 +103,8 @@ class AccelerateRLTrainer(BaseRLTrainer):
             stops = [place for stop in self.stop_sequences if (place := output.find(stop)) >= 0]
             if stops:
                 output = output[: min(stops)].rstrip()
-            if append_eos_token and (stops or int(sample[-1]) == self.tokenizer.eos_token_id):
+            ended = int(sample[-1]) in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+            if append_eos_token and (stops or ended):
                 output += self.tokenizer.eos_token
             asked.append(self.tokenizer.decode(prompt[:size], skip_special_tokens=True))
             outputs.append(output)
@@ -117,7 +124,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
         began = perf_counter()
         for value in values:
             texts, extra = self._continued({argument: value} if argument else {})
-            measured = {} if self.metric_fn is None else self.metric_fn(**texts, **extra)
+            measured = {} if self.metric_fn is None else self._measured(self.metric_fn, {**texts, **extra})
             if not isinstance(measured, dict):
                 raise UserError(
                     f"metric_fn: a dictionary of lists, by name, is needed; found {type(measured).__name__}"
@@ -133,6 +140,12 @@ class AccelerateRLTrainer(BaseRLTrainer):
         self._show(stats, shown)
         self.nth_evaluation += 1
         return stats
+
+    def _measured(self, metric_fn: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """What the metric function returns; it is given the tokenizer where it names such a parameter."""
+        if "tokenizer" in inspect.signature(metric_fn).parameters:
+            arguments = {**arguments, "tokenizer": self.tokenizer}
+        return metric_fn(**arguments)
 
     def _continued(self, sweep: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
         """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts' extra keys."""

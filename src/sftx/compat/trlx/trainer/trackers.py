@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,34 +14,46 @@ from sftx.types import UserError
 Log = Callable[[dict[str, Any], int], None]
 
 
-@contextmanager
-def tracker(config: TRLConfig) -> Iterator[Log]:
-    """A function that logs numbers at a step."""
-    train, name = config.train, config.train.tracker
+def tracker(config: TRLConfig) -> AbstractContextManager[Log]:
+    """The tracker that `config` names: entered, it starts and gives a function that logs numbers at a step."""
+    name = config.train.tracker
     if name not in ("wandb", "tensorboard", None):
         raise UserError(f"train.tracker: found {name!r}; wandb, tensorboard or None")
-    installed = name is not None and find_spec(name) is not None
-    if name == "tensorboard" and not installed:
+    if name is None:
+        return nullcontext(_nothing)
+    if find_spec(name) is not None:
+        return _wandb(config) if name == "wandb" else _tensorboard(config)
+    if name == "tensorboard":
         raise UserError("train.tracker: tensorboard is not installed; install it, or set tracker to None")
-    if name == "wandb" and not installed:
-        # The default of every configuration: that it is named does not mean that it is wanted.
-        warnings.warn("train.tracker is 'wandb', which is not installed: nothing is sent anywhere", stacklevel=2)
-    if not installed:
-        yield lambda numbers, step: None
-    elif name == "wandb":
-        import wandb  # pyright: ignore[reportMissingImports]
+    # The default of every configuration: that it is named does not mean that it is wanted.
+    warnings.warn("train.tracker is 'wandb', which is not installed: nothing is sent anywhere", stacklevel=2)
+    return nullcontext(_nothing)
 
-        about = {"entity": train.entity_name, "group": train.group_name, "tags": train.tags, "dir": train.logging_dir}
-        with wandb.init(project=train.project_name, name=train.run_name, config=config.to_dict(), **about) as run:
-            yield lambda numbers, step: run.log(numbers, step=step)
-    else:
-        from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(train.logging_dir or f"{train.checkpoint_dir}/tensorboard") as writer:
+def _nothing(numbers: dict[str, Any], step: int) -> None:
+    """Log nowhere."""
 
-            def log(numbers: dict[str, Any], step: int) -> None:
-                for key, number in numbers.items():
-                    if number is not None:
-                        writer.add_scalar(key, number, step)
 
-            yield log
+@contextmanager
+def _wandb(config: TRLConfig) -> Iterator[Log]:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    train = config.train
+    about = {"entity": train.entity_name, "group": train.group_name, "tags": train.tags, "dir": train.logging_dir}
+    with wandb.init(project=train.project_name, name=train.run_name, config=config.to_dict(), **about) as run:
+        yield lambda numbers, step: run.log(numbers, step=step)
+
+
+@contextmanager
+def _tensorboard(config: TRLConfig) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = config.train.logging_dir or f"{config.train.checkpoint_dir}/tensorboard"
+    with SummaryWriter(folder) as writer:
+
+        def log(numbers: dict[str, Any], step: int) -> None:
+            for key, number in numbers.items():
+                if number is not None:
+                    writer.add_scalar(key, number, step)
+
+        yield log

@@ -1,0 +1,106 @@
+"""Rows that come from Arrow, whose structs give every row the keys of all rows: which nulls did somebody write?
+
+A struct whose fields are each filled in all rows, or in none, was not put together from different keys: its nulls are
+real. In any other struct a null may stand for a key that a row did not have, and is left out. The keys of a map are
+always those that were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Shape:
+    """What is known of the values at one place in the rows, if they hold structs."""
+
+    fields: dict[str, Shape] = field(default_factory=dict)  # of a struct
+    item: Shape | None = None  # of a list
+    structs: int = 0  # how many structs stand here
+    filled: dict[str, int] = field(default_factory=dict)  # and in how many of them each field is not null
+
+    def invents(self) -> bool:
+        """Whether some struct here may have keys that its row did not have."""
+        return any(0 < self.filled.get(name, 0) < self.structs for name in self.fields)
+
+
+def shape_of(batches: Iterable[Any]) -> Shape:
+    """The shape of the rows in record batches of pyarrow, as a struct of their columns."""
+    rows = Shape()
+    for batch in batches:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            _count(rows.fields.setdefault(name, Shape()), column)
+    return rows
+
+
+def _count(shape: Shape, values: Any) -> None:
+    import pyarrow as arrow
+
+    kind = values.type
+    if arrow.types.is_struct(kind):
+        present = values.drop_null()
+        shape.structs += len(present)
+        for name, child in zip((f.name for f in kind), present.flatten(), strict=True):
+            shape.filled[name] = shape.filled.get(name, 0) + len(child) - child.null_count
+            _count(shape.fields.setdefault(name, Shape()), child)
+    elif arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind):
+        shape.item = shape.item or Shape()
+        _count(shape.item, values.flatten())
+
+
+def as_written(row: Any, shape: Shape | None = None) -> Any:
+    """A row without the null keys that Arrow may have invented; its columns all stay.
+
+    Without a `shape`, no null key inside a column is taken for real.
+    """
+    if not isinstance(row, dict):
+        return row
+    if shape is None:
+        return {name: _without_nulls(value) for name, value in row.items()}
+    return {name: _clean(value, shape.fields.get(name)) for name, value in row.items()}
+
+
+def rows_of(dataset: Any) -> Iterator[Any]:
+    """The rows of a data set of `datasets`, which keeps them in Arrow."""
+    table = getattr(getattr(dataset, "data", None), "table", None)  # a data set that streams has none
+    shape = None if table is None else shape_of(table.to_batches())
+    for row in dataset:
+        yield as_written(row, shape)
+
+
+def from_numpy(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a DataFrame. What pandas read from Arrow it holds as arrays, in whose structs no null is certain."""
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        is_array = getattr(value, "ndim", 0) > 0
+        made[name] = _without_nulls(_plain(value)) if is_array else value
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0):
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _clean(value: Any, shape: Shape | None) -> Any:
+    if shape is None or value is None:
+        return value
+    if shape.item is not None:
+        return [_clean(item, shape.item) for item in value]
+    if not shape.fields:
+        return value
+    invents = shape.invents()
+    kept = ((name, item) for name, item in value.items() if item is not None or not invents)
+    return {name: _clean(item, shape.fields.get(name)) for name, item in kept}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

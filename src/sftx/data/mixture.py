@@ -1,0 +1,100 @@
+"""Several sources in one corpus: how often each is shown in an epoch, and which of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftx.config import Source
+from sftx.data.corpus import Columns, Corpus
+from sftx.data.rotation import Rotation
+
+Indices = NDArray[np.intp]
+
+
+def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) -> Corpus:
+    """Every source as often in an epoch as its weight says: whole copies, and for the fraction a rotating share.
+
+    The fraction is one more copy of the source in the corpus, of which each epoch shows another share
+    (`Corpus.rotations`). At least one row of a source is shown in every epoch.
+    """
+    times = _times(corpus, sources, mix_by)
+    if all(shown == 1 for shown in times):
+        return corpus
+    order: list[Indices] = []
+    rotations: list[Rotation] = []
+    for number, (source, shown) in enumerate(zip(sources, times, strict=True)):
+        mine = np.flatnonzero(corpus.source == number)
+        starts = np.flatnonzero(corpus.part[mine] == 0)
+        copies, fraction = divmod(shown, 1)
+        rows = copies * len(starts)
+        order += [mine] * int(copies)
+        if fraction and len(mine):
+            per_epoch = fraction * len(starts) if copies else max(fraction * len(starts), 1.0)
+            keys = _keys(corpus.columns.row[mine[starts]], f"{source.name} {seed}")
+            begin = sum(len(part) for part in order)
+            rotations.append(_circle(keys, np.append(starts, len(mine)), begin, per_epoch))
+            order.append(mine)
+            rows += per_epoch
+        if shown != 1:
+            note = f"rows in one epoch, shown {shown:.4g} times"
+            corpus.ledgers[source.name or source.path].notes[note] = round(rows)
+    mixed = corpus.subset(np.concatenate(order))
+    mixed.rotations = tuple(rotations)
+    return mixed
+
+
+def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> Corpus:
+    """Held-out sources as often as their weights say; of a fraction the same rows always, so that losses compare."""
+    if all(source.weight == 1 for source in sources):
+        return corpus
+    order: list[Indices] = []
+    for number, source in enumerate(sources):
+        mine = corpus.source == number
+        copies, fraction = divmod(source.weight, 1)
+        some = choose(corpus.columns, mine, fraction, f"{source.name} {seed}")
+        order += [np.flatnonzero(mine)] * int(copies) + [np.flatnonzero(some)]
+    mixed = corpus.subset(np.concatenate(order))
+    mixed.count_shown(np.ones(len(mixed), np.bool_))
+    return mixed
+
+
+def choose(columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0) -> NDArray[np.bool_]:
+    """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row and salt."""
+    number = max(least, round(share * int((mask & (columns.part == 0)).sum())))
+    if not number:
+        return np.zeros(len(mask), np.bool_)
+    keys = _keys(columns.row, salt)
+    last = np.partition(keys[mask & (columns.part == 0)], number - 1)[number - 1]
+    return mask & (keys <= last)
+
+
+def _times(corpus: Corpus, sources: Sequence[Source], mix_by: str) -> list[float]:
+    """How often an epoch shows each source."""
+    times = [source.weight for source in sources]
+    if mix_by == "rows":
+        return times
+    tokens = [int(corpus.lengths[corpus.source == number].sum()) for number in range(len(sources))]
+    shares = zip(times, tokens, strict=True)
+    return [round(t * sum(tokens) / sum(times) / max(n, 1), 9) for t, n in shares]  # 1 stays 1
+
+
+def _keys(rows: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
+    """A hash of each row hash and the salt: a row keeps its own when others are added."""
+    keys = rows ^ np.uint64(int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixing of splitmix64
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    return keys ^ (keys >> np.uint64(31))
+
+
+def _circle(keys: NDArray[np.uint64], starts: Indices, begin: int, per_epoch: float) -> Rotation:
+    """Rows in the order of their `keys`; row r has the examples `begin + starts[r]` up to `begin + starts[r + 1]`."""
+    rank = np.argsort(keys, kind="stable")
+    sizes = np.diff(starts)[rank]
+    ends = np.cumsum(sizes)
+    inside = np.arange(int(starts[-1])) - np.repeat(ends - sizes, sizes)  # number of the example in its row
+    order = begin + np.repeat(starts[:-1][rank], sizes) + inside
+    return Rotation(order.astype(np.int64), np.concatenate([[0], ends]).astype(np.int64), per_epoch)

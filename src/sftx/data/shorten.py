@@ -1,0 +1,211 @@
+"""A conversation longer than `data.max_length`, cut between its turns.
+
+Each piece is a conversation by itself, rendered as a server would render it: the system message and the tools stay, the
+oldest turns are gone, and what is left begins at a user's message. Where even the exchanges since the last user's
+message are too long, that message stays and the oldest exchanges behind it (calls with their results) are gone.
+
+How many tokens a conversation will have is estimated, and known once it is rendered; a piece that turns out too long is
+made again with less.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sftx.data.conversation import REASONING, Conversation
+from sftx.data.length import Fitted, TokenSequence, fit
+from sftx.types import RowError
+
+Render = Callable[[Conversation], list[TokenSequence]]
+"""The token sequences of a conversation; `RowError` if it cannot be rendered."""
+Count = Callable[[Sequence[str]], list[int]]
+"""The tokens of each text."""
+_MARKUP = 6.0  # tokens that a template writes around one message, until that is measured
+
+
+def shorten(
+    sequences: Sequence[TokenSequence], conversation: Conversation, render: Render, count: Count, max_length: int
+) -> list[Fitted]:
+    """Make the sequences of a conversation at most `max_length` tokens long, without losing a target.
+
+    Where no cut between turns helps (one message and its answer are longer than that), tokens are cut as `fit` does.
+    """
+    trained = iter(conversation.trained)
+    groups = [list(islice(trained, len(sequence.spans))) for sequence in sequences]
+    if sum(map(len, groups)) != len(conversation.trained):  # an output without tokens: whose the spans are is not known
+        return [fit(sequence, max_length, "split") for sequence in sequences]
+    sizes = count([_text(message) for message in conversation.messages])
+    held: set[int] = set()
+    results: list[Fitted] = []
+    for sequence, turns in zip(sequences, groups, strict=True):
+        if len(sequence.ids) <= max_length:
+            results.append(Fitted([sequence]))
+            held.update(range(turns[-1] + 1))
+        else:
+            cut = _Cut(conversation, render, sizes, max_length)
+            results.append(cut.pieces(sequence, turns))
+            held |= cut.held
+    lost = sum(size for i, size in enumerate(sizes[: conversation.trained[-1] + 1]) if i not in held)
+    results[0] = replace(results[0], tokens_lost=results[0].tokens_lost + lost)
+    return results
+
+
+class _Opening(NamedTuple):
+    """How a piece begins behind the system message: with the messages of `anchor`, then all from `begin` on."""
+
+    anchor: tuple[int, ...]
+    begin: int
+
+
+class _Cut:
+    """One sequence that is too long, on its way to pieces."""
+
+    def __init__(self, conversation: Conversation, render: Render, sizes: Sequence[int], max_length: int) -> None:
+        self.messages = conversation.messages
+        self.conversation = conversation
+        self.render = render
+        self.sizes = sizes  # tokens of the text of each message
+        self.max_length = max_length
+        self.whole: tuple[int, list[int]] = (0, [])  # tokens of the sequence, and the messages in it
+        self.markup = _MARKUP
+        self.held: set[int] = set()  # messages that stand in some piece
+        self.base = 0.0  # tokens that are there whatever messages are kept, such as those of tools
+        roles = [message["role"] for message in self.messages]
+        others = (i for i, role in enumerate(roles) if role not in ("system", "developer"))
+        self.head = list(range(next(others, 0)))
+        self.users = [i for i, role in enumerate(roles) if role == "user"]
+        self.answers = [i for i, role in enumerate(roles) if role == "assistant"]
+
+    def pieces(self, sequence: TokenSequence, turns: Sequence[int]) -> Fitted:
+        """Pieces that train `turns`, each of them in one."""
+        self.whole = len(sequence.ids), list(range(turns[-1] + 1))
+        self.base = max(len(sequence.ids) - self._estimate(self.whole[1]), 0.0)
+        barest = self._openings(turns[0])[-1]
+        self._rendered(self._kept(barest, turns[0]), turns[:1])  # teaches what markup takes
+        pieces: list[TokenSequence] = []
+        lost = 0
+        left = list(turns)
+        while left:
+            kept, piece = self._next(left)
+            self.held.update(kept)
+            if len(piece.ids) <= self.max_length:
+                pieces.append(piece)
+            else:
+                cut = fit(piece, self.max_length, "split")
+                pieces += cut.pieces
+                lost += cut.tokens_lost
+            left = [turn for turn in left if turn > kept[-1]]
+        return Fitted(pieces, lost)
+
+    def _next(self, turns: Sequence[int]) -> tuple[list[int], TokenSequence]:
+        """The messages and the tokens of a piece that trains the first of `turns`, and as many more as fit.
+
+        Where nothing fits, it is the shortest that can be rendered, and trains the first alone.
+        """
+        openings = self._openings(turns[0])
+        least, number = self._guess(openings, turns)
+        at = self._earliest(openings[: least + 1], turns[number - 1])
+        shortest: tuple[list[int], TokenSequence] | None = None
+        while at < len(openings):
+            kept = self._kept(openings[at], turns[number - 1])
+            piece = self._rendered(kept, turns[:number])
+            if piece is not None and len(piece.ids) <= self.max_length:
+                return kept, piece
+            if piece is not None and number == 1:
+                shortest = kept, piece
+            if piece is not None and at < least:
+                at += 1
+            elif number > 1:
+                number = number - 1 if piece is not None else 1
+            else:
+                at += 1
+        if shortest is None:  # the template wants the turns from the first on
+            kept = list(range(turns[0] + 1))
+            piece = self._rendered(kept, turns[:1])
+            if piece is None:
+                raise RowError(
+                    f"turn {turns[0]}: the row is longer than data.max_length {self.max_length:,}, and its turns "
+                    "cannot be rendered one by one, to be cut apart"
+                )
+            shortest = kept, piece
+        return shortest
+
+    def _openings(self, turn: int) -> list[_Opening]:
+        """Where a piece that trains `turn` may begin, from the most context to the least."""
+        begin = len(self.head)
+        users = [i for i in self.users if i <= turn]
+        found = [_Opening((), begin), *(_Opening((), i) for i in users if i > begin)]
+        anchor = tuple(users[-1:])
+        last = users[-1] if users else begin
+        return found + [_Opening(anchor, i) for i in self.answers if last + 1 < i <= turn]
+
+    def _guess(self, openings: Sequence[_Opening], turns: Sequence[int]) -> tuple[int, int]:
+        """The opening with the least context to be content with, and how many turns fit behind it, by estimate.
+
+        That is the question with all that follows it; where this is too long, the exchanges that fill half the room,
+        and at least one.
+        """
+        first = turns[0]
+        costs = [self._cost(opening, first) for opening in openings]
+        least = max(i for i, opening in enumerate(openings) if not opening.anchor)
+        if costs[least] > self.max_length:
+            barest = len(openings) - 1
+            half = (costs[barest] + self.max_length) / 2
+            rest = range(least + 1, barest)
+            some = [i for i in rest if costs[i] <= half] or [i for i in rest if costs[i] <= self.max_length]
+            least = some[0] if some else barest
+        number = sum(self._cost(openings[least], turn) <= self.max_length for turn in turns)
+        return least, max(number, 1)
+
+    def _earliest(self, openings: Sequence[_Opening], end: int) -> int:
+        """The opening with the most context that leaves room up to message `end`, by estimate; else the last."""
+        fitting = (i for i, opening in enumerate(openings) if self._cost(opening, end) <= self.max_length)
+        return next(fitting, len(openings) - 1)
+
+    def _kept(self, opening: _Opening, end: int) -> list[int]:
+        return [*self.head, *opening.anchor, *range(opening.begin, end + 1)]
+
+    def _cost(self, opening: _Opening, end: int) -> float:
+        """The estimated tokens of a piece."""
+        return self._estimate(self._kept(opening, end))
+
+    def _estimate(self, kept: Sequence[int]) -> float:
+        return self.base + sum(self.sizes[i] for i in kept) + self.markup * len(kept)
+
+    def _learn(self, length: int, kept: Sequence[int]) -> None:
+        """Fit the estimate to the whole sequence and to a piece of `length` tokens, both of which are known."""
+        more = len(self.whole[1]) - len(kept)
+        if more:
+            text = sum(self.sizes[i] for i in self.whole[1]) - sum(self.sizes[i] for i in kept)
+            self.markup = (self.whole[0] - length - text) / more
+        self.base += length - self._estimate(kept)
+
+    def _rendered(self, kept: Sequence[int], turns: Sequence[int]) -> TokenSequence | None:
+        """The tokens of some messages that train some turns; None if the template refuses, or they share none."""
+        whole = self.conversation
+        weights = [whole.weights[i] if i in turns else 0.0 for i in kept]
+        shorter = Conversation([self.messages[i] for i in kept], weights, whole.tools, dict(whole.kwargs))
+        try:
+            sequences = self.render(shorter)
+        except RowError:
+            return None
+        if len(sequences) != 1:
+            return None
+        (sequence,) = sequences
+        self._learn(len(sequence.ids), kept)
+        dropped = kept[-1] + 1 - len(kept)
+        if not dropped:
+            return sequence
+        note = "; ".join(filter(None, [sequence.note, f"without {dropped} earlier messages"]))
+        return replace(sequence, note=note, shortened=True)
+
+
+def _text(message: dict[str, Any]) -> str:
+    """All that a message says."""
+    reasoning = next((str(message[key]) for key in REASONING if message.get(key)), "")
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return f"{message['content']}{reasoning}{calls}"

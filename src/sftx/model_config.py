@@ -1,0 +1,109 @@
+"""The config.json of a model, read as JSON and checked for what a library would choke on, hang at, or run code for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sftx.boundary import boundary
+from sftx.types import UserError
+
+MOST = 10_000
+"""Layers, blocks or experts of a model: more are not built. The largest published models have a few hundred."""
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
+_COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?)")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Named by a file, any other kernel could be code of the hub. `flash_*` only says what the model's author used.
+_KERNELS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; {} if the file is not there.
+
+    Raises:
+        UserError: it is not JSON, or no object; the message names the file.
+    """
+    if not path.exists():
+        return {}
+    again = "; the file is damaged: copy or download it again"
+    with boundary(f"{path}: not JSON", again):
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, found {str(value)[:40]}{again}")
+    return value
+
+
+def config_file(path: str) -> Path:
+    """The config.json of the model at `path`: a folder, that file itself, or a name on the hub, which is fetched."""
+    if Path(path).is_dir():
+        return Path(path) / "config.json"
+    if Path(path).is_file():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+
+    with boundary(f"{path}: neither a folder here nor a model that could be fetched"):
+        return Path(hf_hub_download(path, "config.json"))
+
+
+def check_config(config: dict[str, Any], place: object, trusted: bool = False) -> None:
+    """Refuse counts that nobody can build, positions that are none, and kernels that a file may not name.
+
+    `trusted`: the caller lets code that comes with the model run, kernels of the hub too.
+
+    Raises:
+        UserError: naming `place`, the field, and what is allowed.
+    """
+    for inner in (config, config.get("text_config")):
+        if not isinstance(inner, dict):
+            continue
+        for name in POSITIONS:
+            value = inner.get(name)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise UserError(f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed")
+        for name in _LAYERS:
+            value = inner.get(name)
+            if isinstance(value, int | float) and value < 1:
+                raise UserError(f"{place}: {name}: found {value!r}; a model has at least one layer")
+    for name, value in _entries(config):
+        if type(value) in (int, float) and value > MOST and _COUNT.fullmatch(name):
+            raise UserError(f"{place}: {name}: found {value:,}; more than {MOST:,} are not built")
+        known = _KERNELS.get(name.removeprefix("_").removesuffix("_internal"))
+        if known is not None:
+            _check_kernel(name, value, known, place, trusted)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            yield from inner.items()
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner
+
+
+def _check_kernel(name: str, value: Any, known: tuple[str, ...], place: object, trusted: bool) -> None:
+    for kernel in value.values() if isinstance(value, dict) else [value]:
+        allowed = kernel is None or kernel in known
+        if not allowed and not (trusted and isinstance(kernel, str) and "/" in kernel):
+            raise UserError(
+                f"{place}: {name}: found {kernel!r}; a file may name one of {', '.join(known)}, or leave the choice to "
+                "sftx: take the line out"
+            )
+
+
+def positions(path: str, default: int) -> int:
+    """How many positions the model at `path` has; `default` where its config does not say."""
+    file = config_file(path)
+    config = read_json(file)
+    check_config(config, file)
+    inner = config.get("text_config") or config
+    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)

@@ -1,0 +1,95 @@
+"""Reading run.json: a record that may come from a stranger or a damaged disk, checked before it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sftx.boundary import boundary
+from sftx.types import UserError
+
+_Section = TypeVar("_Section", bound=BaseModel)
+STATUS = ("running", "stopped", "finished")
+AGAIN = "; put a copy of it back, or move the folder away and start the run anew in an empty one"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_settings(value: Any) -> bool:
+    """JSON of an object, as text or as it is."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, dict)
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+# What is read again from a run.json, and what each must be. Other facts are for people and programs beside sftx.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "status": (lambda value: value in STATUS, f"one of {', '.join(STATUS)}"),
+    "config": (_is(dict), "an object"),
+    "mathematics": (_is_settings, "JSON of an object"),
+    "precision": (_is(str), "text"),
+    "device": (_is(str), "text"),
+    "started": (_is(list), "a list"),
+    "changed": (_is(list), "a list"),
+    "notes": (_is(list), "a list"),
+    "num_steps": (_is_count, "a whole number"),
+    "tokens_per_pack": (lambda value: _is_count(value) and 1 <= value < 2**31, "a whole number of at least 1"),
+    "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
+    "eval_after": (lambda value: value is None or isinstance(value, dict), "an object"),
+}
+NEEDED = ("status", "config", "mathematics", "precision", "device", "tokens_per_pack", "num_steps")
+"""The facts without which a run cannot be continued or exported."""
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts in a run.json; {} if there is none.
+
+    Raises:
+        UserError: it is not JSON, no object, or a fact is not of its kind; the message says what to do.
+    """
+    if not path.exists():
+        return {}
+    with boundary(f"{path}: this record of a run is damaged", AGAIN):
+        facts = json.loads(path.read_bytes().decode("utf-8"))
+    if not isinstance(facts, dict) or not facts:
+        raise damaged(path, f"an object with facts is needed, found {str(facts)[:40]}")
+    for name, (check, what) in _CHECKS.items():
+        if name in facts and not check(facts[name]):
+            raise damaged(path, f"{name} must be {what}, found {str(facts[name])[:60]!r}")
+    return facts
+
+
+def check_needed(facts: dict[str, Any], path: Path) -> None:
+    """UserError where the facts of `path` lack one of `NEEDED`; where they lack all, another program wrote them."""
+    if not facts.keys() & set(NEEDED):
+        raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
+    if missing := [name for name in NEEDED if name not in facts]:
+        raise damaged(path, f"{', '.join(missing)} is missing")
+
+
+def section(kind: type[_Section], values: Any, path: Path, name: str) -> _Section:
+    """A section of the settings that a run.json records; UserError where it does not fit."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("config", name, *first["loc"])))
+        raise damaged(path, f"{field}: {first['msg']}") from None
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """The error that says what is wrong with a record, and what to do."""
+    return UserError(f"{path}: this record of a run is damaged: {what}{AGAIN}")
