@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
+
 import pytest
 
 from sftx.data import sandbox
@@ -22,3 +26,21 @@ def test_what_jinja_makes_shows_nothing_of_python(thing: str, name: str) -> None
     """Names that begin with an underscore are as if they were not there."""
     template = compile_template("{% for i in [1] %}{{ " + f"{thing}.{name}" + " }}{% endfor %}")
     assert run_template(template, {}) == ""
+
+
+def test_an_interruption_that_comes_late_ends_the_text_that_it_was_meant_for() -> None:
+    """The watch has fired, and the rendering ends before the interruption is there: nothing after it may be hit."""
+    watch = sandbox._Watch()
+    target, interruption = ctypes.c_ulong(watch.target), ctypes.py_object(sandbox._Interruption)
+    late = threading.Timer(0.1, ctypes.pythonapi.PyThreadState_SetAsyncExc, (target, interruption))
+
+    def rendered() -> None:
+        with watch.deadline():
+            watch.fired = True
+            late.start()
+        time.sleep(0.5)  # what comes after the text
+
+    with pytest.raises(LimitError) as ended:
+        rendered()
+    late.join()
+    assert type(ended.value) is LimitError, "the interruption itself, and too late"
