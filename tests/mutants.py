@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
@@ -48,16 +49,20 @@ SLOW_IMPORTS = (
 """What sftx imports and no mutant changes: imported once here, so that a forked process begins with it."""
 
 
-def copy_with(mutant: Mutant, folder: Path) -> Path:
-    """A copy of `src` in which the mutant stands; `ValueError` if its text is not there exactly once."""
+def copy_of_source(folder: Path) -> Path:
+    """A copy of `src` in `folder`."""
     source = folder / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return source
+
+
+def put_into(source: Path, mutant: Mutant) -> None:
+    """Let the mutant stand in a copy of `src`; `ValueError` if its text is not there exactly once."""
     path = source / "sftx" / mutant.file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.file} holds its text {text.count(mutant.old)} times")
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    return source
 
 
 def in_a_fork(work: Callable[[], int], log: Path) -> int:
@@ -113,14 +118,27 @@ def use(source: Path) -> None:
 
 
 def killer(mutant: Mutant, whole_suite: bool) -> str:
-    """What notices the mutant: the first failing test, or `""` where it survives."""
+    """What notices the mutant: the first failing test, or `""` where it survives.
+
+    `ValueError` if the mutant or a test is not there, or if the test fails without any mutant too.
+    """
     with tempfile.TemporaryDirectory(prefix="sftx-mutant-") as name:
         folder = Path(name)
-        source = copy_with(mutant, folder)
+        source = copy_of_source(folder)
+        put_into(source, mutant)
         for tests in (*mutant.tests, *["the default suite"] * whole_suite):
             if found := try_on(source, tests, folder / "log"):
+                if said := failure_without_mutant(tests):
+                    raise ValueError(f"without it, too: {said}")
                 return found
     return ""
+
+
+@cache
+def failure_without_mutant(tests: str) -> str:
+    """The first failure of these tests on the code as it is; `""` where they pass."""
+    with tempfile.TemporaryDirectory(prefix="sftx-no-mutant-") as folder:
+        return try_on(copy_of_source(Path(folder)), tests, Path(folder) / "log")
 
 
 def try_on(source: Path, tests: str, log: Path) -> str:
@@ -165,7 +183,7 @@ def main(arguments: list[str]) -> int:
         try:
             found = killer(mutant, asked.get("survivors") == "suite")
         except ValueError as error:
-            print(f"stale     {mutant.name}: {error}", flush=True)
+            print(f"no answer {mutant.name}: {error}", flush=True)
             unexplained += 1
             continue
         killed += bool(found)

@@ -94,6 +94,16 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_weights_that_ranks_disagree_about_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(seed=0)
+    asked = Mock(side_effect=UserError("the weights of rank 1 are no longer those of its peers"))
+    monkeypatch.setattr(checkpoint, "check_replicas", asked)
+    with pytest.raises(UserError, match="rank 1"):
+        checkpoint.save(tmp_path, state(1), model, optimizer, keep=1)
+    assert asked.call_args.args[0].keys() == {name for name, _ in model.named_parameters()}
+    assert not list(tmp_path.glob("step-*"))
+
+
 def facts(**changes: Any) -> str:
     """`mathematics` of a run with other settings, by their dotted names."""
     given = copy.deepcopy(BASE)
