@@ -17,8 +17,10 @@ def parameters(tools: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
         inner = tool.get("function", tool)
         if isinstance(inner, dict) and isinstance(inner.get("name"), str):
             schema = inner.get("parameters")
-            names = schema.get("properties") if isinstance(schema, dict) else None
-            if isinstance(names, dict) and not schema.get("additionalProperties"):
+            if not isinstance(schema, dict) or schema.get("additionalProperties"):
+                continue
+            names = schema.get("properties")
+            if isinstance(names, dict):
                 found[inner["name"]] = set(names)
     return found
 
@@ -55,11 +57,15 @@ def _with_calls(message: Any, known: dict[str, set[str]]) -> Any:
 
 
 def _with_arguments(call: Any, known: dict[str, set[str]]) -> Any:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, dict) or function.get("name") not in known:
+    if not isinstance(call, dict):
         return call
-    own = known[function["name"]]
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        return call
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or name not in known or not isinstance(arguments, dict):
+        return call
+    own = known[name]
     kept = {key: value for key, value in arguments.items() if value is not None or key in own}
     if len(kept) == len(arguments):
         return call

@@ -257,7 +257,7 @@ def open_block(path: Path) -> TokenBlock | None:
     except ValueError:
         return None
     about = _about(header)
-    if about is None:
+    if header is None or about is None:
         return None
     arrays: dict[str, Any] = {}
     for name, entry in header.items():
