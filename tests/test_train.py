@@ -378,6 +378,8 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(
     with pytest.raises(Diverged) as ended:
         sftx.train(**settings(model, tmp_path / "run", **changes))
     assert ended.value.message.endswith("last good checkpoint: step 1")
+    monkeypatch.setattr(loop, "train_step", train_step)
+    assert sftx.train(**settings(model, tmp_path / "run", **changes)).steps == 10  # it can be continued
 
 
 def test_a_run_continues_only_in_the_precision_that_auto_meant(model: str, tmp_path: Path) -> None:

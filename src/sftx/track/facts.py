@@ -13,7 +13,7 @@ from sftx.boundary import boundary
 from sftx.types import UserError
 
 _Section = TypeVar("_Section", bound=BaseModel)
-STATUS = ("running", "stopped", "finished")
+STATUS = ("running", "stopped", "diverged", "finished")
 AGAIN = "; put a copy of it back, or move the folder away and start the run anew in an empty one"
 
 
