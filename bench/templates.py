@@ -1,10 +1,11 @@
-"""Every chat template against every kind of conversation: are the trained tokens those a server would ask for?
+"""Every chat template against every kind of conversation: is each trained turn what a server would ask for and get?
 
     python bench/templates.py [FOLDER] [--verbose | --cost]
 
-For each template and conversation the row is encoded, and each trained span is checked against transformers: the ids
-before it must equal `apply_chat_template(messages[:t], add_generation_prompt=True)`, the span must end in a token that
-stops generation and hold the turn's content. The table names the template and what its rows became; refusals are
+For each template and conversation the row is encoded, and each trained turn is compared with what transformers renders
+(`template_oracle.py`, which shares no code with the engine): the prompt's ids, the whole text of the output, the stop
+token, every tool call, the thought and the content. All rows are also encoded in the reverse order by a fresh encoder:
+the result of a row may not depend on its place. The table names the template and what its rows became; refusals are
 listed with their reason.
 
 `--cost`: instead, the processor time of encoding a dialogue of 100 turns with each template, as a multiple of one
@@ -16,7 +17,9 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +27,12 @@ from typing import Any
 
 from sftx.config import Data
 from sftx.data.render import Encoder
+from sftx.data.rows import parse
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Example, Row, RowError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from template_oracle import Oracle, Trained
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 _MARKS = re.compile(
@@ -33,20 +40,18 @@ _MARKS = re.compile(
     r"|<sep>|<seed:[a-z:/]+>|<end_of_utterance>|<extra_id_\d>|\]~!b\[|\]~b\]|\[e~\["
 )
 _PLAIN = re.compile(r"</?think>|</?tool_call>|</?tool_response>")
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "description": "Its name."}},
-                "required": ["city"],
-            },
-        },
+
+
+def _tool(name: str, **properties: str) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {key: {"type": kind, "description": f"The {key}."} for key, kind in properties.items()},
+        "required": list(properties),
     }
-]
+    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
+
+
+TOOLS = [_tool("get_weather", city="string"), _tool("find_flight", place="string")]
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -57,18 +62,26 @@ def _model(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-_CALL = {"type": "function", "id": "call12345", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
-_RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call12345", "content": '{"degrees": 21}'}
-CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+def _call(name: str, arguments: Any, number: int = 0) -> dict[str, Any]:
+    return {"type": "function", "id": f"call1234{number}", "function": {"name": name, "arguments": arguments}}
+
+
+def _result(name: str, content: str, number: int = 0) -> dict[str, Any]:
+    return {"role": "tool", "name": name, "tool_call_id": f"call1234{number}", "content": content}
+
+
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_CALL = _call("get_weather", {"city": "Paris"})
+_RESULT = _result("get_weather", '{"degrees": 21}')
+_ODD = {"city": 'Köln "am <Rhein>" & so\nweiter', "days": 3, "where": {"lat": 50.9, "tags": ["a", "b"]}, "now": True}
+Talk = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+CONVERSATIONS: dict[str, Talk] = {
     "single": ([_user("What is 2+2?"), _model("It is 4, I think.")], []),
     "multi": (
         [_user("Hi"), _model("Hello there!"), _user("And now?"), _model("Now we talk."), _user("Bye"), _model("Bye!")],
         [],
     ),
-    "system": (
-        [{"role": "system", "content": "Be brief."}, _user("Hi"), _model("Yes."), _user("So"), _model("No.")],
-        [],
-    ),
+    "system": ([_SYSTEM, _user("Hi"), _model("Yes."), _user("So"), _model("No.")], []),
     "tools": ([_user("Hi"), _model("Hello.")], TOOLS),
     "calls": (
         [
@@ -92,6 +105,94 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     ),
     "mixed": ([_user("Hi"), _model("Ho.", reasoning_content="Say ho."), _user("So"), _model("Well.")], []),
     "edges": ([_user("  a\n"), _model("\n  padded \n"), _user("[[x]] שלום"), _model("🙂 end "), _user("rest")], []),
+    "sys_call": ([_SYSTEM, _user("Weather?"), _model("", tool_calls=[_CALL]), _RESULT, _model("It is 21.")], TOOLS),
+    "said_call": (
+        [
+            _user("Weather?"),
+            _model("I will use get_weather for that.", tool_calls=[_CALL]),
+            _RESULT,
+            _model("It is 21."),
+        ],
+        TOOLS,
+    ),
+    "same_fn": (
+        [
+            _user("Weather?"),
+            _model("", tool_calls=[_CALL, _call("get_weather", {"city": "Lisbon"}, 1)]),
+            _RESULT,
+            _result("get_weather", "It rains.", 1),
+            _model("21 degrees, and rain."),
+        ],
+        TOOLS,
+    ),
+    "two_fns": (
+        [
+            _user("A trip?"),
+            _model("", tool_calls=[_CALL, _call("find_flight", {"place": "Lisbon"}, 1)]),
+            _RESULT,
+            _result("find_flight", "At nine.", 1),
+            _model("Warm, and at nine."),
+        ],
+        TOOLS,
+    ),
+    "as_text": (
+        [
+            _user("Weather?"),
+            _model("", tool_calls=[_call("get_weather", '{"city": "Paris"}')]),
+            _RESULT,
+            _model("It is 21."),
+        ],
+        TOOLS,
+    ),
+    "odd_args": (
+        [_user("Weather?"), _model("", tool_calls=[_call("get_weather", _ODD)]), _RESULT, _model("21.")],
+        TOOLS,
+    ),
+    "rounds": (
+        [
+            _SYSTEM,
+            _user("A trip?"),
+            _model("", tool_calls=[_CALL]),
+            _RESULT,
+            _model("", tool_calls=[_call("find_flight", {"place": "Lisbon"}, 1)]),
+            _result("find_flight", "At nine.", 1),
+            _model("Go."),
+            _user("Weather again?"),
+            _model("", tool_calls=[_call("get_weather", {"city": "Oslo"}, 2)]),
+            _result("get_weather", "Snow.", 2),
+            _model("It snows."),
+        ],
+        TOOLS,
+    ),
+    "th_calls": (
+        [
+            _user("Weather?"),
+            _model("", reasoning_content="Ask the tool first.", tool_calls=[_CALL]),
+            _RESULT,
+            _model("It is 21.", reasoning_content="The tool says so."),
+        ],
+        TOOLS,
+    ),
+    "th_all": (
+        [
+            _user("One?"),
+            _model("First.", reasoning_content="Begin with one."),
+            _user("Two?"),
+            _model("Second.", reasoning_content="Then comes two."),
+            _user("Three?"),
+            _model("Third.", reasoning_content="And three is last."),
+        ],
+        [],
+    ),
+    "twice": ([_user("Hi"), _model("Hello."), _model("Still there?"), _user("Yes"), _model("Good.")], []),
+    "twice_th": (
+        [_user("Hi"), _model("Hello.", reasoning_content="Greet."), _model("You?", reasoning_content="Now ask.")],
+        [],
+    ),
+    "first": ([_model("Welcome!"), _user("Hi"), _model("How can I help?")], []),
+    "sys_first": ([_SYSTEM, _model("Welcome!"), _user("Hi"), _model("How can I help?")], []),
+    "empty": ([_user("Say nothing."), _model(""), _user("Say yes."), _model("yes")], []),
+    "white": ([_user("List:"), _model("\n\n- one\n- two\n\n"), _user("  Code?  "), _model("    return 1\n")], []),
 }
 
 
@@ -118,6 +219,12 @@ def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
     return Tokenizer.of(theirs), theirs
 
 
+def row_of(name: str) -> Row:
+    """The row of one kind of conversation, read as it would be from a file."""
+    messages, tools = CONVERSATIONS[name]
+    return parse({"messages": messages, "tools": tools}, "messages")
+
+
 def spans(example: Example) -> Iterator[tuple[int, int]]:
     """Begin and end of each stretch of targets."""
     begin = None
@@ -130,53 +237,47 @@ def spans(example: Example) -> Iterator[tuple[int, int]]:
 
 
 def check(encoder: Encoder, theirs: Any, name: str) -> Result:
-    """Encode one conversation and hold every trained span against what transformers would send."""
+    """Encode one conversation and hold every trained turn against what transformers renders."""
     messages, tools = CONVERSATIONS[name]
-    row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
-    encoded = encoder.encode([row])[0]
+    oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)
+    encoded = encoder.encode([row_of(name)])[0]
     if isinstance(encoded, RowError):
-        return Result("refused", str(encoded))
+        return Result("refused", str(encoded), oracle.refused_wrongly())
     result = Result("split" if len(encoded.examples) > 1 else "pass", "; ".join(encoded.notes))
     turns = [t for t, message in enumerate(messages) if message["role"] == "assistant"]
     found = [(example, begin, end) for example in encoded.examples for begin, end in spans(example)]
     if len(found) != len(turns):
         result.wrong.append(f"{len(found)} spans for {len(turns)} turns")
         return result
+    lost = any("left out" in note for note in encoded.notes)
     for t, (example, begin, end) in zip(turns, found, strict=True):
         if "opening" in example.note or "no-thinking" in example.note:
             result.kind = "forced"
-        shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages[:t]]
         switch = {key: value == "True" for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)}
-        served = [
-            theirs.apply_chat_template(
-                shown,
-                tools=tools or None,
-                chat_template=encoder.chat_template,
-                add_generation_prompt=True,
-                return_dict=False,
-                **kwargs,
-            )
-            for kwargs in ([switch, {}] if switch else [{}])  # turns with and without a switch may share a sequence
-        ]
-        prompt = example.ids[:begin].tolist()
-        if prompt not in served:
-            result.wrong.append(f"turn {t}: prompt {theirs.decode(prompt)!r} is not {theirs.decode(served[0])!r}")
         output = theirs.decode(example.ids[begin:end])
-        last = theirs.decode([example.ids[end - 1]])
-        if not encoder.tokenizer.is_special(last):
-            result.wrong.append(f"turn {t}: ends in {last!r}")
-        thought = messages[t].get("reasoning_content", "")
-        if thought not in output and "left out" not in example.note:
-            result.wrong.append(f"turn {t}: {output!r} does not hold the thought")
-        if messages[t]["content"].strip() not in output:
-            result.wrong.append(f"turn {t}: {output!r} does not hold the content")
-        if "tool_calls" in messages[t] and not ("get_weather" in output and "Paris" in output):
-            result.wrong.append(f"turn {t}: {output!r} does not hold the call")
+        trained = Trained(t, example.ids[:begin].tolist(), output, theirs.decode([example.ids[end - 1]]))
+        result.wrong += oracle.wrongs(trained, switch, lost)
     return result
 
 
+def moved(ours: Tokenizer, path: Path) -> list[str]:
+    """The conversations whose result depends on the order of the rows."""
+    names = list(CONVERSATIONS)
+    rows = [row_of(name) for name in names]
+    data = Data(template=str(path))
+    forward = Encoder(ours, data, 4096).encode(rows)
+    backward = Encoder(ours, data, 4096).encode(rows[::-1])[::-1]
+    return [name for name, a, b in zip(names, forward, backward, strict=True) if _state(a) != _state(b)]
+
+
+def _state(encoded: Any) -> Any:
+    if isinstance(encoded, RowError):
+        return str(encoded)
+    return [(e.ids.tolist(), e.weights.tolist(), e.note) for e in encoded.examples], sorted(encoded.notes)
+
+
 def main() -> None:
-    """Print the table; exit code 1 if any span is wrong."""
+    """Print the table; exit code 1 if any turn is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
     parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
@@ -184,11 +285,11 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="what dialogues of 100 turns cost")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    counts: dict[str, int] = {}
-    wrong = 0
+    counts: Counter[str] = Counter()
     refused: list[str] = []
     paths = [path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)]
-    ours, theirs = prepared([path.read_text(encoding="utf-8") for path in paths])
+    everything = [path.read_text(encoding="utf-8") for path in sorted(arguments.folder.rglob("*.jinja"))]
+    ours, theirs = prepared(everything)
     if arguments.cost:
         return print_costs(paths, ours, theirs)
     print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
@@ -199,8 +300,7 @@ def main() -> None:
         for name in CONVERSATIONS:
             result = check(encoder, theirs, name)
             kind = "WRONG" if result.wrong else result.kind
-            counts[kind] = counts.get(kind, 0) + 1
-            wrong += bool(result.wrong)
+            counts[kind] += 1
             cells.append(f"{kind:9s}")
             details += [f"    {name}: {line}" for line in result.wrong]
             if result.kind == "refused":
@@ -208,12 +308,15 @@ def main() -> None:
             elif arguments.verbose:
                 details.append(f"    {name}: {result.reason}")
                 details += [f"      {line}" for line in outputs(encoder, theirs, name)]
+        for name in moved(ours, path):
+            counts["MOVED"] += 1
+            details.append(f"    {name}: its result depends on the order of the rows")
         stop = theirs.decode([encoder.stop_id])
         print(f"{path.relative_to(arguments.folder)!s:58s} {stop:22s} " + " ".join(cells))
         print("".join(line + "\n" for line in details), end="")
     print("\nrefusals:\n" + "\n".join(refused))
     print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))
-    raise SystemExit(1 if wrong else 0)
+    raise SystemExit(1 if counts["WRONG"] or counts["MOVED"] else 0)
 
 
 def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
@@ -231,9 +334,8 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
             row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
             if isinstance(encoder.encode([row])[0], RowError):
                 continue
-            shown = [encoder.template(bool(tools)).habits.shaped(message) for message in messages]
-            asking = {"tools": tools or None, "chat_template": encoder.chat_template}
-            one = seconds(lambda m=shown, a=asking: theirs.apply_chat_template(m, **a))
+            oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)
+            one = seconds(lambda oracle=oracle: oracle.ids(len(oracle.messages), generate=False))
             costs[name].append(seconds(lambda e=encoder, r=row: e.encode([r])) / one)
             if costs[name][-1] > 3:
                 print(f"{name:10s} {costs[name][-1]:5.1f} {path.name}", flush=True)
@@ -254,8 +356,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def outputs(encoder: Encoder, theirs: Any, name: str) -> Iterator[str]:
     """Each trained span as text, with the end of its prompt before it."""
-    messages, tools = CONVERSATIONS[name]
-    encoded = encoder.encode([Row("messages", messages=tuple(messages), tools=tuple(tools))])[0]  # type: ignore[arg-type]
+    encoded = encoder.encode([row_of(name)])[0]
     assert not isinstance(encoded, RowError)
     for example in encoded.examples:
         for begin, end in spans(example):

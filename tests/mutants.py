@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
@@ -47,16 +49,20 @@ SLOW_IMPORTS = (
 """What sftx imports and no mutant changes: imported once here, so that a forked process begins with it."""
 
 
-def copy_with(mutant: Mutant, folder: Path) -> Path:
-    """A copy of `src` in which the mutant stands; `ValueError` if its text is not there exactly once."""
+def copy_of_source(folder: Path) -> Path:
+    """A copy of `src` in `folder`."""
     source = folder / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return source
+
+
+def put_into(source: Path, mutant: Mutant) -> None:
+    """Let the mutant stand in a copy of `src`; `ValueError` if its text is not there exactly once."""
     path = source / "sftx" / mutant.file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.file} holds its text {text.count(mutant.old)} times")
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    return source
 
 
 def in_a_fork(work: Callable[[], int], log: Path) -> int:
@@ -92,7 +98,8 @@ def run_pytest(source: Path, arguments: list[str]) -> int:
     import pytest
 
     os.chdir(ROOT)
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+    named = [f"tests/{word}" if word.startswith("test_") else word for word in arguments]
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *named]))
 
 
 def run_scorecard(source: Path, numbers: str) -> int:
@@ -111,25 +118,41 @@ def use(source: Path) -> None:
 
 
 def killer(mutant: Mutant, whole_suite: bool) -> str:
-    """What notices the mutant: the first failing test, or `""` where it survives."""
+    """What notices the mutant: the first failing test, or `""` where it survives.
+
+    `ValueError` if the mutant or a test is not there, or if the test fails without any mutant too.
+    """
     with tempfile.TemporaryDirectory(prefix="sftx-mutant-") as name:
         folder = Path(name)
-        source = copy_with(mutant, folder)
-        log = folder / "log"
-        for tests in mutant.tests:
-            kind, _, rest = tests.partition(" ")
-            if kind == "scorecard":
-                code = in_a_fork(lambda numbers=rest: run_scorecard(source, numbers), log)
-            else:
-                arguments = [str(ROOT / "tests" / word) if word.startswith("test_") else word for word in tests.split()]
-                code = in_a_fork(lambda arguments=arguments: run_pytest(source, arguments), log)
-            if code:
-                return first_failure(log, tests, code)
-        if whole_suite:
-            code = in_a_fork(lambda: run_pytest(source, [str(ROOT / "tests")]), log)
-            if code:
-                return first_failure(log, "the default suite", code)
+        source = copy_of_source(folder)
+        put_into(source, mutant)
+        for tests in (*mutant.tests, *["the default suite"] * whole_suite):
+            if found := try_on(source, tests, folder / "log"):
+                if said := failure_without_mutant(tests):
+                    raise ValueError(f"without it, too: {said}")
+                return found
     return ""
+
+
+@cache
+def failure_without_mutant(tests: str) -> str:
+    """The first failure of these tests on the code as it is; `""` where they pass."""
+    with tempfile.TemporaryDirectory(prefix="sftx-no-mutant-") as folder:
+        return try_on(copy_of_source(Path(folder)), tests, Path(folder) / "log")
+
+
+def try_on(source: Path, tests: str, log: Path) -> str:
+    """The first failure of these tests on the code in `source`; `ValueError` if there are no such tests."""
+    kind, _, rest = tests.partition(" ")
+    if kind == "scorecard":
+        code = in_a_fork(lambda: run_scorecard(source, rest), log)
+    elif kind == "the":
+        code = in_a_fork(lambda: run_pytest(source, []), log)
+    else:
+        code = in_a_fork(lambda: run_pytest(source, shlex.split(tests)), log)
+        if code in (4, 5):  # pytest's codes for tests that are not there
+            raise ValueError(f"no test is called {tests}")
+    return first_failure(log, tests, code) if code else ""
 
 
 def first_failure(log: Path, tests: str, code: int) -> str:
@@ -140,7 +163,8 @@ def first_failure(log: Path, tests: str, code: int) -> str:
     if code == 124:
         return f"{tests}: not done after {LIMIT} s"
     said = [*failed, *checks, f"exit code {code}"][0]
-    return f"{tests}: {said}"
+    late = " (a time limit: look whether the machine was busy)" if "TimeoutExpired" in "".join(lines) else ""
+    return f"{tests}: {said}{late}"
 
 
 def main(arguments: list[str]) -> int:
@@ -159,7 +183,7 @@ def main(arguments: list[str]) -> int:
         try:
             found = killer(mutant, asked.get("survivors") == "suite")
         except ValueError as error:
-            print(f"stale     {mutant.name}: {error}", flush=True)
+            print(f"no answer {mutant.name}: {error}", flush=True)
             unexplained += 1
             continue
         killed += bool(found)

@@ -41,6 +41,7 @@ LAYERS = {
         "cores",
         "files",
         "model_config",
+        "printable",
         "schema",
         "schema_types",
         "settings",

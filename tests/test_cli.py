@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def test_exit_codes_of_interruption_and_of_errors_below(
     def mistaken(config: Config) -> int:
         raise UserError("rows.jsonl:3: prompt: missing")
 
-    run = ["train", "model=m", "data=d", "output=o"]
+    run = ["train", "model=m", "data=d", "output=o", "runtime.progress=false"]
     verb(monkeypatch, interrupted)
     assert cli.main(run) == 130
     verb(monkeypatch, mistaken)
@@ -90,7 +91,58 @@ def test_help_is_made_from_the_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert [name for name, doc in cli.verbs().items() if f"  {name} " not in overview or not doc] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["schema"], ["train", "x=1"]])
+def test_what_a_verb_says_of_itself_is_read_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cli.verbs():
+        module = importlib.import_module(f"sftx.cli.{name}")
+        imported = cli.declared(name)
+        monkeypatch.delitem(sys.modules, f"sftx.cli.{name}")
+        assert cli.declared(name) == imported
+        assert imported.extra == getattr(module, "EXTRA", {})
+        assert [key for key in imported.extra if key not in imported.takes] == []
+
+
+@pytest.mark.parametrize("name", [name for name in cli.verbs() if name != "schema"])
+def test_every_verb_gives_a_sign_of_life_before_anything_slow(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is shown before the verb's module is imported, and whatever of torch or data comes with that."""
+    shown: list[str] = []
+
+    def instead(module: str) -> ModuleType:
+        shown.append(capsys.readouterr().err)
+        stand_in = ModuleType(module)
+        stand_in.run = lambda *_, **__: 0  # type: ignore[attr-defined]
+        return stand_in
+
+    monkeypatch.setattr(cli, "import_module", instead)
+    arguments = ["model=m", "data=d", "output=o"] if "config" in cli.declared(name).takes else []
+    assert cli.main([name, *arguments]) == 0
+    assert shown == [" ".join(["start    sftx", name, *arguments]) + "\n"]
+    if arguments:
+        assert cli.main([name, *arguments, "runtime.progress=false"]) == 0
+        assert shown[1:] == [""]
+
+
+def test_the_sign_of_life_comes_within_a_second() -> None:
+    """Measured as work of this process, which on a free machine is the time that passes."""
+    code = (
+        "import os, sys, time\n"
+        "from sftx import cli\n"
+        "def instead(module):\n"
+        "    print(sum(os.times()[:2]))\n"
+        "    sys.exit()\n"
+        "cli.import_module = instead\n"
+        "cli.main(['plan', 'model=m', 'data=d'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("start    sftx plan")
+    assert float(done.stdout) < 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["train", "--help"], ["plan", "--help"], ["schema"], ["train", "x=1"]],
+)
 def test_nothing_heavy_is_imported_before_work_starts(arguments: list[str]) -> None:
     code = (
         "import sys; from sftx.cli import main; main(sys.argv[1:]); print({'torch', 'transformers'} & {*sys.modules})"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_tokenizers
 import tiny
 
 import sftx
@@ -226,6 +227,31 @@ def test_another_version_of_the_encoding_makes_blocks_anew(
     assert [encoded(), encoded()] == [5, 0]
     monkeypatch.setattr(version, "another")
     assert [encoded(), encoded()] == [5, 0]
+
+
+def test_an_edited_file_that_is_converted_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its name, size and time say nothing: what was once made of a .csv is found by its content."""
+    path = tmp_path / "rows.csv"
+    found = []
+    for word in ("one", "two", "one"):
+        path.write_text(f"prompt,completion\nsay it,{word}\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        (example,) = tokens(load(make(str(path), template="none"), tokenizer)[0])
+        found.append(tokenizer.decode(example[0]))
+    assert found == ["say itone<eos>", "say ittwo<eos>", "say itone<eos>"]
+
+
+def test_a_tokenizer_never_gets_the_tokens_of_another(tmp_path: Path) -> None:
+    """The same rows, template and settings in one cache."""
+    path = write(tmp_path / "a.jsonl", pairs(3))
+    prints = set()
+    for kind in ("byte_level", "metaspace"):
+        tokenizer = small_tokenizers.ours(kind)
+        corpus, _ = load(make(path, template="none"), tokenizer)
+        first, *_ = tokens(corpus)
+        assert tokenizer.decode(first[0]).endswith(" 1</s>")
+        prints.add(corpus.fingerprint)
+    assert len(prints) == 2
 
 
 BAD = [

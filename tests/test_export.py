@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,42 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     ):
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_a_killed_export_left_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, target = run(tmp_path / "run", batch={"steps": 1}), tmp_path / "out"
+    killed = (
+        "import os, signal, sys\nfrom sftx.cli import main\nfrom sftx.training import export\n"
+        "def save(folder, *_):\n    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export.save_model = save\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, "export", str(folder), f"to={target}"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    [left] = tmp_path.glob(".out.export-*")
+    assert (left / "half").exists()
+    (target / ".model.tmp").mkdir(parents=True)  # as an earlier version left it
+    (target / ".model.tmp" / "half").write_text("x")
+    assert main(["export", str(folder), f"to={target}"]) == 0
+    assert not left.exists()
+    assert sorted(path.name for path in target.glob(".*")) == []
+    assert logits(target).shape[-1] == 265
+    assert main(["export", str(folder), f"to={target}"]) == 2
+    assert "is not overwritten" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target = run(tmp_path / "run", batch={"steps": 1}), tmp_path / "out"
+
+    def fail(*_: Any) -> None:
+        raise sftx.UserError("planted")
+
+    monkeypatch.setattr("sftx.training.export.save_model", fail)
+    assert main(["export", str(folder), f"to={target}"]) == 2
+    assert not target.exists()
+    assert not list(tmp_path.glob(".out.*"))
+    (target / ".model.tmp").mkdir(parents=True)
+    (target / "mine.txt").write_text("kept")
+    assert main(["export", str(folder), f"to={target}"]) == 2  # not ours to take over
+    assert (target / "mine.txt").read_text() == "kept"

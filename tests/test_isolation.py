@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks import check_paths
@@ -179,6 +180,28 @@ def test_a_leak_in_the_model_itself_is_found_in_any_precision(
     loss = PackLoss(model)
     (said,) = check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), dtype, longest=60)
     assert "one at a time" in said
+
+
+class MixesGradients(torch.autograd.Function):
+    """Leaves values alone; every row's gradient also goes to the rows before it, whatever their segment."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.flip(1).cumsum(1).flip(1)
+
+
+def test_a_leak_of_gradients_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and loss are right to the last bit."""
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: MixesGradients.apply(forward(self, x)))
+    loss = PackLoss(sharpened("Llama", {}))
+    (said,) = check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), torch.float32, longest=60)
+    assert "one at a time" in said
+    assert not loss.isolate
 
 
 def test_the_probe_is_longer_than_every_length_that_is_named() -> None:

@@ -152,7 +152,10 @@ HUGE: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(name: str) -> None:
+def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftx.data.sandbox._own_process", True)  # limits of the whole process act too
     source, expected = HUGE[name]
 
     def render() -> None:

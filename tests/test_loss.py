@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,13 +17,13 @@ import torch
 from sftx.config import Runtime
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import blocks
-from sftx.model.checks import check_paths
+from sftx.model.checks import check_paths, check_sizes
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
 from sftx.model.shortcuts import prunes
 from sftx.training.step import train_step
-from sftx.types import Example
+from sftx.types import Example, UserError
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 40, 2, 23, 64, 9, 31]
@@ -118,6 +119,24 @@ def test_a_head_that_is_not_a_matrix_goes_through_the_models_own_forward() -> No
     assert step_gradient(loss, data, [(0, 1)]) == pytest.approx(
         float(tiny.naive_loss(float64_twin(model), data)), rel=1e-6
     )
+
+
+def test_a_fused_loss_that_is_not_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is a little wrong in the model's own precision would train a little wrong, in silence."""
+
+    def wrong(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return fused_cross_entropy_sum(hidden, *rest) * (1.01 if hidden.dtype == torch.float32 else 1.0)
+
+    monkeypatch.setattr("sftx.model.load.fused_cross_entropy_sum", wrong)
+    with pytest.raises(UserError, match=r"the trainer's loss .* is not the model's own"):
+        check_paths(PackLoss(tiny.model()), probe_pack(tiny.examples([12, 30])), torch.float32)
+
+
+def test_the_first_id_without_an_embedding_is_refused() -> None:
+    loss = PackLoss(tiny.model(vocab_size=264))
+    check_sizes(loss, 64, 263)
+    with pytest.raises(UserError, match=r"token id 264 is outside the vocabulary of the model \(264 embeddings\)"):
+        check_sizes(loss, 64, 264)
 
 
 def test_perturbing_a_segment_leaves_the_others_alone() -> None:

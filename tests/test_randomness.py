@@ -12,6 +12,7 @@ import torch
 
 import sftx
 from sftx.training import loop
+from sftx.training.optim import StochasticAdamW
 
 DROPOUT = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "n_inner": 64}
 
@@ -34,7 +35,7 @@ def test_what_is_random_is_new_in_every_step(tmp_path: Path, what: str) -> None:
 
 def test_dropout_goes_by_seed_step_and_rank_and_noise_by_seed_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise on embeddings belongs to an example, whichever rank has it; dropout does not."""
-    job = Mock()
+    job = Mock(optimizer=Mock(spec=StochasticAdamW))
     dropout: dict[tuple[int, int, int], int] = {}
     noise: dict[tuple[int, int], set[int]] = {}
     monkeypatch.setattr(loop, "train_step", lambda *_: None)
@@ -44,6 +45,7 @@ def test_dropout_goes_by_seed_step_and_rank_and_noise_by_seed_and_step(monkeypat
         loop._step(job, step, [])
         dropout[rank, step, job.config.seed] = torch.initial_seed()
         noise.setdefault((step, job.config.seed), set()).add(job.loss.noise_seed)
+        assert job.optimizer.seed == job.loss.noise_seed  # a weight is rounded alike on whichever rank it is
     assert len(set(dropout.values())) == len(dropout) == 18
     assert [len(seeds) for seeds in noise.values()] == [1] * 6
     assert len(set.union(*noise.values())) == 6

@@ -19,7 +19,9 @@ def test_check(number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30], ids=lambda n: CHECKS[n].name)
+@pytest.mark.parametrize(
+    "number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30, 31, 32, 33, 34, 35], ids=lambda n: CHECKS[n].name
+)
 def test_check_of_its_own_process(number: int) -> None:
     outcome = frame.run_apart(CHECKS[number])
     assert outcome.passed, outcome.found
@@ -52,3 +54,21 @@ def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     outcomes = json.loads((tmp_path / "out.json").read_text())["checks"]
     assert [one["passed"] for one in outcomes] == [True, False, False]
     assert [one["found"] for one in outcomes] == ["measured", "found 1", "not done after 1 s"]
+
+
+def test_without_hypothesis_only_the_check_that_needs_it_fails_and_says_so(tmp_path: Path) -> None:
+    script = (
+        "import sys, importlib.util\nfind = importlib.util.find_spec\n"
+        "sys.modules['hypothesis'] = None\n"  # importing it is an ImportError
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'hypothesis' else find(name, *rest)\n"
+        "from pathlib import Path\nfrom sftx_scorecard import frame, inputs\n"
+        "inputs.MALFORMED = inputs.MALFORMED[:1]\n"
+        "inputs.run = lambda *_, **__: '4.jsonl:4: '\n"
+        "print(len(frame.checks()))\n"
+        "try:\n    inputs.malformed(Path(sys.argv[1]))\nexcept frame.Failed as failed:\n    print(failed)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, said = done.stdout.splitlines()
+    assert int(count) == len(CHECKS)
+    assert "hypothesis is not installed (pip install 'sftx[dev]')" in said

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import tiny
 import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sftx.model.shard import build_mesh, own_part
+from sftx import dist
+from sftx.model import shard as shard_module
+from sftx.model.load import PackLoss
+from sftx.model.shard import build_mesh, check_replicas, own_part, shard
+from sftx.types import UserError
 
 CPU = torch.device("cpu")
 
@@ -56,3 +66,77 @@ def test_every_group_of_a_mesh_waits_as_long_as_the_run_says() -> None:
         torch_dist.destroy_process_group()
     assert len(groups) == 2
     assert waits == {timedelta(seconds=7)}
+
+
+@pytest.mark.usefixtures("third_of_eight")
+def test_a_replica_that_differs_in_a_bit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = init_device_mesh("cpu", (8, 1), mesh_dim_names=("replicate", "shard"))
+    weight = DTensor.from_local(torch.ones(3), mesh, [Replicate(), Shard(0)])
+
+    def gathered(mine: tuple[int, list[int]], odd: int | None) -> list[tuple[int, list[int]]]:
+        shard, sums = mine
+        return [(shard, [total + (rank == odd) for total in sums]) for rank in range(8)]
+
+    monkeypatch.setattr(dist, "everyone", lambda mine: gathered(mine, None))
+    check_replicas({"weight": weight})
+    monkeypatch.setattr(dist, "everyone", lambda mine: gathered(mine, 5))
+    with pytest.raises(UserError, match="the weights of rank 5 are no longer those of its peers"):
+        check_replicas({"weight": weight})
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gradients_are_summed_in_float32_whatever_layers_compute_in(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[MixedPrecisionPolicy] = []
+    monkeypatch.setattr(shard_module, "fully_shard", lambda module, mp_policy, **_: policies.append(mp_policy))
+    shard(PackLoss(tiny.model()), Mock(), precision)
+    assert len(policies) == 3  # two layers, and the rest
+    assert {policy.reduce_dtype for policy in policies} == {torch.float32}
+
+
+class TwoRanks:
+    """Stands for torch.distributed: this process is rank 1, and rank 0 says 5 and "from 0"."""
+
+    ReduceOp = torch_dist.ReduceOp
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = torch_dist.ReduceOp.SUM, group: Any = None) -> None:
+        self.calls.append("all_reduce")
+        other = torch.full_like(tensor, 5)
+        if op == torch_dist.ReduceOp.SUM:
+            tensor += other
+        elif op == torch_dist.ReduceOp.MAX:
+            tensor.copy_(torch.maximum(tensor, other))
+        else:
+            tensor.copy_(torch.minimum(tensor, other))
+
+    def broadcast_object_list(self, holder: list[Any], **_: Any) -> None:
+        holder[0] = "from 0"
+
+
+def test_what_ranks_tell_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = TwoRanks()
+    monkeypatch.setattr(dist, "torch_dist", both)
+    monkeypatch.setattr(dist, "is_joined", lambda: True)
+    assert [dist.agree(3), dist.agree(9)] == [5, 9]
+    assert dist.from_main("from 1") == "from 0"
+    assert dist.add_up(torch.tensor(2.0)) == 7
+    both.calls.clear()
+    dist.barrier()
+    dist.barrier(saving=True)
+    assert both.calls == ["all_reduce"] * 2
+
+
+def test_a_rank_that_gives_no_sign_of_life_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "GRACE", 0.2)
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its stacks
+        dist._Watch(torch_dist.HashStore(), 0.1)
+        time.sleep(20)
+        os._exit(7)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 1

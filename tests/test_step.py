@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+import sftx
 from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.training import loop
 from sftx.training.optim import build_optimizer
 from sftx.training.step import train_step
 
@@ -74,3 +77,24 @@ def test_a_finite_loss_with_a_gradient_that_is_no_number_changes_nothing() -> No
     assert bad
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(float(moment.abs().max()) == 0 for state in optimizer.state.values() for moment in state.values())
+
+
+def test_the_rate_that_is_recorded_is_the_one_that_is_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[float] = []
+    taken = loop.train_step
+
+    def watched(*args: Any) -> Any:
+        applied.append(args[4])
+        return taken(*args)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    records = sftx.steps(
+        model=tiny.folder(tmp_path / "model"),
+        data={"rows": ["a text", "another text"], "cache": str(tmp_path / "cache"), "workers": 0},
+        output=str(tmp_path / "run"),
+        batch={"examples_per_step": 1, "epochs": 3},
+        optim={"learning_rate": 1e-3, "warmup": 2, "schedule": "linear"},
+        runtime={"progress": False, "device": "cpu", "threads": 1, "tokens_per_pack": 64},
+    )
+    assert [record.learning_rate for record in records] == applied
+    assert applied == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])

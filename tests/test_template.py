@@ -256,7 +256,7 @@ def test_headers_may_be_stop_tokens() -> None:
 
 def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
     called = CHATML.replace(
-        "<|im_end|>", "{{ m.tool_calls[0].function.name ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"
+        "<|im_end|>", "{{ (m.tool_calls[0].function | tojson) ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"
     )
     made = encoder(called)
     assert {made.tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<|im_end|>", "<unk>"}
@@ -264,7 +264,8 @@ def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
     talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
     found = shown(encoded(row(talk), made), made.tokenizer)
     assert [text.partition("⟦")[2] for text in found] == [
-        "weather<unk>⟧\n<|im_start|>tool\n21<|im_end|>\n<|im_start|>assistant\n⟦it is 21<|im_end|>⟧"
+        '{"name": "weather", "arguments": {"city": "Paris"}}<unk>⟧\n'
+        "<|im_start|>tool\n21<|im_end|>\n<|im_start|>assistant\n⟦it is 21<|im_end|>⟧"
     ]
 
 
@@ -275,13 +276,21 @@ def test_tool_calls_that_vanish_are_refused() -> None:
 
 
 def test_a_conversation_that_is_not_continued_shows_both_texts() -> None:
+    renamed = CHATML.replace("{{ m.role }}", "{{ 'model' if m.role == 'assistant' else m.role }}")
+    for reply in ("b", ""):
+        message = error(row([user("hi"), model(reply)]), encoder(renamed))
+        assert "prompt:" in message
+        assert "conversation:" in message
+
+
+def test_history_that_is_rewritten_leaves_the_turn_as_it_is() -> None:
     for change in (
         ("{% for", "{{ messages|length }}{% for"),
         ("<|im_end|>\n", "{{ '<|im_end|>' if not loop.last }}\n"),
     ):
-        message = error(row([user("hi"), model("", tool_calls=[])]), encoder(CHATML.replace(*change)))
-        assert "prompt:" in message
-        assert "conversation:" in message
+        made = encoder(CHATML.replace(*change))
+        (text,) = shown(encoded(row([user("hi"), model("yes")]), made), made.tokenizer)
+        assert text.endswith("<|im_start|>assistant\n⟦yes<|im_end|>⟧")
 
 
 @pytest.mark.parametrize(
@@ -491,6 +500,7 @@ BOMBS = {
 def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
     monkeypatch.setattr(sandbox, "MEMORY", 200 << 20)
+    monkeypatch.setattr(sandbox, "_own_process", True)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
@@ -513,7 +523,7 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data import sandbox\nsandbox.LAST = 0.5\n"
+        "import sys; from sftx.data import sandbox\nsandbox.LAST = 0.5\nsandbox.limit_this_process()\n"
         "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]
@@ -542,29 +552,27 @@ def test_a_long_dialogue_costs_one_rendering(template: str, sequences: int, monk
         characters.append(sum(map(len, texts)))
         return batch(texts, **options)
 
-    monkeypatch.setattr("sftx.data.template.run_template", counted_run)
+    monkeypatch.setattr("sftx.data.chat.renderer.run_template", counted_run)
     monkeypatch.setattr(made.tokenizer, "encode_batch", counted_batch)
     assert len(encoded(row(talk), made).examples) == sequences
     assert len(renderings) == 1
     assert sum(characters) < 1.5 * sum(len(m["content"]) + 40 for m in talk)
 
 
-def test_the_shortcut_is_given_up_where_it_would_be_wrong() -> None:
-    # The template looks at the content in a way no probe can foresee: the sample notices.
+def turn_by_turn(made: Encoder) -> Encoder:
+    """The same encoder, which never takes a conversation apart from one rendering."""
+    made._skeletons = dict.fromkeys([(template, "") for template in made._templates.values()])
+    return made
+
+
+def test_a_skeleton_is_not_used_where_it_would_be_wrong() -> None:
+    # The template looks at the content in a way no probe can foresee: the text of the row tells.
     template = CHATML.replace("{{ m.role }}\n", "{{ m.role }}{{ '!' if 'dog' in messages[-1].content }}\n")
     talk = [user("dog?"), model("yes"), user("a"), model("the dog")]
-    made = encoder(template)
-    made._short = 63  # the next row is compared
-    result = made.encode([row(talk)])[0]
-    fresh = encoder(template)
-    fresh._shortcuts = dict.fromkeys(fresh._templates.values())
-    expected = fresh.encode([row(talk)])[0]
-    assert (
-        str(result) == str(expected)
-        if isinstance(expected, RowError)
-        else [example.ids.tolist() for example in expected.examples]
-        == [example.ids.tolist() for example in result.examples]
-    )  # type: ignore[union-attr]
+    results = [made.encode([row(talk)])[0] for made in (encoder(template), turn_by_turn(encoder(template)))]
+    assert [str(result) for result in results if isinstance(result, RowError)] in ([], [str(results[0])] * 2)
+    shown_ids = [[e.ids.tolist() for e in result.examples] for result in results if isinstance(result, Encoded)]
+    assert shown_ids[:1] == shown_ids[1:]
 
 
 def _runs(weights: Any) -> list[tuple[int, int]]:

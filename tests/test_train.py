@@ -216,6 +216,21 @@ def test_numbers_that_are_not_finite_are_never_applied_and_stop_the_run(model: s
         sftx.train(**settings(str(tmp_path / "poisoned"), tmp_path / "other"))
 
 
+def test_bad_steps_that_are_not_in_a_row_are_skipped_for_ever(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, number = loop.train_step, itertools.count(1)
+
+    def poisoned(loss: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
+        bad = next(number) % 2 == 0
+        packs = [replace(pack, weight=pack.weight * float("nan")) for pack in packs] if bad else packs
+        return train_step(loss, optimizer, packs, *rest)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    result = sftx.train(**settings(model, tmp_path / "run", optim={"max_bad_steps": 1}))
+    assert [loss is None for loss in losses(result.folder)] == [False, True] * 5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -176,7 +176,7 @@ def test_a_second_run_begins_its_record_anew_and_deletes_nothing_else(model: str
 
 def test_continuing_keeps_the_earlier_metrics(model: str, tmp_path: Path) -> None:
     sections = {"total_steps": 4, "batch_size": 2, "checkpoint_interval": 2, "eval_interval": 2}
-    metric = {"metric_fn": lambda **_: {"m": [1.0]}}
+    metric: dict[str, Any] = {"metric_fn": lambda **_: {"m": [1.0]}}
     trlx.train(samples=SAMPLES, config=config(model, tmp_path, train=sections), **metric)
     lines = (tmp_path / "sftx" / "metrics.jsonl").read_text().splitlines()
     before = json.loads((tmp_path / "sftx" / "run.json").read_text())["eval_before"]

@@ -109,6 +109,8 @@ class Data(Section):
     """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
     forced_opening: Literal["close", "error"] = "close"
     """For templates whose prompt opens a thought that the row lacks: close it as the template does, or refuse."""
+    lost_reasoning: Literal["note", "error"] = "note"
+    """Reasoning of a turn that the template does not write: the row is trained without it and counted, or refused."""
     special_tokens: Literal["escape", "allow"] = "escape"
     """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
     cache: str | None = None

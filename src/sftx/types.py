@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.printable import printable
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 ONE_EACH = "one sequence per turn"
@@ -18,7 +20,13 @@ ONE_EACH = "one sequence per turn"
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: shown as one message, without a traceback, exit code 2."""
+    """A mistake in the user's input: shown as one message, without a traceback, exit code 2.
+
+    What a terminal would obey in the message is written as an escape.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RowError(UserError):
@@ -177,7 +185,8 @@ class Ledger:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one optimiser step did. `seconds` is wall time; `memory` is bytes.
+    """What one optimiser step did. `seconds` is wall time; `memory` is bytes; `seconds_left` is what the steps that are
+    left will take at the speed of the latest, None after the first.
 
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
     `eval` are always plain.
@@ -203,6 +212,7 @@ class StepRecord:
     total_tokens: int
     total_targets: int
     eval: dict[str, float] | None = None
+    seconds_left: float | None = None
 
 
 def untrained(num_steps: int) -> StepRecord:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security")
+GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security", "folders", "lengths")
 TESTS = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-m", "scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
@@ -100,7 +100,7 @@ def environment(**more: str) -> dict[str, str]:
 def run_apart(one: Check) -> Outcome:
     """Run a check in a process of its own; kill it and all that it started when its time is over."""
     mark = f"{os.getpid()}.{one.number}.{time.monotonic_ns()}"
-    began, used = time.monotonic(), _used()
+    began, before = time.monotonic(), used()
     process = subprocess.Popen(
         [*PROGRAM, f"here={one.number}"],
         stdout=subprocess.PIPE,
@@ -123,7 +123,7 @@ def run_apart(one: Check) -> Outcome:
     process.wait()
     if left := sweep(mark):
         answer = {"passed": False, "found": f"{answer['found']}; {left} processes were left running"}
-    return Outcome(one.number, one.name, **answer, seconds=time.monotonic() - began, cpu_seconds=_used() - used)
+    return Outcome(one.number, one.name, **answer, seconds=time.monotonic() - began, cpu_seconds=used() - before)
 
 
 def sweep(mark: str) -> int:
@@ -140,6 +140,7 @@ def sweep(mark: str) -> int:
     return left
 
 
-def _used() -> float:
+def used() -> float:
+    """CPU-seconds of all children of this process that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

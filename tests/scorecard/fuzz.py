@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from scorecard.frame import expect
+from scorecard.good_rows import GOOD
 from sftx.config import Data
 from sftx.data.convert import convert
 from sftx.data.encode_worker import encode_block
@@ -22,17 +23,6 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError, UserError
 
 SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
-USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-GOOD: dict[str, Any] = {
-    "text": {"text": "some text"},
-    "pairs": {"prompt": "p", "completion": "c"},
-    "dialogue": ["p", "o", "p", "o"],
-    "messages": {"messages": [USER, ANSWER, USER, ANSWER], "tools": []},
-    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-    "alpaca": {"instruction": "do", "input": "", "output": "done"},
-    "segments": {"segments": [{"text": "a", "weight": 0}, {"text": "b", "weight": 0.5}]},
-    "tokens": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-}
 TEXT = some.text(max_size=12) | some.sampled_from(["<|end|>", "<eos>", "<|user|>", "{{ x }}", "\ud800", "\0", "é" * 3])
 VALUES = some.recursive(
     some.none() | some.booleans() | some.integers(-9, 2**70) | some.floats() | TEXT,

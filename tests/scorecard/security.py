@@ -18,7 +18,7 @@ import tiny
 import torch
 
 import sftx
-from scorecard import fuzz
+from scorecard import good_rows
 from scorecard.frame import check, expect
 from scorecard.inputs import Reader
 from scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
@@ -153,8 +153,9 @@ BOMBS = {
 @check(29, "Templates and paths", limit=420)
 def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the data."""
+    sandbox.limit_this_process()
     reader = Reader(folder)
-    rows = write_rows(folder / "rows.jsonl", [fuzz.GOOD["messages"]])
+    rows = write_rows(folder / "rows.jsonl", [good_rows.GOOD["messages"]])
     slowest = 0.0
     for name, source in {**ESCAPES, **BOMBS}.items():
         path = folder / f"{name}.jinja"
@@ -191,17 +192,23 @@ def templates(folder: Path) -> str:
 
 def bombs_in_runs(folder: Path) -> None:
     """A bomb that one row sets off costs that row alone; an operation that cannot be interrupted ends the process."""
-    row = {"messages": [{"role": "user", "content": "set it off"}, fuzz.ANSWER]}
-    rows = write_rows(folder / "one.jsonl", [fuzz.GOOD["messages"], row, fuzz.GOOD["messages"]])
+    row = {"messages": [{"role": "user", "content": "set it off"}, good_rows.ANSWER]}
+    rows = write_rows(folder / "one.jsonl", [good_rows.GOOD["messages"], row, good_rows.GOOD["messages"]])
     bomb = "{% if 'off' in messages[0].content %}" + BOMBS["nested range"] + "{% endif %}"
     endless = SHARED + "{% set a = n.t %}" + SHARED.replace("'long'", "'l' ~ 'ong'") + "{{ a == n.t }}"
     config = settings(folder, "one", dropout=0.0, batch={"steps": 1, "examples_per_step": 2})
     for name, source, code in (("one", bomb, 0), ("endless", endless, -signal.SIGVTALRM)):
         (folder / f"{name}.jinja").write_text(source + tiny.CHAT_TEMPLATE)
         config["data"] |= {"train": rows, "template": str(folder / f"{name}.jinja"), "on_bad_row": "skip"}
-        text = run(config, lambda: setattr(sandbox, "LAST", 15.0), code=code)
+        text = run(config, lambda: _limited(15.0), code=code)
         told = "read 3 rows = trained 2 + split 0 + dropped 1" if not code else 'File "<template>"'
         expect(told in text, f"{name}: {text[-300:]}")
+
+
+def _limited(last: float) -> None:
+    """Limit this process as the command line limits its own."""
+    sandbox.LAST = last
+    sandbox.limit_this_process()
 
 
 def listening() -> list[str]:

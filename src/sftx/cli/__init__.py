@@ -1,9 +1,10 @@
 """The command line: `sftx VERB [file.yaml] key=value ...`.
 
-Every verb is one module of this package, imported when it is called. It has `run`; it may have `EXTRA`, the keys it
-takes besides the settings of a run (their values stay text), and `DEFAULTS`, overrides such as `output=unused` for
-settings that this verb can do without. A verb whose `run` takes no `config` reads no settings at all; one that takes
-`path` is given the argument without `=`.
+Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes besides the settings of
+a run (their values stay text), and `DEFAULTS`, overrides such as `output=unused` for settings that this verb can do
+without; both are literals, read from the file. A verb whose `run` takes no `config` reads no settings at all; one that
+takes `path` is given the argument without `=`. A module is imported last, after mistakes in the settings were named and
+a first line was shown: it may bring torch along, which takes seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NamedTuple
 
 from sftx import __version__
+from sftx.printable import printable
 from sftx.types import UserError
 
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
@@ -27,9 +29,10 @@ _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130 interrupted."""
+    own_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, own_process)
     except UserError as error:
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(2)  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        print(f"error: {error}; mend that, then run the same command to continue", file=sys.stderr)
+        print(f"error: {printable(str(error))}; mend that, then run the same command to continue", file=sys.stderr)
         return 2
 
 
@@ -57,7 +60,7 @@ def verbs() -> dict[str, str]:
     return found
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], own_process: bool) -> int:
     match arguments:
         case [] | ["-h" | "--help" | "help"]:
             print(_overview())
@@ -70,28 +73,67 @@ def _dispatch(arguments: list[str]) -> int:
             hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(verbs())}"
             raise UserError(f"no verb {verb!r}; {hint}\n{_USAGE}")
     verb, *rest = arguments
-    module = import_module(f"sftx.cli.{verb}")
     if "-h" in rest or "--help" in rest:
-        print(_verb_help(verb, module))
+        print(_verb_help(verb, declared(verb)))
         return 0
-    return _call(verb, module, rest)
+    return _call(verb, rest, own_process)
 
 
-def _call(verb: str, module: ModuleType, arguments: list[str]) -> int:
-    extra_keys: dict[str, str] = vars(module).get("EXTRA", {})
-    path, overrides, extra = _split(verb, arguments, extra_keys)
-    takes = signature(module.run).parameters
-    if "config" not in takes:
-        if path is not None and "path" in takes:
+class Declared(NamedTuple):
+    """What a verb says of itself."""
+
+    doc: str
+    extra: dict[str, str]
+    defaults: tuple[str, ...]
+    takes: tuple[str, ...]  # parameters of its `run`
+
+
+def declared(verb: str) -> Declared:
+    """What the module of a verb says, read from its file without importing it."""
+    if module := sys.modules.get(f"sftx.cli.{verb}"):
+        known = vars(module)
+        takes = tuple(signature(module.run).parameters)
+        return Declared((module.__doc__ or "").strip(), known.get("EXTRA", {}), tuple(known.get("DEFAULTS", ())), takes)
+    tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    takes: tuple[str, ...] = ()
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="EXTRA" | "DEFAULTS" as name)]):
+                found[name] = ast.literal_eval(node.value)
+            case ast.FunctionDef(name="run"):
+                takes = tuple(argument.arg for argument in node.args.args)
+    return Declared(ast.get_docstring(tree) or "", found.get("EXTRA", {}), found.get("DEFAULTS", ()), takes)
+
+
+def _call(verb: str, arguments: list[str], own_process: bool) -> int:
+    told = declared(verb)
+    path, overrides, extra = _split(verb, arguments, told.extra)
+    if "config" not in told.takes:
+        if path is not None and "path" in told.takes:
             extra, path = {**extra, "path": path}, None
         if path is not None or overrides:
-            known = ", ".join(f"{key}=..." for key in extra_keys) or "nothing"
+            known = ", ".join(f"{key}=..." for key in told.extra) or "nothing"
             raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}")
-        return module.run(**extra)
+        _sign_of_life(verb, arguments)
+        return import_module(f"sftx.cli.{verb}").run(**extra)
 
+    from sftx.data.sandbox import limit_this_process
     from sftx.settings import load_config
 
-    return module.run(load_config(path, overrides, vars(module).get("DEFAULTS", ())), **extra)
+    if own_process:
+        limit_this_process()
+    config = load_config(path, overrides, told.defaults)
+    if config.runtime.progress:
+        _sign_of_life(verb, arguments)
+    return import_module(f"sftx.cli.{verb}").run(config, **extra)
+
+
+def _sign_of_life(verb: str, arguments: list[str]) -> None:
+    """One line at once, on stderr, before anything that takes seconds; of the processes of torchrun none says it."""
+    if verb != "schema" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        shown = [argument if argument.isprintable() else ascii(argument) for argument in arguments]
+        print("start    sftx", verb, *shown, file=sys.stderr, flush=True)
 
 
 def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple[str | None, list[str], dict[str, str]]:
@@ -129,19 +171,18 @@ def _overview() -> str:
     )
 
 
-def _verb_help(verb: str, module: ModuleType) -> str:
+def _verb_help(verb: str, told: Declared) -> str:
     """The verb's docstring, its own keys, and every setting if it reads settings."""
     from textwrap import fill
 
     def entry(key: str, *texts: str) -> list[str]:
         return [f"  {key}", *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts)]
 
-    takes = signature(module.run).parameters
-    where = "[file.yaml] " if "config" in takes else "PATH " if "path" in takes else ""
-    lines = [f"usage: sftx {verb} {where}[key=value ...]", "", (module.__doc__ or "").strip(), ""]
-    for key, meaning in vars(module).get("EXTRA", {}).items():
+    where = "[file.yaml] " if "config" in told.takes else "PATH " if "path" in told.takes else ""
+    lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]
+    for key, meaning in told.extra.items():
         lines += entry(f"{key}=...", meaning)
-    if "config" in takes:
+    if "config" in told.takes:
         from sftx.schema import doc, in_words, settings
 
         lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sftx.printable import printable
 from sftx.training.export import Allowed, clear_leftovers, export
 from sftx.types import UserError
 
@@ -50,5 +51,5 @@ def run(
         raise UserError(f"sftx export: {target} exists and is not overwritten; choose another with to=")
     allowed = Allowed(trust_remote_code == "true", model, tokenizer, adapter, template)
     moved, rounded = export(folder, target, dtype, step, allowed)
-    print(f"{target}: logits moved by {moved:.1e} of the largest in merging, {rounded:.1e} as stored")
+    print(f"{printable(str(target))}: logits moved by {moved:.1e} of the largest in merging, {rounded:.1e} as stored")
     return 0

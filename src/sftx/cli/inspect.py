@@ -23,6 +23,7 @@ from sftx.data.encode import load_corpora
 from sftx.data.plan import plan_of
 from sftx.data.render import Encoder
 from sftx.data.view import View, raw_tables, view, views_of_rows
+from sftx.printable import printable
 from sftx.track.record import Run
 from sftx.types import UserError
 
@@ -40,7 +41,7 @@ TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so tha
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
-VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 155: "␛"}
+VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 127: "␡", 155: "␛"}
 
 
 def run(
@@ -81,7 +82,7 @@ def run(
     if html:
         assert corpus is not None
         write_page(html, config, corpus, encoder, views)
-        console.print(f"page written to {html}")
+        console.print(f"page written to {printable(html)}", markup=False)
     return 0
 
 
@@ -112,6 +113,7 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     """The lines of one example, at most `width` cells wide, each with the position of its first token."""
     note = f" · {shown.note}" if shown.note else ""
     head = f"── {shown.place} · example {shown.part + 1} of its row{note} "
+    head = printable(head)
     yield Text(head + "─" * max(width - cell_len(head), 0), style="bold")
     line = Text("     0 │ ")
     for position, (piece, style) in enumerate(_pieces(shown, colour)):
@@ -124,7 +126,7 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     legend = r"; \ = text that spells a special token (data.special_tokens: escape)" if any(shown.spelled) else ""
     yield Text(f"         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
-        yield Text(f"         a server would send: {shown.prompt!r}", style="italic")
+        yield Text(f"         a server would send: {printable(repr(shown.prompt))}", style="italic")
 
 
 def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
@@ -132,7 +134,7 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
-        text = ("\\" if shown.begins_spelling(i) else "") + text.translate(VISIBLE)
+        text = ("\\" if shown.begins_spelling(i) else "") + printable(text.translate(VISIBLE))
         if not colour and weight != before:
             named = f"{weight:g}:" if weight not in (0, 1) else ""
             text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 
 from sftx.cli._inputs import tokenizer_and_length
 from sftx.cli._output import write_json
 from sftx.config import Config
 from sftx.data.lint import lint
 from sftx.data.render import Encoder
+from sftx.printable import printable
 
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
 DEFAULTS = ("output=unused",)
@@ -30,10 +32,10 @@ def run(config: Config, json: str = "") -> int:
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"
-        console.print(f"{mark} [bold]{finding.check}[/]: {finding.count:,} {finding.message}")
+        console.print(f"{mark} [bold]{finding.check}[/]: {finding.count:,} {escape(printable(finding.message))}")
         for number, place in enumerate(finding.places[:SHOWN]):
             like = f" is like {finding.partners[number]}" if finding.partners else ""
-            console.print(f"        {place}{like}", markup=False)
+            console.print(f"        {printable(place + like)}", markup=False)
         if finding.count > SHOWN:
             console.print(f"        and {finding.count - SHOWN:,} more", style="dim")
     serious = any(finding.serious for finding in findings)

@@ -23,7 +23,9 @@ from sftx.model.adapter import hold, trainable
 from sftx.model.compiled import planned
 from sftx.model.load import PackLoss
 from sftx.model.memory import Rehearsal
+from sftx.model.mixture import describe_adapter
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
+from sftx.printable import printable
 from sftx.training.fit import Load, fit, outline, seconds_of, weigh
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
@@ -60,6 +62,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts = _facts(config, plan, load, loss, at_hand)
         tokens = load.tokens if count == 1 else 0.0
         rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
+        facts["adapter"] = describe_adapter(loss.model)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
         try:
             chosen = fit(config.runtime, rehearsal, load, at_hand)
@@ -72,7 +75,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["refused"] = str(error)
     if gpus:
         facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
-    print("\n".join(_lines(facts, config)))
+    print(printable("\n".join(_lines(facts, config))))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
@@ -133,6 +136,8 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     method = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
     trained, weights = facts["trainable"], facts["weights"]
     yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
+    if facts.get("adapter"):
+        yield f"adapter  {facts['adapter']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
     kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
     yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
@@ -148,7 +153,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         yield from (f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items())
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
     if facts.get("seconds"):
-        yield f"time     about {facts['seconds']:,.0f} s for all steps on this machine"
+        yield f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs on this machine"
     if "gpus_needed" in facts:
         yield f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at least"
     yield from (f"note     {note}" for note in facts.get("notes", []))

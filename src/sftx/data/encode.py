@@ -17,15 +17,17 @@ from pydantic import ValidationError
 
 from sftx.config import Config, Data, Source
 from sftx.data.cache import VERSION, Cache
+from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.corpus import Corpus, Part
 from sftx.data.encode_pool import Job, Progress, encode_jobs
 from sftx.data.mixture import choose, weighted, weighted_held_out
 from sftx.data.oversize import check_size
 from sftx.data.render import DECIDES, Encoder
 from sftx.data.rows import check_names, detect, parse, renamed
-from sftx.data.sources import Table, named_sources, open_tables
+from sftx.data.sources import Table, bad_row, named_sources, open_tables
 from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, write_text
+from sftx.printable import printable
 from sftx.types import Example, RowError, UserError
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ def load_corpora(
         held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
     _check_renamed(data, corpus, held_out)
+    _warn_of_lost_reasoning(corpus, encoder)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
@@ -180,9 +183,8 @@ def _check(corpus: Corpus, data: Data) -> None:
     """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were dropped."""
     bad = [drop for drop in corpus.drops if drop.bad]
     if bad and data.on_bad_row == "stop":
-        more = f"\n({len(bad) - 1:,} more bad rows; " if len(bad) > 1 else "\n("
         place = corpus.origins[bad[0].origin].place(bad[0].line)
-        raise UserError(f"{place}: {bad[0].reason}{more}data.on_bad_row=skip leaves bad rows out and lists them)")
+        raise bad_row(place, bad[0].reason, others=len(bad) - 1)
     for number, (name, ledger) in enumerate(corpus.ledgers.items()):
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
@@ -192,7 +194,22 @@ def _check(corpus: Corpus, data: Data) -> None:
             raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
-            log.warning("warning: %s: %.1f %% of %s rows were dropped%s", name, share, f"{ledger.read:,}", first)
+            lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
+            log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+
+
+def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
+    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a source."""
+    for name, ledger in corpus.ledgers.items():
+        lost = ledger.notes.get(LOST_REASONING, 0)
+        if lost > 0.01 * ledger.read:
+            log.warning(
+                "warning: %s: the chat template leaves out the reasoning of %s of %s rows; %s",
+                name,
+                f"{lost:,}",
+                f"{ledger.read:,}",
+                encoder.how_to_keep_reasoning(),
+            )
 
 
 def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:

@@ -21,6 +21,7 @@ from sftx.data.oversize import AT_ONCE, check_size
 from sftx.data.read import rows_in
 from sftx.data.render import KEPT_AS_TEXT, Encoded, Encoder
 from sftx.data.rows import parse, renamed, unused
+from sftx.data.sandbox import limit_this_process
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import Row, RowError, UserError
 
@@ -120,6 +121,7 @@ def main() -> None:
     import tokenizers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    limit_this_process()
     setup = json.loads(sys.stdin.readline())
     state = setup["tokenizer"]
     backend = tokenizers.Tokenizer.from_file(state["path"])

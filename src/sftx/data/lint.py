@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sftx.config import Config, Data
 from sftx.data.arguments import INVENTED, calls_of, parameters
+from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.corpus import Corpus
 from sftx.data.encode import load_corpora
 from sftx.data.length import runs
@@ -103,8 +104,13 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     columns = corpus.columns
     last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
     empty, single, endless = [], [], []
+    thoughtless: dict[int, None] = {}  # the first example of each row
+    first = 0
     for index in range(len(corpus)):
         example = corpus.example(index)
+        first = index if example.part == 0 else first
+        if LOST_REASONING in example.note:
+            thoughtless[first] = None
         for start, stop in runs(example.weights):
             ends = int(example.ids[stop - 1]) in stops
             content = int((~is_special[example.ids[start:stop]]).sum())
@@ -121,7 +127,11 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
     split = np.flatnonzero((columns.split != 0) & (columns.part == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
+    reasoning = "rows whose reasoning the template leaves out"
+    if thoughtless:
+        reasoning += f"; {encoder.how_to_keep_reasoning()}"
     return [
+        _finding("lost reasoning", True, reasoning, thoughtless, place),
         _finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
         _finding("endless outputs", True, "outputs that do not end in a stop token", endless, place),
         _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),

@@ -1,7 +1,7 @@
 """Rows become weighted tokens: the trained tokens of a turn are exactly what the model must produce when served.
 
 `Encoder.encode` takes rows in batches, so that all their text is tokenised in one call. Every kind of row first becomes
-scripts (texts with weights), then token sequences, then examples of at most `max_length` tokens.
+texts with weights, then token sequences, then examples of at most `max_length` tokens.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from typing import Literal
 import numpy as np
 
 from sftx.config import Data
-from sftx.data.conversation import Conversation, conversation_of, marked, spells
+from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
+from sftx.data.chat.skeleton import Skeleton, learn_skeleton
+from sftx.data.chat.spans import APART, SpanTokenizer, TextSequence, text_sequences
+from sftx.data.chat.turns import ChatTemplate, Turn
 from sftx.data.length import Fitted, TokenSequence, fit, runs
 from sftx.data.sandbox import watched
-from sftx.data.script import APART, Script, Tokeniser, scripts_of
-from sftx.data.shortcut import Shortcut, learn_shortcut
 from sftx.data.shorten import shorten
-from sftx.data.template import ChatTemplate, Turn
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import ONE_EACH, Example, Row, RowError, UserError
 
-DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens")
+DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens", "lost_reasoning")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
-VERSION = 4  # raise it when the same rows and settings become other tokens
-_SAMPLE = 64  # of every so many rows that take the shortcut, two turns are also rendered the long way, and compared
-_KINDS = 16  # so many kinds of rows, by their template and its settings, may have a shortcut each
+VERSION = 5  # raise it when the same rows and settings become other tokens
+_KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
 
 
 @dataclass(slots=True)
@@ -52,9 +51,9 @@ class Encoded:
 
 @dataclass(slots=True)
 class _Plan:
-    """A row on its way: its scripts, or its tokens if it came with them, and what was done to it."""
+    """A row on its way: its texts, or its tokens if it came with them, and what was done to it."""
 
-    scripts: list[Script] = field(default_factory=list)
+    texts: list[TextSequence] = field(default_factory=list)
     tokens: TokenSequence | None = None
     notes: list[str] = field(default_factory=list)
     shorten: Callable[[list[TokenSequence]], list[Fitted]] | None = None  # cuts a conversation between its turns
@@ -73,13 +72,12 @@ class Encoder:
         self.data = data
         self.max_length = max_length
         self._templates = {
-            name: ChatTemplate(source, tokenizer, data.forced_opening, label)
+            name: ChatTemplate(source, tokenizer, data.forced_opening, label, data.lost_reasoning)
             for name, (source, label) in _resolve_template(data.template, tokenizer).items()
         }
         self._escape = data.special_tokens == "escape"
-        self._tokeniser = Tokeniser(tokenizer, self._escape)
-        self._shortcuts: dict[tuple[ChatTemplate, str], Shortcut | None] = {}
-        self._short = 0
+        self._spans = SpanTokenizer(tokenizer, self._escape)
+        self._skeletons: dict[tuple[ChatTemplate, str], Skeleton | None] = {}
 
     @property
     def chat_template(self) -> str | None:
@@ -113,12 +111,9 @@ class Encoder:
     def encode(self, rows: Sequence[Row]) -> list[Encoded | RowError]:
         """One result for each row, in order. A bad row gives its `RowError` and leaves the others alone."""
         with watched():
-            try:
-                plans = [self._plan(row) for row in rows]
-            except _ShortcutFails:  # it is off now: all rows of the batch take the long way
-                plans = [self._plan(row) for row in rows]
-        scripts = [plan.scripts for plan in plans if isinstance(plan, _Plan)]
-        sequences = iter(self._tokeniser.sequences(scripts))
+            plans = [self._plan(row) for row in rows]
+        texts = [plan.texts for plan in plans if isinstance(plan, _Plan)]
+        sequences = iter(self._spans.sequences(texts))
         return [plan if isinstance(plan, RowError) else self._finish(plan, next(sequences)) for plan in plans]
 
     def served_prompt(self, row: Row, turn: int) -> str:
@@ -142,6 +137,11 @@ class Encoder:
             "(turns joined as they are, EOS after the last)"
         )
 
+    def how_to_keep_reasoning(self) -> str:
+        """What to do where the template leaves out the reasoning of turns."""
+        with watched():
+            return self._templates["default"].how_to_keep_thoughts()
+
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
         return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
@@ -155,7 +155,8 @@ class Encoder:
                 case "text":
                     return _Plan([self._text(row.text)], notes=idle)
                 case "segments":
-                    return _Plan([Script([(part.text, part.weight) for part in row.phrases], alone=True)], notes=idle)
+                    chunks = [(part.text, part.weight) for part in row.phrases]
+                    return _Plan([TextSequence(chunks, alone=True)], notes=idle)
                 case "tokens":
                     return _Plan(tokens=self._tokens(row), notes=idle)
             conversation = conversation_of(row, self.data.train_on)
@@ -173,12 +174,12 @@ class Encoder:
         except RecursionError:
             return RowError("the row is nested too deeply")
 
-    def _text(self, text: str) -> Script:
+    def _text(self, text: str) -> TextSequence:
         """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor escaped."""
         bos, eos = (self.tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
         begins = self.tokenizer.adds_bos or (bool(bos) and text.startswith(bos))
         text = text.removeprefix(bos).removesuffix(eos)
-        return Script([(text, 1.0)], eos=True, alone=True, bos=begins, context=1)
+        return TextSequence([(text, 1.0)], eos=True, alone=True, bos=begins, context=1)
 
     def _tokens(self, row: Row) -> TokenSequence:
         ids, size = np.array(row.ids, dtype=np.int64), self.tokenizer.vocab_size
@@ -199,7 +200,7 @@ class Encoder:
         chunks = [(m["content"], w) for m, w in zip(conversation.messages, conversation.weights, strict=True)]
         text, weight = chunks[last]
         chunks[last] = (text.removesuffix(self.tokenizer.special.get("eos_token", "")), weight)
-        return _Plan([Script(chunks[: last + 1], eos=True, alone=True, bos=None)])
+        return _Plan([TextSequence(chunks[: last + 1], eos=True, alone=True, bos=None)])
 
     def _rendered(self, conversation: Conversation) -> _Plan:
         mark, notes = "", []
@@ -207,38 +208,30 @@ class Encoder:
             conversation, mark = marked(conversation, self.tokenizer.control)
             notes.append(KEPT_AS_TEXT)
         turns = self._turns(conversation)
-        scripts = scripts_of(turns, [conversation.weights[t] for t in conversation.trained], mark)
-        if len(scripts) > 1:
+        texts = text_sequences(turns, [conversation.weights[t] for t in conversation.trained], mark)
+        if len(texts) > 1:
             notes.append(ONE_EACH)
-        return _Plan(scripts, notes=notes + sorted({turn.note for turn in turns if turn.note}))
+        done = {note for turn in turns if turn.note for note in turn.note.split("; ")}
+        return _Plan(texts, notes=notes + sorted(done))
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
+        """The trained turns: from one rendering where the template's skeleton fits the row, else one by one."""
         template = self.template(conversation.tools is not None)
         kind = template, json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else ""
-        if kind not in self._shortcuts:
-            few = len(self._shortcuts) < _KINDS
-            self._shortcuts[kind] = learn_shortcut(template, conversation.kwargs) if few else None
-        shortcut, trained = self._shortcuts[kind], conversation.trained
-        turns = shortcut.turns(template, conversation) if shortcut else None
+        if kind not in self._skeletons:
+            few = len(self._skeletons) < _KINDS
+            self._skeletons[kind] = learn_skeleton(template, self.tokenizer, conversation.kwargs) if few else None
+        skeleton = self._skeletons[kind]
+        turns = skeleton.turns(template, conversation) if skeleton else None
         if turns is None:
-            return [template.turn(conversation, t) for t in trained]
-        self._short += 1
-        if self._short % _SAMPLE == 1:  # the last turn, and each of the others once in a while
-            for i in (-1, self._short // _SAMPLE % len(trained)):
-                if turns[i] != template.turn(conversation, trained[i]):
-                    self._shortcuts[kind] = None
-                    raise _ShortcutFails
+            return [template.turn(conversation, t) for t in conversation.trained]
         return turns
 
     def _shortened(
         self, conversation: Conversation, render: Callable[[Conversation], _Plan], sequences: list[TokenSequence]
     ) -> list[Fitted]:
         def again(shorter: Conversation) -> list[TokenSequence]:
-            try:
-                plan = render(shorter)
-            except _ShortcutFails:  # it is off now
-                plan = render(shorter)
-            return self._tokeniser.sequences([plan.scripts])[0]
+            return self._spans.sequences([render(shorter).texts])[0]
 
         def count(texts: Sequence[str]) -> list[int]:
             return [len(ids) for ids in self.tokenizer.encode_batch(texts)]
@@ -278,10 +271,6 @@ class Encoder:
         elif encoded.tokens_truncated:
             encoded.reason = f"{longest:,} tokens cut to data.max_length {self.max_length:,}"
         return encoded
-
-
-class _ShortcutFails(Exception):
-    """A sampled row was rendered otherwise by the shortcut and the long way."""
 
 
 def bundled_templates() -> list[str]:

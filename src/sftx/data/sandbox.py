@@ -2,9 +2,10 @@
 
 The environment renders as the one in transformers does, to the letter. A template cannot reach Python, files or the
 network (jinja2's immutable sandbox). Its limits cost ordinary rendering nothing: a watchdog thread interrupts the
-series of small operations that most templates are. What it cannot interrupt is one large operation (`'x' * 10**10`, the
-text of a list that holds itself many times over). For these the system refuses memory beyond `MEMORY` while templates
-run, and ends the process, which shows its stacks, after `LAST` seconds.
+series of small operations that most templates are. What it cannot interrupt is one large operation (the text of a list
+that holds itself many times over). For these the system refuses memory beyond `MEMORY` while templates run, and ends
+the process, which shows its stacks, after `LAST` seconds. Such limits are of the whole process: they act only in
+processes of our own (`limit_this_process`), never in one that calls the library and does other things beside it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ BITS = 1_000_000  # of a whole number: multiplying longer ones cannot be interru
 TOO_LATE = f"it ran longer than {SECONDS:g} s of processor time"
 TOO_LARGE = f"it took more than {MEMORY >> 20:,} MiB of memory"
 _UNLIMITED = resource.getrlimit(resource.RLIMIT_DATA)
+_own_process = False
+
+
+def limit_this_process() -> None:
+    """Say that this process is ours: templates run under limits of memory and time that act on all of it."""
+    global _own_process
+    _own_process = True
 
 
 class LimitError(TemplateError):
@@ -229,19 +237,26 @@ class _Watch(threading.Thread):
         self.started: float | None = None
         self.fired = False
         self.reason = ""
+        self.clock = time.pthread_getcpuclockid(self.target) if hasattr(time, "pthread_getcpuclockid") else None
+
+    def spent(self) -> float:
+        """Seconds of processor time of the rendering thread; of the whole process where threads are not told apart."""
+        return time.process_time() if self.clock is None else time.clock_gettime(self.clock)
 
     def run(self) -> None:
         seen, memory, began = None, 0, 0.0
         while not self.done.wait(0.02):
-            signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
+            if _own_process:
+                signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
             with self.guard:
                 if self.started is None or self.fired:
                     continue
                 if seen != self.started:  # a new rendering since the last look
-                    seen, memory, began = self.started, _memory(), time.process_time()
+                    seen, memory, began = self.started, _memory(), self.spent()
                     continue
-                is_late = time.process_time() - began > SECONDS
-                if is_late or _memory() - memory > MEMORY:
+                is_late = self.spent() - began > SECONDS
+                is_large = _own_process and _memory() - memory > MEMORY
+                if is_late or is_large:
                     self.fired, self.reason = True, TOO_LATE if is_late else TOO_LARGE
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
@@ -273,12 +288,27 @@ _local = threading.local()  # .watch: the watchdog of this thread, if one is on 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, every `run_template` of this thread is interrupted when it runs too long or takes too much memory."""
+    """Inside, every `run_template` of this thread is interrupted when it runs too long or, in a process of our own,
+    takes too much memory."""
     if getattr(_local, "watch", None) is not None:
         yield
         return
     watch = _local.watch = _Watch()
     watch.start()
+    try:
+        with _process_limits() if _own_process else nullcontext():
+            yield
+    finally:
+        watch.done.set()
+        watch.join()
+        if _own_process:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _local.watch = None
+
+
+@contextmanager
+def _process_limits() -> Iterator[None]:
+    """Inside, the process gets no more than `MEMORY` further bytes, and is ended by an operation longer than `LAST`."""
     signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
     if sys.__stderr__ is not None:  # the stacks, and then what the signal does by default
         faulthandler.register(signal.SIGVTALRM, sys.__stderr__, chain=True)
@@ -288,10 +318,6 @@ def watched() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, _UNLIMITED)
-        watch.done.set()
-        watch.join()
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _local.watch = None
 
 
 def _memory(of_data: bool = False) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sftx.data.conversation import REASONING, Conversation
+from sftx.data.chat.conversation import REASONING, Conversation
 from sftx.data.length import Fitted, TokenSequence, fit
 from sftx.types import RowError
 

@@ -147,20 +147,26 @@ def _cut(table: Table, data: Data, scratch: Path) -> Table:
     return table
 
 
+def bad_row(place: str, reason: str, others: int = 0) -> UserError:
+    """The error of a bad row: its place and what is wrong with it lead, what to do about bad rows follows."""
+    more = f"{others:,} more bad rows; " if others else ""
+    return UserError(f"{place}: {reason}\n({more}data.on_bad_row=skip leaves bad rows out and lists them)")
+
+
 def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     """The format of the first row (of the first good one, if bad rows are skipped)."""
-    first = ""
+    first: UserError | None = None
     for line, _, value in table.rows(scratch):
         try:
             if isinstance(value, RowError):
                 raise value
             return detect(value)
         except RowError as error:
-            first = first or f"{table.origin.place(line)}: {error}"
             if not skip:
-                break
+                raise bad_row(table.origin.place(line), str(error)) from None
+            first = first or UserError(f"{table.origin.place(line)}: {error}")
     if first:
-        raise UserError(first)
+        raise first
     return "text"  # no rows at all
 
 

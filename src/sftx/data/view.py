@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from sftx.config import Config
 from sftx.data.cache import Cache
+from sftx.data.oversize import check_size
 from sftx.data.render import Encoder
 from sftx.data.rows import parse
 from sftx.data.sources import Table, named_sources, open_tables
@@ -133,8 +134,14 @@ def views_of_rows(
     views: list[View] = []
     for number, row in found:
         place = table.origin.place(number)
-        encoded = row if isinstance(row, RowError) else encoder.encode([row])[0]
-        if isinstance(encoded, RowError) or isinstance(row, RowError):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            check_size(row, encoder.tokenizer)
+        except RowError as error:
+            raise UserError(f"{place}: {error}") from None
+        encoded = encoder.encode([row])[0]
+        if isinstance(encoded, RowError):
             raise UserError(f"{place}: {encoded}")
         if not encoded.examples:
             raise UserError(f"{place}: the row is dropped: {encoded.reason}")

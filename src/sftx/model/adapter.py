@@ -13,12 +13,13 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from peft.utils.save_and_load import load_peft_weights
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.boundary import boundary
 from sftx.config import Adapter
-from sftx.model import lora
+from sftx.model import lora, mixture
 from sftx.model.recompute import decoder_layers
 from sftx.model_config import read_json
 from sftx.types import UserError
@@ -50,23 +51,43 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence
 
 def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None) -> PeftModel:
     torch.manual_seed(seed)
+    routers = mixture.routers(model) if adapter.targets == "all-linear" else []  # who wants them adapted names them
+    linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType] - a float is fine
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
+        exclude_modules=linear or None,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
         trainable_token_indices=rows,
     )
+    if routers:  # peft names those that are parameters itself, among the experts
+        convert_peft_config_for_transformers(config, model, None)
+        named = config.target_parameters or []
+        config.target_parameters = [name for name in named if name.split(".")[0] not in mixture.ROUTERS] or None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # Of experts, whose ranks are set all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             wrapped = get_peft_model(model, config)
     except ValueError as error:
+        if adapter.method == "dora" and mixture.has_joint_experts(model):
+            raise UserError(
+                f"adapter.method: dora cannot adapt the experts of {type(model).__name__}, whose weights are one "
+                "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+            ) from error
         raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
     assert isinstance(wrapped, PeftModel)
+    shared = mixture.shared_adapters(wrapped)
+    if adapter.merge and shared:
+        raise UserError(
+            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several layers; merged, each "
+            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is saved beside the model"
+        )
     return wrapped
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sftx.config import Adapter, Model
 from sftx.model.adapter import attach
+from sftx.model.mixture import describe_adapter
 from sftx.model.tokens import add_rows
 from sftx.types import UserError
 
@@ -20,11 +21,14 @@ def choose_weights(
 ) -> tuple[PeftModel | None, list[str]]:
     """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in; all in place.
 
-    Returns the adapter around the model (None where there is none), and what was done to its rows, in words.
+    Returns the adapter around the model (None where there is none), and what was done, in words.
     """
     notes = add_rows(model, taught, seed)
     freeze(model, settings)
-    return attach(model, adapter, seed, sorted(taught)), notes
+    adapted = attach(model, adapter, seed, sorted(taught))
+    if adapted is not None:
+        notes.append(describe_adapter(model))
+    return adapted, notes
 
 
 def freeze(model: PreTrainedModel, settings: Model) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -89,6 +91,7 @@ class TensorPack:
     label: Tensor  # int64[M]
     weight: Tensor  # float32[M]
     longest: int  # tokens of the longest segment
+    counts: tuple[int, ...]  # targets of each segment
     examples: tuple[int, ...]  # their numbers, by which noise is drawn
 
     def segments(self) -> dict[str, Any]:
@@ -96,6 +99,14 @@ class TensorPack:
         cu_seqlens, longest = self.borders.to(self.ids.device, non_blocking=True), self.longest
         lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         return {**lengths, "max_length_q": longest, "max_length_k": longest, "borders": self.borders}
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
+        """(first token, one past the last, places of its targets in it, which targets they are) of every segment."""
+        first = 0
+        for (a, b), count in zip(itertools.pairwise(self.borders.tolist()), self.counts, strict=True):
+            mine = slice(first, first + count)
+            first += count
+            yield a, b, self.index[mine] - a, mine
 
 
 def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
@@ -111,6 +122,7 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
+    targets_before = np.searchsorted(pack.index, pack.cu_seqlens)
     return TensorPack(
         ids=move(pack.ids, torch.int64),
         positions=move(pack.positions, torch.int64),
@@ -119,6 +131,7 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
         label=move(pack.label, torch.int64),
         weight=move(pack.weight, torch.float32),
         longest=int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()),
+        counts=tuple(np.diff(targets_before).tolist()),
         examples=pack.examples,
     )
 
@@ -198,11 +211,7 @@ class PackLoss(nn.Module):
 
     def logits_one_by_one(self, pack: TensorPack) -> Tensor:
         """Logits [M, V] at `pack.index`, segments one at a time."""
-        parts = []
-        for a, b in itertools.pairwise(pack.borders.tolist()):
-            mine = (pack.index >= a) & (pack.index < b)
-            parts.append(self._logits_alone(pack.ids[a:b])[pack.index[mine] - a])
-        return torch.cat(parts)
+        return torch.cat([self._logits_alone(pack.ids[a:b])[at] for a, b, at, _ in pack.parts()])
 
     def _logits_alone(self, ids: Tensor) -> Tensor:
         """Logits [T, V] of one segment, whatever ran before it."""
@@ -213,15 +222,13 @@ class PackLoss(nn.Module):
     def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
-        for a, b in itertools.pairwise(pack.borders.tolist()):
-            mine = (pack.index >= a) & (pack.index < b)
-            if mine.any() or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
+        for a, b, at, mine in pack.parts():
+            if len(at) or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
-                at, weight = pack.index[mine] - a, pack.weight[mine]
                 logits = self._logits_alone(pack.ids[a:b])[at]
-                total = total + cross_entropy_sum(logits, pack.label[mine], weight, objective)
+                total = total + cross_entropy_sum(logits, pack.label[mine], pack.weight[mine], objective)
                 if objective.router_aux:
-                    total = total + self._balance(torch.tensor([0, b - a]), at, weight)
+                    total = total + self._balance(torch.tensor([0, b - a]), at, pack.weight[mine])
         return total
 
     def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:

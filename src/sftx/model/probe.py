@@ -6,6 +6,7 @@ number of tokens. A probe that ends before it says nothing of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,7 @@ def random_pack(lengths: list[int], vocabulary: int, seed: int = 0) -> TensorPac
     weights[borders[1:] - 1] = 1.0
     weights[borders[:-1]] = 0.0
     label_at = weights.nonzero()[:, 0]
+    inside = torch.bucketize(label_at, borders[1:], right=True)
     return TensorPack(
         ids=ids,
         positions=torch.cat([torch.arange(length) for length in lengths]),
@@ -84,37 +86,30 @@ def random_pack(lengths: list[int], vocabulary: int, seed: int = 0) -> TensorPac
         label=ids[label_at],
         weight=weights[label_at],
         longest=max(lengths),
+        counts=tuple(inside.bincount(minlength=len(lengths)).tolist()),
         examples=(),
     )
 
 
 def part(pack: TensorPack, number: int) -> TensorPack:
     """Segment `number` of a pack, as a pack."""
-    a, b = int(pack.borders[number]), int(pack.borders[number + 1])
-    mine = (pack.index >= a) & (pack.index < b)
-    return TensorPack(
-        ids=pack.ids[a:b],
-        positions=pack.positions[a:b],
-        borders=torch.tensor([0, b - a], dtype=torch.int32),
-        index=pack.index[mine] - a,
-        label=pack.label[mine],
-        weight=pack.weight[mine],
-        longest=b - a,
-        examples=(),
-    )
+    return in_order(pack, [number])
 
 
 def in_order(pack: TensorPack, order: list[int]) -> TensorPack:
     """A pack of segments of `pack`, by their numbers."""
-    parts = [part(pack, number) for number in order]
-    starts = torch.tensor([0, *(one.longest for one in parts)]).cumsum(0)
+    parts = list(pack.parts())
+    chosen = [parts[number] for number in order]
+    lengths = [b - a for a, b, _, _ in chosen]
+    starts = [0, *itertools.accumulate(lengths)]
     return TensorPack(
-        ids=torch.cat([one.ids for one in parts]),
-        positions=torch.cat([one.positions for one in parts]),
-        borders=starts.to(torch.int32),
-        index=torch.cat([one.index + int(start) for one, start in zip(parts, starts, strict=False)]),
-        label=torch.cat([one.label for one in parts]),
-        weight=torch.cat([one.weight for one in parts]),
-        longest=max(one.longest for one in parts),
+        ids=torch.cat([pack.ids[a:b] for a, b, _, _ in chosen]),
+        positions=torch.cat([pack.positions[a:b] for a, b, _, _ in chosen]),
+        borders=torch.tensor(starts, dtype=torch.int32),
+        index=torch.cat([at + start for (_, _, at, _), start in zip(chosen, starts, strict=False)]),
+        label=torch.cat([pack.label[mine] for _, _, _, mine in chosen]),
+        weight=torch.cat([pack.weight[mine] for _, _, _, mine in chosen]),
+        longest=max(lengths),
+        counts=tuple(pack.counts[number] for number in order),
         examples=(),
     )

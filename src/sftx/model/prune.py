@@ -29,6 +29,7 @@ class LastLayer:
         self.rows: Tensor | None = None
         self.tokens = 0
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        layer.register_forward_hook(self._end, always_call=True)
         for name, module in layer.named_modules():
             if name.count(".") < 2 and name.rpartition(".")[2] in ROW_WISE:
                 module.register_forward_pre_hook(self._take)
@@ -37,6 +38,9 @@ class LastLayer:
     def _begin(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rows = kwargs.get("rows_needed")
         self.tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+    def _end(self, *_: Any) -> None:
+        self.rows = None  # a copy of the model, made to predict its memory, must hold no tensor of a pack
 
     def _take(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if self.rows is None else (args[0].index_select(1, self.rows), *args[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def save_model(
         if isinstance(model, PeftModel):
             # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
             model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
+            _sort_sets(temporary / "adapter_config.json", model)
         else:
             if state is None:
                 state = whole_state(model, dtype, trained_only=False)  # tied weights stay one
@@ -86,3 +88,13 @@ def save_model(
             sync(final.parent)
     finally:
         shutil.rmtree(temporary)
+
+
+def _sort_sets(path: Path, model: PeftModel) -> None:
+    """Put what peft holds as a set (the adapted modules) in order: it writes it as it comes, in every process anew."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                told[name] = sorted(value)
+    path.write_text(json.dumps(told, indent=2, sort_keys=True), encoding="utf-8")

@@ -34,7 +34,7 @@ def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> Lo
     own = loss.own_logits(pack).float()
     try:
         raw = head(loss.hidden(pack)[pack.index]).float()
-    except (TypeError, AttributeError):
+    except FOREIGN_ERRORS:  # the model has no backbone that takes segments and returns hidden states
         return None
     if raw.shape != own.shape:
         return None

@@ -23,11 +23,12 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
     attention counts half of each square, 2 s^2 forward and twice that backward per layer and channel (PaLM,
     arXiv:2204.02311, appendix B, with the causal half). Experts count as if all were used.
     """
-    layers, config = decoder_layers(loss.model), loss.model.config.get_text_config()
+    layers = decoder_layers(loss.model)
+    width = bare(loss.model.get_input_embeddings()).weight.shape[-1]
     body = sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2)
     head = bare(loss.model.get_output_embeddings())
     once = sum(p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2)
-    attention = 6 * len(layers) * config.hidden_size * squares
+    attention = 6 * len(layers) * width * squares
     return (
         (body + 2 * once) * tokens + (6 if head.weight.requires_grad else 4) * head.weight.numel() * targets + attention
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sftx import dist
 from sftx.files import make_folder, sync
 from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_facts
+from sftx.printable import printable
 from sftx.track.record import RECORDS
 from sftx.training.background import Background
 from sftx.training.room import numbers, shortage
@@ -172,7 +173,7 @@ def _newest_good(folder: Path) -> Path | None:
     for path in folders(folder):
         if not (problem := _verify(path)):
             return path
-        print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+        print(printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"), file=sys.stderr)
     return None
 
 

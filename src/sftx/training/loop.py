@@ -116,6 +116,7 @@ def _train(config: Config, given: GivenModel | None, run: Run, control: Control)
         else:
             if run.writes:
                 write_settings(run.folder, config)
+            progress.time(job.facts["predicted"]["seconds"])
             _evaluate_first(job, stop, progress)
             for record in _steps(job, stop, control):
                 progress.step(record)

@@ -7,6 +7,7 @@ from itertools import chain
 
 from sftx import dist
 from sftx.training import checkpoint
+from sftx.training.eta import Eta
 from sftx.training.optim import learning_rate
 from sftx.training.prepare import Job
 from sftx.training.step import StepResult
@@ -19,6 +20,7 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.eta = Eta(job.plan)
         job.machine.forget_peak()
         self.restart()
 
@@ -64,6 +66,7 @@ class Meter:
             memory=memory,
             total_tokens=job.total_tokens,
             total_targets=job.total_targets,
+            seconds_left=self.eta.after(step, seconds),
         )
 
     def _stop_if_lost(self, step: int, loss: float, grad_norm: float) -> None:

@@ -1,0 +1,73 @@
+"""Whether the tool calls of a message stand in its output: every one of them, whole, and once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+_TELLING = 10  # characters; shorter arguments may also stand in a text that is no call
+HTML_ESCAPE = re.compile(r"&#\d+;|&(?:quot|amp|lt|gt|apos);")
+
+
+def lost_call(message: dict[str, Any], output: str) -> str:
+    """What is wrong with the calls of `message` in `output`, as in "call 2 of 3 (f) is missing"; "" if nothing is.
+
+    What the content and the thought say too is not taken for a call.
+    """
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    said = [text for text in (message["content"], message.get("reasoning_content", "")) if text and text in output]
+    needed: Counter[str] = Counter()
+    for k, call in enumerate(calls):
+        where = f"call {k + 1} of {len(calls)} ({call['name']})"
+        for text, forms in _parts(call):
+            needed[text] += 1
+            spoken = sum(other.count(text) for other in said)
+            if max(output.count(form) for form in forms) < needed[text] + spoken:
+                return f"{where} is missing or not whole: {text[:80]!r} is not there"
+        whole = json.dumps(call["arguments"], ensure_ascii=False)
+        alike = [other for other in calls if other["arguments"] == call["arguments"]]
+        if len(whole) > _TELLING and output.count(whole) > len(alike):
+            return f"{where} stands there more than once"
+    return ""
+
+
+def _parts(call: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The name and all that the arguments hold, each as text and in the forms that templates write it in."""
+    yield call["name"], (call["name"],)
+    for leaf in _leaves(call["arguments"]):
+        if isinstance(leaf, str):
+            if leaf.strip():
+                yield leaf.strip(), _forms(leaf.strip())
+        else:
+            yield json.dumps(leaf), (json.dumps(leaf), str(leaf))
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """A text as it is, inside JSON, and inside JSON that is a text inside JSON."""
+    inside = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+    if inside == [text, text]:
+        return (text,)
+    return (text, *inside, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in inside))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The keys, texts, numbers and truth values in a value of JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def has_new_escapes(output: str, message: dict[str, Any]) -> bool:
+    """Whether an output holds HTML escapes such as `&#34;` that its message does not have."""
+    if "&" not in output or not HTML_ESCAPE.search(output):
+        return False
+    return not HTML_ESCAPE.search(json.dumps(message, ensure_ascii=False))

@@ -1,0 +1,268 @@
+"""All turns of a conversation from one rendering, for templates whose texts between the contents are known.
+
+Rendering every turn's prompt and answer costs two renderings per turn. Most templates write plain turns as
+`head U gap A between U gap A ...`. A `Skeleton` holds these texts, learned from the turns of a probe; a conversation is
+taken apart only if its rendering is, to the letter, made of them and of the row's own contents. Conversations with tool
+calls are cut at the headers of their answers. Anything else is rendered turn by turn. Which way a row goes depends on
+the row and the template alone, never on other rows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+from typing import Any
+
+from sftx.data.chat.calls import has_new_escapes, lost_call
+from sftx.data.chat.conversation import REASONING, Conversation
+from sftx.data.chat.renderer import MODEL, NEXT, TOOLS, USER, calls, result, says
+from sftx.data.chat.thoughts import may_think
+from sftx.data.chat.turns import ChatTemplate, Turn, last_added
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import RowError
+
+_PLAIN = {"role", "content"}
+# What may stand before a message of each role in a conversation that is cut at headers; None = the beginning.
+_BEFORE: dict[str, tuple[str | None, ...]] = {
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("call", "tool"),
+    "system": (None,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """The constant texts of a template's plain turns.
+
+    In a rendering: `gap` between user and answer, `between` from the answer to the next user, `last_gap` and
+    `last_close` around the newest answer. In serving: `served` from the user to the end of the prompt, then `lead`,
+    the content and `close`. `joined`: a prompt continues the text of the turns before it. `system`: a conversation may
+    begin with a system message. `header`: the end of every prompt, where turns with tool calls can be told apart by
+    it, and `stops`: what ends such turns. `parallel`: a turn may hold more than one call.
+    """
+
+    gap: str
+    between: str
+    last_gap: str
+    last_close: str
+    served: str
+    lead: str
+    close: str
+    ends: bool
+    note: str
+    switch: dict[str, Any]
+    joined: bool
+    system: bool = False
+    header: str = ""
+    stops: tuple[str, ...] = ()
+    parallel: bool = False
+
+    def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
+        """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation does not fit."""
+        end = conversation.trained[-1] + 1
+        messages = conversation.messages[:end]
+        if any(messages[t]["role"] != "assistant" for t in conversation.trained):
+            return None
+        if messages[0]["role"] == "system" and not self.system:
+            return None
+        pairs = None if conversation.tools else self._pairs(messages)
+        if pairs is None and not (self.header and self._fits_headers(messages)):
+            return None
+        try:
+            text = template.render(conversation, end, False, **self.switch)
+        except RowError:
+            return None  # turn by turn it is found out what is wrong
+        if pairs is None:
+            return self._cut_at_headers(text, messages, conversation.trained)
+        return self._take_apart(text, pairs, [(t - (end - 2 * len(pairs))) // 2 for t in conversation.trained])
+
+    def _pairs(self, messages: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
+        """The (user, answer) contents, if all is plain."""
+        if any(message.keys() != _PLAIN for message in messages):
+            return None
+        if messages[0]["role"] == "system":
+            messages = messages[1:]
+        users, answers = messages[::2], messages[1::2]
+        if len(users) != len(answers) or not users:
+            return None
+        if any(m["role"] != "user" for m in users) or any(m["role"] != "assistant" for m in answers):
+            return None
+        pairs = [(user["content"], answer["content"]) for user, answer in zip(users, answers, strict=True)]
+        if any(may_think(answer) or not answer.strip() for _, answer in pairs):
+            return None
+        if len(pairs) > 1 and any(answer != answer.strip() for _, answer in pairs):
+            return None  # the newest answer may be trimmed otherwise than earlier ones
+        return pairs
+
+    def _take_apart(self, text: str, pairs: list[tuple[str, str]], trained: list[int]) -> list[Turn] | None:
+        """The turns of the `trained` pairs; None if the text is not made of the constant texts and the contents."""
+        gap = self.last_gap if len(pairs) == 1 else self.gap
+        at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
+        if at < 0:
+            return None
+        found = []
+        for i, (user, answer) in enumerate(pairs):
+            newest = i == len(pairs) - 1
+            gap, close = (self.last_gap, self.last_close) if newest else (self.gap, self.between)
+            user_end = _after(text, at, user, gap)
+            if user_end is None:
+                return None
+            begin = user_end + len(gap)
+            end = _after(text, begin, answer, close)
+            if end is None:
+                return None
+            output = f"{self.lead}{text[begin:end]}{self.close}"
+            found.append(Turn(text[:user_end] + self.served, output, self.ends, self.note, self.switch))
+            at = end + len(close)
+        return [found[i] for i in trained] if at == len(text) else None
+
+    def _fits_headers(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether a conversation may be cut at headers: each message follows one that a probe had before it, and no
+        content is one that templates treat in special ways."""
+        before = None
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if before not in _BEFORE.get(role, ()) or message.keys() & {*REASONING} or may_think(content):
+                return False
+            calls = message.get("tool_calls", ())
+            if len(calls) > 1 and not self.parallel:
+                return False
+            if role == "assistant" and (content != content.strip() or not (content or calls)):
+                return False
+            before = "call" if calls else role
+        return True
+
+    def _cut_at_headers(self, text: str, messages: list[dict[str, Any]], trained: list[int]) -> list[Turn] | None:
+        """The turns of a conversation with tool calls: each begins at a header and ends at a stop token.
+
+        No content can spell either, for special tokens in contents are marked; if they are not, the count tells.
+        Where prompts do not continue each other, only the newest turn has its lead in the rendering.
+        """
+        lead = "" if self.joined else self.lead
+        answers = [t for t, message in enumerate(messages) if message["role"] == "assistant"]
+        begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
+        if len(begins) != len(answers):
+            return None
+        found = []
+        for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
+            ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
+            end, stop = min(ends, default=(begin, ""))
+            output = text[begin:end]
+            message = messages[t]
+            if not stop or message["content"] not in output:
+                return None
+            if lost_call(message, output) or has_new_escapes(output, message):
+                return None
+            if t in trained:
+                missing = "" if text.startswith(lead, begin) else lead
+                found.append(Turn(text[:begin], missing + output + stop, True))
+        return found
+
+
+def learn_skeleton(template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]) -> Skeleton | None:
+    """The skeleton of a template with these settings of a row, if the turns of a probe fit one."""
+    words = [USER, MODEL, NEXT, "qzfirstqz", "qzsecondqz", "qzthirdqz"]
+    messages = [says("assistant" if i % 2 else "user", word) for i, word in enumerate(words)]
+    conversation = Conversation(messages, [0.0, 1.0] * 3, None, kwargs)
+    try:
+        turns = [template.turn(conversation, t) for t in (1, 3, 5)]
+        text = template.render(conversation, 6, False, **turns[0].switch)
+    except RowError:
+        return None
+    at = [text.find(word) for word in words]
+    if -1 in at or sorted(at) != at or len({(turn.ends, turn.note) for turn in turns}) > 1:
+        return None
+    ends = [begin + len(word) for begin, word in zip(at, words, strict=True)]
+    lead, _, close = turns[0].output.partition(MODEL)
+    skeleton = Skeleton(
+        gap=text[ends[0] : at[1]],
+        between=text[ends[1] : at[2]],
+        last_gap=text[ends[4] : at[5]],
+        last_close=text[ends[5] :],
+        served=turns[0].prompt[ends[0] :],
+        lead=lead,
+        close=close,
+        ends=turns[0].ends,
+        note=turns[0].note,
+        switch=turns[0].switch,
+        joined=all(text.startswith(turn.prompt + turn.output) for turn in turns[:2]),
+    )
+    probes = conversation, Conversation(messages[:2], [0.0, 1.0], None, kwargs)
+    if not all(_agrees(skeleton, template, probe) for probe in probes):
+        return None
+    skeleton = _with_headers(skeleton, template, tokenizer, kwargs)
+    return _with_system(skeleton, template, messages, kwargs)
+
+
+def _calls_probe(kwargs: dict[str, Any], *, system: bool = False, parallel: bool = False) -> Conversation:
+    """A conversation with plain answers and with calls behind users and behind results."""
+    call, answer = calls({"qz": 1}), result("qzresultqz")
+    several, results = call, [answer]
+    if parallel:
+        other = {**call["tool_calls"][0], "id": "call00001", "function": {"name": "qzother", "arguments": {"qz": 2}}}
+        several = {**call, "tool_calls": [*call["tool_calls"], other]}
+        results = [answer, {**answer, "name": "qzother", "tool_call_id": "call00001"}]
+    messages = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
+    messages += [says("user", NEXT), call, answer, several, *results, says("assistant", MODEL)]
+    if system:
+        messages = [says("system", "qzsystemqz"), *messages]
+    weights = [float(message["role"] == "assistant") for message in messages]
+    return Conversation(messages, weights, TOOLS, kwargs)
+
+
+def _with_headers(skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]) -> Skeleton:
+    """The skeleton, for conversations with tool calls too if their turns can be told apart by their headers."""
+    if skeleton.note or skeleton.switch:
+        return skeleton
+    conversation = _calls_probe(kwargs)
+    try:
+        turns = [template.turn(conversation, t) for t in conversation.trained]
+    except RowError:
+        return skeleton
+    prompts_end = commonprefix([turn.prompt[::-1] for turn in turns])[::-1]  # noqa: RUF071 (of letters)
+    header = tokenizer.splitting.search(prompts_end)
+    stops = [last_added(tokenizer, turn.output) for turn in turns]
+    if not header or None in stops:
+        return skeleton
+    ends = {turn.output[stop.start() :] for turn, stop in zip(turns, stops, strict=True) if stop}
+    extended = replace(skeleton, header=prompts_end[header.start() :], stops=tuple(sorted(ends)))
+    if not _agrees(extended, template, conversation):
+        return skeleton
+    several = replace(extended, parallel=True)
+    return several if _agrees(several, template, _calls_probe(kwargs, parallel=True)) else extended
+
+
+def _with_system(
+    skeleton: Skeleton, template: ChatTemplate, messages: list[dict[str, Any]], kwargs: dict[str, Any]
+) -> Skeleton:
+    """The skeleton, for conversations that begin with a system message too if that changes nothing else."""
+    extended = replace(skeleton, system=True)
+    weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    probes = [Conversation([says("system", "qzsystemqz"), *messages], weights, None, kwargs)]
+    if skeleton.header:
+        probes.append(_calls_probe(kwargs, system=True))
+    return extended if all(_agrees(extended, template, probe) for probe in probes) else skeleton
+
+
+def _agrees(skeleton: Skeleton, template: ChatTemplate, conversation: Conversation) -> bool:
+    try:
+        turns = [template.turn(conversation, t) for t in conversation.trained]
+    except RowError:
+        return False
+    return skeleton.turns(template, conversation) == turns
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """A content as templates write it: as it is, or without the white space around it."""
+    trimmed = content.strip()
+    return (content,) if trimmed == content else (content, trimmed)
+
+
+def _after(text: str, at: int, content: str, then: str) -> int | None:
+    """The end of `content` (in one of its forms) at `at` with `then` behind it; None if it is not there."""
+    for form in _forms(content):
+        if text.startswith(form, at) and text.startswith(then, at + len(form)):
+            return at + len(form)
+    return None

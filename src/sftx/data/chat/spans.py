@@ -1,0 +1,258 @@
+"""From texts with a weight each to tokens with a weight each.
+
+Text between two added tokens is tokenised independently of what stands around it. So a text is cut at its added tokens,
+each piece is tokenised once, and the tokens of the text are those of its pieces, one after another.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sftx.data.chat.turns import Turn
+from sftx.data.length import TokenSequence
+from sftx.data.tokenizer import Tokenizer
+from sftx.types import Float32, Int32
+
+APART = "prompt and output tokenised apart"
+_REMEMBERED, _SHORT = 20_000, 100  # pieces, and characters of a piece worth remembering beyond its batch
+
+
+@dataclass(slots=True)
+class TextSequence:
+    """One sequence as text: chunks, each with its weight; `eos` follows the last one.
+
+    `alone`: each chunk is tokenised by itself. Otherwise the chunks are one text as a server would send it, context
+    (weight 0) and output in turn. `mark` stands inside special tokens that are meant as ordinary text. `bos`: a BOS
+    comes first (for chunks alone): always, never, or only before a target (None).
+    """
+
+    chunks: list[tuple[str, float]]
+    eos: bool = False
+    alone: bool = False
+    mark: str = ""
+    bos: bool | None = False
+    context: int | None = None
+    note: str = ""
+
+
+def text_sequences(turns: Sequence[Turn], weights: Sequence[float], mark: str = "") -> list[TextSequence]:
+    """Turns whose prompt continues the text so far share a sequence; each other one begins a sequence of its own."""
+    found: list[TextSequence] = []
+    text = ""
+    for turn, weight in zip(turns, weights, strict=True):
+        if found and not found[-1].eos and turn.prompt.startswith(text):
+            sequence = found[-1]
+            sequence.chunks.append((turn.prompt[len(text) :], 0.0))
+        else:
+            sequence = TextSequence([(turn.prompt, 0.0)], mark=mark)
+            found.append(sequence)
+        sequence.chunks.append((turn.output, weight))
+        sequence.eos = not turn.ends
+        if turn.note and turn.note not in sequence.note:
+            sequence.note = "; ".join(filter(None, [sequence.note, turn.note]))
+        text = turn.prompt + turn.output
+    return found
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """A text cut at its added tokens: every second piece is one of these, the others are the text between them.
+
+    `raw` is the text as it stands; in `pieces` the white space that a token takes with it is gone. `ids` holds the
+    tokens of each piece, as bytes of int32.
+    """
+
+    raw: list[str]
+    pieces: list[str]
+    ids: list[bytes]
+
+
+class SpanTokenizer:
+    """Texts to token sequences, with one call of the tokenizer for almost all text of a batch.
+
+    `escape`: special tokens spelled in chunks that stand alone stay ordinary text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, escape: bool):
+        self._tokenizer = tokenizer
+        self._escape = escape
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._added = {token.content: _bytes([i]) for i, token in added.items()}
+        self._lstrip = {token.content for token in added.values() if token.lstrip}
+        self._rstrip = {token.content for token in added.values() if token.rstrip}
+        self._first: dict[str, bytes] = {"": b""}  # ids of pieces that begin a text
+        self._inside: dict[str, bytes] = {"": b"", **self._added}  # ids of pieces that stand behind another
+        splitting, control = tokenizer.splitting.pattern, tokenizer.control.pattern
+        self._split = re.compile(f"({splitting})").split
+        # In a marked text every special token is the template's own, however the tokenizer matches it.
+        self._split_marked = re.compile(f"({splitting}|{control})").split
+
+    def sequences(self, rows: Sequence[Sequence[TextSequence]]) -> list[list[TokenSequence]]:
+        """The token sequences of the text sequences of each row."""
+        cut = [[self._cut(each) for each in row if not each.alone] for row in rows]
+        self._tokenise(rows, cut)
+        alone = [chunk for row in rows for each in row if each.alone for chunk, _ in each.chunks]
+        ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
+        results = []
+        for row, pieces_of_row in zip(rows, cut, strict=True):
+            sequences: list[TokenSequence] = []
+            pieces = iter(pieces_of_row)
+            for each in row:
+                if each.alone:
+                    sequences.append(self._of_chunks(each, [next(ids) for _ in each.chunks]))
+                else:
+                    sequences += self._of_text(each, next(pieces))
+            results.append(sequences)
+        self._forget()
+        return results
+
+    def _cut(self, sequence: TextSequence) -> _Pieces:
+        text = "".join([chunk for chunk, _ in sequence.chunks])
+        raw = self._split_marked(text) if sequence.mark else self._split(text)
+        pieces = raw
+        if self._lstrip or self._rstrip:
+            pieces = list(raw)
+            for k in range(1, len(raw), 2):
+                if raw[k] in self._lstrip:
+                    pieces[k - 1] = pieces[k - 1].rstrip()
+                if raw[k] in self._rstrip:
+                    pieces[k + 1] = pieces[k + 1].lstrip()
+        return _Pieces(raw, pieces, [])
+
+    def _tokenise(self, rows: Sequence[Sequence[TextSequence]], cut: Sequence[Sequence[_Pieces]]) -> None:
+        """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in one call."""
+        texts = []
+        for row, pieces_of_row in zip(rows, cut, strict=True):
+            if any(sequence.mark for sequence in row):  # marks are rare
+                for pieces in pieces_of_row:
+                    pieces.ids = self._ids_marked(pieces.pieces, row[0].mark)
+            else:
+                texts += pieces_of_row
+        self._learn(dict.fromkeys([text.pieces[0] for text in texts]), self._first, inside=False)
+        self._learn(dict.fromkeys([piece for text in texts for piece in text.pieces[1:]]), self._inside, inside=True)
+        for text in texts:
+            text.ids = [self._first[text.pieces[0]], *map(self._inside.__getitem__, text.pieces[1:])]
+
+    def _learn(self, pieces: Iterable[str], known: dict[str, bytes], inside: bool) -> None:
+        new = [piece for piece in pieces if piece not in known]
+        if new:
+            found = self._tokenizer.encode_batch(new, inside=inside)
+            known.update(zip(new, [ids.tobytes() for ids in found], strict=True))
+
+    def _ids_marked(self, pieces: Sequence[str], mark: str, inside: bool = False) -> list[bytes]:
+        """The tokens of pieces in which `mark` stands inside each special token that is meant as ordinary text."""
+        ids = []
+        for k, piece in enumerate(pieces):
+            if k % 2:
+                ids.append(self._added[piece])
+            else:
+                plain = piece.replace(mark, "")
+                ids.append(_bytes(self._tokenizer.encode(plain, plain=True, inside=inside or k > 0)) if plain else b"")
+        return ids
+
+    def _ids_of(self, text: str, mark: str, inside: bool) -> bytes:
+        """The tokens of a text by itself, or `inside` another one."""
+        pieces = self._cut(TextSequence([(text, 0.0)], mark=mark)).pieces
+        if mark:
+            return b"".join(self._ids_marked(pieces, mark, inside))
+        known = self._inside if inside else self._first
+        self._learn([pieces[0]], known, inside)
+        self._learn(pieces[1:], self._inside, inside=True)
+        return known[pieces[0]] + b"".join(map(self._inside.__getitem__, pieces[1:]))
+
+    def _forget(self) -> None:
+        """Forget the pieces of a batch; short ones recur (the headers of turns) and are kept for the next one."""
+        for known in (self._first, self._inside):
+            kept = {piece: ids for piece, ids in known.items() if len(piece) <= _SHORT}
+            known.clear()
+            known.update(kept if len(kept) <= _REMEMBERED else {"": b""})
+        self._inside.update(self._added)
+
+    def _of_text(self, sequence: TextSequence, cut: _Pieces) -> list[TokenSequence]:
+        """Find the outputs of a sequence in the tokens of its whole text.
+
+        Where the tokenizer merges letters across the border of a chunk, prompt and output are tokenised apart, as in
+        serving, and the next turn begins a sequence of its own.
+        """
+        ends = list(itertools.accumulate(map(len, cut.raw)))  # in characters
+        sizes = [0, *itertools.accumulate(map(len, cut.ids))]  # in bytes
+        borders = [0]
+        at = 0
+        for chunk, _ in sequence.chunks[:-1]:
+            at += len(chunk)
+            k = bisect.bisect_left(ends, at)  # the piece that the border lies in or ends
+            if at == ends[k]:
+                borders.append(sizes[k + 1])
+                continue
+            head = cut.raw[k][: at - ends[k]]  # without what stands behind the border
+            if k and cut.raw[k - 1] in self._rstrip:
+                head = head.lstrip()
+            head_ids = self._ids_of(head, sequence.mark, inside=k > 0)
+            if not cut.ids[k].startswith(head_ids):  # a token lies across the border
+                return self._apart(sequence)
+            borders.append(sizes[k] + len(head_ids))
+        everything = b"".join(cut.ids) + self._eos(sequence)
+        borders.append(len(everything))
+        return [self._served(everything, borders, [weight for _, weight in sequence.chunks], sequence.note)]
+
+    def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
+        """Prompt and output tokenised apart, each output in a sequence of its own."""
+        sequences = []
+        text = ""
+        note = "; ".join(filter(None, [sequence.note, APART]))
+        for i, (chunk, weight) in enumerate(sequence.chunks):
+            if weight:
+                prompt = self._ids_of(text, sequence.mark, inside=False)
+                output = self._ids_of(chunk, sequence.mark, inside=True)
+                output += self._eos(sequence) if i == len(sequence.chunks) - 1 else b""
+                borders = [0, len(prompt), len(prompt) + len(output)]
+                sequences.append(self._served(prompt + output, borders, [0.0, weight], note))
+            text += chunk
+        return sequences
+
+    def _eos(self, sequence: TextSequence) -> bytes:
+        eos = self._tokenizer.eos_id
+        return _bytes([eos]) if sequence.eos and eos is not None else b""
+
+    def _served(self, everything: bytes, borders: list[int], weights: list[float], note: str) -> TokenSequence:
+        """A sequence of these tokens; the borders of its chunks are in bytes."""
+        ids = np.frombuffer(everything, np.int32)
+        begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
+        bos = self._tokenizer.bos_id if begins else None
+        targets, spans = _targets([border // 4 for border in borders], weights)
+        return TokenSequence(ids, targets, spans, bos=bos, begins_with_bos=begins, note=note)
+
+    def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
+        """Chunks tokenised one by one, with BOS and EOS as the sequence says."""
+        weights = [weight for _, weight in sequence.chunks]
+        chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
+        bos = self._tokenizer.bos_id
+        bos = self._tokenizer.eos_id if bos is None and not sequence.bos else bos
+        first = next((weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size), 0.0)
+        if bos is not None and (sequence.bos or (sequence.bos is None and first)):
+            chunks, weights = [np.array([bos], np.int32), *chunks], [0.0, *weights]
+        ids = np.concatenate(chunks)
+        borders = [0, *itertools.accumulate(map(len, chunks))]
+        bos = None if sequence.bos is False else bos
+        return TokenSequence(ids, *_targets(borders, weights), bos, bool(sequence.bos), sequence.context, sequence.note)
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
+
+
+def _targets(borders: list[int], weights: list[float]) -> tuple[Float32, tuple[tuple[int, int], ...]]:
+    """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
+    array, spans = np.zeros(borders[-1], np.float32), []
+    for begin, end, weight in zip(borders, borders[1:], weights, strict=False):
+        if weight and begin < end:
+            array[begin:end] = weight
+            spans.append((begin, end))
+    array[:1] = 0  # nothing stands before the first token
+    return array, tuple(spans)

@@ -1,0 +1,176 @@
+"""What a chat template does, learned from a few probes: its stop token, its header, and how it treats thoughts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sftx.data.chat.conversation import REASONING
+from sftx.data.chat.renderer import (
+    MODEL,
+    NEXT,
+    THOUGHT,
+    TOOLS,
+    USER,
+    Renderer,
+    calls,
+    common,
+    common_length,
+    ends_in_tag,
+    result,
+    says,
+)
+from sftx.data.chat.thoughts import close_tag, open_tag, opening_of
+from sftx.data.tokenizer import Tokenizer
+
+_BEGINS = re.compile("start|begin|user|assistant|chatbot|system", re.IGNORECASE)  # in names of tokens that open a turn
+_SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
+_ABOUT_THOUGHTS = re.compile(r"\b\w*(?:think|reason)\w*\b")
+_QUESTION, _ANSWER = says("user", USER), says("assistant", MODEL)
+_THOUGHTFUL = {**_ANSWER, **dict.fromkeys(REASONING, THOUGHT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a plain output ends: its stop token, if there is one; the text the template writes after the output; the text
+    to add where a template writes the stop token only before a next turn."""
+
+    stop: str | None
+    written: str
+    unwritten: str = ""
+
+
+class Traits:
+    """What the template of `renderer` does. Each trait is found when it is asked for the first time."""
+
+    def __init__(self, renderer: Renderer, tokenizer: Tokenizer):
+        self._probe = renderer.probe
+        self._source = renderer.source
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _prompt(self) -> str:
+        """The prompt for the answer to one plain question; "" if the template refuses it."""
+        return self._probe(_QUESTION, generate=True) or ""
+
+    @cached_property
+    def _full(self) -> str:
+        """The text of one plain question and its answer."""
+        return self._probe(_QUESTION, _ANSWER) or ""
+
+    @cached_property
+    def header(self) -> str:
+        """What a prompt writes before an answer, without a thought that it opens; "" if it writes nothing."""
+        asked = self._probe(_QUESTION) or ""
+        written = self._prompt[len(common(self._prompt, asked)) :]
+        opening, _ = opening_of(self._prompt)
+        return written.removesuffix(opening)
+
+    @cached_property
+    def ending(self) -> Ending:
+        """How a plain output ends.
+
+        The stop token is one of the special tokens that directly follow the content: one at which generation stops, if
+        it is known, else the last of those that also follow it when the conversation goes on.
+        """
+        written = self._full.rpartition(MODEL)[2] if MODEL in self._full else ""
+        later = self._probe(_QUESTION, _ANSWER, says("user", NEXT)) or ""
+        between = later[later.rfind(MODEL) + len(MODEL) : later.rfind(NEXT)] if MODEL in later else ""
+        stop = self._stop(written, between)
+        if stop is not None:
+            return Ending(stop, written)
+        closing = _without_header(between, self._full[: self._full.find(USER)])
+        stop = self._stop(closing, closing)
+        first = self._tokenizer.control.search(between)
+        if stop is None and first and self._stops(first.group()):
+            stop, closing = first.group(), between
+        if stop is not None:
+            return Ending(stop, written, closing[: closing.find(stop) + len(stop)])
+        return Ending(None, written)
+
+    @cached_property
+    def unwritten_after_call(self) -> str:
+        """`Ending.unwritten` for a tool call, behind which a result stands and not a user."""
+        turns = _QUESTION, calls({"qz": MODEL})
+        newest = (self._probe(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
+        later = (self._probe(*turns, result(NEXT), tools=TOOLS) or "").rpartition(MODEL)[2]
+        if later.startswith(newest):
+            first = self._tokenizer.control.search(later, len(newest))
+            if first and self._stops(first.group()):
+                return later[len(newest) : first.end()]
+        return self.ending.unwritten
+
+    def _stops(self, token: str) -> bool:
+        return self._tokenizer.backend.token_to_id(token) in self._tokenizer.stop_ids
+
+    def _stop(self, text: str, between: str) -> str | None:
+        run: list[re.Match[str]] = []
+        for match in self._tokenizer.control.finditer(text):
+            if run and (match.start() > run[-1].end() or _BEGINS.search(match.group())):
+                break
+            run.append(match)
+        found = [match.group() for match in run]
+        known = [token for token in found if self._stops(token)]
+        if known:
+            return known[0]
+        lasting = [token for token in found if token in between]
+        return (lasting or found or [None])[-1]
+
+    @cached_property
+    def thought_tag(self) -> str:
+        """The tag of a thought that the prompt leaves open; "" if it opens none."""
+        return open_tag(self._prompt)
+
+    @cached_property
+    def switches(self) -> dict[bool, dict[str, Any]]:
+        """The template's own setting that lets an answer begin with a thought (True) or not (False); {} if none."""
+        return {thinking: self._switch(thinking) for thinking in (True, False)}
+
+    def _switch(self, thinking: bool) -> dict[str, Any]:
+        for key in _SWITCHES:
+            if re.search(rf"\b{key}\b", self._source):
+                prompt = self._probe(_QUESTION, generate=True, **{key: thinking}) or self._prompt
+                if prompt != self._prompt and (thinking or not open_tag(prompt)):
+                    return {key: thinking}
+        return {}
+
+    def closing(self, tag: str) -> str:
+        """The text between a thought and the answer: as the template writes it, else the usual one."""
+        full = self._probe(_QUESTION, _THOUGHTFUL) or ""
+        closing = close_tag(tag)
+        between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
+        if closing in between:
+            begun = self._full[: self._full.rfind(MODEL)]
+            lead = begun.removeprefix(common(begun, self._prompt))  # what stands before every answer
+            return between.removesuffix(lead)
+        line = "\n" if f"{tag}\n" in self._prompt else ""
+        return f"{line}{closing}{line * 2}"
+
+    def closed_at_once(self, opening: str, tag: str) -> str:
+        """What closes a thought just opened: as the template writes an empty thought, else the usual closing."""
+        source = self._source.replace("\\n", "\n")
+        written = re.search(rf"{re.escape(tag)}\s*{re.escape(close_tag(tag))}\s*(?=['\"])", source)
+        if written and written.group().startswith(opening):
+            return written.group()[len(opening) :]
+        return self.closing(tag)
+
+    @cached_property
+    def keeps_thoughts(self) -> dict[str, Any]:
+        """A setting of the template with which it writes the thought of an answer; {} if it has none."""
+        for key in sorted(set(_ABOUT_THOUGHTS.findall(self._source)) - {*REASONING} | {*_SWITCHES}):
+            for value in (True, False):
+                if THOUGHT in (self._probe(_QUESTION, _THOUGHTFUL, **{key: value}) or ""):
+                    return {key: value}
+        return {}
+
+
+def _without_header(between: str, before: str) -> str:
+    """The text between two turns without what stands `before` every user's turn; whole tags only."""
+    end = len(between) - common_length(between[::-1], before[::-1])
+    if ends_in_tag(between[:end]):
+        rest = re.search(r"[>\]]", between[end:])
+        assert rest is not None
+        end += rest.end()
+    return between[:end]

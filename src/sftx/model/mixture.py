@@ -1,0 +1,72 @@
+"""What an adapter does to a model, in words, and the parts of a mixture of experts that it treats apart."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Names, in transformers, of the modules that choose experts or weigh them."""
+
+
+def routers(model: nn.Module) -> list[str]:
+    """The full names of the routers: modules of such a name beside a module of experts."""
+    found = []
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        if "experts" in children:
+            found += [f"{path}.{name}" for name in children if name in ROUTERS]
+    return found
+
+
+def has_joint_experts(model: nn.Module) -> bool:
+    """Whether the weights of all experts of a layer are one parameter [experts, out, in]."""
+    return any(
+        parameter.ndim == 3
+        for path, module in model.named_modules()
+        if path.endswith("experts")
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def shared_adapters(model: nn.Module) -> list[str]:
+    """The names of adapted modules whose own weight another adapted module has too, or that are in several layers."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, LoraLayer) else None
+        if weight is not None:
+            paths[id(weight)].append(path)
+    return [several[0] for several in paths.values() if len(several) > 1]
+
+
+def describe_adapter(model: nn.Module) -> str:
+    """What is adapted, by kind of module: how many of it, and how many parameters the adapter has there; empty where
+    nothing is."""
+    counts: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            kind = _kind(path)
+            counts[kind] += not path.endswith("base_layer")
+            own = [p for part in (module.lora_A, module.lora_B) for p in part.parameters()]
+            sizes[kind] += sum(math.prod(p.shape) for p in own)
+    if not counts:
+        return ""
+    kinds = [f"{kind} x {counts[kind]} ({sizes[kind]:,})" for kind in sorted(counts)]
+    untouched = routers(model)
+    said = f"the adapter is in (parameters): {', '.join(kinds)}"
+    if any("experts" in kind.split(".") for kind in counts):
+        said += "; every expert has a pair of matrices of its own, of the full rank"
+    adapted = {kind.split(".")[-1] for kind in counts}
+    if untouched and not adapted & ROUTERS:
+        said += "; routers are left alone (name them in adapter.targets to adapt them)"
+    return said
+
+
+def _kind(path: str) -> str:
+    """The name of a module without the numbers of layers, and without peft's own."""
+    names = [name for name in path.split(".") if name not in ("base_layer", "base_model") and not name.isdigit()]
+    return ".".join(names[-2:] if "experts" in names[-2:] else names[-1:])
