@@ -36,7 +36,7 @@ def test_a_bad_row_is_told_by_place_then_reason_then_what_to_do(kind: str, at: i
     good, hint = '{"prompt": "p", "completion": "c"}', "\n(data.on_bad_row=skip leaves bad rows out and lists them)"
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([good] * (at - 1) + [BAD_ROWS[kind], good]) + "\n")
-    data = {"train": str(path), "cache": str(tmp_path / "cache"), "workers": 0}
+    data = {"train": str(path), "cache": str(tmp_path / "cache"), "workers": 0, "template": "none"}
     with pytest.raises(UserError) as caught:
         load_corpora(make_config(model="unused", output="unused", data=data), ours(), 64)
     said = str(caught.value)

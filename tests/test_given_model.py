@@ -109,3 +109,12 @@ def test_settings_alone_take_no_object(tmp_path: Path) -> None:
     with pytest.raises(sftx.UserError, match=r"model: .*sftx\.train"):
         sftx.make_config(model=given(), data=ROWS, output=str(tmp_path))
     assert json.dumps(ROWS)
+
+
+def test_a_run_that_ended_right_after_its_base_was_written_begins_again(tmp_path: Path) -> None:
+    """What such a run leaves is its own: no stranger's folder."""
+    config = {**settings("", tmp_path / "run"), "model": given(), "tokenizer": tiny.tokenizer()}
+    with pytest.raises(sftx.UserError, match="positions of the model"):
+        sftx.train(**{**config, "data": {**config["data"], "max_length": 100_000}})
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["base"]
+    sftx.train(**config)

@@ -169,6 +169,10 @@ def test_sharegpt_roles() -> None:
             "tool_calls[0] must hold function",
         ),
         (
+            {"messages": [{**MODEL, "tool_calls": [{"name": ["f"], "arguments": {"a": None}}]}]},
+            "tool_calls[0] must hold function",
+        ),
+        (
             {"messages": [{**MODEL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "tool_calls[0].function.arguments is not valid JSON",
         ),

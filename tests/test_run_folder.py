@@ -356,8 +356,11 @@ def test_the_first_interrupt_is_answered_at_once_and_the_second_quits(capfd: pyt
 
 @pytest.mark.parametrize("noise", ["dropout", "neftune"])
 def test_every_step_draws_noise_of_its_own(model: str, tmp_path: Path, noise: str) -> None:
-    """The same rows and the same weights in every step: only what is drawn can make the losses differ."""
-    fixed = {"batch": {"examples_per_step": 12, "steps": 3}, "optim": {"learning_rate": 1e-30, "schedule": "constant"}}
+    """Equal rows in equal order and equal weights in every step: only what is drawn can make the losses differ."""
+    fixed = {
+        "batch": {"examples_per_step": 12, "steps": 3, "shuffle": False},
+        "optim": {"learning_rate": 1e-30, "schedule": "constant"},
+    }
     if noise == "neftune":
         config = settings(model, tmp_path / "run", **fixed, loss={"neftune_alpha": 5.0})
     else:

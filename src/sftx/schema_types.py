@@ -25,7 +25,7 @@ alone decides what is allowed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypedDict
 
 from sftx import config
@@ -123,6 +123,8 @@ def _source_of(annotation: Any) -> str:
             return "Literal[" + ", ".join(f'"{value}"' for value in arguments) + "]"
         case origin if origin in (Union, types.UnionType):
             return " | ".join(_source_of(part) for part in arguments)
+        case origin if origin is dict:
+            return f"Mapping[str, {_source_of(arguments[1])}]"
         case origin if origin is list:
             return f"Sequence[{_source_of(arguments[0])}]"
         case origin if origin is tuple:

@@ -7,7 +7,7 @@ alone decides what is allowed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypedDict
 
 from sftx import config
@@ -51,7 +51,9 @@ class SourceSettings(TypedDict, total=False):
     name: Text | None
     """Name in reports; default: the path."""
     weight: float
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch."""
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch
+    and 0.5 half of them: another half in each epoch, no row again before all were shown.
+    """
 
 
 class ModelSettings(TypedDict, total=False):
@@ -106,6 +108,10 @@ class DataSettings(TypedDict, total=False):
     """
     format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"]
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    columns: Mapping[str, Text | None]
+    """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be
+    in some row.
+    """
     template: Text
     """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none`
     = turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml,
@@ -234,7 +240,11 @@ class CheckpointSettings(TypedDict, total=False):
     """State to continue from."""
 
     every: int
-    """Save every so many steps; 0 = only when the run is stopped by a signal."""
+    """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
+    minutes: float
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there
+    is no room for such a checkpoint the run says so and goes on.
+    """
     keep: int
     """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
     background: bool

@@ -48,9 +48,7 @@ def without_invented(messages: Any, tools: Sequence[dict[str, Any]]) -> tuple[An
 
 
 def _with_calls(message: Any, known: dict[str, set[str]]) -> Any:
-    if not isinstance(message, dict):
-        return message
-    calls = message.get("tool_calls")
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
     if not isinstance(calls, list):
         return message
     kept = [_with_arguments(call, known) for call in calls]
@@ -62,12 +60,12 @@ def _with_arguments(call: Any, known: dict[str, set[str]]) -> Any:
     if not isinstance(call, dict):
         return call
     function = call.get("function", call)
-    if not isinstance(function, dict) or function.get("name") not in known:
+    if not isinstance(function, dict):
         return call
-    arguments = function.get("arguments")
-    if not isinstance(arguments, dict):
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or name not in known or not isinstance(arguments, dict):
         return call
-    own = known[function["name"]]
+    own = known[name]
     kept = {key: value for key, value in arguments.items() if value is not None or key in own}
     if len(kept) == len(arguments):
         return call

@@ -43,7 +43,7 @@ from sftx.training.resume import changes, dotted, mathematics, name_of
 from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
-OWN = {LOCK, OWNER, "run.json"}
+OWN = {LOCK, OWNER, "base", "run.json"}
 CALIBRATION = 256  # tokens of a layer timed before a run, to predict its time
 
 

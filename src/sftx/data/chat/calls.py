@@ -17,7 +17,9 @@ def lost_call(message: dict[str, Any], output: str) -> str:
 
     What the content and the thought say too is not taken for a call.
     """
-    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if not message.get("tool_calls"):
+        return ""
+    calls = [call["function"] for call in message["tool_calls"]]
     said = [text for text in (message["content"], message.get("reasoning_content", "")) if text and text in output]
     needed: Counter[str] = Counter()
     for k, call in enumerate(calls):
@@ -25,7 +27,7 @@ def lost_call(message: dict[str, Any], output: str) -> str:
         for text, forms in _parts(call):
             needed[text] += 1
             spoken = sum(other.count(text) for other in said)
-            if max(output.count(form) for form in forms) < needed[text] + spoken:
+            if max([output.count(form) for form in forms]) < needed[text] + spoken:
                 return f"{where} is missing or not whole: {text[:80]!r} is not there"
         whole = json.dumps(call["arguments"], ensure_ascii=False)
         alike = [other for other in calls if other["arguments"] == call["arguments"]]
@@ -47,9 +49,9 @@ def _parts(call: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _forms(text: str) -> tuple[str, ...]:
     """A text as it is, inside JSON, and inside JSON that is a text inside JSON."""
-    inside = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
-    if inside == [text, text]:
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
         return (text,)
+    inside = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
     return (text, *inside, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in inside))
 
 

@@ -25,7 +25,7 @@ from sftx.types import RowError
 _PLAIN = {"role", "content"}
 # What may stand before a message of each role in a conversation that is cut at headers; None = the beginning.
 _BEFORE: dict[str, tuple[str | None, ...]] = {
-    "user": (None, "system", "assistant"),
+    "user": (None, "system", "assistant", "tool"),
     "assistant": ("user", "tool"),
     "tool": ("call", "tool"),
     "system": (None,),
@@ -40,7 +40,8 @@ class Skeleton:
     `last_close` around the newest answer. In serving: `served` from the user to the end of the prompt, then `lead`,
     the content and `close`. `joined`: a prompt continues the text of the turns before it. `system`: a conversation may
     begin with a system message. `header`: the end of every prompt, where turns with tool calls can be told apart by
-    it, and `stops`: what ends such turns. `parallel`: a turn may hold more than one call.
+    it, and `stops`: what ends such turns. `parallel`: a turn may hold more than one call. `interrupted`: a user may
+    speak behind a result.
     """
 
     gap: str
@@ -58,6 +59,7 @@ class Skeleton:
     header: str = ""
     stops: tuple[str, ...] = ()
     parallel: bool = False
+    interrupted: bool = False
 
     def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
         """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation does not fit."""
@@ -124,6 +126,8 @@ class Skeleton:
         before = None
         for message in messages:
             role, content = message["role"], message["content"]
+            if before == "tool" and role == "user" and not self.interrupted:
+                return False
             if before not in _BEFORE.get(role, ()) or message.keys() & {*REASONING} or may_think(content):
                 return False
             calls = message.get("tool_calls", ())
@@ -196,7 +200,9 @@ def learn_skeleton(template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[st
     return _with_system(skeleton, template, messages, kwargs)
 
 
-def _calls_probe(kwargs: dict[str, Any], *, system: bool = False, parallel: bool = False) -> Conversation:
+def _calls_probe(
+    kwargs: dict[str, Any], *, system: bool = False, parallel: bool = False, interrupted: bool = False
+) -> Conversation:
     """A conversation with plain answers and with calls behind users and behind results."""
     call, answer = calls({"qz": 1}), result("qzresultqz")
     several, results = call, [answer]
@@ -208,6 +214,8 @@ def _calls_probe(kwargs: dict[str, Any], *, system: bool = False, parallel: bool
     messages += [says("user", NEXT), call, answer, several, *results, says("assistant", MODEL)]
     if system:
         messages = [says("system", "qzsystemqz"), *messages]
+    if interrupted:
+        messages += [says("user", "qzsecondqz"), call, answer, says("user", "qzthirdqz"), says("assistant", "qzlastqz")]
     weights = [float(message["role"] == "assistant") for message in messages]
     return Conversation(messages, weights, TOOLS, kwargs)
 
@@ -230,8 +238,11 @@ def _with_headers(skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokeniz
     extended = replace(skeleton, header=prompts_end[header.start() :], stops=tuple(sorted(ends)))
     if not _agrees(extended, template, conversation):
         return skeleton
-    several = replace(extended, parallel=True)
-    return several if _agrees(several, template, _calls_probe(kwargs, parallel=True)) else extended
+    for more in ("parallel", "interrupted"):
+        candidate = replace(extended, **{more: True})
+        if _agrees(candidate, template, _calls_probe(kwargs, **{more: True})):
+            extended = candidate
+    return extended
 
 
 def _with_system(
