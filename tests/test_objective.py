@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -163,4 +164,5 @@ def test_a_run_reports_its_objective_and_evaluates_plainly(tmp_path: Path) -> No
     plain, smooth = results
     assert smooth.eval_before == plain.eval_before
     assert smooth.loss != plain.loss
-    assert '\\"label_smoothing\\": 0.3' in (tmp_path / "smooth" / "run.json").read_text()
+    facts = json.loads((tmp_path / "smooth" / "run.json").read_text(encoding="utf-8"))
+    assert facts["config"]["loss"]["label_smoothing"] == 0.3

@@ -455,6 +455,7 @@ def test_fingerprint_follows_every_setting_that_matters() -> None:
         {"too_long": "drop"},
         {"forced_opening": "error"},
         {"special_tokens": "allow"},
+        {"lost_reasoning": "error"},
         {"length": 10},
         {"template": REWRITES},
     ]

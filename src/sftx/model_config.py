@@ -15,6 +15,7 @@ MOST = 10_000
 """Layers, blocks or experts of a model: more are not built. The largest published models have a few hundred."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 _COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?)")
+_DROPOUT = re.compile(r"(\w+_)?(dropout|pdrop)(_prob|_rate|_p)?")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Named by a file, any other kernel could be code of the hub. `flash_*` only says what the model's author used.
 _KERNELS = {
@@ -73,6 +74,8 @@ def check_config(config: dict[str, Any], place: object, trusted: bool = False) -
     for name, value in _entries(config):
         if type(value) in (int, float) and value > MOST and _COUNT.fullmatch(name):
             raise UserError(f"{place}: {name}: found {value:,}; more than {MOST:,} are not built")
+        if _DROPOUT.fullmatch(name):
+            _check_rate(name, value, place)
         known = _KERNELS.get(name.removeprefix("_").removesuffix("_internal"))
         if known is not None:
             _check_kernel(name, value, known, place, trusted)
@@ -88,6 +91,14 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
             waiting += inner.values()
         elif isinstance(inner, list):
             waiting += inner
+
+
+def _check_rate(name: str, value: Any, place: object) -> None:
+    """A rate of dropout; where there is no number, only that of attention is multiplied with all the same."""
+    if value is None and name != "attention_dropout":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{place}: {name}: found {value!r}; a number from 0 to 1 is needed")
 
 
 def _check_kernel(name: str, value: Any, known: tuple[str, ...], place: object, trusted: bool) -> None:

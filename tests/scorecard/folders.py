@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,7 +226,8 @@ def damaged_model(folder: Path) -> str:
         code, said = command(["train", write_config(config)], folder / "damaged.log")
         seconds = used() - before
         if code not in (0, 2) or "Traceback" in said or seconds > 20:
-            wrong.append(f"{what}: exit code {code}, {seconds:.0f} CPU-seconds, {said.strip()[-90:]}")
+            wrong.append(f"{what} (exit code {code}, {seconds:.0f} CPU-seconds)")
+            print(f"{wrong[-1]}: {said.strip()[-300:]}", file=sys.stderr)
         shutil.rmtree(folder / "damaged")
         shutil.rmtree(config["output"], ignore_errors=True)
         tried, trained = tried + 1, trained + (code == 0)
