@@ -70,7 +70,6 @@ def compare(longest: int, vocabulary: int, repeats: int) -> tuple[float, float, 
     total = float(sum(example.weights.sum() for example in examples))
 
     loss = PackLoss(model)
-    loss.prunes = True
     pack = to_tensors(build_pack(examples), CPU)
     ours, our_loss = best(lambda: loss(pack) / total, model, repeats)
     loss.use_segments(False)

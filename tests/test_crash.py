@@ -15,7 +15,7 @@ import sftx
 from sftx.training import checkpoint, fit
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(13)]
-TIMES = {"seconds", "tokens_per_second", "memory"}
+TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from sftx.config import Config
 from sftx.model.adapter import attach
 from sftx.model.save import save_model
 
-MEASURED = {"started", "measured", "predicted", "seconds", "tokens_per_second", "memory"}
+MEASURED = {"started", "measured", "predicted", "seconds", "seconds_left", "tokens_per_second", "memory"}
 """What a clock or the operating system says: in run.json and in every line of metrics.jsonl."""
 CODE = """
 import sys, sftx

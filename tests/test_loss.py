@@ -21,7 +21,6 @@ from sftx.model.checks import check_paths, check_sizes
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
-from sftx.model.shortcuts import prunes
 from sftx.training.step import train_step
 from sftx.types import Example, UserError
 
@@ -84,7 +83,6 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
     reference.backward()
     loss = PackLoss(model)
     assert check_paths(loss, probe_pack(data), torch.float32, longest=200) == []
-    assert loss.prunes
     for packs in ([tuple(range(7))], balanced(LENGTHS, 70)[0], [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
         value = step_gradient(loss, data, packs)
         assert value == pytest.approx(float(reference), rel=1e-6)
@@ -199,24 +197,6 @@ def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.Monke
     expected = (2**25 + 200) * math.log(50)
     assert float(fused) == pytest.approx(expected, rel=1e-7)
     assert float(plain) == pytest.approx(expected, rel=1e-7)
-
-
-def test_the_last_layer_computes_only_what_targets_read() -> None:
-    loss = PackLoss(tiny.model())
-    data = tiny.examples(LENGTHS)
-    assert check_paths(loss, probe_pack(data), torch.float32) == []
-    seen = []
-    for layer in loss.model.model.layers:
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
-    pack = build_pack(data)
-    loss(to_tensors(pack, CPU))
-    assert seen == [len(pack.ids), len(pack.index)]
-    loss.use_segments(False)
-    loss.model(input_ids=torch.arange(9)[None])
-    assert seen[2:] == [9, 9]
-    loss.use_segments(True)
-    loss.model.model.layers[-1].mlp.register_forward_hook(lambda _m, _a, out: out.flip(1))  # no longer row by row
-    assert not prunes(loss.eval(), to_tensors(pack, CPU), 1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -89,13 +89,10 @@ def test_the_peak_of_a_real_step_is_predicted(
 
 
 def test_a_model_that_has_just_run_can_be_predicted() -> None:
-    """The last layer computes only rows that targets read; afterwards it keeps no tensor that says which."""
     loss = PackLoss(tiny.model()).train()
     pack = blank_pack(256, 100, 0.5)
     machine = Machine(torch.device("cpu"), torch.float32, 0)
     before = Rehearsal(loss, machine, base=0).predict(pack, 0)
-    loss.prunes = True
     with torch.no_grad():
         loss(to_tensors(pack, torch.device("cpu")))
-    loss.prunes = False
     assert Rehearsal(loss, machine, base=0).predict(pack, 0) == before

@@ -20,7 +20,7 @@ from sftx.training import checkpoint, fit, loop, room
 from sftx.training.stop import SaveClock, StopFlag, listening
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
-TIMES = {"seconds", "tokens_per_second", "memory"}
+TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
 
 
 @pytest.fixture(scope="module")

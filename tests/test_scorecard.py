@@ -61,13 +61,14 @@ def test_without_hypothesis_only_the_check_that_needs_it_fails_and_says_so(tmp_p
         "import sys, importlib.util\nfind = importlib.util.find_spec\n"
         "sys.modules['hypothesis'] = None\n"  # importing it is an ImportError
         "importlib.util.find_spec = lambda name, *rest: None if name == 'hypothesis' else find(name, *rest)\n"
-        "from pathlib import Path\nfrom sftx_scorecard import frame, inputs\n"
+        "from pathlib import Path\nfrom scorecard import frame, inputs\n"
         "inputs.MALFORMED = inputs.MALFORMED[:1]\n"
         "inputs.run = lambda *_, **__: '4.jsonl:4: '\n"
         "print(len(frame.checks()))\n"
         "try:\n    inputs.malformed(Path(sys.argv[1]))\nexcept frame.Failed as failed:\n    print(failed)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=frame.environment(), check=False)
     assert done.returncode == 0, done.stderr
     count, said = done.stdout.splitlines()
     assert int(count) == len(CHECKS)

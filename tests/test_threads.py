@@ -133,5 +133,6 @@ def test_a_run_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found.append(2)
     kept, notes = begin()
     assert (kept, "keeps its 1 threads" in notes) == (1, True)
-    assert begin(threads=2) == (2, "")
+    kept, notes = begin(threads=2)
+    assert (kept, "threads" in notes) == (2, False)
     assert torch.get_num_threads() == before

@@ -129,6 +129,8 @@ class DataSettings(TypedDict, total=False):
     """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
     forced_opening: Literal["close", "error"]
     """For templates whose prompt opens a thought that the row lacks: close it as the template does, or refuse."""
+    lost_reasoning: Literal["note", "error"]
+    """Reasoning of a turn that the template does not write: the row is trained without it and counted, or refused."""
     special_tokens: Literal["escape", "allow"]
     """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
     cache: Text | None

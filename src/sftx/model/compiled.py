@@ -45,7 +45,7 @@ def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
-    # A layer with hooks inside (the last one, which may be pruned) stays as it is: what they do is not part of a graph.
+    # A layer with hooks inside stays as it is: what they do is not part of a graph.
     # Those on the layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
     hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
     layers = [m for m in decoder_layers(loss.model) if not hooked & {id(part) for part in [*m.modules()][1:]}]

@@ -22,8 +22,6 @@ from sftx.model.adapter import bare, head_weights
 from sftx.model.folder import check_weights, load_config
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
-from sftx.model.prune import WORTH_IT, LastLayer
-from sftx.model.recompute import decoder_layers
 from sftx.model.regularise import embedding_noise, router_balance
 from sftx.types import Pack, UserError
 
@@ -142,10 +140,9 @@ class PackLoss(nn.Module):
     `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with segment attention
     and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
     `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
-    `checks` turns to them when measuring shows that the fast one is not equal. `prunes`: the last layer computes only
-    what targets read; set by `checks`, and best left off where a compiled layer wants one shape. `forgets` is put back
-    before every segment that runs alone: a model may remember something of the one before. `objective` holds
-    while training; in evaluation the sum is the plain one. `noise_seed` is that of the step.
+    `checks` turns to them when measuring shows that the fast one is not equal. `forgets` is put back before every
+    segment that runs alone: a model may remember something of the one before. `objective` holds while training; in
+    evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
     def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
@@ -162,9 +159,6 @@ class PackLoss(nn.Module):
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
         self.forgets: ForwardState | None = None
-        self.prunes = False
-        for layer in decoder_layers(model)[-1:]:
-            LastLayer(layer)
         accumulate_in_place(model.get_input_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
         self.compiled: list[tuple[nn.Module, Any, Any]] = []  # layers with `forward`, compiled and own; see `compiled`
@@ -187,16 +181,17 @@ class PackLoss(nn.Module):
         if self.transform is None:
             total = cross_entropy_sum(self.own_logits(pack), pack.label, pack.weight, objective)
         else:
-            prunes = self.prunes and not objective.router_aux and 0 < len(pack.index) <= WORTH_IT * len(pack.ids)
-            hidden = self.hidden(pack, pack.index if prunes else None).index_select(0, pack.index)
+            hidden = self.hidden(pack).index_select(0, pack.index)
             head, bias = head_weights(self.model)
             total = fused_cross_entropy_sum(hidden, head, bias, pack.label, pack.weight, self.transform, objective)
         return total + self._balance(pack.borders, pack.index, pack.weight) if objective.router_aux else total
 
-    def hidden(self, pack: TensorPack, rows: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm, [T, h]; where `rows` are named, those of others need not be right."""
-        more = {"position_ids": pack.positions[None]} | ({} if rows is None else {"rows_needed": rows})
-        return self._run(self.model.base_model, pack.ids, **pack.segments(), **more).last_hidden_state[0]
+    def hidden(self, pack: TensorPack) -> Tensor:
+        """Hidden states after the final norm, [T, h]."""
+        positions = pack.positions[None]
+        return self._run(self.model.base_model, pack.ids, position_ids=positions, **pack.segments()).last_hidden_state[
+            0
+        ]
 
     def own_logits(self, pack: TensorPack) -> Tensor:
         """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the head."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftx.types import UserError
@@ -18,12 +19,14 @@ from sftx.types import UserError
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of `model` that can be recomputed, first to last; empty where none can be found."""
+    # Beside its decoder a model may hold a deeper stack, one for images.
+    decoder: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     stacks = [
         module
-        for module in model.modules()
+        for module in decoder.modules()
         if isinstance(module, nn.ModuleList) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
-    return max(stacks, key=len, default=nn.ModuleList())  # a model may hold a smaller stack beside, of images for one
+    return max(stacks, key=len, default=nn.ModuleList())
 
 
 def recompute(model: nn.Module, count: int) -> None:

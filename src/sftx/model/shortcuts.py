@@ -1,4 +1,4 @@
-"""The trainer's shortcuts, tried on a pack before they are taken: the head as a matrix, and a pruned last layer."""
+"""The trainer's shortcut, tried on a pack before it is taken: the head as a matrix."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ products of other sizes round otherwise. A shortcut that does not fit moves near
 
 
 def choose_shortcuts(loss: PackLoss, pack: TensorPack, tolerance: float) -> None:
-    """Set `loss.transform` and `loss.prunes` to what gives, on `pack`, what the model's own forward gives.
+    """Set `loss.transform` to what gives, on `pack`, what the model's own forward gives.
 
     `tolerance` is relative to the largest value.
     """
     loss.transform = matching_transform(loss, pack, tolerance)
-    loss.prunes = loss.transform is not None and prunes(loss, pack, tolerance)
 
 
 def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> LogitTransform | None:
@@ -43,16 +42,6 @@ def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> Lo
     scales = [1.0, float(names.get("logit_scale") or 1.0), 1.0 / float(names.get("logits_scaling") or 1.0)]
     candidates = (LogitTransform(scale, softcap) for scale in scales)
     return next((c for c in candidates if nearly_equal(c(raw), own, tolerance)), None)
-
-
-def prunes(loss: PackLoss, pack: TensorPack, tolerance: float) -> bool:
-    """Every third row comes out of the pruned last layer as it does of the whole one."""
-    rows = pack.index[::3]
-    try:
-        whole, pruned = loss.hidden(pack)[rows], loss.hidden(pack, rows)[rows]
-    except FOREIGN_ERRORS:  # a module takes or returns something else than one tensor
-        return False
-    return nearly_equal(pruned, whole, tolerance)
 
 
 def nearly_equal(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

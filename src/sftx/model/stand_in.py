@@ -206,7 +206,7 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
     few: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            few[name] = _few_layers(value, layers, depth)
+            few[name] = _few_layers(_of_first_layers(value, layers, depth), layers, depth)
         elif name in LAYERS and value == layers:
             few[name] = depth
         elif isinstance(value, list) and len(value) == layers and layers > 1:
@@ -214,6 +214,14 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
         else:
             few[name] = value
     return few
+
+
+def _of_first_layers(settings: dict[Any, Any], layers: int, depth: int) -> dict[Any, Any]:
+    """Settings that go by the number of a layer, without those of layers that are gone; others as they are."""
+    numbers = [int(name) for name in settings if str(name).isdecimal()]
+    if len(numbers) != len(settings) or not all(number < layers for number in numbers):
+        return settings
+    return {name: value for name, value in settings.items() if int(name) < depth}
 
 
 def _narrow(settings: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _rehearsal(
     shape = loss.train()
     if shards is not None:  # what is in shards cannot be rehearsed
         shape = outline(config, taught)
-        shape.isolate, shape.transform, shape.prunes = loss.isolate, loss.transform, loss.prunes
+        shape.isolate, shape.transform = loss.isolate, loss.transform
         shape.use_segments(True)
     return Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
 
