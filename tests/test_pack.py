@@ -192,3 +192,13 @@ def test_a_rotation_shows_all_before_any_again(sizes: list[int], share: float, o
     times = np.bincount(shown, minlength=len(sizes))
     assert times.max() - times.min() <= 1
     assert set(np.flatnonzero(plan.shown()).tolist()) == {i for members in epochs for i in members}
+
+
+@pytest.mark.parametrize(("examples", "world_size", "each"), [(8, 1, 8), (8, 2, 4), (7, 2, 4), (1, 3, 1)])
+def test_examples_longer_than_a_pack_get_one_each_and_no_empty_ones_beside(
+    examples: int, world_size: int, each: int
+) -> None:
+    """An empty pack costs a forward and a backward pass."""
+    ranks = balanced([50] * examples, 1, world_size)
+    assert [len(bins) for bins in ranks] == [each] * world_size
+    assert sorted(i for bins in ranks for members in bins for i in members) == list(range(examples))

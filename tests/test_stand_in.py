@@ -40,7 +40,7 @@ def test_the_decoder_is_found_beside_a_deeper_stack_for_images() -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4_text"])
 def test_a_stand_in_holds_every_kind_of_layer(name: str) -> None:
-    """Gemma 4 has settings that go by the number of a layer, Gemma 3 a tower for images that is deeper than the rest."""
+    """Gemma 4 has settings that go by the number of a layer, Gemma 3 here a tower for images deeper than the rest."""
     whole = model(name, text_config=TEXT, vision_config=VISION) if name == "gemma3" else model(name, **TEXT)
     small = stand_in(whole)
     assert small is not None

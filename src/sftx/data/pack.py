@@ -23,7 +23,9 @@ def balanced(lengths: Lengths, capacity: int, world_size: int = 1, work: Float64
     """
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(sizes if work is None else work, np.float64)
-    each = max(-(-int(sizes.sum()) // (capacity * world_size)), 1)  # bins of a rank
+    by_tokens = -(-int(sizes.sum()) // (capacity * world_size))
+    by_examples = -(-len(sizes) // world_size)  # more bins would be empty, where examples are longer than `capacity`
+    each = max(min(by_tokens, by_examples), 1)  # bins of a rank
     while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
         each += 1 + each // 50
     load = np.array([costs[list(members)].sum() for members in bins])
