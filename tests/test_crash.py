@@ -134,11 +134,17 @@ def test_what_a_run_calls_saved_is_there_after_a_power_loss(folder: Path) -> Non
         assert not lost(first[promised], promised, config, expected)
 
 
-SHARES = {"plain": slice(None), "background": slice(0, None, 4), "lora": slice(1, None, 4)}
+SHARES = {
+    "plain": slice(2, None, 6),
+    "background": slice(0, None, 8),
+    "lora": slice(1, None, 8),
+    "every state": slice(None),
+}
+"""Which of some 260 states of the disk are tried; each takes about a second."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", SHARES)
+@pytest.mark.parametrize("how", ["plain", "background", "lora", pytest.param("every state", marks=pytest.mark.long)])
 def test_a_run_continues_to_the_bit_from_any_crash(folder: Path, how: str) -> None:
     config = settings(folder)
     if how == "background":
