@@ -101,7 +101,10 @@ def lost(state: dict[Path, bytes | None], promised: Any, config: dict[str, Any],
     """What is wrong once the run is continued from `state`."""
     run = Path(config["output"])
     put(run.parents[1], state)
-    taken = [record.step for record in sftx.steps(**config)]
+    try:
+        taken = [record.step for record in sftx.steps(**config)]
+    except sftx.UserError as error:
+        return [f"was refused: {error}"]
     found = outcome(run)
     wrong = [name for name, value in expected.items() if found[name] != value]
     if promised == "finished" and taken:
