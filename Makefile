@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed  ## pages made from the code
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
-	$(RUN) -m sftx schema format=python > settings_types.tmp && mv settings_types.tmp src/sftx/settings_types.py
+	$(RUN) -m sftx schema format=python > keywords.tmp && mv keywords.tmp src/sftx/settings/keywords.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build

@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sftx.data.pack import build_pack, probe_pack
-from sftx.model.checks import check_paths
+from sftx.model.checks.stand_in import stand_in
+from sftx.model.checks.start import check_paths
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.stand_in import stand_in
 from sftx.types import Example, UserError
 
 LENGTHS = [120, 9, 97, 43, 110, 5]

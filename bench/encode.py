@@ -27,9 +27,9 @@ MAX_LENGTH = "4096"
 
 SFTX = """
 import json, resource, sys, time
-from sftx.data.encode import load_corpora
+from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 data, path, length, cache, workers = sys.argv[1:]
 tokenizer = Tokenizer.load(path)
 extra = {} if workers == "auto" else {"workers": int(workers)}

@@ -86,11 +86,11 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     import torch
 
     from sftx.model.attention import segment_attention
-    from sftx.model.blocks import by_segment
+    from sftx.model.cpu_attention import by_segment
 
     torch.manual_seed(0)
     where, tokens = _device(), sum(LENGTHS)
-    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    cu_seqlens_cpu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     exact = [torch.randn(1, heads, tokens, 64).to(getattr(torch, dtype)).double() for heads in (4, 2, 2)]
     grad = torch.randn(1, tokens, 4, 64).to(getattr(torch, dtype)).double()
     for x in exact:
@@ -98,11 +98,11 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     ours = [x.detach().to(where, getattr(torch, dtype)).requires_grad_() for x in exact]
     out, _ = segment_attention(
         torch.nn.Module(), *ours, None, scaling=0.1, sliding_window=window or None, softcap=softcap,
-        cu_seq_lens_q=borders.to(where), max_length_q=1024, borders=borders,
+        cu_seq_lens_q=cu_seqlens_cpu.to(where), max_length_q=1024, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
     q, k, v = exact
     repeated = (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
-    expected = by_segment(q, *repeated, None, borders, 0.1, window, softcap or 0.0, 0.0).transpose(1, 2)
+    expected = by_segment(q, *repeated, None, cu_seqlens_cpu, 0.1, window, softcap or 0.0, 0.0).transpose(1, 2)
     found = torch.autograd.grad(out, ours, grad.to(where, out.dtype))
     wanted = torch.autograd.grad(expected, exact, grad)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *found), (expected, *wanted), strict=True)
@@ -149,7 +149,7 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
     import torch
 
     from sftx.data.pack import build_pack
-    from sftx.model.compiled import compile_layers
+    from sftx.model.compile import compile_layers
     from sftx.model.load import PackLoss, to_tensors
     from sftx.model.runtime import Machine
 

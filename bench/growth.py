@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftx.config import Runtime
 from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.runtime import machine
+from sftx.settings.schema import Runtime
 from sftx.types import Example
 
 CPU = torch.device("cpu")

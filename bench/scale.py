@@ -40,13 +40,13 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     import torch
     import transformers
 
-    from sftx.config import Batch
-    from sftx.data.encode import load_corpora
+    from sftx.data.dataset import load_corpora
     from sftx.data.plan import Plan
     from sftx.data.tokenizer import Tokenizer
     from sftx.model.load import PackLoss
-    from sftx.settings import make_config
-    from sftx.training.fit import weigh
+    from sftx.settings.load import make_config
+    from sftx.settings.schema import Batch
+    from sftx.training.memory_plan import set_example_cost
 
     config = make_config(
         model=args.tokenizer, output="unused", data={"train": args.data, "cache": str(scratch / "cache")}
@@ -67,7 +67,7 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         for ranks in args.ranks:
             size = args.examples_per_step if kind == "strong" else args.examples_per_rank * ranks
             plan = Plan(corpus.lengths, corpus.weights, Batch(examples_per_step=size), 0)
-            weigh(plan, loss, corpus.targets)
+            set_example_cost(plan, loss, corpus.targets)
             whole = max(len(corpus) // size, 1)
             chosen = np.unique(np.linspace(0, whole - 1, min(whole, args.steps)).astype(int)).tolist()
             dealt = [plan.packs(step, args.tokens_per_pack, ranks) for step in chosen]
@@ -134,7 +134,7 @@ def part(scratch: Path) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import sftx
-    from sftx import dist
+    from sftx import distributed
     from sftx.training import loop
 
     class Count(TorchDispatchMode):
@@ -154,17 +154,17 @@ def part(scratch: Path) -> None:
     own = loop.train_step
 
     def train_step(loss: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
-        dist.barrier()
+        distributed.barrier()
         before, count = carried(), Count()
         with count:
             result = own(loss, optimizer, packs, *rest)
-        dist.barrier()
+        distributed.barrier()
         sizes = [sum(p.numel() * 4 for p in loss.parameters() if p.requires_grad or every) for every in (True, False)]
         counted.append({"sent": count.sent, "wire": carried() - before, "packs": len(packs), "sizes": sizes})
         return result
 
     loop.train_step = train_step
-    ranks = dist.world_size()
+    ranks = distributed.world_size()
     data = rows(64, SHAPES[SMALL]["vocab_size"], longest=1024, kind="sft_mix")
     for cell in cells(ranks):
         counted.clear()
@@ -185,7 +185,7 @@ def part(scratch: Path) -> None:
         facts = {"ranks": ranks, "bytes": sum(by.values()), "by": by, "least": least(cell, ranks, weights, gradients)}
         facts |= {name: sum(step[name] for step in counted) / STEPS for name in ("packs", "wire")}
         facts["wire"] /= ranks
-        if dist.is_main():
+        if distributed.is_main():
             print("\nCELL " + json.dumps({**cell, **facts}), flush=True)
 
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sftx.config import Data
-from sftx.data.render import Encoder
-from sftx.data.rows import parse
+from sftx.data.encoder import Encoder
+from sftx.data.sources.rows import parse
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.schema import Data
 from sftx.types import Example, Row, RowError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -2,7 +2,7 @@
 
 import sys
 
-from sftx.settings import load_config
+from sftx.settings.load import load_config
 from sftx.training.loop import train
 
 for path in sys.argv[1].split(","):

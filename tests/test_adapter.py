@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sftx
-from sftx.config import Config, Model
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.tokens import add_rows
-from sftx.training.fit import outline
+from sftx.settings.schema import Config, Model
+from sftx.training.memory_plan import meta_model
 from sftx.training.optim import build_optimizer
 
 TAUGHT = {264: True, 265: True, 5: False}
@@ -93,7 +93,7 @@ def test_the_tokenizer_of_a_run_has_the_added_tokens(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
     settings = Model(path=path, add_tokens=["<calc>"], add_special_tokens=["<|im_start|>", "<|user|>"])
     made = Tokenizer.of_model(settings)
-    assert made.taught == {264: True, 265: True, 4: False}
+    assert made.added_token_ids == {264: True, 265: True, 4: False}
     assert made.encode("a<calc>b")[1] == 264
     assert made.is_special("<|im_start|>")
     assert not made.is_special("<calc>")
@@ -230,5 +230,5 @@ def test_the_outline_of_a_run_that_continues_an_adapter_warns_of_nothing(tmp_pat
     path = tiny.folder(tmp_path / "model")
     first = run(path, tmp_path / "first")
     sections = {"model": path, "adapter": {"method": "lora", "path": str(first.folder)}}
-    outlined = outline(Config.model_validate({"data": "d", "output": "o", **sections}), {})
+    outlined = meta_model(Config.model_validate({"data": "d", "output": "o", **sections}), {})
     assert {p.device.type for p in outlined.parameters()} == {"meta"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sftx.data.pack import build_pack
-from sftx.model import attention, blocks
+from sftx.model import attention, cpu_attention
 from sftx.model.load import PackLoss, to_tensors
 from sftx.training.step import train_step
 
@@ -44,7 +44,7 @@ def compare(options: dict[str, Any], tolerance: float, sinks: Tensor | None = No
     our_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
     out, _ = attention.segment_attention(
         torch.nn.Module(), *ours, None, scaling=0.3, s_aux=our_sinks,
-        cu_seq_lens_q=BORDERS, max_length_q=32, borders=BORDERS, **options,
+        cu_seq_lens_q=BORDERS, max_length_q=32, cu_seqlens_cpu=BORDERS, **options,
     )  # fmt: skip
     window, softcap = options.get("sliding_window") or 0, options.get("softcap") or 0.0
     expected = plain(*exact, 0.3, window, softcap, sinks).transpose(1, 2)
@@ -64,7 +64,7 @@ def compare(options: dict[str, Any], tolerance: float, sinks: Tensor | None = No
 def test_blocks_are_plain_attention(
     monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None, sinks: bool, rows: int
 ) -> None:
-    monkeypatch.setattr(blocks, "ROWS", rows)
+    monkeypatch.setattr(cpu_attention, "ROWS", rows)
     column = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_() if sinks else None
     with torch.autocast("cpu", torch.bfloat16, enabled=rows == 5):  # rounds no product
         compare({"sliding_window": window, "softcap": softcap}, 1e-6, column)
@@ -75,7 +75,7 @@ def test_dropout_falls_only_on_what_is_seen() -> None:
     q, k, v = states((4, 4, 4), torch.float32)
     out, _ = attention.segment_attention(
         torch.nn.Module(), q, k, torch.ones_like(v), None, dropout=0.5, softcap=2.0,
-        cu_seq_lens_q=BORDERS, max_length_q=32, borders=BORDERS,
+        cu_seq_lens_q=BORDERS, max_length_q=32, cu_seqlens_cpu=BORDERS,
     )  # fmt: skip
     assert set(out[0, 5].detach().unique().tolist()) <= {0.0, 2.0}  # a segment of one token: kept or not
     assert 0.8 < float(out.detach().mean()) < 1.2
@@ -88,7 +88,7 @@ def test_the_way_that_drops_is_plain_attention_where_nothing_is_dropped(
 ) -> None:
     exact = states((4, 4, 4))
     column = torch.linspace(-1, 1, 4, dtype=torch.float64) if sinks else None
-    out = blocks.by_segment(*(x.float() for x in exact), column, BORDERS, 0.3, window, softcap, 0.0)
+    out = cpu_attention.by_segment(*(x.float() for x in exact), column, BORDERS, 0.3, window, softcap, 0.0)
     expected = plain(*exact, 0.3, window, softcap, column)
     assert float((out - expected).detach().norm() / expected.detach().norm()) <= 1e-6
 
@@ -106,7 +106,7 @@ def test_flash_attention_is_left_to_what_it_computes(
     monkeypatch.setattr(attention, "_varlen", lambda q, *_: kernels.append("flash") or q.transpose(1, 2))
     given = [x.detach() for x in states(dtype=torch.bfloat16)]
     attention.segment_attention(
-        torch.nn.Module(), *given, None, cu_seq_lens_q=BORDERS, max_length_q=32, borders=BORDERS, **options
+        torch.nn.Module(), *given, None, cu_seq_lens_q=BORDERS, max_length_q=32, cu_seqlens_cpu=BORDERS, **options
     )
     assert kernels == ["flash"] * flash
 
@@ -125,7 +125,7 @@ def test_a_mask_of_the_models_own_is_not_passed_over() -> None:
             torch.zeros(1, 1, 1, 1),
             cu_seq_lens_q=BORDERS,
             max_length_q=32,
-            borders=BORDERS,
+            cu_seqlens_cpu=BORDERS,
         )
 
 
@@ -209,4 +209,4 @@ def test_custom_ops_are_well_formed() -> None:
     sinks = torch.zeros(2, requires_grad=True)
     for softcap, column in ((0.0, None), (2.0, sinks)):
         arguments = (q, k, v, column, BORDERS, 0.3, 7, softcap)
-        torch.library.opcheck(blocks.segments, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(cpu_attention.segments, arguments, test_utils=("test_schema", "test_faketensor"))

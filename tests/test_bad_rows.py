@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_tokenizers import ours
 
-from sftx.data.encode import load_corpora
-from sftx.settings import make_config
+from sftx.data.dataset import load_corpora
+from sftx.settings.load import make_config
 from sftx.types import UserError
 
 BAD_ROWS = {

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from sftx.data import sandbox
-from sftx.data.sandbox import LimitError, compile_template, run_template
+from sftx.data.chat import sandbox
+from sftx.data.chat.sandbox import LimitError, compile_template, run_template
 
 
 def test_a_text_longer_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

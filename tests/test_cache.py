@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from sftx.data.cache import Cache, Entry, TokenBlock, make_block, open_block
-from sftx.data.encode import load_corpora
+from sftx.data.dataset import load_corpora
+from sftx.data.store.cache import Cache, Entry, TokenBlock, make_block, open_block
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 from sftx.types import Example, UserError
 
 

@@ -14,12 +14,12 @@ from small_tokenizers import ours
 from test_template import CALLS, CHATML, encoded, encoder, error, model, row, shown, user
 
 import sftx
-from sftx.data import sandbox
-from sftx.data.encode import load_corpora
-from sftx.data.lint import lint
-from sftx.data.render import Encoder
-from sftx.data.rows import parse
-from sftx.settings import make_config
+from sftx.data.chat import sandbox
+from sftx.data.dataset import load_corpora
+from sftx.data.encoder import Encoder
+from sftx.data.lint.rules import lint
+from sftx.data.sources.rows import parse
+from sftx.settings.load import make_config
 from sftx.types import Row, RowError, UserError
 
 HEADER = "<|im_start|>assistant\n"

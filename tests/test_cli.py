@@ -12,8 +12,8 @@ import pytest
 
 import sftx
 from sftx import cli
-from sftx.config import Config
-from sftx.schema import settings
+from sftx.settings.describe import settings
+from sftx.settings.schema import Config
 from sftx.types import UserError
 
 

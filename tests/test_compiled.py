@@ -13,14 +13,14 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.integrations import moe
 
-from sftx.config import Adapter
 from sftx.data.pack import build_pack
-from sftx.model import compiled
+from sftx.model import compile
 from sftx.model.adapter import attach
-from sftx.model.compiled import compile_layers, planned
+from sftx.model.checkpointing import recompute
+from sftx.model.compile import compile_layers, planned
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.recompute import recompute
 from sftx.model.runtime import Machine
+from sftx.settings.schema import Adapter
 from sftx.training.loop import train
 from sftx.types import UserError
 
@@ -32,7 +32,7 @@ PACKS = [build_pack(tiny.examples(lengths)) for lengths in ([5, 20, 9], [31], [7
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the generated code, which takes a compiler and minutes."""
-    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    monkeypatch.setattr(compile, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
 

@@ -12,7 +12,7 @@ import tiny
 from crash import Recorder, put
 
 import sftx
-from sftx.training import checkpoint, fit
+from sftx.training import checkpoint, memory_plan
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(13)]
 TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run here needs its memory predicted, which takes most of its time."""
-    monkeypatch.setattr(fit, "predict", unpredictable)
+    monkeypatch.setattr(memory_plan, "predict", unpredictable)
 
 
 def unpredictable(*_: Any) -> None:

@@ -20,12 +20,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from sftx import dist
-from sftx.config import Model
-from sftx.data.cache import Cache
+from sftx import distributed
+from sftx.data.store.cache import Cache
 from sftx.model.load import load_model
 from sftx.model.shard import unread_model
-from sftx.settings import load_config
+from sftx.settings.load import load_config
+from sftx.settings.schema import Model
 from sftx.types import UserError
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
 
 TRACED = """
 import sys
-from sftx.model import compiled
-from sftx.settings import load_config
+from sftx.model import compile
+from sftx.settings.load import load_config
 from sftx.training.loop import train
 
 compiled.COMPILER = "aot_eager"  # everything but the generated code, which takes minutes
@@ -198,10 +198,10 @@ def test_one_process_encodes_while_the_others_wait(tmp_path: Path) -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    with dist.joined(torch.device("cpu"), 1.0):
-        assert not dist.is_joined()
-        assert dist.agree(3) == 3
-        assert dist.from_main("x") == "x"
+    with distributed.joined(torch.device("cpu"), 1.0):
+        assert not distributed.is_joined()
+        assert distributed.all_reduce_max(3) == 3
+        assert distributed.broadcast("x") == "x"
 
 
 def test_the_short_form_hands_on_exactly_what_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +222,8 @@ def test_the_short_form_hands_on_exactly_what_was_set(tmp_path: Path, monkeypatc
 
 DIE = """
 import os, sys
-from sftx import dist
-from sftx.settings import load_config
+from sftx import distributed
+from sftx.settings.load import load_config
 from sftx.training.loop import steps
 
 for record in steps(load_config(sys.argv[1])):
@@ -315,8 +315,8 @@ def _alive(pid: int) -> bool:
 
 HANG = """
 import sys, time
-from sftx import dist
-from sftx.settings import load_config
+from sftx import distributed
+from sftx.settings.load import load_config
 from sftx.training.loop import steps
 
 for record in steps(load_config(sys.argv[1])):
@@ -339,8 +339,8 @@ MEMORY = """
 import json, os, sys
 from pathlib import Path
 import torch
-from sftx import dist
-from sftx.settings import load_config
+from sftx import distributed
+from sftx.settings.load import load_config
 from sftx.model.runtime import Machine
 from sftx.training.prepare import _build
 
@@ -384,7 +384,10 @@ def test_ranks_that_nobody_started_are_refused(variables: dict[str, str], monkey
     """One process would train its share of every step, alone."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="but not of MASTER_ADDR: start them with torchrun"), dist.joined(CPU, 1.0):
+    with (
+        pytest.raises(UserError, match="but not of MASTER_ADDR: start them with torchrun"),
+        distributed.joined(CPU, 1.0),
+    ):
         pass
 
 

@@ -17,14 +17,15 @@ import small_tokenizers
 import tiny
 
 import sftx
-from sftx.config import Config
-from sftx.data import encode_pool, read
-from sftx.data.corpus import Corpus
-from sftx.data.encode import load_corpora, write_ledger
+from sftx.data.dataset import load_corpora, write_ledger
 from sftx.data.plan import plan_of
+from sftx.data.sources import read
+from sftx.data.store import encode_pool
+from sftx.data.store.corpus import Corpus
+from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.tokenizer import Tokenizer
-from sftx.data.view import raw_tables, read_rows
-from sftx.settings import make_config
+from sftx.settings.load import make_config
+from sftx.settings.schema import Config
 from sftx.types import Example, Row, UserError
 
 LENGTH = 64
@@ -214,7 +215,7 @@ def test_the_format_of_rows_has_its_own_cache(tokenizer: Tokenizer, tmp_path: Pa
     assert prints[0] != prints[1]
 
 
-@pytest.mark.parametrize("version", ["sftx.data.encode.VERSION", "sftx.data.render.VERSION"])
+@pytest.mark.parametrize("version", ["sftx.data.dataset.VERSION", "sftx.data.encoder.VERSION"])
 def test_another_version_of_the_encoding_makes_blocks_anew(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
@@ -447,10 +448,10 @@ def test_a_hub_data_set_is_read_through_datasets(
 
 SHARED_CACHE = """
 import sys
-from sftx.data import read
-from sftx.data.encode import load_corpora
+from sftx.data.sources import read
+from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 read.MIN_BLOCK, read.MAX_BLOCK = 1 << 16, 1 << 18
 config = make_config(model="m", output="o", data={"train": sys.argv[1], "workers": 0})
 print(load_corpora(config, Tokenizer.load(sys.argv[2]), 64)[0].fingerprint)
@@ -491,8 +492,8 @@ def test_reading_data_imports_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", pairs(3))
     tiny.tokenizer().save_pretrained(tmp_path / "t")
     code = (
-        "import sys; from sftx.data.encode import load_corpora; from sftx.data.tokenizer import Tokenizer;"
-        "from sftx.settings import make_config;"
+        "import sys; from sftx.data.dataset import load_corpora; from sftx.data.tokenizer import Tokenizer;"
+        "from sftx.settings.load import make_config;"
         f"c = make_config(model='m', output='o', data={{'train': {path!r}}});"
         f"print(len(load_corpora(c, Tokenizer.load({str(tmp_path / 't')!r}), 64)[0]));"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & sys.modules.keys()"

@@ -13,9 +13,9 @@ import pytest
 import tiny
 import torch
 
-from sftx.config import Config
 from sftx.model.adapter import attach
 from sftx.model.save import save_model
+from sftx.settings.schema import Config
 
 MEASURED = {"started", "measured", "predicted", "seconds", "seconds_left", "tokens_per_second", "memory"}
 """What a clock or the operating system says: in run.json and in every line of metrics.jsonl."""

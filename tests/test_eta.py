@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sftx.config import Batch
 from sftx.data.plan import Plan
-from sftx.track.progress import Progress, _duration
+from sftx.report.progress import Progress, _duration
+from sftx.settings.schema import Batch
 from sftx.training.eta import Eta
 from sftx.types import StepRecord, untrained
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sftx.data.cache import Entry, make_block
-from sftx.data.corpus import Corpus, Origin, Part
+from sftx.data.store.cache import Entry, make_block
+from sftx.data.store.corpus import Corpus, Origin, Part
 from sftx.eval.loss import held_out_loss
 from sftx.model.load import PackLoss
 

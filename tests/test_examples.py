@@ -10,7 +10,7 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftx import cli
-from sftx.settings import load_config
+from sftx.settings.load import load_config
 
 ROOT = Path(__file__).parents[1]
 

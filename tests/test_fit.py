@@ -11,38 +11,38 @@ import tiny
 import torch
 
 import sftx
-from sftx.config import Runtime
 from sftx.model import host_memory
-from sftx.model.compiled import KEPT
+from sftx.model.compile import KEPT
 from sftx.model.load import PackLoss
-from sftx.model.memory import Rehearsal
+from sftx.model.memory import MemoryEstimator
 from sftx.model.runtime import Machine
-from sftx.training.fit import MARGIN, Load, fit, predict
+from sftx.settings.schema import Runtime
+from sftx.training.memory_plan import MARGIN, StepProfile, choose_packing, predict
 
 CPU = Machine(torch.device("cpu"), torch.float32, 0)
-LOAD = Load(longest=300, step_tokens=8192, target_share=0.5)
+LOAD = StepProfile(longest=300, step_tokens=8192, target_share=0.5)
 
 
 @pytest.fixture(scope="module")
-def rehearsal() -> Rehearsal:
-    return Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
+def estimator() -> MemoryEstimator:
+    return MemoryEstimator(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
 
 
-def needed(rehearsal: Rehearsal, size: int, layers: int) -> int:
-    return int(predict(rehearsal, LOAD, size, layers).peak / MARGIN) + 1
+def needed(estimator: MemoryEstimator, size: int, layers: int) -> int:
+    return int(predict(estimator, LOAD, size, layers).peak / MARGIN) + 1
 
 
-def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Rehearsal) -> None:
-    def choose(at_hand: int, **runtime: Any) -> tuple[int, int]:
-        found = fit(Runtime(**runtime), rehearsal, LOAD, at_hand)
+def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(estimator: MemoryEstimator) -> None:
+    def choose(available: int, **runtime: Any) -> tuple[int, int]:
+        found = choose_packing(Runtime(**runtime), estimator, LOAD, available)
         return found.tokens_per_pack, found.recomputed
 
     assert choose(1 << 40) == (1024, 0)
-    assert choose(needed(rehearsal, 1024, 0) - 2) == (512, 0)
-    assert choose(needed(rehearsal, 512, 0)) == (512, 0)
-    assert choose(needed(rehearsal, 512, 0) - 2) == (512, 1)
-    assert choose(needed(rehearsal, 512, 3)) == (512, 3)
-    assert choose(needed(rehearsal, 512, 5) - 2)[0] == 256
+    assert choose(needed(estimator, 1024, 0) - 2) == (512, 0)
+    assert choose(needed(estimator, 512, 0)) == (512, 0)
+    assert choose(needed(estimator, 512, 0) - 2) == (512, 1)
+    assert choose(needed(estimator, 512, 3)) == (512, 3)
+    assert choose(needed(estimator, 512, 5) - 2)[0] == 256
     assert choose(1 << 40, recompute=2) == (1024, 2)
     assert choose(1 << 40, recompute="all", tokens_per_pack=700) == (700, 5)
     with pytest.raises(
@@ -50,24 +50,24 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(rehearsal: Reh
     ):
         choose(2000)
     with pytest.raises(sftx.UserError, match=r"1,024 tokens.* 0 layers"):
-        choose(needed(rehearsal, 1024, 0) - 2, recompute="none", tokens_per_pack=1024)
+        choose(needed(estimator, 1024, 0) - 2, recompute="none", tokens_per_pack=1024)
 
 
-def test_a_continued_run_keeps_the_packs_it_had_while_they_fit(rehearsal: Rehearsal) -> None:
-    assert fit(Runtime(), rehearsal, LOAD, 1 << 40, earlier=700).tokens_per_pack == 700
-    assert fit(Runtime(tokens_per_pack=90), rehearsal, LOAD, 1 << 40, earlier=700).tokens_per_pack == 90
-    found = fit(Runtime(recompute="none"), rehearsal, LOAD, needed(rehearsal, 512, 0), earlier=700)
+def test_a_continued_run_keeps_the_packs_it_had_while_they_fit(estimator: MemoryEstimator) -> None:
+    assert choose_packing(Runtime(), estimator, LOAD, 1 << 40, earlier=700).tokens_per_pack == 700
+    assert choose_packing(Runtime(tokens_per_pack=90), estimator, LOAD, 1 << 40, earlier=700).tokens_per_pack == 90
+    found = choose_packing(Runtime(recompute="none"), estimator, LOAD, needed(estimator, 512, 0), earlier=700)
     assert found.tokens_per_pack == 512
     assert found.notes == ("the run had packs of 700 tokens, which no longer fit: from here on it differs by rounding",)
 
 
 def test_compiled_layers_keep_less_and_get_larger_packs() -> None:
-    rehearsal = Rehearsal(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
-    eager = predict(rehearsal, LOAD, 1024, 0)
-    rehearsal.compiled = True
-    assert predict(rehearsal, LOAD, 1024, 0).activations == pytest.approx(KEPT * eager.activations, rel=0.01)
-    assert fit(Runtime(), rehearsal, LOAD, 1 << 40).tokens_per_pack == 2048
-    assert fit(Runtime(), rehearsal, LOAD, needed(rehearsal, 2048, 0) - 2).tokens_per_pack == 1024
+    estimator = MemoryEstimator(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
+    eager = predict(estimator, LOAD, 1024, 0)
+    estimator.compiled = True
+    assert predict(estimator, LOAD, 1024, 0).activations == pytest.approx(KEPT * eager.activations, rel=0.01)
+    assert choose_packing(Runtime(), estimator, LOAD, 1 << 40).tokens_per_pack == 2048
+    assert choose_packing(Runtime(), estimator, LOAD, needed(estimator, 2048, 0) - 2).tokens_per_pack == 1024
 
 
 def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("the shape depends on data")
 
     monkeypatch.setattr(loss, "forward", depends_on_data)
-    found = fit(Runtime(), Rehearsal(loss, CPU, 0), LOAD, 1 << 40)
+    found = choose_packing(Runtime(), MemoryEstimator(loss, CPU, 0), LOAD, 1 << 40)
     assert (found.tokens_per_pack, found.recomputed, found.memory) == (1024, 0, None)
     assert found.notes == ("memory could not be predicted: the shape depends on data",)
 

@@ -9,10 +9,10 @@ import tiny
 import torch
 from torch import nn
 
-from sftx.config import Config, Model
 from sftx.data.pack import build_pack
 from sftx.model.freeze import freeze
 from sftx.model.load import PackLoss, to_tensors
+from sftx.settings.schema import Config, Model
 from sftx.types import UserError
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from sftx.cli import main
 from sftx.cli.inspect import paint
-from sftx.data.encode import encode, load_corpora
+from sftx.data.dataset import encode, load_corpora
 from sftx.data.plan import Plan
+from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
-from sftx.data.view import view
-from sftx.settings import load_config, make_config
+from sftx.settings.load import load_config, make_config
 from sftx.types import Example
 
 TOKENIZER = Tokenizer.of(tiny.tokenizer())

@@ -11,9 +11,9 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sftx.data.pack import build_pack, probe_pack
-from sftx.model.checks import check_paths
+from sftx.model.checks.probe import reach, segment_lengths
+from sftx.model.checks.start import check_paths
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.probe import reach, segment_lengths
 
 CPU = torch.device("cpu")
 LENGTHS = [120, 9, 97, 43, 110, 5]

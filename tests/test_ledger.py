@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tiny
 
-from sftx.config import Config
-from sftx.data.corpus import Corpus
-from sftx.data.encode import load_corpora
+from sftx.data.dataset import load_corpora
 from sftx.data.plan import plan_of
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
+from sftx.settings.schema import Config
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from small_tokenizers import ours
 
-from sftx.config import Data
-from sftx.data import oversize, words
-from sftx.data.encode_worker import encode_block
-from sftx.data.length import TokenSequence, fit
-from sftx.data.render import Encoder
-from sftx.data.rows import detect, parse
-from sftx.data.sandbox import TEMPLATE_ERRORS, compile_template, run_template, watched
-from sftx.settings import load_config
+from sftx.data import oversize
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template, watched
+from sftx.data.encoder import Encoder
+from sftx.data.sources.rows import detect, parse
+from sftx.data.store import word_cache
+from sftx.data.store.encode_worker import encode_block
+from sftx.data.truncation import TokenSequence, fit
+from sftx.settings.load import load_config
+from sftx.settings.schema import Data
 from sftx.types import RowError, UserError
 
 
@@ -88,7 +89,7 @@ def test_words_of_a_large_text_are_read_as_those_of_a_small_one(monkeypatch: pyt
     )
     expected = tokenizer.backend.encode(text, add_special_tokens=False).ids
     for at_once in (1, 7, 1000, len(text) + 1):
-        monkeypatch.setattr(words, "AT_ONCE", at_once)
+        monkeypatch.setattr(word_cache, "AT_ONCE", at_once)
         assert tokenizer.encode_batch([text])[0].tolist() == expected
 
 
@@ -101,7 +102,7 @@ def test_words_of_a_large_text_are_read_as_those_of_a_small_one(monkeypatch: pyt
 def test_a_text_too_long_for_one_go_is_refused_with_its_size(
     kind: str, text: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (oversize, __import__("sftx.data.encode_worker", fromlist=["x"])):
+    for module in (oversize, __import__("sftx.data.store.encode_worker", fromlist=["x"])):
         monkeypatch.setattr(module, "AT_ONCE", 1000)
     encoder = Encoder(ours(kind), Data(template="none"), 64)
     lines = [{"text": "before"}, {"text": text}, {"text": "after"}]
@@ -155,7 +156,7 @@ HUGE: dict[str, tuple[str, str]] = {
 def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftx.data.sandbox._own_process", True)  # limits of the whole process act too
+    monkeypatch.setattr("sftx.data.chat.sandbox._own_process", True)  # limits of the whole process act too
     source, expected = HUGE[name]
 
     def render() -> None:
@@ -180,7 +181,7 @@ def test_what_templates_do_stays_allowed() -> None:
 
 def test_an_interruption_beside_another_error_has_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog fires while memory runs out: one error comes after the other, and neither is called `None`."""
-    from sftx.data import sandbox
+    from sftx.data.chat import sandbox
 
     def run_out_of_memory(watch: Any) -> None:
         with watch.deadline():

@@ -15,13 +15,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from sftx.cli import main
-from sftx.data.encode import encode
-from sftx.data.lint import Finding, lint
-from sftx.data.minhash import NearDuplicates
-from sftx.data.render import Encoder
+from sftx.data.dataset import encode
+from sftx.data.encoder import Encoder
+from sftx.data.lint.minhash import NearDuplicates
+from sftx.data.lint.rules import Finding, lint
+from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
-from sftx.data.view import view
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 
 WORDS = "apple river stone cloud window garden music letter bridge winter summer candle forest mirror".split()  # noqa: SIM905
 

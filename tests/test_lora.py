@@ -16,13 +16,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch.utils.checkpoint import checkpoint
 
-from sftx.config import Adapter, Model
 from sftx.data.pack import probe_pack
 from sftx.model import lora
-from sftx.model.adapter import attach, hold
-from sftx.model.checks import check_paths
+from sftx.model.adapter import attach, cast_frozen_weights
+from sftx.model.checks.start import check_paths
 from sftx.model.load import PackLoss, load_model
 from sftx.model.lora import LoraLinear, fuse
+from sftx.settings.schema import Adapter, Model
 
 
 def adapted(family: str = "Qwen2", **changes: object) -> torch.nn.Module:
@@ -74,7 +74,7 @@ def test_frozen_matrices_in_the_precision_of_autocast_change_no_number() -> None
     fuse(model)
     loss, theirs = gradients(model, autocast=True)
     outside = {n: p.dtype for n, p in model.named_parameters() if "base_layer" not in n}
-    hold(model, torch.bfloat16)
+    cast_frozen_weights(model, torch.bfloat16)
     assert gradients(model, autocast=True)[0] == loss
     assert difference(gradients(model, autocast=True)[1], theirs) == 0
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
@@ -88,7 +88,7 @@ def test_the_file_of_weights_is_let_go_once_its_matrices_are_held_otherwise(tmp_
     attach(model, Adapter(method="lora", dropout=0.0), 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mapped = [str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text()]
-    hold(model, torch.bfloat16)
+    cast_frozen_weights(model, torch.bfloat16)
     mapped.append(str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text())
     assert mapped == [True, False]
     assert all(torch.equal(p, before[n].to(p.dtype)) for n, p in model.named_parameters())

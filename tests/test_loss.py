@@ -14,13 +14,13 @@ import pytest
 import tiny
 import torch
 
-from sftx.config import Runtime
 from sftx.data.pack import balanced, build_pack, probe_pack
-from sftx.model import blocks
-from sftx.model.checks import check_paths, check_sizes
+from sftx.model import cpu_attention
+from sftx.model.checks.start import check_paths, check_sizes
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.runtime import machine
+from sftx.settings.schema import Runtime
 from sftx.training.step import train_step
 from sftx.types import Example, UserError
 
@@ -75,7 +75,7 @@ def as_trained() -> Iterator[None]:
 @pytest.mark.usefixtures("as_trained")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "ROWS", 24)  # the examples are shorter than a block
+    monkeypatch.setattr(cpu_attention, "ROWS", 24)  # the examples are shorter than a block
     model = tiny.model(family, **FAMILIES[family])
     data = tiny.examples(LENGTHS)
     twin = float64_twin(model)

@@ -14,11 +14,11 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import sftx
-from sftx.config import Loss
 from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
-from sftx.model.regularise import embedding_noise, router_balance
+from sftx.model.regularization import embedding_noise, router_balance
+from sftx.settings.schema import Loss
 from sftx.types import Example
 
 CPU = torch.device("cpu")

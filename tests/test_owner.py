@@ -16,13 +16,13 @@ import ranks
 import tiny
 
 import sftx
-from sftx.track import lock
-from sftx.track.lock import LOCK, OWNER, owned
+from sftx.report import lock
+from sftx.report.lock import LOCK, OWNER, owned
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sftx.track.lock import owned
+from sftx.report.lock import owned
 with owned(Path(sys.argv[1])):
     print("owned", flush=True)
     time.sleep(60)

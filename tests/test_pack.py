@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftx.config import Batch
 from sftx.data.pack import balanced, build_pack
 from sftx.data.plan import Plan
 from sftx.data.rotation import Rotation
+from sftx.settings.schema import Batch
 from sftx.types import Example, UserError
 
 lengths_strategy = st.lists(st.integers(2, 50), min_size=1, max_size=40)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sftx.cli import main
 from sftx.printable import printable
-from sftx.track.progress import Progress
+from sftx.report.progress import Progress
 from sftx.types import RowError, UserError
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9d8;;\x9c\u202e"

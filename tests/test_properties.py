@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from small_tokenizers import ours, theirs
 from test_template import CALLS, CHATML, NO_STOP, REWRITES, TRIMS, encoder, row, turn_by_turn
 
-from sftx.data.length import TokenSequence, fit
-from sftx.data.render import Encoded
+from sftx.data.encoder import Encoded
 from sftx.data.tokenizer import Tokenizer
+from sftx.data.truncation import TokenSequence, fit
 from sftx.types import Phrase, Row, RowError
 
 # Letters of many scripts, white space, and pieces of the special tokens and tags themselves.

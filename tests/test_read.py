@@ -16,9 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sftx.arrow import from_numpy, rows_of
-from sftx.data import read
-from sftx.data.convert import convert, dump
-from sftx.data.read import Block, find_files, is_hub_name, is_lines, rows_in, scan
+from sftx.data.sources import read
+from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, rows_in, scan
+from sftx.data.sources.to_jsonl import convert, dump
 from sftx.types import RowError, UserError
 
 ROWS = [

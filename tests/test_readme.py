@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from sftx import cli
-from sftx.settings import load_config
+from sftx.settings.load import load_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # which has a chat template, as the README's rows need one

@@ -12,14 +12,14 @@ import tiny
 import torch
 
 import sftx
-from sftx.config import Adapter, Runtime
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
+from sftx.model.checkpointing import decoder_layers, recompute
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.memory import Rehearsal
-from sftx.model.recompute import decoder_layers, recompute
+from sftx.model.memory import MemoryEstimator
 from sftx.model.runtime import Machine
-from sftx.training.fit import Load, fit
+from sftx.settings.schema import Adapter, Runtime
+from sftx.training.memory_plan import StepProfile, choose_packing
 from sftx.types import UserError
 
 PACK = to_tensors(build_pack(tiny.examples([20, 33, 7])), torch.device("cpu"))
@@ -102,7 +102,7 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
 @pytest.mark.parametrize("count", ["all", 3])
 def test_recomputing_layers_that_are_not_shown_is_refused_in_words(count: str | int) -> None:
     model = tiny.model("CTRL", n_embd=32, dff=64, n_layer=2, n_head=4, n_positions=256)
-    rehearsal = Rehearsal(PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0)
-    chosen = fit(Runtime(recompute=count), rehearsal, Load(40, 100, 0.5), 1 << 34)  # pyright: ignore
+    estimator = MemoryEstimator(PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0)
+    chosen = choose_packing(Runtime(recompute=count), estimator, StepProfile(40, 100, 0.5), 1 << 34)  # pyright: ignore
     with pytest.raises(UserError, match="CTRLLMHeadModel shows no decoder layers that can be recomputed"):
         recompute(model, chosen.recomputed)

@@ -16,9 +16,9 @@ from test_control import records, settings
 
 import sftx
 from sftx import cli
-from sftx.settings import load_config
-from sftx.strict_yaml import dump, parse
-from sftx.track.card import public_name
+from sftx.report.model_card import public_name
+from sftx.settings.load import load_config
+from sftx.settings.strict_yaml import dump, parse
 from sftx.training.export import export
 
 ROWS = [["What is one?", "1"], {"prompt": "Two?", "completion": "é\n2"}]

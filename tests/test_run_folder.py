@@ -15,9 +15,9 @@ import tiny
 from safetensors.torch import load_file
 
 import sftx
-from sftx import dist
-from sftx.training import checkpoint, fit, loop, room
-from sftx.training.stop import SaveClock, StopFlag, listening
+from sftx import distributed
+from sftx.training import checkpoint, loop, memory_plan, room
+from sftx.training.signals import SaveClock, StopFlag, listening
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
 TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run here needs its memory predicted, which takes most of its time."""
-    monkeypatch.setattr(fit, "predict", unpredictable)
+    monkeypatch.setattr(memory_plan, "predict", unpredictable)
 
 
 def unpredictable(*_: Any) -> None:
@@ -183,7 +183,7 @@ def test_ranks_learn_of_a_save_and_of_a_signal_by_one_question(monkeypatch: pyte
         asked.append(number)
         return max(number, other)
 
-    monkeypatch.setattr(dist, "agree", agree)
+    monkeypatch.setattr(distributed, "all_reduce_max", agree)
     flag, other = StopFlag(), 0
     assert flag.or_save(False) == (False, False)
     assert flag.or_save(True) == (False, True)

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from sftx.config import Config
+from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.optim import build_optimizer
-from sftx.training.resume import mathematics
+from sftx.training.run_identity import mathematics
 from sftx.types import UserError
 
 BASE: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}

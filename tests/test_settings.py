@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sftx.config import Batch, Config, Model, Runtime
-from sftx.schema import FOREIGN_NAMES, as_json_schema, settings, suggestion
-from sftx.settings import load_config, make_config
-from sftx.strict_yaml import parse
+from sftx.settings.describe import FOREIGN_NAMES, as_json_schema, settings, suggestion
+from sftx.settings.load import load_config, make_config
+from sftx.settings.schema import Batch, Config, Model, Runtime
+from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
 
 BASE = "model: m\ndata: d.jsonl\noutput: o\n"
@@ -262,7 +262,7 @@ def test_json_schema_takes_the_short_forms() -> None:
 
 
 def test_settings_page_is_up_to_date() -> None:
-    from sftx.schema import as_markdown
+    from sftx.settings.describe import as_markdown
 
     page = Path(__file__).parents[1] / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == as_markdown(), "run `sftx schema format=markdown > docs/settings.md`"

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sftx import dist
+from sftx import distributed
 from sftx.model import shard as shard_module
 from sftx.model.load import PackLoss
-from sftx.model.shard import build_mesh, check_replicas, own_part, shard
+from sftx.model.shard import build_mesh, check_replicas, local_shard, shard
 from sftx.types import UserError
 
 CPU = torch.device("cpu")
@@ -50,10 +50,10 @@ def test_a_rank_knows_where_its_part_begins() -> None:
     mesh = init_device_mesh("cpu", (1, 8), mesh_dim_names=("replicate", "shard"))
     local = torch.arange(12.0, 18.0).view(2, 3)
     tensor = DTensor.from_local(local, mesh["shard"], [Shard(0)], shape=torch.Size((16, 3)), stride=(3, 1))
-    held, first = own_part(tensor)
+    held, first = local_shard(tensor)
     assert first == 12
     assert held.flatten().tolist() == [12.0, 13.0, 14.0, 15.0, 16.0, 17.0]
-    assert own_part(local) == (local, 0)
+    assert local_shard(local) == (local, 0)
 
 
 def test_every_group_of_a_mesh_waits_as_long_as_the_run_says() -> None:
@@ -77,9 +77,9 @@ def test_a_replica_that_differs_in_a_bit_is_named(monkeypatch: pytest.MonkeyPatc
         shard, sums = mine
         return [(shard, [total + (rank == odd) for total in sums]) for rank in range(8)]
 
-    monkeypatch.setattr(dist, "everyone", lambda mine: gathered(mine, None))
+    monkeypatch.setattr(distributed, "all_gather", lambda mine: gathered(mine, None))
     check_replicas({"weight": weight})
-    monkeypatch.setattr(dist, "everyone", lambda mine: gathered(mine, 5))
+    monkeypatch.setattr(distributed, "all_gather", lambda mine: gathered(mine, 5))
     with pytest.raises(UserError, match="the weights of rank 5 are no longer those of its peers"):
         check_replicas({"weight": weight})
 
@@ -119,23 +119,23 @@ class TwoRanks:
 
 def test_what_ranks_tell_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     both = TwoRanks()
-    monkeypatch.setattr(dist, "torch_dist", both)
-    monkeypatch.setattr(dist, "is_joined", lambda: True)
-    assert [dist.agree(3), dist.agree(9)] == [5, 9]
-    assert dist.from_main("from 1") == "from 0"
-    assert dist.add_up(torch.tensor(2.0)) == 7
+    monkeypatch.setattr(distributed, "torch_dist", both)
+    monkeypatch.setattr(distributed, "is_joined", lambda: True)
+    assert [distributed.all_reduce_max(3), distributed.all_reduce_max(9)] == [5, 9]
+    assert distributed.broadcast("from 1") == "from 0"
+    assert distributed.all_reduce_sum(torch.tensor(2.0)) == 7
     both.calls.clear()
-    dist.barrier()
-    dist.barrier(saving=True)
+    distributed.barrier()
+    distributed.barrier(saving=True)
     assert both.calls == ["all_reduce"] * 2
 
 
 def test_a_rank_that_gives_no_sign_of_life_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "GRACE", 0.2)
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
     process = os.fork()
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its stacks
-        dist._Watch(torch_dist.HashStore(), 0.1)
+        distributed._Watch(torch_dist.HashStore(), 0.1)
         time.sleep(20)
         os._exit(7)
     _, status = os.waitpid(process, 0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_template import CALLS, CHATML, REWRITES, encoded, encoder, model, row, user
 
-from sftx.data.render import Encoded
+from sftx.data.encoder import Encoded
 from sftx.data.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "be quick"}

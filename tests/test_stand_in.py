@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftx.data.pack import build_pack, probe_pack
-from sftx.model.checks import check_paths
+from sftx.model.checkpointing import decoder_layers
+from sftx.model.checks.stand_in import kinds_of_layers, stand_in
+from sftx.model.checks.start import check_paths
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.recompute import decoder_layers
-from sftx.model.stand_in import kinds_of_layers, stand_in
 from sftx.types import Example
 
 TEXT: dict[str, Any] = {

@@ -12,9 +12,9 @@ import tiny
 import torch
 
 import sftx
-from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.settings.schema import Config
 from sftx.training import loop
 from sftx.training.optim import build_optimizer
 from sftx.training.step import train_step

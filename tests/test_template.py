@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from small_tokenizers import ours, theirs
 
-from sftx.config import Data
-from sftx.data import sandbox
-from sftx.data.render import Encoded, Encoder
+from sftx.data.chat import sandbox
+from sftx.data.encoder import Encoded, Encoder
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.schema import Data
 from sftx.types import Phrase, Row, RowError, UserError
 
 CHATML = (
@@ -524,7 +524,7 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data import sandbox\nsandbox.LAST = 0.5\nsandbox.limit_this_process()\n"
+        "import sys; from sftx.data.chat import sandbox\nsandbox.LAST = 0.5\nsandbox.limit_this_process()\n"
         "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sftx.config import Data
-from sftx.data.render import Encoder
+from sftx.data.encoder import Encoder
+from sftx.settings.schema import Data
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT.parent / "shared" / "data" / "chat_templates"

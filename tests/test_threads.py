@@ -13,9 +13,9 @@ from test_control import settings
 
 import sftx
 from sftx import cores
-from sftx.config import Runtime
 from sftx.model import threads
 from sftx.model.runtime import machine
+from sftx.settings.schema import Runtime
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_what_is_asked_for_comes_first(
 
 
 def test_as_many_processes_encode_as_there_is_time_for(sixteen: Path) -> None:
-    from sftx.data.encode_pool import cores as workers
+    from sftx.data.store.encode_pool import cores as workers
 
     write(sixteen / "PROC/self/cgroup", "0::/\n")
     write(sixteen / "CGROUPS/cpu.max", "300000 100000\n")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sftx
-from sftx import dist
+from sftx import distributed
 from sftx.training import checkpoint, loop
 from sftx.training.optim import build_optimizer, learning_rate
-from sftx.training.stop import Diverged, StopFlag, Stopped
+from sftx.training.signals import Diverged, StopFlag, Stopped
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(40)]
 
@@ -358,7 +358,7 @@ def test_a_merge_that_was_interrupted_is_made_up_for(
 
 def test_a_signal_that_comes_while_ranks_agree_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = StopFlag()
-    monkeypatch.setattr(dist, "agree", lambda number: flag.set(signal.SIGTERM, None) or number)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda number: flag.set(signal.SIGTERM, None) or number)
     assert (flag(), flag(), flag.signal) == (False, True, signal.SIGTERM)
 
 

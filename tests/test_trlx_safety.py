@@ -20,8 +20,8 @@ from sftx.compat.trlx.pipeline.offline_pipeline import PromptPipeline, tokenize_
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer
 from sftx.training import checkpoint
+from sftx.training.signals import Stopped
 from sftx.training.step import train_step
-from sftx.training.stop import Stopped
 from sftx.types import UserError
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}

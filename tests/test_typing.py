@@ -12,28 +12,28 @@ from pathlib import Path
 import pytest
 
 import sftx
-from sftx import settings_types
-from sftx.config import Config
-from sftx.schema import section_of
-from sftx.schema_types import as_python
+from sftx.settings import keywords
+from sftx.settings.describe import section_of
+from sftx.settings.schema import Config
+from sftx.settings.typed_keywords import as_python
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_types_are_those_of_the_schema() -> None:
-    page = ROOT / "src" / "sftx" / "settings_types.py"
+    page = ROOT / "src" / "sftx" / "settings" / "keywords.py"
     assert page.read_text(encoding="utf-8") == as_python(), "run `make docs`"
 
 
 def test_every_setting_is_in_the_types() -> None:
     """Compared key by key with the schema, whatever the generator does."""
-    assert settings_types.Sections.__annotations__.keys() == Config.model_fields.keys()
-    hints = inspect.get_annotations(settings_types.Sections)
+    assert keywords.Sections.__annotations__.keys() == Config.model_fields.keys()
+    hints = inspect.get_annotations(keywords.Sections)
     assert {key for key, hint in hints.items() if "Required" in str(hint)} == {"model", "data", "output"}
     for name, field in Config.model_fields.items():
         section = section_of(field)
         if section is not None:
-            typed = getattr(settings_types, f"{name.capitalize()}Settings")
+            typed = getattr(keywords, f"{name.capitalize()}Settings")
             assert typed.__annotations__.keys() == section.model_fields.keys()
 
 
@@ -71,7 +71,7 @@ def test_a_setting_takes_what_make_config_takes() -> None:
 RIGHT = """\
 import sftx
 from pathlib import Path
-from sftx.config import Batch
+from sftx.settings.schema import Batch
 
 def rows():
     yield ["a", "b"]

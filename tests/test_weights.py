@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import sftx
 from sftx.cli import main
-from sftx.config import Config, Model
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
 from sftx.model.load import PackLoss, load_model, to_tensors
+from sftx.settings.schema import Config, Model
 from sftx.training.optim import StochasticAdamW, random_bits, with_moments
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(16)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from sftx.data.words import LONGEST, REMEMBERED, WordIds, tokenises_by_word
+from sftx.data.store.word_cache import LONGEST, REMEMBERED, WordCache, tokenises_by_word
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "tokenizers"
 SAMPLE = ["It's the cat's hat, isn't it? (Yes: it IS!)\n\n  The end.\t1984 + 17 = 2001; über 中文 🙂 e\u0301\r\n"] * 3
@@ -49,7 +49,7 @@ def test_words_have_the_ids_of_the_text(texts: list[str], plain: bool) -> None:
     for made in TOKENIZERS:
         assert tokenises_by_word(made)
         made.encode_special_tokens = plain
-        words = WordIds(made)
+        words = WordCache(made)
         expected = [found.ids for found in made.encode_batch(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in map(words.encode, texts)] == expected
         assert [ids.tolist() for ids in map(words.encode, texts)] == expected  # from what is remembered
@@ -66,7 +66,7 @@ def test_real_tokenizers(name: str) -> None:
     pieces = ["a", " ", "  ", "\n", "é", "1", ".", "'s", "<|im_end|>", "中"]
     texts = [*SAMPLE, *("".join(chosen) for chosen in itertools.product(pieces, repeat=4))]
     expected = [found.ids for found in made.encode_batch_fast(texts, add_special_tokens=False)]
-    assert [ids.tolist() for ids in map(WordIds(made).encode, texts)] == expected
+    assert [ids.tolist() for ids in map(WordCache(made).encode, texts)] == expected
 
 
 def test_others_are_left_alone() -> None:
@@ -87,7 +87,7 @@ def test_others_are_left_alone() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    words = WordIds(TOKENIZERS[0])
+    words = WordCache(TOKENIZERS[0])
     words.encode("word " + "x" * (LONGEST + 1))
     assert list(words) == ["word"]
     words.encode(" ".join(map(str, range(REMEMBERED + 2))))

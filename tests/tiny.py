@@ -12,8 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sftx.data.cache import Entry, make_block
-from sftx.data.corpus import Corpus, Origin, Part
+from sftx.data.store.cache import Entry, make_block
+from sftx.data.store.corpus import Corpus, Origin, Part
 from sftx.types import Example
 
 CHAT_TEMPLATE = (

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in `_PUBLIC`, for editors and type checkers
-    from sftx.config import Config
-    from sftx.data.encode import encode
+    from sftx.data.dataset import encode
     from sftx.data.tokenizer import Tokenizer
-    from sftx.settings import load_config, make_config
+    from sftx.settings.load import load_config, make_config
+    from sftx.settings.schema import Config
     from sftx.training.control import Steps
     from sftx.training.loop import steps, train
     from sftx.training.result import Result
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 _PUBLIC = {
-    "Config": "sftx.config",
-    "encode": "sftx.data.encode",
+    "Config": "sftx.settings.schema",
+    "encode": "sftx.data.dataset",
     "Tokenizer": "sftx.data.tokenizer",
-    "load_config": "sftx.settings",
-    "make_config": "sftx.settings",
+    "load_config": "sftx.settings.load",
+    "make_config": "sftx.settings.load",
     "Steps": "sftx.training.control",
     "steps": "sftx.training.loop",
     "train": "sftx.training.loop",

@@ -14,12 +14,12 @@ from hypothesis import strategies as some
 
 from scorecard.frame import expect
 from scorecard.good_rows import GOOD
-from sftx.config import Data
-from sftx.data.convert import convert
-from sftx.data.encode_worker import encode_block
-from sftx.data.render import Encoder
-from sftx.data.rows import REQUIRED, parse
+from sftx.data.encoder import Encoder
+from sftx.data.sources.rows import REQUIRED, parse
+from sftx.data.sources.to_jsonl import convert
+from sftx.data.store.encode_worker import encode_block
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.schema import Data
 from sftx.types import RowError, UserError
 
 SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)

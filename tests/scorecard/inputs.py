@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from scorecard import good_rows
 from scorecard.frame import check, expect
 from scorecard.runs import on_call, records, run, settings, write_rows
-from sftx.data.corpus import Corpus
-from sftx.data.encode import load_corpora
+from sftx.data.dataset import load_corpora
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 from sftx.training import prepare
 from sftx.types import UserError
 

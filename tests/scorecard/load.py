@@ -15,9 +15,9 @@ import tiny
 from scorecard.frame import check, expect
 from scorecard.runs import Child, on_call, run, settings, write_config, write_rows
 from sftx.cli import main
-from sftx.data.encode import load_corpora
+from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings import make_config
+from sftx.settings.load import make_config
 from sftx.training import checkpoint
 
 ROWS = 1_000_000

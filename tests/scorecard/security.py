@@ -23,9 +23,9 @@ from scorecard.frame import check, expect
 from scorecard.inputs import Reader
 from scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
 from sftx.cli import main
-from sftx.data import sandbox
-from sftx.data.sandbox import SECONDS
-from sftx.settings import load_config
+from sftx.data.chat import sandbox
+from sftx.data.chat.sandbox import SECONDS
+from sftx.settings.load import load_config
 from sftx.types import UserError
 
 SECRETS = {

@@ -118,8 +118,8 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
         _sign_of_life(verb, arguments)
         return import_module(f"sftx.cli.{verb}").run(**extra)
 
-    from sftx.data.sandbox import limit_this_process
-    from sftx.settings import load_config
+    from sftx.data.chat.sandbox import limit_this_process
+    from sftx.settings.load import load_config
 
     if own_process:
         limit_this_process()
@@ -183,7 +183,7 @@ def _verb_help(verb: str, told: Declared) -> str:
     for key, meaning in told.extra.items():
         lines += entry(f"{key}=...", meaning)
     if "config" in told.takes:
-        from sftx.schema import doc, in_words, settings
+        from sftx.settings.describe import doc, in_words, settings
 
         lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
         for key, field in settings().items():

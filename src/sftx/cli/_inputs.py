@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sftx.config import Config
-from sftx.data.encode import DEFAULT_LENGTH
+from sftx.data.dataset import DEFAULT_LENGTH
 from sftx.data.tokenizer import Tokenizer
 from sftx.model_config import positions
+from sftx.settings.schema import Config
 from sftx.types import UserError
 
 

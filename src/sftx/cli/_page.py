@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from sftx.config import Config
-from sftx.data.corpus import Corpus
+from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
-from sftx.data.render import Encoder
-from sftx.data.view import View, view
+from sftx.data.store.corpus import Corpus
+from sftx.data.token_view import View, view
+from sftx.settings.schema import Config
 
 SHOWN, TOKENS = 240, 400_000  # examples on a page, and tokens of them at most: a page should open at once
 POINTS = 400  # in the chart of steps

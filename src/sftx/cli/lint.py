@@ -15,10 +15,10 @@ from rich.markup import escape
 
 from sftx.cli._inputs import tokenizer_and_length
 from sftx.cli._output import write_json
-from sftx.config import Config
-from sftx.data.lint import lint
-from sftx.data.render import Encoder
+from sftx.data.encoder import Encoder
+from sftx.data.lint.rules import lint
 from sftx.printable import printable
+from sftx.settings.schema import Config
 
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
 DEFAULTS = ("output=unused",)

@@ -15,21 +15,21 @@ import torch
 
 from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
-from sftx.config import Config
-from sftx.data.encode import DEFAULT_LENGTH, load_corpora
+from sftx.data.dataset import DEFAULT_LENGTH, load_corpora
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import hold, trainable
-from sftx.model.compiled import planned
+from sftx.model.adapter import cast_frozen_weights, trainable
+from sftx.model.compile import planned
 from sftx.model.load import PackLoss
-from sftx.model.memory import Rehearsal
+from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
 from sftx.printable import printable
-from sftx.training.fit import Load, fit, outline, seconds_of, weigh
+from sftx.settings.schema import Config
+from sftx.training.memory_plan import StepProfile, choose_packing, meta_model, seconds_of, set_example_cost
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
-from sftx.training.resume import name_of
+from sftx.training.run_identity import name_of
 from sftx.types import UserError
 
 EXTRA = {
@@ -48,33 +48,33 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
     count = whole_number("plan: gpus", gpus) if gpus else 1
     added = config.model.add_tokens or config.model.add_special_tokens
-    loss = outline(config, Tokenizer.of_model(config.model).taught if added else {})
+    loss = meta_model(config, Tokenizer.of_model(config.model).added_token_ids if added else {})
     plan, load = _load(config, loss, count)
     with machine(config.runtime) as here:
-        at_hand, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.memory_at_hand()
+        available, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.available_memory()
         if gpus:
             half = config.runtime.precision != "fp32"
             here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
         if count == 1:
-            hold(loss.model, here.precision)
+            cast_frozen_weights(loss.model, here.precision)
         nf4 = config.adapter.quantize == "nf4"
-        rehearsal = Rehearsal(loss, here, held, count if count > 1 else None, nf4)
-        facts = _facts(config, plan, load, loss, at_hand)
+        estimator = MemoryEstimator(loss, here, held, count if count > 1 else None, nf4)
+        facts = _facts(config, plan, load, loss, available)
         tokens = load.tokens if count == 1 else 0.0
-        rehearsal.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
+        estimator.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
         facts["adapter"] = describe_adapter(loss.model)
         facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
         try:
-            chosen = fit(config.runtime, rehearsal, load, at_hand)
+            chosen = choose_packing(config.runtime, estimator, load, available)
             facts |= {"tokens_per_pack": chosen.tokens_per_pack, "recomputed_layers": chosen.recomputed}
-            facts |= {"layers": len(rehearsal.layers), "memory": chosen.parts(), "notes": list(chosen.notes)}
+            facts |= {"layers": len(estimator.layers), "memory": chosen.parts(), "notes": list(chosen.notes)}
             if plan is not None and not gpus:
                 facts["fill"] = _fill(plan, chosen.tokens_per_pack)
-                facts["seconds"] = seconds_of(rehearsal, load, chosen, CALIBRATION)
+                facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
         except UserError as error:
             facts["refused"] = str(error)
     if gpus:
-        facts["gpus_needed"] = _fewest_gpus(config, rehearsal, load, at_hand)
+        facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
     print(printable("\n".join(_lines(facts, config))))
     if json:
         write_json(json, facts)
@@ -88,21 +88,21 @@ def _bytes(value: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
 
 
-def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, Load]:
+def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, StepProfile]:
     """The plan of the run's own data, and its load; without data: full packs of the longest examples, all targets."""
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
         plan = plan_of(corpus, config)
-        weigh(plan, loss, corpus.targets)
-        return plan, Load.of_plan(plan, int(corpus.targets.sum()), processes)
+        set_example_cost(plan, loss, corpus.targets)
+        return plan, StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)
     sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
-    return None, Load(min(sizes), 1 << 20, 1.0)
+    return None, StepProfile(min(sizes), 1 << 20, 1.0)
 
 
-def _facts(config: Config, plan: Plan | None, load: Load, loss: PackLoss, at_hand: int) -> dict[str, Any]:
+def _facts(config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss, available: int) -> dict[str, Any]:
     facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
-    facts |= {"memory_at_hand": at_hand, "learning_rate": peak_learning_rate(config.optim, config.adapter)}
+    facts |= {"memory_at_hand": available, "learning_rate": peak_learning_rate(config.optim, config.adapter)}
     if plan is not None:
         targets = round(load.tokens * load.target_share)
         facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
@@ -115,15 +115,17 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
     return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (tokens_per_pack * max(len(bins), 1))
 
 
-def _fewest_gpus(config: Config, rehearsal: Rehearsal, load: Load, at_hand: int) -> int | None:
+def _fewest_gpus(config: Config, estimator: MemoryEstimator, load: StepProfile, available: int) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
-    hold(rehearsal.loss.model, torch.float32)  # as shards do; one process has been rehearsed already
-    sharded = Rehearsal(rehearsal.loss, rehearsal.machine, rehearsal.base, 2, bool(rehearsal.packed))
+    cast_frozen_weights(estimator.loss.model, torch.float32)  # as shards do; one process has been rehearsed already
+    sharded = MemoryEstimator(estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed))
 
     def fits(count: int) -> bool:
         sharded.shards = count
         try:
-            fit(config.runtime, rehearsal if count == 1 and not rehearsal.shards else sharded, load, at_hand)
+            choose_packing(
+                config.runtime, estimator if count == 1 and not estimator.shards else sharded, load, available
+            )
         except UserError:
             return False
         return True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from sftx.schema import as_json_schema, as_markdown
-from sftx.schema_types import as_python
+from sftx.settings.describe import as_json_schema, as_markdown
+from sftx.settings.typed_keywords import as_python
 from sftx.types import UserError
 
 EXTRA = {"format": "json (the default), markdown or python"}

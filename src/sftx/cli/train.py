@@ -13,7 +13,7 @@ import sys
 import tempfile
 from types import FrameType
 
-from sftx.config import Config
+from sftx.settings.schema import Config
 from sftx.types import UserError
 
 EXTRA = {"nproc": "Start so many processes on this machine, through torchrun; `gpu` = one for each GPU."}
@@ -41,7 +41,7 @@ def _launch(config: Config, nproc: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from sftx.training.stop import EXIT_STOPPED
+    from sftx.training.signals import EXIT_STOPPED
 
     if nproc != "gpu" and not (nproc.isdecimal() and int(nproc)):
         raise UserError(f"sftx train: nproc={nproc!r}: expected a number of processes, or gpu")
@@ -60,7 +60,7 @@ def _launch(config: Config, nproc: str) -> int:
 
 
 def _nothing_to_save(number: int, _: FrameType | None) -> None:
-    from sftx.training.stop import EXIT_STOPPED, NOTHING_TO_SAVE
+    from sftx.training.signals import EXIT_STOPPED, NOTHING_TO_SAVE
 
     print(f"ended    {NOTHING_TO_SAVE.format(number)}", file=sys.stderr)
     sys.exit(EXIT_STOPPED)

@@ -8,9 +8,9 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import Source
-from sftx.data.corpus import Columns, Corpus
 from sftx.data.rotation import Rotation
+from sftx.data.store.corpus import Columns, Corpus
+from sftx.settings.schema import Source
 
 Indices = NDArray[np.intp]
 

@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import Batch, Config
-from sftx.data.corpus import Corpus
 from sftx.data.pack import Bins, Float64, balanced
 from sftx.data.rotation import Int64, Rotation
+from sftx.data.store.corpus import Corpus
+from sftx.settings.schema import Batch, Config
 from sftx.types import Int32, UserError
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sftx.data.chat.conversation import REASONING, Conversation
-from sftx.data.length import Fitted, TokenSequence, fit
+from sftx.data.truncation import Fitted, TokenSequence, fit
 from sftx.types import RowError
 
 Render = Callable[[Conversation], list[TokenSequence]]

@@ -20,9 +20,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from sftx.boundary import boundary
-from sftx.config import Model
-from sftx.data.words import WORD, WordIds, tokenises_by_word
+from sftx.data.store.word_cache import WORD, WordCache, tokenises_by_word
 from sftx.model_config import read_json
+from sftx.settings.schema import Model
 from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
@@ -52,7 +52,7 @@ class Tokenizer:
         backend.no_truncation()
         self.backend = backend
         self._content = content
-        self.taught: dict[int, bool] = {}
+        self.added_token_ids: dict[int, bool] = {}
         self.special = special
         self.chat_templates = chat_templates
         named = {name: backend.token_to_id(text) for name, text in special.items()}
@@ -60,7 +60,7 @@ class Tokenizer:
         self.eos_id: int | None = named.get("eos_token")
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
-        self._words = {plain: WordIds(backend) for plain in (False, True)}
+        self._words = {plain: WordCache(backend) for plain in (False, True)}
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
@@ -102,9 +102,9 @@ class Tokenizer:
         known = made.vocab_size
         made.backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts])
         ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
-        taught = {i: i >= known for i in ids}
+        added_token_ids = {i: i >= known for i in ids}
         made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
-        made.taught = taught
+        made.added_token_ids = added_token_ids
         return made
 
     @classmethod

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sftx.data.tokenizer import Tokenizer
-from sftx.demo.newborn import make_model
-from sftx.demo.show import show, show_answers, show_table, show_targets, tell
+from sftx.demo.printing import show, show_answers, show_table, show_targets, tell
+from sftx.demo.tiny_model import make_model
 from sftx.demo.village import Question, Village, build
 from sftx.model.runtime import machine
-from sftx.settings import load_config
+from sftx.settings.load import load_config
 from sftx.training.loop import steps
 from sftx.types import UserError
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sftx import dist
-from sftx.data.corpus import Corpus
+from sftx import distributed
 from sftx.data.pack import balanced, build_pack
-from sftx.model.checks import evaluating
+from sftx.data.store.corpus import Corpus
+from sftx.model.checks.start import evaluating
 from sftx.model.load import PackLoss, to_tensors
 
 
@@ -35,13 +35,15 @@ def held_out_loss(
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
-            for members in balanced(corpus.lengths[mine], tokens_per_pack, dist.world_size())[dist.rank()]:
+            for members in balanced(corpus.lengths[mine], tokens_per_pack, distributed.world_size())[
+                distributed.rank()
+            ]:
                 if stop():
                     return {}
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
                     totals[number] += model(to_tensors(pack, device)).double()
-    sums = dist.add_up(totals).tolist()
+    sums = distributed.all_reduce_sum(totals).tolist()
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.boundary import boundary
-from sftx.config import Adapter
 from sftx.model import lora, mixture
-from sftx.model.recompute import decoder_layers
+from sftx.model.checkpointing import decoder_layers
 from sftx.model_config import read_json
+from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
 # What of an adapter_config.json is read, or only says where the adapter comes from. `base_model_name_or_path`,
@@ -91,7 +91,7 @@ def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, li
     return wrapped
 
 
-def hold(model: torch.nn.Module, precision: torch.dtype) -> None:
+def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:
     """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in place): autocast would
     cast them to it at every product, so that no number changes, and bf16 takes half the memory.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from sftx.model.blocks import by_segment, segments
+from sftx.model.cpu_attention import by_segment, segments
 
 NAME = "sftx_segments"
 rehearsing_gpu = False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
@@ -45,7 +45,7 @@ def segment_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    borders: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D], `key` and `value`
@@ -55,7 +55,7 @@ def segment_attention(
     the longest segment. Raises ValueError when called without them, so that no code path attends across segments
     unnoticed.
     """
-    if cu_seq_lens_q is None or max_length_q is None or borders is None:
+    if cu_seq_lens_q is None or max_length_q is None or cu_seqlens_cpu is None:
         raise ValueError("segment attention was called without segments: the model does not pass them on")
     if attention_mask is not None:  # transformers makes none for this attention: it is the model's own, for itself
         raise ValueError("segment attention was called with a mask: the model hides or weighs keys in a way of its own")
@@ -71,9 +71,9 @@ def segment_attention(
     if not on_host and query.dtype != value.dtype:
         query, key, value = query.float(), key.float(), value.float()
     if dropout == 0.0 and (on_host or not plain):
-        return segments(query, key, value, s_aux, borders, scale, window, softcap or 0.0), None
+        return segments(query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0), None
     key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
-    out = by_segment(query, key, value, s_aux, borders, scale, window, softcap or 0.0, dropout)
+    out = by_segment(query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from sftx.boundary import boundary
-from sftx.config import Model
 from sftx.model_config import check_config, config_file, read_json
+from sftx.settings.schema import Model
 from sftx.types import UserError
 
 WEIGHTS = "model.safetensors"

@@ -9,23 +9,23 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from sftx.config import Adapter, Model
 from sftx.model.adapter import attach
 from sftx.model.mixture import describe_adapter
 from sftx.model.tokens import add_rows
+from sftx.settings.schema import Adapter, Model
 from sftx.types import UserError
 
 
 def choose_weights(
-    model: PreTrainedModel, settings: Model, adapter: Adapter, seed: int, taught: dict[int, bool]
+    model: PreTrainedModel, settings: Model, adapter: Adapter, seed: int, added_token_ids: dict[int, bool]
 ) -> tuple[PeftModel | None, list[str]]:
     """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in; all in place.
 
     Returns the adapter around the model (None where there is none), and what was done, in words.
     """
-    notes = add_rows(model, taught, seed)
+    notes = add_rows(model, added_token_ids, seed)
     freeze(model, settings)
-    adapted = attach(model, adapter, seed, sorted(taught))
+    adapted = attach(model, adapter, seed, sorted(added_token_ids))
     if adapted is not None:
         notes.append(describe_adapter(model))
     return adapted, notes

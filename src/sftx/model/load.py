@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
-from sftx.config import Loss, Model
 from sftx.model import attention
 from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
+from sftx.model.checks.forward_state import ForwardState
 from sftx.model.folder import check_weights, load_config
-from sftx.model.forward_state import ForwardState
 from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
-from sftx.model.regularise import embedding_noise, router_balance
+from sftx.model.regularization import embedding_noise, router_balance
+from sftx.settings.schema import Loss, Model
 from sftx.types import Pack, UserError
 
 
@@ -84,7 +84,7 @@ class TensorPack:
 
     ids: Tensor  # int64[T]
     positions: Tensor  # int64[T]
-    borders: Tensor  # int32[n + 1]
+    cu_seqlens_cpu: Tensor  # int32[n + 1]
     index: Tensor  # int64[M]
     label: Tensor  # int64[M]
     weight: Tensor  # float32[M]
@@ -94,14 +94,14 @@ class TensorPack:
 
     def segments(self) -> dict[str, Any]:
         """What `attention` needs to know; under the names of transformers' own kernels, so that models pass it on."""
-        cu_seqlens, longest = self.borders.to(self.ids.device, non_blocking=True), self.longest
+        cu_seqlens, longest = self.cu_seqlens_cpu.to(self.ids.device, non_blocking=True), self.longest
         lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        return {**lengths, "max_length_q": longest, "max_length_k": longest, "borders": self.borders}
+        return {**lengths, "max_length_q": longest, "max_length_k": longest, "cu_seqlens_cpu": self.cu_seqlens_cpu}
 
     def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
         """(first token, one past the last, places of its targets in it, which targets they are) of every segment."""
         first = 0
-        for (a, b), count in zip(itertools.pairwise(self.borders.tolist()), self.counts, strict=True):
+        for (a, b), count in zip(itertools.pairwise(self.cu_seqlens_cpu.tolist()), self.counts, strict=True):
             mine = slice(first, first + count)
             first += count
             yield a, b, self.index[mine] - a, mine
@@ -124,7 +124,7 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     return TensorPack(
         ids=move(pack.ids, torch.int64),
         positions=move(pack.positions, torch.int64),
-        borders=pinned(pack.cu_seqlens, torch.int32),
+        cu_seqlens_cpu=pinned(pack.cu_seqlens, torch.int32),
         index=move(pack.index, torch.int64),
         label=move(pack.label, torch.int64),
         weight=move(pack.weight, torch.float32),
@@ -184,7 +184,7 @@ class PackLoss(nn.Module):
             hidden = self.hidden(pack).index_select(0, pack.index)
             head, bias = head_weights(self.model)
             total = fused_cross_entropy_sum(hidden, head, bias, pack.label, pack.weight, self.transform, objective)
-        return total + self._balance(pack.borders, pack.index, pack.weight) if objective.router_aux else total
+        return total + self._balance(pack.cu_seqlens_cpu, pack.index, pack.weight) if objective.router_aux else total
 
     def hidden(self, pack: TensorPack) -> Tensor:
         """Hidden states after the final norm, [T, h]."""
@@ -236,9 +236,9 @@ class PackLoss(nn.Module):
             raise UserError(f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits")
         return out
 
-    def _balance(self, borders: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _balance(self, cu_seqlens_cpu: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts' balance of each segment times the weight of its targets, summed."""
-        cu_seqlens = borders.to(index.device, non_blocking=True)
+        cu_seqlens = cu_seqlens_cpu.to(index.device, non_blocking=True)
         segment = torch.bucketize(index, cu_seqlens[1:], right=True)
         share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
         logits, self._router_logits = self._router_logits, ()
@@ -246,7 +246,7 @@ class PackLoss(nn.Module):
 
     def _draw_noise(self, pack: TensorPack) -> Tensor:
         """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
-        lengths = pack.borders.diff().tolist()
+        lengths = pack.cu_seqlens_cpu.diff().tolist()
         width = int(bare(self.model.get_input_embeddings()).weight.shape[1])
         seeds = [self.noise_seed * 1_000_003 + example for example in pack.examples or range(len(lengths))]
         return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)

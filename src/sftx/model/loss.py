@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftx.config import Loss
 from sftx.model.accumulate import accumulates
+from sftx.settings.schema import Loss
 
 PLAIN = Loss()
 """The objective without additions: what evaluation reports."""

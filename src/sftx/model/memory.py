@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sftx.model import attention
-from sftx.model.compiled import KEPT
+from sftx.model.checkpointing import decoder_layers, recompute
+from sftx.model.compile import KEPT
 from sftx.model.load import PackLoss, to_tensors
-from sftx.model.recompute import decoder_layers, recompute
 from sftx.model.rehearse_experts import stand_in_for_experts
 from sftx.model.runtime import Machine
 from sftx.types import Pack
@@ -63,7 +63,7 @@ class Memory:
         return sum(asdict(self).values())
 
 
-class Rehearsal:
+class MemoryEstimator:
     """Predicts the memory of `loss`, whose parameters may be on the meta device and stay untouched.
 
     `machine` = where it will run, which need not be here; `base` = bytes held there without a model. `shards` says over
@@ -140,13 +140,13 @@ class Rehearsal:
         if key not in self._known:
             shapes = {(_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers}
             if depth <= 3 or len(shapes) > 1:
-                self._known[key] = self._rehearse(pack, depth, every, accumulate)
+                self._known[key] = self._measure_step(pack, depth, every, accumulate)
             else:
-                two, three = (self._rehearse(pack, few, every, accumulate) for few in (2, 3))
+                two, three = (self._measure_step(pack, few, every, accumulate) for few in (2, 3))
                 self._known[key] = two + (depth - 2) * (three - two)
         return self._known[key]
 
-    def _rehearse(self, pack: Pack, depth: int, every: bool, accumulate: bool) -> Marks:
+    def _measure_step(self, pack: Pack, depth: int, every: bool, accumulate: bool) -> Marks:
         """Run `depth` layers once, forward and backward, on fake tensors."""
         tensors = to_tensors(pack, torch.device("cpu"))
         with _quiet(type(self.loss.model).__name__), FakeTensorMode(allow_non_fake_inputs=True):

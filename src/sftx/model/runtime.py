@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from sftx import dist
-from sftx.config import Runtime
+from sftx import distributed
 from sftx.model import host_memory
 from sftx.model.threads import default_threads
+from sftx.settings.schema import Runtime
 from sftx.types import UserError
 
 # glibc's mallopt parameters (malloc.h) and their documented defaults.
@@ -55,15 +55,15 @@ class Machine:
         else:
             host_memory.forget_resident_peak()
 
-    def memory_at_hand(self) -> tuple[int, int]:
+    def available_memory(self) -> tuple[int, int]:
         """Bytes: (all that this process may hold, what it holds already and cannot use for a model).
 
         Of several ranks the least and the most: they must choose alike.
         """
         on_gpu = self.device.type == "cuda"
         held = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
-        at_hand = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
-        return -dist.agree(-at_hand), dist.agree(held)
+        available = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
+        return -distributed.all_reduce_max(-available), distributed.all_reduce_max(held)
 
 
 @contextmanager
@@ -72,11 +72,13 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     has_gpu = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_gpu:
         raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")
-    device = torch.device("cuda", dist.local_rank()) if has_gpu and runtime.device != "cpu" else torch.device("cpu")
+    device = (
+        torch.device("cuda", distributed.local_rank()) if has_gpu and runtime.device != "cpu" else torch.device("cpu")
+    )
     if device.type == "cuda":
-        if dist.local_rank() >= torch.cuda.device_count():
+        if distributed.local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"{dist.local_size()} processes were started here, but there are {torch.cuda.device_count()} GPUs"
+                f"{distributed.local_size()} processes were started here, but there are {torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(device)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sftx.boundary import boundary
-from sftx.config import Model
 from sftx.files import make_folder, sync
 from sftx.model.shard import whole_state
+from sftx.settings.schema import Model
 
 
 def load_tokenizer(model: Model) -> Any:

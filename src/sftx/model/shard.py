@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sftx import dist
+from sftx import distributed
 from sftx.boundary import boundary
-from sftx.config import Model, Runtime
+from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
 from sftx.model.load import PackLoss
-from sftx.model.recompute import decoder_layers
+from sftx.settings.schema import Model, Runtime
 from sftx.types import UserError
 
 
@@ -49,7 +49,7 @@ def choose_layout(runtime: Runtime, device: torch.device, weights: int, trainabl
 
 def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMesh:
     """The mesh (replicas, shards) of a layout, every group of it with the run's timeout in seconds."""
-    size, per_node = dist.world_size(), dist.local_size()
+    size, per_node = distributed.world_size(), distributed.local_size()
     if parallel == "hsdp" and size % per_node:
         raise UserError(f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of {per_node}")
     shards = {"replicate": 1, "fsdp": size, "hsdp": per_node}[parallel]
@@ -139,11 +139,11 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool)
         if trained_only and not parameter.requires_grad:
             continue
         if id(parameter) not in tied:
-            tensor = whole(parameter.detach())  # all take part; rank 0 keeps it
+            tensor = full_tensor(parameter.detach())  # all take part; rank 0 keeps it
             cast = dtype if tensor.is_floating_point() else None
-            tied[id(parameter)] = tensor.to("cpu", cast) if dist.is_main() else torch.empty(0)
+            tied[id(parameter)] = tensor.to("cpu", cast) if distributed.is_main() else torch.empty(0)
         state[name] = tied[id(parameter)]
-    if not dist.is_main():
+    if not distributed.is_main():
         return {}
     return state if trained_only else state | {n: t for n, t in model.state_dict().items() if n not in state}
 
@@ -152,7 +152,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors, sharded or not, as safetensors: each rank the parts that are its own, nothing twice."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=dist.saving_group())
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=distributed.saving_group())
     except CheckpointException as error:  # on every rank, with what went wrong on each
         raise OSError(str(error)) from error
 
@@ -164,7 +164,7 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
         return
     bits = {4: torch.int32, 2: torch.int16}  # sums of whole numbers: exact, in any order
     sums = [int(t.to_local().contiguous().view(bits[t.dtype.itemsize]).sum()) for t in sharded if t.to_local().numel()]
-    held = dist.everyone((sharded[0].device_mesh.get_local_rank("shard"), sums))
+    held = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
     for rank, (place, found) in enumerate(held):
         if found != next(other for shard, other in held if shard == place):
             more = "its processor or memory may be at fault. Run the same command to continue from the last checkpoint"
@@ -188,7 +188,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
-def own_part(tensor: Tensor) -> tuple[Tensor, int]:
+def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
     """What this rank holds of a tensor, sharing its memory, and the number of its first element in the whole."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
@@ -196,6 +196,6 @@ def own_part(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,9 +8,9 @@ import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 
+from sftx.model.checks.stand_in import FOREIGN_ERRORS
 from sftx.model.load import PackLoss, TensorPack
 from sftx.model.loss import LogitTransform
-from sftx.model.stand_in import FOREIGN_ERRORS
 
 ODD_ROWS = 0.1
 """Share of rows that may differ by more than the tolerance: a router's choice by a hair falls otherwise where

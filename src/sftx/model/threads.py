@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from sftx import dist
-from sftx.config import Runtime
+from sftx import distributed
 from sftx.cores import omp_threads, usable_cores
+from sftx.settings.schema import Runtime
 
 OURS = 0.8
 """Share of the time in which threads really ran, above which the cores are taken to be ours alone."""
@@ -31,7 +31,7 @@ def asked_threads(runtime: Runtime) -> int | None:
 
 def default_threads(runtime: Runtime) -> int:
     """What is asked for, else one per physical core, shared among the processes of the machine."""
-    return asked_threads(runtime) or max(1, usable_cores(physical=True) // dist.local_size())
+    return asked_threads(runtime) or max(1, usable_cores(physical=True) // distributed.local_size())
 
 
 def settle_threads(runtime: Runtime, device: torch.device, earlier: int | None) -> tuple[int, list[str]]:
@@ -42,7 +42,7 @@ def settle_threads(runtime: Runtime, device: torch.device, earlier: int | None) 
     most = default_threads(runtime)
     if device.type != "cpu" or asked_threads(runtime) is not None:
         return torch.get_num_threads(), []
-    free = -dist.agree(-fastest(most))
+    free = -distributed.all_reduce_max(-fastest(most))
     kept = free if earlier is None or earlier > most else earlier
     torch.set_num_threads(kept)
     notes = []

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sftx import dist
+from sftx import distributed
 from sftx.files import make_folder, sync
 from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_facts
 from sftx.printable import printable
-from sftx.track.record import RECORDS
-from sftx.training.background import Background
+from sftx.report.record import RECORDS
+from sftx.training.async_writer import AsyncWriter
 from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
@@ -55,7 +55,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     keep: int,
-    background: Background | None = None,
+    background: AsyncWriter | None = None,
     records: Mapping[str, str] | None = None,
     optional: bool = False,
 ) -> Path:
@@ -73,12 +73,12 @@ def save(
     needed = sum(t.nbytes for t in (*parameters.values(), *moments.values())) + sum(map(len, texts.values()))
 
     def write() -> None:
-        if dist.from_main(dist.is_main() and final.exists() and not _verify(final), saving=True):
+        if distributed.broadcast(distributed.is_main() and final.exists() and not _verify(final), saving=True):
             return  # a state is saved twice where a signal comes twice: the first is as good
-        if problem := dist.from_main(_shortage(folder, needed) if dist.is_main() else "", saving=True):
+        if problem := distributed.broadcast(_shortage(folder, needed) if distributed.is_main() else "", saving=True):
             if not optional:
                 raise UserError(problem)
-            if dist.is_main():
+            if distributed.is_main():
                 print(f"warning: nothing was saved after step {state.step}: {problem}", file=sys.stderr)
             return
         check_replicas(parameters)
@@ -88,7 +88,7 @@ def save(
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{_no_room(folder, needed)} ({error})") from error
-        if dist.is_main():
+        if distributed.is_main():
             _prune(folder, keep)
 
     write() if background is None else background.start(write)
@@ -96,22 +96,22 @@ def save(
 
 
 def _write(temporary: Path, final: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
-    if dist.is_main():
+    if distributed.is_main():
         make_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    dist.barrier(saving=True)
-    if dist.is_joined():
+    distributed.barrier(saving=True)
+    if distributed.is_joined():
         save_tensors(temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()})
         for path in temporary.iterdir():  # each rank its own: another machine's memory cannot be synced from here
             sync(path)
     else:
         for name, some in tensors.items():
             save_file(some, temporary / f"{name}.safetensors")
-    dist.barrier(saving=True)
-    if dist.is_main():
+    distributed.barrier(saving=True)
+    if distributed.is_main():
         _seal(temporary, final, texts)
-    dist.barrier(saving=True)
+    distributed.barrier(saving=True)
 
 
 def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
@@ -150,7 +150,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
     A damaged one is passed over with a line on stderr that names it. Any number of ranks may have written it.
     """
-    path = dist.from_main(_newest_good(folder) if dist.is_main() else None)
+    path = distributed.broadcast(_newest_good(folder) if distributed.is_main() else None)
     if path is None:
         return None
     _load(path, model, optimizer)

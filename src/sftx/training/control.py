@@ -11,9 +11,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftx import dist
-from sftx.config import Config
-from sftx.track.record import Run
+from sftx import distributed
+from sftx.report.record import Run
+from sftx.settings.schema import Config
 from sftx.training.prepare import Job
 from sftx.training.result import Result
 from sftx.types import StepRecord, UserError
@@ -42,7 +42,7 @@ class Control:
 
     def must_end(self) -> bool:
         """Whether the caller asked for the end, on any rank; every rank must ask equally often."""
-        return self.exact and bool(dist.agree(int(self.end_asked)))
+        return self.exact and bool(distributed.all_reduce_max(int(self.end_asked)))
 
     def hand_over(self) -> None:
         """Where the caller holds the model: make it one that answers, with its own attention and without dropout."""
@@ -107,7 +107,7 @@ class Steps(Iterator[StepRecord]):
         processes, UserError: none of them holds the whole model.
         """
         job = self._job()
-        if dist.is_joined():
+        if distributed.is_joined():
             raise UserError("steps.model: several processes share the model; save() it and read the checkpoint")
         self._control.shared = True
         self._control.hand_over()

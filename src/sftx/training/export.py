@@ -15,14 +15,14 @@ import torch
 from huggingface_hub import snapshot_download
 
 from sftx.boundary import boundary
-from sftx.config import Adapter, Config, Data, Model
-from sftx.data.render import Encoder, bundled_templates
+from sftx.data.encoder import Encoder, bundled_templates
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
-from sftx.track.card import public_name
-from sftx.track.facts import check_needed, damaged, read_facts, section
+from sftx.report.facts import check_needed, damaged, read_facts, section
+from sftx.report.model_card import public_name
+from sftx.settings.schema import Adapter, Config, Data, Model
 from sftx.training.checkpoint import load_weights
 from sftx.types import UserError
 
@@ -81,7 +81,7 @@ def export(
     model = load_model(source, torch.device("cpu"), nf4=nf4)
     model = model.dequantize() if nf4 else model
     seed = facts["config"].get("seed", 0)
-    adapted, _ = choose_weights(model, source, adapter, seed if type(seed) is int else 0, tokenizer.taught)
+    adapted, _ = choose_weights(model, source, adapter, seed if type(seed) is int else 0, tokenizer.added_token_ids)
     if step:
         load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
         loss.use_segments(False)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sftx import dist
+from sftx import distributed
 from sftx.types import UserError
 
 
@@ -100,7 +100,7 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
         raise UserError(f"model: {name} is an adapter; {use_folder} as adapter.path, and its base as model")
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: {name} is no PreTrainedModel of transformers")
-    if dist.world_size() > 1:
+    if distributed.world_size() > 1:
         raise UserError(f"model: an object trains in one process; for several, {use_folder}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"model: {name} has no contents: its weights are on the meta device")

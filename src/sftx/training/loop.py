@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sftx import dist
-from sftx.config import Config
+from sftx import distributed
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
@@ -22,29 +21,30 @@ from sftx.model.load import TensorPack, stored_dtype, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.model.shard import check_replicas, whole_state
-from sftx.settings import make_config
-from sftx.track.card import model_card
-from sftx.track.lock import owned
-from sftx.track.progress import Progress
-from sftx.track.record import Run
+from sftx.report.lock import owned
+from sftx.report.model_card import model_card
+from sftx.report.progress import Progress
+from sftx.report.record import Run
+from sftx.settings.load import make_config
+from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.background import Background
+from sftx.training.async_writer import AsyncWriter
 from sftx.training.control import Control, Steps
 from sftx.training.export import Allowed, export
 from sftx.training.given_model import GivenModel, without_object
-from sftx.training.meter import Meter
+from sftx.training.metrics import StepMetrics
 from sftx.training.optim import StochasticAdamW, learning_rate
 from sftx.training.prepare import Job, prepare, refuse_strangers
 from sftx.training.repeat import write_settings
 from sftx.training.result import Result
+from sftx.training.signals import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
 from sftx.training.step import StepResult, train_step
-from sftx.training.stop import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.settings_types import Sections
+    from sftx.settings.keywords import Sections
 
 
 @overload
@@ -91,10 +91,10 @@ def steps(config: Config | None = None, **sections: Any) -> Steps:
 def _run(config: Config, given: GivenModel | None, control: Control) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
     refuse_strangers(config)
-    with owned(Path(config.output)) if dist.is_main() else nullcontext():
-        run = Run(config, writes=dist.is_main())
+    with owned(Path(config.output)) if distributed.is_main() else nullcontext():
+        run = Run(config, writes=distributed.is_main())
         yield from _train(config, given, run, control)
-        if config.adapter.merge and "merged" not in run.facts and dist.is_main():  # the others need not wait
+        if config.adapter.merge and "merged" not in run.facts and distributed.is_main():  # the others need not wait
             moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
             run.update(merged=moved)
 
@@ -103,7 +103,7 @@ def _train(config: Config, given: GivenModel | None, run: Run, control: Control)
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
-        progress = stack.enter_context(Progress(config.runtime.progress and dist.is_main()))
+        progress = stack.enter_context(Progress(config.runtime.progress and distributed.is_main()))
         stop.at_once = True
         if given is not None:
             given.write()
@@ -133,12 +133,12 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
     once.
     """
     config, plan = job.config, job.plan
-    meter, clock = Meter(job), SaveClock(config.checkpoint.minutes)
+    meter, clock = StepMetrics(job), SaveClock(config.checkpoint.minutes)
     pending: tuple[int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
         if control.must_end():
             return
-        dist.alive(f"step {step + 1}")
+        distributed.heartbeat(f"step {step + 1}")
         result = _step(job, step, packs)
         control.done = step + 1
         if pending is not None:
@@ -148,7 +148,7 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
         last, done = step + 1 == plan.num_steps, step + 1
         eval_due = _eval_due(job, done)
         save_due = not last and _due(config.checkpoint.every, done)
-        asked, time_due = stop.or_save(dist.is_main() and clock.due())
+        asked, time_due = stop.or_save(distributed.is_main() and clock.due())
         if not (eval_due or save_due or last or control.exact or asked or time_due):
             continue
         record = meter.read(step, result, None)
@@ -169,7 +169,7 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
 
 def _packs(job: Job, step: int) -> list[TensorPack]:
     """The packs of `step` on their way to the device."""
-    bins = job.plan.packs(step, job.machine.tokens_per_pack, dist.world_size())[dist.rank()]
+    bins = job.plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())[distributed.rank()]
     return [
         to_tensors(build_pack([job.corpus.example(i) for i in members], members), job.machine.device)
         for members in bins
@@ -180,7 +180,7 @@ def _step(job: Job, step: int, packs: list[TensorPack]) -> StepResult:
     """Launch step `step` (0-based)."""
     # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
     job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
-    torch.manual_seed((job.loss.noise_seed + (dist.rank() << 40)) % 2**63)
+    torch.manual_seed((job.loss.noise_seed + (distributed.rank() << 40)) % 2**63)
     if isinstance(job.optimizer, StochasticAdamW):
         job.optimizer.seed = job.loss.noise_seed
     return train_step(
@@ -206,7 +206,7 @@ def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
     """The evaluation before the first step: that of the model as it came, or one that a signal cut short."""
     run = job.run
     missed = job.start > 0 and _eval_due(job, job.start)
-    missed = dist.from_main(missed and dist.is_main() and run.metrics()[-1]["eval"] is None)
+    missed = distributed.broadcast(missed and distributed.is_main() and run.metrics()[-1]["eval"] is None)
     if not missed and not (job.start == 0 and job.config.eval.at_start and job.held_out is not None):
         return
     numbers = _evaluate(job, stop)
@@ -243,7 +243,7 @@ def _save(
     job: Job,
     done: int,
     evaluated: dict[str, float] | None,
-    background: Background | None = None,
+    background: AsyncWriter | None = None,
     optional: bool = False,
 ) -> Path:
     state = checkpoint.State(
@@ -280,17 +280,17 @@ def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
         job.run.write_evaluation(done, job.plan.num_steps, after)
         progress.evaluated(done, after)
     state = None
-    if dist.is_joined():
+    if distributed.is_joined():
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
         state = whole_state(job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted)
     problem = job.no_room()
     try:
-        if dist.is_main() and not problem:
+        if distributed.is_main() and not problem:
             _write_model(job, state)
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    if problem := dist.from_main(problem):
+    if problem := distributed.broadcast(problem):
         raise UserError(f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}")
     job.run.records()  # a finished run has all of them
     job.run.update(
@@ -305,7 +305,7 @@ def _rescue(job: Job, done: int) -> str:
         _save(job, done, None)
         return "the state after the last step is saved: make room, then run the same command to write the model"
     except UserError:
-        good = dist.from_main(checkpoint.newest(job.checkpoints) if dist.is_main() else None)
+        good = distributed.broadcast(checkpoint.newest(job.checkpoints) if distributed.is_main() else None)
     if good is None:
         return "there is no room for its state either, and no checkpoint: make room, then run the same command again"
     return f"the newest checkpoint is that of step {good.step:,}: make room, then run the same command to continue"

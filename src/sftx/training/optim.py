@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sftx.config import Adapter, Optim
-from sftx.model.shard import own_part
+from sftx.model.shard import local_shard
+from sftx.settings.schema import Adapter, Optim
 
 DEFAULT_LEARNING_RATE = {"none": 2e-5, "lora": 2e-4, "rslora": 2e-4, "dora": 2e-4}
 _NO_MATRIX = re.compile(r"(norm|bias|trainable_tokens)[^.]*(\.\w+)?$")
@@ -87,9 +87,9 @@ class StochasticAdamW(torch.optim.AdamW):
                     continue
                 settings = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-                held, start = own_part(p)
-                weight, grad = held.float(), own_part(p.grad)[0].float()
-                means = [own_part(state["exp_avg"])[0]], [own_part(state["exp_avg_sq"])[0]]
+                held, start = local_shard(p)
+                weight, grad = held.float(), local_shard(p.grad)[0].float()
+                means = [local_shard(state["exp_avg"])[0]], [local_shard(state["exp_avg_sq"])[0]]
                 adamw([weight], [grad], *means, [], [state["step"]], fused=True, found_inf=self.found_inf, **settings)
                 bits = random_bits(first - p.numel() + start, weight.numel(), p.device).view(weight.shape)
                 held.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))

@@ -12,35 +12,43 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftx import dist
-from sftx.config import Config, Data
-from sftx.data.corpus import Corpus
-from sftx.data.encode import DEFAULT_LENGTH, load_corpora, write_ledger
+from sftx import distributed
+from sftx.data.dataset import DEFAULT_LENGTH, load_corpora, write_ledger
+from sftx.data.encoder import Encoder
 from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan, plan_of
-from sftx.data.render import Encoder
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.adapter import hold, trainable
-from sftx.model.checks import check_paths, check_sizes
-from sftx.model.compiled import compile_layers, planned
+from sftx.model.adapter import cast_frozen_weights, trainable
+from sftx.model.checkpointing import recompute
+from sftx.model.checks.start import check_paths, check_sizes
+from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
-from sftx.model.memory import Rehearsal
-from sftx.model.recompute import recompute
+from sftx.model.memory import MemoryEstimator
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import settle_threads
-from sftx.track.lock import LOCK, OWNER
-from sftx.track.progress import Progress
-from sftx.track.record import Run
+from sftx.report.lock import LOCK, OWNER
+from sftx.report.progress import Progress
+from sftx.report.record import Run
+from sftx.settings.schema import Config, Data
 from sftx.training import checkpoint
-from sftx.training.background import Background
-from sftx.training.fit import Fit, Load, fit, largest_pack, outline, seconds_of, weigh
+from sftx.training.async_writer import AsyncWriter
+from sftx.training.memory_plan import (
+    Packing,
+    StepProfile,
+    choose_packing,
+    largest_pack,
+    meta_model,
+    seconds_of,
+    set_example_cost,
+)
 from sftx.training.optim import build_optimizer, peak_learning_rate
-from sftx.training.resume import changes, dotted, mathematics, name_of
 from sftx.training.room import numbers, shortage
+from sftx.training.run_identity import changes, dotted, mathematics, name_of
 from sftx.types import UserError
 
 OWN = {LOCK, OWNER, "base", "run.json"}
@@ -70,7 +78,7 @@ class Job:
     total_targets: int = 0
     bad_steps: int = 0  # in a row, up to now
     seconds: float = 0.0  # of all steps so far
-    background: Background = field(default_factory=Background)  # writes checkpoints where that is asked for
+    background: AsyncWriter = field(default_factory=AsyncWriter)  # writes checkpoints where that is asked for
     notes: list[str] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)  # bytes of memory at the peak, seconds of the steps so far
 
@@ -91,8 +99,8 @@ class Job:
         needed = whole if self.adapted is None else trained * torch.float32.itemsize
         if self.config.adapter.merge:
             needed += whole
-        lacks = dist.is_main() and shortage(self.run.folder, needed)
-        return dist.from_main(numbers(self.run.folder, needed) if lacks else "")
+        lacks = distributed.is_main() and shortage(self.run.folder, needed)
+        return distributed.broadcast(numbers(self.run.folder, needed) if lacks else "")
 
 
 def longest_example(config: Config, model_config: Any) -> int:
@@ -115,30 +123,30 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     _check_stop_token(corpus, encoder, config.data)
-    until_end.enter_context(dist.joined(machine.device, config.runtime.rank_timeout))
-    run.facts = dist.from_main(run.facts)
+    until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
+    run.facts = distributed.broadcast(run.facts)
 
     threads, said = settle_threads(config.runtime, machine.device, run.facts.get("threads"))
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     _check_same_tokens(fast_tokenizer, tokenizer, corpus)
-    at_hand, held = machine.memory_at_hand()
-    dist.alive("loading the model")
-    loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.taught)
+    available, held = machine.available_memory()
+    distributed.heartbeat("loading the model")
+    loss, adapted, notes, shards = _build(config, machine, fast_tokenizer.added_token_ids)
     notes += said
     corpora = [some for some in (corpus, held_out) if some is not None]
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
-    weigh(plan, loss, corpus.targets)
-    load = Load.of_plan(plan, int(corpus.targets.sum()), dist.world_size())
+    set_example_cost(plan, loss, corpus.targets)
+    load = StepProfile.of_plan(plan, int(corpus.targets.sum()), distributed.world_size())
     largest = largest_pack(config.runtime, machine.device, load)
     notes += check_paths(loss, probe, machine.precision, longest, largest)
-    dist.alive("the plan of its memory")
-    rehearsal = _rehearsal(config, machine, loss, held, shards, fast_tokenizer.taught)
-    chosen, seconds = _settle(config, run, corpus, plan, load, loss, rehearsal, at_hand)
+    distributed.heartbeat("the plan of its memory")
+    estimator = _estimator(config, machine, loss, held, shards, fast_tokenizer.added_token_ids)
+    chosen, seconds = _choose_packing(config, run, corpus, plan, load, loss, estimator, available)
     notes += chosen.notes
-    one_each = dist.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
+    one_each = distributed.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     facts = {
         "threads": threads,
@@ -158,44 +166,44 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     return job
 
 
-def _settle(
+def _choose_packing(
     config: Config,
     run: Run,
     corpus: Corpus,
     plan: Plan,
-    load: Load,
+    load: StepProfile,
     loss: PackLoss,
-    rehearsal: Rehearsal,
-    at_hand: int,
-) -> tuple[Fit, float | None]:
+    estimator: MemoryEstimator,
+    available: int,
+) -> tuple[Packing, float | None]:
     """Choose packs and recomputed layers, compile where that is asked for or repays itself; predicted seconds too."""
-    machine, wish = rehearsal.machine, config.runtime.compile
-    rehearsal.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
+    machine, wish = estimator.machine, config.runtime.compile
+    estimator.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
     same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
     earlier = run.facts["tokens_per_pack"] if same_device else None
-    chosen = fit(config.runtime, rehearsal, load, at_hand, earlier)
-    seconds = seconds_of(rehearsal, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
+    chosen = choose_packing(config.runtime, estimator, load, available, earlier)
+    seconds = seconds_of(estimator, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
     recompute(loss.model, chosen.recomputed)
-    if rehearsal.compiled:
+    if estimator.compiled:
         members = plan.packs(0, chosen.tokens_per_pack)[0][0]
         said = compile_layers(loss, build_pack([corpus.example(i) for i in members], members), machine, wish)
         if not loss.compiled:  # layers as they are hold more
-            rehearsal.compiled = False
-            chosen = fit(config.runtime, rehearsal, load, at_hand, earlier)
+            estimator.compiled = False
+            chosen = choose_packing(config.runtime, estimator, load, available, earlier)
             recompute(loss.model, chosen.recomputed)
         chosen = replace(chosen, notes=(*chosen.notes, said))
     return chosen, seconds
 
 
-def _rehearsal(
-    config: Config, machine: Machine, loss: PackLoss, held: int, shards: int | None, taught: dict[int, bool]
-) -> Rehearsal:
+def _estimator(
+    config: Config, machine: Machine, loss: PackLoss, held: int, shards: int | None, added_token_ids: dict[int, bool]
+) -> MemoryEstimator:
     shape = loss.train()
     if shards is not None:  # what is in shards cannot be rehearsed
-        shape = outline(config, taught)
+        shape = meta_model(config, added_token_ids)
         shape.isolate, shape.transform = loss.isolate, loss.transform
         shape.use_segments(True)
-    return Rehearsal(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
+    return MemoryEstimator(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
 
 
 def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[str]]:
@@ -208,19 +216,19 @@ def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[s
 
 
 def _build(
-    config: Config, machine: Machine, taught: dict[int, bool]
+    config: Config, machine: Machine, added_token_ids: dict[int, bool]
 ) -> tuple[PackLoss, PeftModel | None, list[str], int | None]:
     """The model with its adapter, on the device, in shards where there are several ranks; notes in words; and over how
     many ranks the shards are, None without any."""
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
     unread, layout = None, ""
-    if dist.is_joined():
+    if distributed.is_joined():
         unread = unread_model(config.model, dtype)
         weights = trainable(unread.model)[1]
         layout = choose_layout(config.runtime, machine.device, weights, weights * (config.adapter.method == "none"))
         # New rows and DoRA's magnitudes are made from the weights, NF4 by transformers: all three need them at hand.
-        if layout == "replicate" or taught or nf4 is not None or config.adapter.method == "dora":
+        if layout == "replicate" or added_token_ids or nf4 is not None or config.adapter.method == "dora":
             unread = None
         elif not unread.complete:
             notes.append("the files name the weights otherwise than the model: every process reads all of them")
@@ -229,10 +237,10 @@ def _build(
         model = unread.model
     else:
         model = load_model(config.model, torch.device("cpu") if layout and nf4 is None else machine.device, dtype, nf4)
-    adapted, more = choose_weights(model, config.model, config.adapter, config.seed, taught)
+    adapted, more = choose_weights(model, config.model, config.adapter, config.seed, added_token_ids)
     loss, notes = PackLoss(model, config.loss), [*notes, *more]
-    if not dist.is_joined():
-        hold(model, machine.precision)
+    if not distributed.is_joined():
+        cast_frozen_weights(model, machine.precision)
         return loss, adapted, notes, None
     mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
     shard(loss, mesh, machine.precision)
@@ -305,7 +313,7 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
 def _check_ranks(job: Job) -> None:
     """All ranks train on the same data with the same settings, in equally many packs."""
     mine = {**dotted(job.mathematics), "tokens per pack": job.machine.tokens_per_pack}
-    for rank, theirs in enumerate(held := dist.everyone(mine)):
+    for rank, theirs in enumerate(held := distributed.all_gather(mine)):
         if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
             raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")
 
@@ -314,7 +322,7 @@ def _continue_or_start(job: Job) -> None:
     """Set `job.start`: 0, the step of the newest good checkpoint, or the end of a finished run."""
     run = job.run
     facts: dict[str, Any] = {}
-    dist.alive("looking for a checkpoint")
+    distributed.heartbeat("looking for a checkpoint")
     _check_ranks(job)
     changed = changes(job.config, run, job.mathematics)
     if run.finished and not changed:

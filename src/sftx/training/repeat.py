@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sftx.config import Config
-from sftx.data.convert import dump as as_line
-from sftx.data.sources import MEMORY
-from sftx.strict_yaml import dump
-from sftx.track.record import write_text
+from sftx.data.sources.tables import MEMORY
+from sftx.data.sources.to_jsonl import dump as as_line
+from sftx.report.record import write_text
+from sftx.settings.schema import Config
+from sftx.settings.strict_yaml import dump
 
 CONFIG = "config.yaml"
 _HEAD = """\

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftx.config import Config, Model
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.save import load_tokenizer
 from sftx.model.tokens import add_rows
-from sftx.track.record import Run
+from sftx.report.record import Run
+from sftx.settings.schema import Config, Model
 from sftx.types import StepRecord
 
 
@@ -72,5 +72,5 @@ def _saved_adapter(config: Config) -> PeftModel:
     stored = stored_dtype(config.model)
     nf4 = torch.float32 if config.adapter.quantize == "nf4" else None
     base = load_model(config.model, torch.device("cpu"), stored, nf4)
-    add_rows(base, Tokenizer.of_model(config.model).taught, config.seed)
+    add_rows(base, Tokenizer.of_model(config.model).added_token_ids, config.seed)
     return PeftModel.from_pretrained(base, config.output)

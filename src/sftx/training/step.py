@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from sftx import dist
+from sftx import distributed
 from sftx.model.load import PackLoss, TensorPack
-from sftx.model.shard import whole
+from sftx.model.shard import full_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,11 @@ def train_step(
                 pack_loss = model(pack)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
-    loss = dist.add_up(loss)
+    loss = distributed.all_reduce_sum(loss)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
+    grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from sftx.strict_yaml import parse
+from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
 
 _RUN = """import json, os, runpy, sys

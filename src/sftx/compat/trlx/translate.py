@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLConfig
 from sftx.compat.trlx.rl import StandIn, refuse
-from sftx.config import Config
-from sftx.settings import make_config
-from sftx.settings_types import AdapterSettings
+from sftx.settings.keywords import AdapterSettings
+from sftx.settings.load import make_config
+from sftx.settings.schema import Config
 from sftx.types import UserError
 
 RUN_FOLDER = "sftx"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sftx.data.chat.turns import Turn
-from sftx.data.length import TokenSequence
 from sftx.data.tokenizer import Tokenizer
+from sftx.data.truncation import TokenSequence
 from sftx.types import Float32, Int32
 
 APART = "prompt and output tokenised apart"

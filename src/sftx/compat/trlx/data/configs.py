@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.compat.trlx.data.method_configs import FromDict, MethodConfig, get_method
-from sftx.strict_yaml import parse
+from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
 
 

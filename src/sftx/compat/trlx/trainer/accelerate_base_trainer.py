@@ -16,8 +16,8 @@ from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.trainer import BaseRLTrainer
 from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable
 from sftx.compat.trlx.utils import significant
-from sftx.config import Model
 from sftx.model.save import load_tokenizer
+from sftx.settings.schema import Model
 from sftx.training.prepare import Job
 from sftx.types import UserError
 

@@ -22,23 +22,23 @@ from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from sftx.compat.trlx.trainer.trackers import tracker
 from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
-from sftx.config import Config
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import read_json
 from sftx.files import write_text
 from sftx.model.load import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
-from sftx.track.lock import owned
-from sftx.track.progress import Progress
-from sftx.track.record import Run
+from sftx.report.lock import owned
+from sftx.report.progress import Progress
+from sftx.report.record import Run
+from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.export import TRLX
-from sftx.training.meter import Meter
+from sftx.training.metrics import StepMetrics
 from sftx.training.optim import build_optimizer
 from sftx.training.prepare import Job, prepare
+from sftx.training.signals import Stopped, listening
 from sftx.training.step import train_step
-from sftx.training.stop import Stopped, listening
 from sftx.types import StepRecord, UserError
 
 _OWN_LOOP = (
@@ -211,7 +211,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def _steps(self, job: Job) -> Iterator[StepRecord]:
         """sftx's steps, at trlx's learning rates; the model is as the record says when it is yielded."""
         rate = translate.learning_rate(self.config.scheduler, job.peak)
-        meter, size = Meter(job), job.machine.tokens_per_pack
+        meter, size = StepMetrics(job), job.machine.tokens_per_pack
         for step in range(job.start, job.plan.num_steps):
             job.peak = rate(step)  # the schedule of the translated settings is constant, so this is the rate
             torch.manual_seed(job.config.seed * 1_000_003 + step)  # dropout has a stream of its own in every step

@@ -1,0 +1,256 @@
+"""From a run's data settings to its two corpora: every row read, encoded once into the cache, and accounted for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from pydantic import ValidationError
+
+from sftx.data.chat.turns import LOST_REASONING
+from sftx.data.encoder import DECIDES, Encoder
+from sftx.data.mixture import choose, weighted, weighted_held_out
+from sftx.data.oversize import check_size
+from sftx.data.sources.rows import check_names, detect, parse, renamed
+from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
+from sftx.data.store.cache import VERSION, Cache
+from sftx.data.store.corpus import Corpus, Part
+from sftx.data.store.encode_pool import Job, Progress, encode_jobs
+from sftx.data.tokenizer import Tokenizer
+from sftx.files import make_folder, write_text
+from sftx.printable import printable
+from sftx.settings.schema import Config, Data, Source
+from sftx.types import Example, RowError, UserError
+
+if TYPE_CHECKING:
+    from sftx.settings.keywords import DataSettings
+
+log = logging.getLogger("sftx")
+ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
+TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
+"""Formats whose rows are turns, which a chat template writes."""
+DEFAULT_LENGTH = 8192  # where no model says how many positions it has
+_adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
+
+
+def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
+    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
+
+    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers
+    tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data` that decide how a row is encoded
+    (`max_length`, `template`, `train_on`, ...). More than one example comes back where a row was split, or where its
+    turns cannot share one sequence; none where it was dropped.
+
+    Raises:
+        UserError: the row or a setting is wrong; the message names the field.
+    """
+    if strange := settings.keys() - ENCODING:
+        raise UserError(f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}")
+    try:
+        data = Data.model_validate(settings)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError("encode: " + "; ".join(problems)) from None
+    encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
+    try:
+        check_names(data.columns)
+        plain = renamed(_plain(row), data.columns)
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+    except RowError:
+        if data.on_bad_row == "skip":
+            return []
+        raise
+    return list(encoded.examples)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return value.tolist()
+        case _:
+            return value
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A `Tokenizer` from what users have: one, a transformers tokenizer (adapted once), or a path."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return _load_tokenizer(str(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
+    known = _adapted.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
+    return known[1]
+
+
+_load_tokenizer = lru_cache(4)(Tokenizer.load)
+
+
+@lru_cache(16)
+def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
+    return Encoder(tokenizer, Data.model_validate_json(settings), max_length)
+
+
+def load_corpora(
+    config: Config, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> tuple[Corpus, Corpus | None]:
+    """The training and the held-out corpus of a run, encoded now or taken from the cache.
+
+    Rows of `data.eval_split` are chosen by their content and the seed: a row keeps its side when others are added,
+    and equal rows share a side.
+
+    Raises:
+        UserError: a file or row is wrong, or nothing is left to train on.
+    """
+    data = config.data
+    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    if not train:
+        raise UserError("data.train: nothing to train on is given")
+    if held and data.eval_split:
+        raise UserError("data.eval_split and data.eval are both set; held-out rows come from one of them")
+    cache, encoder = Cache(data.cache), Encoder(tokenizer, data, max_length)
+    with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
+        tables = open_tables(train, data.rows, data, cache, scratch)
+        held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
+        _require_template(encoder, [*tables, *held_tables])
+        fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
+        jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
+        encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
+        corpus = _assemble(train, tables, fingerprint, cache)
+        held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
+    _check(corpus, data)
+    _check_renamed(data, corpus, held_out)
+    _warn_of_lost_reasoning(corpus, encoder)
+    if data.eval_split:
+        corpus, held_out = _split(corpus, data.eval_split, config.seed)
+    elif held_out is not None:
+        _check(held_out, data)
+        held_out = weighted_held_out(held_out, held, config.seed)
+    return weighted(corpus, train, data.mix_by, config.seed), held_out
+
+
+def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
+    """A chat template that is missing is one mistake of the run, not of each row."""
+    with_turns = next((table for table in tables if table.form in TURNS), None)
+    if with_turns is not None and (problem := encoder.missing_template()):
+        raise UserError(f"{with_turns.origin.name} ({with_turns.form}): {problem}")
+
+
+def block_key(digest: str, form: str, fingerprint: str) -> str:
+    """The name in the cache of a block: its bytes, how they are read, and how they are encoded."""
+    return blake2b(f"{VERSION} {digest} {form} {fingerprint}".encode(), digest_size=20).hexdigest()
+
+
+def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: Path) -> list[Job]:
+    jobs: dict[str, Job] = {}
+    for table in tables:
+        for block in table.blocks:
+            key = block_key(block.digest, table.form, fingerprint)
+            if key not in jobs and cache.load(key) is None:
+                path, place = table.open_lines(scratch), table.origin.place(block.line)
+                jobs[key] = Job(key, path, block.start, block.stop, table.form, block.lines, place)
+    return list(jobs.values())
+
+
+def _assemble(sources: Sequence[Source], tables: Sequence[Table], fingerprint: str, cache: Cache) -> Corpus:
+    parts = [
+        Part(cache.path(block_key(block.digest, table.form, fingerprint)), table.source, origin, block.line)
+        for origin, table in enumerate(tables)
+        for block in table.blocks
+    ]
+    return Corpus(parts, [source.name or source.path for source in sources], [table.origin for table in tables])
+
+
+def _check(corpus: Corpus, data: Data) -> None:
+    """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were dropped."""
+    bad = [drop for drop in corpus.drops if drop.bad]
+    if bad and data.on_bad_row == "stop":
+        place = corpus.origins[bad[0].origin].place(bad[0].line)
+        raise bad_row(place, bad[0].reason, others=len(bad) - 1)
+    for number, (name, ledger) in enumerate(corpus.ledgers.items()):
+        if not ledger.read:
+            raise UserError(f"{name}: the data set is empty")
+        dropped = (drop for drop in corpus.drops if drop.source == number)
+        first = next((f"; the first, {corpus.origins[d.origin].place(d.line)}: {d.reason}" for d in dropped), "")
+        if ledger.dropped == ledger.read:
+            raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
+        if ledger.dropped > 0.01 * ledger.read:
+            share = 100 * ledger.dropped / ledger.read
+            lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
+            log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+
+
+def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
+    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a source."""
+    for name, ledger in corpus.ledgers.items():
+        lost = ledger.notes.get(LOST_REASONING, 0)
+        if lost > 0.01 * ledger.read:
+            log.warning(
+                "warning: %s: the chat template leaves out the reasoning of %s of %s rows; %s",
+                name,
+                f"{lost:,}",
+                f"{ledger.read:,}",
+                encoder.how_to_keep_reasoning(),
+            )
+
+
+def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
+    for column in data.columns:
+        if not corpus.renamed[column] and (held_out is None or not held_out.renamed[column]):
+            raise UserError(f"data.columns: {column}: no row has a column of this name")
+
+
+def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
+    held_out = choose(corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1)
+    if held_out.all():
+        raise UserError("data.eval_split: too few different rows to hold some out")
+    return corpus.divide(held_out)
+
+
+def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`.
+
+    Returns the names of those that were not there, or had other contents.
+    """
+    counts = {
+        "fingerprint": corpus.fingerprint,
+        "summary": corpus.ledger.summary(),
+        "all": asdict(corpus.ledger),
+        "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
+    }
+    dropped = []
+    for drop in corpus.drops:
+        origin = corpus.origins[drop.origin]
+        file = origin.names[drop.line - 1] if origin.names else origin.name
+        row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
+        dropped.append(json.dumps(row, ensure_ascii=False) + "\n")
+    texts = {
+        "ledger.json": json.dumps(counts, indent=2, ensure_ascii=False) + "\n",
+        "dropped.jsonl": "".join(dropped),
+    }
+    make_folder(Path(folder))
+    new = []
+    for name, text in texts.items():
+        path = Path(folder) / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+            new.append(name)
+    return new

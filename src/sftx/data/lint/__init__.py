@@ -1,0 +1,1 @@
+"""What is wrong or doubtful in data, before it is trained on."""

@@ -1,0 +1,1 @@
+"""From files, folders and Python rows to rows that were checked."""

@@ -1,0 +1,158 @@
+"""From a path to raw rows: finding files, cutting JSON lines into blocks that name themselves by content, parsing them.
+
+A JSONL file is read where it lies; `convert` turns every other format into JSON lines first. JSON is parsed by the
+standard library, which changes no value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from sftx.data.sources.validate import from_json
+from sftx.types import RowError, UserError
+
+CHUNK = 4 << 20
+MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+PACKED = ("", ".gz", ".zst")
+BESIDE_ROWS = re.compile(r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
+ERROR_MARK = b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
+
+
+class Block(NamedTuple):
+    """Consecutive lines of a file: bytes `start:stop`, the first being line number `line` (1-based).
+
+    Blocks end where a hash of line lengths says so, not at fixed offsets: rows added or removed change the blocks they
+    touch and leave the others, and so what was encoded for them, as they were.
+    """
+
+    start: int
+    stop: int
+    line: int
+    lines: int
+    digest: str  # of the bytes
+
+
+def find_files(path: str) -> list[Path]:
+    """The data files a path, glob or folder stands for, sorted by name.
+
+    A .txt file is one document. In a folder that holds other data, it is taken for a note and left out.
+
+    Raises:
+        UserError: nothing is there, or what is there is not a data file.
+    """
+    target = Path(path).expanduser()
+    kinds = f"{', '.join(SUFFIXES)}, also .gz and .zst of them"
+    if target.is_file():
+        if _is_data(target):
+            return [target]
+        raise UserError(f"{path}: unknown kind of file; expected {kinds}")
+    if target.is_dir():
+        found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and not _is_beside(f, target)]
+        # What a folder holds may come from strangers; the hub's cache alone links out of its folders, to its own blobs.
+        root = target.resolve()
+        root = root.parents[1] if root.parent.name == "snapshots" else root
+        if outside := next((f for f in found if not f.resolve().is_relative_to(root)), None):
+            raise UserError(f"{outside}: a link to a file outside of {path}; name that file itself in data.train")
+        if files := [f for f in found if kind_of(f) != ".txt"] or found:
+            return files
+        raise UserError(f"{path}: the folder holds no data file ({kinds})")
+    if glob.has_magic(path):
+        paths = map(Path, sorted(glob.glob(str(target), recursive=True)))
+        if files := [f for f in paths if f.is_file() and _is_data(f)]:
+            return files
+        raise UserError(f"{path}: no data file matches this pattern")
+    names = [f.name for f in target.parent.iterdir()] if target.parent.is_dir() else []
+    close = difflib.get_close_matches(target.name, names, 1)
+    hint = f"; did you mean {target.with_name(close[0])}?" if close else ""
+    raise UserError(f"{path}: no such file or folder{hint}")
+
+
+def _is_beside(file: Path, folder: Path) -> bool:
+    """Whether a file in a folder is no part of its data: hidden, or one that `datasets` puts beside saved rows."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return hidden or bool(BESIDE_ROWS.fullmatch(file.name))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether `path` can only be the name of a data set on the hub: `owner/name[/config][:split]`, nothing local."""
+    local = Path(path).expanduser()
+    shape = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%:-]+)?", path)
+    return bool(shape) and not local.exists() and not _is_data(local) and not Path(path.split("/")[0]).exists()
+
+
+def kind_of(file: Path) -> str:
+    """The format of a file by its name, without what it is compressed with: `.jsonl`, `.csv`, ..."""
+    name = file.name.lower()
+    for packed in PACKED[1:]:
+        name = name.removesuffix(packed)
+    kind = Path(name).suffix
+    return ".jsonl" if kind == ".ndjson" else kind
+
+
+def _is_data(file: Path) -> bool:
+    return file.name.lower().endswith(tuple(s + p for s in SUFFIXES for p in PACKED))
+
+
+def is_lines(file: Path) -> bool:
+    """Whether a file is JSONL as it stands, and so is read in place."""
+    return kind_of(file) == ".jsonl" and not file.name.lower().endswith(PACKED[1:])
+
+
+def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
+    """Cut JSON lines into blocks, reading once, front to back.
+
+    A block ends at the first mark past its least size, or at the first line past its greatest.
+    """
+    head = stream.read(4)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name}: the file is UTF-16; save it as UTF-8")
+    offset = start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+    stream.seek(offset)
+    line, lines, last_end, last_length, content = 1, 0, offset, 0, blake2b(digest_size=20)
+    while chunk := stream.read(CHUNK):
+        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (offset + 1)
+        lengths = np.diff(ends, prepend=last_end)
+        before = np.concatenate([[last_length], lengths[:-1]]) if len(ends) else lengths
+        marks = ends[(lengths * 2654435761 + before * 40503) % 1021 == 0]
+        position = 0
+        while cuts := [*marks[marks >= start + MIN_BLOCK][:1], *ends[ends >= start + MAX_BLOCK][:1]]:
+            stop = int(min(cuts))
+            content.update(chunk[position : stop - offset])
+            upto = lines + int(np.searchsorted(ends, stop, "right"))
+            yield Block(start, stop, line, upto - line + 1, content.hexdigest())
+            start, line, content, position = stop, upto + 1, blake2b(digest_size=20), stop - offset
+        content.update(chunk[position:])
+        lines += len(ends)
+        offset += len(chunk)
+        if len(ends):
+            last_end, last_length = int(ends[-1]), int(lengths[-1])
+    if offset > start:
+        yield Block(start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest())
+
+
+def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError]]:
+    """(line number, the line, its parsed value or what is wrong with it) of a block's lines; blank lines only count."""
+    for number, raw in enumerate(data.split(b"\n"), line):
+        if raw and not raw.isspace():
+            yield number, raw, parse_line(raw)
+
+
+def parse_line(raw: bytes) -> Any | RowError:
+    """One line of JSON, or the error that says where in the line it stops being JSON."""
+    if raw.startswith(ERROR_MARK):
+        return RowError(raw.removeprefix(ERROR_MARK).decode("utf-8", "replace"))
+    try:
+        return from_json(str(raw, "utf-8"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8")
+    except RowError as error:
+        return error

@@ -1,0 +1,228 @@
+"""Every file format that is not JSONL becomes lines of JSON, so that all that follows knows one shape."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import io
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from sftx.arrow import Shape, as_written, shape_of
+from sftx.data.sources.read import CHUNK, ERROR_MARK, kind_of
+from sftx.data.sources.validate import from_json
+from sftx.types import RowError, UserError
+
+VERSION = "4"  # raise when the lines made from a file change
+
+
+def dump(value: Any) -> bytes:
+    """One row as a line of JSON. What JSON cannot hold becomes an object, which no field accepts as text."""
+
+    def plain(item: Any) -> Any:
+        return item.tolist() if isinstance(item, np.ndarray | np.generic) else {"unreadable": type(item).__name__}
+
+    try:
+        return json.dumps(value, default=plain).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
+        return ERROR_MARK + str(error).encode()
+
+
+def convert(files: list[Path], out: IO[bytes]) -> None:
+    """Write the rows of `files` (one file, or several .txt: one document each) to `out` as JSON lines.
+
+    Line i of `out` is row i of the file, or what stood on line i of a .csv or compressed .jsonl.
+    """
+    for file in files:
+        try:
+            with _open(file) as stream:
+                _CONVERTERS[kind_of(file)](stream, out, str(file))
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise  # there is no room for the rows
+            raise UserError(f"{file}: the file cannot be read ({error}); is it damaged or cut off?") from None
+
+
+def _open(file: Path) -> IO[bytes]:
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(file))
+    if not name.endswith(".zst"):
+        return file.open("rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+    try:
+        _check_frames(file, zstandard.ZstdDecompressor())
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
+
+
+def _check_frames(file: Path, decompressor: Any) -> None:
+    """`EOFError` if a .zst file ends inside a frame: reading it as a stream, its end would go unnoticed."""
+    frame = None
+    with file.open("rb") as packed:
+        while chunk := packed.read(1 << 16):
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                frame.decompress(chunk)
+                chunk, frame = frame.unused_data, None if frame.eof else frame
+    if frame:
+        raise EOFError("its last frame is not whole")
+
+
+def _lines(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    shutil.copyfileobj(stream, out, CHUNK)
+
+
+def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    data = stream.read()
+    try:
+        out.write(dump(data.decode("utf-8-sig")) + b"\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        out.write(ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line}\n".encode())
+
+
+def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    """A JSON array, row by row; also JSON lines under the name .json."""
+    data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from None
+    del data
+    position = _skip(text, 0)
+    if text[position : position + 1] != "[" or _is_list_line(text, position):
+        try:
+            from_json(text[position:].split("\n", 1)[0] or "null")
+        except RowError:
+            raise UserError(f"{name}: expected a JSON array of rows, or one JSON value per line") from None
+        out.write(text.encode())
+        return
+
+    def wrong(what: str, at: int) -> UserError:
+        column = at - text.rfind("\n", 0, at)
+        return UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: not valid JSON: {what} at column {column}")
+
+    decode, position = json.JSONDecoder().raw_decode, _skip(text, position + 1)
+    while text[position : position + 1] != "]":
+        try:
+            row, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise wrong(error.msg.removesuffix(" starting at"), error.pos) from None
+        except (RecursionError, ValueError):
+            raise wrong("nested too deeply, or a number of thousands of digits, in the row", position) from None
+        out.write(dump(row) + b"\n")
+        position = _skip(text, position)
+        if text[position : position + 1] not in (",", "]") or not text[position:]:
+            raise wrong("expected ',' or ']' after a row", position)
+        if text[position] == ",":
+            position = _skip(text, position + 1)
+    position = _skip(text, position + 1)
+    if text[position:]:
+        raise wrong("expected nothing after the array", position)
+
+
+def _is_list_line(text: str, position: int) -> bool:
+    """Whether the text is lines of JSON lists, rather than one array of rows."""
+    first, _, rest = text[position:].partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(from_json(first), list)
+    except RowError:
+        return False
+
+
+def _skip(text: str, position: int) -> int:
+    found = re.compile(r"[ \t\r\n]*").match(text, position)
+    return found.end() if found else position
+
+
+def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    """CSV: the first line names the columns; every value is text. A row keeps the number of its first line."""
+    number = 0  # of the last physical line handed to the parser
+
+    def decoded() -> Iterator[str]:
+        nonlocal number
+        for number, raw in enumerate(stream, 1):
+            try:
+                yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+
+    csv.field_size_limit(1 << 30)
+    delimiter = "\t" if kind_of(Path(name)) == ".tsv" else ","
+    header, before = None, 0
+    try:
+        for values in csv.reader(decoded(), delimiter=delimiter, strict=True):
+            if header is None:
+                header, line = values, b""
+                if double := next((c for c in header if c and header.count(c) > 1), ""):
+                    raise UserError(f"{name}:1: two columns are called {double!r}")
+            elif len(values) in (0, len(header)):
+                line = dump(dict(zip(header, values, strict=True))) if values else b""
+            else:
+                found = f"{len(values)} values where the first line names {len(header)} columns"
+                line = ERROR_MARK + found.encode()
+            out.write(line + b"\n" * (number - before))  # where values span lines, blank lines keep the numbering
+            before = number
+    except csv.Error as error:
+        raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None
+
+
+def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
+    """Parquet, and Arrow as a file or as a stream."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import ipc, parquet
+    except ImportError:
+        reason = "reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
+        raise UserError(f"{name}: {reason}") from None
+    kind = kind_of(Path(name))[1:].capitalize()
+    stream = stream if stream.seekable() else io.BytesIO(stream.read())
+    try:
+        magic = stream.read(6)
+        stream.seek(0)
+        if kind == "Parquet":
+            table = parquet.ParquetFile(stream)
+            shape = shape_of(table.iter_batches(1024))
+            batches: Any = table.iter_batches(1024)
+        elif magic == b"ARROW1":
+            file = ipc.open_file(stream)
+            shape = shape_of(map(file.get_batch, range(file.num_record_batches)))
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            shape = shape_of(ipc.open_stream(stream))
+            stream.seek(0)
+            batches = ipc.open_stream(stream)
+        for batch in batches:
+            write_rows(batch.to_pylist(maps_as_pydicts="strict"), out, shape)
+    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: not a readable {kind} file: {error}") from None
+
+
+def write_rows(rows: Iterable[Any], out: IO[bytes], shape: Shape | None) -> None:
+    """Write rows that come from Arrow; `shape` tells which of their nulls somebody wrote."""
+    out.writelines(dump(as_written(row, shape)) + b"\n" for row in rows)
+
+
+_CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".txt": _text,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _arrow,
+    ".arrow": _arrow,
+}

@@ -1,0 +1,157 @@
+"""Examples as a person reads them: every token with its text, its weight, and where its row stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from sftx.data.encoder import Encoder
+from sftx.data.oversize import check_size
+from sftx.data.sources.rows import parse
+from sftx.data.sources.tables import Table, named_sources, open_tables
+from sftx.data.store.cache import Cache
+from sftx.data.tokenizer import Tokenizer
+from sftx.settings.schema import Config
+from sftx.types import Example, Row, RowError, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One example with the text of each token; joined, the texts are the example's text.
+
+    A token that is only part of a character has no text; the token that completes the character has it.
+    """
+
+    place: str
+    note: str
+    part: int
+    ids: list[int]
+    weights: list[float]
+    texts: list[str]
+    special: list[bool]
+    shortened: bool = False
+    """Whether something of the prompt is gone, because the row was too long."""
+    prompt: str = ""
+    """What a server would send to get the last output of the row; empty where there are no turns."""
+    spelled: list[bool] = field(default_factory=list)
+    """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`)."""
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry weight."""
+        return sum(weight != 0 for weight in self.weights)
+
+    def begins_spelling(self, index: int) -> bool:
+        """Whether a text that spells a special token begins with this token."""
+        return self.spelled[index] and not (index and self.spelled[index - 1])
+
+
+def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
+    """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
+    behind = "prompt shortened" if example.shortened else ""
+    note = "; ".join(filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""]))
+    stream = DecodeStream(skip_special_tokens=False)
+    ids = example.ids.tolist()
+    texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
+    special = [token in tokenizer.control_ids for token in ids]
+    return View(
+        place,
+        note,
+        example.part,
+        ids,
+        example.weights.tolist(),
+        texts,
+        special,
+        example.shortened,
+        prompt,
+        _spelled(texts, special, tokenizer),
+    )
+
+
+def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> list[bool]:
+    """Which tokens, not special themselves, write letters of a special token."""
+    text = "".join(texts)
+    inside = np.zeros(len(text), np.bool_)
+    for match in tokenizer.control.finditer(text):
+        inside[match.start() : match.end()] = True
+    spelled = []
+    for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
+        spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
+    return spelled
+
+
+@contextmanager
+def raw_tables(config: Config) -> Iterator[list[Table]]:
+    """All files of the run, training and held out, read but not encoded."""
+    data, cache = config.data, Cache(config.data.cache)
+    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    with cache.scratch() as scratch:
+        tables = open_tables(train, data.rows, data, cache, scratch)
+        held_out = open_tables(held, data.eval_rows, data, cache, scratch)
+        tables += [replace(table, held_out=True) for table in held_out]
+        for table in tables:
+            table.open_lines(scratch)
+        yield tables
+
+
+def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError]]:
+    """(line, parsed row or what is wrong with it) from `line` on, without reading what stands before its block."""
+    assert table.lines is not None
+    first = max((i for i, block in enumerate(table.blocks) if block.line <= line), default=0)
+    for number, _, value in table.rows(table.lines.parent, first):
+        if number >= line:
+            try:
+                yield number, value if isinstance(value, RowError) else parse(value, table.form)
+            except RowError as error:
+                yield number, error
+
+
+def views_of_rows(
+    tables: Sequence[Table], encoder: Encoder, line: int | None = None, file: str = "", count: int = 1
+) -> list[View]:
+    """Views of `count` rows of a file from `line` on (or the first rows), encoded here and now.
+
+    Raises:
+        UserError: there is no such file or row, or a row of them is wrong.
+    """
+    if not tables:
+        raise UserError("data.train: nothing to train on is given")
+    table = next((table for table in tables if not file or file in (table.origin.name, *table.origin.names)), None)
+    if table is None:
+        known = ", ".join(table.origin.name for table in tables[:5])
+        raise UserError(f"no file called {file!r} in the data; known: {known}{', ...' if len(tables) > 5 else ''}")
+    start = line or 1
+    if file in table.origin.names:  # plain texts, each of them one row of the table
+        start += table.origin.names.index(file)
+    found = list(islice(read_rows(table, start), count))
+    if not found or (line is not None and found[0][0] != start):
+        raise UserError(f"{table.origin.place(start)}: there is no row here")
+    views: list[View] = []
+    for number, row in found:
+        place = table.origin.place(number)
+        try:
+            if isinstance(row, RowError):
+                raise row
+            check_size(row, encoder.tokenizer)
+        except RowError as error:
+            raise UserError(f"{place}: {error}") from None
+        encoded = encoder.encode([row])[0]
+        if isinstance(encoded, RowError):
+            raise UserError(f"{place}: {encoded}")
+        if not encoded.examples:
+            raise UserError(f"{place}: the row is dropped: {encoded.reason}")
+        prompt = _served_prompt(row, encoder)
+        lost = encoded.tokens_truncated
+        views += [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
+    return views
+
+
+def _served_prompt(row: Row, encoder: Encoder) -> str:
+    turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
+    turns += [i for i, phrase in enumerate(row.phrases) if phrase.weight]
+    return encoder.served_prompt(row, turns[-1]) if turns else ""

@@ -1,0 +1,83 @@
+"""What the quick start prints, for somebody who has never fine-tuned a model; the words are in `story.txt`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sftx.data.dataset import encode
+from sftx.data.tokenizer import Tokenizer
+from sftx.demo.tiny_model import END
+from sftx.demo.village import Question, Village
+
+MOMENTS = ("untrained", "after stage 1", "after stage 2")
+_STORY = Path(__file__).with_name("story.txt").read_text(encoding="utf-8")
+_PARTS = dict(re.findall(r"^\[(\w+)\]\n(.*?)\n(?=\n\[|\Z)", _STORY, re.MULTILINE | re.DOTALL))
+_console = Console(highlight=False, markup=False)
+
+
+def tell(part: str, **facts: Any) -> None:
+    """Print a part of the story; its title, if it has one, stands out on a terminal."""
+    title, line, text = _PARTS[part].format(**facts).rpartition("===\n")
+    _console.print(Text.assemble((f"\n{title}{line}", "bold cyan"), text), soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """Print a paragraph of the corpus."""
+    _console.print(f"{text}\n")
+
+
+def show_targets(row: object, tokenizer: Tokenizer) -> None:
+    """Print a row of data as the model sees it, a sentence a line, with ^ under every token that is a target."""
+    _console.print()
+    for example in encode(row, tokenizer):
+        pieces = [tokenizer.decode([token]) for token in example.ids]
+        text = marks = ""
+        for piece, weight, following in zip(pieces, example.weights, [*pieces[1:], ""], strict=True):
+            text, marks = text + piece, marks + ("^" if weight else " ") * len(piece)
+            if piece == END or (piece == "." and following != END):
+                skip = text.startswith(" ")
+                _console.print(f"  {text[skip:]}", soft_wrap=True)
+                if "^" in marks:
+                    _console.print(f"  {marks[skip:]}", style="green", soft_wrap=True)
+                text = marks = ""
+    _console.print()
+
+
+def show_answers(village: Village, replies: Sequence[Sequence[str]], count: int = 5) -> None:
+    """Print some held-out questions, where their answers stand, and what the model says at the three moments."""
+    for question, *said in list(zip(village.held_out, *replies, strict=True))[:count]:
+        _console.print(f"\n{question.text}", style="bold")
+        _row("the chronicle", _source(village, question))
+        for moment, reply in zip(MOMENTS, said, strict=True):
+            right = reply.strip() == question.answer
+            _row(moment, " ".join(reply.split() or ["(nothing)"]) + "   (right)" * right, "green" if right else "red")
+
+
+def show_table(questions: Sequence[Question], finishes: Sequence[float], answers: Sequence[float]) -> None:
+    """Print both scores at the three moments."""
+    table = Table(box=SIMPLE)
+    table.add_column(f"{len(questions)} held-out facts")
+    for moment in MOMENTS:
+        table.add_column(moment, justify="right")
+    table.add_row(f'ends "{questions[0].opening} ..."', *(f"{share:.0%}" for share in finishes))
+    table.add_row("answers the question", *(f"{share:.0%}" for share in answers))
+    _console.print("", table, sep="\n")
+
+
+def _row(name: str, text: str, style: str = "") -> None:
+    _console.print(Text.assemble((f"  {name:15}", "dim"), (text, style)), soft_wrap=True)
+
+
+def _source(village: Village, question: Question) -> str:
+    """The first sentence of the chronicle that tells the answer."""
+    name = " ".join(question.opening.split()[:2])
+    sentences = (sentence for text in village.chronicle for sentence in text.rstrip(".").split(". "))
+    return next(f"{sentence}." for sentence in sentences if name in sentence and question.fact in sentence)

@@ -1,0 +1,1 @@
+"""What is measured on the model before the first step."""

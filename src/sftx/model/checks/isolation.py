@@ -1,0 +1,165 @@
+"""Whether packed segments are what each is alone, at every length of the data: tried on a small stand-in.
+
+Each segment runs alone through a fresh copy of the unchanged model; then all run as the trainer runs them, packed, in
+two orders. Logits, loss and every gradient must be equal. Everything is in float64, so that what differs by rounding
+(an expert chosen by a hair) cannot be taken for a leak, and a leak not for rounding. Where packing is not exact, the
+same is asked of segments that run one at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sftx.model.checks.forward_state import ForwardState, Names
+from sftx.model.checks.probe import LONGEST, in_order, part, places, random_pack, reach, segment_lengths
+from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
+from sftx.model.load import PackLoss, TensorPack
+from sftx.model.shortcuts import choose_shortcuts
+from sftx.types import UserError
+
+EQUAL = 1e-5
+"""Largest difference of logits (of the largest one), of the loss and of a weight's gradient, that is rounding: of
+float64 and, in the loss, of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What was found: whether segments can be packed; what a model must forget before each segment when they run one
+    at a time (empty: nothing; None: everything, because it could not be tried)."""
+
+    packs: bool
+    tried: int  # tokens of the longest segment that was tried, 0 where none was
+    reach: int  # tokens up to which the configuration names a length
+    forget: Names | None = frozenset()
+
+
+Gradients = list[Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """What a segment gives alone, through the unchanged model; float64."""
+
+    logits: Tensor  # [M, V], at its targets
+    loss: float  # summed over its targets
+    gradients: Gradients
+
+
+def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -> Isolation:
+    """Try a stand-in for `model` with segments up to `longest` tokens, the longest of the data, in packs that become
+    as large as `largest_pack`.
+
+    Raises UserError where segments are not exact even one at a time.
+    """
+    settings = model.config.to_dict()
+    reaches = reach(settings, longest)
+    lengths = segment_lengths(settings, longest)
+    small = None if max(lengths) > LONGEST else stand_in(model)
+    if small is None:
+        return Isolation(reaches == 0, 0, reaches, None)
+    pack = random_pack(lengths, vocabulary(small))
+    try:
+        alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
+    except FOREIGN_ERRORS:
+        return Isolation(reaches == 0, 0, reaches, None)
+    order = places(settings, lengths, largest_pack)
+    if _packs(small, pack, alone, order):
+        return Isolation(True, max(lengths), reaches)
+    return Isolation(False, max(lengths), reaches, _forget(small, pack, alone))
+
+
+def _packs(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone], order: list[int]) -> bool:
+    """Whether the trainer's fast path is exact."""
+    loss = PackLoss(copy.deepcopy(small)).eval()
+    try:
+        with torch.no_grad():
+            choose_shortcuts(loss, in_order(pack, [0, 2, 4]), EQUAL)
+        return _exact(loss, pack, alone, order, loss.own_logits)
+    except FOREIGN_ERRORS:  # the model's forward does not take segments
+        return False
+
+
+def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Names:
+    """What must be put back before each segment, so that one at a time is exact."""
+    loss = PackLoss(copy.deepcopy(small)).eval()
+    order = list(range(len(alone)))
+    fresh = ForwardState(loss.model)
+    loss.run_one_by_one()
+    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
+        return frozenset()
+    names = fresh.changed()
+    fresh.put_back()
+    loss.forgets = ForwardState(loss.model, names)
+    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
+        return names
+    raise UserError(
+        f"model.path: {type(small).__name__} does not give an example the same loss each time (measured): what it "
+        "computes depends on the examples before it, and it cannot be made to forget them; it cannot be trained exactly"
+    )
+
+
+def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
+    """A segment through a fresh model, by nothing but the model's own forward."""
+    logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
+    losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
+    value = (losses * one.weight.double()).sum()
+    value.backward()
+    return _Alone(logits.detach(), float(value.detach()), [p.grad for p in fresh.parameters()])
+
+
+def _exact(
+    loss: PackLoss,
+    pack: TensorPack,
+    alone: list[_Alone],
+    order: list[int],
+    logits_of: Callable[[TensorPack], Tensor],
+) -> bool:
+    """Whether the trainer's path gives the logits, the loss and the gradients that segments give alone; the logits in
+    the opposite order too."""
+    for numbers in (order, order[::-1]):
+        with torch.no_grad():
+            found = logits_of(in_order(pack, numbers))
+        expected = torch.cat([alone[number].logits for number in numbers])
+        if found.shape != expected.shape:
+            return False
+        if float((found - expected).abs().max()) > EQUAL * float(expected.abs().max()):
+            return False
+    loss.zero_grad()
+    value = loss(in_order(pack, order))
+    value.backward()
+    expected_loss = sum(alone[number].loss for number in order)
+    if abs(float(value.detach()) - expected_loss) > EQUAL * abs(expected_loss):
+        return False
+    wanted = _sum([alone[number].gradients for number in order])
+    return _furthest([p.grad for p in loss.model.parameters()], wanted) <= EQUAL
+
+
+def _sum(parts: list[Gradients]) -> Gradients:
+    """The sums of the gradients of each weight; None where it has none."""
+    sums: Gradients = []
+    for some in zip(*parts, strict=True):
+        there = [gradient for gradient in some if gradient is not None]
+        sums.append(torch.stack(there).sum(0) if there else None)
+    return sums
+
+
+def _furthest(found: Gradients, wanted: Gradients) -> float:
+    """The largest difference of two gradients of a weight, relative to its norm; a norm that is tiny beside the
+    others (of what has no gradient but by rounding) counts as a thousandth of the largest."""
+    norms = [float(g.norm()) for g in wanted if g is not None]
+    least = 1e-3 * max(norms, default=0.0)
+    worst = 0.0
+    for ours, theirs in zip(found, wanted, strict=True):
+        if ours is None and theirs is None:
+            continue
+        a, b = (torch.zeros(()) if g is None else g for g in (ours, theirs))
+        difference = float((a - b).norm())
+        if difference > 0:
+            worst = max(worst, difference / max(float(b.norm()), least))
+    return worst

@@ -1,0 +1,295 @@
+"""A small stand-in for a model: the same class and the same kinds of layers, few of them, narrow, with random weights.
+
+What a model does at which position is decided by its code and by the numbers of its configuration, not by its weights.
+So whatever depends on length can be tried on a copy that costs next to nothing, over examples as long as the real ones.
+Widths, the vocabulary and the number of layers and experts become small; every other number stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from sftx.model.checkpointing import decoder_layers
+
+FOREIGN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What the code of a model raises where a configuration or an argument does not suit it."""
+
+HEADS = {"num_attention_heads", "n_head", "n_heads", "num_heads"}
+KEY_HEADS = {"num_key_value_heads", "num_kv_heads", "n_head_kv"}
+HIDDEN = {"hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "attention_hidden_size"}
+INNER = {
+    "expert_ffn_hidden_size", "ffn_dim", "ffn_hidden_size", "intermediate_size", "intermediate_size_mlp",
+    "moe_intermediate_size", "moe_shared_expert_intermediate_size", "n_inner", "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+}  # fmt: skip
+EXPERTS = {"moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"}
+CHOSEN_EXPERTS = {"moe_k", "moe_topk", "moe_top_k", "num_experts_per_tok", "top_k_experts"}
+LAYERS = {"n_layer", "n_layers", "num_hidden_layers", "num_layers"}
+VOCABULARY = {"vocab_size", "vocab_size_per_layer_input"}
+RANKS = {"kv_lora_rank", "o_lora_rank", "q_lora_rank"}
+LINEAR_HEADS = {"linear_num_key_heads", "linear_num_value_heads"}
+LINEAR_DIMS = {"linear_key_head_dim", "linear_value_head_dim"}
+OTHER_WIDTHS = {
+    "head_dim", "v_head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "global_head_dim",
+    "hidden_size_per_layer_input", "lru_width", "n_group", "topk_group", "num_key_value_groups",
+    "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq", "default_theta", "rotary_emb_base",
+    "pretraining_tp", "num_global_key_value_heads", "max_window_layers", "first_k_dense_replace",
+}  # fmt: skip
+WIDTHS = (
+    HEADS
+    | KEY_HEADS
+    | HIDDEN
+    | INNER
+    | EXPERTS
+    | CHOSEN_EXPERTS
+    | LAYERS
+    | VOCABULARY
+    | RANKS
+    | LINEAR_HEADS
+    | LINEAR_DIMS
+    | OTHER_WIDTHS
+)
+"""Names, in configurations, of numbers that are no lengths: they are never compared with a position."""
+
+LIMITS = {
+    **dict.fromkeys(INNER, 64),
+    **dict.fromkeys(CHOSEN_EXPERTS, 2),
+    **dict.fromkeys(VOCABULARY, 128),
+    **dict.fromkeys(RANKS, 32),
+    **dict.fromkeys(LINEAR_DIMS, 16),
+}
+"""What is left, at most, of a width in the stand-in."""
+
+LARGEST_COPY = 60_000_000
+"""Parameters of a copy whose widths could not be made small."""
+
+
+def stand_in(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel | None:
+    """A small copy of `model` in float64 on the CPU, in evaluation mode; None where none can be made.
+
+    The narrowest one of the same kinds of layers that can be built and computes finite logits.
+    """
+    depth = _depth(model)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of token ids beyond the small vocabulary, for one
+    try:
+        for narrow in (_narrow, _narrow_with_whole_heads, lambda settings: settings):
+            made = _build(model, narrow, depth, seed)
+            if made is not None:
+                return made
+    finally:
+        transformers_logging.set_verbosity(level)
+    return None
+
+
+def _build(model: PreTrainedModel, narrow: Any, depth: int, seed: int) -> PreTrainedModel | None:
+    settings = copy.deepcopy(model.config.to_dict())
+    for name in ("quantization_config", "transformers_version", "dtype", "_name_or_path", "id2label", "label2id"):
+        settings.pop(name, None)
+    settings = _few_layers(narrow(settings), len(decoder_layers(model)), depth)
+    try:
+        config = type(model.config).from_dict(settings)
+        config.use_cache = False
+        with torch.device("meta"):
+            size = sum(p.numel() for p in own_class(model)(config).parameters())
+        if size > LARGEST_COPY:
+            return None
+        with _own_random_numbers(seed):
+            made: Any = own_class(model)(config)
+            _spread(made)
+        made = made.double().eval()
+        if hasattr(made, "set_experts_implementation"):
+            made.set_experts_implementation("eager")  # the grouped kernels have no float64
+        if kinds_of_layers(made) != kinds_of_layers(model)[: len(decoder_layers(made))]:
+            return None
+        ids = torch.arange(3, 12)[None] % vocabulary(made)
+        with torch.no_grad():
+            logits = copy.deepcopy(made)(input_ids=ids, use_cache=False).logits
+    except FOREIGN_ERRORS:
+        return None
+    return made if bool(logits.isfinite().all()) else None
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.shape[0]
+
+
+def kinds_of_layers(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What every decoder layer is, apart from its widths: the classes inside it, without adapters."""
+    return [tuple(_classes_inside(layer, "")) for layer in decoder_layers(model)]
+
+
+def _classes_inside(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    """(path, class) of `module` and all modules in it; an adapted one counts as what is beneath the adapter."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _classes_inside(module.get_base_layer(), path)
+        return
+    yield path, "Linear" if isinstance(module, nn.Linear) else own_class(module).__name__
+    for name, child in module.named_children():
+        yield from _classes_inside(child, f"{path}.{name}")
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one in shards, that which it had before."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _depth(model: PreTrainedModel) -> int:
+    """How many of the first layers hold every kind of layer; at least two."""
+    layers = decoder_layers(model)
+    kinds = [(kind, facts) for kind, facts in zip(kinds_of_layers(model), _facts_of_layers(model), strict=True)]
+    seen: list[Any] = []
+    depth = min(2, len(layers))
+    for number, kind in enumerate(kinds):
+        if kind not in seen:
+            seen.append(kind)
+            depth = max(depth, number + 1)
+    return depth
+
+
+def _facts_of_layers(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The plain values that every layer and its modules hold, but for those that number the layers."""
+    layers = list(decoder_layers(model))
+    facts: list[dict[str, Any]] = []
+    for layer in layers:
+        found: dict[str, Any] = {}
+        for path, module in layer.named_modules():
+            plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+            found |= {f"{path}.{name}": value for name, value in plain.items() if name != "training"}
+        facts.append(found)
+    names = set().union(*facts) if facts else set()
+    for name in names:
+        if all(found.get(name, number) == number for number, found in enumerate(facts)):
+            for found in facts:
+                found.pop(name, None)
+    for name, values in _lists_by_layer(model.config.to_dict(), len(layers)):
+        for found, value in zip(facts, values, strict=True):
+            found[name] = value
+    return facts
+
+
+def _lists_by_layer(settings: dict[str, Any], layers: int) -> Iterator[tuple[str, list[Any]]]:
+    """(name, value) of the settings that say something of every layer."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _lists_by_layer(value, layers)
+        elif isinstance(value, list) and len(value) == layers and value != list(range(layers)):
+            yield name, value
+
+
+def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, Any]:
+    """The settings of a model of the first `depth` of its `layers` layers."""
+    if not layers:
+        return settings
+    few: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            few[name] = _few_layers(_of_first_layers(value, layers, depth), layers, depth)
+        elif name in LAYERS and value == layers:
+            few[name] = depth
+        elif isinstance(value, list) and len(value) == layers and layers > 1:
+            few[name] = value[:depth]
+        else:
+            few[name] = value
+    return few
+
+
+def _of_first_layers(settings: dict[Any, Any], layers: int, depth: int) -> dict[Any, Any]:
+    """Settings that go by the number of a layer, without those of layers that are gone; others as they are."""
+    numbers = [int(name) for name in settings if str(name).isdecimal()]
+    if len(numbers) != len(settings) or not all(number < layers for number in numbers):
+        return settings
+    return {name: value for name, value in settings.items() if int(name) < depth}
+
+
+def _narrow(settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything narrow, heads included."""
+    return _narrowed(settings, head_dim=16)
+
+
+def _narrow_with_whole_heads(settings: dict[str, Any]) -> dict[str, Any]:
+    """Heads as wide as they are: some lists of a configuration have an entry for each of their channels."""
+    return _narrowed(settings, head_dim=None)
+
+
+def _narrowed(settings: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
+    hidden, heads = (_first_number(settings, names) for names in (HIDDEN, HEADS))
+    few_heads = min(heads, 4)
+    width = hidden // heads if head_dim is None and heads else head_dim or 16
+    numbers = {
+        **dict.fromkeys(HEADS, few_heads),
+        **dict.fromkeys(HIDDEN, width * few_heads or 64),
+    }
+    if head_dim is not None:
+        numbers["head_dim"] = head_dim
+    few: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            few[name] = _narrowed(value, head_dim)
+        elif str(name).endswith("_token_id"):
+            few[name] = _small_ids(value)
+        elif isinstance(value, bool) or not isinstance(value, int):
+            few[name] = value
+        elif name in KEY_HEADS:
+            few[name] = few_heads if value == heads else min(value, 2)
+        elif name in EXPERTS:
+            few[name] = min(value, 4 * max(1, settings.get("n_group") or 1))
+        elif name in LINEAR_HEADS:
+            few[name] = max(1, value // 8)
+        elif name in LIMITS:
+            few[name] = min(value, LIMITS[name])
+        else:
+            few[name] = numbers.get(name, value)
+    return few
+
+
+def _first_number(settings: dict[str, Any], names: set[str]) -> int:
+    """The first whole number of settings that goes by one of the names; 0 where there is none."""
+    return next((value for name, value in settings.items() if name in names and isinstance(value, int)), 0)
+
+
+def _small_ids(value: Any) -> Any:
+    """Ids of tokens, or a list of them, inside a small vocabulary."""
+    if isinstance(value, list):
+        return [_small_ids(one) for one in value]
+    return value % 128 if isinstance(value, int) else value
+
+
+def _spread(model: nn.Module) -> None:
+    """Larger weights than a model starts with, so that attention is far from uniform; none that is not a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()) and isinstance(tensor, nn.Parameter):
+            nn.init.normal_(tensor, std=0.02)
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """A stream of random numbers of its own inside; that outside goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

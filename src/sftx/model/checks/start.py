@@ -1,0 +1,175 @@
+"""Start-up checks that measure: what the trainer computes must be what the model itself computes.
+
+Nothing is believed because a configuration says so. Segments go through the model one at a time, with its own attention
+and its own head; then packed, by the trainer's path: long ones through a small stand-in (see `isolation`), a few short
+ones through the model itself. Where the two differ the trainer takes a slower path that cannot, and says so; where no
+path is right, the run is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from sftx.model.adapter import bare, trainable
+from sftx.model.checks.forward_state import ForwardState
+from sftx.model.checks.isolation import Isolation, measure_isolation
+from sftx.model.checks.probe import part
+from sftx.model.checks.stand_in import FOREIGN_ERRORS
+from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.model.loss import cross_entropy_sum
+from sftx.model.shortcuts import choose_shortcuts
+from sftx.types import Pack, UserError
+
+
+def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
+    """Refuse a run whose tokens or positions the model does not have, or that has nothing to train."""
+    config = loss.model.config.get_text_config()
+    rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
+    if largest_id >= rows:
+        raise UserError(
+            f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): the tokenizer does not "
+            "belong to this model, or its new tokens must be listed in model.add_tokens or model.add_special_tokens"
+        )
+    positions = getattr(config, "max_position_embeddings", None)  # absent in models without position limits
+    if positions is not None and max_length > positions:
+        raise UserError(f"data.max_length: {max_length} is more than the {positions} positions of the model")
+    if trainable(loss)[0] == 0:
+        raise UserError("no parameter is trainable: every weight of the model is frozen")
+
+
+def check_paths(
+    loss: PackLoss, probe: Pack, precision: torch.dtype, longest: int = 1, largest_pack: int = 1
+) -> list[str]:
+    """Measure the trainer's path against the model's own; choose the fast one where equal.
+
+    Two things are tried: a small stand-in, with segments up to `longest` tokens (those of the longest example) in packs
+    of up to `largest_pack`; and the model itself, on the few tokens of `probe`. Returns what had to be changed, in
+    words. Raises UserError where the loss is wrong on every path.
+    """
+    name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
+    longest = max(longest, pack.longest)
+    found = measure_isolation(loss.model, longest, max(longest, largest_pack))
+    loss.forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
+    tolerance = 1e-3 if precision == torch.float32 else 5e-2
+    autocast = torch.autocast(pack.ids.device.type, precision, enabled=precision != torch.float32)
+    with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
+        reference = _reference_logits(loss, pack)
+        scale = float(reference.abs().max())
+        if not math.isfinite(scale):
+            raise UserError("the model's own logits are not finite before training: its weights are damaged")
+        if not found.packs or not _isolated(loss, pack, reference, tolerance * scale, longest, found.tried > 0):
+            loss.run_one_by_one()
+            return [_one_at_a_time(name, found)]
+        choose_shortcuts(loss, pack, tolerance)
+        fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
+        if abs(fused - own) > tolerance * abs(own):
+            raise UserError(f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed probe")
+    if loss.transform is None:
+        how = "logits come from the model's own forward, which needs more memory"
+        return [f"the head of {name} is not a plain matrix (measured): {how}"]
+    return []
+
+
+def _one_at_a_time(name: str, found: Isolation) -> str:
+    """Why segments are not packed, in words."""
+    how = "segments run one at a time, which is exact but slower"
+    if not found.tried and not found.packs:
+        return (
+            f"{name} could not be tried at the lengths of this data, and its configuration names {found.reach:,} "
+            f"tokens: {how}"
+        )
+    forgets = "" if found.forget == frozenset() else "; what it remembers of one is put back before the next"
+    return f"{name} cannot keep packed segments apart (measured up to {max(found.tried, 1):,} tokens): {how}{forgets}"
+
+
+@contextmanager
+def _callable_in_parts(loss: PackLoss, tensors: TensorPack) -> Iterator[None]:
+    """Where the model is in shards, gather what does not belong to a layer, so that its parts run on their own."""
+    if not isinstance(loss, FSDPModule):
+        yield
+        return
+    loss(tensors)  # the first pass must come through the root
+    loss.unshard()
+    yield
+    loss.reshard()
+
+
+def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
+    """Logits at the targets, each segment on its own through the unchanged model, [M, V]."""
+    loss.use_segments(False)
+    try:
+        segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
+        parts = [loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in segments]
+        return torch.cat(parts).float()[pack.index]
+    finally:
+        loss.use_segments(True)
+
+
+def _isolated(
+    loss: PackLoss, pack: TensorPack, reference: Tensor, limit: float, longest: int, only_rounding: bool
+) -> bool:
+    """Packed logits equal the reference, beside a token at the last place of a segment as long as the longest (some
+    rotary embeddings go by that); and changing the first segment leaves the others' logits alone.
+
+    `limit` = the largest difference. With `only_rounding` the stand-in has shown the structure to be right: then the
+    mean over rows counts, and may be twice what rounding alone moves. In bf16 that can be much: where a router's choice
+    is made by a hair, it falls otherwise, and so does all that follows.
+    """
+    ids, positions = torch.cat([pack.ids, pack.ids[:1]]), torch.cat([pack.positions, pack.positions[:1] + longest - 1])
+    larger = replace(
+        pack,
+        ids=ids,
+        positions=positions,
+        cu_seqlens_cpu=torch.cat([pack.cu_seqlens_cpu, pack.cu_seqlens_cpu[-1:] + 1]),
+    )
+    first = int(pack.cu_seqlens_cpu[1])
+    changed_ids = larger.ids.clone()
+    changed_ids[:first] = changed_ids[:first].roll(1)
+    changed_ids[0] = changed_ids[first - 1]
+    try:
+        packed = loss.own_logits(larger).float()
+        if packed.shape != reference.shape:
+            return False
+        changed = loss.own_logits(replace(larger, ids=changed_ids)).float()
+    except FOREIGN_ERRORS:  # the model's forward does not take segments
+        return False
+    moved, leaked = _by_row(packed, reference), _by_row(changed, packed)[pack.index >= first]
+    if float(moved.max()) <= limit and float(leaked.max()) <= 1e-3 * limit:
+        return True
+    if not only_rounding:
+        return False
+    rounding = _rounding(loss, pack, reference)
+    return float(moved.mean()) <= max(limit, 2 * rounding) and float(leaked.mean()) <= max(1e-3 * limit, rounding)
+
+
+def _rounding(loss: PackLoss, pack: TensorPack, reference: Tensor) -> float:
+    """How far the trainer's way of computing moves a row where nothing can leak: every segment is a pack of its own."""
+    segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
+    parts = [loss.own_logits(part(pack, number)).float() for number, _ in enumerate(segments)]
+    return float(_by_row(torch.cat(parts), reference).mean())
+
+
+def _by_row(one: Tensor, other: Tensor) -> Tensor:
+    """The largest difference of two elements, for every row [M]."""
+    return (one - other).abs().amax(-1)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off inside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
+            model.reshard()

@@ -1,0 +1,1 @@
+"""What a run tells: its records, its progress, its model card."""

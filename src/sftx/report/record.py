@@ -1,0 +1,172 @@
+"""The run folder, and `metrics.jsonl`: the one record that progress, reports and trackers read.
+
+OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
+OUTPUT/metrics.jsonl   one line per optimiser step
+OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
+OUTPUT/checkpoints/    states to continue from, each with the record up to its step
+OUTPUT/.owner.*        which process owns the folder
+OUTPUT/*               the trained model, a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sftx.files import make_folder, sync, write_json, write_text
+from sftx.report.facts import check_needed, read_facts
+from sftx.settings.schema import Config
+from sftx.types import StepRecord, UserError, untrained
+
+RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
+"""Files of one line per step, which a checkpoint carries up to its own."""
+PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Run:
+    """The folder of one run. Opening it does not change it; `start` does. With `writes` false nothing is written."""
+
+    def __init__(self, config: Config, writes: bool = True) -> None:
+        self.folder = Path(config.output)
+        self.writes = writes
+        self.config = config
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output: {self.folder} is a file; a folder is needed")
+        self.facts: dict[str, Any] = read_facts(self.folder / "run.json")
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started in this folder before."""
+        return bool(self.facts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether that run reached its end."""
+        return self.facts.get("status") == "finished"
+
+    def check(self) -> None:
+        """UserError where the record of the run in this folder lacks what continuing it needs."""
+        if self.exists:
+            check_needed(self.facts, self.folder / "run.json")
+
+    def start(self, step: int, carried: Mapping[str, str], **facts: Any) -> None:
+        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step` carries."""
+        earlier = self.facts.get("started", []) if step else []
+        self.facts = {
+            "status": "running",
+            "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            "config": self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
+            "versions": _versions(),
+        }
+        if self.writes:
+            make_folder(self.folder)
+        self.update(**facts)  # first of all files: what holds run.json is known to be a run
+        if self.writes:
+            for name in RECORDS:
+                kept = carried.get(name, "")
+                if kept or name == "metrics.jsonl" or (self.folder / name).exists():
+                    write_text(self.folder / name, kept)
+
+    def records(self) -> dict[str, str]:
+        """The records so far, for a checkpoint to carry; what is returned is on the disk."""
+        found: dict[str, str] = {}
+        for name in RECORDS:
+            if self.writes and (self.folder / name).exists():
+                sync(self.folder / name)
+                found[name] = self._text(name)
+        return found
+
+    def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
+        """In words, a line for each, the records that are not as the checkpoint of `step` carries them."""
+        said = []
+        for name in RECORDS:
+            kept = [line["step"] for line in _lines(carried.get(name, ""))]
+            found = [line["step"] for line in _lines(self._text(name))]
+            if found[: len(kept)] != kept:
+                said.append(f"{name} was damaged: it is again as the checkpoint of step {step:,} has it")
+            elif len(found) > len(kept):
+                more = len(found) - len(kept)
+                said.append(f"{name} is cut after step {step:,}: {more:,} lines of later steps come anew")
+        return said
+
+    def unreadable(self) -> list[str]:
+        """In words, what is missing in the record of a finished run; what can be read of it stays."""
+        lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
+        missing = expected - len({line["step"] for line in lines} - {0})
+        if not missing:
+            return []
+        if self.writes:
+            self._rewrite("metrics.jsonl", lines)
+        return [f"metrics.jsonl was damaged: {missing:,} of {expected:,} steps are lost from it, none from the model"]
+
+    def write(self, record: StepRecord) -> StepRecord:
+        """Append one step to metrics.jsonl."""
+        self._append("metrics.jsonl", asdict(record))
+        return record
+
+    def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
+        """Append a step whose loss or gradient was not finite, with the rows it was made of, to bad_steps.jsonl."""
+        line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
+        self._append("bad_steps.jsonl", line)
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.facts.update(facts)
+        if self.writes:
+            write_json(self.folder / "run.json", self.facts)
+
+    def write_evaluation(self, step: int, num_steps: int, numbers: dict[str, float]) -> None:
+        """Put held-out numbers beside the record of `step`; step 0, of which nothing else is recorded, gets one."""
+        if not self.writes:
+            return
+        lines = self.metrics()
+        if step == 0 and not lines:
+            lines = [asdict(untrained(num_steps))]
+        for line in lines:
+            if line["step"] == step:
+                line["eval"] = numbers
+        self._rewrite("metrics.jsonl", lines)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The steps recorded so far; what cannot be read, such as a half-written last line, is left out."""
+        return _lines(self._text("metrics.jsonl"))
+
+    def _text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
+        write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if self.writes:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    """The whole lines of a record; a power loss can leave it cut, or NULs in it."""
+    found = []
+    for line in text.split("\n")[:-1]:
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                found.append(value)
+    return found

@@ -1,0 +1,39 @@
+"""One piece of work at a time on a thread of its own; what goes wrong there is raised here, at the next occasion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Thread
+
+
+class AsyncWriter:
+    """Used for writing checkpoints while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work` once the work before it is done."""
+        self.wait()
+        # A daemon: whoever quits at once does not wait for it. What it leaves is a folder with a temporary name.
+        self._thread = Thread(target=self._run, args=(work,), daemon=True, name="sftx-checkpoint")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until the work is done; then as `check`."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error

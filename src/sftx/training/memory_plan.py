@@ -1,0 +1,180 @@
+"""How large a pack may be and how many layers must be recomputed, chosen from the predicted memory and that at hand."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sftx import distributed
+from sftx.boundary import boundary
+from sftx.data.pack import blank_pack
+from sftx.data.plan import Plan
+from sftx.model.flops import flops, reached_speed
+from sftx.model.folder import load_config
+from sftx.model.freeze import choose_weights
+from sftx.model.load import PackLoss
+from sftx.model.memory import Memory, MemoryEstimator
+from sftx.settings.schema import Config, Runtime
+from sftx.types import Int32, UserError
+
+GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
+"""Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled layers keep half as
+much of every token."""
+MARGIN = 0.92
+"""Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """What the data asks of a step, apart from the model: see `of_plan`."""
+
+    longest: int  # tokens of the longest example
+    step_tokens: int  # tokens of the largest step, on the process that has most of them
+    target_share: float  # targets per token
+    tokens: float = 0.0  # of all steps
+    squares: float = 0.0  # of the lengths of all examples of all steps
+
+    @classmethod
+    def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> StepProfile:
+        """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` = those of one epoch."""
+        steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)).tolist()
+        largest = max(steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None)
+        # Ranks have equal work, not equal tokens: the one with the most of them decides.
+        ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
+        most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
+        epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
+        tokens, squares = (epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2))
+        return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The choice, and what it is predicted to take; `memory` is None where the model could not be rehearsed."""
+
+    tokens_per_pack: int
+    recomputed: int
+    memory: Memory | None
+    available: int  # bytes
+    notes: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by what holds them, and their sum at the peak; {} where they could not be predicted."""
+        return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
+
+
+def meta_model(config: Config, added_token_ids: dict[int, bool]) -> PackLoss:
+    """The model as it will train, adapter and frozen weights included, on the meta device: shapes without contents.
+
+    `taught` = the tokens that the run adds; see `Tokenizer.taught`.
+    """
+    dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
+    settings = load_config(config.model)
+    with torch.device("meta"):
+        with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=config.model.trust_remote_code
+            )
+        assert isinstance(model, PreTrainedModel)
+        choose_weights(model, config.model, config.adapter, config.seed, added_token_ids)
+    return PackLoss(model, config.loss).train()
+
+
+def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
+    """Tell the plan what each example costs to compute; `targets` int32[N] = how many targets each has."""
+    lengths = plan.lengths.astype(np.float64)
+    plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
+
+
+def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> int:
+    """The most tokens that a pack may get, whatever `fit` chooses."""
+    sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
+    return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
+
+
+def choose_packing(
+    runtime: Runtime, estimator: MemoryEstimator, load: StepProfile, available: int, earlier: int | None = None
+) -> Packing:
+    """The largest packs, then the fewest recomputed layers, that fit into `available` bytes; UserError where none do.
+
+    Packs shrink down to the size below which a device gets slower; only then layers are recomputed; and where all of
+    them are not enough, packs shrink further. What the settings say is taken as it is. A run that is continued keeps
+    the `earlier` size, so that it goes on to the bit whatever else the machine does now.
+    """
+    if earlier is not None and runtime.tokens_per_pack is None:
+        try:
+            return choose_packing(runtime.model_copy(update={"tokens_per_pack": earlier}), estimator, load, available)
+        except UserError:
+            found = choose_packing(runtime, estimator, load, available)
+            note = f"the run had packs of {earlier:,} tokens, which no longer fit: from here on it differs by rounding"
+            return replace(found, notes=(*found.notes, note))
+    fitting = MARGIN * available
+    found: Packing | None = None
+    for size, recomputed in _candidates(runtime, estimator):
+        try:
+            memory = predict(estimator, load, size, recomputed)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return Packing(size, recomputed, None, available, (f"memory could not be predicted: {reason}",))
+        found = Packing(size, recomputed, memory, available)
+        if memory.peak <= fitting:
+            counts = range(recomputed + 1) if runtime.recompute == "auto" else [recomputed]
+            first = bisect_left(counts, x=True, key=lambda n: predict(estimator, load, size, n).peak <= fitting)
+            return Packing(size, counts[first], predict(estimator, load, size, counts[first]), available)
+    assert found is not None
+    assert found.memory is not None
+    raise UserError(_refusal(found, found.memory, load))
+
+
+def seconds_of(estimator: MemoryEstimator, load: StepProfile, chosen: Packing, tokens: int) -> float | None:
+    """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack, elsewhere over at most
+    `tokens` tokens; None where none can be."""
+    if not load.tokens:
+        return 0.0
+    work = flops(estimator.loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
+    tokens = chosen.tokens_per_pack if estimator.on_gpu else min(chosen.tokens_per_pack, tokens)
+    pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
+    try:
+        speed = reached_speed(estimator, pack)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
+        return None
+    return work / (speed * distributed.world_size()) if speed else None
+
+
+def predict(estimator: MemoryEstimator, load: StepProfile, tokens_per_pack: int, recomputed: int) -> Memory:
+    """Memory with packs of that size: those of a step are about equally full, and an example is never cut."""
+    count = -(-load.step_tokens // tokens_per_pack)
+    tokens = max(-(-load.step_tokens // count), load.longest)
+    return estimator.predict(blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1)
+
+
+def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> Iterator[tuple[int, int]]:
+    """(tokens per pack, recomputed layers), in the order of preference."""
+    layers, on_cpu = len(estimator.layers), COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
+    good = GPU_SIZES if estimator.on_gpu else on_cpu
+    small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
+    if runtime.tokens_per_pack is not None:
+        good, small = [runtime.tokens_per_pack], []
+    match runtime.recompute:
+        case "auto":
+            yield from ((size, 0) for size in good)
+            yield from ((size, layers) for size in (good[-1], *small))
+        case "all":  # a model without layers to be found is refused, not passed over
+            yield from ((size, max(layers, 1)) for size in (*good, *small))
+        case count:
+            yield from ((size, 0 if count == "none" else count) for size in (*good, *small))
+
+
+def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items() if size)
+    return (
+        f"memory: a step is predicted to need {memory.peak / 2**30:.2f} GiB ({parts}), and {tried.available / 2**30:.2f} "
+        f"GiB are at hand, {100 * MARGIN:.0f} % of them to plan with. That was with packs of {tried.tokens_per_pack:,} "
+        f"tokens, a longest example of {load.longest:,} and {tried.recomputed} layers recomputed. Train an adapter "
+        "(adapter: lora), shorten data.max_length, leave runtime.tokens_per_pack and runtime.recompute to sftx, or use "
+        "a device with more memory, or several"
+    )
