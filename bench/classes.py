@@ -1,12 +1,13 @@
-"""Every causal language model of the installed transformers: is what sftx trains exact, and is it packed?
+"""Every causal language model of the installed transformers: is what sftx trains exact, and is it
+packed?
 
     python bench/classes.py                      # all of them, about 20 minutes on one core
     python bench/classes.py llama qwen3 --json out.json
 
-Of each class a small model with random weights is made from its own default configuration, with windows, chunks and
-the like shortened to 40 tokens. Its loss and gradients over examples of up to 120 tokens, in one pack, are compared
-with each example alone through a fresh float64 copy of the plain model and torch's cross-entropy. Exit code 1 where a
-class that sftx accepts is wrong.
+Of each class a small model with random weights is made from its own default configuration, with
+windows, chunks and the like shortened to 40 tokens. Its loss and gradients over examples of up to
+120 tokens, in one pack, are compared with each example alone through a fresh float64 copy of the
+plain model and torch's cross-entropy. Exit code 1 where a class that sftx accepts is wrong.
 """
 
 from __future__ import annotations
@@ -44,11 +45,17 @@ SECONDS = 240
 
 def main() -> None:
     """Parse, try every class in a process of its own, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", default=[], help="model types, such as llama; none: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "types", nargs="*", default=[], help="model types, such as llama; none: all"
+    )
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
-    context = multiprocessing.get_context("fork")  # everything is imported already, and one thread runs
+    context = multiprocessing.get_context(
+        "fork"
+    )  # everything is imported already, and one thread runs
     found: dict[str, dict[str, Any]] = {}
     for name in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         with context.Pool(1) as pool:
@@ -58,7 +65,9 @@ def main() -> None:
                 found[name] = {"verdict": "not tried", "why": f"more than {SECONDS} s"}
         facts = " ".join(str(value) for value in found[name].values())
         print(f"{name:28}{facts}", flush=True)
-    counts = {verdict: 0 for verdict in ("packed", "one at a time", "refused", "wrong", "not tried")}
+    counts = {
+        verdict: 0 for verdict in ("packed", "one at a time", "refused", "wrong", "not tried")
+    }
     for facts in found.values():
         counts[facts["verdict"]] += 1
     print(", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
@@ -77,7 +86,10 @@ def try_class(name: str) -> dict[str, Any]:
         data = examples(model.get_input_embeddings().weight.shape[0])
         value, gradients = alone_in_float64(model, data)
     except Exception as error:  # whatever a class wants that this script does not know
-        return {"verdict": "not tried", "why": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
+        return {
+            "verdict": "not tried",
+            "why": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}",
+        }
     try:
         loss = PackLoss(model).eval()
         notes = check_paths(loss, probe_pack(data), torch.float32, max(LENGTHS), 2048)
@@ -93,11 +105,19 @@ def try_class(name: str) -> dict[str, Any]:
         ours = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad.double()
         apart += float(((ours - wanted) ** 2).sum())
         squares += float((wanted**2).sum())
-    errors = {"loss": abs(float(total.detach()) - value) / value, "gradient": (apart / squares) ** 0.5}
-    # Routers in fp32 choose otherwise than in float64 here and there: some classes are 1e-3 off when all runs alone.
+    errors = {
+        "loss": abs(float(total.detach()) - value) / value,
+        "gradient": (apart / squares) ** 0.5,
+    }
+    # Routers in fp32 choose otherwise than in float64 here and there: some classes are 1e-3 off
+    # when all runs alone.
     right = errors["loss"] < 1e-4 and errors["gradient"] < 5e-3
     verdict = "packed" if loss.isolate else "one at a time"
-    return {"verdict": verdict if right else "wrong", **{k: f"{v:.1e}" for k, v in errors.items()}, "notes": notes}
+    return {
+        "verdict": verdict if right else "wrong",
+        **{k: f"{v:.1e}" for k, v in errors.items()},
+        "notes": notes,
+    }
 
 
 def small_model(name: str) -> Any:

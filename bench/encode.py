@@ -1,15 +1,17 @@
 """How fast rows become tokens, beside TRL's preparation of the same rows, in one run.
 
-    python bench/encode.py DATA.jsonl TOKENIZER [--rows N] [--repeats 3] [--many 1000000] [--sharing]
+python bench/encode.py DATA.jsonl TOKENIZER [--rows N] [--repeats 3] [--many 1000000] [--sharing]
 
-Both read the same file of `messages` rows, render them with the tokenizer's chat template and tokenise them, each time
-in a fresh process with an empty cache, in turn. sftx is timed whole: reading, encoding in as many processes as there
-are cores, writing the cache, mapping it. Of TRL only the preparation inside `SFTTrainer` is timed, with its default
-settings; loading the file and building the trainer are left out, in its favour. Medians are compared. The processor
-time of both is printed too: on a machine that does other work at the same time, it is the better comparison.
+Both read the same file of `messages` rows, render them with the tokenizer's chat template and
+tokenise them, each time in a fresh process with an empty cache, in turn. sftx is timed whole:
+reading, encoding in as many processes as there are cores, writing the cache, mapping it. Of TRL
+only the preparation inside `SFTTrainer` is timed, with its default settings; loading the file and
+building the trainer are left out, in its favour. Medians are compared. The processor time of both
+is printed too: on a machine that does other work at the same time, it is the better comparison.
 
-`--many N`: also encode N rows (the file, repeated with changes) and report how much resident memory grew.
-`--sharing`: also let eight processes encode into one empty cache at once, and compare what they get.
+`--many N`: also encode N rows (the file, repeated with changes) and report how much resident memory
+grew. `--sharing`: also let eight processes encode into one empty cache at once, and compare what
+they get.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ print(json.dumps({"seconds": sum(seconds), "cpu": sum(cpu), "rows": len(trainer.
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """A fresh process that runs `code` and prints one line of JSON last."""
     log = None if "--verbose" in sys.argv else subprocess.DEVNULL  # TRL draws many progress bars
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=log, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
+    )
 
 
 def result(process: subprocess.Popen[str]) -> dict:
@@ -102,15 +106,20 @@ def compare(data: str, tokenizer: str, repeats: int, folder: Path) -> str:
         trl = result(start(TRL, data, tokenizer, MAX_LENGTH))
         theirs.append(trl["rows"] / trl["seconds"])
         print(
-            f"turn {turn + 1}: sftx {first['seconds']:.2f} s ({ours[-1]:,.0f} rows/s, {first['tokens']:,} tokens, "
+            f"turn {turn + 1}: sftx {first['seconds']:.2f} s ({ours[-1]:,.0f} rows/s, "
+            f"{first['tokens']:,} tokens, "
             f"processor {first['cpu']:.1f} s), "
-            f"from its cache {second['seconds']:.2f} s; trl {trl['seconds']:.2f} s ({theirs[-1]:,.0f} rows/s, "
+            f"from its cache {second['seconds']:.2f} s; trl {trl['seconds']:.2f} s "
+            f"({theirs[-1]:,.0f} rows/s, "
             f"processor {trl['cpu']:.1f} s)",
             flush=True,
         )
     speed = statistics.median(ours)
     speedup = speed / statistics.median(theirs)
-    return f"encode speedup={speedup:.1f} rows_per_second={speed:.0f} cached_seconds={statistics.median(again):.2f}"
+    return (
+        f"encode speedup={speedup:.1f} rows_per_second={speed:.0f} "
+        f"cached_seconds={statistics.median(again):.2f}"
+    )
 
 
 def many(data: str, tokenizer: str, rows: int, folder: Path) -> None:
@@ -125,7 +134,8 @@ def many(data: str, tokenizer: str, rows: int, folder: Path) -> None:
     for what in ("encoded", "from the cache"):
         found = result(start(SFTX, str(path), tokenizer, MAX_LENGTH, str(folder / "many"), "auto"))
         print(
-            f"{rows:,} rows {what}: {found['seconds']:.1f} s, {found['tokens']:,} tokens, resident memory grew by "
+            f"{rows:,} rows {what}: {found['seconds']:.1f} s, {found['tokens']:,} tokens, "
+            "resident memory grew by "
             f"{found['grown_mb']:.0f} MB (largest other process {found['worker_mb']:.0f} MB)",
             flush=True,
         )
@@ -134,21 +144,30 @@ def many(data: str, tokenizer: str, rows: int, folder: Path) -> None:
 def sharing(data: str, tokenizer: str, folder: Path) -> None:
     """Eight processes, one cache."""
     began = time.perf_counter()
-    running = [start(SFTX, data, tokenizer, MAX_LENGTH, str(folder / "shared"), "0") for _ in range(8)]
+    running = [
+        start(SFTX, data, tokenizer, MAX_LENGTH, str(folder / "shared"), "0") for _ in range(8)
+    ]
     prints = {result(process)["fingerprint"] for process in running}
     files = len(list((folder / "shared").rglob("*.safetensors")))
-    print(f"8 processes, one cache: {time.perf_counter() - began:.1f} s, {files} files, {len(prints)} fingerprint(s)")
+    print(
+        f"8 processes, one cache: {time.perf_counter() - began:.1f} s, {files} files, "
+        f"{len(prints)} fingerprint(s)"
+    )
     assert len(prints) == 1
 
 
 def main() -> None:
     """Measure and print; the last line holds the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("tokenizer")
     parser.add_argument("--rows", type=int, default=0, help="use the first rows only")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--verbose", action="store_true", help="let the measured processes write to the terminal")
+    parser.add_argument(
+        "--verbose", action="store_true", help="let the measured processes write to the terminal"
+    )
     parser.add_argument("--many", type=int, default=0, metavar="ROWS")
     parser.add_argument("--sharing", action="store_true")
     options = parser.parse_args()

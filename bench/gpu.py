@@ -1,22 +1,26 @@
-"""Speed and memory on one NVIDIA GPU, against TRL, in one run of at most ten minutes and without a network.
+"""Speed and memory on one NVIDIA GPU, against TRL, in one run of at most ten minutes and without a
+network.
 
     python bench/gpu.py                        # everything that fits into 9 minutes, the figures asked for first
     python bench/gpu.py --only llama-3.1-8b    # cells whose name holds this
     python bench/gpu.py --smoke                # the same on a CPU with a tiny shape, in seconds
 
-First the numbers are checked on this very device: attention against float64, gradients against the naive loss, a
-continued run against an uninterrupted one, and that nothing in a step makes the host wait. Then every cell runs in a
-process of its own with its own time limit, and the JSON file is written after each, so that nothing is lost when one
-fails or time runs out. `sftx-fsdp` cells hold an adapter in one shard of `fully_shard`, compiled and with all layers
-recomputed; beside the peak of sftx's cells stands what was predicted. What is not installed (TRL, Liger,
-FlashAttention) is reported and passed over.
+First the numbers are checked on this very device: attention against float64, gradients against the
+naive loss, a continued run against an uninterrupted one, and that nothing in a step makes the host
+wait. Then every cell runs in a process of its own with its own time limit, and the JSON file is
+written after each, so that nothing is lost when one fails or time runs out. `sftx-fsdp` cells hold
+an adapter in one shard of `fully_shard`, compiled and with all layers recomputed; beside the peak
+of sftx's cells stands what was predicted. What is not installed (TRL, Liger, FlashAttention) is
+reported and passed over.
 
-MFU = F / (seconds x peak), F per step, dense bf16 peak, nothing counted for padding or recomputation:
+MFU = F / (seconds x peak), F per step, dense bf16 peak, nothing counted for padding or
+recomputation:
 
     full: F = 6 N_body T + 6 N_head M + 6 L h_q sum(s^2)
     LoRA: F = 4 N_body T + 4 N_head M + 6 L h_q sum(s^2) + 6 N_lora T
 
-(T tokens, M targets, s lengths of segments, L layers, h_q = heads x head size; causal attention counts half of s^2).
+(T tokens, M targets, s lengths of segments, L layers, h_q = heads x head size; causal attention
+counts half of s^2).
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ PEAKS = {  # the first that the name of the device holds; of "H100" and "H200" t
     "B200": 2250e12, "L40S": 362e12,
 }  # fmt: skip
 SHARDED = ("lora", "qlora", "dora")  # on one rank of `fully_shard`, compiled, all layers recomputed
-WARM_UP = 5  # steps that no figure contains: compilation, allocation, the first look at every length
+WARM_UP = (
+    5  # steps that no figure contains: compilation, allocation, the first look at every length
+)
 
 
 def cells(smoke: bool) -> list[dict[str, Any]]:
@@ -50,29 +56,51 @@ def cells(smoke: bool) -> list[dict[str, Any]]:
         wanted = [("smoke", "full", 512), ("smoke", "lora", 512)]
         wanted = [(cell, system) for cell in wanted for system in ("sftx", "trl-packing")]
         wanted += [(("smoke", method, 512), "sftx-fsdp") for method in SHARDED]
-        return [{"shape": s, "method": m, "pack": p, "system": system} for (s, m, p), system in wanted]
-    first = [("qwen3-0.6b", "full", 16384), ("llama-3.1-8b", "lora", 8192), ("llama-3.2-1b", "full", 16384)]
-    second = [("llama-3.1-8b", "lora", 16384), ("qwen3-0.6b", "full", 8192), ("llama-3.2-1b", "full", 8192)]
+        return [
+            {"shape": s, "method": m, "pack": p, "system": system} for (s, m, p), system in wanted
+        ]
+    first = [
+        ("qwen3-0.6b", "full", 16384),
+        ("llama-3.1-8b", "lora", 8192),
+        ("llama-3.2-1b", "full", 16384),
+    ]
+    second = [
+        ("llama-3.1-8b", "lora", 16384),
+        ("qwen3-0.6b", "full", 8192),
+        ("llama-3.2-1b", "full", 8192),
+    ]
     order = [(cell, system) for cell in first for system in ("sftx", "trl-packing")]
     order += [(("llama-3.1-8b", method, 8192), "sftx-fsdp") for method in SHARDED]
     order += [(cell, "sftx") for cell in second]
-    order += [(cell, "trl-packing-liger") for cell in first] + [(cell, "trl-packing") for cell in second]
+    order += [(cell, "trl-packing-liger") for cell in first] + [
+        (cell, "trl-packing") for cell in second
+    ]
     order += [(cell, "trl") for cell in first]
     return [{"shape": s, "method": m, "pack": p, "system": system} for (s, m, p), system in order]
 
 
 def main() -> None:
     """Check, measure, print; the last line holds the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="budget of the whole run")
     parser.add_argument("--only", default="", help="part of SHAPE/METHOD/PACK/SYSTEM")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each cell")
-    parser.add_argument("--peak", type=float, help="dense bf16 FLOP/s of the device, where its name is not known here")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        help="dense bf16 FLOP/s of the device, where its name is not known here",
+    )
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sftx-bench-gpu")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "sftx-bench-gpu"
+    )
     parser.add_argument("--skip-checks", action="store_true")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of its own is to do, as JSON
+    parser.add_argument(
+        "--part", help=argparse.SUPPRESS
+    )  # what a process of its own is to do, as JSON
     args = parser.parse_args()
     if args.part:
         part(json.loads(args.part))
@@ -120,11 +148,17 @@ def ask(args: argparse.Namespace, work: dict[str, Any], seconds: float) -> dict[
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(HERE / "gpu.py"), "--part", json.dumps(work)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(seconds, 5))
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=max(seconds, 5)
+        )
     except subprocess.TimeoutExpired as late:
         error = {"error": f"not done after {seconds:.0f} s"}
         so_far = (late.stdout or b"").decode(errors="replace").strip().split("\n")[-1]
-        return {**json.loads(so_far), **error} if so_far.startswith("{") and so_far.endswith("}") else error
+        return (
+            {**json.loads(so_far), **error}
+            if so_far.startswith("{") and so_far.endswith("}")
+            else error
+        )
     if done.returncode:
         return {"error": (done.stderr.strip() or done.stdout.strip())[-1500:]}
     try:
@@ -134,13 +168,25 @@ def ask(args: argparse.Namespace, work: dict[str, Any], seconds: float) -> dict[
 
 
 def measure(args: argparse.Namespace, cell: dict[str, Any], end: float) -> dict[str, Any]:
-    """The cell's figures from the first set-up that works: the fastest one first, then those that need less memory."""
-    attempts: list[dict[str, Any]] = [{"compile": "on"}, {"compile": "on", "recompute": "all"}, {"compile": "off"}]
+    """The cell's figures from the first set-up that works: the fastest one first, then those that
+    need less memory.
+    """
+    attempts: list[dict[str, Any]] = [
+        {"compile": "on"},
+        {"compile": "on", "recompute": "all"},
+        {"compile": "off"},
+    ]
     if cell["system"] == "sftx-fsdp":
         attempts = [{"compile": "on", "recompute": "all"}, {"compile": "off", "recompute": "all"}]
     elif cell["system"] != "sftx":
         attempts = [{}, {"checkpointing": True}]
-    steps = WARM_UP + (3 if args.smoke else args.steps if cell["shape"] != "llama-3.1-8b" else max(args.steps // 2, 5))
+    steps = WARM_UP + (
+        3
+        if args.smoke
+        else args.steps
+        if cell["shape"] != "llama-3.1-8b"
+        else max(args.steps // 2, 5)
+    )
     if args.smoke:
         attempts, steps = [{} if cell["system"].startswith("trl") else attempts[-1]], WARM_UP + 3
     failed: list[dict[str, Any]] = []
@@ -150,7 +196,9 @@ def measure(args: argparse.Namespace, cell: dict[str, Any], end: float) -> dict[
         left = end - time.monotonic()
         if left < 15:
             break
-        refused = ["do not compile" in e["error"] and "out of memory" not in e["error"] for e in failed]
+        refused = [
+            "do not compile" in e["error"] and "out of memory" not in e["error"] for e in failed
+        ]
         if attempt.get("compile") == "on" and any(refused):
             continue
         figures = ask(args, {"do": "cell", "steps": steps, **cell, **attempt}, min(200, left))
@@ -173,15 +221,23 @@ def line(figures: dict[str, Any], device: dict[str, Any], args: argparse.Namespa
         errors = [entry["error"].strip().split("\n")[-1][:160] for entry in figures["failed"]]
         return f"{figures['name']:44} failed: {'; then '.join(errors) or 'no time left'}"
     per_second = 1 / figures["wall"]
-    peak = args.peak or next((value for key, value in PEAKS.items() if key in device.get("name", "")), 0.0)
+    peak = args.peak or next(
+        (value for key, value in PEAKS.items() if key in device.get("name", "")), 0.0
+    )
     figures["tokens_per_second"] = figures["tokens"] * per_second
     figures["targets_per_second"] = figures["targets"] * per_second
     figures["mfu"] = flops(figures) * per_second / peak if peak else None
     share = f"{100 * figures['mfu']:5.1f} %" if peak else "    - "
-    predicted = f" ({figures['predicted'] / 2**30:.1f} predicted)" if figures.get("predicted") else ""
-    speed = f"{figures['tokens_per_second']:9.0f} tok/s {figures['targets_per_second']:9.0f} targets/s MFU {share}"
+    predicted = (
+        f" ({figures['predicted'] / 2**30:.1f} predicted)" if figures.get("predicted") else ""
+    )
+    speed = (
+        f"{figures['tokens_per_second']:9.0f} tok/s {figures['targets_per_second']:9.0f} "
+        f"targets/s MFU {share}"
+    )
     return (
-        f"{figures['name']:44} {speed} {figures['peak'] / 2**30:6.1f} GiB{predicted}  loss {figures['loss']:.5f}  "
+        f"{figures['name']:44} {speed} {figures['peak'] / 2**30:6.1f} GiB{predicted}  loss "
+        f"{figures['loss']:.5f}  "
         f"{figures['setup']}"
     )
 
@@ -198,14 +254,20 @@ def flops(figures: dict[str, Any]) -> float:
     )
     layers = s["num_hidden_layers"]
     body = layers * (2 * h * q + 2 * h * kv + 3 * h * i)
-    low_rank = layers * 16 * (2 * (h + q) + 2 * (h + kv) + 3 * (h + i))  # rank 16 on all linear layers
+    low_rank = (
+        layers * 16 * (2 * (h + q) + 2 * (h + kv) + 3 * (h + i))
+    )  # rank 16 on all linear layers
     factor, added = (6, 0) if figures["method"] == "full" else (4, 6 * low_rank)
-    dense = (factor * body + added) * figures["tokens"] + factor * h * s["vocab_size"] * figures["targets"]
+    dense = (factor * body + added) * figures["tokens"] + factor * h * s["vocab_size"] * figures[
+        "targets"
+    ]
     return dense + 6 * layers * q * figures["squares"]
 
 
 def summary(done: list[dict[str, Any]], smoke: bool) -> None:
-    """The last line: tokens per second of the wanted shapes, and the ratio to TRL's best, cell by cell."""
+    """The last line: tokens per second of the wanted shapes, and the ratio to TRL's best, cell by
+    cell.
+    """
     best: dict[str, float] = {}
     ratios = []
     for cell in {(c["shape"], c["method"], c["pack"]) for c in done}:
@@ -239,7 +301,9 @@ def part(work: dict[str, Any]) -> None:
 
 
 def make(shape: str, scratch: Path) -> dict[str, Any]:
-    """Random weights on disk, made on the device in the dtype that is stored (8B: bf16, which is 16 GB)."""
+    """Random weights on disk, made on the device in the dtype that is stored (8B: bf16, which is 16
+    GB).
+    """
     import peers
     import torch
 
@@ -256,7 +320,9 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     cuda, system = torch.cuda.is_available(), work["system"]
     vocabulary = SHAPES[work["shape"]]["vocab_size"]
-    data = rows(work["pack"], vocabulary, longest=work["pack"])  # more than enough; then cut to one pack
+    data = rows(
+        work["pack"], vocabulary, longest=work["pack"]
+    )  # more than enough; then cut to one pack
     total, batch = 0, 0
     while total + len(data[batch]["input_ids"]) <= work["pack"]:
         total, batch = total + len(data[batch]["input_ids"]), batch + 1
@@ -280,15 +346,28 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
         if system == "sftx-fsdp":  # what torchrun would say to its only process
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = str(free.getsockname()[1])
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
         clock = peers.Clock(() if ours else (WARM_UP, work["steps"]))
-        facts: dict[str, Any] = (peers.run_sftx if ours else peers.run_hf)(job, data * work["steps"], clock)
+        facts: dict[str, Any] = (peers.run_sftx if ours else peers.run_hf)(
+            job, data * work["steps"], clock
+        )
         lengths = [len(row["input_ids"]) for row in data]
-        counts = {"tokens": total, "targets": sum(label >= 0 for row in data for label in row["labels"])}
+        counts = {
+            "tokens": total,
+            "targets": sum(label >= 0 for row in data for label in row["labels"]),
+        }
         counts["squares"] = sum(length**2 for length in lengths)
         counts |= {key: facts[key] for key in counts if key in facts}
-        counts["squares"] *= counts["tokens"] / total  # TRL's packs hold a little more or less than one step of rows
-        # A record that is read while the next step computes ends with the step before; the last one holds two steps.
+        counts["squares"] *= (
+            counts["tokens"] / total
+        )  # TRL's packs hold a little more or less than one step of rows
+        # A record that is read while the next step computes ends with the step before; the last one
+        # holds two steps.
         measured = clock.wall[WARM_UP : -1 if cuda else None] if ours else clock.wall[-1:]
     return {**facts, **counts, "wall": sum(measured) / len(measured), "peak": peers.peak_memory()}
 

@@ -1,4 +1,6 @@
-"""What `gpu.py` measures before it times anything: that this device computes the right numbers, and without stalls."""
+"""What `gpu.py` measures before it times anything: that this device computes the right numbers, and
+without stalls.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,15 @@ def device() -> dict[str, Any]:
     if found["cuda"]:
         properties = torch.cuda.get_device_properties(0)
         found |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    for package in ("transformers", "peft", "trl", "flash-attn", "liger-kernel", "kernels", "triton"):
+    for package in (
+        "transformers",
+        "peft",
+        "trl",
+        "flash-attn",
+        "liger-kernel",
+        "kernels",
+        "triton",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -40,11 +50,15 @@ def device() -> dict[str, Any]:
 
 
 def checks(scratch: Path, smoke: bool) -> dict[str, Any]:
-    """Every check's figure, or what went wrong with it; each is tried whatever became of the others.
+    """Every check's figure, or what went wrong with it; each is tried whatever became of the
+    others.
 
-    Prints what is found so far after each, in case time runs out. `smoke` leaves out what takes minutes on a CPU.
+    Prints what is found so far after each, in case time runs out. `smoke` leaves out what takes
+    minutes on a CPU.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; see `deterministic`
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read at the first product; see `deterministic`
     found: dict[str, Any] = {}
     work: dict[str, Callable[[], Any]] = {
         "attention_fp32": lambda: attention("float32", 0),
@@ -82,7 +96,9 @@ def _device() -> Any:
 
 
 def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str, float]:
-    """Largest relative error (L2) of output and gradients of segment attention against float64 on the CPU."""
+    """Largest relative error (L2) of output and gradients of segment attention against float64 on
+    the CPU.
+    """
     import torch
 
     from sftx.model.attention import segment_attention
@@ -91,7 +107,9 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     torch.manual_seed(0)
     where, tokens = _device(), sum(LENGTHS)
     cu_seqlens_cpu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    exact = [torch.randn(1, heads, tokens, 64).to(getattr(torch, dtype)).double() for heads in (4, 2, 2)]
+    exact = [
+        torch.randn(1, heads, tokens, 64).to(getattr(torch, dtype)).double() for heads in (4, 2, 2)
+    ]
     grad = torch.randn(1, tokens, 4, 64).to(getattr(torch, dtype)).double()
     for x in exact:
         x.requires_grad_()
@@ -102,7 +120,9 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     )  # fmt: skip
     q, k, v = exact
     repeated = (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
-    expected = by_segment(q, *repeated, None, cu_seqlens_cpu, 0.1, window, softcap or 0.0, 0.0).transpose(1, 2)
+    expected = by_segment(
+        q, *repeated, None, cu_seqlens_cpu, 0.1, window, softcap or 0.0, 0.0
+    ).transpose(1, 2)
     found = torch.autograd.grad(out, ours, grad.to(where, out.dtype))
     wanted = torch.autograd.grad(expected, exact, grad)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *found), (expected, *wanted), strict=True)
@@ -110,7 +130,9 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
 
 
 def unrepeated() -> dict[str, float]:
-    """The same with fewer key heads as they are: torch 2.11 has no argument for them, but its kernel may take them."""
+    """The same with fewer key heads as they are: torch 2.11 has no argument for them, but its
+    kernel may take them.
+    """
     from sftx.model import attention as ours
 
     repeat, ours._repeat_heads = ours._repeat_heads, lambda states, heads: states
@@ -145,7 +167,9 @@ def _examples() -> list[Any]:
 
 
 def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float]:
-    """Relative L2 error of the packed gradient against float64 on the CPU, one example at a time, and of the loss."""
+    """Relative L2 error of the packed gradient against float64 on the CPU, one example at a time,
+    and of the loss.
+    """
     import torch
 
     from sftx.data.pack import build_pack
@@ -175,11 +199,16 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
         if theirs.grad is not None and ours.grad is not None:
             difference += float(((ours.grad.cpu().double() - theirs.grad) ** 2).sum())
             norm += float((theirs.grad**2).sum())
-    return {"loss": abs(float(value.detach()) / float(reference) - 1), "gradient": math.sqrt(difference / norm)}
+    return {
+        "loss": abs(float(value.detach()) / float(reference) - 1),
+        "gradient": math.sqrt(difference / norm),
+    }
 
 
 def no_sync() -> str:
-    """One ordinary step under CUDA's debug mode, which raises where the host would wait for the device."""
+    """One ordinary step under CUDA's debug mode, which raises where the host would wait for the
+    device.
+    """
     import torch
 
     from sftx.data.pack import build_pack
@@ -191,7 +220,9 @@ def no_sync() -> str:
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, fused=True)
     half = (lambda: torch.autocast("cuda", torch.bfloat16)) if where.type == "cuda" else nullcontext
     packs = [to_tensors(build_pack(_examples()), where)]
-    train_step(loss, optimizer, packs, 100.0, 1e-4, 1.0, half)  # the first step makes the optimizer's state
+    train_step(
+        loss, optimizer, packs, 100.0, 1e-4, 1.0, half
+    )  # the first step makes the optimizer's state
     if where.type != "cuda":
         return "not on CUDA: nothing to see"
     torch.cuda.set_sync_debug_mode("error")
@@ -206,8 +237,8 @@ def no_sync() -> str:
 def resume(scratch: Path) -> str:
     """Six steps at once against three, a stop and three more: the weights' bytes.
 
-    Where they differ, six steps once more tell whether it is the stop: flash attention adds up the gradients of its
-    queries in any order, unless PyTorch is told to be deterministic.
+    Where they differ, six steps once more tell whether it is the stop: flash attention adds up the
+    gradients of its queries in any order, unless PyTorch is told to be deterministic.
     """
     import hashlib
     import shutil

@@ -3,10 +3,11 @@
     python bench/growth.py
     python bench/growth.py --lengths 256 1024 --vocabularies 1000 50000 --json growth.json
 
-A small body (2 layers of width 128), forward and backward, CPU-seconds, the fastest of a few repeats. `sftx` is the
-trainer's own path; the reference is transformers with a padded batch, its SDPA attention and the logits of every
-position, under the same machine settings. Each length is a step of one segment of that many tokens and eight of an
-eighth of it; in the sweep over vocabularies segments have 512 and 64 tokens. 40 % of the tokens are targets.
+A small body (2 layers of width 128), forward and backward, CPU-seconds, the fastest of a few
+repeats. `sftx` is the trainer's own path; the reference is transformers with a padded batch, its
+SDPA attention and the logits of every position, under the same machine settings. Each length is a
+step of one segment of that many tokens and eight of an eighth of it; in the sweep over vocabularies
+segments have 512 and 64 tokens. 40 % of the tokens are targets.
 """
 
 from __future__ import annotations
@@ -32,9 +33,15 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[1000, 10_000, 50_000, 150_000])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192]
+    )
+    parser.add_argument(
+        "--vocabularies", type=int, nargs="+", default=[1000, 10_000, 50_000, 150_000]
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
@@ -44,11 +51,25 @@ def main() -> None:
             "tokens of the longest segment": [(length, 1000, length) for length in args.lengths],
             "vocabulary": [(512, size, size) for size in args.vocabularies],
         }.items():
-            print(f"\n| {name} | sftx, s | reference, s | ratio | sftx, ms per real token |\n|---|---|---|---|---|")
+            print(
+                f"\n| {name} | sftx, s | reference, s | ratio | sftx, ms per real token "
+                "|\n|---|---|---|---|---|"
+            )
             for longest, vocabulary, shown in cases:
                 ours, theirs, tokens = compare(longest, vocabulary, args.repeats)
-                figures.append({"by": name, "value": shown, "sftx": ours, "reference": theirs, "tokens": tokens})
-                print(f"| {shown:,} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} | {1000 * ours / tokens:.3f} |")
+                figures.append(
+                    {
+                        "by": name,
+                        "value": shown,
+                        "sftx": ours,
+                        "reference": theirs,
+                        "tokens": tokens,
+                    }
+                )
+                print(
+                    f"| {shown:,} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} | "
+                    f"{1000 * ours / tokens:.3f} |"
+                )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
@@ -80,13 +101,17 @@ def compare(longest: int, vocabulary: int, repeats: int) -> tuple[float, float, 
         ids[row, :n], mask[row, :n] = torch.as_tensor(example.ids).long(), 1
         labels[row, :n] = torch.where(torch.as_tensor(example.weights) > 0, ids[row, :n], -100)
     theirs, their_loss = best(
-        lambda: model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss, model, repeats
+        lambda: model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss,
+        model,
+        repeats,
     )
     assert abs(our_loss / their_loss - 1) < 1e-5, (our_loss, their_loss)
     return ours, theirs, sum(len(example.ids) for example in examples)
 
 
-def best(step: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int) -> tuple[float, float]:
+def best(
+    step: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int
+) -> tuple[float, float]:
     """The least CPU-seconds of forward and backward, and the loss."""
     seconds = []
     value = torch.zeros(())

@@ -4,9 +4,9 @@
     python bench/memory.py --recompute none --compile on
     python bench/memory.py --shape small --json out.json
 
-Each set-up is a process of its own that takes three steps through `sftx.steps`. Measured is the peak of what the
-process holds (a GPU: of what PyTorch allocated) over its steps, in MiB; `base` is what it held before the model was
-loaded. Exit code 1 where a prediction is more than 15 % off.
+Each set-up is a process of its own that takes three steps through `sftx.steps`. Measured is the
+peak of what the process holds (a GPU: of what PyTorch allocated) over its steps, in MiB; `base` is
+what it held before the model was loaded. Exit code 1 where a prediction is more than 15 % off.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ SHAPES["small"] = {
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", default=["small", "smollm2-135m"], choices=SHAPES)
-    parser.add_argument("--method", nargs="+", default=["none", "lora"], choices=["none", "lora", "rslora", "dora"])
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--method", nargs="+", default=["none", "lora"], choices=["none", "lora", "rslora", "dora"]
+    )
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"]
+    )
     parser.add_argument("--recompute", nargs="+", default=["none", "4", "all"])
     parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
     parser.add_argument("--tokens", type=int, default=1024, help="per pack")
@@ -47,7 +53,9 @@ def main() -> None:
     head = f"{'shape':14}{'adapter':8}{'dtype':6}{'recompute':>10}{'compile':>8}"
     print(f"{head}{'base':>8}{'predicted':>11}{'measured':>10}  ratio")
     names = ("shape", "method", "precision", "recompute", "compile")
-    for values in itertools.product(args.shape, args.method, args.precision, args.recompute, args.compile):
+    for values in itertools.product(
+        args.shape, args.method, args.precision, args.recompute, args.compile
+    ):
         job = {**dict(zip(names, values, strict=True)), "tokens": args.tokens}
         command = [sys.executable, __file__, "--job", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,8 @@
-"""One trainer, one shape, a few optimiser steps: the process that `cpu.py` and `gpu.py` start and measure.
+"""One trainer, one shape, a few optimiser steps: the process that `cpu.py` and `gpu.py` start and
+measure.
 
-Reads a job as JSON from its first argument and prints one JSON line. Every system gets the same random weights, the
-same token ids, the same examples in every step and the same AdamW settings.
+Reads a job as JSON from its first argument and prints one JSON line. Every system gets the same
+random weights, the same token ids, the same examples in every step and the same AdamW settings.
 """
 
 from __future__ import annotations
@@ -51,19 +52,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Logarithms of gpt2 token counts, mean and deviation: of the prompt (weight 0) and of the answer. Those of sft_mix are
-# of 4,000 rows of a mixture of fourteen instruction sets, all turns of a row together.
+# Logarithms of gpt2 token counts, mean and deviation: of the prompt (weight 0) and of the answer.
+# Those of sft_mix are of 4,000 rows of a mixture of fourteen instruction sets, all turns of a row
+# together.
 LENGTHS = {"gsm8k": ((4.02, 0.38), (4.55, 0.42)), "sft_mix": ((4.08, 0.87), (3.39, 1.22))}
 
 
 def rows(
     count: int, vocab_size: int, seed: int = 0, longest: int = 8192, kind: str = "gsm8k"
 ) -> list[dict[str, list[int]]]:
-    """Token ids with labels (prompt masked), in lengths drawn from the log-normal fits of `LENGTHS[kind]`."""
+    """Token ids with labels (prompt masked), in lengths drawn from the log-normal fits of
+    `LENGTHS[kind]`.
+    """
     rng = np.random.RandomState(seed)
     made = []
     for _ in range(count):
-        prompt, answer = (int(np.clip(np.exp(rng.normal(*fit)), 4, longest // 2)) for fit in LENGTHS[kind])
+        prompt, answer = (
+            int(np.clip(np.exp(rng.normal(*fit)), 4, longest // 2)) for fit in LENGTHS[kind]
+        )
         # A Zipf-like draw, so that ids repeat as they do in text.
         ids = [*(rng.zipf(1.3, prompt + answer - 1) % (vocab_size - 3) + 3).tolist(), 1]
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
@@ -97,8 +103,8 @@ def folder(shape: str, where: Path, dtype: str = "float32") -> str:
 class Clock:
     """Wall and CPU seconds of every step, whatever runs the steps.
 
-    With `syncs`, a step is only looked at where its number is in it, so that the device is not kept waiting in between:
-    then there is one figure for each stretch, the mean of its steps.
+    With `syncs`, a step is only looked at where its number is in it, so that the device is not kept
+    waiting in between: then there is one figure for each stretch, the mean of its steps.
     """
 
     def __init__(self, syncs: tuple[int, ...] = ()) -> None:
@@ -140,10 +146,16 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     import sftx
 
     method = {"qlora": "lora"}.get(job["method"], job["method"])
-    lora: dict[str, Any] = {"adapter": {"method": method, "rank": 16, "alpha": 32}} if method != "full" else {}
+    lora: dict[str, Any] = (
+        {"adapter": {"method": method, "rank": 16, "alpha": 32}} if method != "full" else {}
+    )
     if job["method"] == "qlora":
         lora["adapter"]["quantize"] = "nf4"
-    runtime: dict[str, Any] = {"progress": False, "precision": job["precision"], "threads": job["threads"]}
+    runtime: dict[str, Any] = {
+        "progress": False,
+        "precision": job["precision"],
+        "threads": job["threads"],
+    }
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
     runtime |= {name: job[name] for name in ("compile", "recompute", "parallel") if job.get(name)}
@@ -165,14 +177,27 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     clock.cpu = [stamps[1] - stamps[0], *np.diff(stamps[:-1]).tolist()] if len(stamps) > 2 else []
     facts = json.loads(Path(job["output"], "run.json").read_text())
     predicted = facts["predicted"]["memory"].get("peak")
-    return {"loss": records[0].loss, "grad_norm": records[0].grad_norm, "predicted": predicted, "notes": facts["notes"]}
+    return {
+        "loss": records[0].loss,
+        "grad_norm": records[0].grad_norm,
+        "predicted": predicted,
+        "notes": facts["notes"],
+    }
 
 
 def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
-    """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing off, fused AdamW."""
+    """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing
+    off, fused AdamW.
+    """
     import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -206,17 +231,29 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     if job["method"] == "lora":
         from peft import LoraConfig, get_peft_model
 
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_config = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     if job["system"].startswith("trl"):
         from trl import SFTConfig, SFTTrainer
 
         packing = job["system"] == "trl-packing"
-        if packing:  # a pack holds several examples; as many packs per step as hold one step of the others
+        if (
+            packing
+        ):  # a pack holds several examples; as many packs per step as hold one step of the others
             common["per_device_train_batch_size"] = job.get("packs_per_batch", 1)
             common["gradient_accumulation_steps"] = job.get("pack_steps", 1)
-        settings = SFTConfig(**common, max_length=job["length"] if not packing else job["pack_length"], packing=packing)
+        settings = SFTConfig(
+            **common,
+            max_length=job["length"] if not packing else job["pack_length"],
+            packing=packing,
+        )
         trainer = SFTTrainer(
-            model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+            model=model,
+            args=settings,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
         )
     else:
         from transformers import DataCollatorForSeq2Seq
@@ -234,7 +271,9 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     if job["system"] == "trl-packing":  # its steps hold packs, not the rows of the others' steps
         packs = trainer.train_dataset[: job["steps"] * common["gradient_accumulation_steps"]]
         facts["tokens"] = sum(map(len, packs["input_ids"])) / job["steps"]
-        facts["targets"] = sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
+        facts["targets"] = (
+            sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
+        )
     return facts
 
 
@@ -247,13 +286,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(run: Callable[[dict[str, Any], list[dict[str, list[int]]], Clock], dict[str, Any]] | None = None) -> None:
+def main(
+    run: Callable[[dict[str, Any], list[dict[str, list[int]]], Clock], dict[str, Any]]
+    | None = None,
+) -> None:
     """Run the job given as JSON, with `run` or what this file has for the job's system."""
     job = json.loads(sys.argv[1])
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     vocab_size = SHAPES[job["shape"]]["vocab_size"]
     kind = job.get("rows", "gsm8k")
-    data = rows(job["batch"], vocab_size, longest=job["length"], kind=kind) * job["steps"]  # the same in every step
+    data = (
+        rows(job["batch"], vocab_size, longest=job["length"], kind=kind) * job["steps"]
+    )  # the same in every step
     clock = Clock()
     facts = (run or (run_sftx if job["system"] == "sftx" else run_hf))(job, data, clock)
     peak = peak_memory()

@@ -2,16 +2,19 @@
 
     python bench/scale.py DATA TOKENIZER [--shape qwen3-0.6b] [--ranks 2 4 8 64] [--json scale.json]
 
-**Balance**, from the plan alone, for any number of ranks: packs per rank, and per optimiser step the largest sum of any
-rank over the mean of all, of tokens and of work (FLOPs of layers, head and attention for `--shape`). Strong scaling
-keeps the step (`--examples-per-step`), weak scaling the share of a rank (`--examples-per-rank`).
+**Balance**, from the plan alone, for any number of ranks: packs per rank, and per optimiser step
+the largest sum of any rank over the mean of all, of tokens and of work (FLOPs of layers, head and
+attention for `--shape`). Strong scaling keeps the step (`--examples-per-step`), weak scaling the
+share of a rank (`--examples-per-rank`).
 
-**Traffic**, from real runs under torchrun over gloo: every collective of a training step is seen by its operation, and
-counted as the bytes that a rank has to send where nothing is wasted: (n - 1)/n of what is gathered or scattered, twice
-that of what is reduced to all. Beside it stands the least for the layout, with P the bytes of the weights in
-float32 and G those of the gradients: 2 G (n - 1)/n to sum gradients over n copies; (P + G)(n - 1)/n for a step in
-shards, every weight fetched once; and what sums a shard's gradients over the nodes. `wire` is what the loopback device
-has carried per rank, headers included; other traffic of the machine would be counted too, so for this column:
+**Traffic**, from real runs under torchrun over gloo: every collective of a training step is seen by
+its operation, and counted as the bytes that a rank has to send where nothing is wasted: (n - 1)/n
+of what is gathered or scattered, twice that of what is reduced to all. Beside it stands the least
+for the layout, with P the bytes of the weights in float32 and G those of the gradients: 2 G (n -
+1)/n to sum gradients over n copies; (P + G)(n - 1)/n for a step in shards, every weight fetched
+once; and what sums a shard's gradients over the nodes. `wire` is what the loopback device has
+carried per rank, headers included; other traffic of the machine would be counted too, so for this
+column:
 
     unshare --net sh -c "ip link set lo up && python bench/scale.py DATA TOKENIZER"
 """
@@ -49,17 +52,22 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     from sftx.training.memory_plan import set_example_cost
 
     config = make_config(
-        model=args.tokenizer, output="unused", data={"train": args.data, "cache": str(scratch / "cache")}
+        model=args.tokenizer,
+        output="unused",
+        data={"train": args.data, "cache": str(scratch / "cache")},
     )
     corpus, _ = load_corpora(config, Tokenizer.load(args.tokenizer), 8192)
     shape = dict(SHAPES[args.shape])
     family = shape.pop("family")
     with torch.device("meta"):
         loss = PackLoss(
-            transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**shape))
+            transformers.AutoModelForCausalLM.from_config(
+                getattr(transformers, f"{family}Config")(**shape)
+            )
         )
     print(
-        f"{len(corpus):,} examples, {int(corpus.lengths.sum()):,} tokens, the longest {int(corpus.lengths.max()):,}; "
+        f"{len(corpus):,} examples, {int(corpus.lengths.sum()):,} tokens, the longest "
+        f"{int(corpus.lengths.max()):,}; "
         f"work of {args.shape}; packs of {args.tokens_per_pack:,}"
     )
     found = []
@@ -69,11 +77,21 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
             plan = Plan(corpus.lengths, corpus.weights, Batch(examples_per_step=size), 0)
             set_example_cost(plan, loss, corpus.targets)
             whole = max(len(corpus) // size, 1)
-            chosen = np.unique(np.linspace(0, whole - 1, min(whole, args.steps)).astype(int)).tolist()
+            chosen = np.unique(
+                np.linspace(0, whole - 1, min(whole, args.steps)).astype(int)
+            ).tolist()
             dealt = [plan.packs(step, args.tokens_per_pack, ranks) for step in chosen]
-            line = {"kind": kind, "ranks": ranks, "examples": size, "packs": [len(step[0]) for step in dealt]}
+            line = {
+                "kind": kind,
+                "ranks": ranks,
+                "examples": size,
+                "packs": [len(step[0]) for step in dealt],
+            }
             for name, cost in (("tokens", plan.lengths), ("work", plan.work)):
-                sums = [np.array([sum(cost[i] for m in bins for i in m) for bins in step]) for step in dealt]
+                sums = [
+                    np.array([sum(cost[i] for m in bins for i in m) for bins in step])
+                    for step in dealt
+                ]
                 line[name] = [float(s.max() / s.mean() - 1) for s in sums]
             found.append(line)
             print(balance_line(line), flush=True)
@@ -83,16 +101,21 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
 def balance_line(line: dict[str, Any]) -> str:
     """Mean and worst step, in percent."""
     shown = {
-        name: f"{100 * np.mean(line[name]):5.2f} (worst {100 * max(line[name]):5.2f})" for name in ("tokens", "work")
+        name: f"{100 * np.mean(line[name]):5.2f} (worst {100 * max(line[name]):5.2f})"
+        for name in ("tokens", "work")
     }
     return (
-        f"{line['kind']:6} {line['ranks']:3} ranks, {line['examples']:5} examples a step, packs per rank "
-        f"{np.mean(line['packs']):5.2f}: imbalance in % of tokens {shown['tokens']}, of work {shown['work']}"
+        f"{line['kind']:6} {line['ranks']:3} ranks, {line['examples']:5} examples a step, packs "
+        "per rank "
+        f"{np.mean(line['packs']):5.2f}: imbalance in % of tokens {shown['tokens']}, of work "
+        f"{shown['work']}"
     )
 
 
 def cells(ranks: int) -> Iterator[dict[str, Any]]:
-    """The runs on so many ranks: layout x what trains x whether the step or the share of a rank stays."""
+    """The runs on so many ranks: layout x what trains x whether the step or the share of a rank
+    stays.
+    """
     layouts = ["replicate", "fsdp"] + (["hsdp"] if ranks == 4 else [])
     for layout in layouts if ranks > 1 else ["replicate"]:
         for method in ("full", "lora"):
@@ -105,7 +128,14 @@ def traffic(counts: list[int], scratch: Path) -> list[dict[str, Any]]:
     folder(SMALL, scratch)
     found = []
     for ranks in counts:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            __file__,
+        ]
         done = subprocess.run(
             [*command, "--part", str(scratch)], capture_output=True, text=True, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -121,10 +151,14 @@ def traffic(counts: list[int], scratch: Path) -> list[dict[str, Any]]:
 
 def traffic_line(cell: dict[str, Any]) -> str:
     """One cell in words."""
-    ratio = f"{cell['bytes'] / cell['least']:.2f} x the least" if cell["least"] else "nothing to send"
+    ratio = (
+        f"{cell['bytes'] / cell['least']:.2f} x the least" if cell["least"] else "nothing to send"
+    )
     return (
-        f"{cell['kind']:6} {cell['ranks']} ranks {cell['layout']:9} {cell['method']:4} {cell['examples']:3} examples, "
-        f"packs per rank {cell['packs']:.1f}: {cell['bytes']:10,.0f} bytes per rank and step, least "
+        f"{cell['kind']:6} {cell['ranks']} ranks {cell['layout']:9} {cell['method']:4} "
+        f"{cell['examples']:3} examples, "
+        f"packs per rank {cell['packs']:.1f}: {cell['bytes']:10,.0f} bytes per rank and step, "
+        "least "
         f"{cell['least']:10,.0f} ({ratio}), wire {cell['wire']:10,.0f}  {cell['by']}"
     )
 
@@ -144,7 +178,9 @@ def part(scratch: Path) -> None:
             super().__init__()
             self.sent: dict[str, float] = {}
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace in ("c10d", "_c10d_functional"):
                 kind, size = sent(func._schema.name.partition("::")[2], args)
                 self.sent[kind] = self.sent.get(kind, 0.0) + size
@@ -159,8 +195,13 @@ def part(scratch: Path) -> None:
         with count:
             result = own(loss, optimizer, packs, *rest)
         distributed.barrier()
-        sizes = [sum(p.numel() * 4 for p in loss.parameters() if p.requires_grad or every) for every in (True, False)]
-        counted.append({"sent": count.sent, "wire": carried() - before, "packs": len(packs), "sizes": sizes})
+        sizes = [
+            sum(p.numel() * 4 for p in loss.parameters() if p.requires_grad or every)
+            for every in (True, False)
+        ]
+        counted.append(
+            {"sent": count.sent, "wire": carried() - before, "packs": len(packs), "sizes": sizes}
+        )
         return result
 
     loop.train_step = train_step
@@ -171,7 +212,12 @@ def part(scratch: Path) -> None:
         if cell["layout"] == "hsdp":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on two nodes of two
         run = scratch / f"{ranks}-{'-'.join(map(str, cell.values()))}"
-        settings: dict[str, Any] = {"parallel": cell["layout"], "device": "cpu", "progress": False, "threads": 1}
+        settings: dict[str, Any] = {
+            "parallel": cell["layout"],
+            "device": "cpu",
+            "progress": False,
+            "threads": 1,
+        }
         for _ in sftx.steps(
             model=str(scratch / SMALL), output=str(run), data={"rows": data, "cache": str(scratch / "small")},
             batch={"examples_per_step": cell["examples"], "steps": STEPS},
@@ -180,9 +226,17 @@ def part(scratch: Path) -> None:
         ):  # fmt: skip
             pass
         kinds = sorted({kind for step in counted for kind in step["sent"]})
-        by = {kind: round(sum(step["sent"].get(kind, 0.0) for step in counted) / STEPS) for kind in kinds}
+        by = {
+            kind: round(sum(step["sent"].get(kind, 0.0) for step in counted) / STEPS)
+            for kind in kinds
+        }
         weights, gradients = counted[0]["sizes"]
-        facts = {"ranks": ranks, "bytes": sum(by.values()), "by": by, "least": least(cell, ranks, weights, gradients)}
+        facts = {
+            "ranks": ranks,
+            "bytes": sum(by.values()),
+            "by": by,
+            "least": least(cell, ranks, weights, gradients),
+        }
         facts |= {name: sum(step[name] for step in counted) / STEPS for name in ("packs", "wire")}
         facts["wire"] /= ranks
         if distributed.is_main():
@@ -198,19 +252,27 @@ def least(cell: dict[str, Any], ranks: int, weights: float, gradients: float) ->
 
 
 def sent(name: str, args: Any) -> tuple[str, float]:
-    """What a collective is, and the bytes that a rank sends for it; `args` as PyTorch's operation takes them."""
+    """What a collective is, and the bytes that a rank sends for it; `args` as PyTorch's operation
+    takes them.
+    """
     import torch
     from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
     def bytes_of(value: Any) -> int:
-        return sum(t.nbytes for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+        return sum(
+            t.nbytes for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)
+        )
 
     if name == "wait_tensor":
         return "wait", 0.0
     if isinstance(args[-1], str):  # the operations that DTensor uses name their group
         size = _resolve_process_group(args[-1]).size()
     else:
-        group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+        group = next(
+            a
+            for a in args
+            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+        )
         size = ProcessGroup.unbox(group).size()
     match name:
         case "_allgather_base_":  # (output, input, ...)
@@ -233,20 +295,36 @@ def carried() -> int:
 
 def main() -> None:
     """Count and print; the last line holds the largest mean imbalance of work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="?", help="rows, in any form that sftx reads")
     parser.add_argument("tokenizer", nargs="?", help="folder of a tokenizer")
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=SHAPES, help="model whose work is balanced")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
-    parser.add_argument("--examples-per-step", type=int, default=1024, help="strong scaling: examples of a step")
-    parser.add_argument("--examples-per-rank", type=int, default=16, help="weak scaling: examples of a rank")
-    parser.add_argument("--tokens-per-pack", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=100, help="steps of the plan that are looked at")
     parser.add_argument(
-        "--traffic", type=int, nargs="*", default=[1, 2, 4], help="ranks of the counted runs; none: no run"
+        "--shape", default="qwen3-0.6b", choices=SHAPES, help="model whose work is balanced"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
+    parser.add_argument(
+        "--examples-per-step", type=int, default=1024, help="strong scaling: examples of a step"
+    )
+    parser.add_argument(
+        "--examples-per-rank", type=int, default=16, help="weak scaling: examples of a rank"
+    )
+    parser.add_argument("--tokens-per-pack", type=int, default=8192)
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of the plan that are looked at"
+    )
+    parser.add_argument(
+        "--traffic",
+        type=int,
+        nargs="*",
+        default=[1, 2, 4],
+        help="ranks of the counted runs; none: no run",
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # what a rank of a counted run does
+    parser.add_argument(
+        "--part", type=Path, help=argparse.SUPPRESS
+    )  # what a rank of a counted run does
     args = parser.parse_args()
     if args.part:
         part(args.part)

@@ -1,8 +1,9 @@
 """What a trained turn must be, worked out with transformers alone: nothing of sftx is used here.
 
-`Oracle` renders the messages of one conversation with `apply_chat_template`, in the shape in which the template shows
-them best, and says what is wrong with a trained turn: its prompt is not the served one, its output is not the text that
-the full rendering adds, its stop token is another, a call, a thought or a part of the content is missing or doubled.
+`Oracle` renders the messages of one conversation with `apply_chat_template`, in the shape in which
+the template shows them best, and says what is wrong with a trained turn: its prompt is not the
+served one, its output is not the text that the full rendering adds, its stop token is another, a
+call, a thought or a part of the content is missing or doubled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ PLAIN = {"role": "assistant", "content": "qzplainqz"}
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained turn: its place in the messages, the ids before it, its text, and the text of its last token."""
+    """One trained turn: its place in the messages, the ids before it, its text, and the text of its
+    last token.
+    """
 
     t: int
     prompt: list[int]
@@ -57,7 +60,9 @@ class Oracle:
         self.messages = [_shaped(message, self._shape) for message in self._given]
 
     def _faults(self, shape: tuple[bool, bool]) -> int:
-        """How badly the template shows the conversation when its messages have this shape; 1000 = not at all."""
+        """How badly the template shows the conversation when its messages have this shape; 1000 =
+        not at all.
+        """
         text = self._render([_shaped(message, shape) for message in self._given], False, {})
         if text is None:
             return 1000
@@ -72,7 +77,9 @@ class Oracle:
                 faults += '{\\"' in text
         return faults
 
-    def _render(self, messages: list[Any], generate: bool, switch: dict[str, Any], tokenize: bool = False) -> Any:
+    def _render(
+        self, messages: list[Any], generate: bool, switch: dict[str, Any], tokenize: bool = False
+    ) -> Any:
         try:
             return self._theirs.apply_chat_template(
                 messages,
@@ -95,8 +102,9 @@ class Oracle:
         return self._render(self.messages[:end], generate, switch, tokenize=True)
 
     def _prompt(self, t: int, switch: dict[str, Any]) -> str | None:
-        """The served prompt of turn `t`. Before a first answer it is what the template writes before the answer, as far
-        as that ends in the header of an answer."""
+        """The served prompt of turn `t`. Before a first answer it is what the template writes
+        before the answer, as far as that ends in the header of an answer.
+        """
         asked = self.text(t, generate=True, **switch)
         if asked is not None or t > 0:
             return asked
@@ -105,7 +113,11 @@ class Oracle:
             return None
         before, _, opening = full[: full.find(content)].rpartition(self._header)
         of_thought = CLOSE_TAG.search(opening) or THOUGHT_TAG.search(opening)
-        return before + self._header if not opening.strip() or opening == self._lead or of_thought else None
+        return (
+            before + self._header
+            if not opening.strip() or opening == self._lead or of_thought
+            else None
+        )
 
     @cached_property
     def _header(self) -> str:
@@ -128,7 +140,11 @@ class Oracle:
     def _lead(self) -> str:
         """What the template writes between the header and a plain answer."""
         talk = [_shaped(message, self._shape) for message in (QUESTION, PLAIN)]
-        return (self._render(talk, False, {}) or "").partition(PLAIN["content"])[0].rpartition(self._header)[2]
+        return (
+            (self._render(talk, False, {}) or "")
+            .partition(PLAIN["content"])[0]
+            .rpartition(self._header)[2]
+        )
 
     def _specials(self, text: str) -> list[re.Match[str]]:
         return list(self._special.finditer(text))
@@ -141,12 +157,21 @@ class Oracle:
 
     @cached_property
     def _plain_stops(self) -> list[str]:
-        """The special tokens between a plain answer and the next question, without the header of the question."""
+        """The special tokens between a plain answer and the next question, without the header of
+        the question.
+        """
         talk = [_shaped(message, self._shape) for message in (QUESTION, PLAIN, NEXT)]
         later, once = self._render(talk, False, {}), self._render(talk[:1], False, {})
-        if later is None or once is None or PLAIN["content"] not in later or NEXT["content"] not in later:
+        if (
+            later is None
+            or once is None
+            or PLAIN["content"] not in later
+            or NEXT["content"] not in later
+        ):
             return []
-        between = later[later.rfind(PLAIN["content"]) + len(PLAIN["content"]) : later.rfind(NEXT["content"])]
+        between = later[
+            later.rfind(PLAIN["content"]) + len(PLAIN["content"]) : later.rfind(NEXT["content"])
+        ]
         before = once[: once.rfind(QUESTION["content"])]
         tokens = [match.group() for match in self._specials(between)]
         opening = [match.group() for match in self._specials(before)]
@@ -157,12 +182,16 @@ class Oracle:
 
     @cached_property
     def _trailing(self) -> str:
-        """What the template writes behind a plain answer at the end of a conversation, from its stop token on."""
+        """What the template writes behind a plain answer at the end of a conversation, from its
+        stop token on.
+        """
         talk = [_shaped(message, self._shape) for message in (QUESTION, PLAIN)]
         return (self._render(talk, False, {}) or "").rpartition(PLAIN["content"])[2]
 
     def refused_wrongly(self) -> list[str]:
-        """Why a refusal of the whole conversation is wrong; empty if transformers cannot render it whole either."""
+        """Why a refusal of the whole conversation is wrong; empty if transformers cannot render it
+        whole either.
+        """
         if self._shape[0] and self._shows_text:
             return []  # it can only be rendered in a shape that no server would send to this template
         for t, message in enumerate(self._given):
@@ -181,7 +210,9 @@ class Oracle:
         return ["refused, although every turn continues its prompt and is whole"]
 
     def _asked(self, t: int, prompt: str) -> bool:
-        """Whether a prompt asks for an answer: behind an answer or a system message it must write a header."""
+        """Whether a prompt asks for an answer: behind an answer or a system message it must write a
+        header.
+        """
         if t == 0 or self._given[t - 1]["role"] in ("user", "tool"):
             return True
         return prompt != self.text(t, generate=False)
@@ -200,22 +231,35 @@ class Oracle:
             name, arguments = names[k], _arguments(call)
             if output.count(name) < names.count(name):
                 found.append(f"{where}: its name is missing")
-            found += [f"{where}: {leaf!r} is missing" for leaf in _leaves(arguments) if not _shows(output, leaf)]
-            words = [leaf for leaf in arguments.values() if isinstance(leaf, str) and leaf.isalpha()]
-            found += [f"{where}: {word!r} stands there more than once" for word in words if output.count(word) > 1]
+            found += [
+                f"{where}: {leaf!r} is missing"
+                for leaf in _leaves(arguments)
+                if not _shows(output, leaf)
+            ]
+            words = [
+                leaf for leaf in arguments.values() if isinstance(leaf, str) and leaf.isalpha()
+            ]
+            found += [
+                f"{where}: {word!r} stands there more than once"
+                for word in words
+                if output.count(word) > 1
+            ]
             found += [f"{where}: not as JSON" for key in arguments if f"'{key}':" in output]
         return found
 
     def wrongs(self, trained: Trained, switch: dict[str, Any], lost: bool) -> list[str]:
-        """All that is wrong with a trained turn. `switch`: what its note names; `lost`: the row says that a thought is
-        left out."""
+        """All that is wrong with a trained turn. `switch`: what its note names; `lost`: the row
+        says that a thought is left out.
+        """
         kwargs = switch
         served = self._served(trained.t, switch)
         if trained.prompt != served and switch:
             kwargs, served = {}, self._served(trained.t, {})
         if trained.prompt != served:
             shown = "a refusal" if served is None else repr(self._theirs.decode(served))
-            return [f"turn {trained.t}: prompt {self._theirs.decode(trained.prompt)!r} is not {shown}"]
+            return [
+                f"turn {trained.t}: prompt {self._theirs.decode(trained.prompt)!r} is not {shown}"
+            ]
         prompt = self._prompt(trained.t, kwargs)
         full = self.text(trained.t + 1, generate=False, **kwargs)
         if prompt is None or full is None:
@@ -261,16 +305,24 @@ class Oracle:
         once = 1 if text is None else text.count(header)
         return ["holds a header"] if trained.output.count(header) >= max(once, 1) else []
 
-    def _of_text(self, trained: Trained, message: dict[str, Any], prompt: str, full: str) -> list[str]:
+    def _of_text(
+        self, trained: Trained, message: dict[str, Any], prompt: str, full: str
+    ) -> list[str]:
         """Whether the output is the text of the full rendering, up to the stop token."""
         body = trained.output.removesuffix(trained.last)
         thought = message.get("reasoning_content", "")
         things = [thought, message["content"].strip(), *_words(message)]
-        places = [trained.output.find(thing) for thing in things if thing and thing in trained.output]
+        places = [
+            trained.output.find(thing) for thing in things if thing and thing in trained.output
+        ]
         first = min(places, default=0)
         if full.startswith(prompt):
             begin, first = len(prompt), 0
-            if trained.t > 0 and self._given[trained.t - 1]["role"] == "tool" and full.startswith(self._header, begin):
+            if (
+                trained.t > 0
+                and self._given[trained.t - 1]["role"] == "tool"
+                and full.startswith(self._header, begin)
+            ):
                 begin += len(self._header)  # behind a result the model goes on without a header
         else:
             begin = full.rfind(body[first:]) if body[first:] else -1
@@ -295,12 +347,22 @@ class Oracle:
             return []
         core = body[first:]
         if rest.startswith(core.rstrip("\n")) and not rest[len(core) :].strip():
-            allowed = {*self._plain_stops, self._theirs.eos_token} if not message.get("tool_calls") else None
-            return [] if allowed is None or trained.last in allowed else [f"stop token {trained.last!r}"]
+            allowed = (
+                {*self._plain_stops, self._theirs.eos_token}
+                if not message.get("tool_calls")
+                else None
+            )
+            return (
+                []
+                if allowed is None or trained.last in allowed
+                else [f"stop token {trained.last!r}"]
+            )
         return [f"the template writes {rest!r}"]
 
     def _closed_by_hand(self, trained: Trained, full: str, first: int, thought: str) -> list[str]:
-        """Where a thought that the prompt opened was closed by the engine, the rest is still the template's text."""
+        """Where a thought that the prompt opened was closed by the engine, the rest is still the
+        template's text.
+        """
         body = trained.output.removesuffix(trained.last)
         closing = CLOSE_TAG.search(body)
         rest = body[closing.end() :].strip() if closing else body[first:]
@@ -311,11 +373,17 @@ def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
     """A message with its thought under every name that templates read."""
     if "reasoning_content" not in message:
         return message
-    return {**message, "thinking": message["reasoning_content"], "reasoning": message["reasoning_content"]}
+    return {
+        **message,
+        "thinking": message["reasoning_content"],
+        "reasoning": message["reasoning_content"],
+    }
 
 
 def _shaped(message: dict[str, Any], shape: tuple[bool, bool]) -> dict[str, Any]:
-    """A message with its content as text or as parts, and its arguments as an object or as JSON text."""
+    """A message with its content as text or as parts, and its arguments as an object or as JSON
+    text.
+    """
     parts, as_text = shape
     if parts:
         message = {**message, "content": [{"type": "text", "text": message["content"]}]}

@@ -1,15 +1,16 @@
-"""Every chat template against every kind of conversation: is each trained turn what a server would ask for and get?
+"""Every chat template against every kind of conversation: is each trained turn what a server would
+ask for and get?
 
     python bench/templates.py [FOLDER] [--verbose | --cost]
 
-For each template and conversation the row is encoded, and each trained turn is compared with what transformers renders
-(`template_oracle.py`, which shares no code with the engine): the prompt's ids, the whole text of the output, the stop
-token, every tool call, the thought and the content. All rows are also encoded in the reverse order by a fresh encoder:
-the result of a row may not depend on its place. The table names the template and what its rows became; refusals are
-listed with their reason.
+For each template and conversation the row is encoded, and each trained turn is compared with what
+transformers renders (`template_oracle.py`, which shares no code with the engine): the prompt's ids,
+the whole text of the output, the stop token, every tool call, the thought and the content. All rows
+are also encoded in the reverse order by a fresh encoder: the result of a row may not depend on its
+place. The table names the template and what its rows became; refusals are listed with their reason.
 
-`--cost`: instead, the processor time of encoding a dialogue of 100 turns with each template, as a multiple of one
-`apply_chat_template` call on the same dialogue.
+`--cost`: instead, the processor time of encoding a dialogue of 100 turns with each template, as a
+multiple of one `apply_chat_template` call on the same dialogue.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ _PLAIN = re.compile(r"</?think>|</?tool_call>|</?tool_response>")
 def _tool(name: str, **properties: str) -> dict[str, Any]:
     parameters = {
         "type": "object",
-        "properties": {key: {"type": kind, "description": f"The {key}."} for key, kind in properties.items()},
+        "properties": {
+            key: {"type": kind, "description": f"The {key}."} for key, kind in properties.items()
+        },
         "required": list(properties),
     }
-    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": f"Does {name}.", "parameters": parameters},
+    }
 
 
 TOOLS = [_tool("get_weather", city="string"), _tool("find_flight", place="string")]
@@ -63,7 +69,11 @@ def _model(text: str, **more: Any) -> dict[str, Any]:
 
 
 def _call(name: str, arguments: Any, number: int = 0) -> dict[str, Any]:
-    return {"type": "function", "id": f"call1234{number}", "function": {"name": name, "arguments": arguments}}
+    return {
+        "type": "function",
+        "id": f"call1234{number}",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def _result(name: str, content: str, number: int = 0) -> dict[str, Any]:
@@ -73,12 +83,24 @@ def _result(name: str, content: str, number: int = 0) -> dict[str, Any]:
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _CALL = _call("get_weather", {"city": "Paris"})
 _RESULT = _result("get_weather", '{"degrees": 21}')
-_ODD = {"city": 'Köln "am <Rhein>" & so\nweiter', "days": 3, "where": {"lat": 50.9, "tags": ["a", "b"]}, "now": True}
+_ODD = {
+    "city": 'Köln "am <Rhein>" & so\nweiter',
+    "days": 3,
+    "where": {"lat": 50.9, "tags": ["a", "b"]},
+    "now": True,
+}
 Talk = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 CONVERSATIONS: dict[str, Talk] = {
     "single": ([_user("What is 2+2?"), _model("It is 4, I think.")], []),
     "multi": (
-        [_user("Hi"), _model("Hello there!"), _user("And now?"), _model("Now we talk."), _user("Bye"), _model("Bye!")],
+        [
+            _user("Hi"),
+            _model("Hello there!"),
+            _user("And now?"),
+            _model("Now we talk."),
+            _user("Bye"),
+            _model("Bye!"),
+        ],
         [],
     ),
     "system": ([_SYSTEM, _user("Hi"), _model("Yes."), _user("So"), _model("No.")], []),
@@ -103,9 +125,24 @@ CONVERSATIONS: dict[str, Talk] = {
         ],
         [],
     ),
-    "mixed": ([_user("Hi"), _model("Ho.", reasoning_content="Say ho."), _user("So"), _model("Well.")], []),
-    "edges": ([_user("  a\n"), _model("\n  padded \n"), _user("[[x]] שלום"), _model("🙂 end "), _user("rest")], []),
-    "sys_call": ([_SYSTEM, _user("Weather?"), _model("", tool_calls=[_CALL]), _RESULT, _model("It is 21.")], TOOLS),
+    "mixed": (
+        [_user("Hi"), _model("Ho.", reasoning_content="Say ho."), _user("So"), _model("Well.")],
+        [],
+    ),
+    "edges": (
+        [
+            _user("  a\n"),
+            _model("\n  padded \n"),
+            _user("[[x]] שלום"),
+            _model("🙂 end "),
+            _user("rest"),
+        ],
+        [],
+    ),
+    "sys_call": (
+        [_SYSTEM, _user("Weather?"), _model("", tool_calls=[_CALL]), _RESULT, _model("It is 21.")],
+        TOOLS,
+    ),
     "said_call": (
         [
             _user("Weather?"),
@@ -145,7 +182,12 @@ CONVERSATIONS: dict[str, Talk] = {
         TOOLS,
     ),
     "odd_args": (
-        [_user("Weather?"), _model("", tool_calls=[_call("get_weather", _ODD)]), _RESULT, _model("21.")],
+        [
+            _user("Weather?"),
+            _model("", tool_calls=[_call("get_weather", _ODD)]),
+            _RESULT,
+            _model("21."),
+        ],
         TOOLS,
     ),
     "rounds": (
@@ -184,21 +226,38 @@ CONVERSATIONS: dict[str, Talk] = {
         ],
         [],
     ),
-    "twice": ([_user("Hi"), _model("Hello."), _model("Still there?"), _user("Yes"), _model("Good.")], []),
+    "twice": (
+        [_user("Hi"), _model("Hello."), _model("Still there?"), _user("Yes"), _model("Good.")],
+        [],
+    ),
     "twice_th": (
-        [_user("Hi"), _model("Hello.", reasoning_content="Greet."), _model("You?", reasoning_content="Now ask.")],
+        [
+            _user("Hi"),
+            _model("Hello.", reasoning_content="Greet."),
+            _model("You?", reasoning_content="Now ask."),
+        ],
         [],
     ),
     "first": ([_model("Welcome!"), _user("Hi"), _model("How can I help?")], []),
     "sys_first": ([_SYSTEM, _model("Welcome!"), _user("Hi"), _model("How can I help?")], []),
     "empty": ([_user("Say nothing."), _model(""), _user("Say yes."), _model("yes")], []),
-    "white": ([_user("List:"), _model("\n\n- one\n- two\n\n"), _user("  Code?  "), _model("    return 1\n")], []),
+    "white": (
+        [
+            _user("List:"),
+            _model("\n\n- one\n- two\n\n"),
+            _user("  Code?  "),
+            _model("    return 1\n"),
+        ],
+        [],
+    ),
 }
 
 
 @dataclass
 class Result:
-    """What one conversation became with one template: `kind` is pass, split, forced or refused; `reason` says more."""
+    """What one conversation became with one template: `kind` is pass, split, forced or refused;
+    `reason` says more.
+    """
 
     kind: str
     reason: str = ""
@@ -206,15 +265,26 @@ class Result:
 
 
 def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
-    """A tokenizer that knows the marks of all templates as its own tokens: ours, and the one of transformers."""
+    """A tokenizer that knows the marks of all templates as its own tokens: ours, and the one of
+    transformers.
+    """
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizers.Tokenizer.from_file(str(SHARED / "tokenizers" / "qwen3" / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(
+        str(SHARED / "tokenizers" / "qwen3" / "tokenizer.json")
+    )
     source = "\n".join(sources)
     marks = sorted({"<s>", "</s>", *_MARKS.findall(source)})
-    backend.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks])
-    backend.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in sorted(set(_PLAIN.findall(source)))])
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks]
+    )
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(mark, normalized=False)
+            for mark in sorted(set(_PLAIN.findall(source)))
+        ]
+    )
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     return Tokenizer.of(theirs), theirs
 
@@ -253,9 +323,14 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
     for t, (example, begin, end) in zip(turns, found, strict=True):
         if "opening" in example.note or "no-thinking" in example.note:
             result.kind = "forced"
-        switch = {key: value == "True" for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)}
+        switch = {
+            key: value == "True"
+            for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)
+        }
         output = theirs.decode(example.ids[begin:end])
-        trained = Trained(t, example.ids[:begin].tolist(), output, theirs.decode([example.ids[end - 1]]))
+        trained = Trained(
+            t, example.ids[:begin].tolist(), output, theirs.decode([example.ids[end - 1]])
+        )
         result.wrong += oracle.wrongs(trained, switch, lost)
     return result
 
@@ -267,13 +342,17 @@ def moved(ours: Tokenizer, path: Path) -> list[str]:
     data = Data(template=str(path))
     forward = Encoder(ours, data, 4096).encode(rows)
     backward = Encoder(ours, data, 4096).encode(rows[::-1])[::-1]
-    return [name for name, a, b in zip(names, forward, backward, strict=True) if _state(a) != _state(b)]
+    return [
+        name for name, a, b in zip(names, forward, backward, strict=True) if _state(a) != _state(b)
+    ]
 
 
 def _state(encoded: Any) -> Any:
     if isinstance(encoded, RowError):
         return str(encoded)
-    return [(e.ids.tolist(), e.weights.tolist(), e.note) for e in encoded.examples], sorted(encoded.notes)
+    return [(e.ids.tolist(), e.weights.tolist(), e.note) for e in encoded.examples], sorted(
+        encoded.notes
+    )
 
 
 def main() -> None:
@@ -287,8 +366,12 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     refused: list[str] = []
-    paths = [path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)]
-    everything = [path.read_text(encoding="utf-8") for path in sorted(arguments.folder.rglob("*.jinja"))]
+    paths = [
+        path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)
+    ]
+    everything = [
+        path.read_text(encoding="utf-8") for path in sorted(arguments.folder.rglob("*.jinja"))
+    ]
     ours, theirs = prepared(everything)
     if arguments.cost:
         return print_costs(paths, ours, theirs)
@@ -324,8 +407,16 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
     said = "the quick brown fox jumps over a lazy dog and says something " * 4 + "else"
     asked = [(_user(f"{i} {said}"), f"{i} {said}") for i in range(50)]
     plain = [message for user, text in asked for message in (user, _model(text))]
-    calls = [m for user, text in asked[:25] for m in (user, _model("", tool_calls=[_CALL]), _RESULT, _model(text))]
-    thoughts = [message for user, text in asked for message in (user, _model(text, reasoning_content=text[::-1]))]
+    calls = [
+        m
+        for user, text in asked[:25]
+        for m in (user, _model("", tool_calls=[_CALL]), _RESULT, _model(text))
+    ]
+    thoughts = [
+        message
+        for user, text in asked
+        for message in (user, _model(text, reasoning_content=text[::-1]))
+    ]
     kinds = {"plain": (plain, []), "calls": (calls, TOOLS), "reasoning": (thoughts, [])}
     costs: dict[str, list[float]] = {name: [] for name in kinds}
     for path in paths:
@@ -341,7 +432,10 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
                 print(f"{name:10s} {costs[name][-1]:5.1f} {path.name}", flush=True)
     for name, found in costs.items():
         within = sum(cost <= 3 for cost in found)
-        print(f"{name}: {within} of {len(found)} templates within 3 calls, median {sorted(found)[len(found) // 2]:.2f}")
+        print(
+            f"{name}: {within} of {len(found)} templates within 3 calls, median "
+            f"{sorted(found)[len(found) // 2]:.2f}"
+        )
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -1,12 +1,15 @@
-"""torchtune as a peer: like `peers.py`, a process that takes a job as JSON and prints a JSON line; of another Python.
+"""torchtune as a peer: like `peers.py`, a process that takes a job as JSON and prints a JSON line;
+of another Python.
 
-It runs torchtune's own recipe, `full_finetune_single_device` or `lora_finetune_single_device`, as the wheel brings it,
-on what its configurations choose as a rule: rows padded to the longest of a step, the chunked loss over every position,
-nothing recomputed or compiled. Examples per step, AdamW (fused) and clipping are those of the other systems; rows come
-as token ids, and no model is saved at the end. A step lasts from one report of the recipe to the next.
+It runs torchtune's own recipe, `full_finetune_single_device` or `lora_finetune_single_device`, as
+the wheel brings it, on what its configurations choose as a rule: rows padded to the longest of a
+step, the chunked loss over every position, nothing recomputed or compiled. Examples per step, AdamW
+(fused) and clipping are those of the other systems; rows come as token ids, and no model is saved
+at the end. A step lasts from one report of the recipe to the next.
 
-**Its bf16 is not that of the others**: weights, gradients and moments are all bf16, while the others keep the weights
-that they train, and their moments, in fp32. That takes less memory, and small updates are lost to rounding.
+**Its bf16 is not that of the others**: weights, gradients and moments are all bf16, while the
+others keep the weights that they train, and their moments, in fp32. That takes less memory, and
+small updates are lost to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ RECIPES = {
 }
 
 
-def run_torchtune(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
+def run_torchtune(
+    job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
+) -> dict[str, Any]:
     """The recipe of the job's method, over `data` once."""
     import torch
     import torchtune
@@ -34,7 +39,9 @@ def run_torchtune(job: dict[str, Any], data: list[dict[str, list[int]]], clock: 
     file, name = RECIPES[job["method"]]
     settings = OmegaConf.create(configuration(job, data))
     # The folder of recipes is no package: torchtune itself starts them by path.
-    recipe = runpy.run_path(str(Path(torchtune.__file__).parents[1] / "recipes" / file))[name](cfg=settings)
+    recipe = runpy.run_path(str(Path(torchtune.__file__).parents[1] / "recipes" / file))[name](
+        cfg=settings
+    )
     recipe.setup(cfg=settings)
     recipe.save_checkpoint = lambda epoch: None  # only steps are measured
     recipe.train()
@@ -51,7 +58,10 @@ def configuration(job: dict[str, Any], data: list[dict[str, list[int]]]) -> dict
     folder = Path(job["model"])
     model = json.loads((folder / "config.json").read_text())
     if model["model_type"] != "llama":
-        raise ValueError(f"{folder}: torchtune 0.6.1 has no builder for {model['model_type']}; choose a Llama shape")
+        raise ValueError(
+            f"{folder}: torchtune 0.6.1 has no builder for {model['model_type']}; choose a Llama "
+            "shape"
+        )
     builder: dict[str, Any] = {"_component_": "torchtune.models.llama3_2.llama3_2"}
     if job["method"] == "lora":
         builder = {

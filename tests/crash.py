@@ -1,9 +1,11 @@
-"""A disk that loses what was not synced: the states in which a crash at any moment may leave a folder.
+"""A disk that loses what was not synced: the states in which a crash at any moment may leave a
+folder.
 
-`Recorder` watches a folder while something writes into it, whatever library does so. Before and after every operation
-that has an order (sync, rename, delete, new folder) it looks at the whole folder; what it finds changed was written in
-between. What POSIX promises to be on the disk then is: the contents of a file at its last sync, and the names in a
-folder at its last sync. Of the rest each may be there or not; `states` makes the states that matter.
+`Recorder` watches a folder while something writes into it, whatever library does so. Before and
+after every operation that has an order (sync, rename, delete, new folder) it looks at the whole
+folder; what it finds changed was written in between. What POSIX promises to be on the disk then is:
+the contents of a file at its last sync, and the names in a folder at its last sync. Of the rest
+each may be there or not; `states` makes the states that matter.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Names = dict[str, int]  # of a folder: numbers of the files and folders in it
 
 @dataclass(frozen=True)
 class Moment:
-    """Everything at one time, in memory and on the disk. Files and folders have numbers; that of the root is 0."""
+    """Everything at one time, in memory and on the disk. Files and folders have numbers; that of
+    the root is 0.
+    """
 
     folders: dict[int, Names]
     files: dict[int, bytes]
@@ -32,13 +36,17 @@ class Moment:
 
 
 class Recorder:
-    """Records the moments of `root`; `syncs` = which syncs this disk honours, of "files" and "folders"."""
+    """Records the moments of `root`; `syncs` = which syncs this disk honours, of "files" and
+    "folders".
+    """
 
     def __init__(self, root: Path, syncs: tuple[str, ...] = ("files", "folders")) -> None:
         self.root, self.syncs = root, syncs
         self.moments: list[Moment] = []
         self.promised: Any = None
-        self._numbers: dict[int, int] = {}  # by the number of the inode, which may be given out again
+        self._numbers: dict[
+            int, int
+        ] = {}  # by the number of the inode, which may be given out again
         self._count = 0
         self._every_file: dict[int, bytes] = {}
         self._every_folder: dict[int, Names] = {0: {}}
@@ -47,7 +55,16 @@ class Recorder:
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         """Record until the patches are undone."""
-        for name in ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "fdatasync"):
+        for name in (
+            "rename",
+            "replace",
+            "unlink",
+            "remove",
+            "rmdir",
+            "mkdir",
+            "fsync",
+            "fdatasync",
+        ):
             patch.setattr(os, name, self._watched(name, getattr(os, name)))
 
     def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +87,9 @@ class Recorder:
         self._numbers = {inode: number for inode, number in self._numbers.items() if number in seen}
         self._every_file |= files
         self._every_folder |= folders
-        moment = Moment(folders, files, {**self._synced_folders}, {**self._synced_files}, self.promised)
+        moment = Moment(
+            folders, files, {**self._synced_folders}, {**self._synced_files}, self.promised
+        )
         if not self.moments or moment != self.moments[-1]:
             self.moments.append(moment)
 
@@ -105,7 +124,9 @@ class Recorder:
             self._synced_files[number] = self._every_file[number]
 
     def states(self) -> Iterator[tuple[str, Any, dict[Path, bytes | None]]]:
-        """(where and how, what was promised, {path: content, None for a folder}), each state and promise once."""
+        """(where and how, what was promised, {path: content, None for a folder}), each state and
+        promise once.
+        """
         known = set()
         for at, moment in enumerate(self.moments):
             for how, state in self._states(moment):
@@ -115,13 +136,22 @@ class Recorder:
                     yield f"moment {at} of {len(self.moments)}, {how}", moment.promised, state
 
     def _states(self, moment: Moment) -> Iterator[tuple[str, dict[Path, bytes | None]]]:
-        now, synced = moment.folders, {number: moment.synced_folders.get(number, {}) for number in self._every_folder}
+        now, synced = (
+            moment.folders,
+            {number: moment.synced_folders.get(number, {}) for number in self._every_folder},
+        )
         files = self._every_file | moment.files
-        yield "only what was synced", self._state(synced, {n: moment.synced_files.get(n, b"") for n in files})
+        yield (
+            "only what was synced",
+            self._state(synced, {n: moment.synced_files.get(n, b"") for n in files}),
+        )
         yield "all is there", self._state(now, files)
         yield "contents, and only synced names", self._state(synced, files)
         for how, rest in REST.items():
-            contents = {n: _torn(content, moment.synced_files.get(n, b""), rest) for n, content in files.items()}
+            contents = {
+                n: _torn(content, moment.synced_files.get(n, b""), rest)
+                for n, content in files.items()
+            }
             yield f"names, and of unsynced contents {how}", self._state(now, contents)
         for number, names in now.items():
             if names != synced[number]:
@@ -130,7 +160,9 @@ class Recorder:
                     self._state({**synced, **now, number: synced[number]}, files),
                 )
 
-    def _state(self, folders: dict[int, Names], files: dict[int, bytes]) -> dict[Path, bytes | None]:
+    def _state(
+        self, folders: dict[int, Names], files: dict[int, bytes]
+    ) -> dict[Path, bytes | None]:
         found: dict[Path, bytes | None] = {}
 
         def add(path: Path, number: int) -> None:
@@ -153,7 +185,9 @@ REST: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _torn(content: bytes, synced: bytes, rest: Callable[[bytes], bytes]) -> bytes:
-    """A file of which the disk has `synced`, and the rest as `rest` makes it; one written anew has lost all of it."""
+    """A file of which the disk has `synced`, and the rest as `rest` makes it; one written anew has
+    lost all of it.
+    """
     kept = synced if content.startswith(synced) else b""
     return kept + rest(content[len(kept) :])
 

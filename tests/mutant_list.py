@@ -1,4 +1,6 @@
-"""The mutants of `mutants.py`: one wrong line each, as a person would write it, and what should notice it."""
+"""The mutants of `mutants.py`: one wrong line each, as a person would write it, and what should
+notice it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     """`old` stands exactly once in `src/sftx/FILE`, and becomes `new`.
 
-    `tests` are tried in their order, and stop at the first failure: arguments for pytest, or `scorecard NUMBERS`.
+    `tests` are tried in their order, and stop at the first failure: arguments for pytest, or
+    `scorecard NUMBERS`.
     """
 
     name: str
@@ -32,7 +35,11 @@ RANDOM = ("test_randomness.py",)
 LOOP = ("test_step.py -k recorded",)
 CRASH = ("test_crash.py", "test_run_folder.py -k record")
 OWNER = ("test_owner.py",)
-LENGTHS = ("test_isolation.py -k 'probe or place or leak'", "test_isolation.py -k one_at_a_time", "test_loss.py")
+LENGTHS = (
+    "test_isolation.py -k 'probe or place or leak'",
+    "test_isolation.py -k one_at_a_time",
+    "test_loss.py",
+)
 BOX = ("test_box.py", "test_template.py -k limits")
 RANKS = ("test_shard.py", "test_dist.py")
 
@@ -53,17 +60,22 @@ MUTANTS = [
            "2 * objective.z_loss * pull * lse", LOSS),
     Mutant("loss-smoothing-over-rows", "model/loss.py", "eps / z.shape[1]", "eps / z.shape[0]", LOSS),
     Mutant("loss-dft-share-has-gradient", "model/loss.py", "torch.exp(-nll.detach())", "torch.exp(-nll)", LOSS),
-    Mutant("loss-weight-ignored", "model/loss.py", "return (losses.double() * weight[s]).sum(), grad",
+    Mutant("loss-weight-ignored", "model/loss.py", "return (losses.double() * weight[s]).sum(), "
+                                                   "grad",
            "return losses.double().sum(), grad", LOSS),
-    Mutant("loss-noise-in-evaluation", "model/load.py", "objective = self.objective if self.training else PLAIN",
+    Mutant("loss-noise-in-evaluation", "model/load.py", "objective = self.objective if "
+                                                        "self.training else PLAIN",
            "objective = self.objective", LOSS),
-    Mutant("loss-one-by-one-index", "model/load.py", "pack.label[mine], pack.weight[mine], objective)",
+    Mutant("loss-one-by-one-index", "model/load.py", "pack.label[mine], pack.weight[mine], "
+                                                     "objective)",
            "pack.label[mine], pack.weight[: len(at)], objective)", LOSS),
-    Mutant("loss-noise-by-place", "model/load.py", "example for example in pack.examples or range(len(lengths))]",
+    Mutant("loss-noise-by-place", "model/load.py", "example for example in pack.examples or "
+                                                   "range(len(lengths))]",
            "example for example in range(len(lengths))]", LOSS),
     Mutant("loss-padding-row-trains", "model/accumulate.py", "if ctx.padding is not None:", "if False:", LOSS),
     # --- the step
-    Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / total_weight",
+    Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / "
+                                                         "total_weight",
            "loss = pack_loss.detach() / total_weight", STEP),
     Mutant("step-mean-of-means", "training/step.py", "(pack_loss / total_weight).backward()",
            "(pack_loss / pack.weight.sum().clamp(min=1e-9) / len(packs)).backward()", STEP),
@@ -71,7 +83,8 @@ MUTANTS = [
     Mutant("step-clips-each-tensor", "training/step.py",
            "torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)",
            "[torch.nn.utils.clip_grad_norm_([p], max_grad_norm) for p in parameters]", STEP),
-    Mutant("step-bad-gradient-applied", "training/step.py", "(torch.isfinite(loss) & torch.isfinite(grad_norm))",
+    Mutant("step-bad-gradient-applied", "training/step.py", "(torch.isfinite(loss) & "
+                                                            "torch.isfinite(grad_norm))",
            "torch.isfinite(loss)", STEP),
     Mutant("step-gradients-are-kept", "training/step.py", "    optimizer.zero_grad(set_to_none=True)\n", "", STEP),
     Mutant("step-rate-of-first-group", "training/step.py",
@@ -83,11 +96,14 @@ MUTANTS = [
     # --- the optimiser
     Mutant("optim-warmup-from-zero", "training/optim.py", "return peak * (step + 1) / warmup",
            "return peak * step / warmup", OPTIM),
-    Mutant("optim-warmup-within-decay", "training/optim.py", "(step - warmup) / max(1, num_steps - warmup)",
+    Mutant("optim-warmup-within-decay", "training/optim.py", "(step - warmup) / max(1, num_steps "
+                                                             "- warmup)",
            "step / num_steps", OPTIM),
     Mutant("optim-decays-norms-of-heads", "training/optim.py", " and not _NO_MATRIX.search(name)", "", OPTIM),
-    Mutant("optim-decays-embeddings", "training/optim.py", " and id(parameter) not in embeddings", "", OPTIM),
-    Mutant("optim-bits-alike-in-every-step", "training/optim.py", "first = self.seed * 0x9E3779B9", "first = 0",
+    Mutant("optim-decays-embeddings", "training/optim.py", " and id(parameter) not in "
+                                                           "embeddings", "", OPTIM),
+    Mutant("optim-bits-alike-in-every-step", "training/optim.py", "first = self.seed * "
+                                                                  "0x9E3779B9", "first = 0",
            ("test_weights.py",)),
     Mutant("optim-bad-step-in-bf16", "training/optim.py", "found_inf=self.found_inf", "found_inf=None",
            ("test_weights.py",)),
@@ -102,9 +118,11 @@ MUTANTS = [
            "position = int(self._starts[step])", PACK),
     Mutant("plan-epochs-cut-off", "data/plan.py", "max(1, round(epochs * len(self.lengths)))",
            "max(1, int(epochs * len(self.lengths)))", PACK),
-    Mutant("plan-fingerprint-without-weights", "data/plan.py", "(self.lengths, self.weights, self._starts)",
+    Mutant("plan-fingerprint-without-weights", "data/plan.py", "(self.lengths, self.weights, "
+                                                               "self._starts)",
            "(self.lengths, self._starts)", PACK),
-    Mutant("plan-fingerprint-without-lengths", "data/plan.py", "(self.lengths, self.weights, self._starts)",
+    Mutant("plan-fingerprint-without-lengths", "data/plan.py", "(self.lengths, self.weights, "
+                                                               "self._starts)",
            "(self.weights, self._starts)", PACK),
     Mutant("plan-fingerprint-without-shuffle", "data/plan.py", '{self.seed} {self.batch.shuffle}', '{self.seed}', PACK),
     Mutant("plan-stream-cut-at-epochs", "data/plan.py",
@@ -119,23 +137,29 @@ MUTANTS = [
     Mutant("pack-never-full", "data/pack.py", "full + sizes[i] <= capacity", "full + sizes[i] < capacity", PACK),
     Mutant("pack-unequal-ranks", "data/pack.py", "if len(ranks[r]) < each]", "if True]", PACK),
     Mutant("pack-examples-forgotten", "data/pack.py", "examples=indices,", "examples=(),", LOSS),
-    Mutant("pack-order-by-bin", "data/pack.py", "rank = min(open_ranks, key=lambda r: (total[r], r))",
+    Mutant("pack-order-by-bin", "data/pack.py", "rank = min(open_ranks, key=lambda r: (total[r], "
+                                                "r))",
            "rank = open_ranks[0]", PACK),
     # --- attention
-    Mutant("attention-window-too-wide", "model/cpu_attention.py", "hidden.tril(rows.start - seen.start - window)",
+    Mutant("attention-window-too-wide", "model/cpu_attention.py", "hidden.tril(rows.start - "
+                                                                  "seen.start - window)",
            "hidden.tril(rows.start - seen.start - window - 1)", BLOCKS),
-    Mutant("attention-window-too-narrow", "model/cpu_attention.py", "slice(max(0, a - window + 1) if window else 0, b)",
+    Mutant("attention-window-too-narrow", "model/cpu_attention.py", "slice(max(0, a - window + 1) "
+                                                                    "if window else 0, b)",
            "slice(max(0, a - window + 2) if window else 0, b)", BLOCKS),
     Mutant("attention-sees-next", "model/cpu_attention.py", "hidden[:, -count:].triu(1)", "hidden[:, -count:].triu(2)",
            BLOCKS),
-    Mutant("attention-softcap-slope", "model/cpu_attention.py", "d_z if slope is None else d_z * slope", "d_z", BLOCKS),
+    Mutant("attention-softcap-slope", "model/cpu_attention.py", "d_z if slope is None else d_z * "
+                                                                "slope", "d_z", BLOCKS),
     Mutant("attention-dropout-without-window", "model/cpu_attention.py", ".tril().triu(1 - (window or b - a))", ".tril()",
            BLOCKS),
     Mutant("attention-dropout-without-scale", "model/cpu_attention.py", "seen, dropout, scale=scale)", "seen, dropout)",
            BLOCKS),
-    Mutant("attention-heads-in-turn", "model/attention.py", "states.repeat_interleave(groups, dim=1)",
+    Mutant("attention-heads-in-turn", "model/attention.py", "states.repeat_interleave(groups, "
+                                                            "dim=1)",
            "states.repeat(1, groups, 1, 1)", BLOCKS),
-    Mutant("attention-flash-without-sinks", "model/attention.py", "not softcap and s_aux is None and",
+    Mutant("attention-flash-without-sinks", "model/attention.py", "not softcap and s_aux is None "
+                                                                  "and",
            "not softcap and", BLOCKS),
     Mutant("attention-gradient-of-keys-set", "model/cpu_attention.py", "d_k[:, seen] += torch.bmm(d_z.mT, block)",
            "d_k[:, seen] = torch.bmm(d_z.mT, block)", BLOCKS),
@@ -148,8 +172,10 @@ MUTANTS = [
            "{VERSION} {digest} {form}", ENCODE),
     Mutant("key-without-version", "data/dataset.py", "{VERSION} {digest} {form} {fingerprint}",
            "{digest} {form} {fingerprint}", ENCODE),
-    Mutant("key-without-length", "data/encoder.py", '            "max_length": self.max_length,\n', "", ENCODE),
-    Mutant("key-without-tokenizer", "data/encoder.py", '            "tokenizer": self.tokenizer.fingerprint,\n', "",
+    Mutant("key-without-length", "data/encoder.py", '            "max_length": '
+                                                    'self.max_length,\n', "", ENCODE),
+    Mutant("key-without-tokenizer", "data/encoder.py", '            "tokenizer": '
+                                                       'self.tokenizer.fingerprint,\n', "",
            ENCODE),
     Mutant("key-without-template", "data/encoder.py",
            '"template": {name: template.source for name, template in self._templates.items()},',
@@ -162,7 +188,8 @@ MUTANTS = [
            "{convert.VERSION} {data.on_bad_row}", ENCODE),
     Mutant("key-of-table-without-bad-rows", "data/sources/tables.py", "{convert.VERSION} {data.format} {data.on_bad_row}",
            "{convert.VERSION} {data.format}", ENCODE,
-           "equal: with `stop`, a bad row is refused when its format is detected or when it is encoded"),
+           "equal: with `stop`, a bad row is refused when its format is detected or when it is "
+           "encoded"),
     Mutant("key-of-table-without-content", "data/sources/tables.py", '{kind_of(file)} {file.suffix} ".encode() + content',
            '{kind_of(file)} {file.suffix} ".encode() + str(file).encode()', ENCODE),
     Mutant("cache-digest-not-compared", "data/store/cache.py", "!= int(self.digest[index])", "== -1", ENCODE),
@@ -179,25 +206,29 @@ MUTANTS = [
            "offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0", "0", (*RANKS, "test_weights.py")),
     Mutant("ranks-hsdp-mesh-turned", "model/shard.py", "(size // shards, shards)", "(shards, size // shards)", RANKS),
     Mutant("ranks-group-waits-half-an-hour", "model/shard.py",
-           "        torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)\n", "        pass\n",
+           "        torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), "
+           "group)\n", "        pass\n",
            RANKS),
-    Mutant("ranks-reduced-in-bf16", "model/shard.py", "        reduce_dtype=torch.float32,\n        cast",
+    Mutant("ranks-reduced-in-bf16", "model/shard.py", "        reduce_dtype=torch.float32,\n      "
+                                                      "  cast",
            "        cast", RANKS),
     Mutant("ranks-replicas-not-compared", "model/shard.py",
            "if found != next(other for shard, other in held if shard == place):", "if False:",
            (*RANKS, "scorecard 16")),
-    Mutant("ranks-signal-of-all", "dist.py", "torch_dist.ReduceOp.MAX", "torch_dist.ReduceOp.MIN",
+    Mutant("ranks-signal-of-all", "distributed.py", "torch_dist.ReduceOp.MAX", "torch_dist.ReduceOp.MIN",
            (*RANKS, "scorecard 15")),
-    Mutant("ranks-main-not-asked", "dist.py", "    return holder[0]\n", "    return value\n", RANKS),
-    Mutant("ranks-not-told-of-launcher", "dist.py", "prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)", "prctl(1, 0)",
+    Mutant("ranks-main-not-asked", "distributed.py", "    return holder[0]\n", "    return value\n", RANKS),
+    Mutant("ranks-not-told-of-launcher", "distributed.py", "prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)", "prctl(1, 0)",
            ("scorecard 18",)),
-    Mutant("ranks-without-launcher", "dist.py", "(rank() or world_size() > 1)", "(rank() > 99)",
+    Mutant("ranks-without-launcher", "distributed.py", "(rank() or world_size() > 1)", "(rank() > 99)",
            ("test_dist.py -k nobody_started",)),
-    Mutant("ranks-hang-for-ever", "dist.py",
+    Mutant("ranks-hang-for-ever", "distributed.py",
            "        faulthandler.dump_traceback_later(self.timeout + GRACE, exit=True)\n", "",
            (*RANKS, "scorecard 17")),
-    Mutant("ranks-barrier-missing", "dist.py", "        torch_dist.all_reduce(torch.zeros(()), group=_saving if saving",
-           "        return\n        torch_dist.all_reduce(torch.zeros(()), group=_saving if saving", RANKS),
+    Mutant("ranks-barrier-missing", "distributed.py", "        torch_dist.all_reduce(torch.zeros(()), "
+                                               "group=_saving if saving",
+           "        return\n        torch_dist.all_reduce(torch.zeros(()), group=_saving if "
+           "saving", RANKS),
     # --- evaluation
     Mutant("eval-mean-of-sources", "eval/loss.py", "loss = sum(sums) / sum(weights)",
            "loss = sum(s / w for s, w in zip(sums, weights)) / len(sums)", ("test_eval.py",)),
@@ -206,20 +237,24 @@ MUTANTS = [
            ("test_eval.py",)),
     # --- checkpoints
     Mutant("checkpoint-moments-not-loaded", "training/checkpoint.py",
-           "tensors |= {name: moment for name, moment in _moments(model, optimizer).items() if name in facts}", "pass",
+           "tensors |= {name: moment for name, moment in _moments(model, optimizer).items() if "
+           "name in facts}", "pass",
            SAVED),
     Mutant("checkpoint-step-of-adamw-lost", "training/checkpoint.py",
            "for kind, moment in optimizer.state.get(parameter, {}).items()\n",
-           "for kind, moment in optimizer.state.get(parameter, {}).items()\n        if kind != 'step'\n", SAVED),
+           "for kind, moment in optimizer.state.get(parameter, {}).items()\n        if kind != "
+           "'step'\n", SAVED),
     Mutant("checkpoint-keeps-one-fewer", "training/checkpoint.py", "*sound[:keep]", "*sound[: keep - 1]", SAVED),
     Mutant("checkpoint-keeps-worst", "training/checkpoint.py", "sorted(judged)[:1]", "sorted(judged)[-1:]", SAVED),
-    Mutant("checkpoint-oldest-first", "training/checkpoint.py", "sorted(folder.glob(_NAME), reverse=True)",
+    Mutant("checkpoint-oldest-first", "training/checkpoint.py", "sorted(folder.glob(_NAME), "
+                                                                "reverse=True)",
            "sorted(folder.glob(_NAME))", SAVED),
     Mutant("checkpoint-not-copied", "training/checkpoint.py", 'to("cpu", copy=copied)', 'to("cpu")', SAVED),
     Mutant("checkpoint-sums-not-read", "training/checkpoint.py", "if not same or (read and",
            "if not same or (False and",
            (*SAVED, "test_train.py -k damaged")),
-    Mutant("checkpoint-state-not-required", "training/checkpoint.py", 'sorted({"state.json", *sums})', "sorted(sums)",
+    Mutant("checkpoint-state-not-required", "training/checkpoint.py", 'sorted({"state.json", '
+                                                                      '*sums})', "sorted(sums)",
            (*SAVED, "test_train.py -k 'damaged or killed'", "scorecard 12")),
     Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", "        check_replicas(parameters)\n", "",
            SAVED),
@@ -229,11 +264,13 @@ MUTANTS = [
     Mutant("resume-without-adapter", "training/run_identity.py", '"loss", "adapter", "seed"', '"loss", "seed"', SAVED),
     Mutant("resume-without-length", "training/run_identity.py", ', "max_length": max_length}', "}", SAVED),
     Mutant("resume-without-precision", "training/run_identity.py",
-           '    facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant here\n', "", SAVED),
+           '    facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant '
+           'here\n', "", SAVED),
     Mutant("resume-without-data", "training/run_identity.py", '"fingerprint": fingerprint, ', "", SAVED),
     Mutant("resume-one-step-late", "training/prepare.py", "job.total_targets = state.step,",
            "job.total_targets = state.step + 1,", CONTINUED),
-    Mutant("resume-counts-anew", "training/prepare.py", "state.step, state.total_tokens, state.total_targets",
+    Mutant("resume-counts-anew", "training/prepare.py", "state.step, state.total_tokens, "
+                                                        "state.total_targets",
            "state.step, 0, 0", CONTINUED),
     # --- the loop
     Mutant("loop-dropout-alike-in-every-step", "training/loop.py",
@@ -243,9 +280,11 @@ MUTANTS = [
            "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63", "job.loss.noise_seed = step", RANDOM),
     Mutant("loop-dropout-alike-on-every-rank", "training/loop.py",
            "(job.loss.noise_seed + (dist.rank() << 40)) % 2**63", "job.loss.noise_seed", RANDOM),
-    Mutant("loop-rate-of-next-step", "training/loop.py", "learning_rate(step, job.plan.num_steps, job.config.optim",
+    Mutant("loop-rate-of-next-step", "training/loop.py", "learning_rate(step, job.plan.num_steps, "
+                                                         "job.config.optim",
            "learning_rate(step + 1, job.plan.num_steps, job.config.optim", LOOP),
-    Mutant("loop-rounding-alike-in-every-step", "training/loop.py", "job.optimizer.seed = job.loss.noise_seed",
+    Mutant("loop-rounding-alike-in-every-step", "training/loop.py", "job.optimizer.seed = "
+                                                                    "job.loss.noise_seed",
            "job.optimizer.seed = 0", RANDOM),
     Mutant("loop-saves-every-other", "training/loop.py", "return every > 0 and done % every == 0",
            "return every > 0 and done % every == 1", CONTINUED),
@@ -256,39 +295,49 @@ MUTANTS = [
     Mutant("loop-bad-steps-for-ever", "training/metrics.py", "job.bad_steps + 1 if bad else 0", "0",
            ("test_train.py -k finite",)),
     Mutant("loop-bad-steps-never-forgiven", "training/metrics.py", "job.bad_steps + 1 if bad else 0",
-           "job.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k bad_steps")),
+           "job.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k "
+                                                                 "bad_steps")),
     # --- files and folders after a crash
     Mutant("files-never-synced", "files.py", "        os.fsync(descriptor)\n", "        pass\n", CRASH),
     Mutant("files-checkpoint-folder-not-synced", "training/checkpoint.py", "    sync(final.parent)\n", "", CRASH),
-    Mutant("files-checkpoint-not-synced", "training/checkpoint.py", "        sync(path)\n    (temporary", 
+    Mutant("files-checkpoint-not-synced", "training/checkpoint.py", "        sync(path)\n    "
+                                                                    "(temporary", 
            "    (temporary", CRASH),
-    Mutant("files-manifest-not-synced", "training/checkpoint.py", "    sync(temporary / MANIFEST)\n", "", CRASH),
+    Mutant("files-manifest-not-synced", "training/checkpoint.py", "    sync(temporary / "
+                                                                  "MANIFEST)\n", "", CRASH),
     Mutant("files-run-json-not-synced", "files.py", "        sync(temporary)\n", "", CRASH),
     Mutant("files-records-not-carried", "training/prepare.py",
            "carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}", "carried = {}", CRASH),
     Mutant("files-model-not-synced", "model/save.py", "            sync(path)\n", "", CRASH),
     Mutant("lock-not-taken", "report/lock.py", "        lock.acquire()\n", "        pass\n", OWNER),
     Mutant("lock-of-the-dead-holds", "report/lock.py", "        if renewed != before:\n", "        if now:\n", OWNER),
-    Mutant("lock-elsewhere-not-waited-for", "report/lock.py", "    until = time.monotonic() + PATIENCE\n",
+    Mutant("lock-elsewhere-not-waited-for", "report/lock.py", "    until = time.monotonic() + "
+                                                              "PATIENCE\n",
            "    until = time.monotonic()\n", OWNER),
     Mutant("lock-not-renewed", "report/lock.py", "            os.utime(path)\n", "            pass\n", OWNER),
     # --- the checks before a run
-    Mutant("checks-nothing-tried-long", "model/checks/start.py", "measure_isolation(loss.model, longest,",
+    Mutant("checks-nothing-tried-long", "model/checks/start.py", "measure_isolation(loss.model, "
+                                                                 "longest,",
            "measure_isolation(loss.model, min(longest, 32),", LENGTHS),
     Mutant("checks-gradients-not-compared", "model/checks/isolation.py", "<= EQUAL\n\n\ndef _sum",
            "<= 9\n\n\ndef _sum", LENGTHS),
-    Mutant("checks-one-order-only", "model/checks/isolation.py", "for numbers in (order, order[::-1]):",
+    Mutant("checks-one-order-only", "model/checks/isolation.py", "for numbers in (order, "
+                                                                 "order[::-1]):",
            "for numbers in (order,):", LENGTHS,
-           "a second look: of no model is it known that one order of segments leaks and the other does not"),
+           "a second look: of no model is it known that one order of segments leaks and the other "
+           "does not"),
     Mutant("checks-packed-once", "model/checks/probe.py", "        order += range(len(lengths))\n", "        break\n",
            LENGTHS),
-    Mutant("checks-segments-up-to-the-reach", "model/checks/probe.py", "max(SHORT, inside + inside // 4)",
+    Mutant("checks-segments-up-to-the-reach", "model/checks/probe.py", "max(SHORT, inside + "
+                                                                       "inside // 4)",
            "max(SHORT, inside)", LENGTHS),
     Mutant("checks-products-of-lengths-forgotten", "model/checks/probe.py", "max((*found, *products), default=0)",
            "max(found, default=0)", LENGTHS),
-    Mutant("checks-state-not-put-back", "model/checks/isolation.py", "        return names\n    raise",
+    Mutant("checks-state-not-put-back", "model/checks/isolation.py", "        return names\n    "
+                                                                     "raise",
            "        return frozenset()\n    raise", LENGTHS),
-    Mutant("checks-loss-of-probe-not-compared", "model/checks/start.py", "if abs(fused - own) > tolerance * abs(own):",
+    Mutant("checks-loss-of-probe-not-compared", "model/checks/start.py", "if abs(fused - own) > "
+                                                                         "tolerance * abs(own):",
            "if False:", LENGTHS),
     Mutant("checks-vocabulary-off-by-one", "model/checks/start.py", "if largest_id >= rows:", "if largest_id > rows:",
            ("test_loss.py -k embedding", "test_train.py -k mistake")),

@@ -4,8 +4,9 @@
     python tests/mutants.py only=plan,loss       those whose names contain one of these words
     python tests/mutants.py survivors=suite      what survives those tests also meets the whole default suite
 
-The mutants are listed in `mutant_list.py`. Each is tried on a copy of `src`, so the code itself is never touched. The
-last line is `mutants KILLED/TRIED`; the exit code is 0 when every survivor has its reason in the list.
+The mutants are listed in `mutant_list.py`. Each is tried on a copy of `src`, so the code itself is
+never touched. The last line is `mutants KILLED/TRIED`; the exit code is 0 when every survivor has
+its reason in the list.
 """
 
 from __future__ import annotations
@@ -46,13 +47,17 @@ SLOW_IMPORTS = (
     "pytest",
     "rich",
 )
-"""What sftx imports and no mutant changes: imported once here, so that a forked process begins with it."""
+"""What sftx imports and no mutant changes: imported once here, so that a forked process begins with
+it.
+"""
 
 
 def copy_of_source(folder: Path) -> Path:
     """A copy of `src` in `folder`."""
     source = folder / "src"
-    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
     return source
 
 
@@ -66,7 +71,9 @@ def put_into(source: Path, mutant: Mutant) -> None:
 
 
 def in_a_fork(work: Callable[[], int], log: Path) -> int:
-    """Exit code of `work` in a process of its own, with all it started ended after it; 124 = it took too long."""
+    """Exit code of `work` in a process of its own, with all it started ended after it; 124 = it
+    took too long.
+    """
     process = os.fork()
     if process == 0:
         os.setsid()
@@ -142,7 +149,9 @@ def failure_without_mutant(tests: str) -> str:
 
 
 def try_on(source: Path, tests: str, log: Path) -> str:
-    """The first failure of these tests on the code in `source`; `ValueError` if there are no such tests."""
+    """The first failure of these tests on the code in `source`; `ValueError` if there are no such
+    tests.
+    """
     kind, _, rest = tests.partition(" ")
     if kind == "scorecard":
         code = in_a_fork(lambda: run_scorecard(source, rest), log)
@@ -163,7 +172,11 @@ def first_failure(log: Path, tests: str, code: int) -> str:
     if code == 124:
         return f"{tests}: not done after {LIMIT} s"
     said = [*failed, *checks, f"exit code {code}"][0]
-    late = " (a time limit: look whether the machine was busy)" if "TimeoutExpired" in "".join(lines) else ""
+    late = (
+        " (a time limit: look whether the machine was busy)"
+        if "TimeoutExpired" in "".join(lines)
+        else ""
+    )
     return f"{tests}: {said}{late}"
 
 
@@ -171,7 +184,10 @@ def main(arguments: list[str]) -> int:
     """Try the mutants that were asked for, and print a line for each."""
     asked = dict(argument.partition("=")[::2] for argument in arguments)
     if strange := asked.keys() - {"only", "survivors"}:
-        print(f"unknown: {', '.join(sorted(strange))}; known: only=WORD,WORD survivors=suite", file=sys.stderr)
+        print(
+            f"unknown: {', '.join(sorted(strange))}; known: only=WORD,WORD survivors=suite",
+            file=sys.stderr,
+        )
         return 2
     words = asked["only"].split(",") if "only" in asked else [""]
     chosen = [mutant for mutant in MUTANTS if any(word in mutant.name for word in words)]
@@ -190,7 +206,10 @@ def main(arguments: list[str]) -> int:
         unexplained += not found and not mutant.reason
         verdict = "killed  " if found else "SURVIVES"
         why = found or mutant.reason or "no test and no reason"
-        print(f"{verdict}  {mutant.name:32} {time.monotonic() - began:4.0f} s  {why[:150]}", flush=True)
+        print(
+            f"{verdict}  {mutant.name:32} {time.monotonic() - began:4.0f} s  {why[:150]}",
+            flush=True,
+        )
     print(f"mutants {killed}/{len(chosen)}")
     return int(unexplained > 0)
 

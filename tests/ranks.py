@@ -22,15 +22,25 @@ def model(path: Path) -> str:
 
 
 def write_run(folder: Path, model: str | dict[str, Any], name: str, **changes: Any) -> Path:
-    """A run of 20 steps whose last step of each epoch is ragged: with one token per pack it has 3 packs."""
+    """A run of 20 steps whose last step of each epoch is ragged: with one token per pack it has 3
+    packs.
+    """
     rows = folder / "rows.jsonl"
     if not rows.exists():
-        lines = [json.dumps([f"What is {i} plus {i}?", f"It is {2 * i}" + "!" * (i % 7)]) for i in range(43)]
+        lines = [
+            json.dumps([f"What is {i} plus {i}?", f"It is {2 * i}" + "!" * (i % 7)])
+            for i in range(43)
+        ]
         rows.write_text("\n".join(lines[:35]) + "\n", encoding="utf-8")
         (folder / "held.jsonl").write_text("\n".join(lines[35:]) + "\n", encoding="utf-8")
     config: dict[str, Any] = {
         "model": model,
-        "data": {"train": str(rows), "eval": str(folder / "held.jsonl"), "cache": str(folder / "cache"), "workers": 0},
+        "data": {
+            "train": str(rows),
+            "eval": str(folder / "held.jsonl"),
+            "cache": str(folder / "cache"),
+            "workers": 0,
+        },
         "output": str(folder / name),
         "batch": {"examples_per_step": 4, "epochs": 20 / 9},
         "optim": {"learning_rate": 3e-3, "weight_decay": 0.1},
@@ -49,11 +59,20 @@ def launcher(count: int) -> list[str]:
     return [sys.executable, *(torchrun if count else [])]
 
 
-def start(path: Path, ranks: int, program: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """The launcher of a run; 0 ranks = one process without torchrun. `program` replaces `-m sftx train`."""
+def start(
+    path: Path, ranks: int, program: list[str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """The launcher of a run; 0 ranks = one process without torchrun. `program` replaces `-m sftx
+    train`.
+    """
     command = [*launcher(ranks), *(program or ["-m", "sftx", "train"]), str(path)]
     return subprocess.Popen(
-        command, text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        command,
+        text=True,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
     )
 
 
@@ -70,7 +89,10 @@ def run(path: Path, ranks: int, expect: int = 0, **options: Any) -> str:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The steps of a run, without that of step 0."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line["step"]]
 
 
@@ -81,7 +103,13 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def difference(one: Path, other: Path) -> float:
     """The largest difference of any weight between two trained folders."""
-    name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
+    name = (
+        "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
+    )
     first, second = load_file(one / name), load_file(other / name)
     assert first.keys() == second.keys()
-    return max(float((first[key] - second[key]).abs().max()) for key in first if isinstance(first[key], torch.Tensor))
+    return max(
+        float((first[key] - second[key]).abs().max())
+        for key in first
+        if isinstance(first[key], torch.Tensor)
+    )

@@ -1,8 +1,10 @@
-"""How much a reader must read: `python tests/reading.py [FOLDER] [--commit REV]` prints the figures of the house.
+"""How much a reader must read: `python tests/reading.py [FOLDER] [--commit REV]` prints the figures
+of the house.
 
-Files, lines and Python tokens on the run path (all modules that importing `sftx.training.loop` brings in, top-level and
-inner imports alike), tokens per line of code, complex functions, the share of `Any` among annotations, the longest file
-and function. Tokens count what is read: no comments, no docstrings, no line ends, no indentation.
+Files, lines and Python tokens on the run path (all modules that importing `sftx.training.loop`
+brings in, top-level and inner imports alike), tokens per line of code, complex functions, the share
+of `Any` among annotations, the longest file and function. Tokens count what is read: no comments,
+no docstrings, no line ends, no indentation.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def measure(path: Path, name: str) -> Module:
 
 
 def load(package: Path) -> dict[str, Module]:
-    """Every module below `package` by its dotted name, with the modules of the package that it imports."""
+    """Every module below `package` by its dotted name, with the modules of the package that it
+    imports.
+    """
     modules: dict[str, Module] = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -105,7 +109,9 @@ def _imports(module: Module, modules: dict[str, Module]) -> set[str]:
 
 
 def closure(modules: dict[str, Module], root: str) -> list[Module]:
-    """The modules that a reader of `root` may have to open: itself, and all it imports, however far down."""
+    """The modules that a reader of `root` may have to open: itself, and all it imports, however far
+    down.
+    """
     seen = {root}
     waiting = deque([root])
     while waiting:
@@ -119,7 +125,9 @@ def complexity(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """McCabe's number: one, and one more for every branch."""
     branches = 1
     for node in ast.walk(function):
-        if isinstance(node, ast.If | ast.For | ast.While | ast.IfExp | ast.ExceptHandler | ast.comprehension):
+        if isinstance(
+            node, ast.If | ast.For | ast.While | ast.IfExp | ast.ExceptHandler | ast.comprehension
+        ):
             branches += 1
         elif isinstance(node, ast.BoolOp):
             branches += len(node.values) - 1
@@ -134,8 +142,14 @@ def annotations(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            extra = [argument for argument in (node.args.vararg, node.args.kwarg) if argument is not None]
-            found += [argument.annotation for argument in parameters + extra if argument.annotation is not None]
+            extra = [
+                argument for argument in (node.args.vararg, node.args.kwarg) if argument is not None
+            ]
+            found += [
+                argument.annotation
+                for argument in parameters + extra
+                if argument.annotation is not None
+            ]
             if node.returns is not None:
                 found.append(node.returns)
         elif isinstance(node, ast.AnnAssign):
@@ -168,11 +182,14 @@ def report(package: Path) -> str:
         f"{sum(m.tokens for m in run_path):,} tokens, {density(run_path):.1f} per line of code",
         f"package: {len(library)} files, {sum(m.lines for m in library):,} lines, "
         f"{sum(m.tokens for m in library):,} tokens, {density(library):.1f} per line of code",
-        "tokens by package: " + ", ".join(f"{name} {count:,}" for name, count in by_package.most_common()),
+        "tokens by package: "
+        + ", ".join(f"{name} {count:,}" for name, count in by_package.most_common()),
         f"functions of a complexity over {COMPLEX}: {len(complex_functions)}",
-        f"annotations with Any: {len(with_any)} of {len(texts)} = {100 * len(with_any) / max(len(texts), 1):.1f} %",
+        f"annotations with Any: {len(with_any)} of {len(texts)} = "
+        f"{100 * len(with_any) / max(len(texts), 1):.1f} %",
         f"longest file: {longest_file.name}, {longest_file.lines} lines",
-        f"longest function: {longest_function[0]}.{node.name}, {(node.end_lineno or 0) - node.lineno + 1} lines",
+        f"longest function: {longest_function[0]}.{node.name}, "
+        f"{(node.end_lineno or 0) - node.lineno + 1} lines",
     ]
     return "\n".join(lines)
 
@@ -187,7 +204,9 @@ def package_of(module: Module) -> str:
 
 def density(modules: list[Module]) -> float:
     """Tokens per line of code."""
-    return sum(module.tokens for module in modules) / max(sum(module.code_lines for module in modules), 1)
+    return sum(module.tokens for module in modules) / max(
+        sum(module.code_lines for module in modules), 1
+    )
 
 
 def main() -> None:
@@ -195,7 +214,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     root = Path(__file__).parents[1]
     parser.add_argument("folder", nargs="?", type=Path, default=root / "src" / "sftx")
-    parser.add_argument("--commit", help="measure this state of the repository instead of the files at hand")
+    parser.add_argument(
+        "--commit", help="measure this state of the repository instead of the files at hand"
+    )
     given = parser.parse_args()
     if given.commit is None:
         print(report(given.folder))

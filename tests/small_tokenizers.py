@@ -12,8 +12,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from sftx.data.tokenizer import Tokenizer
 
 CORPUS = [
-    "the quick brown fox jumps over the lazy dog. What is 2+2? It is 4, I think.\n\nUser: hello\nAssistant: yes\n",
-    "system user assistant think tool call result answer question שלום 🙂 café naïve weather in Paris\n \n  \n\n",
+    "the quick brown fox jumps over the lazy dog. What is 2+2? It is 4, I think.\n\nUser: "
+    "hello\nAssistant: yes\n",
+    "system user assistant think tool call result answer question שלום 🙂 café naïve weather in "
+    "Paris\n \n  \n\n",
 ] * 4
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PLAIN_ADDED = ["<think>", "</think>"]
@@ -46,25 +48,37 @@ def _trained(kind: str, adds_bos: bool, adds_eos: bool) -> str:
     backend.add_tokens([AddedToken(text, normalized=False) for text in PLAIN_ADDED])
     bos, eos = backend.token_to_id("<s>"), backend.token_to_id("</s>")
     single = f"{'<s> ' if adds_bos else ''}$A{' </s>' if adds_eos else ''}"
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
     return backend.to_str()
 
 
-def backend(kind: str = "byte_level", adds_bos: bool = False, adds_eos: bool = False) -> tokenizers.Tokenizer:
+def backend(
+    kind: str = "byte_level", adds_bos: bool = False, adds_eos: bool = False
+) -> tokenizers.Tokenizer:
     """A fresh copy of a small trained tokenizer: `byte_level` or `metaspace`."""
     return tokenizers.Tokenizer.from_str(_trained(kind, adds_bos, adds_eos))
 
 
 def ours(
-    kind: str = "byte_level", *, adds_bos: bool = False, adds_eos: bool = False, **special: str | None
+    kind: str = "byte_level",
+    *,
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    **special: str | None,
 ) -> Tokenizer:
     """A small tokenizer as sftx sees it. Special tokens by name; None leaves one out."""
     named = {"bos_token": "<s>", "eos_token": "</s>", **special}
-    return Tokenizer(backend(kind, adds_bos, adds_eos), {k: v for k, v in named.items() if v is not None}, {})
+    return Tokenizer(
+        backend(kind, adds_bos, adds_eos), {k: v for k, v in named.items() if v is not None}, {}
+    )
 
 
 def theirs(kind: str = "byte_level", **options: Any) -> Any:
     """The same tokenizer as transformers sees it."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=backend(kind, **options), bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend(kind, **options), bos_token="<s>", eos_token="</s>"
+    )

@@ -1,4 +1,6 @@
-"""Adapters: rows of new tokens, adapters that train on from a folder, and what a saved folder holds."""
+"""Adapters: rows of new tokens, adapters that train on from a folder, and what a saved folder
+holds.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     model = tiny.model(tie_word_embeddings=tied)
     old = model.get_input_embeddings().weight.detach().clone()
     notes = add_rows(model, TAUGHT, seed=1)
-    assert notes == ["3 listed tokens have rows that train, 2 of them new; the embeddings grew from 264 to 266 rows"]
+    assert notes == [
+        "3 listed tokens have rows that train, 2 of them new; the embeddings grew from 264 to 266 "
+        "rows"
+    ]
     new = model.get_input_embeddings().weight.detach()
     assert torch.equal(new[:264], old)
     assert not torch.equal(new[264], new[265])
@@ -76,10 +81,14 @@ def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     reference = tiny.naive_loss(twin.double(), [example]) * float(example.weights[1:].sum())
     reference.backward()  # the adapter's B is 0 at the start, so the unadapted twin has the same gradients
     matrices = [twin.get_input_embeddings()] + ([] if tied else [twin.get_output_embeddings()])
-    for ours, matrix in zip(sorted(rows.items(), key=lambda item: "lm_head" in item[0]), matrices, strict=True):
+    for ours, matrix in zip(
+        sorted(rows.items(), key=lambda item: "lm_head" in item[0]), matrices, strict=True
+    ):
         theirs = matrix.weight.grad[sorted(TAUGHT)]
         assert float((ours[1].grad - theirs).norm() / theirs.norm()) < 1e-5
-    settings = Config.model_validate({"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}).optim
+    settings = Config.model_validate(
+        {"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}
+    ).optim
     decayed = {id(p) for p in build_optimizer(loss, settings).param_groups[0]["params"]}
     assert not decayed & {id(p) for p in rows.values()}
 
@@ -91,7 +100,9 @@ def test_rows_for_tokens_that_are_not_listed_are_refused() -> None:
 
 def test_the_tokenizer_of_a_run_has_the_added_tokens(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
-    settings = Model(path=path, add_tokens=["<calc>"], add_special_tokens=["<|im_start|>", "<|user|>"])
+    settings = Model(
+        path=path, add_tokens=["<calc>"], add_special_tokens=["<|im_start|>", "<|user|>"]
+    )
     made = Tokenizer.of_model(settings)
     assert made.added_token_ids == {264: True, 265: True, 4: False}
     assert made.encode("a<calc>b")[1] == 264
@@ -111,7 +122,8 @@ def test_a_run_with_a_template_of_new_tokens_serves_them(tied: bool, tmp_path: P
     result = run(path, tmp_path / "run", model=model, data=data, adapter={"merge": True})
     notes = json.loads((result.folder / "run.json").read_text())["notes"]
     assert notes[:-1] == [
-        "3 listed tokens have rows that train, 3 of them new; the embeddings grew from 264 to 267 rows"
+        "3 listed tokens have rows that train, 3 of them new; the embeddings grew from 264 to 267 "
+        "rows"
     ]
     assert notes[-1].startswith("the adapter is in (parameters): down_proj x 2 (")
     tensors = load_file(result.folder / "adapter_model.safetensors")
@@ -127,7 +139,11 @@ def test_a_run_with_a_template_of_new_tokens_serves_them(tied: bool, tmp_path: P
         assert merged.config.tie_word_embeddings == tied
         assert float((merged(ids).logits - adapted).abs().max()) < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(result.folder)
-    assert tokenizer.convert_tokens_to_ids(["<calc>", "<|im_start|>", "<|im_end|>"]) == [264, 265, 266]
+    assert tokenizer.convert_tokens_to_ids(["<calc>", "<|im_start|>", "<|im_end|>"]) == [
+        264,
+        265,
+        266,
+    ]
     assert 266 in merged.generation_config.eos_token_id
 
 
@@ -136,9 +152,15 @@ def test_ids_beyond_the_model_are_refused_where_nobody_asked(tmp_path: Path) -> 
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<calc>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(sftx.UserError, match=r"264 is outside .* must be listed in model\.add_tokens"):
+    with pytest.raises(
+        sftx.UserError, match=r"264 is outside .* must be listed in model\.add_tokens"
+    ):
         run(path, tmp_path / "run", model={"tokenizer": str(tmp_path / "more")})
-    result = run(path, tmp_path / "run", model={"tokenizer": str(tmp_path / "more"), "add_tokens": ["<calc>"]})
+    result = run(
+        path,
+        tmp_path / "run",
+        model={"tokenizer": str(tmp_path / "more"), "add_tokens": ["<calc>"]},
+    )
     assert "1 of them new" in json.loads((result.folder / "run.json").read_text())["notes"][0]
 
 
@@ -146,8 +168,14 @@ def test_ids_beyond_the_model_are_refused_where_nobody_asked(tmp_path: Path) -> 
 def test_a_saved_adapter_trains_on(method: str, tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
     data, model = {"eval_rows": ROWS}, {"add_tokens": ["<calc>"]}
-    first = run(path, tmp_path / "first", adapter={"method": method, "alpha": 8}, data=data, model=model)
-    settings: dict[str, Any] = {"adapter": {"method": method, "path": str(first.folder)}, "data": data, "model": model}
+    first = run(
+        path, tmp_path / "first", adapter={"method": method, "alpha": 8}, data=data, model=model
+    )
+    settings: dict[str, Any] = {
+        "adapter": {"method": method, "path": str(first.folder)},
+        "data": data,
+        "model": model,
+    }
     again = run(path, tmp_path / "again", **settings)
     assert again.eval_before == first.eval_after
     assert again.eval_after["loss"] < first.eval_after["loss"]
@@ -169,13 +197,26 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
         ({"adapter": {"rank": 8}}, r"adapter\.rank: 8, but the adapter in .* has 4; leave it out"),
         ({"adapter": {"method": "dora"}}, r"adapter\.method: dora, but the adapter in .* has lora"),
         ({"adapter": {"targets": ["q_proj"]}}, r"adapter\.targets"),
-        ({"adapter": {"path": str(tmp_path / "nothing")}}, r"adapter\.path: .* cannot be continued"),
-        ({"adapter": {"path": str(pickled)}}, r"adapter\.path: .* has no adapter_model.safetensors; pickled"),
+        (
+            {"adapter": {"path": str(tmp_path / "nothing")}},
+            r"adapter\.path: .* cannot be continued",
+        ),
+        (
+            {"adapter": {"path": str(pickled)}},
+            r"adapter\.path: .* has no adapter_model.safetensors; pickled",
+        ),
         ({"model": {"add_tokens": ["<calc>"]}}, r"model\.add_tokens: .* trains the rows None"),
-        ({"model": {"path": tiny.folder(tmp_path / "deep", num_hidden_layers=3)}}, r"adapter\.path: .* does not fit"),
+        (
+            {"model": {"path": tiny.folder(tmp_path / "deep", num_hidden_layers=3)}},
+            r"adapter\.path: .* does not fit",
+        ),
     ]
     for number, (changes, message) in enumerate(wrong):
-        settings = {"model": {}, **changes, "adapter": {"path": str(first.folder), **changes.get("adapter", {})}}
+        settings = {
+            "model": {},
+            **changes,
+            "adapter": {"path": str(first.folder), **changes.get("adapter", {})},
+        }
         with pytest.raises(sftx.UserError, match=message):
             run(path, tmp_path / str(number), **settings)
 
@@ -184,7 +225,11 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
 def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
     method: str, peak: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings: dict[str, Any] = {"batch": {"steps": 1}, "optim": {"learning_rate": None}, "runtime": {"progress": True}}
+    settings: dict[str, Any] = {
+        "batch": {"steps": 1},
+        "optim": {"learning_rate": None},
+        "runtime": {"progress": True},
+    }
     sftx.train(
         model=tiny.folder(tmp_path / "model"),
         data={"rows": ROWS, "cache": str(tmp_path / "cache")},
@@ -198,21 +243,38 @@ def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
 
 
 def test_a_saved_folder_is_laid_out_as_servers_expect(tmp_path: Path) -> None:
-    """vLLM reads r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and use_dora; llama.cpp's converter
-    reads lora_alpha and the base's name, and takes no tensor but lora_A and lora_B."""
+    """vLLM reads r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and use_dora;
+    llama.cpp's converter reads lora_alpha and the base's name, and takes no tensor but lora_A and
+    lora_B.
+    """
     path = tiny.folder(tmp_path / "model")
     result = run(path, tmp_path / "run", data={"rows": [["a", "b"]] * 8})
     config = json.loads((result.folder / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["task_type"], config["base_model_name_or_path"]) == ("LORA", "CAUSAL_LM", path)
-    assert (config["r"], config["lora_alpha"], config["bias"], config["modules_to_save"]) == (4, 32.0, "none", None)
-    assert (config["use_rslora"], config["use_dora"], config["inference_mode"]) == (False, False, True)
+    assert (config["peft_type"], config["task_type"], config["base_model_name_or_path"]) == (
+        "LORA",
+        "CAUSAL_LM",
+        path,
+    )
+    assert (config["r"], config["lora_alpha"], config["bias"], config["modules_to_save"]) == (
+        4,
+        32.0,
+        "none",
+        None,
+    )
+    assert (config["use_rslora"], config["use_dora"], config["inference_mode"]) == (
+        False,
+        False,
+        True,
+    )
     assert config["target_modules"]
     base = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
     for name, tensor in load_file(result.folder / "adapter_model.safetensors").items():
         assert name.startswith("base_model.model.model.layers.")
         stem, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
         out_features, in_features = base[f"{stem}.weight"].shape
-        assert tuple(tensor.shape) == {"lora_A": (4, in_features), "lora_B": (out_features, 4)}[kind]
+        assert (
+            tuple(tensor.shape) == {"lora_A": (4, in_features), "lora_B": (out_features, 4)}[kind]
+        )
 
 
 def test_an_adapter_that_trains_on_computes_as_it_did_when_it_was_new(tmp_path: Path) -> None:

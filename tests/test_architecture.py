@@ -43,29 +43,48 @@ LAYERS = {
         "types",
     ),
 }
-STRANGERS = (("data", "model"), ("data", "report"), ("cli", "compat"), ("cli", "demo"), ("compat", "demo"))
+STRANGERS = (
+    ("data", "model"),
+    ("data", "report"),
+    ("cli", "compat"),
+    ("cli", "demo"),
+    ("compat", "demo"),
+)
 """Packages that never import each other, in either direction (a verb may run the demo)."""
 NO_TORCH_BELOW = 2
 CATCHES_ALL = SOURCE / "boundary.py"
 """The one file that may catch whatever a library raises; see its docstring."""
 MAX_FILE, MAX_FUNCTION = 400, 60
-"""Lines, counted whole, as a reader meets them. The whole has no limit: code is never made denser to fit one."""
+"""Lines, counted whole, as a reader meets them. The whole has no limit: code is never made denser
+to fit one.
+"""
 
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Every module of the package by its dotted name without `sftx.`; the package itself is the empty name."""
+    """Every module of the package by its dotted name without `sftx.`; the package itself is the
+    empty name.
+    """
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        name = (
+            ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+            .removesuffix("__init__")
+            .rstrip(".")
+        )
         found[name] = ast.parse(path.read_text(encoding="utf-8"))
     return found
 
 
 def layer(name: str) -> int:
-    """The layer of a module; a package that only describes its modules (no imports) belongs to the lowest of them."""
+    """The layer of a module; a package that only describes its modules (no imports) belongs to the
+    lowest of them.
+    """
     matches = [
-        (len(part), number) for number, parts in LAYERS.items() for part in parts if f"{name}.".startswith(f"{part}.")
+        (len(part), number)
+        for number, parts in LAYERS.items()
+        for part in parts
+        if f"{name}.".startswith(f"{part}.")
     ]
     assert matches, f"sftx.{name} has no layer: put it into LAYERS"
     return max(matches)[1]
@@ -146,7 +165,9 @@ def _outside(node: ast.AST) -> list[str]:
 
 
 def test_light_modules_load_without_torch_and_transformers() -> None:
-    light = ["sftx"] + [f"sftx.{name}" for name in modules() if name and layer(name) < NO_TORCH_BELOW]
+    light = ["sftx"] + [
+        f"sftx.{name}" for name in modules() if name and layer(name) < NO_TORCH_BELOW
+    ]
     code = (
         "import sys, importlib\n"
         "for name in sys.argv[1:]:\n"
@@ -154,13 +175,19 @@ def test_light_modules_load_without_torch_and_transformers() -> None:
         "    heavy = {'torch', 'transformers', 'peft'} & {*sys.modules}\n"
         "    assert not heavy, f'{name} imports {heavy}'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *light], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *light], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_files_and_functions_are_small() -> None:
-    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
-    assert not [f"{path.relative_to(ROOT)}: {size}" for path, size in sizes.items() if size > MAX_FILE]
+    sizes = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")
+    }
+    assert not [
+        f"{path.relative_to(ROOT)}: {size}" for path, size in sizes.items() if size > MAX_FILE
+    ]
     long = [
         f"sftx.{name}: {node.name}: {node.end_lineno - node.lineno + 1} lines"
         for name, tree in modules().items()
@@ -180,7 +207,10 @@ def test_everything_public_is_documented() -> None:
             for node in tree.body
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
             and node.name[0] != "_"
-            and "overload" not in [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)]
+            and "overload"
+            not in [
+                decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)
+            ]
         ]
         missing += [f"sftx.{name}.{node.name}" for node in public if not ast.get_docstring(node)]
     assert not missing, "\n".join(missing)
@@ -191,7 +221,14 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_no_leftovers() -> None:
-    everywhere = ["TO" + "DO", "FIX" + "ME", "XX" + "X", "break" + "point(", "/wo" + "rk/", "/tm" + "p/"]
+    everywhere = [
+        "TO" + "DO",
+        "FIX" + "ME",
+        "XX" + "X",
+        "break" + "point(",
+        "/wo" + "rk/",
+        "/tm" + "p/",
+    ]
     in_source = [
         r"except Exception",
         r"except:",
@@ -207,16 +244,22 @@ def test_no_leftovers() -> None:
     for path in [*places, *(ROOT / "examples").rglob("*.*")]:
         patterns = [re.escape(word) for word in everywhere]
         if SOURCE in path.parents:
-            patterns += [word for word in in_source if path != CATCHES_ALL or word != r"except Exception"]
+            patterns += [
+                word for word in in_source if path != CATCHES_ALL or word != r"except Exception"
+            ]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             wrong += [
-                f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for word in patterns if re.search(word, line)
+                f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+                for word in patterns
+                if re.search(word, line)
             ]
     assert not wrong, "\n".join(wrong)
     assert CATCHES_ALL.read_text(encoding="utf-8").count("except Exception") == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_example_loads(path: Path) -> None:
     assert load_config(str(path)).output.startswith("runs/")
 

@@ -26,14 +26,21 @@ BAD_ROWS = {
     "messages and text": '{"prompt": [], "completion": "c"}',
     "tools without messages": '{"prompt": "p", "completion": "c", "tools": [{}]}',
     "deep": '{"prompt": ' + "[" * 9999 + "]" * 9999 + ', "completion": "c"}',
-    "many columns": json.dumps({"prompt": "p", "completion": "c"} | {f"k{i}": 1 for i in range(1200)}),
+    "many columns": json.dumps(
+        {"prompt": "p", "completion": "c"} | {f"k{i}": 1 for i in range(1200)}
+    ),
 }
 
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_a_bad_row_is_told_by_place_then_reason_then_what_to_do(kind: str, at: int, tmp_path: Path) -> None:
-    good, hint = '{"prompt": "p", "completion": "c"}', "\n(data.on_bad_row=skip leaves bad rows out and lists them)"
+def test_a_bad_row_is_told_by_place_then_reason_then_what_to_do(
+    kind: str, at: int, tmp_path: Path
+) -> None:
+    good, hint = (
+        '{"prompt": "p", "completion": "c"}',
+        "\n(data.on_bad_row=skip leaves bad rows out and lists them)",
+    )
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([good] * (at - 1) + [BAD_ROWS[kind], good]) + "\n")
     data = {"train": str(path), "cache": str(tmp_path / "cache"), "workers": 0, "template": "none"}

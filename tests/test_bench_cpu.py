@@ -1,5 +1,6 @@
-"""The CPU benchmarks: rows of the stated lengths, one small case of the growth table, the summary line, and what
-torchtune is told (it is not needed here)."""
+"""The CPU benchmarks: rows of the stated lengths, one small case of the growth table, the summary
+line, and what torchtune is told (it is not needed here).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +25,12 @@ def test_rows_have_the_lengths_of_their_kind(kind: str, prompt: int, answer: int
     made = rows(2000, 1000, kind=kind)
     masked = [row["labels"].count(-100) for row in made]
     assert np.median(masked) == pytest.approx(prompt, rel=0.1)
-    assert np.median([len(row["labels"]) for row in made] - np.array(masked)) == pytest.approx(answer, rel=0.1)
-    assert all(len(row["input_ids"]) == len(row["labels"]) and max(row["input_ids"]) < 1000 for row in made)
+    assert np.median([len(row["labels"]) for row in made] - np.array(masked)) == pytest.approx(
+        answer, rel=0.1
+    )
+    assert all(
+        len(row["input_ids"]) == len(row["labels"]) and max(row["input_ids"]) < 1000 for row in made
+    )
 
 
 def test_both_sides_of_the_growth_table_compute_the_same_loss() -> None:
@@ -42,30 +47,52 @@ def test_the_last_line_names_every_precision_of_the_first_case() -> None:
 
     def case(shape: str, precision: str, speed: float) -> dict[str, object]:
         summary = {"speed": speed, "matmul": speed / 10, "memory": 0.5}
-        return {"shape": shape, "rows": "gsm8k", "method": "full", "precision": precision, "summary": summary}
+        return {
+            "shape": shape,
+            "rows": "gsm8k",
+            "method": "full",
+            "precision": precision,
+            "summary": summary,
+        }
 
     figures = [case("a", "bf16", 5.6), case("a", "fp32", 5.31), case("b", "fp32", 1.0)]
     assert last_line(figures) == "speedup bf16=5.60 fp32=5.31 matmul_share=0.53 memory=0.50"
 
 
-def test_torchtune_is_told_the_sizes_of_the_model_and_the_rows_of_the_others(tmp_path: Path) -> None:
+def test_torchtune_is_told_the_sizes_of_the_model_and_the_rows_of_the_others(
+    tmp_path: Path,
+) -> None:
     from peers import SHAPES, folder, rows
     from torchtune_peer import configuration, dataset
 
     size, data = SHAPES["smoke"], rows(2, 1024)
-    job = {"model": folder("smoke", tmp_path), "method": "lora", "batch": 2, "precision": "bf16", "output": "run"}
+    job = {
+        "model": folder("smoke", tmp_path),
+        "method": "lora",
+        "batch": 2,
+        "precision": "bf16",
+        "output": "run",
+    }
     told = configuration(job, data)
     model = told["model"]
     assert [model[name] for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim")] == [
         size["vocab_size"], size["num_hidden_layers"], size["num_attention_heads"], size["num_key_value_heads"],
         size["hidden_size"],
     ]  # fmt: skip
-    assert (model["intermediate_dim"], model["tie_word_embeddings"], model["lora_rank"]) == (128, True, 16)
+    assert (model["intermediate_dim"], model["tie_word_embeddings"], model["lora_rank"]) == (
+        128,
+        True,
+        16,
+    )
     assert told["checkpointer"]["checkpoint_files"] == ["model.safetensors"]
-    assert [list(row.values()) for row in dataset(None, told["dataset"]["rows"])] == [list(r.values()) for r in data]
+    assert [list(row.values()) for row in dataset(None, told["dataset"]["rows"])] == [
+        list(r.values()) for r in data
+    ]
 
 
-def test_torchtune_without_a_builder_for_the_family_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_torchtune_without_a_builder_for_the_family_is_an_error_that_says_so(
+    tmp_path: Path,
+) -> None:
     from torchtune_peer import configuration
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))

@@ -28,9 +28,12 @@ def test_smoke_run(tmp_path: Path) -> None:
     cells = {cell["name"]: cell for cell in figures["cells"]}
     if find_spec("bitsandbytes") is None:
         assert "needs bitsandbytes" in cells.pop("smoke/qlora/512/sftx-fsdp")["failed"][0]["error"]
-    assert {"smoke/full/512/sftx", "smoke/lora/512/sftx", "smoke/lora/512/sftx-fsdp", "smoke/dora/512/sftx-fsdp"} <= {
-        *cells
-    }
+    assert {
+        "smoke/full/512/sftx",
+        "smoke/lora/512/sftx",
+        "smoke/lora/512/sftx-fsdp",
+        "smoke/dora/512/sftx-fsdp",
+    } <= {*cells}
     assert not [cell["failed"] for cell in cells.values() if cell["failed"]]
     assert all(cell["tokens_per_second"] > 0 < cell["predicted"] for cell in cells.values())
     losses = [cells[f"smoke/lora/512/{system}"]["loss"] for system in ("sftx", "sftx-fsdp")]
@@ -39,12 +42,16 @@ def test_smoke_run(tmp_path: Path) -> None:
 
 
 def test_flops_follow_the_formula() -> None:
-    """6 per weight and token, less for LoRA, and half of the square of every segment's length in attention."""
+    """6 per weight and token, less for LoRA, and half of the square of every segment's length in
+    attention.
+    """
     code = (
         "import gpu, json; base = dict(shape='smoke', tokens=100, targets=40, squares=3000)\n"
         "print(json.dumps([gpu.flops({**base, 'method': m}) for m in ('full', 'lora')]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCH, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCH, check=True
+    )
     body, head = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 64 * 1024
     rank16 = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     attention = 6 * 2 * 64 * 3000

@@ -18,8 +18,22 @@ def test_counts_of_two_ranks(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     rows = [json.dumps([f"What is {i}?", "It is " + "!" * (7 * i % 50)]) for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    command = [sys.executable, str(BENCH / "scale.py"), str(tmp_path / "rows.jsonl"), str(tmp_path / "tokenizer")]
-    command += ["--ranks", "2", "--examples-per-step", "32", "--traffic", "2", "--json", str(tmp_path / "scale.json")]
+    command = [
+        sys.executable,
+        str(BENCH / "scale.py"),
+        str(tmp_path / "rows.jsonl"),
+        str(tmp_path / "tokenizer"),
+    ]
+    command += [
+        "--ranks",
+        "2",
+        "--examples-per-step",
+        "32",
+        "--traffic",
+        "2",
+        "--json",
+        str(tmp_path / "scale.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "scale.json").read_text())

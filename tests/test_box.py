@@ -29,7 +29,9 @@ def test_what_jinja_makes_shows_nothing_of_python(thing: str, name: str) -> None
 
 
 def test_an_interruption_that_comes_late_ends_the_text_that_it_was_meant_for() -> None:
-    """The watch has fired, and the rendering ends before the interruption is there: nothing after it may be hit."""
+    """The watch has fired, and the rendering ends before the interruption is there: nothing after
+    it may be hit.
+    """
     watch = sandbox._Watch()
     target, interruption = ctypes.c_ulong(watch.target), ctypes.py_object(sandbox._Interruption)
     late = threading.Timer(0.1, ctypes.pythonapi.PyThreadState_SetAsyncExc, (target, interruption))

@@ -50,9 +50,13 @@ SEQUENCE = st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHT), max_size=20)
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(SEQUENCE, max_size=8))
-def test_what_is_read_is_what_was_written(tmp_path_factory: pytest.TempPathFactory, sequences: list) -> None:
+def test_what_is_read_is_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, sequences: list
+) -> None:
     cache = Cache(str(tmp_path_factory.mktemp("cache")))
-    written = [example([i for i, _ in s], [w for _, w in s], f"note {len(s)}", len(s)) for s in sequences]
+    written = [
+        example([i for i, _ in s], [w for _, w in s], f"note {len(s)}", len(s)) for s in sequences
+    ]
     cache.save("ab12", make_block([Entry(e, i, i) for i, e in enumerate(written)], {}))
     block = cache.load("ab12")
     assert block is not None
@@ -87,7 +91,9 @@ def test_a_torn_file_is_no_block(tmp_path: Path) -> None:
     assert open_block(tmp_path / "nothing") is None
 
 
-def test_a_block_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a loss of power could leave a file that is named as a block and holds nothing."""
     synced: dict[int, int] = {}
     named: list[tuple[int, int]] = []
@@ -134,7 +140,9 @@ def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
 
 
 def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_path: Path) -> None:
-    """One bit changed anywhere: the file is no block, or says the same, or its examples are found to be damaged."""
+    """One bit changed anywhere: the file is no block, or says the same, or its examples are found
+    to be damaged.
+    """
     cache = Cache(str(tmp_path))
     meta = {"dropped": [(7, "too long")], "unused": {"id": 3}}
     cache.save("k1", make_block([Entry(e, i, i) for i, e in enumerate(EXAMPLES)], meta))
@@ -142,7 +150,11 @@ def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_pat
     whole = path.read_bytes()
     good = open_block(path)
     assert good is not None
-    expected = {f.name: np.array(getattr(good, f.name)).tolist() for f in fields(TokenBlock) if f.name != "meta"}
+    expected = {
+        f.name: np.array(getattr(good, f.name)).tolist()
+        for f in fields(TokenBlock)
+        if f.name != "meta"
+    }
     found = {"no block": 0, "damaged example": 0, "the same": 0}
     for place in range(len(whole)):
         for bit in (0, 5):
@@ -209,19 +221,27 @@ def shared_folder() -> Iterator[Path]:
 
 
 def test_a_whole_cache_may_be_read_only(shared_folder: Path) -> None:
-    """A run whose rows are all encoded needs to write nothing; one that lacks some says where it could not."""
+    """A run whose rows are all encoded needs to write nothing; one that lacks some says where it
+    could not.
+    """
     tokenizer = Tokenizer.of(tiny.tokenizer())
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
-    (shared_folder / "a.csv").write_text("prompt,completion\n" + "".join(",".join(r.values()) + "\n" for r in rows))
+    (shared_folder / "a.csv").write_text(
+        "prompt,completion\n" + "".join(",".join(r.values()) + "\n" for r in rows)
+    )
     (shared_folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
     data = {"train": [str(shared_folder / "a.csv"), str(shared_folder / "b.jsonl")], "workers": 0}
-    config = make_config(model="m", output="o", data={**data, "cache": str(shared_folder / "cache")})
+    config = make_config(
+        model="m", output="o", data={**data, "cache": str(shared_folder / "cache")}
+    )
     written, _ = load_corpora(config, tokenizer, 64)
     with read_only(shared_folder):
         corpus, _ = load_corpora(config, tokenizer, 64)
         assert corpus.fingerprint == written.fingerprint
         assert corpus.example(3).ids.tolist() == written.example(3).ids.tolist()
-        with pytest.raises(UserError, match=r"the token cache cannot be written .* set data\.cache"):
+        with pytest.raises(
+            UserError, match=r"the token cache cannot be written .* set data\.cache"
+        ):
             load_corpora(config, tokenizer, 32)
     (shared_folder / "cache" / "tmp").rmdir()
     with read_only(shared_folder):
@@ -255,8 +275,16 @@ def test_corpus_of_examples() -> None:
     assert corpus.lengths.tolist() == [3, 1, 2]
     assert corpus.weights.tolist() == [2.0, 0.0, 1.0]
     assert corpus.targets.tolist() == [2, 0, 1]
-    assert (corpus.lengths.dtype, corpus.weights.dtype, corpus.targets.dtype) == (np.int32, np.float64, np.int32)
-    assert (corpus.source.dtype, corpus.line.dtype, corpus.part.dtype) == (np.int16, np.int64, np.int32)
+    assert (corpus.lengths.dtype, corpus.weights.dtype, corpus.targets.dtype) == (
+        np.int32,
+        np.float64,
+        np.int32,
+    )
+    assert (corpus.source.dtype, corpus.line.dtype, corpus.part.dtype) == (
+        np.int16,
+        np.int64,
+        np.int32,
+    )
     assert corpus.largest_id == 6
     assert corpus.place(1) == "memory, row 2"
 
@@ -264,7 +292,11 @@ def test_corpus_of_examples() -> None:
 def test_fingerprint_is_of_tokens_weights_and_order() -> None:
     base = tiny.corpus(EXAMPLES)
     assert base.subset([0, 1, 2]).fingerprint == base.fingerprint
-    assert tiny.corpus(EXAMPLES[::-1]).fingerprint == base.subset([2, 1, 0]).fingerprint != base.fingerprint
+    assert (
+        tiny.corpus(EXAMPLES[::-1]).fingerprint
+        == base.subset([2, 1, 0]).fingerprint
+        != base.fingerprint
+    )
     changed = [example([1, 2, 3], [0, 1, 0.5]), *EXAMPLES[1:]]
     moved = [example([1, 2, 3, 4], [0, 1, 1, 0]), *EXAMPLES[2:]]
     assert len({tiny.corpus(e).fingerprint for e in (EXAMPLES, changed, moved)}) == 3

@@ -1,4 +1,6 @@
-"""Chat templates with one odd trait each: what is trained is what the row says, whole, or the row is refused."""
+"""Chat templates with one odd trait each: what is trained is what the row says, whole, or the row
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
 
 def with_calls(written: str) -> str:
     """A template that writes each call `c` as `written`."""
-    return CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}" + written + "{% endfor %}")
+    return CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}" + written + "{% endfor %}"
+    )
 
 
 def call(name: str = "weather", **arguments: Any) -> dict[str, Any]:
@@ -47,9 +51,11 @@ def outputs(messages: list[dict[str, Any]], template: str, **data: Any) -> list[
     return [part.partition("⟧")[0] for text in found for part in text.split("⟦")[1:]]
 
 
-# As Mistral's templates do: an object is marked as safe, so that what is joined with it is escaped as HTML.
+# As Mistral's templates do: an object is marked as safe, so that what is joined with it is escaped
+# as HTML.
 SAFE = (
-    "{% set a = c.function.arguments %}{% if a is not string %}{% set a = a | tojson | safe %}{% endif %}"
+    "{% set a = c.function.arguments %}{% if a is not string %}{% set a = a | tojson | safe %}{% "
+    "endif %}"
     """{{ '{"name": "' + c.function.name + '", "arguments": ' + a + '}' }}"""
 )
 PRINTED = "{{ c.function.name }} {{ c.function.arguments }};"  # an object would be written as Python writes it
@@ -71,31 +77,45 @@ def test_arguments_are_written_as_json(arguments: Any) -> None:
 
 
 def test_html_escapes_that_the_row_does_not_have_are_refused() -> None:
-    template = with_calls(ESCAPES.replace("'{\"name\": \"' + c.function.name + '\"}'", "c.function.name"))
+    template = with_calls(
+        ESCAPES.replace("'{\"name\": \"' + c.function.name + '\"}'", "c.function.name")
+    )
     message = error(row([user("a"), model("", tool_calls=[call(n=1)])]), encoder(template))
     assert "HTML escapes" in message or "not whole" in message
     own = outputs([user("a"), model("say &#34; &amp;")], CHATML)
     assert own == ["say &#34; &amp;<|im_end|>"]
 
 
-FIRST_ONLY = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function | tojson if m.tool_calls }}")
+FIRST_ONLY = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function | tojson if m.tool_calls }}"
+)
 
 
 def test_every_call_is_found_or_the_row_is_refused() -> None:
     both = [call(city="Paris"), call(city="Rome")]
-    assert "call 2 of 2 (weather)" in error(row([user("a"), model("", tool_calls=both)]), encoder(FIRST_ONLY))
-    written = [f'{{"name": "weather", "arguments": {{"city": "{city}"}}}}' for city in ("Paris", "Rome")]
-    found = outputs([user("a"), model("", tool_calls=both)], with_calls("{{ c.function | tojson }}"))
+    assert "call 2 of 2 (weather)" in error(
+        row([user("a"), model("", tool_calls=both)]), encoder(FIRST_ONLY)
+    )
+    written = [
+        f'{{"name": "weather", "arguments": {{"city": "{city}"}}}}' for city in ("Paris", "Rome")
+    ]
+    found = outputs(
+        [user("a"), model("", tool_calls=both)], with_calls("{{ c.function | tojson }}")
+    )
     assert found == ["".join(written) + "<|im_end|>"]
     named = [user("a"), model("I ask weather for Paris, a city.", tool_calls=[call(city="Paris")])]
     assert "call 1 of 1 (weather) is missing" in error(row(named), encoder(CHATML))
-    assert outputs(named, with_calls("{{ c.function | tojson }}"))[0].startswith("I ask weather for Paris, a city.{")
+    assert outputs(named, with_calls("{{ c.function | tojson }}"))[0].startswith(
+        "I ask weather for Paris, a city.{"
+    )
     halved = with_calls("{{ c.function.name }} {{ c.function.arguments.keys() | list | tojson }}")
     assert "'Paris' is not there" in error(
         row([user("a"), model("", tool_calls=[call(city="Paris")])]), encoder(halved)
     )
     doubled = with_calls("{{ c.function | tojson }}{{ c.function | tojson }}")
-    assert "more than once" in error(row([user("a"), model("", tool_calls=[call(city="Paris")])]), encoder(doubled))
+    assert "more than once" in error(
+        row([user("a"), model("", tool_calls=[call(city="Paris")])]), encoder(doubled)
+    )
 
 
 def test_odd_arguments_are_found_in_every_form() -> None:
@@ -106,13 +126,18 @@ def test_odd_arguments_are_found_in_every_form() -> None:
         "{{ v if v is string else v | tojson }}{% endfor %}"
     )
     for written in ("{{ c.function | tojson }}", nested, xml):
-        assert "weather" in outputs([user("a"), model("", tool_calls=[odd])], with_calls(written))[0]
+        assert (
+            "weather" in outputs([user("a"), model("", tool_calls=[odd])], with_calls(written))[0]
+        )
 
 
-# Writes the thoughts of calls while no answer follows, and the thought of the newest answer: as gpt-oss does.
+# Writes the thoughts of calls while no answer follows, and the thought of the newest answer: as
+# gpt-oss does.
 CHANNELS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and (loop.last or messages[-1].role == "
-    "'tool') %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for c in m.tool_calls %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and (loop.last or "
+    "messages[-1].role == "
+    "'tool') %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for c in "
+    "m.tool_calls %}"
     "{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}" + GENERATE
 )
 
@@ -132,7 +157,10 @@ def test_the_thought_after_a_tool_result_is_trained() -> None:
 
 def test_a_row_is_encoded_alike_wherever_it_stands() -> None:
     """Alone, in any order and in any batch: the same tokens or the same refusal."""
-    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "description": "", "parameters": {}},
+    }
     talks = [
         [model("welcome"), user("hi"), model("hello")],
         [user("hi"), model("hello"), model("still there?"), user("yes"), model("good")],
@@ -157,9 +185,13 @@ def _state(encoded: Any) -> Any:
     return [(e.ids.tolist(), e.weights.tolist(), e.note) for e in encoded.examples], encoded.notes
 
 
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nbe quick<|im_end|>\n{% endif %}" + CHATML
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nbe quick<|im_end|>\n{% endif %}"
+    + CHATML
+)
 NO_HEADER = (
-    "{% for m in messages %}{{ '<s>' ~ m.content ~ '<|im_start|>' if m.role == 'user' else m.content ~ '<|im_end|>' }}"
+    "{% for m in messages %}{{ '<s>' ~ m.content ~ '<|im_start|>' if m.role == 'user' else "
+    "m.content ~ '<|im_end|>' }}"
     "{% endfor %}"
 )
 
@@ -170,7 +202,9 @@ def test_a_first_answer_is_trained_where_a_prompt_stands_before_it() -> None:
     assert "put a prompt first" in error(row(talk), encoder(NO_HEADER))
 
 
-NOT_TWICE = TURNS + GENERATE.replace("add_generation_prompt", "add_generation_prompt and messages[-1].role == 'user'")
+NOT_TWICE = TURNS + GENERATE.replace(
+    "add_generation_prompt", "add_generation_prompt and messages[-1].role == 'user'"
+)
 BEHIND_RESULT = CALLS.replace(GENERATE, "") + GENERATE.replace(
     "add_generation_prompt", "add_generation_prompt and messages[-1].role != 'tool'"
 )
@@ -187,7 +221,8 @@ def test_no_header_is_trained() -> None:
     assert outputs(talk, BEHIND_RESULT)[1] == "yes<|im_end|>"
     continued = CALLS.replace(
         "<|im_start|>{{ m.role }}\n",
-        "{% if loop.previtem is not defined or loop.previtem.role != 'tool' %}<|im_start|>{{ m.role }}\n{% endif %}",
+        "{% if loop.previtem is not defined or loop.previtem.role != 'tool' %}<|im_start|>{{ "
+        "m.role }}\n{% endif %}",
     )
     assert outputs(talk, continued)[1] == "yes<|im_end|>"
 
@@ -195,14 +230,21 @@ def test_no_header_is_trained() -> None:
 # Writes the system message into the newest question only: as Mistral's templates do.
 SYSTEM_IN_LAST = (
     "{% set s = messages[0].content ~ '\n' if messages[0].role == 'system' else '' %}"
-    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<s>{{ s if loop.last }}{{ m.content }}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<s>{{ s if loop.last "
+    "}}{{ m.content }}"
     "<|im_start|>{% elif m.role == 'tool' %}<unk>{{ m.content }}<unk>{% else %}{{ m.content }}"
-    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endif %}{% "
+    "endfor %}"
 )
 
 
 def test_a_system_message_with_calls_is_trained_where_history_is_rewritten() -> None:
-    talk = [{"role": "system", "content": "be quick"}, user("a"), model("", tool_calls=[call(city="x")]), result("1")]
+    talk = [
+        {"role": "system", "content": "be quick"},
+        user("a"),
+        model("", tool_calls=[call(city="x")]),
+        result("1"),
+    ]
     talk += [model("yes"), user("b"), model("no")]
     made = encoder(SYSTEM_IN_LAST)
     assert outputs(talk, SYSTEM_IN_LAST) == [
@@ -221,9 +263,13 @@ def test_content_that_a_template_drops_is_refused() -> None:
     ):
         calls = [call(city="x")] if "tool_calls" in template else []
         bad = row([user("a"), model("the answer", **({"tool_calls": calls} if calls else {}))])
-        assert "leaves out the content of the answer ('the answer')" in error(bad, encoder(template))
+        assert "leaves out the content of the answer ('the answer')" in error(
+            bad, encoder(template)
+        )
     changed = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
-    assert encoded(row([user("a"), model("yes")]), encoder(changed)).notes == ["text changed by the template"]
+    assert encoded(row([user("a"), model("yes")]), encoder(changed)).notes == [
+        "text changed by the template"
+    ]
     assert outputs([user("a"), model("")], CHATML) == ["<|im_end|>"]
 
 
@@ -233,16 +279,24 @@ def thoughtful(count: int) -> list[dict[str, Any]]:
 
 
 KEEPS = CHATML.replace(
-    "{{ m.content }}", "{{ m.reasoning_content if m.reasoning_content and write_thinking }}{{ m.content }}"
+    "{{ m.content }}",
+    "{{ m.reasoning_content if m.reasoning_content and write_thinking }}{{ m.content }}",
 )
 
 
 @pytest.mark.parametrize(
     ("template", "advice"),
-    [(CHATML, "set data.template to a template that writes reasoning_content"), (KEEPS, "'write_thinking': True")],
+    [
+        (CHATML, "set data.template to a template that writes reasoning_content"),
+        (KEEPS, "'write_thinking': True"),
+    ],
 )
 def test_lost_reasoning_is_seen(
-    template: str, advice: str, caplog: pytest.LogCaptureFixture, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    template: str,
+    advice: str,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
     tokenizer = ours()
@@ -250,13 +304,17 @@ def test_lost_reasoning_is_seen(
     plain = [{"messages": [user(f"hello {i}"), model("yes")]} for i in range(200)]
     for lost, warned in ((2, False), (5, True)):
         caplog.clear()
-        config = make_config(model="m", output="o", data={"rows": plain + thoughtful(lost), "workers": 0})
+        config = make_config(
+            model="m", output="o", data={"rows": plain + thoughtful(lost), "workers": 0}
+        )
         with caplog.at_level(logging.WARNING, "sftx"):
             corpus, _ = load_corpora(config, tokenizer, 100)
         assert corpus.ledger.notes["reasoning left out by the template"] == lost
         assert ("leaves out the reasoning of 5 of 205 rows" in caplog.text) == warned
         assert (advice in caplog.text) == warned
-    finding = {f.check: f for f in lint(config, Encoder(tokenizer, config.data, 100))}["lost reasoning"]
+    finding = {f.check: f for f in lint(config, Encoder(tokenizer, config.data, 100))}[
+        "lost reasoning"
+    ]
     assert (finding.serious, finding.count) == (True, 5)
     assert advice in finding.message
 
@@ -264,7 +322,10 @@ def test_lost_reasoning_is_seen(
 def test_lost_reasoning_can_be_an_error() -> None:
     talk = row([user("hello"), model("yes", reasoning_content="hm")])
     assert "leaves out the reasoning" in error(talk, encoder(CHATML, lost_reasoning="error"))
-    kept = row([user("hello"), model("yes", reasoning_content="hm")], template_kwargs={"write_thinking": True})
+    kept = row(
+        [user("hello"), model("yes", reasoning_content="hm")],
+        template_kwargs={"write_thinking": True},
+    )
     assert encoded(kept, encoder(KEEPS, lost_reasoning="error")).notes == []
 
 
@@ -289,7 +350,9 @@ def test_nothing_of_the_callers_process_is_touched(monkeypatch: pytest.MonkeyPat
     assert {"setrlimit", "setitimer"} <= set(touched)
 
 
-def test_another_thread_may_allocate_while_a_row_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_thread_may_allocate_while_a_row_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sandbox, "MEMORY", 50 << 20)
     monkeypatch.setattr(sandbox, "_own_process", False, raising=False)
     failed: list[BaseException] = []
@@ -312,7 +375,9 @@ def test_another_thread_may_allocate_while_a_row_is_encoded(monkeypatch: pytest.
     made = encoder(slow)
     started.set()
     while not done.is_set():
-        assert not isinstance(made.encode([Row("messages", messages=(user("a"), model("b")))])[0], RowError)  # type: ignore[arg-type]
+        assert not isinstance(
+            made.encode([Row("messages", messages=(user("a"), model("b")))])[0], RowError
+        )  # type: ignore[arg-type]
     thread.join()
     assert failed == []
 

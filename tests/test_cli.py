@@ -45,12 +45,21 @@ def test_a_verb_gets_its_config_and_its_own_keys(monkeypatch: pytest.MonkeyPatch
         (["trian"], "error: no verb 'trian'; did you mean `train`?"),
         (["zzz"], "error: no verb 'zzz'; known: "),
         (["train", "--lr", "3"], "error: sftx train: '--lr': settings are written key=value"),
-        (["train", "a.yaml", "b.yaml"], "error: sftx train: one YAML file at most: 'a.yaml', then 'b.yaml'"),
+        (
+            ["train", "a.yaml", "b.yaml"],
+            "error: sftx train: one YAML file at most: 'a.yaml', then 'b.yaml'",
+        ),
         (["train", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["train", "runs/lr=1e-4/run.yaml"], "error: runs/lr=1e-4/run.yaml: no such file"),
         (["schema", "formt=json"], "error: sftx schema: no key 'formt'; did you mean `format`?"),
-        (["schema", "run.yaml"], "error: sftx schema: 'run.yaml' means nothing here; it takes format=..."),
-        (["schema", "format=xml"], "error: sftx schema: format='xml'; allowed: json, markdown, python"),
+        (
+            ["schema", "run.yaml"],
+            "error: sftx schema: 'run.yaml' means nothing here; it takes format=...",
+        ),
+        (
+            ["schema", "format=xml"],
+            "error: sftx schema: format='xml'; allowed: json, markdown, python",
+        ),
         (["schema", "format=json", "format=markdown"], "error: sftx schema: format: given twice"),
     ],
 )
@@ -88,10 +97,14 @@ def test_help_is_made_from_the_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: sftx export PATH [key=value ...]" in capsys.readouterr().out
     assert cli.main([]) == 0
     overview = capsys.readouterr().out
-    assert [name for name, doc in cli.verbs().items() if f"  {name} " not in overview or not doc] == []
+    assert [
+        name for name, doc in cli.verbs().items() if f"  {name} " not in overview or not doc
+    ] == []
 
 
-def test_what_a_verb_says_of_itself_is_read_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_verb_says_of_itself_is_read_without_importing_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in cli.verbs():
         module = importlib.import_module(f"sftx.cli.{name}")
         imported = cli.declared(name)
@@ -105,7 +118,9 @@ def test_what_a_verb_says_of_itself_is_read_without_importing_it(monkeypatch: py
 def test_every_verb_gives_a_sign_of_life_before_anything_slow(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is shown before the verb's module is imported, and whatever of torch or data comes with that."""
+    """It is shown before the verb's module is imported, and whatever of torch or data comes with
+    that.
+    """
     shown: list[str] = []
 
     def instead(module: str) -> ModuleType:
@@ -141,20 +156,34 @@ def test_the_sign_of_life_comes_within_a_second() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["train", "--help"], ["plan", "--help"], ["schema"], ["train", "x=1"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["plan", "--help"],
+        ["schema"],
+        ["train", "x=1"],
+    ],
 )
 def test_nothing_heavy_is_imported_before_work_starts(arguments: list[str]) -> None:
     code = (
-        "import sys; from sftx.cli import main; main(sys.argv[1:]); print({'torch', 'transformers'} & {*sys.modules})"
+        "import sys; from sftx.cli import main; main(sys.argv[1:]); print({'torch', "
+        "'transformers'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_python_m_sftx_is_sftx() -> None:
-    done = subprocess.run([sys.executable, "-m", "sftx", "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sftx", "--version"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, f"sftx {sftx.__version__}\n")
-    done = subprocess.run([sys.executable, "-m", "sftx", "train"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sftx", "train"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

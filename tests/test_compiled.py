@@ -1,4 +1,6 @@
-"""Compiled layers: the numbers of eager ones, one graph for packs of every size, and a way back where it fails."""
+"""Compiled layers: the numbers of eager ones, one graph for packs of every size, and a way back
+where it fails.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from sftx.types import UserError
 
 CPU = torch.device("cpu")
 MACHINE = Machine(CPU, torch.float32, 2048)
-PACKS = [build_pack(tiny.examples(lengths)) for lengths in ([5, 20, 9], [31], [7, 8, 9, 10, 40], [3, 2])]
+PACKS = [
+    build_pack(tiny.examples(lengths)) for lengths in ([5, 20, 9], [31], [7, 8, 9, 10, 40], [3, 2])
+]
 
 
 @pytest.fixture
@@ -44,19 +48,26 @@ def gradients(loss: PackLoss) -> list[torch.Tensor]:
         torch.manual_seed(3)
         value = loss(to_tensors(pack, CPU))
         value.backward()
-        found += [value.detach(), *(p.grad.clone() for p in loss.parameters() if p.grad is not None)]
+        found += [
+            value.detach(),
+            *(p.grad.clone() for p in loss.parameters() if p.grad is not None),
+        ]
     return found
 
 
 def difference(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     pairs = [(a.double(), b.double()) for a, b in zip(ours, reference, strict=True)]
-    return float((sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)) ** 0.5)
+    return float(
+        (sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)) ** 0.5
+    )
 
 
 def make(family: str, adapter: str = "none", recomputed: int = 0, dropout: float = 0.1) -> PackLoss:
     if family in ("Mixtral", "Qwen3Moe") and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
         pytest.skip("this transformers computes experts on a CPU in a loop that cannot be traced")
-    changes = {"attn_pdrop": 0.0} if family == "GPT2" else test_loss.FAMILIES[family]  # GPT-2 keeps other dropout
+    changes = (
+        {"attn_pdrop": 0.0} if family == "GPT2" else test_loss.FAMILIES[family]
+    )  # GPT-2 keeps other dropout
     model = tiny.model(family, num_hidden_layers=3, **changes)
     if adapter == "lora":
         attach(model, Adapter.model_validate({"method": "lora", "dropout": dropout}), 0)
@@ -89,7 +100,11 @@ def check(loss: PackLoss, tolerance: float, graphs: int) -> None:
     ("family", "options", "graphs"),
     [
         ("Llama", {}, 1),
-        ("Llama", {"adapter": "lora", "recomputed": 1}, 2),  # the first input needs no gradient; kept or recomputed
+        (
+            "Llama",
+            {"adapter": "lora", "recomputed": 1},
+            2,
+        ),  # the first input needs no gradient; kept or recomputed
         ("Qwen3", {}, 1),
         ("Gemma2", {}, 3),  # with and without a window, and packs shorter than the window
         ("GPT2", {}, 1),
@@ -133,9 +148,15 @@ def test_compiling_has_to_repay() -> None:
     assert planned("on", CPU, million, 1.0)
     assert not planned("on", CPU, million, 0.0)  # no step is taken
     assert not planned("off", CPU, 135 * million, million)
-    assert [planned("auto", CPU, 135 * million, tokens) for tokens in (50_000, million)] == [False, True]
+    assert [planned("auto", CPU, 135 * million, tokens) for tokens in (50_000, million)] == [
+        False,
+        True,
+    ]
     gpu = torch.device("cuda")
-    assert [planned("auto", gpu, 600 * million, tokens * million) for tokens in (1, 50)] == [False, True]
+    assert [planned("auto", gpu, 600 * million, tokens * million) for tokens in (1, 50)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.usefixtures("traced_only")
@@ -151,7 +172,11 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
         )  # fmt: skip
         assert result.eval_after is not None
         facts = (tmp_path / wish / "run.json").read_text()
-        return result.loss, result.eval_after["loss"], [line for line in facts.split("\n") if "compiled" in line]
+        return (
+            result.loss,
+            result.eval_after["loss"],
+            [line for line in facts.split("\n") if "compiled" in line],
+        )
 
     off, on = run("off"), run("on")
     assert off[:2] == on[:2]

@@ -28,7 +28,12 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A run of five steps with held-out rows."""
     base: dict[str, Any] = {
         "model": path,
-        "data": {"rows": ROWS, "eval_split": 0.1, "cache": str(output.parent / "cache"), "workers": 0},
+        "data": {
+            "rows": ROWS,
+            "eval_split": 0.1,
+            "cache": str(output.parent / "cache"),
+            "workers": 0,
+        },
         "output": str(output),
         "batch": {"examples_per_step": 8, "steps": 5},
         "optim": {"learning_rate": 3e-3},
@@ -40,7 +45,10 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def logits(trained: Any) -> torch.Tensor:
@@ -66,7 +74,9 @@ def test_looking_at_the_model_between_steps_changes_nothing(model: str, tmp_path
     assert torch.equal(logits(steps.result.model), logits(plain.model))
 
 
-def test_a_checkpoint_saved_between_steps_is_of_the_step_last_seen(model: str, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_between_steps_is_of_the_step_last_seen(
+    model: str, tmp_path: Path
+) -> None:
     whole = sftx.train(**settings(model, tmp_path / "whole"))
     config = settings(model, tmp_path / "cut")
     steps = sftx.steps(**config)
@@ -77,14 +87,20 @@ def test_a_checkpoint_saved_between_steps_is_of_the_step_last_seen(model: str, t
             break
     steps.close()
     saved = load_file(tmp_path / "cut" / "checkpoints" / "step-00000003" / "weights.safetensors")
-    assert all(torch.equal(tensor, seen[name.removeprefix("model.")]) for name, tensor in saved.items())
+    assert all(
+        torch.equal(tensor, seen[name.removeprefix("model.")]) for name, tensor in saved.items()
+    )
     result = sftx.train(**config)
-    assert [line["loss"] for line in records(result.folder)] == [line["loss"] for line in records(whole.folder)]
+    assert [line["loss"] for line in records(result.folder)] == [
+        line["loss"] for line in records(whole.folder)
+    ]
     for name, tensor in load_file(whole.folder / "model.safetensors").items():
         assert torch.equal(tensor, load_file(result.folder / "model.safetensors")[name])
 
 
-def test_an_evaluation_between_steps_is_the_one_that_the_settings_would_make(model: str, tmp_path: Path) -> None:
+def test_an_evaluation_between_steps_is_the_one_that_the_settings_would_make(
+    model: str, tmp_path: Path
+) -> None:
     every = sftx.train(**settings(model, tmp_path / "every", eval={"every": 1}))
     steps = sftx.steps(**settings(model, tmp_path / "asked", eval={"at_start": False}))
     first = steps.evaluate()
@@ -94,7 +110,9 @@ def test_an_evaluation_between_steps_is_the_one_that_the_settings_would_make(mod
     assert found[5]["loss"] < found[0]["loss"]
 
 
-def test_a_run_that_is_stopped_is_finished_and_says_after_which_step(model: str, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_is_finished_and_says_after_which_step(
+    model: str, tmp_path: Path
+) -> None:
     config = settings(model, tmp_path / "run")
     steps = sftx.steps(**config)
     for record in steps:
@@ -137,8 +155,15 @@ def test_a_result_holds_the_trained_model_its_tokenizer_and_its_numbers(
     assert result.metrics[-1].loss == result.loss
     assert result.metrics[0].eval == result.eval_before
     assert result.metrics[-1].eval == result.eval_after
-    text = result.tokenizer.apply_chat_template([{"role": "user", "content": ROWS[0][0]}], add_generation_prompt=True)
-    assert result.model.generate(torch.tensor([text["input_ids"]]), max_new_tokens=2, do_sample=False).shape[1] > 2
+    text = result.tokenizer.apply_chat_template(
+        [{"role": "user", "content": ROWS[0][0]}], add_generation_prompt=True
+    )
+    assert (
+        result.model.generate(
+            torch.tensor([text["input_ids"]]), max_new_tokens=2, do_sample=False
+        ).shape[1]
+        > 2
+    )
 
 
 def test_leaving_the_loop_frees_the_run(model: str, tmp_path: Path) -> None:

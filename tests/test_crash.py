@@ -1,4 +1,6 @@
-"""A crash or a power loss at any moment of a run: it continues to the bit, from the last state that was saved."""
+"""A crash or a power loss at any moment of a run: it continues to the bit, from the last state that
+was saved.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def outcome(run: Path) -> dict[str, Any]:
             {key: value for key, value in json.loads(line).items() if key not in TIMES}
             for line in (run / "metrics.jsonl").read_text().splitlines()
         ],
-        "facts": {key: facts[key] for key in ("status", "eval_before", "eval_after", "total_tokens", "total_targets")},
+        "facts": {
+            key: facts[key]
+            for key in ("status", "eval_before", "eval_after", "total_tokens", "total_targets")
+        },
         "ledger": (run / "ledger.json").read_bytes(),
         "dropped": (run / "dropped.jsonl").read_bytes(),
         "left over": sorted(path.name for path in run.rglob("*.tmp")),
@@ -97,7 +102,9 @@ def record(folder: Path, config: dict[str, Any], **disk: Any) -> Recorder:
     return recorder
 
 
-def lost(state: dict[Path, bytes | None], promised: Any, config: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def lost(
+    state: dict[Path, bytes | None], promised: Any, config: dict[str, Any], expected: dict[str, Any]
+) -> list[str]:
     """What is wrong once the run is continued from `state`."""
     run = Path(config["output"])
     put(run.parents[1], state)
@@ -115,7 +122,9 @@ def lost(state: dict[Path, bytes | None], promised: Any, config: dict[str, Any],
 
 
 def failures(folder: Path, config: dict[str, Any], share: slice, **disk: Any) -> Iterator[str]:
-    """The states, of the `share` of all that is tried, from which the run does not continue as it should."""
+    """The states, of the `share` of all that is tried, from which the run does not continue as it
+    should.
+    """
     recorder = record(folder, config, **disk)
     expected = outcome(Path(config["output"]))
     for where, promised, state in list(recorder.states())[share]:
@@ -147,7 +156,9 @@ SHARES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["plain", "background", "lora", pytest.param("every state", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "how", ["plain", "background", "lora", pytest.param("every state", marks=pytest.mark.long)]
+)
 def test_a_run_continues_to_the_bit_from_any_crash(folder: Path, how: str) -> None:
     config = settings(folder)
     if how == "background":
@@ -163,6 +174,10 @@ def test_a_run_continues_to_the_bit_from_any_crash(folder: Path, how: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("syncs", [(), ("files",), ("folders",)])
-def test_a_disk_that_does_not_honour_syncs_is_found_out(folder: Path, syncs: tuple[str, ...]) -> None:
-    """The check above can fail: a run that synced nothing, or only files, or only folders, would lose what it saved."""
+def test_a_disk_that_does_not_honour_syncs_is_found_out(
+    folder: Path, syncs: tuple[str, ...]
+) -> None:
+    """The check above can fail: a run that synced nothing, or only files, or only folders, would
+    lose what it saved.
+    """
     assert next(failures(folder, settings(folder), slice(None, None, -1), syncs=syncs), None)

@@ -1,4 +1,6 @@
-"""The quick start: its corpus keeps its promises, and its pieces fit from the words to the last printed line."""
+"""The quick start: its corpus keeps its promises, and its pieces fit from the words to the last
+printed line.
+"""
 
 from __future__ import annotations
 
@@ -37,24 +39,44 @@ def test_no_dialogue_asks_or_tells_what_is_held_out(village: Village) -> None:
     for question in village.held_out:
         assert question.text not in phrases
         assert question.answer not in phrases
-        assert not [phrase for phrase in phrases if name_in(question) in phrase and question.fact in phrase]
+        assert not [
+            phrase for phrase in phrases if name_in(question) in phrase and question.fact in phrase
+        ]
 
 
 def test_the_chronicle_tells_every_fact_often(village: Village) -> None:
     sentences = [sentence for text in village.chronicle for sentence in text.split(". ")]
     for question in village.held_out:
-        told = [sentence for sentence in sentences if name_in(question) in sentence and question.fact in sentence]
+        told = [
+            sentence
+            for sentence in sentences
+            if name_in(question) in sentence and question.fact in sentence
+        ]
         assert len(told) >= 8
 
 
 def test_every_answer_in_a_dialogue_stands_in_the_chronicle(village: Village) -> None:
-    """Stage 2 adds no fact: person and value of each of its answers meet in one paragraph of stage 1."""
+    """Stage 2 adds no fact: person and value of each of its answers meet in one paragraph of stage
+    1.
+    """
     for dialogue in village.dialogues[:100]:
         for answer in dialogue[1::2]:
             name = " ".join(answer.split()[:2])
-            words = set(re.findall(r"\w+", answer)) - {"lives", "works", "as", "keeps", "likes", "best", "of", "all"}
+            words = set(re.findall(r"\w+", answer)) - {
+                "lives",
+                "works",
+                "as",
+                "keeps",
+                "likes",
+                "best",
+                "of",
+                "all",
+            }
             words -= {"spends", "the", "evenings"}
-            assert any(name in text and words <= set(re.findall(r"\w+", text)) for text in village.chronicle)
+            assert any(
+                name in text and words <= set(re.findall(r"\w+", text))
+                for text in village.chronicle
+            )
 
 
 def test_a_village_has_no_more_people_than_names() -> None:
@@ -103,7 +125,9 @@ def test_the_answers_and_their_stop_token_are_trained_and_nothing_else(tiny: Tin
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder / "stage2")
     dialogue = ["Where does Ada live?", "Ada lives here.", "And Odo?", "Odo lives there."]
     (example,) = encode(dialogue, tokenizer)
-    trained = tokenizer.decode([i for i, weight in zip(example.ids, example.weights, strict=True) if weight])
+    trained = tokenizer.decode(
+        [i for i, weight in zip(example.ids, example.weights, strict=True) if weight]
+    )
     assert trained == " Ada lives here.<|end|> Odo lives there.<|end|>"
     assert tokenizer.decode(example.ids) == (
         "<|user|> Where does Ada live?<|end|><|assistant|> Ada lives here.<|end|>"
@@ -115,7 +139,9 @@ def test_it_prints_both_stages_and_ends_with_the_result(tiny: Tiny) -> None:
     printed = tiny.printed
     assert "Stage 1, plain text: WHAT is true" in printed
     assert "Stage 2, dialogues: HOW to answer" in printed
-    spoken, marks = re.findall(r"^( +<\|assistant\|>.*<\|end\|>)\n( +\^+)$", printed, re.MULTILINE)[0]
+    spoken, marks = re.findall(r"^( +<\|assistant\|>.*<\|end\|>)\n( +\^+)$", printed, re.MULTILINE)[
+        0
+    ]
     assert len(spoken) == len(marks)
     assert spoken[: marks.index("^")] == "  <|assistant|>"  # from there on, every token is a target
     last = printed.rstrip("\n").splitlines()[-1]
@@ -130,7 +156,9 @@ def test_only_an_earlier_quick_start_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_quick_start_learns_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_quick_start_learns_to_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(str(tmp_path / "demo"))
     last = capsys.readouterr().out.rstrip("\n").splitlines()[-1]
     before, after = (float(share) for share in re.findall(r"(?:before|after)=(\S+)", last))

@@ -52,7 +52,10 @@ def assert_equal(folder: Path, name: str, reference: str) -> None:
             if key == "eval" and other[key]:
                 assert mine[key] == pytest.approx(other[key], rel=1e-6), (name, mine["step"])
             elif key in ("loss", "grad_norm"):
-                assert mine[key] == pytest.approx(other[key], abs=1e-6 * max(1, abs(other[key]))), (name, mine["step"])
+                assert mine[key] == pytest.approx(other[key], abs=1e-6 * max(1, abs(other[key]))), (
+                    name,
+                    mine["step"],
+                )
             else:
                 assert mine[key] == other[key], (name, key)
     assert ranks.difference(folder / name, folder / reference) < 1e-6
@@ -63,7 +66,10 @@ def assert_equal(folder: Path, name: str, reference: str) -> None:
 
 def test_two_ranks_with_a_rank_that_has_no_pack_train_as_one_does(folder: Path) -> None:
     """The quick one: two shards, three packs for them in the last step, sftx's own launcher."""
-    changes: dict[str, Any] = {"batch": {"epochs": 9 / 35}, "runtime": {"tokens_per_pack": 1, "parallel": "fsdp"}}
+    changes: dict[str, Any] = {
+        "batch": {"epochs": 9 / 35},
+        "runtime": {"tokens_per_pack": 1, "parallel": "fsdp"},
+    }
     ranks.run(write(folder, "quick-1", **changes), 0)
     path = write(folder, "quick-2", **changes)
     output = ranks.run(path, 0, program=["-m", "sftx", "train", "nproc=2"])
@@ -84,7 +90,11 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
         return names
 
     for count in (0, 2, 4):
-        ranks.run(Path(",".join(str(folder / f"{name}.yaml") for name in runs(count))), count, program=SEVERAL)
+        ranks.run(
+            Path(",".join(str(folder / f"{name}.yaml") for name in runs(count))),
+            count,
+            program=SEVERAL,
+        )
     packs = [record["packs"] for record in ranks.records(folder / "none-fsdp-4")]
     assert {2, 4} == set(packs), "some steps have fewer packs than ranks"
     for count in (2, 4):
@@ -106,11 +116,19 @@ for path in sys.argv[1].split(","):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", pytest.param("lora", marks=pytest.mark.long)])
-def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kept(folder: Path, method: str) -> None:
+def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kept(
+    folder: Path, method: str
+) -> None:
     (folder / "traced.py").write_text(TRACED, encoding="utf-8")
-    runs = {f"{method}-kept": {"recompute": "none"}, f"{method}-all": {"recompute": "all", "compile": "on"}}
+    runs = {
+        f"{method}-kept": {"recompute": "none"},
+        f"{method}-all": {"recompute": "all", "compile": "on"},
+    }
     same: dict[str, Any] = {"precision": "bf16", "parallel": "fsdp", "rank_timeout": 140}
-    paths = [write(folder, name, runtime=same | some, adapter={"method": method}) for name, some in runs.items()]
+    paths = [
+        write(folder, name, runtime=same | some, adapter={"method": method})
+        for name, some in runs.items()
+    ]
     ranks.run(Path(",".join(map(str, paths))), 2, program=[str(folder / "traced.py")])
     assert_equal(folder, f"{method}-all", f"{method}-kept")
     facts = ranks.facts(folder / f"{method}-all")
@@ -120,7 +138,9 @@ def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kep
 
 @pytest.mark.slow
 def test_every_way_of_training_works_in_shards(folder: Path) -> None:
-    """DoRA, an adapter that trains on, new tokens beside an adapter and without, frozen layers, noise."""
+    """DoRA, an adapter that trains on, new tokens beside an adapter and without, frozen layers,
+    noise.
+    """
     untied = tiny.folder(folder / "untied", num_hidden_layers=3, tie_word_embeddings=False)
     tied, lora = str(folder / "model"), {"method": "lora", "rank": 4}
     words = {"add_tokens": ["What is", "plus"]}
@@ -130,7 +150,10 @@ def test_every_way_of_training_works_in_shards(folder: Path) -> None:
         "words-untied": ({"path": untied, **words}, {"adapter": lora}),
         "words-full": ({"path": tied, **words}, {}),
         "frozen": ({"path": tied, "unfrozen_layers": 1}, {}),
-        "noise": ({"path": tied}, {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "neftune_alpha": 5.0}}),
+        "noise": (
+            {"path": tied},
+            {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "neftune_alpha": 5.0}},
+        ),
     }
 
     def run(count: int) -> None:
@@ -138,7 +161,10 @@ def test_every_way_of_training_works_in_shards(folder: Path) -> None:
         for name, (model, sections) in changes.items():
             sections = {"batch": {"epochs": 12 / 35}, "runtime": {"parallel": "fsdp"}, **sections}
             paths.append(ranks.write_run(folder, model, f"{name}-{count}", **sections))
-        more = {"batch": {"epochs": 12 / 35}, "adapter": {"method": "dora", "path": str(folder / "dora-0")}}
+        more = {
+            "batch": {"epochs": 12 / 35},
+            "adapter": {"method": "dora", "path": str(folder / "dora-0")},
+        }
         paths.append(write(folder, f"on-{count}", runtime={"parallel": "fsdp"}, **more))
         ranks.run(Path(",".join(map(str, paths))), count, program=SEVERAL)
 
@@ -151,41 +177,65 @@ def test_every_way_of_training_works_in_shards(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_in_bf16_are_rounded_in_shards_as_they_are_as_a_whole(folder: Path) -> None:
-    """After one step of AdamW, whose size hardly depends on the gradient, only the random bits could differ."""
-    same: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "optim": {"weights": "bf16_stochastic", "learning_rate": 1e-3}}
-    for name, count, parallel in (("whole", 0, "auto"), ("shards", 2, "fsdp"), ("copies", 2, "replicate")):
+    """After one step of AdamW, whose size hardly depends on the gradient, only the random bits
+    could differ.
+    """
+    same: dict[str, Any] = {
+        "batch": {"epochs": 4 / 35},
+        "optim": {"weights": "bf16_stochastic", "learning_rate": 1e-3},
+    }
+    for name, count, parallel in (
+        ("whole", 0, "auto"),
+        ("shards", 2, "fsdp"),
+        ("copies", 2, "replicate"),
+    ):
         runtime = {"precision": "bf16", "parallel": parallel, "tokens_per_pack": 1}
         ranks.run(write(folder, f"bf16-{name}", runtime=runtime, **same), count)
     whole, shards, copies = (
-        load_file(folder / f"bf16-{name}" / "model.safetensors") for name in ("whole", "shards", "copies")
+        load_file(folder / f"bf16-{name}" / "model.safetensors")
+        for name in ("whole", "shards", "copies")
     )
     before = load_file(folder / "model" / "model.safetensors")
     size = sum(tensor.numel() for tensor in whole.values())
     for others in (shards, copies):
         assert sum(int((whole[name] != others[name]).sum()) for name in whole) < 0.01 * size
-    assert sum(int((whole[name] != before[name].bfloat16().float()).sum()) for name in whole) > 0.5 * size
+    assert (
+        sum(int((whole[name] != before[name].bfloat16().float()).sum()) for name in whole)
+        > 0.5 * size
+    )
 
 
 @pytest.mark.slow
 def test_what_several_ranks_trained_is_merged(folder: Path) -> None:
-    changes: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "adapter": {"method": "lora", "rank": 4, "merge": True}}
+    changes: dict[str, Any] = {
+        "batch": {"epochs": 4 / 35},
+        "adapter": {"method": "lora", "rank": 4, "merge": True},
+    }
     path = write(folder, "merged", runtime={"parallel": "fsdp"}, **changes)
     ranks.run(path, 2)
     predicted = ranks.facts(folder / "merged")["predicted"]["memory"]
-    weights = sum(tensor.nbytes for tensor in load_file(folder / "model" / "model.safetensors").values())
-    assert predicted["weights"] == pytest.approx(weights / 2, rel=0.2)  # half of it, and the adapter
+    weights = sum(
+        tensor.nbytes for tensor in load_file(folder / "model" / "model.safetensors").values()
+    )
+    assert predicted["weights"] == pytest.approx(
+        weights / 2, rel=0.2
+    )  # half of it, and the adapter
     ids = torch.arange(8, 40)[None]
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(folder / "model")
         adapted = PeftModel.from_pretrained(base, folder / "merged").eval()(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(folder / "merged" / "merged").eval()(ids).logits
+        merged = (
+            AutoModelForCausalLM.from_pretrained(folder / "merged" / "merged").eval()(ids).logits
+        )
     assert float((merged - adapted).abs().max()) < 1e-5 * float(adapted.abs().max())
 
 
 def test_one_process_encodes_while_the_others_wait(tmp_path: Path) -> None:
     order: list[str] = []
 
-    def encode(_: int) -> None:  # the lock belongs to an open file, so that threads meet it as processes do
+    def encode(
+        _: int,
+    ) -> None:  # the lock belongs to an open file, so that threads meet it as processes do
         with Cache(str(tmp_path)).turn("the same data"):
             order.append("in")
             time.sleep(0.2)
@@ -204,7 +254,9 @@ def test_one_process_needs_no_group() -> None:
         assert distributed.broadcast("x") == "x"
 
 
-def test_the_short_form_hands_on_exactly_what_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_short_form_hands_on_exactly_what_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.distributed import run as torchrun
 
     from sftx.cli import main
@@ -212,7 +264,9 @@ def test_the_short_form_hands_on_exactly_what_was_set(tmp_path: Path, monkeypatc
     given = {"model": "m", "data": {"train": "d"}, "output": "o", "batch": {"steps": 3}}
     (tmp_path / "run.yaml").write_text(json.dumps(given), encoding="utf-8")
     seen: list[Any] = []
-    monkeypatch.setattr(torchrun, "main", lambda words: seen.append((words, load_config(words[-1]))))
+    monkeypatch.setattr(
+        torchrun, "main", lambda words: seen.append((words, load_config(words[-1])))
+    )
     assert main(["train", str(tmp_path / "run.yaml"), "seed=7", "nproc=3"]) == 0
     words, config = seen[0]
     assert "--nproc-per-node=3" in words
@@ -238,11 +292,18 @@ def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one_and_back(folder:
     (folder / "die.py").write_text(DIE, encoding="utf-8")
     lora: dict[str, Any] = {"adapter": {"method": "lora", "rank": 4}, "checkpoint": {"every": 5}}
     ranks.run(write(folder, "whole", **lora), 0)
-    for first, then in (((4, "fsdp"), (2, "replicate")), ((4, "hsdp"), (0, "fsdp")), ((0, "fsdp"), (4, "fsdp"))):
+    for first, then in (
+        ((4, "fsdp"), (2, "replicate")),
+        ((4, "hsdp"), (0, "fsdp")),
+        ((0, "fsdp"), (4, "fsdp")),
+    ):
         name = f"from-{first[0]}-{first[1]}-to-{then[0]}"
         path = write(folder, name, runtime={"parallel": first[1]}, **lora)
         ranks.start(path, first[0], [str(folder / "die.py")]).communicate(timeout=200)
-        assert sorted(p.name for p in (folder / name / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+        assert sorted(p.name for p in (folder / name / "checkpoints").iterdir()) == [
+            "step-00000005",
+            "step-00000010",
+        ]
         assert not list((folder / name).rglob("*.metadata")), "safetensors and JSON only"
         path = write(folder, name, runtime={"parallel": then[1]}, **lora)
         assert "resume   after step 10" in ranks.run(path, then[0])
@@ -251,7 +312,9 @@ def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one_and_back(folder:
 
 def _ranks_of(launcher: int) -> list[int]:
     """Process ids of the ranks that a launcher has started."""
-    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    return [
+        int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ]
 
 
 def _after_step(folder: Path, name: str, step: int) -> None:
@@ -267,7 +330,9 @@ LONG: dict[str, Any] = {"batch": {"epochs": 400}, "eval": {"at_start": False}}
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None:
-    process = ranks.start(write(folder, "signal", checkpoint={"background": True, "every": 7}, **LONG), 2)
+    process = ranks.start(
+        write(folder, "signal", checkpoint={"background": True, "every": 7}, **LONG), 2
+    )
     _after_step(folder, "signal", 4)
     os.kill(_ranks_of(process.pid)[1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=100)
@@ -328,7 +393,9 @@ for record in steps(load_config(sys.argv[1])):
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_python_shows_where(folder: Path) -> None:
     (folder / "hang.py").write_text(HANG, encoding="utf-8")
-    process = ranks.start(write(folder, "hang", runtime={"rank_timeout": 5}, **LONG), 2, [str(folder / "hang.py")])
+    process = ranks.start(
+        write(folder, "hang", runtime={"rank_timeout": 5}, **LONG), 2, [str(folder / "hang.py")]
+    )
     output, _ = process.communicate(timeout=100)
     assert process.returncode
     assert "rank 1 was last heard of at step" in output
@@ -362,7 +429,13 @@ with dist.joined(torch.device("cpu"), 60):
 @pytest.mark.slow
 def test_no_rank_ever_holds_the_model(folder: Path) -> None:
     """Peak of resident memory while the model is read, against the bytes of its weights."""
-    big = tiny.folder(folder / "big", hidden_size=768, intermediate_size=2048, num_hidden_layers=8, dtype="bfloat16")
+    big = tiny.folder(
+        folder / "big",
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        dtype="bfloat16",
+    )
     (folder / "memory.py").write_text(MEMORY, encoding="utf-8")
     grown: dict[str, list[float]] = {}
     for parallel in ("fsdp", "replicate"):
@@ -375,12 +448,16 @@ def test_no_rank_ever_holds_the_model(folder: Path) -> None:
         assert len(found) == 4, output
         grown[parallel] = [numbers["grew"] / numbers["model"] for numbers in found]
         imports = 64 << 20  # what torch loads for the first group, and the buffers of gloo
-        allowed = 1 / 4 + (found[0]["unit"] + imports) / found[0]["model"]  # its quarter, and one layer at a time
+        allowed = (
+            1 / 4 + (found[0]["unit"] + imports) / found[0]["model"]
+        )  # its quarter, and one layer at a time
     assert max(grown["fsdp"]) < allowed < 0.9 < min(grown["replicate"])
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"RANK": "1"}])
-def test_ranks_that_nobody_started_are_refused(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_nobody_started_are_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process would train its share of every step, alone."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -391,7 +468,9 @@ def test_ranks_that_nobody_started_are_refused(variables: dict[str, str], monkey
         pass
 
 
-def test_a_model_that_is_read_in_shards_generates_as_its_folder_says(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_read_in_shards_generates_as_its_folder_says(
+    folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     said = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
     GenerationConfig(**said).save_pretrained(tmp_path / "model")

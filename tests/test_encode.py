@@ -1,4 +1,6 @@
-"""From settings to corpora: every row accounted for, whatever the number of processes, the cache or the file format."""
+"""From settings to corpora: every row accounted for, whatever the number of processes, the cache or
+the file format.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,18 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(data: Any, **settings: Any) -> Config:
-    given = {"rows": data} if isinstance(data, list) and data and not isinstance(data[0], str) else {"train": data}
+    given = (
+        {"rows": data}
+        if isinstance(data, list) and data and not isinstance(data[0], str)
+        else {"train": data}
+    )
     return make_config(model="unused", output="unused", data={**given, "workers": 0, **settings})
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(start, start + count)]
+    return [
+        {"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(start, start + count)
+    ]
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -61,7 +69,9 @@ def tokens(corpus: Corpus | None) -> list[tuple[list[int], list[float]]]:
     return [(e.ids.tolist(), e.weights.tolist()) for e in examples]
 
 
-def load(config: Config, tokenizer: Tokenizer, length: int = LENGTH) -> tuple[Corpus, Corpus | None]:
+def load(
+    config: Config, tokenizer: Tokenizer, length: int = LENGTH
+) -> tuple[Corpus, Corpus | None]:
     return load_corpora(config, tokenizer, length)
 
 
@@ -82,8 +92,13 @@ def test_encode_is_what_the_corpus_holds(tokenizer: Tokenizer) -> None:
         alone = sftx.encode(row, tokenizer, max_length=LENGTH)
         corpus, _ = load(make([row, row]), tokenizer)
         assert tokens(corpus) == 2 * [(e.ids.tolist(), e.weights.tolist()) for e in alone]
-        assert all(e.ids.dtype == np.int32 and e.weights.dtype == np.float32 and len(e.ids) <= LENGTH for e in alone)
-    assert tokens(tiny.corpus(sftx.encode("a", tiny.tokenizer()))) == tokens(load(make([{"text": "a"}]), tokenizer)[0])
+        assert all(
+            e.ids.dtype == np.int32 and e.weights.dtype == np.float32 and len(e.ids) <= LENGTH
+            for e in alone
+        )
+    assert tokens(tiny.corpus(sftx.encode("a", tiny.tokenizer()))) == tokens(
+        load(make([{"text": "a"}]), tokenizer)[0]
+    )
 
 
 def test_encode_takes_settings_and_refuses_others(tokenizer: Tokenizer) -> None:
@@ -108,7 +123,9 @@ def test_every_file_format_gives_the_same_corpus(tokenizer: Tokenizer, tmp_path:
     plain = write(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
-    (tmp_path / "d.csv").write_text("prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows))
+    (tmp_path / "d.csv").write_text(
+        "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows)
+    )
     for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.csv"):
         for _ in range(2):  # encoded, then from the cache
             corpus, _ = load(make(str(tmp_path / name)), tokenizer)
@@ -124,7 +141,10 @@ def test_every_file_format_gives_the_same_corpus(tokenizer: Tokenizer, tmp_path:
 def many(tmp_path: Path, count: int = 6000) -> str:
     random.seed(1)
     words = ["one", "two", "drei", "vier ", "\u4e94", "six\n"]
-    return write(tmp_path / "many.jsonl", [{"text": "".join(random.choices(words, k=99))} for _ in range(count)])
+    return write(
+        tmp_path / "many.jsonl",
+        [{"text": "".join(random.choices(words, k=99))} for _ in range(count)],
+    )
 
 
 @pytest.fixture
@@ -142,23 +162,34 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
     alone, _ = load(make(path, cache=str(tmp_path / "1")), tokenizer)
     seen: list[tuple[int, int]] = []
     config = make(path, cache=str(tmp_path / "2"), workers=2)
-    together, _ = load_corpora(config, tokenizer, LENGTH, lambda done, total: seen.append((done, total)))
+    together, _ = load_corpora(
+        config, tokenizer, LENGTH, lambda done, total: seen.append((done, total))
+    )
     assert together.fingerprint == alone.fingerprint
     assert seen[-1] == (3000, 3000)
     assert seen == sorted(seen)
     assert together.ledger == alone.ledger
-    names = [{p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")} for d in ("1", "2")]
+    names = [
+        {p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")}
+        for d in ("1", "2")
+    ]
     assert names[0] == names[1]
-    assert all((tmp_path / "1" / n).read_bytes() == (tmp_path / "2" / n).read_bytes() for n in names[0])
+    assert all(
+        (tmp_path / "1" / n).read_bytes() == (tmp_path / "2" / n).read_bytes() for n in names[0]
+    )
 
 
 @pytest.mark.usefixtures("_small_blocks")
 def test_only_new_rows_are_encoded(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Rows added re-encode one block; an edit that keeps size and time is noticed; a torn block is made again."""
+    """Rows added re-encode one block; an edit that keeps size and time is noticed; a torn block is
+    made again.
+    """
 
     def encoded() -> tuple[int, Corpus]:
         counted = [0]
-        corpus, _ = load_corpora(make(path), tokenizer, LENGTH, lambda done, total: counted.append(total))
+        corpus, _ = load_corpora(
+            make(path), tokenizer, LENGTH, lambda done, total: counted.append(total)
+        )
         return counted[-1], corpus
 
     path = many(tmp_path)
@@ -183,7 +214,9 @@ def test_only_new_rows_are_encoded(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 
 def test_every_setting_that_matters_has_its_own_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Two tokenizers, templates, lengths or other settings never share tokens; the same ones always do."""
+    """Two tokenizers, templates, lengths or other settings never share tokens; the same ones always
+    do.
+    """
     rows = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello " * 30}]]
     path = write(tmp_path / "a.jsonl", rows)
     (tmp_path / "t.jinja").write_text(tiny.CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"))
@@ -199,18 +232,26 @@ def test_every_setting_that_matters_has_its_own_cache(tokenizer: Tokenizer, tmp_
     assert len(set(prints)) == len(variants)
     assert load(make(path), tokenizer, 100)[0].fingerprint not in prints
     (tmp_path / "t.jinja").write_text(tiny.CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n\n"))
-    assert load(make(path, template=str(tmp_path / "t.jinja")), tokenizer)[0].fingerprint not in prints
+    assert (
+        load(make(path, template=str(tmp_path / "t.jinja")), tokenizer)[0].fingerprint not in prints
+    )
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_the_format_of_rows_has_its_own_cache(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
-    """Rows that could be read in two ways: what one way has left in the cache is not taken for the other."""
+def test_the_format_of_rows_has_its_own_cache(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    """Rows that could be read in two ways: what one way has left in the cache is not taken for the
+    other.
+    """
     if name.endswith(".csv"):
         (tmp_path / name).write_text("text,prompt,completion\nwhole,half,other\n")
     else:
         write(tmp_path / name, [{"text": "whole", "prompt": "half", "completion": "other"}])
     shapes = ("text", "pairs", "text", "pairs")
-    prints = [load(make(str(tmp_path / name), format=shape), tokenizer)[0].fingerprint for shape in shapes]
+    prints = [
+        load(make(str(tmp_path / name), format=shape), tokenizer)[0].fingerprint for shape in shapes
+    ]
     assert prints[:2] == prints[2:]
     assert prints[0] != prints[1]
 
@@ -230,7 +271,9 @@ def test_another_version_of_the_encoding_makes_blocks_anew(
     assert [encoded(), encoded()] == [5, 0]
 
 
-def test_an_edited_file_that_is_converted_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_edited_file_that_is_converted_is_read_again(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Its name, size and time say nothing: what was once made of a .csv is found by its content."""
     path = tmp_path / "rows.csv"
     found = []
@@ -261,7 +304,11 @@ BAD = [
     (b'{"prompt": "a", "completion": null}', "field 'completion' must be text, not null"),
     (b'{"prompt": "a", "completion": 3}', "field 'completion' must be text, not a number"),
     (b'{"prompt": "a", "completoin": "b"}', "did you mean 'completion'"),
-    (b'{"text": "a"}', "field 'prompt' is missing (format pairs); found text; a file has one format, the first row's"),
+    (
+        b'{"text": "a"}',
+        "field 'prompt' is missing (format pairs); found text; a file has one format, the first "
+        "row's",
+    ),
     (b'["a", "b"]', "expected an object with prompt and completion"),
     (b"{}", "found none"),
     (b"null", "found null"),
@@ -273,7 +320,11 @@ BAD = [
 
 @pytest.mark.parametrize(("line", "message"), BAD)
 def test_bad_rows_are_named_or_skipped(
-    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, message: str
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    line: bytes,
+    message: str,
 ) -> None:
     path = tmp_path / "a.jsonl"
     good = [json.dumps(row).encode() for row in pairs(12)]
@@ -288,7 +339,9 @@ def test_bad_rows_are_named_or_skipped(
     assert (corpus.ledger.read, corpus.ledger.trained, corpus.ledger.dropped) == (14, 12, 2)
     assert "14.3 % of 14 rows were dropped" in caplog.text
     write_ledger(corpus, tmp_path / "run")
-    listed = [json.loads(text) for text in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(text) for text in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert [(row["file"], row["line"]) for row in listed] == [(str(path), 8), (str(path), 15)]
     assert all(message in row["reason"] for row in listed)
     counts = json.loads((tmp_path / "run" / "ledger.json").read_text())
@@ -325,14 +378,23 @@ def test_detection_is_by_file_and_can_be_set(tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_held_out_rows_never_overlap(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Whole rows take a side, by content and seed; equal rows take the same; added rows move almost none."""
-    rows = pairs(300) + pairs(100) + [{"prompt": "long", "completion": f"{i} " * 80} for i in range(50)]
+    """Whole rows take a side, by content and seed; equal rows take the same; added rows move almost
+    none.
+    """
+    rows = (
+        pairs(300)
+        + pairs(100)
+        + [{"prompt": "long", "completion": f"{i} " * 80} for i in range(50)]
+    )
     path = write(tmp_path / "a.jsonl", rows)
     train, held = load(make(path, eval_split=0.2), tokenizer)
     assert held is not None
     assert (train.ledger.read, held.ledger.read) == (450 - held.ledger.read, held.ledger.read)
     assert 90 <= held.ledger.read <= 130
-    assert (train.ledger.trained + train.ledger.split, train.ledger.dropped) == (train.ledger.read, 0)
+    assert (train.ledger.trained + train.ledger.split, train.ledger.dropped) == (
+        train.ledger.read,
+        0,
+    )
     lines = [set(c.line.tolist()) for c in (train, held)]
     assert not lines[0] & lines[1]
     texts = [{json.dumps(rows[line - 1]) for line in side} for side in lines]
@@ -351,24 +413,34 @@ def test_held_out_rows_never_overlap(tokenizer: Tokenizer, tmp_path: Path) -> No
         load(make(path, eval_split=0.2, eval=path), tokenizer)
     given, held_given = load(make(path, eval_rows=pairs(3)), tokenizer)
     assert (given.ledger.read, held_given and held_given.ledger.read) == (450, 3)
-    both = [load(make(pairs(9), eval_rows=pairs(3, 50)), tokenizer), load(make(pairs(9)), tokenizer)]
+    both = [
+        load(make(pairs(9), eval_rows=pairs(3, 50)), tokenizer),
+        load(make(pairs(9)), tokenizer),
+    ]
     assert tokens(both[0][0]) == tokens(both[1][0])
     assert tokens(both[0][1]) == tokens(load(make(pairs(3, 50)), tokenizer)[0])
 
 
 def test_columns_are_renamed_wherever_rows_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The same corpus as under the usual names: from files, from memory, by `encode`."""
-    rows = [{"question": row["prompt"], "answer": row["completion"], "label": False} for row in pairs(30)]
+    rows = [
+        {"question": row["prompt"], "answer": row["completion"], "label": False}
+        for row in pairs(30)
+    ]
     columns = {"question": "prompt", "answer": "completion", "label": None}
     expected = tokens(load(make(pairs(30)), tokenizer)[0])
-    csv = "question,answer,label\n" + "".join(f"{r['question']},{r['answer']},False\n" for r in rows)
+    csv = "question,answer,label\n" + "".join(
+        f"{r['question']},{r['answer']},False\n" for r in rows
+    )
     (tmp_path / "a.csv").write_text(csv)
     for data in (rows, write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.csv")):
         for _ in range(2):  # encoded, and from the cache
             corpus, _ = load(make(data, columns=columns), tokenizer)
             assert tokens(corpus) == expected
             assert corpus.ledger.notes == {}
-        with pytest.raises(UserError, match=r"set data\.columns: \{question: prompt, answer: completion\}"):
+        with pytest.raises(
+            UserError, match=r"set data\.columns: \{question: prompt, answer: completion\}"
+        ):
             load(make(data), tokenizer)
     example = sftx.encode(rows[3], tokenizer, columns=columns)[0]
     assert (example.ids.tolist(), example.weights.tolist()) == expected[3]
@@ -384,10 +456,15 @@ def test_columns_are_renamed_wherever_rows_are_read(tokenizer: Tokenizer, tmp_pa
 
 
 @pytest.mark.usefixtures("_small_blocks")
-def test_columns_are_renamed_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_renamed_in_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(read, "MIN_BLOCK", 1 << 12)
     monkeypatch.setattr(read, "MAX_BLOCK", 1 << 14)
-    path, columns = write(tmp_path / "a.jsonl", pairs(1500)), {"prompt": "completion", "completion": "prompt"}
+    path, columns = (
+        write(tmp_path / "a.jsonl", pairs(1500)),
+        {"prompt": "completion", "completion": "prompt"},
+    )
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizer = Tokenizer.load(str(tmp_path / "tokenizer"))
     alone, _ = load(make(path, columns=columns, cache=str(tmp_path / "1")), tokenizer)
@@ -415,16 +492,25 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_weights_may_be_shares_of_the_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """In every epoch alike; an epoch has as many tokens as all sources together."""
     a, b = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(40, 1000))
-    sources = [{"path": a, "weight": 1.0, "name": "large"}, {"path": b, "weight": 3.0, "name": "small"}]
+    sources = [
+        {"path": a, "weight": 1.0, "name": "large"},
+        {"path": b, "weight": 3.0, "name": "small"},
+    ]
     batch = {"epochs": 3, "examples_per_step": 5}
-    config = make_config(model="m", output="o", data={"train": sources, "mix_by": "tokens"}, batch=batch)
+    config = make_config(
+        model="m", output="o", data={"train": sources, "mix_by": "tokens"}, batch=batch
+    )
     corpus, _ = load(config, tokenizer)
     plan = plan_of(corpus, config)
     plain, _ = load(make_config(model="m", output="o", data={"train": sources}), tokenizer)
     once = int(plain.lengths[plain.source == 0].sum() + plain.lengths[plain.source == 1].sum() / 3)
     for epoch in range(3):
-        shown = np.concatenate([plan.examples(s) for s in range(plan.num_steps) if epoch < plan.epoch(s) <= epoch + 1])
-        counted = [int(corpus.lengths[shown][corpus.source[shown] == number].sum()) for number in range(2)]
+        shown = np.concatenate(
+            [plan.examples(s) for s in range(plan.num_steps) if epoch < plan.epoch(s) <= epoch + 1]
+        )
+        counted = [
+            int(corpus.lengths[shown][corpus.source[shown] == number].sum()) for number in range(2)
+        ]
         assert counted[1] / sum(counted) == pytest.approx(0.75, abs=0.03)
         assert sum(counted) == pytest.approx(once, rel=0.06)
 
@@ -464,7 +550,9 @@ def test_processes_share_a_cache_and_survive_a_kill(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(folder)
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", SHARED_CACHE, path, folder], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", SHARED_CACHE, path, folder], stdout=subprocess.PIPE, text=True
+        )
 
     killed = start()
     blocks = tmp_path / "cache"
@@ -492,7 +580,8 @@ def test_reading_data_imports_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", pairs(3))
     tiny.tokenizer().save_pretrained(tmp_path / "t")
     code = (
-        "import sys; from sftx.data.dataset import load_corpora; from sftx.data.tokenizer import Tokenizer;"
+        "import sys; from sftx.data.dataset import load_corpora; from sftx.data.tokenizer import "
+        "Tokenizer;"
         "from sftx.settings.load import make_config;"
         f"c = make_config(model='m', output='o', data={{'train': {path!r}}});"
         f"print(len(load_corpora(c, Tokenizer.load({str(tmp_path / 't')!r}), 64)[0]));"
@@ -511,18 +600,25 @@ def test_the_first_drop_is_named_by_its_place(tokenizer: Tokenizer, tmp_path: Pa
         (tmp_path / name).write_text(text)
     corpus, _ = load(make(str(tmp_path), on_bad_row="skip"), tokenizer)
     write_ledger(corpus, tmp_path / "run")
-    [dropped] = [json.loads(line) for line in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()]
+    [dropped] = [
+        json.loads(line) for line in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert (dropped["file"], dropped["line"]) == (str(tmp_path / "b.txt"), 1)
     write(tmp_path / "b.jsonl", [{"text": 2}])
     write(tmp_path / "a.jsonl", [{"text": 1}])
-    with pytest.raises(UserError, match=rf"all 2 rows were dropped; the first, {tmp_path}/a\.jsonl:1: field 'text'"):
+    with pytest.raises(
+        UserError, match=rf"all 2 rows were dropped; the first, {tmp_path}/a\.jsonl:1: field 'text'"
+    ):
         load(make(str(tmp_path / "*.jsonl"), on_bad_row="skip"), tokenizer)
 
 
 def test_a_row_of_great_depth_is_a_bad_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for depth in (700, 990):
         call = {"function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
-        messages = [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        messages = [
+            {"role": "user", "content": "<|end|>"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         path = write(tmp_path / f"{depth}.jsonl", [{"messages": messages}])
         with pytest.raises(UserError, match=rf"{depth}\.jsonl:1: .*nested too deeply"):
             load(make(path), tokenizer)

@@ -17,7 +17,15 @@ from sftx.model.adapter import attach
 from sftx.model.save import save_model
 from sftx.settings.schema import Config
 
-MEASURED = {"started", "measured", "predicted", "seconds", "seconds_left", "tokens_per_second", "memory"}
+MEASURED = {
+    "started",
+    "measured",
+    "predicted",
+    "seconds",
+    "seconds_left",
+    "tokens_per_second",
+    "memory",
+}
 """What a clock or the operating system says: in run.json and in every line of metrics.jsonl."""
 CODE = """
 import sys, sftx
@@ -34,7 +42,12 @@ sftx.train(
 
 def test_an_adapters_config_is_written_in_order(tmp_path: Path) -> None:
     model = tiny.model()
-    sections: dict[str, Any] = {"model": "m", "data": "d", "output": "o", "adapter": {"method": "lora"}}
+    sections: dict[str, Any] = {
+        "model": "m",
+        "data": "d",
+        "output": "o",
+        "adapter": {"method": "lora"},
+    }
     adapted = attach(model, Config.model_validate(sections).adapter, 0)
     save_model(tmp_path, adapted, tiny.tokenizer(), [2], "", torch.float32)  # type: ignore[arg-type]
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
@@ -51,7 +64,13 @@ def test_two_equal_runs_leave_equal_folders(method: str, tmp_path: Path) -> None
         tiny.folder(home / "model")
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-c", CODE, method], cwd=home, env=environment, check=True)
-        found.append({path.relative_to(home / "run"): path for path in (home / "run").rglob("*") if path.is_file()})
+        found.append(
+            {
+                path.relative_to(home / "run"): path
+                for path in (home / "run").rglob("*")
+                if path.is_file()
+            }
+        )
     ours, theirs = found
     assert ours.keys() == theirs.keys()
     assert len(ours) > 8

@@ -16,7 +16,12 @@ from sftx.types import StepRecord, untrained
 
 
 def plan(lengths: list[int], **batch: float) -> Plan:
-    return Plan(np.array(lengths, np.int32), np.ones(len(lengths)), Batch(examples_per_step=2, **batch), seed=0)  # type: ignore[arg-type]
+    return Plan(
+        np.array(lengths, np.int32),
+        np.ones(len(lengths)),
+        Batch(examples_per_step=2, **batch),
+        seed=0,
+    )  # type: ignore[arg-type]
 
 
 def test_what_is_left_goes_by_work_and_not_by_steps() -> None:
@@ -55,7 +60,9 @@ def record(step: int, left: float | None) -> StepRecord:
     return made
 
 
-@pytest.mark.parametrize(("left", "said"), [(140.0, "2.0 times the prediction"), (70.0, ""), (9.0, "")])
+@pytest.mark.parametrize(
+    ("left", "said"), [(140.0, "2.0 times the prediction"), (70.0, ""), (9.0, "")]
+)
 def test_the_prediction_is_corrected_where_it_was_far_off(left: float, said: str) -> None:
     progress = Progress(on=True)
     progress.console = Console(file=(shown := io.StringIO()), width=200)

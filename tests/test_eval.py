@@ -27,20 +27,31 @@ def test_held_out_loss_is_the_naive_one_for_any_pack_size() -> None:
 
 
 def test_sources_count_by_their_weight_and_are_told_apart() -> None:
-    """The loss is one sum over one sum of weights; a mean of the sources' means would be another number."""
+    """The loss is one sum over one sum of weights; a mean of the sources' means would be another
+    number.
+    """
     model = tiny.model()
     twin = copy.deepcopy(model).double()
     sources = {"short": tiny.examples([5, 7]), "long": tiny.examples([60, 50, 40], seed=1)}
     parts = [
-        Part(make_block([Entry(example, i, row=i) for i, example in enumerate(data)], {}), number, 0, 1)
+        Part(
+            make_block([Entry(example, i, row=i) for i, example in enumerate(data)], {}),
+            number,
+            0,
+            1,
+        )
         for number, data in enumerate(sources.values())
     ]
     corpus = Corpus(parts, list(sources), [Origin("memory", "row")])
     numbers = held_out_loss(PackLoss(model), corpus, 64, nullcontext)
     together = [example for data in sources.values() for example in data]
-    assert numbers["loss"] == pytest.approx(float(tiny.naive_loss(twin, together).detach()), rel=1e-6)
+    assert numbers["loss"] == pytest.approx(
+        float(tiny.naive_loss(twin, together).detach()), rel=1e-6
+    )
     for name, data in sources.items():
-        assert numbers[f"loss of {name}"] == pytest.approx(float(tiny.naive_loss(twin, data).detach()), rel=1e-6)
+        assert numbers[f"loss of {name}"] == pytest.approx(
+            float(tiny.naive_loss(twin, data).detach()), rel=1e-6
+        )
 
 
 def test_dropout_is_off_while_evaluating_and_on_again_after() -> None:

@@ -15,11 +15,19 @@ from sftx.settings.load import load_config
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     model, output = tiny.folder(tmp_path / "model"), tmp_path / "out"
-    changes = [f"model={model}", f"output={output}", "data.max_length=128", f"data.cache={tmp_path}", "data.workers=0"]
+    changes = [
+        f"model={model}",
+        f"output={output}",
+        "data.max_length=128",
+        f"data.cache={tmp_path}",
+        "data.workers=0",
+    ]
     assert cli.main(["train", str(path), *changes]) == 0
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in lines]

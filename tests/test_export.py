@@ -41,8 +41,12 @@ def logits(folder: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
 
 
-@pytest.mark.parametrize(("method", "tied"), [("lora", True), ("lora", False), ("rslora", True), ("dora", False)])
-def test_merged_is_the_adapter(method: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("method", "tied"), [("lora", True), ("lora", False), ("rslora", True), ("dora", False)]
+)
+def test_merged_is_the_adapter(
+    method: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(tmp_path / "run", tied, adapter={"method": method, "rank": 4})
     assert main(["export", str(folder), f"to={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
@@ -56,13 +60,18 @@ def test_merged_is_the_adapter(method: str, tied: bool, tmp_path: Path, capsys: 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("<calc>") == 264
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
-    assert tokenizer.convert_tokens_to_ids("<|end|>") in GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert (
+        tokenizer.convert_tokens_to_ids("<|end|>")
+        in GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    )
 
 
 @pytest.mark.parametrize("method", ["none", "lora"])
 def test_a_checkpoint_becomes_a_folder(method: str, tmp_path: Path) -> None:
     adapter = {"method": method} | ({"rank": 4} if method == "lora" else {})
-    folder = run(tmp_path / "run", adapter=adapter, checkpoint={"every": 1, "keep": 9}, batch={"steps": 3})
+    folder = run(
+        tmp_path / "run", adapter=adapter, checkpoint={"every": 1, "keep": 9}, batch={"steps": 3}
+    )
     assert main(["export", str(folder), "step=2"]) == 0
     exported = load_file(folder / "exported" / "model.safetensors")
     saved = load_file(folder / "checkpoints" / "step-00000002" / "weights.safetensors")
@@ -93,7 +102,9 @@ def test_a_checkpoint_of_partly_frozen_weights_becomes_a_whole_folder(tmp_path: 
     assert all(name.startswith(("model.layers.1.", "model.norm.")) for name in changed)
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(tmp_path / "run", batch={"steps": 1})
     (tmp_path / "taken").mkdir()
     for arguments, message in (
@@ -107,15 +118,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
         assert message in capsys.readouterr().err
 
 
-def test_what_a_killed_export_left_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_killed_export_left_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, target = run(tmp_path / "run", batch={"steps": 1}), tmp_path / "out"
     killed = (
         "import os, signal, sys\nfrom sftx.cli import main\nfrom sftx.training import export\n"
-        "def save(folder, *_):\n    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def save(folder, *_):\n    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), "
+        "signal.SIGKILL)\n"
         "export.save_model = save\n"
         "main(sys.argv[1:])\n"
     )
-    done = subprocess.run([sys.executable, "-c", killed, "export", str(folder), f"to={target}"], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", killed, "export", str(folder), f"to={target}"], check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
     [left] = tmp_path.glob(".out.export-*")
@@ -130,7 +146,9 @@ def test_what_a_killed_export_left_is_taken_over(tmp_path: Path, capsys: pytest.
     assert "is not overwritten" in capsys.readouterr().err
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, target = run(tmp_path / "run", batch={"steps": 1}), tmp_path / "out"
 
     def fail(*_: Any) -> None:

@@ -1,4 +1,6 @@
-"""Which packs and how many recomputed layers are chosen, from the memory at hand; and what is said of it."""
+"""Which packs and how many recomputed layers are chosen, from the memory at hand; and what is said
+of it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def needed(estimator: MemoryEstimator, size: int, layers: int) -> int:
     return int(predict(estimator, LOAD, size, layers).peak / MARGIN) + 1
 
 
-def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(estimator: MemoryEstimator) -> None:
+def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(
+    estimator: MemoryEstimator,
+) -> None:
     def choose(available: int, **runtime: Any) -> tuple[int, int]:
         found = choose_packing(Runtime(**runtime), estimator, LOAD, available)
         return found.tokens_per_pack, found.recomputed
@@ -46,7 +50,8 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(estimator: Mem
     assert choose(1 << 40, recompute=2) == (1024, 2)
     assert choose(1 << 40, recompute="all", tokens_per_pack=700) == (700, 5)
     with pytest.raises(
-        sftx.UserError, match=r"(?s)predicted to need .* GiB .*optimizer.* at hand.*256 tokens.*5 layers"
+        sftx.UserError,
+        match=r"(?s)predicted to need .* GiB .*optimizer.* at hand.*256 tokens.*5 layers",
     ):
         choose(2000)
     with pytest.raises(sftx.UserError, match=r"1,024 tokens.* 0 layers"):
@@ -55,19 +60,33 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(estimator: Mem
 
 def test_a_continued_run_keeps_the_packs_it_had_while_they_fit(estimator: MemoryEstimator) -> None:
     assert choose_packing(Runtime(), estimator, LOAD, 1 << 40, earlier=700).tokens_per_pack == 700
-    assert choose_packing(Runtime(tokens_per_pack=90), estimator, LOAD, 1 << 40, earlier=700).tokens_per_pack == 90
-    found = choose_packing(Runtime(recompute="none"), estimator, LOAD, needed(estimator, 512, 0), earlier=700)
+    assert (
+        choose_packing(
+            Runtime(tokens_per_pack=90), estimator, LOAD, 1 << 40, earlier=700
+        ).tokens_per_pack
+        == 90
+    )
+    found = choose_packing(
+        Runtime(recompute="none"), estimator, LOAD, needed(estimator, 512, 0), earlier=700
+    )
     assert found.tokens_per_pack == 512
-    assert found.notes == ("the run had packs of 700 tokens, which no longer fit: from here on it differs by rounding",)
+    assert found.notes == (
+        "the run had packs of 700 tokens, which no longer fit: from here on it differs by rounding",
+    )
 
 
 def test_compiled_layers_keep_less_and_get_larger_packs() -> None:
     estimator = MemoryEstimator(PackLoss(tiny.model(num_hidden_layers=5)).train(), CPU, base=1000)
     eager = predict(estimator, LOAD, 1024, 0)
     estimator.compiled = True
-    assert predict(estimator, LOAD, 1024, 0).activations == pytest.approx(KEPT * eager.activations, rel=0.01)
+    assert predict(estimator, LOAD, 1024, 0).activations == pytest.approx(
+        KEPT * eager.activations, rel=0.01
+    )
     assert choose_packing(Runtime(), estimator, LOAD, 1 << 40).tokens_per_pack == 2048
-    assert choose_packing(Runtime(), estimator, LOAD, needed(estimator, 2048, 0) - 2).tokens_per_pack == 1024
+    assert (
+        choose_packing(Runtime(), estimator, LOAD, needed(estimator, 2048, 0) - 2).tokens_per_pack
+        == 1024
+    )
 
 
 def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +101,9 @@ def test_what_cannot_be_rehearsed_is_said_and_runs(monkeypatch: pytest.MonkeyPat
     assert found.notes == ("memory could not be predicted: the shape depends on data",)
 
 
-def test_a_run_records_prediction_and_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_records_prediction_and_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {
         "model": tiny.folder(tmp_path / "model"),
         "data": {"rows": [["a", "b"]] * 8, "cache": str(tmp_path / "cache")},
@@ -91,7 +112,9 @@ def test_a_run_records_prediction_and_outcome(tmp_path: Path, monkeypatch: pytes
     sftx.train(**settings, output=str(tmp_path / "run"))
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     predicted, measured = facts["predicted"], facts["measured"]
-    assert predicted["memory"]["peak"] == sum(v for k, v in predicted["memory"].items() if k != "peak")
+    assert predicted["memory"]["peak"] == sum(
+        v for k, v in predicted["memory"].items() if k != "peak"
+    )
     assert predicted["memory"]["peak"] == pytest.approx(measured["memory"], rel=0.15)
     assert predicted["seconds"] > 0 < measured["seconds"]
     monkeypatch.setattr(host_memory, "free", lambda: 1000)

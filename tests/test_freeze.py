@@ -48,7 +48,9 @@ def test_names_choose_what_trains_and_what_does_not() -> None:
     assert trained(model) == {n for n in everything if "embed_tokens" not in n and ".0." not in n}
     model = tiny.model()
     freeze(model, Model(path="m", train_only=["*norm.weight"], freeze=["model.norm.*"]))
-    assert trained(model) == {n for n in everything if n.endswith("norm.weight") and n != "model.norm.weight"}
+    assert trained(model) == {
+        n for n in everything if n.endswith("norm.weight") and n != "model.norm.weight"
+    }
     tied = tiny.model(tie_word_embeddings=True)
     freeze(tied, Model(path="m", freeze=["lm_head.weight"]))
     assert "model.embed_tokens.weight" not in trained(tied)
@@ -102,7 +104,11 @@ def test_a_head_that_trains_alone_takes_part_in_an_empty_pack() -> None:
         ({"train_only": ["model.embed_tokens.*"]}, "head"),
     ],
 )
-def test_new_tokens_whose_rows_would_not_train_are_refused(settings: dict[str, Any], what: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.add_tokens: the {what} of LlamaForCausalLM would stay frozen"):
+def test_new_tokens_whose_rows_would_not_train_are_refused(
+    settings: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"model\.add_tokens: the {what} of LlamaForCausalLM would stay frozen"
+    ):
         freeze(tiny.model(), Model(path="m", add_special_tokens=["<new>"], **settings))
     freeze(tiny.model(), Model(path="m", add_tokens=["<new>"], freeze=["*.0.*"]))

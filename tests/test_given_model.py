@@ -1,4 +1,6 @@
-"""A model that comes as an object: trained as its folder would be, recorded, continued, and refused where it must."""
+"""A model that comes as an object: trained as its folder would be, recorded, continued, and refused
+where it must.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_an_object_trains_as_its_folder_does(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     theirs = sftx.train(**settings(str(tmp_path / "model"), tmp_path / "folder"))
     ours = sftx.train(**{**settings("", tmp_path / "object"), "model": model}, tokenizer=tokenizer)
-    assert [line["loss"] for line in records(ours.folder)] == [line["loss"] for line in records(theirs.folder)]
+    assert [line["loss"] for line in records(ours.folder)] == [
+        line["loss"] for line in records(theirs.folder)
+    ]
     for name, tensor in load_file(theirs.folder / "model.safetensors").items():
         assert torch.equal(tensor, load_file(ours.folder / "model.safetensors")[name])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -49,7 +53,9 @@ def test_a_run_of_an_object_continues_with_the_same_object_only(tmp_path: Path) 
         sftx.train(**{**config, "model": given(seed=1)})
     assert len(list((tmp_path / "run" / "base").iterdir())) == 1
     result = sftx.train(**{**config, "model": given()})
-    assert [line["loss"] for line in records(result.folder)] == [line["loss"] for line in records(whole.folder)]
+    assert [line["loss"] for line in records(result.folder)] == [
+        line["loss"] for line in records(whole.folder)
+    ]
 
 
 def test_a_run_of_an_object_can_be_repeated_from_its_folder(tmp_path: Path) -> None:
@@ -61,15 +67,21 @@ def test_a_run_of_an_object_can_be_repeated_from_its_folder(tmp_path: Path) -> N
     result = sftx.train(**config, adapter="none")
     again = tmp_path / "again"
     assert cli.main(["train", str(result.folder / "config.yaml"), f"output={again}"]) == 0
-    assert [line["loss"] for line in records(again)] == [line["loss"] for line in records(result.folder)]
+    assert [line["loss"] for line in records(again)] == [
+        line["loss"] for line in records(result.folder)
+    ]
 
 
 def test_an_object_in_half_precision_and_an_adapter_on_it(tmp_path: Path) -> None:
     config = {**settings("", tmp_path / "run"), "adapter": {"method": "lora", "merge": True}}
-    result = sftx.train(**{**config, "model": given().to(torch.bfloat16)}, tokenizer=tiny.tokenizer())
+    result = sftx.train(
+        **{**config, "model": given().to(torch.bfloat16)}, tokenizer=tiny.tokenizer()
+    )
     assert result.model.dtype == torch.bfloat16
     AutoModelForCausalLM.from_pretrained(result.folder / "merged")
-    assert AutoTokenizer.from_pretrained(result.folder / "merged").chat_template == tiny.CHAT_TEMPLATE
+    assert (
+        AutoTokenizer.from_pretrained(result.folder / "merged").chat_template == tiny.CHAT_TEMPLATE
+    )
 
 
 class Changed(torch.nn.Linear):
@@ -79,7 +91,9 @@ class Changed(torch.nn.Linear):
         return 2 * super().forward(input)
 
 
-@pytest.mark.parametrize("case", ["no tokenizer", "adapter", "surgery", "meta", "tokenizer alone", "ranks"])
+@pytest.mark.parametrize(
+    "case", ["no tokenizer", "adapter", "surgery", "meta", "tokenizer alone", "ranks"]
+)
 def test_an_object_that_cannot_be_recorded_is_refused(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +103,10 @@ def test_an_object_that_cannot_be_recorded_is_refused(
         case "no tokenizer":
             more, message = {}, "tokenizer"
         case "adapter":
-            model, message = get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "adapter.path"
+            model, message = (
+                get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
+                "adapter.path",
+            )
         case "surgery":
             model.model.layers[0].mlp.up_proj = Changed(32, 64, bias=False)
             message = "Changed"

@@ -1,4 +1,6 @@
-"""One job on two hosts: two network namespaces that see each other through a pair of virtual Ethernet devices only."""
+"""One job on two hosts: two network namespaces that see each other through a pair of virtual
+Ethernet devices only.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def hosts() -> Iterator[list[str]]:
         steps = [f"ip netns add {names[1]}", f"ip link add {ends[0]} type veth peer name {ends[1]}"]
         for i in (0, 1):
             inside = f"ip -n {names[i]}"
-            steps += [f"ip link set {ends[i]} netns {names[i]}", f"{inside} link set {ends[i]} name eth0"]
+            steps += [
+                f"ip link set {ends[i]} netns {names[i]}",
+                f"{inside} link set {ends[i]} name eth0",
+            ]
             steps += [
                 f"{inside} addr add {NET}.{i + 1}/24 dev eth0",
                 f"{inside} link set eth0 up",
@@ -50,8 +55,22 @@ def hosts() -> Iterator[list[str]]:
 
 def start(host: str, number: int, path: Path) -> subprocess.Popen[str]:
     """torchrun on one host: one rank there, the rendezvous on the first host."""
-    command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-    command += ["--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={NET}.1:29411", "--rdzv-id=job"]
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        host,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+    ]
+    command += [
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={NET}.1:29411",
+        "--rdzv-id=job",
+    ]
     # Which host keeps the rendezvous is said, for names of hosts tell nothing inside a namespace.
     command += [
         f"--rdzv-conf=is_host={int(number == 1)}",
@@ -61,9 +80,18 @@ def start(host: str, number: int, path: Path) -> subprocess.Popen[str]:
         "train",
         str(path),
     ]
-    environment = {**ranks.ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
+    environment = {
+        **ranks.ENVIRONMENT,
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15",
+    }
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -81,7 +109,9 @@ def test_a_job_on_two_hosts_survives_the_loss_of_one(hosts: list[str], tmp_path:
         assert jobs[0].poll() is None, jobs[0].communicate()[0]
         time.sleep(0.05)
     os.killpg(jobs[1].pid, signal.SIGKILL)  # the second host is gone
-    assert jobs[0].wait(timeout=120) != 0, "the first host must not wait for ever, nor call this a success"
+    assert jobs[0].wait(timeout=120) != 0, (
+        "the first host must not wait for ever, nor call this a success"
+    )
     assert ranks.facts(tmp_path / "two")["status"] != "finished"
 
     jobs = [start(host, i, path) for i, host in enumerate(hosts, 1)]

@@ -45,7 +45,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=30), st.text(min_size=1, max_size=30), st.integers(20, 200), st.booleans())
-def test_texts_and_weights_are_those_of_the_example(prompt: str, output: str, width: int, colour: bool) -> None:
+def test_texts_and_weights_are_those_of_the_example(
+    prompt: str, output: str, width: int, colour: bool
+) -> None:
     """The texts of a view join to the example's text, and its lines fit and hold every target."""
     example = encode([prompt, output], TOKENIZER, template="none")[0]
     shown = view(example, TOKENIZER, "here")
@@ -57,9 +59,9 @@ def test_texts_and_weights_are_those_of_the_example(prompt: str, output: str, wi
     trained = "".join(re.findall(r"⟦(?:[\d.]+:)?(.*?)⟧", body, re.DOTALL))
     if not colour and not {"⟦", "⟧"} & {*prompt, *output}:
         assert trained.endswith("<eos>")
-        assert trained.count("↵") == sum("\n" in t for t, w in zip(shown.texts, shown.weights, strict=True) if w) + (
-            output.count("↵")
-        )
+        assert trained.count("↵") == sum(
+            "\n" in t for t, w in zip(shown.texts, shown.weights, strict=True) if w
+        ) + (output.count("↵"))
 
 
 def test_weights_are_named_without_colour() -> None:
@@ -75,7 +77,9 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
-def test_rows_are_those_of_the_corpus(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_those_of_the_corpus(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A row shown alone is the row as a run encodes it, at the length a run would take."""
     out = tmp_path / "out.json"
     assert main(["inspect", *run, "row=21", f"json={out}"]) == 0
@@ -90,7 +94,10 @@ def test_rows_are_those_of_the_corpus(run: list[str], tmp_path: Path, capsys: py
         assert seen["note"].startswith(example.note)
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'a.jsonl'}:21".replace("\n", "") in printed.replace("\n", "")
-    assert "a server would send: '<|user|>question 20\\n<|end|>\\n<|assistant|>'" in printed.replace("\n", "")
+    assert (
+        "a server would send: '<|user|>question 20\\n<|end|>\\n<|assistant|>'"
+        in printed.replace("\n", "")
+    )
 
 
 def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -> None:
@@ -98,9 +105,13 @@ def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -
     arguments = [*run, "batch.examples_per_step=8", "runtime.tokens_per_pack=150"]
     config = load_config(None, [*arguments, "output=x"])
     corpus, _ = load_corpora(config, TOKENIZER, 128)
-    packs = Plan(corpus.lengths, corpus.weights, config.batch, config.seed).packs(1, 150)[0]  # the second step
+    packs = Plan(corpus.lengths, corpus.weights, config.batch, config.seed).packs(1, 150)[
+        0
+    ]  # the second step
     assert main(["inspect", *arguments, "step=2", f"json={out}"]) == 0
-    assert [r["ids"] for r in read_json(out)] == [corpus.example(i).ids.tolist() for pack in packs for i in pack]
+    assert [r["ids"] for r in read_json(out)] == [
+        corpus.example(i).ids.tolist() for pack in packs for i in pack
+    ]
     assert main(["inspect", *arguments, "step=2", "pack=1", f"json={out}"]) == 0
     of_the_second = read_json(out)
     assert [r["ids"] for r in of_the_second] == [corpus.example(i).ids.tolist() for i in packs[1]]
@@ -110,7 +121,9 @@ def test_steps_and_packs_are_those_of_the_plan(run: list[str], tmp_path: Path) -
     assert read_json(out) == of_the_second
 
 
-def test_what_is_not_there_is_said(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_said(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = [*run[:1], f"data={tmp_path / '[ab].jsonl'}"]
     for arguments, message in (
         ([*run, "row=41"], "a.jsonl:41: there is no row here"),
@@ -131,9 +144,13 @@ def test_the_page_stands_alone_and_holds_no_foreign_code(run: list[str], tmp_pat
     page = tmp_path / "page.html"
     assert main(["inspect", *run, "row=1", f"html={page}"]) == 0
     text = page.read_text(encoding="utf-8")
-    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text)
+    assert not re.findall(
+        r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text
+    )
     assert text.count("<script") == text.count("</script>") == 1
-    facts = json.loads(re.search(r"^const facts = (.*);$", text, re.MULTILINE).group(1).replace("<\\/", "</"))  # type: ignore[union-attr]
+    facts = json.loads(
+        re.search(r"^const facts = (.*);$", text, re.MULTILINE).group(1).replace("<\\/", "</")
+    )  # type: ignore[union-attr]
     corpus, _ = load_corpora(load_config(None, [*run, "output=x"]), TOKENIZER, 128)
     assert facts["examples"] == len(corpus) == len(facts["rows"])
     assert sum(facts["lengths"]["counts"]) == len(corpus)
@@ -142,7 +159,9 @@ def test_the_page_stands_alone_and_holds_no_foreign_code(run: list[str], tmp_pat
     for index in range(len(corpus)):
         row, example = by_place[corpus.place(index), int(corpus.part[index])], corpus.example(index)
         ends = [start for start, _ in row["runs"][1:]] + [len(example.ids)]
-        weights = [w for (start, w), end in zip(row["runs"], ends, strict=True) for _ in range(end - start)]
+        weights = [
+            w for (start, w), end in zip(row["runs"], ends, strict=True) for _ in range(end - start)
+        ]
         assert (row["ids"], weights) == (example.ids.tolist(), example.weights.tolist())
     assert [row["place"] for row in facts["rows"] if "split" in row["note"]]
 
@@ -152,11 +171,15 @@ def test_no_torch(run: list[str]) -> None:
         "import sys; from sftx.cli import main; assert main(sys.argv[1:]) == 0;"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code, "inspect", *run, "step=1"], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", *run, "step=1"], capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_every_row_is_found_by_its_place(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_is_found_by_its_place(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, out = tmp_path / "texts", tmp_path / "out.json"
     folder.mkdir()
     for name in ("a.txt", "b.txt", "c.txt"):
@@ -186,7 +209,10 @@ def test_data_commands_no_terminal() -> None:
 def test_the_page_names_the_place_of_a_dropped_row(run: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('["good", {"text": 1}, "good"]')
     page, skip = tmp_path / "page.html", "data.on_bad_row=skip"
-    assert main(["inspect", run[0], f"data={tmp_path / 'a.json'}", skip, "rows=1", f"html={page}"]) == 0
+    assert (
+        main(["inspect", run[0], f"data={tmp_path / 'a.json'}", skip, "rows=1", f"html={page}"])
+        == 0
+    )
     assert f'"place": "{tmp_path / "a.json"}, row 2"' in page.read_text(encoding="utf-8")
 
 
@@ -197,7 +223,10 @@ def test_a_spelled_special_token_is_told_from_the_token() -> None:
     """The row's own `<eos>` is five letters here, and the one at the end is the token."""
     example = encode("a<eos>b", TOKENIZER)[0]
     shown = view(example, TOKENIZER, "here")
-    assert "".join(text for text, spelled in zip(shown.texts, shown.spelled, strict=True) if spelled) == "<eos>"
+    assert (
+        "".join(text for text, spelled in zip(shown.texts, shown.spelled, strict=True) if spelled)
+        == "<eos>"
+    )
     assert sum(shown.special) == 1
     plain = [line.plain for line in paint(shown, 80, colour=False)]
     assert plain[1] == r"     0 │ a⟦\<eos>b<eos>⟧"
@@ -213,8 +242,14 @@ def test_a_spelled_special_token_is_told_from_the_token() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["a", "<eos>", "<", "eos>", "<|user|>", "é", "🙂"]), min_size=1, max_size=8))
-def test_what_is_marked_as_spelled_is_what_the_tokenizer_would_take_for_tokens(parts: list[str]) -> None:
+@given(
+    st.lists(
+        st.sampled_from(["a", "<eos>", "<", "eos>", "<|user|>", "é", "🙂"]), min_size=1, max_size=8
+    )
+)
+def test_what_is_marked_as_spelled_is_what_the_tokenizer_would_take_for_tokens(
+    parts: list[str],
+) -> None:
     text = "x" + "".join(parts) + "y"
     shown = view(encode(text, TOKENIZER)[0], TOKENIZER, "here")
     marked = re.sub(r"0+", "0", "".join(str(int(spelled)) for spelled in shown.spelled))

@@ -1,4 +1,6 @@
-"""Models whose forward depends on length: each example alone in float64 through the plain model is the oracle."""
+"""Models whose forward depends on length: each example alone in float64 through the plain model is
+the oracle.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ ROUNDING = {"Phimoe": 3e-3}
 BY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
     "attention in chunks": (
         "Llama4Text",
-        {"head_dim": 8, "attention_chunk_size": 40, "num_local_experts": 4, "intermediate_size_mlp": 64},
+        {
+            "head_dim": 8,
+            "attention_chunk_size": 40,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 64,
+        },
     ),
     "temperature by position": (
         "Llama4Text",
@@ -62,18 +69,30 @@ BY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "a window in the mask alone": ("Phimoe", {"sliding_window": 40, "num_local_experts": 4}),
     "compressed keys": ("DeepseekV4", DEEPSEEK),
-    "dynamic rotary embeddings": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 40}),
+    "dynamic rotary embeddings": (
+        "Llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 40},
+    ),
 }
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Mistral": ("Mistral", {"sliding_window": 8}),
     "Gemma3": (
         "Gemma3Text",
-        {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "chunks that no example reaches": (
         "Llama4Text",
-        {"head_dim": 8, "attention_chunk_size": 150, "num_local_experts": 4, "intermediate_size_mlp": 64},
+        {
+            "head_dim": 8,
+            "attention_chunk_size": 150,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 64,
+        },
     ),
 }
 
@@ -88,7 +107,9 @@ def sharpened(family: str, changes: dict[str, Any]) -> Any:
 
 
 def alone_in_float64(model: Any, data: list[Any]) -> tuple[float, torch.nn.Module]:
-    """Loss of `data`, each example alone through a fresh float64 model, and a model that holds the gradients."""
+    """Loss of `data`, each example alone through a fresh float64 model, and a model that holds the
+    gradients.
+    """
     total, weight = 0.0, sum(float(example.weights[1:].astype(float).sum()) for example in data)
     kept = copy.deepcopy(model).double()
     for p in kept.parameters():
@@ -159,7 +180,12 @@ def test_what_goes_by_the_place_in_the_pack_is_found_where_packs_reach_it() -> N
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_rounding_in_bf16_is_not_taken_for_a_leak(family: str) -> None:
     """Routers choose otherwise where the last bit differs, and all that follows differs with them."""
-    changes = {"num_experts": 64, "num_local_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    changes = {
+        "num_experts": 64,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    }
     model = sharpened(family, {**changes, "head_dim": 16, "num_hidden_layers": 12})
     for p in model.parameters():
         if p.ndim == 3:  # the experts
@@ -176,14 +202,18 @@ def test_a_leak_in_the_model_itself_is_found_in_any_precision(
 ) -> None:
     """The stand-in is of the class; what was done to this very model only its own probe can tell."""
     model = sharpened("Llama", {})
-    model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: out + out.cumsum(1).roll(1, 1))
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda _m, _a, out: out + out.cumsum(1).roll(1, 1)
+    )
     loss = PackLoss(model)
     (said,) = check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), dtype, longest=60)
     assert "one at a time" in said
 
 
 class MixesGradients(torch.autograd.Function):
-    """Leaves values alone; every row's gradient also goes to the rows before it, whatever their segment."""
+    """Leaves values alone; every row's gradient also goes to the rows before it, whatever their
+    segment.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,15 @@ ANSWER = {"role": "assistant", "content": "a"}
 
 @pytest.mark.parametrize("form", ["", "text", "pairs", "messages", "sharegpt", "alpaca", "tokens"])
 def test_a_row_of_100_000_keys_is_refused_at_once(form: str) -> None:
-    row = {**MANY, "text": "t", "prompt": "p", "completion": "c", "instruction": "i", "output": "o", "input_ids": [3]}
+    row = {
+        **MANY,
+        "text": "t",
+        "prompt": "p",
+        "completion": "c",
+        "instruction": "i",
+        "output": "o",
+        "input_ids": [3],
+    }
     act = (lambda: parse(row, form)) if form else (lambda: detect(MANY))
     said: list[str] = []
     assert seconds(lambda: said.append(refusal(RowError, act))) < 1
@@ -63,7 +71,9 @@ def test_many_columns_are_not_all_listed() -> None:
     assert "key9 and 290 more" in said
 
 
-@pytest.mark.parametrize("content", ["key{0}: 1\n", "key{0}: [1, 2, {{a: b}}]\n", "- {0}\n", "x{0}"])
+@pytest.mark.parametrize(
+    "content", ["key{0}: 1\n", "key{0}: [1, 2, {{a: b}}]\n", "- {0}\n", "x{0}"]
+)
 def test_a_large_settings_file_is_refused_at_once(content: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("".join(content.format(i) for i in range(10_000_000 // len(content))))
@@ -81,11 +91,15 @@ def test_of_many_mistakes_in_settings_the_first_are_shown(tmp_path: Path) -> Non
     assert said[0].endswith("\nand 2,950 more")
 
 
-def test_words_of_a_large_text_are_read_as_those_of_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_a_large_text_are_read_as_those_of_a_small_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One by one or in lots: the same ids, the tokenizer's own."""
     tokenizer = ours("byte_level")
     text = "".join(
-        random.Random(0).choices(["the ", "quick", " lazy dog. ", "4, ", "\n\n", "naïve", "🙂", "  "], k=4000)
+        random.Random(0).choices(
+            ["the ", "quick", " lazy dog. ", "4, ", "\n\n", "naïve", "🙂", "  "], k=4000
+        )
     )
     expected = tokenizer.backend.encode(text, add_special_tokens=False).ids
     for at_once in (1, 7, 1000, len(text) + 1):
@@ -126,11 +140,17 @@ def test_splitting_takes_time_in_proportion_to_the_text() -> None:
 
     split(10_000)
     small = min(seconds(lambda: split(40_000)) for _ in range(2))
-    assert seconds(lambda: split(320_000)) < 20 * small  # 64 times as long where it grew with the square
+    assert (
+        seconds(lambda: split(320_000)) < 20 * small
+    )  # 64 times as long where it grew with the square
 
 
-TEXT = "{% set n = namespace(x='ba') %}{% for i in range(22) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
-LIST = "{% set n = namespace(x=[2, 1]) %}{% for i in range(22) %}{% set n.x = n.x + n.x %}{% endfor %}"
+TEXT = (
+    "{% set n = namespace(x='ba') %}{% for i in range(22) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
+LIST = (
+    "{% set n = namespace(x=[2, 1]) %}{% for i in range(22) %}{% set n.x = n.x + n.x %}{% endfor %}"
+)
 HUGE: dict[str, tuple[str, str]] = {
     "a range, many times": ("{{ (range(99999) | list * 500) | sort | length }}", "49,999,500"),
     "rows, many times": ("{{ (messages * 50000000) | sort | length }}", "50,000,000"),
@@ -142,10 +162,12 @@ HUGE: dict[str, tuple[str, str]] = {
     "a doubled list, sliced": (LIST + "{{ n.x | slice(3) | list | length }}", "8,388,608 elements to `slice`"),
     "in lots": (LIST + "{{ n.x | batch(3) | list | length }}", "8,388,608 elements to `batch`"),
     "its kinds": (LIST + "{{ n.x | unique | list | length }}", "8,388,608 elements to `unique`"),
-    "a wide lot": ("{{ messages | batch(10**9, 'f') | list | length }}", "took more than 1,024 MiB of memory"),
+    "a wide lot": ("{{ messages | batch(10**9, 'f') | list | length }}", "took more than 1,024 "
+                                                                         "MiB of memory"),
     "wide text": ("{{ 'x' | center(2000000000) | length }}", "took more than 1,024 MiB of memory"),
     "a number, squared": (
-        "{% set n = namespace(x=7**999) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=7**999) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% "
+        "endfor %}{{ n.x }}",
         "a number of more than 1,000,000 bits",
     ),
     "a power of a power": ("{% set n = namespace(x=10**999) %}{{ n.x ** 999 ** 1 }}", "more than 1,000,000 bits"),
@@ -156,7 +178,9 @@ HUGE: dict[str, tuple[str, str]] = {
 def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftx.data.chat.sandbox._own_process", True)  # limits of the whole process act too
+    monkeypatch.setattr(
+        "sftx.data.chat.sandbox._own_process", True
+    )  # limits of the whole process act too
     source, expected = HUGE[name]
 
     def render() -> None:
@@ -171,22 +195,31 @@ def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
 
 def test_what_templates_do_stays_allowed() -> None:
     source = (
-        "{{ '-' * 80 }}{{ (range(9999) | list) | sort | length }}{{ [3, 1] | sort }}{{ [1] * 3 }}{{ 2 ** 10 }}"
-        "{{ 3 * 4 }}{{ messages | list | length }}{{ 'b,a'.split(',') | sort | join }}{{ {'b': 1} | dictsort }}"
+        "{{ '-' * 80 }}{{ (range(9999) | list) | sort | length }}{{ [3, 1] | sort }}{{ [1] * 3 "
+        "}}{{ 2 ** 10 }}"
+        "{{ 3 * 4 }}{{ messages | list | length }}{{ 'b,a'.split(',') | sort | join }}{{ {'b': 1} "
+        "| dictsort }}"
     )
     with watched():
         text = run_template(compile_template(source), {"messages": [{"role": "user"}]})
     assert text == "-" * 80 + "9999[1, 3][1, 1, 1]1024121ab[('b', 1)]"
 
 
-def test_an_interruption_beside_another_error_has_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watchdog fires while memory runs out: one error comes after the other, and neither is called `None`."""
+def test_an_interruption_beside_another_error_has_a_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The watchdog fires while memory runs out: one error comes after the other, and neither is
+    called `None`.
+    """
     from sftx.data.chat import sandbox
 
     def run_out_of_memory(watch: Any) -> None:
         with watch.deadline():
             watch.fired = True
-            target, kind = sandbox.ctypes.c_ulong(watch.target), sandbox.ctypes.py_object(sandbox._Interruption)
+            target, kind = (
+                sandbox.ctypes.c_ulong(watch.target),
+                sandbox.ctypes.py_object(sandbox._Interruption),
+            )
             sandbox.ctypes.pythonapi.PyThreadState_SetAsyncExc(target, kind)
             raise MemoryError
 

@@ -23,7 +23,22 @@ from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.load import make_config
 
-WORDS = "apple river stone cloud window garden music letter bridge winter summer candle forest mirror".split()  # noqa: SIM905
+WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "window",
+    "garden",
+    "music",
+    "letter",
+    "bridge",
+    "winter",
+    "summer",
+    "candle",
+    "forest",
+    "mirror",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +54,22 @@ def tokenizer() -> Tokenizer:
 def chat(*turns: str, roles: str = "ua") -> dict[str, Any]:
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     order = roles * len(turns)
-    return {"messages": [{"role": names[order[i]], "content": text} for i, text in enumerate(turns)]}
+    return {
+        "messages": [{"role": names[order[i]], "content": text} for i, text in enumerate(turns)]
+    }
 
 
 def good(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
-    return [chat(" ".join(rng.choices(WORDS, k=20)), " ".join(rng.choices(WORDS, k=12))) for _ in range(count)]
+    return [
+        chat(" ".join(rng.choices(WORDS, k=20)), " ".join(rng.choices(WORDS, k=12)))
+        for _ in range(count)
+    ]
 
 
-def find(tokenizer: Tokenizer, rows: list[Any], length: int = 512, **data: Any) -> dict[str, Finding]:
+def find(
+    tokenizer: Tokenizer, rows: list[Any], length: int = 512, **data: Any
+) -> dict[str, Finding]:
     config = make_config(model="m", output="o", data={"rows": rows, "workers": 0, **data})
     findings = lint(config, Encoder(tokenizer, config.data, length))
     assert [f.serious for f in findings] == sorted((f.serious for f in findings), reverse=True)
@@ -56,7 +78,12 @@ def find(tokenizer: Tokenizer, rows: list[Any], length: int = 512, **data: Any) 
 
 def test_good_data_has_no_findings(tokenizer: Tokenizer) -> None:
     assert find(tokenizer, good(200), eval_rows=good(20, seed=1)) == {}
-    assert find(tokenizer, [{"text": " ".join(random.Random(i).choices(WORDS, k=40))} for i in range(8)]) == {}
+    assert (
+        find(
+            tokenizer, [{"text": " ".join(random.Random(i).choices(WORDS, k=40))} for i in range(8)]
+        )
+        == {}
+    )
 
 
 SECRET = "ghp_" + "a1B2" * 9
@@ -84,12 +111,18 @@ SECRET = "ghp_" + "a1B2" * 9
         (chat("how is it done?", "```python\nprint(1)"), "cut answers", False),
         (chat("how is it done?", "word " * 30 + "and the"), "cut answers", False),
         (
-            chat("how is it done?", "One goes first. " * 8 + "Then one of the others takes its turn and"),
+            chat(
+                "how is it done?",
+                "One goes first. " * 8 + "Then one of the others takes its turn and",
+            ),
             "cut answers",
             False,
         ),
         (
-            chat("how is it done?", "One goes first. " * 8 + "Then each of the others will take its own tur"),
+            chat(
+                "how is it done?",
+                "One goes first. " * 8 + "Then each of the others will take its own tur",
+            ),
             "cut answers",
             False,
         ),
@@ -97,7 +130,9 @@ SECRET = "ghp_" + "a1B2" * 9
         ({"messages": 3}, "bad rows", True),
     ],
 )
-def test_a_planted_fault_is_found(tokenizer: Tokenizer, row: Any, check: str, serious: bool) -> None:
+def test_a_planted_fault_is_found(
+    tokenizer: Tokenizer, row: Any, check: str, serious: bool
+) -> None:
     rows = good(150)
     rows.insert(77, row)
     findings = find(tokenizer, rows, 20_000)
@@ -109,7 +144,9 @@ def test_a_planted_fault_is_found(tokenizer: Tokenizer, row: Any, check: str, se
 
 def test_lost_targets_are_serious(tokenizer: Tokenizer) -> None:
     rows = [*good(5), chat("a question", "word " * 200)]
-    assert find(tokenizer, rows, 400, too_long="truncate_right")["lost targets"].places == ["rows, row 6"]
+    assert find(tokenizer, rows, 400, too_long="truncate_right")["lost targets"].places == [
+        "rows, row 6"
+    ]
     assert find(tokenizer, rows, 400, too_long="drop")["dropped rows"].count == 1
     split = find(tokenizer, rows, 400)
     assert "lost targets" not in split
@@ -126,17 +163,22 @@ def test_shortened_prompts_are_found(tokenizer: Tokenizer) -> None:
 
 def test_outputs_that_never_end(tokenizer: Tokenizer) -> None:
     rows = [
-        {"segments": [{"text": f"question {i}", "weight": 0}, {"text": f"answer {i}", "weight": 1}]} for i in range(9)
+        {"segments": [{"text": f"question {i}", "weight": 0}, {"text": f"answer {i}", "weight": 1}]}
+        for i in range(9)
     ]
     assert find(tokenizer, rows)["endless outputs"].count == 9
 
 
 def test_copies(tokenizer: Tokenizer) -> None:
-    """Exact copies by what is trained on, whatever else the line says; near copies; copies in the held-out rows."""
+    """Exact copies by what is trained on, whatever else the line says; near copies; copies in the
+    held-out rows.
+    """
     rows = good(100)
     changed = json.loads(json.dumps(rows[7]))
     changed["messages"][1]["content"] += " indeed"
-    near = json.loads(json.dumps(rows[8]).replace('"user", "content": "', '"user", "content": "so '))
+    near = json.loads(
+        json.dumps(rows[8]).replace('"user", "content": "', '"user", "content": "so ')
+    )
     copies = [{**rows[3], "id": "other"}, changed]
     findings = find(tokenizer, rows + copies, eval_rows=[*good(5, seed=1), near, rows[11]])
     assert findings["exact duplicates"].places == ["rows, row 101"]
@@ -163,7 +205,9 @@ def test_good_answers_are_left_alone(tokenizer: Tokenizer) -> None:
 
 
 def test_answers_are_compared_apart_from_prompts(tokenizer: Tokenizer) -> None:
-    """Questions about one passage are alike; rows are so only where their answers are too. Each names its partner."""
+    """Questions about one passage are alike; rows are so only where their answers are too. Each
+    names its partner.
+    """
     rng = random.Random(5)
     passage = " ".join(rng.choices(WORDS, k=300))
     replies = [" ".join(rng.choices(WORDS, k=4)) for _ in range(8)]
@@ -176,9 +220,18 @@ def test_answers_are_compared_apart_from_prompts(tokenizer: Tokenizer) -> None:
     assert "near duplicates" not in found
     assert found["near overlap"].places == ["rows, row 2"]
     assert found["near overlap"].partners == ["rows, row 23"]
-    both = find(tokenizer, [*good(4), rows[0], chat(passage + " what is number 0 then?", replies[0]), rows[0]])
-    assert (both["near duplicates"].places, both["near duplicates"].partners) == (["rows, row 6"], ["rows, row 5"])
-    assert (both["exact duplicates"].places, both["exact duplicates"].partners) == (["rows, row 7"], ["rows, row 5"])
+    both = find(
+        tokenizer,
+        [*good(4), rows[0], chat(passage + " what is number 0 then?", replies[0]), rows[0]],
+    )
+    assert (both["near duplicates"].places, both["near duplicates"].partners) == (
+        ["rows, row 6"],
+        ["rows, row 5"],
+    )
+    assert (both["exact duplicates"].places, both["exact duplicates"].partners) == (
+        ["rows, row 7"],
+        ["rows, row 5"],
+    )
 
 
 def test_every_row_of_a_finding_is_named(tokenizer: Tokenizer) -> None:
@@ -186,21 +239,33 @@ def test_every_row_of_a_finding_is_named(tokenizer: Tokenizer) -> None:
     found = find(tokenizer, rows * 2, eval_rows=rows[:12])
     assert found["exact duplicates"].places == [f"rows, row {31 + i}" for i in range(30)]
     assert found["exact duplicates"].partners == [f"rows, row {1 + i}" for i in range(30)]
-    assert (found["overlap"].count, found["overlap"].partners) == (12, [f"rows, row {1 + i}" for i in range(12)])
+    assert (found["overlap"].count, found["overlap"].partners) == (
+        12,
+        [f"rows, row {1 + i}" for i in range(12)],
+    )
 
 
 def test_odd_arguments_of_tools_are_found() -> None:
     """Null almost everywhere, invented by a table, or not in the schema of the tool."""
     source = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls %}{{ "
+        "c.function | tojson }}"
     )
-    source += "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    source += (
+        "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     tokenizer = Tokenizer.of(tiny.tokenizer())
     tokenizer.chat_templates = {"default": source}
 
     def row(number: int, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
         talk = chat(f"log in {number}", "well done")["messages"]
-        return {"messages": [talk[0], {**talk[1], "tool_calls": [{"name": "login", "arguments": arguments}]}], **more}
+        return {
+            "messages": [
+                talk[0],
+                {**talk[1], "tool_calls": [{"name": "login", "arguments": arguments}]},
+            ],
+            **more,
+        }
 
     rows = [row(i, {"key": f"{i} a", "unit": None}) for i in range(9)]
     tools = [{"name": "login", "parameters": {"properties": {"key": {}}}}]
@@ -211,7 +276,9 @@ def test_odd_arguments_of_tools_are_found() -> None:
     assert found["invented nulls"].places == ["rows, row 10"]
     assert found["strange arguments"].places == ["rows, row 11"]
     assert found["strange arguments"].message.endswith(": login.kye")
-    assert "null arguments" not in find(tokenizer, [row(i, {"key": f"{i} a" if i % 2 else None}) for i in range(20)])
+    assert "null arguments" not in find(
+        tokenizer, [row(i, {"key": f"{i} a" if i % 2 else None}) for i in range(20)]
+    )
 
 
 def test_near_duplicates_finds_planted_pairs() -> None:
@@ -228,14 +295,26 @@ def test_near_duplicates_finds_planted_pairs() -> None:
     assert {f - i for i, f in enumerate(found[600:]) if f is not None} == {0}
     assert sum(f is not None for f in found) >= 90
     seen = NearDuplicates()
-    assert [seen.add(text) for text in ("a b", "a b", "a c", "", "\ud800", "a b")] == [None, 0, None, None, None, 0]
+    assert [seen.add(text) for text in ("a b", "a b", "a c", "", "\ud800", "a b")] == [
+        None,
+        0,
+        None,
+        None,
+        None,
+        0,
+    ]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0 for good data, 1 for something serious, and the same findings as JSON."""
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
-    arguments = ["lint", f"model={tmp_path / 'model'}", f"data={data}", f"json={tmp_path / 'out.json'}"]
+    arguments = [
+        "lint",
+        f"model={tmp_path / 'model'}",
+        f"data={data}",
+        f"json={tmp_path / 'out.json'}",
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in good(20)))
     assert main(arguments) == 0
     assert "nothing found" in capsys.readouterr().out
@@ -243,14 +322,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert f"{data}:21" in capsys.readouterr().out.replace("\n", "")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [(f["check"], f["count"], f["places"]) for f in found] == [("empty outputs", 1, [f"{data}:21"])]
+    assert [(f["check"], f["count"], f["places"]) for f in found] == [
+        ("empty outputs", 1, [f"{data}:21"])
+    ]
 
 
 def test_a_mixture_by_tokens_repeats_no_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, rows in (("a.jsonl", good(50)), ("b.jsonl", good(9, seed=1))):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = [{"path": str(tmp_path / name), "weight": 2.0} for name in ("a.jsonl", "b.jsonl")]
-    config = make_config(model="m", output="o", data={"train": train, "mix_by": "tokens", "workers": 0})
+    config = make_config(
+        model="m", output="o", data={"train": train, "mix_by": "tokens", "workers": 0}
+    )
     assert lint(config, Encoder(tokenizer, config.data, 512)) == []
 
 
@@ -273,7 +356,9 @@ def test_a_vocabulary_may_have_holes() -> None:
 
 def test_numbers_are_no_card_numbers(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
-    texts = [{"text": "count: " + " ".join(str(rng.randrange(10)) for _ in range(40))} for _ in range(40)]
+    texts = [
+        {"text": "count: " + " ".join(str(rng.randrange(10)) for _ in range(40))} for _ in range(40)
+    ]
     tokens = [{"input_ids": [rng.randrange(8, 260) for _ in range(39)] + [2]} for _ in range(40)]
     assert "secrets" not in find(tokenizer, texts)
     assert "secrets" not in find(tokenizer, tokens)

@@ -1,4 +1,6 @@
-"""Adapter and layer in one function: the numbers of peft's own forward, and peft's own forward wherever it must be."""
+"""Adapter and layer in one function: the numbers of peft's own forward, and peft's own forward
+wherever it must be.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from sftx.settings.schema import Adapter, Model
 
 def adapted(family: str = "Qwen2", **changes: object) -> torch.nn.Module:
     """A tiny model with an adapter whose second matrix is no longer zero."""
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **changes)  # pyright: ignore
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **changes
+    )  # pyright: ignore
     model = get_peft_model(tiny.model(family), config).train()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -36,14 +40,18 @@ def adapted(family: str = "Qwen2", **changes: object) -> torch.nn.Module:
     return model
 
 
-def gradients(model: torch.nn.Module, autocast: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    model: torch.nn.Module, autocast: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss on fixed tokens, and the gradient of every adapter weight."""
     ids = torch.arange(3, 51).reshape(2, 24)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -78,7 +86,9 @@ def test_frozen_matrices_in_the_precision_of_autocast_change_no_number() -> None
     assert gradients(model, autocast=True)[0] == loss
     assert difference(gradients(model, autocast=True)[1], theirs) == 0
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
-    assert {dtype for n, dtype in dtypes.items() if "layers" in n and "base_layer" in n} == {torch.bfloat16}
+    assert {dtype for n, dtype in dtypes.items() if "layers" in n and "base_layer" in n} == {
+        torch.bfloat16
+    }
     assert outside.items() <= dtypes.items()
 
 
@@ -89,7 +99,9 @@ def test_the_file_of_weights_is_let_go_once_its_matrices_are_held_otherwise(tmp_
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mapped = [str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text()]
     cast_frozen_weights(model, torch.bfloat16)
-    mapped.append(str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text())
+    mapped.append(
+        str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text()
+    )
     assert mapped == [True, False]
     assert all(torch.equal(p, before[n].to(p.dtype)) for n, p in model.named_parameters())
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -103,7 +115,9 @@ def test_a_packed_adapter_has_the_naive_gradients(family: str) -> None:
         attach(model, Adapter(method="lora", dropout=0.0), 0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)  # with more, fp32 itself is 1e-6 off in OLMo 2
+            torch.nn.init.normal_(
+                parameter, std=0.02
+            )  # with more, fp32 itself is 1e-6 off in OLMo 2
     twin = test_loss.float64_twin(model)
     assert (fuse(model) > 0) == (family != "GPT2")  # whose layers are not of nn.Linear
     data = tiny.examples(test_loss.LENGTHS)
@@ -136,7 +150,9 @@ def test_only_the_input_is_kept() -> None:
 
     def kept() -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: tensors.append(t) or t, lambda t: t
+        ):
             layer(x)
         return [t for t in tensors if t.untyped_storage().data_ptr() not in known]
 
@@ -146,7 +162,9 @@ def test_only_the_input_is_kept() -> None:
     assert kept() == []
 
 
-@pytest.mark.parametrize("changes", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}]
+)
 def test_what_is_not_plain_stays_with_peft(changes: dict[str, object]) -> None:
     assert fuse(adapted(**changes)) == 0
 
@@ -172,9 +190,13 @@ def test_it_is_recomputed_and_compiled_like_any_layer() -> None:
     fuse(model)
     layer = next(m for m in model.modules() if type(m) is LoraLinear)
     x = torch.randn(2, 5, layer.in_features, requires_grad=True)
-    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+    wanted = torch.autograd.grad(
+        layer(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]
+    )
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for run in (compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
-        got = torch.autograd.grad(run(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+        got = torch.autograd.grad(
+            run(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]
+        )
         for ours, theirs in zip(got, wanted, strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -1,4 +1,6 @@
-"""The one equality everything rests on: loss and gradient are those of the naive float64 computation."""
+"""The one equality everything rests on: loss and gradient are those of the naive float64
+computation.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ FAMILIES = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
     "Mistral": {"sliding_window": 7},
-    "Gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+    "Gemma2": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 3.0,
+    },
     "Gemma3Text": {"head_dim": 8, "sliding_window": 8},
     "GPT2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 64},
     "GPTNeoX": {},
@@ -40,7 +47,12 @@ FAMILIES = {
     "Cohere": {"logit_scale": 0.25},
     "Olmo2": {},
     "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Qwen3Moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
 }
 
 
@@ -83,7 +95,12 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
     reference.backward()
     loss = PackLoss(model)
     assert check_paths(loss, probe_pack(data), torch.float32, longest=200) == []
-    for packs in ([tuple(range(7))], balanced(LENGTHS, 70)[0], [(i,) for i in range(7)], [(6, 1), (), (0, 5, 2, 4, 3)]):
+    for packs in (
+        [tuple(range(7))],
+        balanced(LENGTHS, 70)[0],
+        [(i,) for i in range(7)],
+        [(6, 1), (), (0, 5, 2, 4, 3)],
+    ):
         value = step_gradient(loss, data, packs)
         assert value == pytest.approx(float(reference), rel=1e-6)
         assert tiny.gradient_difference(model, twin) <= 1e-6
@@ -91,7 +108,13 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("family", ["Falcon", "Bloom", "Mamba", "Doge"])
 def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str) -> None:
-    changes = {"state_size": 8} if family == "Mamba" else {"n_layer": 2, "n_head": 4} if family == "Bloom" else {}
+    changes = (
+        {"state_size": 8}
+        if family == "Mamba"
+        else {"n_layer": 2, "n_head": 4}
+        if family == "Bloom"
+        else {}
+    )
     model = tiny.model(family, **changes)
     data = tiny.examples([5, 20, 9])
     twin = float64_twin(model) if family != "Mamba" else copy.deepcopy(model).double()
@@ -119,11 +142,17 @@ def test_a_head_that_is_not_a_matrix_goes_through_the_models_own_forward() -> No
     )
 
 
-def test_a_fused_loss_that_is_not_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is a little wrong in the model's own precision would train a little wrong, in silence."""
+def test_a_fused_loss_that_is_not_the_models_own_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that is a little wrong in the model's own precision would train a little wrong, in
+    silence.
+    """
 
     def wrong(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return fused_cross_entropy_sum(hidden, *rest) * (1.01 if hidden.dtype == torch.float32 else 1.0)
+        return fused_cross_entropy_sum(hidden, *rest) * (
+            1.01 if hidden.dtype == torch.float32 else 1.0
+        )
 
     monkeypatch.setattr("sftx.model.load.fused_cross_entropy_sum", wrong)
     with pytest.raises(UserError, match=r"the trainer's loss .* is not the model's own"):
@@ -133,7 +162,9 @@ def test_a_fused_loss_that_is_not_the_models_own_is_refused(monkeypatch: pytest.
 def test_the_first_id_without_an_embedding_is_refused() -> None:
     loss = PackLoss(tiny.model(vocab_size=264))
     check_sizes(loss, 64, 263)
-    with pytest.raises(UserError, match=r"token id 264 is outside the vocabulary of the model \(264 embeddings\)"):
+    with pytest.raises(
+        UserError, match=r"token id 264 is outside the vocabulary of the model \(264 embeddings\)"
+    ):
         check_sizes(loss, 64, 264)
 
 
@@ -156,7 +187,9 @@ def test_fused_cross_entropy_is_the_naive_one(
 ) -> None:
     monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", chunk * 4 * 50)
     torch.manual_seed(0)
-    hidden, head, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
+    hidden, head, bias = (
+        torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,))
+    )
     label, weight = torch.randint(0, 50, (11,)), torch.rand(11)
     fused = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform)
     fused_gradients = torch.autograd.grad(fused * 0.3, (hidden, head, bias))
@@ -167,11 +200,15 @@ def test_fused_cross_entropy_is_the_naive_one(
     assert float(fused) == pytest.approx(float(naive), rel=1e-6)
     for ours, theirs in zip(fused_gradients, torch.autograd.grad(naive * 0.3, twins), strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) <= 1e-6
-    assert float(cross_entropy_sum(logits.float(), label, weight)) == pytest.approx(float(naive), rel=1e-6)
+    assert float(cross_entropy_sum(logits.float(), label, weight)) == pytest.approx(
+        float(naive), rel=1e-6
+    )
 
 
 def test_chunks_of_rows_add_up_in_half_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of the head is summed over chunks in float32, whatever the products are computed in."""
+    """The gradient of the head is summed over chunks in float32, whatever the products are computed
+    in.
+    """
     torch.manual_seed(0)
     hidden, head = (torch.randn(*shape, requires_grad=True) for shape in ((12, 8), (50, 8)))
     label, weight = torch.randint(0, 50, (12,)), torch.rand(12)
@@ -186,7 +223,9 @@ def test_chunks_of_rows_add_up_in_half_precision_too(monkeypatch: pytest.MonkeyP
 
 
 def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses are summed in float64: in float32 each of these rows would vanish beside the first."""
+    """The losses are summed in float64: in float32 each of these rows would vanish beside the
+    first.
+    """
     monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", 4 * 50)  # one row at a time
     hidden, head = torch.zeros(201, 8), torch.zeros(50, 8)  # every loss is log 50
     label = torch.zeros(201, dtype=torch.int64)
@@ -202,7 +241,9 @@ def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_are_added_where_they_lie_unless_somebody_watches(tied: bool) -> None:
     data, packs = tiny.examples(LENGTHS), [(0, 1, 2), (3, 4), (5, 6)]
-    model, watched = (tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=tied) for _ in range(2))
+    model, watched = (
+        tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=tied) for _ in range(2)
+    )
     seen = {"plain": 0, "watched": 0}
 
     def count(name: str) -> Callable[[torch.Tensor], None]:
@@ -211,7 +252,9 @@ def test_gradients_are_added_where_they_lie_unless_somebody_watches(tied: bool) 
     step_gradient(PackLoss(model), data, packs[:1])
     inner, other = (m.model.embed_tokens.weight for m in (model, watched))
     node = inner.expand_as(inner).grad_fn.next_functions[0][0]  # what adds to `.grad` the usual way
-    node.register_hook(lambda _, gradients: seen.update(plain=seen["plain"] + (gradients[0] is not None)))
+    node.register_hook(
+        lambda _, gradients: seen.update(plain=seen["plain"] + (gradients[0] is not None))
+    )
     other.register_hook(count("watched"))
     for one in (model, watched):
         step_gradient(PackLoss(one), data, packs)
@@ -220,8 +263,13 @@ def test_gradients_are_added_where_they_lie_unless_somebody_watches(tied: bool) 
 
 
 def test_the_row_of_a_padding_token_does_not_train() -> None:
-    """As in `torch.nn.Embedding`, which gives it no gradient where the head does not share the weight."""
-    model, data = tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=False), tiny.examples(LENGTHS)
+    """As in `torch.nn.Embedding`, which gives it no gradient where the head does not share the
+    weight.
+    """
+    model, data = (
+        tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=False),
+        tiny.examples(LENGTHS),
+    )
     data[0].ids[:2] = 5
     twin = float64_twin(model)
     tiny.naive_loss(twin, data).backward()
@@ -241,7 +289,9 @@ def test_bad_step_changes_no_weight() -> None:
     result = train_step(loss, optimizer, [poisoned], 1.0, 1e-2, 1.0, nullcontext)
     assert float(result.bad) == 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    result = train_step(loss, optimizer, [pack], float(data[0].weights.sum()), 1e-2, 1.0, nullcontext)
+    result = train_step(
+        loss, optimizer, [pack], float(data[0].weights.sum()), 1e-2, 1.0, nullcontext
+    )
     assert float(result.bad) == 0
     assert not torch.equal(before["lm_head.weight"], model.state_dict()["lm_head.weight"])
 
@@ -272,10 +322,19 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_rotary_embeddings_that_go_by_the_longest_segment_are_found() -> None:
-    """Phi-3's: beyond a length other frequencies hold, and transformers takes them for all that is in a pack."""
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+    """Phi-3's: beyond a length other frequencies hold, and transformers takes them for all that is
+    in a pack.
+    """
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "rope_theta": 1e4,
+    }
     rope["original_max_position_embeddings"] = 32
-    model = tiny.model("Phi3", rope_parameters=rope, original_max_position_embeddings=32, pad_token_id=0)
+    model = tiny.model(
+        "Phi3", rope_parameters=rope, original_max_position_embeddings=32, pad_token_id=0
+    )
     for layer in model.model.layers:
         layer.self_attn.qkv_proj.weight.data *= 20  # attention that is far from uniform
     data = tiny.examples([20, 60, 9])

@@ -20,7 +20,12 @@ from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Config
 from sftx.training.optim import build_optimizer
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 8}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+}
 KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"tie_word_embeddings": True}, "none"),
     ("Llama", {"tie_word_embeddings": False}, "dora"),
@@ -38,8 +43,12 @@ def loss_of(family: str, changes: dict[str, Any], method: str) -> PackLoss:
 
 
 def measured(loss: PackLoss, packs: list[TensorPack], precision: torch.dtype) -> int:
-    """Peak bytes of the second step of a real run (the first makes the optimiser's state), told by the allocator."""
-    optimizer = build_optimizer(loss, Config.model_validate({"model": "m", "data": "d", "output": "o"}).optim)
+    """Peak bytes of the second step of a real run (the first makes the optimiser's state), told by
+    the allocator.
+    """
+    optimizer = build_optimizer(
+        loss, Config.model_validate({"model": "m", "data": "d", "output": "o"}).optim
+    )
 
     def step() -> None:
         for pack in packs:
@@ -65,7 +74,10 @@ def measured(loss: PackLoss, packs: list[TensorPack], precision: torch.dtype) ->
     return peak
 
 
-QUICK = [("Llama", {"tie_word_embeddings": True}, "none", 0, 32), ("GPT2", {"num_hidden_layers": 6}, "none", 6, 16)]
+QUICK = [
+    ("Llama", {"tie_word_embeddings": True}, "none", 0, 32),
+    ("GPT2", {"num_hidden_layers": 6}, "none", 6, 16),
+]
 LONG = [(*kind, count, bits) for kind in KINDS for count, bits in ((0, 16), (2, 32), (6, 16))]
 
 
@@ -79,7 +91,9 @@ def test_the_peak_of_a_real_step_is_predicted(
     precision = torch.float32 if bits == 32 else torch.bfloat16
     loss = loss_of(family, changes, method)
     pack = blank_pack(256, 100, 0.5)
-    predicted = MemoryEstimator(loss, Machine(torch.device("cpu"), precision, 0), base=0).predict(pack, recomputed)
+    predicted = MemoryEstimator(loss, Machine(torch.device("cpu"), precision, 0), base=0).predict(
+        pack, recomputed
+    )
     real = copy.deepcopy(loss)
     recompute(real.model, recomputed)
     peak = measured(real, [to_tensors(pack, torch.device("cpu"))] * 2, precision)

@@ -1,4 +1,6 @@
-"""Adapters on mixtures of experts and on layers that share weights: what is adapted, what is refused."""
+"""Adapters on mixtures of experts and on layers that share weights: what is adapted, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,19 @@ from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+    },
     "Mixtral": {"num_local_experts": 4},
     "Phimoe": {"num_local_experts": 4},
-    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 ZAMBA2: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -41,12 +52,22 @@ def test_routers_are_left_alone_and_what_is_adapted_is_said(family: str) -> None
     attach(model, Adapter(method="lora", rank=4), 0)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names
-    assert not [name for name in names if {"gate", "router", "shared_expert_gate"} & {*name.split(".")}]
+    assert not [
+        name for name in names if {"gate", "router", "shared_expert_gate"} & {*name.split(".")}
+    ]
     said = describe_adapter(model)
     assert "q_proj x 2 (512)" in said  # two layers, (32 x 4 + 4 x 32) each
     assert "routers are left alone" in said
-    assert ("mlp.experts x 2" in said) == ("every expert" in said) == (family in ("Qwen3Moe", "Mixtral"))
-    sizes = [int(part.split(")")[0].replace(",", "")) for part in said.split(" (")[2:] if part[0].isdigit()]
+    assert (
+        ("mlp.experts x 2" in said)
+        == ("every expert" in said)
+        == (family in ("Qwen3Moe", "Mixtral"))
+    )
+    sizes = [
+        int(part.split(")")[0].replace(",", ""))
+        for part in said.split(" (")[2:]
+        if part[0].isdigit()
+    ]
     assert sum(sizes) == trainable(model)[0]
 
 
@@ -59,31 +80,40 @@ def test_a_router_that_is_named_is_adapted() -> None:
 
 def test_dora_on_experts_is_refused_in_words_of_our_own() -> None:
     model = tiny.model("Mixtral", **MIXTURES["Mixtral"])
-    with pytest.raises(UserError, match=r"adapter\.method: dora cannot adapt the experts of MixtralForCausalLM"):
+    with pytest.raises(
+        UserError, match=r"adapter\.method: dora cannot adapt the experts of MixtralForCausalLM"
+    ):
         attach(model, Adapter(method="dora", rank=4), 0)
 
 
 def test_a_merge_into_weights_that_layers_share_is_refused_before_training() -> None:
-    with pytest.raises(UserError, match=r"adapter\.merge: Zamba2ForCausalLM uses the weight of .* in several layers"):
+    with pytest.raises(
+        UserError,
+        match=r"adapter\.merge: Zamba2ForCausalLM uses the weight of .* in several layers",
+    ):
         attach(tiny.model("Zamba2", **ZAMBA2), Adapter(method="lora", rank=4, merge=True), 0)
     attach(tiny.model("Zamba2", **ZAMBA2), Adapter(method="lora", rank=4), 0)
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_memory_of_experts_is_predicted_without_a_word(alone: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_of_experts_is_predicted_without_a_word(
+    alone: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     loss = PackLoss(tiny.model("Mixtral", **MIXTURES["Mixtral"])).train()
     if alone:
         loss.run_one_by_one()
-    predicted = MemoryEstimator(loss, Machine(torch.device("cpu"), torch.float32, 0), base=0).predict(
-        blank_pack(64, 32, 0.5)
-    )
+    predicted = MemoryEstimator(
+        loss, Machine(torch.device("cpu"), torch.float32, 0), base=0
+    ).predict(blank_pack(64, 32, 0.5))
     assert predicted.gradients == 4 * trainable(loss)[0]
     assert "".join(capfd.readouterr()) == ""
 
 
 def test_sizes_that_depend_on_data_are_named_once(capfd: pytest.CaptureFixture[str]) -> None:
     loss = PackLoss(tiny.model()).train()
-    loss.model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: out + out[out > 0].sum())
+    loss.model.model.layers[0].mlp.register_forward_hook(
+        lambda _m, _a, out: out + out[out > 0].sum()
+    )
     machine = Machine(torch.device("cpu"), torch.float32, 0)
     with pytest.raises(RuntimeError, match="sizes inside LlamaForCausalLM depend on the data"):
         MemoryEstimator(loss, machine, base=0).predict(blank_pack(64, 32, 0.5))

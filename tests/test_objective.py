@@ -1,4 +1,6 @@
-"""What the `loss` section adds: each against a naive float64 autograd reference, whatever the packing and the path."""
+"""What the `loss` section adds: each against a naive float64 autograd reference, whatever the
+packing and the path.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +34,33 @@ PACKINGS = [[(0, 1, 2, 3)], [(3, 1), (0, 2)], [(0,), (1,), (2,), (3,)]]
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-def naive(z: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, objective: Loss) -> torch.Tensor:
-    """The sum over rows of full logits, from the definitions: torch's own smoothing, softmax and logsumexp."""
-    loss = torch.nn.functional.cross_entropy(z, label, reduction="none", label_smoothing=objective.label_smoothing)
+def naive(
+    z: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, objective: Loss
+) -> torch.Tensor:
+    """The sum over rows of full logits, from the definitions: torch's own smoothing, softmax and
+    logsumexp.
+    """
+    loss = torch.nn.functional.cross_entropy(
+        z, label, reduction="none", label_smoothing=objective.label_smoothing
+    )
     if objective.dft:
         loss = loss * torch.softmax(z, -1).gather(-1, label[:, None])[:, 0].detach()
     return ((loss + objective.z_loss * torch.logsumexp(z, -1) ** 2) * weight).sum()
 
 
 @pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 4.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(), LogitTransform(0.5, 4.0)], ids=["plain", "softcap"]
+)
 def test_gradients_are_those_of_the_definition(
     settings: dict[str, Any], transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", 3 * 4 * 50)
     objective = Loss(**settings)
     torch.manual_seed(0)
-    hidden, head, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
+    hidden, head, bias = (
+        torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,))
+    )
     label, weight = torch.randint(0, 50, (11,)), torch.rand(11)
     fused = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform, objective)
     fused_gradients = torch.autograd.grad(fused * 0.3, (hidden, head, bias))
@@ -56,7 +68,9 @@ def test_gradients_are_those_of_the_definition(
     logits = transform(twins[0] @ twins[1].t() + twins[2])
     reference = naive(logits, label, weight.double(), objective)
     assert float(fused.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
-    for ours, theirs in zip(fused_gradients, torch.autograd.grad(reference * 0.3, twins), strict=True):
+    for ours, theirs in zip(
+        fused_gradients, torch.autograd.grad(reference * 0.3, twins), strict=True
+    ):
         assert float((ours.double() - theirs).norm() / theirs.norm()) <= 1e-6
     z = logits.detach().float().requires_grad_()
     (ours,) = torch.autograd.grad(cross_entropy_sum(z, label, weight, objective), z)
@@ -65,7 +79,9 @@ def test_gradients_are_those_of_the_definition(
     assert float((ours.double() - theirs).norm() / theirs.norm()) <= 1e-6
 
 
-def gradients(loss: PackLoss, data: list[Example], packs: list[tuple[int, ...]]) -> tuple[float, torch.Tensor]:
+def gradients(
+    loss: PackLoss, data: list[Example], packs: list[tuple[int, ...]]
+) -> tuple[float, torch.Tensor]:
     """Value and gradient of the sum over all packs."""
     loss.zero_grad()
     total = 0.0
@@ -73,12 +89,15 @@ def gradients(loss: PackLoss, data: list[Example], packs: list[tuple[int, ...]])
         value = loss(to_tensors(build_pack([data[i] for i in members], members), CPU))
         value.backward()
         total += float(value.detach())
-    return total, torch.cat([p.grad.flatten().double() for p in loss.parameters() if p.grad is not None])
+    return total, torch.cat(
+        [p.grad.flatten().double() for p in loss.parameters() if p.grad is not None]
+    )
 
 
 def close(ours: tuple[float, torch.Tensor], theirs: tuple[float, torch.Tensor]) -> bool:
     return (
-        ours[0] == pytest.approx(theirs[0], rel=1e-6) and float((ours[1] - theirs[1]).norm() / theirs[1].norm()) < 2e-6
+        ours[0] == pytest.approx(theirs[0], rel=1e-6)
+        and float((ours[1] - theirs[1]).norm() / theirs[1].norm()) < 2e-6
     )
 
 
@@ -99,7 +118,9 @@ def test_all_together_whatever_the_packing_and_the_path() -> None:
     loss.noise_seed = 8
     assert gradients(loss, data, PACKINGS[0])[0] != pytest.approx(first[0], rel=1e-5)
     plain = PackLoss(copy.deepcopy(model)).eval()
-    assert gradients(loss.eval(), data, PACKINGS[0])[0] == pytest.approx(gradients(plain, data, PACKINGS[0])[0], 1e-6)
+    assert gradients(loss.eval(), data, PACKINGS[0])[0] == pytest.approx(
+        gradients(plain, data, PACKINGS[0])[0], 1e-6
+    )
 
 
 def test_noise_is_added_to_the_embeddings_of_training_alone() -> None:
@@ -137,7 +158,9 @@ def test_router_balance_is_that_of_transformers_for_each_segment() -> None:
         for i, (a, b) in enumerate([(0, 7), (7, 20)])
     )
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
-    for mine, other in zip(torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 

@@ -32,7 +32,9 @@ with owned(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path: Path) -> subprocess.Popen[str]:
     """Another process that owns `tmp_path / "run"`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "owned\n"
     yield process  # pyright: ignore[reportReturnType]
@@ -46,7 +48,12 @@ def test_the_second_run_is_refused_before_it_encodes_and_told_who_was_first(
     began = time.strftime("%Y-%m-%d %H:")
     with pytest.raises(sftx.UserError) as refused:
         sftx.train(model="no/such/model", data=["a text"], output=str(tmp_path / "run"))
-    for part in (str(tmp_path / "run"), f"process {holder.pid}", platform.node(), f"started {began}"):
+    for part in (
+        str(tmp_path / "run"),
+        f"process {holder.pid}",
+        platform.node(),
+        f"started {began}",
+    ):
         assert part in str(refused.value)
 
 
@@ -91,7 +98,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def elsewhere(folder: Path, **changes: str) -> Path:
     """The trace of an owner on another machine, whose lock does not reach this one."""
     folder.mkdir()
-    owner = {"host": "node-17", "boot": "another", "process": 4711, "started": "2026-01-01 10:00:00 +0000", **changes}
+    owner = {
+        "host": "node-17",
+        "boot": "another",
+        "process": 4711,
+        "started": "2026-01-01 10:00:00 +0000",
+        **changes,
+    }
     (folder / OWNER).write_text(json.dumps(owner))
     return folder / OWNER
 
@@ -103,7 +116,10 @@ def test_an_owner_on_another_machine_that_still_renews_its_mark_keeps_the_folder
     mark = elsewhere(tmp_path / "run")
     alive = threading.Timer(0.1, os.utime, (mark,))
     alive.start()
-    with pytest.raises(sftx.UserError, match=r"process 4711 on node-17, started 2026-01-01"), owned(tmp_path / "run"):
+    with (
+        pytest.raises(sftx.UserError, match=r"process 4711 on node-17, started 2026-01-01"),
+        owned(tmp_path / "run"),
+    ):
         pass
     alive.join()
     assert "node-17" in capfd.readouterr().err
@@ -114,7 +130,9 @@ def test_an_owner_on_another_machine_that_still_renews_its_mark_keeps_the_folder
 def test_an_owner_on_another_machine_that_is_silent_is_taken_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
-    """An equal host name does not make it the same machine: nodes may share one, and this may be after a reboot."""
+    """An equal host name does not make it the same machine: nodes may share one, and this may be
+    after a reboot.
+    """
     quick(monkeypatch)
     mark = elsewhere(tmp_path / "run", host=host)
     began = time.monotonic()

@@ -19,7 +19,9 @@ lengths_strategy = st.lists(st.integers(2, 50), min_size=1, max_size=40)
 
 
 @given(lengths_strategy, st.integers(1, 120), st.integers(1, 5))
-def test_every_example_is_placed_once_and_fits(lengths: list[int], capacity: int, world_size: int) -> None:
+def test_every_example_is_placed_once_and_fits(
+    lengths: list[int], capacity: int, world_size: int
+) -> None:
     ranks = balanced(lengths, capacity, world_size)
     placed = sorted(i for bins in ranks for members in bins for i in members)
     assert placed == list(range(len(lengths)))
@@ -47,7 +49,10 @@ def test_pack_shifts_labels_once_and_never_across_segments() -> None:
     assert pack.ids.tolist() == [5, 6, 7, 8, 9]
     assert pack.positions.tolist() == [0, 1, 2, 0, 1]
     assert pack.cu_seqlens.tolist() == [0, 3, 5]
-    assert pack.index.tolist() == [1, 3]  # token 7 is predicted from 6, token 9 from 8; first tokens from nothing
+    assert pack.index.tolist() == [
+        1,
+        3,
+    ]  # token 7 is predicted from 6, token 9 from 8; first tokens from nothing
     assert pack.label.tolist() == [7, 9]
     assert pack.weight.tolist() == [2, 0.5]
 
@@ -57,7 +62,9 @@ def make_plan(count: int = 37, seed: int = 3, **batch: object) -> Plan:
     return Plan(lengths, lengths / 2, Batch.model_validate(batch), seed)
 
 
-@pytest.mark.parametrize("batch", [{"examples_per_step": 5}, {"tokens_per_step": 100}, {"examples_per_step": 100}])
+@pytest.mark.parametrize(
+    "batch", [{"examples_per_step": 5}, {"tokens_per_step": 100}, {"examples_per_step": 100}]
+)
 def test_an_epoch_is_every_example_once(batch: dict[str, int]) -> None:
     plan = make_plan(**batch, epochs=3)
     seen = np.concatenate([plan.examples(step) for step in range(plan.num_steps)])
@@ -65,7 +72,9 @@ def test_an_epoch_is_every_example_once(batch: dict[str, int]) -> None:
     for epoch in range(3):
         assert sorted(seen[37 * epoch : 37 * (epoch + 1)]) == list(range(37))
     assert list(seen[:37]) != list(seen[37:74])
-    assert sum(plan.total_weight(step) for step in range(plan.num_steps)) == pytest.approx(3 * plan.weights.sum())
+    assert sum(plan.total_weight(step) for step in range(plan.num_steps)) == pytest.approx(
+        3 * plan.weights.sum()
+    )
 
 
 def test_a_step_does_not_depend_on_pack_size_or_processes() -> None:
@@ -88,10 +97,15 @@ def test_ranks_get_equal_work_whatever_makes_it() -> None:
         plan.work = cost
         of_cost = plan.packs(0, tokens_per_pack, 8)
         plan.work = lengths.astype(np.float64)
-        sums = [[sum(cost[i] for m in bins for i in m) for bins in ranks] for ranks in (of_cost, of_lengths)]
+        sums = [
+            [sum(cost[i] for m in bins for i in m) for bins in ranks]
+            for ranks in (of_cost, of_lengths)
+        ]
         ours, naive = (max(s) / (sum(s) / 8) - 1 for s in sums)
         assert ours < 0.02 < naive, (ours, naive)
-        assert sorted(i for b in of_cost for m in b for i in m) == sorted(i for b in of_lengths for m in b for i in m)
+        assert sorted(i for b in of_cost for m in b for i in m) == sorted(
+            i for b in of_lengths for m in b for i in m
+        )
 
 
 def test_steps_and_tokens_per_step_are_kept() -> None:
@@ -102,10 +116,18 @@ def test_steps_and_tokens_per_step_are_kept() -> None:
 
 
 def test_a_step_takes_as_many_tokens_as_fit() -> None:
-    """`tokens_per_step` is used up where examples allow it; an example that is longer makes a step of its own."""
+    """`tokens_per_step` is used up where examples allow it; an example that is longer makes a step
+    of its own.
+    """
     lengths = np.array([40, 60, 30, 250, 50, 50, 50], np.int32)
     plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=100, epochs=1, shuffle=False), 0)
-    assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [
+        [0, 1],
+        [2],
+        [3],
+        [4, 5],
+        [6],
+    ]
     assert [plan.epoch(step) for step in range(plan.num_steps)] == [2 / 7, 3 / 7, 4 / 7, 6 / 7, 1.0]
 
 
@@ -128,7 +150,9 @@ def test_plan_is_a_function_of_data_batch_and_seed() -> None:
 
 
 def test_another_seed_is_another_order() -> None:
-    orders = {tuple(make_plan(seed=seed, examples_per_step=37).examples(0).tolist()) for seed in range(5)}
+    orders = {
+        tuple(make_plan(seed=seed, examples_per_step=37).examples(0).tolist()) for seed in range(5)
+    }
     assert len(orders) == 5
 
 
@@ -141,11 +165,31 @@ PINNED = [  # settings, and the number of steps, the fingerprint and a hash of t
     ({}, 7, "7d7257344a92f97aa311271486b4103c", "6ffca872cf281fb8"),
     ({"epochs": 2.5}, 16, "cb4946ac19d4988e752ac626d78f8e6d", "1195d1594ad9d8f4"),
     ({"steps": 40}, 40, "54a30db85dbee85871f399b01717f62c", "766ce2ac42dc3054"),
-    ({"examples_per_step": 7, "shuffle": False}, 14, "fe94da49993d4ec58ffcf8e080781329", "4954951165f7730a"),
-    ({"tokens_per_step": 300, "epochs": 1.5}, 22, "a5638a2466100daf0a53294950c2eaea", "161f2d30708abdd8"),
-    ({"tokens_per_step": 64, "steps": 9}, 9, "45e2e3d3ae41f3216f68bf5da9dfc771", "ba178b8d857ec6f4"),
+    (
+        {"examples_per_step": 7, "shuffle": False},
+        14,
+        "fe94da49993d4ec58ffcf8e080781329",
+        "4954951165f7730a",
+    ),
+    (
+        {"tokens_per_step": 300, "epochs": 1.5},
+        22,
+        "a5638a2466100daf0a53294950c2eaea",
+        "161f2d30708abdd8",
+    ),
+    (
+        {"tokens_per_step": 64, "steps": 9},
+        9,
+        "45e2e3d3ae41f3216f68bf5da9dfc771",
+        "ba178b8d857ec6f4",
+    ),
     ({"epochs": 0.3}, 2, "8c8738208875d5bb53026f4d0c46d7a3", "63192e8d942f3b8a"),
-    ({"examples_per_step": 500, "steps": 3}, 3, "30d7cd3616f0c35e0d8f82c284573939", "e117ab663880bd68"),
+    (
+        {"examples_per_step": 500, "steps": 3},
+        3,
+        "30d7cd3616f0c35e0d8f82c284573939",
+        "e117ab663880bd68",
+    ),
 ]
 
 
@@ -167,8 +211,12 @@ def test_plans_stay_what_they_were(seed: int) -> None:
     st.integers(0, 5),
     st.booleans(),
 )
-def test_a_rotation_shows_all_before_any_again(sizes: list[int], share: float, others: int, shuffle: bool) -> None:
-    """Epoch by epoch: whole rows, as many as the share says, none twice in an epoch or before all were shown."""
+def test_a_rotation_shows_all_before_any_again(
+    sizes: list[int], share: float, others: int, shuffle: bool
+) -> None:
+    """Epoch by epoch: whole rows, as many as the share says, none twice in an epoch or before all
+    were shown.
+    """
     starts = np.concatenate([[0], np.cumsum(sizes)])
     per_epoch = max(share * len(sizes), 1.0)
     rotation = Rotation(others + np.arange(starts[-1]), starts, per_epoch)
@@ -194,7 +242,9 @@ def test_a_rotation_shows_all_before_any_again(sizes: list[int], share: float, o
     assert set(np.flatnonzero(plan.shown()).tolist()) == {i for members in epochs for i in members}
 
 
-@pytest.mark.parametrize(("examples", "world_size", "each"), [(8, 1, 8), (8, 2, 4), (7, 2, 4), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("examples", "world_size", "each"), [(8, 1, 8), (8, 2, 4), (7, 2, 4), (1, 3, 1)]
+)
 def test_examples_longer_than_a_pack_get_one_each_and_no_empty_ones_beside(
     examples: int, world_size: int, each: int
 ) -> None:

@@ -1,4 +1,6 @@
-"""`sftx plan`: for this machine from a run's own data, and for GPUs that are not there from a config.json alone."""
+"""`sftx plan`: for this machine from a run's own data, and for GPUs that are not there from a
+config.json alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from sftx import cli
 from sftx.cli import plan
 
 
-def test_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(plan, "CALIBRATION", 64)
     model = tiny.folder(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "up", "completion": "down"}\n' * 40)
@@ -26,17 +30,32 @@ def test_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     text, facts = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "a lora adapter" in text
     assert f"{facts['trainable']:,} train" in text
-    assert (facts["steps"], facts["recomputed_layers"], facts["layers"], facts["precision"]) == (3, 0, 2, "float32")
+    assert (facts["steps"], facts["recomputed_layers"], facts["layers"], facts["precision"]) == (
+        3,
+        0,
+        2,
+        "float32",
+    )
     assert facts["tokens"] > facts["targets"] > 0 < facts["seconds"]
     assert 0 < facts["fill"] <= 1
     assert not (tmp_path / "unused").exists()
 
 
 def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = Path(tiny.folder(tmp_path / "model", hidden_size=256, intermediate_size=1024)) / "config.json"
+    config = (
+        Path(tiny.folder(tmp_path / "model", hidden_size=256, intermediate_size=1024))
+        / "config.json"
+    )
 
     def planned(memory: str, code: int, *more: str) -> dict[str, object]:
-        arguments = ["plan", f"model={config}", "gpus=8", f"gpu_memory={memory}", f"json={tmp_path / 'p.json'}", *more]
+        arguments = [
+            "plan",
+            f"model={config}",
+            "gpus=8",
+            f"gpu_memory={memory}",
+            f"json={tmp_path / 'p.json'}",
+            *more,
+        ]
         assert cli.main(arguments) == code
         return json.loads((tmp_path / "p.json").read_text())
 
@@ -50,14 +69,19 @@ def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     def weights(*more: str) -> float:
         facts = planned("10GiB", 0, "runtime.tokens_per_pack=256", *more)
         assert isinstance(facts["memory"], dict)
-        return facts["memory"]["weights"] * 8 - 4 * int(str(facts["trainable"])) * ("adapter=lora" in more)
+        return facts["memory"]["weights"] * 8 - 4 * int(str(facts["trainable"])) * (
+            "adapter=lora" in more
+        )
 
     assert weights("optim.weights=bf16_stochastic") == pytest.approx(2 * (layers + rest), rel=0.01)
     assert "rounded at random" in capsys.readouterr().out
     assert weights("adapter=lora") == pytest.approx(4 * (layers + rest), rel=0.01)
-    # 4 bits, a byte per 64 and 4 bytes per 64 * 256, which every GPU holds whole; the rest is in shards
+    # 4 bits, a byte per 64 and 4 bytes per 64 * 256, which every GPU holds whole; the rest is in
+    # shards
     packed = layers * (0.5 + 1 / 64 + 1 / 4096)
-    assert weights("adapter=lora", "adapter.quantize=nf4") == pytest.approx(8 * packed + 4 * rest, rel=0.01)
+    assert weights("adapter=lora", "adapter.quantize=nf4") == pytest.approx(
+        8 * packed + 4 * rest, rel=0.01
+    )
     assert "base in 4 bits" in capsys.readouterr().out
     (tmp_path / "tokens").mkdir()
     tiny.tokenizer().save_pretrained(tmp_path / "tokens")

@@ -1,4 +1,6 @@
-"""What a terminal would obey reaches it from nowhere: keys, paths, rows and notes are shown with escapes."""
+"""What a terminal would obey reaches it from nowhere: keys, paths, rows and notes are shown with
+escapes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_what_is_escaped_and_what_is_not() -> None:
 def test_keys_and_values_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     written = json.dumps(ESCAPE)
-    path.write_text(f"model: m\ndata: d\noutput: o\n{written}: 1\nbatch: {{{written}: 2, epochs: {written}}}\n")
+    path.write_text(
+        f"model: m\ndata: d\noutput: o\n{written}: 1\nbatch: {{{written}: 2, epochs: {written}}}\n"
+    )
     assert main(["train", str(path), f"optim.{ESCAPE}=1"]) == 2
     said = capsys.readouterr().err
     assert harmless(said)
@@ -48,9 +52,12 @@ def test_keys_and_values_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "row", [{"text": "x", ESCAPE: 1}, {ESCAPE: 1}, {"messages": [{"role": ESCAPE}]}, {"text": ESCAPE}]
+    "row",
+    [{"text": "x", ESCAPE: 1}, {ESCAPE: 1}, {"messages": [{"role": ESCAPE}]}, {"text": ESCAPE}],
 )
-def test_rows_and_their_files(row: object, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_and_their_files(
+    row: object, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows\x1b[2J\x9b.jsonl"
     rows.write_text(json.dumps(row) + "\n")
     asked = [

@@ -35,9 +35,12 @@ PIECES = [
     "🙂",
 ]
 TEXT = st.lists(
-    st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=8), max_size=5
+    st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=8),
+    max_size=5,
 ).map("".join)
-WORDS = st.lists(st.sampled_from(["the", " dog", " quick", "yes", "\n", " 2+2", "é", "🙂"]), max_size=8).map("".join)
+WORDS = st.lists(
+    st.sampled_from(["the", " dog", " quick", "yes", "\n", " 2+2", "é", "🙂"]), max_size=8
+).map("".join)
 TALKS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 KINDS = st.sampled_from(["byte_level", "metaspace"])
 ROUNDS = settings(max_examples=60, deadline=None)
@@ -47,7 +50,11 @@ transformers_tokenizer = cache(theirs)
 
 
 def talk(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    return [m for q, a in pairs for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    return [
+        m
+        for q, a in pairs
+        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
 
 
 def encode(made: Any, given_row: Row) -> Encoded:
@@ -66,10 +73,14 @@ def spans(weights: Any) -> list[tuple[int, int]]:
 def test_decoded_examples_are_the_rendered_text(pairs: list[tuple[str, str]]) -> None:
     made = encoder(CHATML)
     messages = talk(pairs)
-    full = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages).removesuffix("\n")
+    full = "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages
+    ).removesuffix("\n")
     result = encode(made, row(messages))
     outputs = [f"{answer}<|im_end|>" for _, answer in pairs]
-    found = [made.tokenizer.decode(e.ids[a:b]) for e in result.examples for a, b in spans(e.weights)]
+    found = [
+        made.tokenizer.decode(e.ids[a:b]) for e in result.examples for a, b in spans(e.weights)
+    ]
     assert found == outputs  # the outputs, each once, and nothing else, carry weight
     assert made.tokenizer.decode(result.examples[-1].ids) == full
     assert all(full.startswith(made.tokenizer.decode(example.ids)) for example in result.examples)
@@ -77,7 +88,9 @@ def test_decoded_examples_are_the_rendered_text(pairs: list[tuple[str, str]]) ->
 
 @ROUNDS
 @given(TALKS, st.sampled_from([CHATML, REWRITES, NO_STOP]))
-def test_prompts_are_tokenised_as_a_server_does(pairs: list[tuple[str, str]], template: str) -> None:
+def test_prompts_are_tokenised_as_a_server_does(
+    pairs: list[tuple[str, str]], template: str
+) -> None:
     made, other = encoder(template, special_tokens="allow"), transformers_tokenizer()
     control = made.tokenizer.control
     messages = talk([(control.sub("", user), control.sub("", answer)) for user, answer in pairs])
@@ -85,7 +98,9 @@ def test_prompts_are_tokenised_as_a_server_does(pairs: list[tuple[str, str]], te
     result = encode(made, row(messages))
     found = [e.ids[:a].tolist() for e in result.examples for a, _ in spans(e.weights)]
     assert found == [
-        other.apply_chat_template(messages[:t], chat_template=template, add_generation_prompt=True, return_dict=False)
+        other.apply_chat_template(
+            messages[:t], chat_template=template, add_generation_prompt=True, return_dict=False
+        )
         for t in range(1, len(messages), 2)
     ]
     assert all(e.ids[b - 1] == made.stop_id for e in result.examples for _, b in spans(e.weights))
@@ -93,25 +108,40 @@ def test_prompts_are_tokenised_as_a_server_does(pairs: list[tuple[str, str]], te
 
 @ROUNDS
 @given(TALKS, st.sampled_from([CHATML, REWRITES, TRIMS, NO_STOP]), KINDS)
-def test_the_skeleton_changes_nothing(pairs: list[tuple[str, str]], template: str, kind: str) -> None:
+def test_the_skeleton_changes_nothing(
+    pairs: list[tuple[str, str]], template: str, kind: str
+) -> None:
     tokenizer = ours(kind)
     short, long = encoder(template, tokenizer=tokenizer), encoder(template, tokenizer=tokenizer)
     turn_by_turn(long)
-    rows = [row(talk(pairs)), row(talk(pairs)), row([{"role": "system", "content": "be quick"}, *talk(pairs)])]
+    rows = [
+        row(talk(pairs)),
+        row(talk(pairs)),
+        row([{"role": "system", "content": "be quick"}, *talk(pairs)]),
+    ]
     for a, b in zip(short.encode(rows), long.encode(rows), strict=True):
         assert str(a) == str(b) if isinstance(b, RowError) else _same(a, b)
 
 
-ARGUMENTS = st.dictionaries(st.sampled_from(["city", "n"]), TEXT | st.integers() | st.booleans(), max_size=2)
+ARGUMENTS = st.dictionaries(
+    st.sampled_from(["city", "n"]), TEXT | st.integers() | st.booleans(), max_size=2
+)
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["user", "assistant", "call", "tool"]), TEXT, ARGUMENTS), min_size=1, max_size=7
+    st.tuples(st.sampled_from(["user", "assistant", "call", "tool"]), TEXT, ARGUMENTS),
+    min_size=1,
+    max_size=7,
 )
 
 
 @ROUNDS
 @given(STEPS, KINDS, st.sampled_from(["escape", "allow"]))
-def test_the_skeleton_changes_nothing_of_tool_calls(steps: list[tuple[str, str, Any]], kind: str, special: str) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+def test_the_skeleton_changes_nothing_of_tool_calls(
+    steps: list[tuple[str, str, Any]], kind: str, special: str
+) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "description": "", "parameters": {}},
+    }
     messages: list[dict[str, Any]] = [{"role": "user", "content": "weather?"}]
     for role, text, arguments in steps:
         call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -129,7 +159,9 @@ def test_the_skeleton_changes_nothing_of_tool_calls(steps: list[tuple[str, str, 
 def _same(a: Any, b: Any) -> bool:
     pairs = zip(a.examples, b.examples, strict=True)
     return a.notes == b.notes and all(
-        x.ids.tolist() == y.ids.tolist() and x.weights.tolist() == y.weights.tolist() and x.note == y.note
+        x.ids.tolist() == y.ids.tolist()
+        and x.weights.tolist() == y.weights.tolist()
+        and x.note == y.note
         for x, y in pairs
     )
 
@@ -154,11 +186,17 @@ def test_text_is_text(text: str, kind: str, adds_bos: bool) -> None:
     begins = adds_bos or text.startswith("<s>")
     body = text.removeprefix("<s>").removesuffix("</s>")
     ids = example.ids.tolist()
-    assert ids == [*([tokenizer.bos_id] if begins else []), *tokenizer.encode(body, plain=True), tokenizer.eos_id]
+    assert ids == [
+        *([tokenizer.bos_id] if begins else []),
+        *tokenizer.encode(body, plain=True),
+        tokenizer.eos_id,
+    ]
     assert example.weights.tolist() == [0.0, *[1.0] * (len(ids) - 1)]
 
 
-SEQUENCES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 12), st.sampled_from([0.0, 0.5, 1.0])), min_size=1)
+SEQUENCES = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 12), st.sampled_from([0.0, 0.5, 1.0])), min_size=1
+)
 
 
 def sequence(turns: list[tuple[int, int, float]], bos: bool, context: int | None) -> TokenSequence:
@@ -200,15 +238,26 @@ def test_split_trains_each_target_once_in_its_context(
     assert found == {int(i): float(w) for i, w in zip(whole.ids, whole.weights, strict=True) if w}
     assert fitted.targets_lost == 0
     asked = int(bos)
-    for _, end in whole.spans if context is None else ():  # no answer without its question where both fit
-        trained = next(p for p in fitted.pieces if whole.ids[end - 1] in p.ids[p.weights > 0]) if end > 1 else None
+    for _, end in (
+        whole.spans if context is None else ()
+    ):  # no answer without its question where both fit
+        trained = (
+            next(p for p in fitted.pieces if whole.ids[end - 1] in p.ids[p.weights > 0])
+            if end > 1
+            else None
+        )
         if trained is not None and end - asked + bos <= length:
             assert set(whole.ids[asked:end]) <= set(trained.ids)
         asked = end
 
 
 @ROUNDS
-@given(SEQUENCES, st.booleans(), st.integers(2, 20), st.sampled_from(["truncate_left", "truncate_right", "drop"]))
+@given(
+    SEQUENCES,
+    st.booleans(),
+    st.integers(2, 20),
+    st.sampled_from(["truncate_left", "truncate_right", "drop"]),
+)
 def test_truncation_loses_only_what_it_says(
     turns: list[tuple[int, int, float]], bos: bool, length: int, how: Any
 ) -> None:
@@ -223,8 +272,15 @@ def test_truncation_loses_only_what_it_says(
         fit(whole, length, "error")
     for piece in fitted.pieces:
         assert len(piece.ids) + fitted.tokens_lost == len(whole.ids)
-        expected = whole.ids[:length] if how == "truncate_right" else whole.ids[len(whole.ids) - length + bos :]
-        assert piece.ids.tolist() == ([1] if bos and how == "truncate_left" else []) + expected.tolist()
+        expected = (
+            whole.ids[:length]
+            if how == "truncate_right"
+            else whole.ids[len(whole.ids) - length + bos :]
+        )
+        assert (
+            piece.ids.tolist()
+            == ([1] if bos and how == "truncate_left" else []) + expected.tolist()
+        )
 
 
 @ROUNDS
@@ -243,14 +299,22 @@ def test_a_cut_answer_never_ends_in_a_stop_token_it_did_not_reach(
     assert cut.targets_truncated == whole.examples[0].targets - sum(e.targets for e in cut.examples)
 
 
-def published_dialogue(phrases: list[str], tokenizer: Tokenizer, max_length: int, side: str) -> list[tuple[int, bool]]:
-    """The tokens of a dialogue and whether each is an output, by the rules that trlx documents and tests.
+def published_dialogue(
+    phrases: list[str], tokenizer: Tokenizer, max_length: int, side: str
+) -> list[tuple[int, bool]]:
+    """The tokens of a dialogue and whether each is an output, by the rules that trlx documents and
+    tests.
 
-    Each phrase is tokenised alone; EOS ends the last; the dialogue is cut to `max_length` from `side`; if what is left
-    begins with an output, BOS comes first, at the cost of one more token where there is no room.
+    Each phrase is tokenised alone; EOS ends the last; the dialogue is cut to `max_length` from
+    `side`; if what is left begins with an output, BOS comes first, at the cost of one more token
+    where there is no room.
     """
     last = phrases[-1] if phrases[-1].endswith("</s>") else phrases[-1] + "</s>"
-    tokens = [(token, bool(i % 2)) for i, text in enumerate([*phrases[:-1], last]) for token in tokenizer.encode(text)]
+    tokens = [
+        (token, bool(i % 2))
+        for i, text in enumerate([*phrases[:-1], last])
+        for token in tokenizer.encode(text)
+    ]
     tokens = tokens[-max_length:] if side == "left" else tokens[:max_length]
     if tokens[0][1]:
         if len(tokens) == max_length:
@@ -262,7 +326,11 @@ def published_dialogue(phrases: list[str], tokenizer: Tokenizer, max_length: int
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), st.integers(2, 30), st.booleans(), KINDS, st.booleans()
+    st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4),
+    st.integers(2, 30),
+    st.booleans(),
+    KINDS,
+    st.booleans(),
 )
 def test_phrases_are_what_trlx_publishes(
     pairs: list[tuple[str, str]], length: int, left: bool, kind: str, ends: bool
@@ -272,9 +340,16 @@ def test_phrases_are_what_trlx_publishes(
     tokenizer = ours(kind)
     expected = published_dialogue(phrases, tokenizer, length, "left" if left else "right")
     parts = tuple(Phrase(text, float(i % 2)) for i, text in enumerate(phrases))
-    made = encoder("none", length=length, tokenizer=tokenizer, too_long="truncate_left" if left else "truncate_right")
+    made = encoder(
+        "none",
+        length=length,
+        tokenizer=tokenizer,
+        too_long="truncate_left" if left else "truncate_right",
+    )
     result = made.encode([Row("phrases", phrases=parts)])[0]
-    if not any(output for _, output in expected[1:]):  # nothing left to learn: dropped, where trlx trains on nothing
+    if not any(
+        output for _, output in expected[1:]
+    ):  # nothing left to learn: dropped, where trlx trains on nothing
         assert isinstance(result, RowError) or result.action == "dropped"
         return
     assert isinstance(result, Encoded)

@@ -40,7 +40,10 @@ def converted(path: Path) -> list[tuple[int, Any]]:
         out.seek(0)
     found = []
     for block in scan(out, path.name):
-        found += [(line, value) for line, _, value in rows_in(out.getvalue()[block.start : block.stop], block.line)]
+        found += [
+            (line, value)
+            for line, _, value in rows_in(out.getvalue()[block.start : block.stop], block.line)
+        ]
     return found
 
 
@@ -50,7 +53,9 @@ def csv_bytes(rows: list[dict[str, str]], newline: str = "\r\n") -> bytes:
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
-    """No format changes a value: texts that look like numbers, null, JSON or dates stay the texts they are."""
+    """No format changes a value: texts that look like numbers, null, JSON or dates stay the texts
+    they are.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -71,7 +76,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         "a.csv": csv_bytes(ROWS),
         "a.tsv": csv_bytes(ROWS).replace(b",", b"\t", 1).replace(b'","', b'"\t"'),
         "a.csv.gz": gzip.compress(csv_bytes(ROWS)),
-        **{f"{file.name}.zst": zstandard.compress(file.read_bytes()) for file in [*tmp_path.iterdir()]},
+        **{
+            f"{file.name}.zst": zstandard.compress(file.read_bytes())
+            for file in [*tmp_path.iterdir()]
+        },
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -96,9 +104,14 @@ def test_line_numbers_are_those_of_the_file(tmp_path: Path) -> None:
 def test_plain_text_is_one_row_a_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"second\r\n\n")
     (tmp_path / "a.txt").write_bytes("first ü".encode())
-    assert [converted(path) for path in find_files(str(tmp_path))] == [[(1, "first ü")], [(1, "second\r\n\n")]]
+    assert [converted(path) for path in find_files(str(tmp_path))] == [
+        [(1, "first ü")],
+        [(1, "second\r\n\n")],
+    ]
     (tmp_path / "c.jsonl").write_bytes(lines(["a row"]))
-    assert [path.name for path in find_files(str(tmp_path))] == ["c.jsonl"]  # texts beside rows are notes
+    assert [path.name for path in find_files(str(tmp_path))] == [
+        "c.jsonl"
+    ]  # texts beside rows are notes
     assert [path.name for path in find_files(str(tmp_path / "*.txt"))] == ["a.txt", "b.txt"]
 
 
@@ -107,18 +120,32 @@ def test_arrow_does_not_invent_null_keys(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     calls = [{"name": "a", "arguments": {"city": "Paris"}}, {"name": "b", "arguments": {"n": 1}}]
-    pq.write_table(pa.Table.from_pylist([{"calls": [call]} for call in calls]), tmp_path / "a.parquet")
-    assert [row for _, row in converted(tmp_path / "a.parquet")] == [{"calls": [call]} for call in calls]
+    pq.write_table(
+        pa.Table.from_pylist([{"calls": [call]} for call in calls]), tmp_path / "a.parquet"
+    )
+    assert [row for _, row in converted(tmp_path / "a.parquet")] == [
+        {"calls": [call]} for call in calls
+    ]
 
 
 def test_nulls_that_somebody_wrote_stay(tmp_path: Path) -> None:
-    """Where all structs have the same keys, or a map says which there are, a null is real; else it may be invented."""
+    """Where all structs have the same keys, or a map says which there are, a null is real; else it
+    may be invented.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    same = [{"name": name, "arguments": {"city": city, "unit": None}} for name, city in ("aP", "bR")]
-    mixed = [{"name": "a", "arguments": {"city": "Paris", "n": None}}, {"name": "b", "arguments": {"n": 1}}]
-    for calls, expected in ((same, same), (mixed, [{"name": "a", "arguments": {"city": "Paris"}}, mixed[1]])):
+    same = [
+        {"name": name, "arguments": {"city": city, "unit": None}} for name, city in ("aP", "bR")
+    ]
+    mixed = [
+        {"name": "a", "arguments": {"city": "Paris", "n": None}},
+        {"name": "b", "arguments": {"n": 1}},
+    ]
+    for calls, expected in (
+        (same, same),
+        (mixed, [{"name": "a", "arguments": {"city": "Paris"}}, mixed[1]]),
+    ):
         table = pa.Table.from_pylist([{"id": None, "calls": [call]} for call in calls])
         pq.write_table(table, tmp_path / "a.parquet")
         for name, new in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
@@ -127,17 +154,24 @@ def test_nulls_that_somebody_wrote_stay(tmp_path: Path) -> None:
         for name in ("a.parquet", "stream.arrow", "file.arrow"):
             found = [row for _, row in converted(tmp_path / name)]
             assert found == [{"id": None, "calls": [call]} for call in expected], name
-    maps = pa.array([[("city", "Paris"), ("unit", None)], [("n", "1")], None], pa.map_(pa.string(), pa.string()))
+    maps = pa.array(
+        [[("city", "Paris"), ("unit", None)], [("n", "1")], None], pa.map_(pa.string(), pa.string())
+    )
     pq.write_table(pa.table({"arguments": maps}), tmp_path / "m.parquet")
     found = [row["arguments"] for _, row in converted(tmp_path / "m.parquet")]
     assert found == [{"city": "Paris", "unit": None}, {"n": "1"}, None]
 
 
 def test_nulls_in_frames_and_data_sets() -> None:
-    """As pandas and `datasets` hand rows out: arrays of structs from Arrow, and a table behind the rows."""
+    """As pandas and `datasets` hand rows out: arrays of structs from Arrow, and a table behind the
+    rows.
+    """
     import pyarrow as pa
 
-    rows = [{"text": "a", "calls": [{"x": 1, "y": None}]}, {"text": "b", "calls": [{"x": 2, "y": None}]}]
+    rows = [
+        {"text": "a", "calls": [{"x": 1, "y": None}]},
+        {"text": "b", "calls": [{"x": 2, "y": None}]},
+    ]
 
     class Table:
         table = pa.Table.from_pylist(rows)
@@ -185,7 +219,9 @@ def test_nulls_in_frames_and_data_sets() -> None:
         ("utf16.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
     ],
 )
-def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unreadable_files_are_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as caught:
         converted(tmp_path / name)
@@ -193,7 +229,10 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
 
 
 def test_bad_bytes_are_row_errors() -> None:
-    found = [value for _, _, value in rows_in(b'"\xff"\n{"a": 1]\n' + b"[" * 100_000 + b"\n" + b"1" * 5000, 1)]
+    found = [
+        value
+        for _, _, value in rows_in(b'"\xff"\n{"a": 1]\n' + b"[" * 100_000 + b"\n" + b"1" * 5000, 1)
+    ]
     assert all(isinstance(value, RowError) for value in found)
     assert [str(value)[:14] for value in found] == [
         "not UTF-8: byt",
@@ -204,8 +243,16 @@ def test_bad_bytes_are_row_errors() -> None:
 
 
 def test_a_folder_is_read_without_what_stands_beside_its_data(tmp_path: Path) -> None:
-    """Hidden folders hold older states of files; `datasets` leaves what `map` made, and notes, beside saved rows."""
-    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".b.jsonl", "state.json", "cache-0f3a12.arrow"):
+    """Hidden folders hold older states of files; `datasets` leaves what `map` made, and notes,
+    beside saved rows.
+    """
+    for name in (
+        "a.jsonl",
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        ".b.jsonl",
+        "state.json",
+        "cache-0f3a12.arrow",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1\n")
     assert [path.name for path in find_files(str(tmp_path))] == ["a.jsonl"]
@@ -270,12 +317,16 @@ def test_blocks_cover_every_line_once(content: list[bytes], ended: bool, chunk: 
 
 def test_an_edit_changes_only_the_blocks_it_touches() -> None:
     random.seed(0)
-    rows = [json.dumps({"text": "x" * random.randint(10, 900)}).encode() + b"\n" for _ in range(30_000)]
+    rows = [
+        json.dumps({"text": "x" * random.randint(10, 900)}).encode() + b"\n" for _ in range(30_000)
+    ]
     before = {block.digest for block in blocks_of(b"".join(rows))}
     assert len(before) > 5
     appended = {block.digest for block in blocks_of(b"".join([*rows, b'"one more"\n']))}
     assert len(appended - before) <= 1
-    inserted = {block.digest for block in blocks_of(b"".join([*rows[:9000], b'"one more"\n', *rows[9000:]]))}
+    inserted = {
+        block.digest for block in blocks_of(b"".join([*rows[:9000], b'"one more"\n', *rows[9000:]]))
+    }
     assert len(inserted - before) <= 2
     assert len(before & inserted) >= len(before) - 2
 
@@ -305,7 +356,8 @@ def test_texts_that_are_no_utf8_inside_parquet_are_named(tmp_path: Path) -> None
 
     buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
     pq.write_table(
-        pa.Table.from_arrays([pa.Array.from_buffers(pa.string(), 1, buffers)], ["a"]), tmp_path / "a.parquet"
+        pa.Table.from_arrays([pa.Array.from_buffers(pa.string(), 1, buffers)], ["a"]),
+        tmp_path / "a.parquet",
     )
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file: 'utf-8' codec"):
         converted(tmp_path / "a.parquet")

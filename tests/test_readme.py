@@ -1,4 +1,6 @@
-"""The README is what a newcomer types: its YAML and its Python run as they are printed, on a small model."""
+"""The README is what a newcomer types: its YAML and its Python run as they are printed, on a small
+model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh folder with the model under its name on the hub, and chats.jsonl in the README's third form."""
+    """A fresh folder with the model under its name on the hub, and chats.jsonl in the README's
+    third form.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
     tiny.folder(tmp_path / HUB_NAME)

@@ -1,4 +1,6 @@
-"""Recomputed layers: the same loss and the same gradients to the bit, with less kept for the backward pass."""
+"""Recomputed layers: the same loss and the same gradients to the bit, with less kept for the
+backward pass.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,10 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
         folder = tmp_path / str(recompute)
         result = sftx.train(
             model=path,
-            data={"rows": [[f"What is {i}?", "A number."] for i in range(8)], "cache": str(tmp_path / "cache")},
+            data={
+                "rows": [[f"What is {i}?", "A number."] for i in range(8)],
+                "cache": str(tmp_path / "cache"),
+            },
             output=str(folder),
             batch={"steps": 2},
             runtime={"progress": False, "device": "cpu", "threads": 1, "recompute": recompute},
@@ -102,7 +107,11 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
 @pytest.mark.parametrize("count", ["all", 3])
 def test_recomputing_layers_that_are_not_shown_is_refused_in_words(count: str | int) -> None:
     model = tiny.model("CTRL", n_embd=32, dff=64, n_layer=2, n_head=4, n_positions=256)
-    estimator = MemoryEstimator(PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0)
+    estimator = MemoryEstimator(
+        PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0
+    )
     chosen = choose_packing(Runtime(recompute=count), estimator, StepProfile(40, 100, 0.5), 1 << 34)  # pyright: ignore
-    with pytest.raises(UserError, match="CTRLLMHeadModel shows no decoder layers that can be recomputed"):
+    with pytest.raises(
+        UserError, match="CTRLLMHeadModel shows no decoder layers that can be recomputed"
+    ):
         recompute(model, chosen.recomputed)

@@ -29,7 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.folder(tmp_path_factory.mktemp("model"))
 
 
-def test_a_run_is_repeated_from_its_folder(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_repeated_from_its_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows that were only in memory included; the held-out rows are the same ones."""
     given = settings(model, tmp_path / "run", eval={"every": 2}, runtime={"progress": True})
     first = sftx.train(**given)
@@ -39,20 +41,30 @@ def test_a_run_is_repeated_from_its_folder(model: str, tmp_path: Path, capsys: p
     again = tmp_path / "again"
     assert cli.main(["train", str(config), f"output={again}"]) == 0
     told, kept = (
-        [(line["step"], line["loss"], line["eval"]) for line in records(folder)] for folder in (first.folder, again)
+        [(line["step"], line["loss"], line["eval"]) for line in records(folder)]
+        for folder in (first.folder, again)
     )
     assert told == kept
     assert [step for step, _, _ in told] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _, numbers in told if numbers] == [0, 2, 4, 5]
     for name, tensor in load_file(first.folder / "model.safetensors").items():
         assert (tensor == load_file(again / "model.safetensors")[name]).all()
-    assert len((again / "config.yaml").read_text().splitlines()) == len(config.read_text().splitlines())
+    assert len((again / "config.yaml").read_text().splitlines()) == len(
+        config.read_text().splitlines()
+    )
 
 
 def test_rows_in_memory_stand_beside_those_of_files(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(["File?", "Yes."]) + "\n", encoding="utf-8")
-    data = {"train": [{"path": str(tmp_path / "a.jsonl"), "weight": 2.0}], "rows": ROWS[:1], "eval_rows": ROWS[1:]}
-    base = {**settings(model, tmp_path / "run"), "data": {**data, "cache": str(tmp_path / "cache"), "workers": 0}}
+    data = {
+        "train": [{"path": str(tmp_path / "a.jsonl"), "weight": 2.0}],
+        "rows": ROWS[:1],
+        "eval_rows": ROWS[1:],
+    }
+    base = {
+        **settings(model, tmp_path / "run"),
+        "data": {**data, "cache": str(tmp_path / "cache"), "workers": 0},
+    }
     result = sftx.train(**base)
     config = load_config(str(result.folder / "config.yaml"))
     assert config.data.rows is config.data.eval_rows is None
@@ -79,7 +91,11 @@ def test_the_record_holds_no_json_inside_json(model: str, tmp_path: Path) -> Non
     files = [result.folder / "run.json", *result.folder.glob("checkpoints/*/*.json")]
     assert len(files) >= 3
     for path in files:
-        inside = [text for text in texts_in(json.loads(path.read_text())) if text.lstrip()[:1] in ("{", "[")]
+        inside = [
+            text
+            for text in texts_in(json.loads(path.read_text()))
+            if text.lstrip()[:1] in ("{", "[")
+        ]
         assert not inside, f"{path.name}: {inside[0][:60]}"
 
 
@@ -87,7 +103,9 @@ def test_no_path_of_the_machine_goes_into_the_card(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     path = tiny.folder(home / "base-model")
-    (home / "chats.jsonl").write_text("".join(json.dumps([f"{i}?", f"{i}!"]) + "\n" for i in range(9)))
+    (home / "chats.jsonl").write_text(
+        "".join(json.dumps([f"{i}?", f"{i}!"]) + "\n" for i in range(9))
+    )
     data = {"train": str(home / "chats.jsonl"), "cache": str(home / "cache"), "workers": 0}
     base = {**settings(path, home / "run", adapter="lora"), "data": data}
     result = sftx.train(**base)
@@ -121,7 +139,24 @@ def test_what_a_card_may_say_of_a_path(path: str, public: str) -> None:
 
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
-    ["1e-4", "1e5", "yes", "no", "null", "~", "", "0123", "1:30", "2001-01-01", "- a", "a: b", "#c", "*x", "&y", "!z"]
+    [
+        "1e-4",
+        "1e5",
+        "yes",
+        "no",
+        "null",
+        "~",
+        "",
+        "0123",
+        "1:30",
+        "2001-01-01",
+        "- a",
+        "a: b",
+        "#c",
+        "*x",
+        "&y",
+        "!z",
+    ]
 )
 VALUES = st.recursive(
     st.none()

@@ -34,7 +34,11 @@ def row(raw: Any) -> Row:
         (["Hi", "Hello"], "dialogue", Row("phrases", phrases=PAIR)),
         ({"dialogue": ["Hi", "Hello"]}, "dialogue", Row("phrases", phrases=PAIR)),
         ({"prompt": "Hi", "completion": "Hello"}, "pairs", Row("phrases", phrases=PAIR)),
-        ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", Row("phrases", phrases=PAIR)),
+        (
+            {"instruction": "Hi", "input": "", "output": "Hello"},
+            "alpaca",
+            Row("phrases", phrases=PAIR),
+        ),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
             "alpaca",
@@ -47,11 +51,21 @@ def row(raw: Any) -> Row:
             "pairs",
             Row(
                 "messages",
-                messages=({**USER, "train": False}, {**MODEL, "train": False}, {**USER, "train": False}, MODEL),  # type: ignore[arg-type]
+                messages=(
+                    {**USER, "train": False},
+                    {**MODEL, "train": False},
+                    {**USER, "train": False},
+                    MODEL,
+                ),  # type: ignore[arg-type]
             ),
         ),
         (
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                ]
+            },
             "sharegpt",
             Row("messages", messages=(USER, MODEL)),  # type: ignore[arg-type]
         ),
@@ -79,7 +93,9 @@ def test_every_shape(raw: Any, form: str, expected: Row) -> None:
 
 
 def test_messages_keep_what_templates_read() -> None:
-    """Parts joined, nulls absent, tool calls nested with objects for arguments, tools from JSON text."""
+    """Parts joined, nulls absent, tool calls nested with objects for arguments, tools from JSON
+    text.
+    """
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "1"}'}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
@@ -87,7 +103,13 @@ def test_messages_keep_what_templates_read() -> None:
         "messages": [
             {"role": "developer", "content": "Be brief.", "name": None},
             {"role": "user", "content": parts},
-            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm.", "weight": 0.5},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call],
+                "reasoning_content": "Hm.",
+                "weight": 0.5,
+            },
             {"role": "tool", "content": "2", "tool_call_id": "1"},
             {"role": "assistant", "content": "", "train": False, "prefix": True},
         ],
@@ -105,15 +127,29 @@ def test_messages_keep_what_templates_read() -> None:
     assert made.messages[4] == {"role": "assistant", "content": "", "train": False, "prefix": True}
     assert unused(tuple(raw), "messages") == ("source",)
     flat = [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "1"}}]}]
-    assert row(flat).messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
+    assert row(flat).messages[1]["tool_calls"][0]["function"] == {
+        "name": "f",
+        "arguments": {"a": "1"},
+    }
 
 
 def test_sharegpt_roles() -> None:
-    turns = [("human", "q"), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "r"), ("gpt", "a")]
-    raw = {"conversations": [{"from": f, "value": v} for f, v in turns], "system": "S", "tools": "[]"}
+    turns = [
+        ("human", "q"),
+        ("function_call", '{"name": "f", "arguments": {}}'),
+        ("observation", "r"),
+        ("gpt", "a"),
+    ]
+    raw = {
+        "conversations": [{"from": f, "value": v} for f, v in turns],
+        "system": "S",
+        "tools": "[]",
+    }
     made = row(raw).messages
     assert [m["role"] for m in made] == ["system", "user", "assistant", "tool", "assistant"]
-    assert made[2]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert made[2]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -135,8 +171,14 @@ def test_sharegpt_roles() -> None:
         ({"prompt": "a", "completoin": "b"}, "did you mean 'completion'"),
         ({"prompt": "a", "completion": 1}, "field 'completion' must be text, not a number"),
         ({"prompt": "a", "completion": [MODEL]}, "both be texts or both be lists"),
-        ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools' needs prompt and completion to be lists"),
-        ({"question": "a", "answer": "b"}, "set data.columns: {question: prompt, answer: completion}"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{}]},
+            "'tools' needs prompt and completion to be lists",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "set data.columns: {question: prompt, answer: completion}",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data"),
         ({"conversations": [USER, MODEL]}, "set data.columns: {conversations: messages}"),
         ({"text": "a", "messages": [USER]}, "choose one with data.format"),
@@ -151,7 +193,10 @@ def test_sharegpt_roles() -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content' must be text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "part of type 'image_url'",
+        ),
         (
             {"messages": [{**MODEL, "function_call": {"name": "f"}}]},
             "function_call is not read: write it as tool_calls",
@@ -173,7 +218,11 @@ def test_sharegpt_roles() -> None:
             "tool_calls[0] must hold function",
         ),
         (
-            {"messages": [{**MODEL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            {
+                "messages": [
+                    {**MODEL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+                ]
+            },
             "tool_calls[0].function.arguments is not valid JSON",
         ),
         ({"messages": [USER, MODEL], "tools": "{"}, "tools is not valid JSON"),
@@ -181,28 +230,61 @@ def test_sharegpt_roles() -> None:
             {"messages": [USER, {**MODEL, "tool_calls": [call("[" * 99_999)]}]},
             "not valid JSON: nested too deeply",
         ),
-        ({"messages": [USER, {**MODEL, "tool_calls": [call("1" * 5000)]}]}, "a number of thousands of digits"),
+        (
+            {"messages": [USER, {**MODEL, "tool_calls": [call("1" * 5000)]}]},
+            "a number of thousands of digits",
+        ),
         (
             {"messages": [USER, {**MODEL, "tool_calls": [call({"a": "\ud800"})]}]},
             "'messages[1]' holds half of",
         ),
-        ({"messages": [USER, {**MODEL, "thinking": ["\ud800"]}]}, "'messages[1]' holds half of a surrogate"),
-        ({"messages": [USER, MODEL], "tools": [{"name": "\ud800"}]}, "'tools' holds half of a surrogate"),
-        ({"messages": [USER, MODEL], "chat_template_kwargs": {"a": "\ud800"}}, "holds half of a surrogate"),
+        (
+            {"messages": [USER, {**MODEL, "thinking": ["\ud800"]}]},
+            "'messages[1]' holds half of a surrogate",
+        ),
+        (
+            {"messages": [USER, MODEL], "tools": [{"name": "\ud800"}]},
+            "'tools' holds half of a surrogate",
+        ),
+        (
+            {"messages": [USER, MODEL], "chat_template_kwargs": {"a": "\ud800"}},
+            "holds half of a surrogate",
+        ),
         ({"messages": [USER, MODEL], "tools": ["f"]}, "'tools' must be a list"),
         ({"messages": [USER, MODEL], "tool": []}, "did you mean 'tools'?"),
-        ({"messages": [USER, MODEL], "chat_template_kwargs": []} | {"chat_template_kwargs": [1]}, "must be an object"),
+        (
+            {"messages": [USER, MODEL], "chat_template_kwargs": []} | {"chat_template_kwargs": [1]},
+            "must be an object",
+        ),
         (
             {"conversations": [{"from": "narrator", "value": "a"}]},
             "conversations[0].from is 'narrator', an unknown role",
         ),
-        ({"conversations": [{"from": "human"}]}, "conversations[0] must be an object with from and value"),
-        ({"conversations": [{"from": "human", "value": None}], "system": "S"}, "conversations[0].content is null"),
-        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history[0] must be [prompt, output]"),
-        ({"instruction": "a", "output": "b", "history": [["a", 1]]}, "history[0][1]' must be text, not a number"),
+        (
+            {"conversations": [{"from": "human"}]},
+            "conversations[0] must be an object with from and value",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": None}], "system": "S"},
+            "conversations[0].content is null",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["a"]]},
+            "history[0] must be [prompt, output]",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["a", 1]]},
+            "history[0][1]' must be text, not a number",
+        ),
         ({"instruction": "a", "output": "b", "history": "x"}, "'history' must be a list"),
-        ({"prompt": [USER], "completion": [MODEL], "history": [["a", "b"]]}, "'history' needs prompt and completion"),
-        ({"messages": [{"role": "system", "content": "A"}, USER], "system": "B"}, "both system messages, and differ"),
+        (
+            {"prompt": [USER], "completion": [MODEL], "history": [["a", "b"]]},
+            "'history' needs prompt and completion",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "A"}, USER], "system": "B"},
+            "both system messages, and differ",
+        ),
         ({"segments": [{"text": "a"}]}, "segments[0] must be an object with text and weight"),
         ({"segments": [{"text": "a", "weight": 1, "mask": 0}]}, "unknown fields: mask"),
         ({"input_ids": []}, "not empty"),
@@ -233,19 +315,39 @@ TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"messages": [USER, {**MODEL, "train_detail": [{"begin_offset": 0}]}]}, "messages[1].train_detail"),
-        ({"conversations": [TALK[0], {**TALK[1], "train_detail": [{}]}]}, "conversations[1].train_detail"),
+        (
+            {"messages": [USER, {**MODEL, "train_detail": [{"begin_offset": 0}]}]},
+            "messages[1].train_detail",
+        ),
+        (
+            {"conversations": [TALK[0], {**TALK[1], "train_detail": [{}]}]},
+            "conversations[1].train_detail",
+        ),
         ({"messages": [USER, {**MODEL, "loss": "no"}]}, "messages[1].loss must be true or false"),
-        ({"messages": [USER, {**MODEL, "training": 0}]}, "messages[1].training must be true or false"),
+        (
+            {"messages": [USER, {**MODEL, "training": 0}]},
+            "messages[1].training must be true or false",
+        ),
         ({"messages": [{**USER, "loss": True}, MODEL]}, "assistant messages only"),
-        ({"messages": [USER, {**MODEL, "loss": False, "train": True}]}, "train: True and loss: False"),
+        (
+            {"messages": [USER, {**MODEL, "loss": False, "train": True}]},
+            "train: True and loss: False",
+        ),
         ({"messages": [USER, {**MODEL, "loss_scale": 0.5}]}, "write it as 'weight'"),
         ({"messages": [USER, {**MODEL, "loss_weight": 0.5}]}, "write it as 'weight'"),
         ({"messages": [USER, {**MODEL, "loss_mask": 0}]}, "write it as 'train'"),
         ({"messages": [USER, {**MODEL, "loss_mask": False}]}, "write it as 'train'"),
-        ({"messages": [{**USER, "images": ["a.png"]}, MODEL]}, "messages[0].images is not read: only text"),
         (
-            {"messages": [USER, {**MODEL, "content": [{"type": "text", "text": "a", "train": False}]}]},
+            {"messages": [{**USER, "images": ["a.png"]}, MODEL]},
+            "messages[0].images is not read: only text",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**MODEL, "content": [{"type": "text", "text": "a", "train": False}]},
+                ]
+            },
             "messages[1].content[0].train is not read",
         ),
         ({"messages": [USER, MODEL], "label": False}, "KTO"),
@@ -254,13 +356,22 @@ TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
         ({"conversations": TALK, "label": False}, "KTO"),
         ({"dialogue": ["a", "b"], "label": False}, "KTO"),
         ({"instruction": "a", "output": "b", "label": False}, "KTO"),
-        ({"messages": [USER, MODEL], "images": ["a.png"]}, "column 'images' is not read: only text"),
+        (
+            {"messages": [USER, MODEL], "images": ["a.png"]},
+            "column 'images' is not read: only text",
+        ),
         ({"text": "a <image>", "images": ["a.png"]}, "column 'images' is not read: only text"),
         ({"conversations": TALK, "image": "a.png"}, "column 'image' is not read: only text"),
         ({"messages": [USER, MODEL], "videos": ["a"], "audios": []}, "column 'videos' is not read"),
-        ({"messages": [USER, MODEL], "objects": {"ref": ["a"], "bbox": [[1, 2]]}}, "column 'objects' is not read"),
+        (
+            {"messages": [USER, MODEL], "objects": {"ref": ["a"], "bbox": [[1, 2]]}},
+            "column 'objects' is not read",
+        ),
         ({"messages": [USER, MODEL], "functions": [{"name": "f"}]}, "write it as 'tools'"),
-        ({"conversations": TALK[:1], "chosen": TALK[1], "rejected": TALK[1]}, "this is preference data"),
+        (
+            {"conversations": TALK[:1], "chosen": TALK[1], "rejected": TALK[1]},
+            "this is preference data",
+        ),
     ],
 )
 def test_marks_of_other_tools_are_refused_by_name(raw: Any, message: str) -> None:
@@ -280,10 +391,28 @@ def test_marks_with_our_meaning_are_honoured(mark: str, value: bool) -> None:
 
 def test_what_says_nothing_is_no_mark() -> None:
     """Empty fields, wanted answers of KTO, and columns of data that merely share a name."""
-    for extra in ({"train_detail": []}, {"images": []}, {"loss": None}, {"image": ""}, {"train_detail": None}):
+    for extra in (
+        {"train_detail": []},
+        {"images": []},
+        {"loss": None},
+        {"image": ""},
+        {"train_detail": None},
+    ):
         assert row({"messages": [USER, {**MODEL, **extra}]}).messages == (USER, MODEL)
-    columns = [{"label": True}, {"label": 0}, {"images": []}, {"image": None}, {"functions": []}, {"objects": []}]
-    for extra in [*columns, {"chosen": "b", "rejected": "c"}, {"objects": ["a table"]}, {"system": ""}]:
+    columns = [
+        {"label": True},
+        {"label": 0},
+        {"images": []},
+        {"image": None},
+        {"functions": []},
+        {"objects": []},
+    ]
+    for extra in [
+        *columns,
+        {"chosen": "b", "rejected": "c"},
+        {"objects": ["a table"]},
+        {"system": ""},
+    ]:
         assert row({"messages": [USER, MODEL], **extra}).messages == (USER, MODEL)
     assert row({"text": "so good", "label": False}).text == "so good"
 
@@ -306,11 +435,16 @@ def test_alpaca_with_system_and_history() -> None:
     assert row({**plain, "system": "", "history": []}) == Row("phrases", phrases=PAIR)
     assert row({**plain, "system": None, "history": None}) == Row("phrases", phrases=PAIR)
     earlier = (Phrase("Yo", 0.0), Phrase("Sir", 1.0))
-    assert row({**plain, "system": "", "history": [["Yo", "Sir"]]}) == Row("phrases", phrases=(*earlier, *PAIR))
+    assert row({**plain, "system": "", "history": [["Yo", "Sir"]]}) == Row(
+        "phrases", phrases=(*earlier, *PAIR)
+    )
     turns = ({"role": "user", "content": "Yo"}, {"role": "assistant", "content": "Sir"})
     made = row({**plain, "system": "S", "history": [["Yo", "Sir"]]})
     assert made == Row("messages", messages=(SYSTEM, *turns, USER, MODEL))  # type: ignore[arg-type]
-    assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (*earlier, *PAIR)
+    assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (
+        *earlier,
+        *PAIR,
+    )
 
 
 def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
@@ -331,7 +465,12 @@ def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
     assert arguments(given, json.dumps([tool["function"]])) == (left, (INVENTED,))
     assert arguments(json.dumps(given), [tool]) == (given, ())  # a text is no part of a table
     assert arguments({"city": None, "n": 1}, [tool]) == ({"city": None, "n": 1}, ())
-    for tools in ([], [{"name": "g", "parameters": schema}], [{"name": "f", "parameters": {}}], [{"name": "f"}]):
+    for tools in (
+        [],
+        [{"name": "g", "parameters": schema}],
+        [{"name": "f", "parameters": {}}],
+        [{"name": "f"}],
+    ):
         assert arguments(given, tools) == (given, ())
     open_schema = {**schema, "additionalProperties": True}
     assert arguments(given, [{"name": "f", "parameters": open_schema}]) == (given, ())
@@ -343,11 +482,15 @@ def test_columns_get_other_names() -> None:
     assert renamed(raw, columns) == {"prompt": "Hi", "completion": "Hello", "id": 3}
     assert renamed(raw, {}) is raw
     assert renamed(["a", "b"], columns) == ["a", "b"]
-    swapped = renamed({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"})
+    swapped = renamed(
+        {"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"}
+    )
     assert swapped == {"completion": "a", "prompt": "b"}
     with pytest.raises(RowError, match="columns 'prompt' and 'question' would both be 'prompt'"):
         renamed({"prompt": "a", **raw}, columns)
-    with pytest.raises(UserError, match="'promt' is a column that no format reads; did you mean 'prompt'"):
+    with pytest.raises(
+        UserError, match="'promt' is a column that no format reads; did you mean 'prompt'"
+    ):
         check_names({"question": "promt"})
 
 
@@ -357,7 +500,9 @@ def test_fields_that_only_a_template_may_know_are_named() -> None:
     assert other_fields(row({"messages": [USER, MODEL]}).messages) == set()
 
 
-@pytest.mark.parametrize("form", ["text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"])
+@pytest.mark.parametrize(
+    "form", ["text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"]
+)
 def test_a_row_of_another_shape_is_an_error(form: str) -> None:
     for raw in (5, None, {}, {"id": 1}):
         with pytest.raises(RowError, match=f"format {form}"):

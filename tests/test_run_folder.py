@@ -1,4 +1,6 @@
-"""What a run finds in its folder and leaves there: strangers' files, earlier runs, damaged records, a full disk."""
+"""What a run finds in its folder and leaves there: strangers' files, earlier runs, damaged records,
+a full disk.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_a_record_that_another_program_wrote_is_no_run(model: str, tmp_path: Pat
     assert (tmp_path / "run" / "run.json").read_text() == '{"id": 7}'
 
 
-def test_an_empty_folder_and_what_a_killed_start_left_are_welcome(model: str, whole: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_and_what_a_killed_start_left_are_welcome(
+    model: str, whole: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     for name in (".owner.lock", ".owner.json", "run.json.tmp"):
         (tmp_path / "run" / name).write_text("")
@@ -121,7 +125,10 @@ def test_a_run_that_saved_nothing_is_begun_again_with_a_word(
     killed(config, after=4)
     assert "starting over" not in capfd.readouterr().err
     sftx.train(**config)
-    assert "an earlier run stopped after step 4 and saved nothing: starting over" in capfd.readouterr().err
+    assert (
+        "an earlier run stopped after step 4 and saved nothing: starting over"
+        in capfd.readouterr().err
+    )
     assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, 7))
 
 
@@ -132,7 +139,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_begun_again_with_a_word(
     killed(config, after=5)
     (tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
     assert_equal(sftx.train(**config).folder, whole)
-    said = "an earlier run stopped after step 5 and left no checkpoint that can be used: starting over"
+    said = (
+        "an earlier run stopped after step 5 and left no checkpoint that can be used: starting over"
+    )
     assert said in notes(tmp_path / "run")
 
 
@@ -145,15 +154,21 @@ def test_saving_by_time_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_save_by_time_changes_no_number(model: str, whole: Path, tmp_path: Path, background: bool) -> None:
-    config = settings(model, tmp_path / "run", checkpoint={"minutes": 1e-9, "keep": 9, "background": background})
+def test_a_save_by_time_changes_no_number(
+    model: str, whole: Path, tmp_path: Path, background: bool
+) -> None:
+    config = settings(
+        model, tmp_path / "run", checkpoint={"minutes": 1e-9, "keep": 9, "background": background}
+    )
     result = sftx.train(**config)
     assert_equal(result.folder, whole)
     saved = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert saved == [f"step-{step:08d}" for step in range(1, 6)]
 
 
-def test_a_killed_run_continues_from_what_was_saved_by_time(model: str, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_what_was_saved_by_time(
+    model: str, whole: Path, tmp_path: Path
+) -> None:
     config = settings(model, tmp_path / "run", checkpoint={"minutes": 1e-9})
     killed(config, after=4)
     taken = [record.step for record in sftx.steps(**config)]
@@ -176,7 +191,9 @@ def test_a_clock_counts_from_the_last_save(monkeypatch: pytest.MonkeyPatch) -> N
     assert not never.due()
 
 
-def test_ranks_learn_of_a_save_and_of_a_signal_by_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_learn_of_a_save_and_of_a_signal_by_one_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[int] = []
 
     def agree(number: int) -> int:  # the other rank's answer is the larger one
@@ -197,7 +214,11 @@ def test_ranks_learn_of_a_save_and_of_a_signal_by_one_question(monkeypatch: pyte
 
 
 def test_a_save_that_nobody_asked_for_does_not_end_a_run_on_a_full_disk(
-    model: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    model: str,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(checkpoint, "shortage", lambda folder, needed: True)
     result = sftx.train(**settings(model, tmp_path / "run", checkpoint={"minutes": 1e-9}))
@@ -234,17 +255,25 @@ def test_a_damaged_record_is_rebuilt_from_the_checkpoint_with_a_line(
     damage(tmp_path / "run" / "metrics.jsonl", how)
     sftx.train(**config)
     assert_equal(tmp_path / "run", whole)
-    assert "metrics.jsonl was damaged: it is again as the checkpoint of step 4 has it" in notes(tmp_path / "run")
+    assert "metrics.jsonl was damaged: it is again as the checkpoint of step 4 has it" in notes(
+        tmp_path / "run"
+    )
 
 
-def test_steps_that_are_taken_again_are_cut_from_the_record_with_a_line(model: str, tmp_path: Path) -> None:
+def test_steps_that_are_taken_again_are_cut_from_the_record_with_a_line(
+    model: str, tmp_path: Path
+) -> None:
     config = settings(model, tmp_path / "run", checkpoint={"every": 3})
     killed(config, after=5)
     sftx.train(**config)
-    assert "metrics.jsonl is cut after step 3: 2 lines of later steps come anew" in notes(tmp_path / "run")
+    assert "metrics.jsonl is cut after step 3: 2 lines of later steps come anew" in notes(
+        tmp_path / "run"
+    )
 
 
-def test_a_record_that_is_as_the_checkpoint_has_it_needs_no_line(model: str, tmp_path: Path) -> None:
+def test_a_record_that_is_as_the_checkpoint_has_it_needs_no_line(
+    model: str, tmp_path: Path
+) -> None:
     config = settings(model, tmp_path / "run", checkpoint={"every": 3})
     killed(config, after=3)
     sftx.train(**config)
@@ -264,7 +293,10 @@ def test_damaged_records_of_a_finished_run_are_named_and_made_readable(
     assert list(sftx.steps(**config)) == []
     said = capfd.readouterr().err
     lost = {"cut": 3, "zeros": 6}[how]
-    assert f"metrics.jsonl was damaged: {lost} of 6 steps are lost from it, none from the model" in said
+    assert (
+        f"metrics.jsonl was damaged: {lost} of 6 steps are lost from it, none from the model"
+        in said
+    )
     assert "ledger.json did not hold what this data gives" in said
     assert (run / "ledger.json").read_bytes() == ledger
     assert numbers(run) == numbers(whole)[: 6 - lost]
@@ -275,7 +307,10 @@ def test_bad_steps_in_a_row_are_counted_across_a_stop(
 ) -> None:
     """Two before it and two after it are four in a row, whatever became of the record."""
     config = settings(
-        model, tmp_path / "run", optim={"learning_rate": 3e38, "max_bad_steps": 3}, checkpoint={"every": 1}
+        model,
+        tmp_path / "run",
+        optim={"learning_rate": 3e38, "max_bad_steps": 3},
+        checkpoint={"every": 1},
     )
     killed(config, after=4)  # the first step goes through; its update is far too large
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -295,13 +330,21 @@ def test_room_for_the_model_is_asked_for_before_the_first_step(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch)
-    with pytest.raises(sftx.UserError, match=r"no room for the trained model: 0.1 MiB needed, 0.0 MiB free"):
+    with pytest.raises(
+        sftx.UserError, match=r"no room for the trained model: 0.1 MiB needed, 0.0 MiB free"
+    ):
         sftx.train(**settings(model, tmp_path / "run"))
     assert not numbers(tmp_path / "run")
-    monkeypatch.setattr(room, "_free", lambda folder: 90_000)  # enough for the adapter, and not for a merged model
+    monkeypatch.setattr(
+        room, "_free", lambda folder: 90_000
+    )  # enough for the adapter, and not for a merged model
     sftx.train(**settings(model, tmp_path / "lora", adapter={"method": "lora", "rank": 1}))
     with pytest.raises(sftx.UserError, match="no room for the trained model"):
-        sftx.train(**settings(model, tmp_path / "merged", adapter={"method": "lora", "rank": 1, "merge": True}))
+        sftx.train(
+            **settings(
+                model, tmp_path / "merged", adapter={"method": "lora", "rank": 1, "merge": True}
+            )
+        )
 
 
 def test_where_no_model_can_be_written_the_state_is_kept(
@@ -314,13 +357,17 @@ def test_where_no_model_can_be_written_the_state_is_kept(
 
     with monkeypatch.context() as broken:
         broken.setattr(loop, "save_model", fails)
-        with pytest.raises(sftx.UserError, match=r"No space left.*the state after the last step is saved"):
+        with pytest.raises(
+            sftx.UserError, match=r"No space left.*the state after the last step is saved"
+        ):
             sftx.train(**config)
     assert list(sftx.steps(**config)) == []
     assert_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(("every", "told"), [(4, "the newest checkpoint is that of step 4"), (0, "no checkpoint")])
+@pytest.mark.parametrize(
+    ("every", "told"), [(4, "the newest checkpoint is that of step 4"), (0, "no checkpoint")]
+)
 def test_where_nothing_can_be_written_at_the_end_the_last_checkpoint_is_named(
     model: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, told: str
 ) -> None:
@@ -342,7 +389,9 @@ def test_where_nothing_can_be_written_at_the_end_the_last_checkpoint_is_named(
 # Ctrl-C.
 
 
-def test_the_first_interrupt_is_answered_at_once_and_the_second_quits(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_interrupt_is_answered_at_once_and_the_second_quits(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with listening() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert "stopping after this step; again = quit without saving" in capfd.readouterr().err
@@ -356,7 +405,9 @@ def test_the_first_interrupt_is_answered_at_once_and_the_second_quits(capfd: pyt
 
 @pytest.mark.parametrize("noise", ["dropout", "neftune"])
 def test_every_step_draws_noise_of_its_own(model: str, tmp_path: Path, noise: str) -> None:
-    """Equal rows in equal order and equal weights in every step: only what is drawn can make the losses differ."""
+    """Equal rows in equal order and equal weights in every step: only what is drawn can make the
+    losses differ.
+    """
     fixed = {
         "batch": {"examples_per_step": 12, "steps": 3, "shuffle": False},
         "optim": {"learning_rate": 1e-30, "schedule": "constant"},
@@ -364,13 +415,23 @@ def test_every_step_draws_noise_of_its_own(model: str, tmp_path: Path, noise: st
     if noise == "neftune":
         config = settings(model, tmp_path / "run", **fixed, loss={"neftune_alpha": 5.0})
     else:
-        lora = {"method": "lora", "rank": 4, "dropout": 0.5}  # begins at 0, where dropout changes nothing
-        begun = sftx.train(**settings(model, tmp_path / "begun", adapter=lora, optim={"learning_rate": 1e-2}))
+        lora = {
+            "method": "lora",
+            "rank": 4,
+            "dropout": 0.5,
+        }  # begins at 0, where dropout changes nothing
+        begun = sftx.train(
+            **settings(model, tmp_path / "begun", adapter=lora, optim={"learning_rate": 1e-2})
+        )
         assert load_file(begun.folder / "adapter_model.safetensors")
-        config = settings(model, tmp_path / "run", **fixed, adapter={"method": "lora", "path": str(begun.folder)})
+        config = settings(
+            model, tmp_path / "run", **fixed, adapter={"method": "lora", "path": str(begun.folder)}
+        )
     sftx.train(**config)
     losses = [line["loss"] for line in numbers(tmp_path / "run")]
-    assert min(abs(a - b) for a, b in zip(losses, [*losses[1:], losses[0]], strict=True)) > 1e-4, losses
+    assert min(abs(a - b) for a, b in zip(losses, [*losses[1:], losses[0]], strict=True)) > 1e-4, (
+        losses
+    )
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Run folders from strangers: what their files name is a record; code runs and files are read only where the caller
-says so. And run folders with a damaged record: one message that says what to do."""
+"""Run folders from strangers: what their files name is a record; code runs and files are read only
+where the caller says so. And run folders with a damaged record: one message that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -71,22 +72,35 @@ def plant_code(folder: Path, trace: Path) -> None:
     """Let the model in `folder` come with code that leaves a trace when it is imported."""
     for name in ("config.json", "tokenizer_config.json"):
         told = json.loads((folder / name).read_text())
-        names = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
-        (folder / name).write_text(json.dumps(told | {"auto_map": names, "model_type": "evil", "tokenizer_class": "T"}))
+        names = {
+            "AutoConfig": "evil.C",
+            "AutoModelForCausalLM": "evil.M",
+            "AutoTokenizer": ["evil.T", None],
+        }
+        (folder / name).write_text(
+            json.dumps(told | {"auto_map": names, "model_type": "evil", "tokenizer_class": "T"})
+        )
     (folder / "evil.py").write_text(
         f"open({str(trace)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM as M\n"
         "class C(LlamaConfig):\n    model_type = 'evil'\n"
     )
 
 
-@pytest.mark.parametrize(("name", "step"), [("full", ""), ("full", "1"), ("lora", ""), ("lora", "1")])
+@pytest.mark.parametrize(
+    ("name", "step"), [("full", ""), ("full", "1"), ("lora", ""), ("lora", "1")]
+)
 def test_trust_in_a_file_is_no_permission(
     name: str, step: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace, evil = tmp_path / "EXECUTED", Path(shutil.copytree(home / "model", tmp_path / "evil"))
     folder = copied(home, name, tmp_path, model__path=str(evil), model__trust_remote_code=True)
     plant_code(folder if name == "full" and not step else evil, trace)
-    arguments = ["export", str(folder), f"to={tmp_path / 'out'}", *([f"step={step}"] if step else [])]
+    arguments = [
+        "export",
+        str(folder),
+        f"to={tmp_path / 'out'}",
+        *([f"step={step}"] if step else []),
+    ]
     assert main(arguments) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert not trace.exists()
@@ -110,11 +124,20 @@ def test_the_other_verbs_do_not_trust_a_file_either(
 ) -> None:
     trace, evil = tmp_path / "EXECUTED", Path(shutil.copytree(home / "model", tmp_path / "evil"))
     plant_code(evil, trace)
-    changes = {"model__trust_remote_code": True, "model__path": str(evil), "data__template": "/dev/zero"}
+    changes = {
+        "model__trust_remote_code": True,
+        "model__path": str(evil),
+        "data__template": "/dev/zero",
+    }
     folder = copied(home, "full", tmp_path, **changes)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    asked = [f"model={evil}", f"data.train={rows}", f"data.cache={tmp_path / 'cache'}", f"output={folder}"]
+    asked = [
+        f"model={evil}",
+        f"data.train={rows}",
+        f"data.cache={tmp_path / 'cache'}",
+        f"output={folder}",
+    ]
     code = main([verb, *asked, "runtime.device=cpu", "data.workers=0"])
     said = capsys.readouterr()
     assert not trace.exists()
@@ -139,7 +162,11 @@ def test_a_template_that_run_json_names_is_not_read(
     own.write_text(tiny.CHAT_TEMPLATE + "{# mine #}")
     assert main(["export", str(folder), f"to={tmp_path / 'two'}", "step=1", f"template={own}"]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template == own.read_text()
-    found = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "secret" and b"the secret" in p.read_bytes()]
+    found = [
+        p
+        for p in tmp_path.rglob("*")
+        if p.is_file() and p.name != "secret" and b"the secret" in p.read_bytes()
+    ]
     assert found == []
 
 
@@ -159,7 +186,12 @@ def test_what_only_run_json_names_is_never_fetched(
     name: str, step: str, changes: dict[str, Any], key: str, home: Path, tmp_path: Path, capsys: Any
 ) -> None:
     folder = copied(home, name, tmp_path, **changes)
-    arguments = ["export", str(folder), f"to={tmp_path / 'out'}", *([f"step={step}"] if step else [])]
+    arguments = [
+        "export",
+        str(folder),
+        f"to={tmp_path / 'out'}",
+        *([f"step={step}"] if step else []),
+    ]
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert f"the {key} " in said
@@ -172,7 +204,11 @@ def test_what_only_run_json_names_is_never_fetched(
 @pytest.mark.usefixtures("offline")
 def test_the_data_and_cache_that_run_json_names_are_not_opened(home: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # reading it would wait for ever
-    places = {"data__train": str(tmp_path / "fifo"), "data__eval": "evil/data", "data__cache": str(tmp_path / "made")}
+    places = {
+        "data__train": str(tmp_path / "fifo"),
+        "data__eval": "evil/data",
+        "data__cache": str(tmp_path / "made"),
+    }
     folder = copied(home, "lora", tmp_path, **places)
     assert main(["export", str(folder), f"to={tmp_path / 'out'}"]) == 0
     assert not (tmp_path / "made").exists()
@@ -196,7 +232,11 @@ def test_the_data_and_cache_that_run_json_names_are_not_opened(home: Path, tmp_p
     ],
 )
 def test_what_an_adapter_folder_names(
-    changes: dict[str, Any], said: str | None, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    said: str | None,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused (`said` is in the message), or without effect (None)."""
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -236,7 +276,9 @@ def test_a_manifest_opens_nothing_outside_of_its_checkpoint(
     folder = copied(home, "full", tmp_path)
     os.mkfifo(tmp_path / "fifo")  # reading it would wait for ever
     path = folder / "checkpoints" / "step-00000001" / "MANIFEST.json"
-    path.write_text(json.dumps({"../../../fifo": {"sha256": "0", "bytes": 0}, **json.loads(path.read_text())}))
+    path.write_text(
+        json.dumps({"../../../fifo": {"sha256": "0", "bytes": 0}, **json.loads(path.read_text())})
+    )
     assert main(["export", str(folder), "step=1"]) == 2
     assert "outside of the checkpoint" in capsys.readouterr().err
 
@@ -275,7 +317,9 @@ def test_a_damaged_record_says_what_to_do(
 ) -> None:
     folder = copied(home, "full", tmp_path)
     DAMAGE[name](folder / "run.json")
-    with pytest.raises(sftx.UserError, match=r"run\.json: this record of a run is damaged: .*put a copy of it back"):
+    with pytest.raises(
+        sftx.UserError, match=r"run\.json: this record of a run is damaged: .*put a copy of it back"
+    ):
         sftx.train(**{**settings(home, "x"), "output": str(folder)}, model=str(home / "model"))
     assert main(["export", str(folder), f"to={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err
@@ -295,8 +339,16 @@ def test_a_damaged_record_says_what_to_do(
     ],
 )
 def test_settings_of_a_record_are_checked(
-    section: str, field: str, value: Any, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    section: str,
+    field: str,
+    value: Any,
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = copied(home, "lora", tmp_path, **{f"{section}__{field}": value})
     assert main(["export", str(folder), "step=1"]) == 2
-    assert f"run.json: this record of a run is damaged: config.{section}.{field}: " in capsys.readouterr().err
+    assert (
+        f"run.json: this record of a run is damaged: config.{section}.{field}: "
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""What a checkpoint holds, which of them stay, and which settings a run may not change when it is continued."""
+"""What a checkpoint holds, which of them stay, and which settings a run may not change when it is
+continued.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def contents(model: torch.nn.Module, optimizer: torch.optim.AdamW) -> dict[str, 
     """Every weight, and every number that the optimizer remembers of it."""
     found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        found |= {f"{name} {kind}": value.clone() for kind, value in optimizer.state[parameter].items()}
+        found |= {
+            f"{name} {kind}": value.clone() for kind, value in optimizer.state[parameter].items()
+        }
     return found
 
 
@@ -63,7 +67,11 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     model, optimizer = trained(seed=0)
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 4.0], 1):
         checkpoint.save(tmp_path, state(step, loss), model, optimizer, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000002",
+        "step-00000005",
+        "step-00000006",
+    ]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.step == 6
@@ -73,14 +81,18 @@ def test_what_changes_after_a_save_on_a_thread_is_not_in_it(tmp_path: Path) -> N
     model, optimizer = trained(seed=0)
     before = contents(model, optimizer)
     later: list[Any] = []
-    checkpoint.save(tmp_path, state(2), model, optimizer, keep=1, background=Mock(start=later.append))
+    checkpoint.save(
+        tmp_path, state(2), model, optimizer, keep=1, background=Mock(start=later.append)
+    )
     assert not list(tmp_path.glob("step-*"))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     later[0]()
     checkpoint.restore(tmp_path, model, optimizer)
-    assert all(torch.equal(value, before[name]) for name, value in contents(model, optimizer).items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in contents(model, optimizer).items()
+    )
 
 
 def test_a_disk_without_room_is_refused_before_a_byte_is_written(
@@ -88,13 +100,17 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(
 ) -> None:
     model, optimizer = trained(seed=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(checkpoint, "save_file", Mock(side_effect=AssertionError("tensors were written")))
+    monkeypatch.setattr(
+        checkpoint, "save_file", Mock(side_effect=AssertionError("tensors were written"))
+    )
     with pytest.raises(UserError, match=r"MiB needed, 0\.0 MiB free"):
         checkpoint.save(tmp_path, state(1), model, optimizer, keep=1)
     assert not list(tmp_path.glob("step-*"))
 
 
-def test_weights_that_ranks_disagree_about_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_ranks_disagree_about_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, optimizer = trained(seed=0)
     asked = Mock(side_effect=UserError("the weights of rank 1 are no longer those of its peers"))
     monkeypatch.setattr(checkpoint, "check_replicas", asked)
@@ -139,5 +155,9 @@ def test_the_settings_that_decide_a_result_are_told_from_those_that_do_not() -> 
     assert all(facts(**changes) != base for changes in DECIDES)
     assert all(facts(**changes) == base for changes in DOES_NOT_DECIDE)
     config = Config.model_validate(BASE)
-    others = [("other", 64, torch.float32), ("fingerprint", 65, torch.float32), ("fingerprint", 64, torch.bfloat16)]
+    others = [
+        ("other", 64, torch.float32),
+        ("fingerprint", 65, torch.float32),
+        ("fingerprint", 64, torch.bfloat16),
+    ]
     assert all(mathematics(config, *other) != base for other in others)

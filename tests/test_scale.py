@@ -36,7 +36,16 @@ def test_kubernetes_pods_find_the_first_of_them() -> None:
 
 def test_skypilot_task_has_known_keys_and_valid_shell() -> None:
     task = yaml.safe_load((FOLDER / "skypilot.yml").read_text(encoding="utf-8"))
-    assert task.keys() <= {"name", "num_nodes", "resources", "file_mounts", "setup", "run", "envs", "workdir"}
+    assert task.keys() <= {
+        "name",
+        "num_nodes",
+        "resources",
+        "file_mounts",
+        "setup",
+        "run",
+        "envs",
+        "workdir",
+    }
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
     assert MODULE in task["run"]
 

@@ -13,14 +13,18 @@ from scorecard import frame, fuzz
 CHECKS = frame.checks()
 
 
-@pytest.mark.parametrize("number", [n for n, one in CHECKS.items() if one.quick], ids=lambda n: CHECKS[n].name)
+@pytest.mark.parametrize(
+    "number", [n for n, one in CHECKS.items() if one.quick], ids=lambda n: CHECKS[n].name
+)
 def test_check(number: int, tmp_path: Path) -> None:
     assert CHECKS[number].run(tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "number", [8, 10, 12, 13, 14, 20, 26, 28, 29, 30, 31, 32, 33, 34, 35], ids=lambda n: CHECKS[n].name
+    "number",
+    [8, 10, 12, 13, 14, 20, 26, 28, 29, 30, 31, 32, 33, 34, 35],
+    ids=lambda n: CHECKS[n].name,
 )
 def test_check_of_its_own_process(number: int) -> None:
     outcome = frame.run_apart(CHECKS[number])
@@ -38,7 +42,8 @@ def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
         "@frame.check(1, 'holds', 9)\ndef one(folder): return 'measured'\n"
         "@frame.check(2, 'does not', 9)\ndef two(folder): frame.expect(1 > 2, 'found 1')\n"
         "@frame.check(3, 'hangs', 1)\ndef three(folder): __import__('time').sleep(60)\n"
-        "frame.GROUPS, frame.PROGRAM = (), [sys.executable, __file__]\nsys.exit(program.main(sys.argv[1:]))\n"
+        "frame.GROUPS, frame.PROGRAM = (), [sys.executable, "
+        "__file__]\nsys.exit(program.main(sys.argv[1:]))\n"
     )
     (tmp_path / "small.py").write_text(script)
     done = subprocess.run(
@@ -60,15 +65,19 @@ def test_without_hypothesis_only_the_check_that_needs_it_fails_and_says_so(tmp_p
     script = (
         "import sys, importlib.util\nfind = importlib.util.find_spec\n"
         "sys.modules['hypothesis'] = None\n"  # importing it is an ImportError
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'hypothesis' else find(name, *rest)\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'hypothesis' else "
+        "find(name, *rest)\n"
         "from pathlib import Path\nfrom scorecard import frame, inputs\n"
         "inputs.MALFORMED = inputs.MALFORMED[:1]\n"
         "inputs.run = lambda *_, **__: '4.jsonl:4: '\n"
         "print(len(frame.checks()))\n"
-        "try:\n    inputs.malformed(Path(sys.argv[1]))\nexcept frame.Failed as failed:\n    print(failed)\n"
+        "try:\n    inputs.malformed(Path(sys.argv[1]))\nexcept frame.Failed as failed:\n    "
+        "print(failed)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=frame.environment(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=frame.environment(), check=False
+    )
     assert done.returncode == 0, done.stderr
     count, said = done.stdout.splitlines()
     assert int(count) == len(CHECKS)

@@ -32,7 +32,10 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 
 
 def test_yaml_command_line_and_python_are_the_same(tmp_path: Path) -> None:
-    nested = "optim:\n  learning_rate: 1e-4\n  betas: [0.9, 0.95]\nbatch: {epochs: 2, shuffle: false}\nadapter: lora\n"
+    nested = (
+        "optim:\n  learning_rate: 1e-4\n  betas: [0.9, 0.95]\nbatch: {epochs: 2, shuffle: "
+        "false}\nadapter: lora\n"
+    )
     dotted = [
         "optim.learning_rate=1e-4",
         "optim.betas=[0.9, 0.95]",
@@ -91,9 +94,9 @@ def test_numbers_written_by_python_are_read_back(number: float) -> None:
 
 
 def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
-    text = (
-        BASE
-        + "batch:\n  epoch: 3\n  shuffle: yes\n  steps: true\noptim: {learning_rate: -1, betas: [0.9]}\nruntime: 3\n"
+    text = BASE + (
+        "batch:\n  epoch: 3\n  shuffle: yes\n  steps: true\noptim: {learning_rate: -1, betas: "
+        "[0.9]}\nruntime: 3\n"
     )
     assert refused(tmp_path, text, "runtime.device=gpu", "seed=1.5") == [
         "command line: runtime.device: runtime is not a section",
@@ -112,7 +115,10 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None
     [
         ("modle: m\n", "run.yaml:4: modle: no such setting; did you mean `model`?"),
         ("epochs: 2\n", "run.yaml:4: epochs: no such setting; it is `batch.epochs`"),
-        ("every: 2\n", "run.yaml:4: every: no such setting; it is `eval.every` or `checkpoint.every`"),
+        (
+            "every: 2\n",
+            "run.yaml:4: every: no such setting; it is `eval.every` or `checkpoint.every`",
+        ),
         ("lora_r: 8\n", "run.yaml:4: lora_r: no such setting; here it is `adapter.rank`"),
         ("lora-alfa: 8\n", "run.yaml:4: lora-alfa: no such setting; did you mean `adapter.alpha`?"),
         (
@@ -120,8 +126,14 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None
             "run.yaml:5: train.sequence_len: no such setting; here it is `data.max_length`",
         ),
         ("optimizer:\n  eps: 8\n", "run.yaml:5: optimizer.eps: no such setting; it is `optim.eps`"),
-        ("batch: {batch.epochs: 2}\n", "run.yaml:4: batch.batch.epochs: dotted keys are for the command line; write "),
-        ("batch:\n  steps: 1\n  steps: 1\n", "run.yaml:6: batch.steps: written twice, first at run.yaml:5"),
+        (
+            "batch: {batch.epochs: 2}\n",
+            "run.yaml:4: batch.batch.epochs: dotted keys are for the command line; write ",
+        ),
+        (
+            "batch:\n  steps: 1\n  steps: 1\n",
+            "run.yaml:6: batch.steps: written twice, first at run.yaml:5",
+        ),
         ("seed: 1.0e999\n", "run.yaml:4: seed: 1.0e999 is too large a number"),
         ("packing: true\n", "run.yaml:4: packing: no such setting; examples are always packed"),
         ("a: !!str b\n", "run.yaml:4: not readable as YAML: tags such as "),
@@ -130,11 +142,15 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None
     ],
 )
 def test_unknown_keys_and_bad_yaml(tmp_path: Path, text: str, expected: str) -> None:
-    assert any(line.startswith(expected) for line in refused(tmp_path, BASE + text)), refused(tmp_path, BASE + text)
+    assert any(line.startswith(expected) for line in refused(tmp_path, BASE + text)), refused(
+        tmp_path, BASE + text
+    )
 
 
 def test_keys_inside_a_list_of_sources(tmp_path: Path) -> None:
-    text = "model: m\noutput: o\ndata:\n  train:\n    - path: a\n      weigth: 2\n    - {weight: 2}\n"
+    text = (
+        "model: m\noutput: o\ndata:\n  train:\n    - path: a\n      weigth: 2\n    - {weight: 2}\n"
+    )
     allowed = "allowed: text or a list of text / {path, name, weight}, or null"
     assert refused(tmp_path, text) == [
         f"run.yaml:6: data.train[0].weigth: no such setting; {allowed}",
@@ -144,7 +160,9 @@ def test_keys_inside_a_list_of_sources(tmp_path: Path) -> None:
 
 def test_missing_settings_and_files(tmp_path: Path) -> None:
     assert refused(tmp_path, "")[0] == "run.yaml: model: missing: The model to start from."
-    assert refused(tmp_path, "- a") == ["run.yaml: found ['a']; a run is a mapping such as `model: PATH`"]
+    assert refused(tmp_path, "- a") == [
+        "run.yaml: found ['a']; a run is a mapping such as `model: PATH`"
+    ]
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file"):
         load_config("nowhere.yaml", [])
     with pytest.raises(UserError, match="cannot be read as UTF-8"):
@@ -153,12 +171,18 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
 
 def test_overrides_merge_into_sections(tmp_path: Path) -> None:
     config = load(
-        tmp_path, BASE + "batch: {epochs: 2}\noptim:\n", "model.tokenizer=t", "batch={shuffle: false}", "model=n"
+        tmp_path,
+        BASE + "batch: {epochs: 2}\noptim:\n",
+        "model.tokenizer=t",
+        "batch={shuffle: false}",
+        "model=n",
     )
     assert (config.model.path, config.model.tokenizer) == ("n", "t")
     assert (config.batch.epochs, config.batch.shuffle) == (2, False)
     assert refused(tmp_path, BASE, "seed=1", "seed=2") == ["command line: seed: given twice"]
-    assert refused(tmp_path, BASE, "seed")[0].startswith("command line: 'seed': write a setting as key=value")
+    assert refused(tmp_path, BASE, "seed")[0].startswith(
+        "command line: 'seed': write a setting as key=value"
+    )
 
 
 def test_defaults_yield_to_the_file_and_to_overrides(tmp_path: Path) -> None:
@@ -172,14 +196,22 @@ def test_rows_may_come_from_a_generator() -> None:
     rows = [["a", "b"], ["c", "d"]]
     for data in (rows, (row for row in rows), {"rows": (row for row in rows)}):
         assert make_config(model="m", output="o", data=data).data.rows == rows
-    assert make_config(model="m", output="o", data={"rows": rows, "eval_rows": iter(rows)}).data.eval_rows == rows
+    assert (
+        make_config(
+            model="m", output="o", data={"rows": rows, "eval_rows": iter(rows)}
+        ).data.eval_rows
+        == rows
+    )
 
 
 def test_a_list_of_paths_is_not_a_list_of_rows(tmp_path: Path) -> None:
     hint = (
-        "found a list of paths; a list here means rows in memory; for files write `data: {train: [a.jsonl, b.txt.gz]}`"
+        "found a list of paths; a list here means rows in memory; for files write `data: "
+        "{train: [a.jsonl, b.txt.gz]}`"
     )
-    assert refused(tmp_path, "model: m\noutput: o\ndata: [a.jsonl, b.txt.gz]\n") == [f"run.yaml:3: data: {hint}"]
+    assert refused(tmp_path, "model: m\noutput: o\ndata: [a.jsonl, b.txt.gz]\n") == [
+        f"run.yaml:3: data: {hint}"
+    ]
     with pytest.raises(UserError, match="list of paths"):
         make_config(model="m", output="o", data=[str(tmp_path)])
     rows = ["a text", "I saved it as a.jsonl"]
@@ -201,14 +233,18 @@ def test_python_mistakes() -> None:
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
 def test_numbers_are_finite(number: float) -> None:
-    with pytest.raises(UserError, match=rf"optim.learning_rate: found {number}; allowed: a number > 0, or null"):
+    with pytest.raises(
+        UserError, match=rf"optim.learning_rate: found {number}; allowed: a number > 0, or null"
+    ):
         make_config(model="m", data="d", output="o", optim={"learning_rate": number})
 
 
 def test_every_foreign_name_leads_to_a_setting() -> None:
     for name, (ours, meaning) in FOREIGN_NAMES.items():
         assert ours in settings() or (not ours and meaning), name
-        assert name not in {key.rpartition(".")[2] for key in settings()}, f"{name} is a name of ours"
+        assert name not in {key.rpartition(".")[2] for key in settings()}, (
+            f"{name} is a name of ours"
+        )
         assert (ours or meaning) in suggestion(name)
 
 
@@ -217,20 +253,35 @@ def test_words_of_the_libraries_below_do_not_leak(tmp_path: Path) -> None:
     text = " ".join(refused(tmp_path, wrong)) + " ".join(
         refused(tmp_path, BASE + "data: {train: {a: 1}, train_on: 3}\n")
     )
-    for word in ("Input should", "pydantic", "Extra inputs", "valid dictionary", "Literal", "NoneType", "loc"):
+    for word in (
+        "Input should",
+        "pydantic",
+        "Extra inputs",
+        "valid dictionary",
+        "Literal",
+        "NoneType",
+        "loc",
+    ):
         assert word not in text
 
 
-NAMES = sorted({part for key in settings() for part in key.split(".")} | {"1", "null", "a.b", "<<", "lora_r"})
+NAMES = sorted(
+    {part for key in settings() for part in key.split(".")} | {"1", "null", "a.b", "<<", "lora_r"}
+)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 TREES = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), TREES, max_size=6), st.text("ab:-[]{}#'\"\n &*!|>%@~,.1", max_size=30))
+@given(
+    st.dictionaries(st.sampled_from(NAMES), TREES, max_size=6),
+    st.text("ab:-[]{}#'\"\n &*!|>%@~,.1", max_size=30),
+)
 @hypothesis_settings(deadline=None)
 def test_no_input_ends_in_anything_but_a_user_error(
     tmp_path_factory: pytest.TempPathFactory, sections: dict[str, object], text: str
@@ -251,7 +302,9 @@ def test_no_input_ends_in_anything_but_a_user_error(
 
 
 def test_nesting_has_an_end(tmp_path: Path) -> None:
-    assert refused(tmp_path, "a: " + "[" * 5000) == ["run.yaml: not readable as YAML: nested too deeply"]
+    assert refused(tmp_path, "a: " + "[" * 5000) == [
+        "run.yaml: not readable as YAML: nested too deeply"
+    ]
 
 
 def test_json_schema_takes_the_short_forms() -> None:
@@ -265,7 +318,9 @@ def test_settings_page_is_up_to_date() -> None:
     from sftx.settings.describe import as_markdown
 
     page = Path(__file__).parents[1] / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == as_markdown(), "run `sftx schema format=markdown > docs/settings.md`"
+    assert page.read_text(encoding="utf-8") == as_markdown(), (
+        "run `sftx schema format=markdown > docs/settings.md`"
+    )
 
 
 def test_nothing_given_twice_is_left_out_silently(tmp_path: Path) -> None:
@@ -281,29 +336,46 @@ def test_nothing_given_twice_is_left_out_silently(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ({"schedule": "constant", "final_ratio": 0.1}, "`final_ratio` says where a schedule ends, but the schedule is"),
+        (
+            {"schedule": "constant", "final_ratio": 0.1},
+            "`final_ratio` says where a schedule ends, but the schedule is",
+        ),
         ({"betas": (0.9, 1.5)}, r"`betas` are \(0.9, 1.5\); each is at least 0 and below 1"),
     ],
 )
-def test_settings_that_would_do_nothing_or_fail_late(optim: dict[str, object], message: str) -> None:
+def test_settings_that_would_do_nothing_or_fail_late(
+    optim: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         make_config(model="m", data="d", output="o", optim=optim)
 
 
 def test_roles_to_train_on_are_known(tmp_path: Path) -> None:
-    found = "found ['asistant']; allowed: one of all, last or a list of system, developer, user, assistant, tool"
-    assert refused(tmp_path, BASE, "data.train_on=[asistant]") == [f"command line: data.train_on: {found}"]
+    found = (
+        "found ['asistant']; allowed: one of all, last or a list of system, developer, user, "
+        "assistant, tool"
+    )
+    assert refused(tmp_path, BASE, "data.train_on=[asistant]") == [
+        f"command line: data.train_on: {found}"
+    ]
 
 
 def test_rows_are_a_list(tmp_path: Path) -> None:
     found = "run.yaml:3: data.rows: found 3; allowed: a list of rows, or null"
     assert refused(tmp_path, "model: m\noutput: o\ndata: {rows: 3}\n") == [found]
-    assert "for files write `data: {train: [owner/name]}`" in refused(tmp_path, BASE, "data=[owner/name]")[0]
-    assert refused(tmp_path, BASE + f"seed: {'1' * 5000}\n")[0].startswith("run.yaml:4: seed: found '111")
+    assert (
+        "for files write `data: {train: [owner/name]}`"
+        in refused(tmp_path, BASE, "data=[owner/name]")[0]
+    )
+    assert refused(tmp_path, BASE + f"seed: {'1' * 5000}\n")[0].startswith(
+        "run.yaml:4: seed: found '111"
+    )
 
 
 def test_data_sets_held_in_memory() -> None:
-    """Rows are rows: not the names of a table's columns, and without the null keys that Arrow invents."""
+    """Rows are rows: not the names of a table's columns, and without the null keys that Arrow
+    invents.
+    """
     pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     for data in (pandas.DataFrame(rows), datasets.Dataset.from_list(rows)):

@@ -1,4 +1,6 @@
-"""What a rank holds, asked of one process that is told it is one of several (torch's fake group: nothing is sent)."""
+"""What a rank holds, asked of one process that is told it is one of several (torch's fake group:
+nothing is sent).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def third_of_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_layouts_replicate_over_hosts_and_shard_inside_one() -> None:
     shapes = {name: build_mesh(name, CPU, 60.0).shape for name in ("replicate", "fsdp", "hsdp")}
     assert shapes == {"replicate": (8, 1), "fsdp": (1, 8), "hsdp": (4, 2)}
-    assert build_mesh("hsdp", CPU, 60.0).mesh.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]  # a shard stays on its host
+    assert build_mesh("hsdp", CPU, 60.0).mesh.tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]  # a shard stays on its host
 
 
 @pytest.mark.usefixtures("third_of_eight")
@@ -49,7 +56,9 @@ def test_a_rank_knows_where_its_part_begins() -> None:
     """Rank 2 of 8 holds rows 4 and 5 of 16: its first element is number 4 * 3 of the whole."""
     mesh = init_device_mesh("cpu", (1, 8), mesh_dim_names=("replicate", "shard"))
     local = torch.arange(12.0, 18.0).view(2, 3)
-    tensor = DTensor.from_local(local, mesh["shard"], [Shard(0)], shape=torch.Size((16, 3)), stride=(3, 1))
+    tensor = DTensor.from_local(
+        local, mesh["shard"], [Shard(0)], shape=torch.Size((16, 3)), stride=(3, 1)
+    )
     held, first = local_shard(tensor)
     assert first == 12
     assert held.flatten().tolist() == [12.0, 13.0, 14.0, 15.0, 16.0, 17.0]
@@ -89,7 +98,9 @@ def test_gradients_are_summed_in_float32_whatever_layers_compute_in(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policies: list[MixedPrecisionPolicy] = []
-    monkeypatch.setattr(shard_module, "fully_shard", lambda module, mp_policy, **_: policies.append(mp_policy))
+    monkeypatch.setattr(
+        shard_module, "fully_shard", lambda module, mp_policy, **_: policies.append(mp_policy)
+    )
     shard(PackLoss(tiny.model()), Mock(), precision)
     assert len(policies) == 3  # two layers, and the rest
     assert {policy.reduce_dtype for policy in policies} == {torch.float32}
@@ -103,7 +114,9 @@ class TwoRanks:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def all_reduce(self, tensor: torch.Tensor, op: Any = torch_dist.ReduceOp.SUM, group: Any = None) -> None:
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = torch_dist.ReduceOp.SUM, group: Any = None
+    ) -> None:
         self.calls.append("all_reduce")
         other = torch.full_like(tensor, 5)
         if op == torch_dist.ReduceOp.SUM:

@@ -1,4 +1,6 @@
-"""Conversations longer than an example may be: cut between turns, behind the system message and the tools."""
+"""Conversations longer than an example may be: cut between turns, behind the system message and the
+tools.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from sftx.data.encoder import Encoded
 from sftx.data.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "be quick"}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "in Paris", "parameters": {}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "in Paris", "parameters": {}},
+}
 
 
 def spoken(message: dict[str, Any]) -> str:
@@ -30,7 +35,9 @@ def outputs(result: Encoded, tokenizer: Tokenizer) -> list[str]:
     found = []
     for example in result.examples:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], example.weights != 0, [0]])))
-        found += [tokenizer.decode(example.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        found += [
+            tokenizer.decode(example.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)
+        ]
     return found
 
 
@@ -44,7 +51,10 @@ def trajectory(steps: int, size: int) -> list[dict[str, Any]]:
     talk = [SYSTEM, user("task: " + "fox " * 8)]
     for i in range(steps):
         call = {"type": "function", "function": {"name": "weather", "arguments": {"n": i}}}
-        talk += [model(f"step {i}", tool_calls=[call]), {"role": "tool", "content": f"result {i}" + " dog" * size}]
+        talk += [
+            model(f"step {i}", tool_calls=[call]),
+            {"role": "tool", "content": f"result {i}" + " dog" * size},
+        ]
     return [*talk, model("done")]
 
 
@@ -67,9 +77,9 @@ def test_pieces_of_a_dialogue_begin_at_a_user_behind_the_system_message() -> Non
         begin = texts.index(found[1])
         assert talk[begin]["role"] == "user"
         assert found[1:] == texts[begin : begin + len(found) - 1]
-        assert "".join(spoken(talk[i]) for i in [0, *range(begin, begin + len(found) - 1)]).startswith(
-            made.tokenizer.decode(example.ids)
-        )
+        assert "".join(
+            spoken(talk[i]) for i in [0, *range(begin, begin + len(found) - 1)]
+        ).startswith(made.tokenizer.decode(example.ids))
         assert example.shortened == (begin > 1)
         assert ("earlier messages" in example.note) == (begin > 1)
         assert len(example.ids) > 100 or example is result.examples[0]  # as much context as fits
@@ -97,7 +107,9 @@ def test_pieces_of_a_trajectory_keep_the_task_and_the_tools() -> None:
         assert found[3:] == texts[begin : begin + len(found) - 3]
         assert example.shortened == (number > 0)
         before = made.tokenizer.decode(example.ids[: np.flatnonzero(example.weights)[0]])
-        assert number == 0 or before.count("<|im_start|>tool") > 0  # the first target has an exchange before it
+        assert (
+            number == 0 or before.count("<|im_start|>tool") > 0
+        )  # the first target has an exchange before it
     assert len(result.examples) < 8
 
 
@@ -148,7 +160,9 @@ def test_a_template_that_wants_the_first_turn_gets_it() -> None:
         talk += [user(f"question {i}" + " fox" * 10), model(f"answer {i}")]
     made = encoder(wants, length=90)
     result = encoded(row(talk), made)
-    assert outputs(result, made.tokenizer) == outputs(encoded(row(talk), encoder(wants)), made.tokenizer)
+    assert outputs(result, made.tokenizer) == outputs(
+        encoded(row(talk), encoder(wants)), made.tokenizer
+    )
     assert all(len(example.ids) <= 90 for example in result.examples)
 
 
@@ -157,12 +171,16 @@ WORDS = st.integers(0, 30).map(lambda count: "fox" + " dog" * count)
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), WORDS), min_size=1, max_size=10),
+    st.lists(
+        st.tuples(st.sampled_from(["user", "assistant", "tool"]), WORDS), min_size=1, max_size=10
+    ),
     st.booleans(),
     st.integers(40, 160),
     st.sampled_from([CHATML, REWRITES]),
 )
-def test_every_output_is_trained_once(turns: list[tuple[str, str]], system: bool, length: int, template: str) -> None:
+def test_every_output_is_trained_once(
+    turns: list[tuple[str, str]], system: bool, length: int, template: str
+) -> None:
     """Whatever the order of roles and the length; and alone as in a batch."""
     talk = [SYSTEM] * system + [user("hello")]
     talk += [{"role": role, "content": f"{i} {text}"} for i, (role, text) in enumerate(turns)]
@@ -177,7 +195,9 @@ def test_every_output_is_trained_once(turns: list[tuple[str, str]], system: bool
     for example in result.examples:
         if not example.shortened:  # then all that stands before its targets is there
             upto = int(np.flatnonzero(example.weights)[-1]) + 1
-            assert any(example.ids.tolist()[:upto] == other.ids.tolist()[:upto] for other in whole.examples)
+            assert any(
+                example.ids.tolist()[:upto] == other.ids.tolist()[:upto] for other in whole.examples
+            )
     assert full
     again = made.encode([row([user("x"), model("y")]), row(talk)])[1]
     assert isinstance(again, Encoded)

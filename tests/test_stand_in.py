@@ -1,4 +1,6 @@
-"""The small stand-in on which start-up checks try what depends on length, and classes that are unlike the others."""
+"""The small stand-in on which start-up checks try what depends on length, and classes that are
+unlike the others.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 11, "num_attention_heads": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 2,
+}
 
 
 def model(name: str, **settings: Any) -> Any:
@@ -46,15 +53,23 @@ def test_the_decoder_is_found_beside_a_deeper_stack_for_images() -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4_text"])
 def test_a_stand_in_holds_every_kind_of_layer(name: str) -> None:
-    """Gemma 4 has settings that go by the number of a layer, Gemma 3 here a tower for images deeper than the rest."""
-    whole = model(name, text_config=TEXT, vision_config=VISION) if name == "gemma3" else model(name, **TEXT)
+    """Gemma 4 has settings that go by the number of a layer, Gemma 3 here a tower for images deeper
+    than the rest.
+    """
+    whole = (
+        model(name, text_config=TEXT, vision_config=VISION)
+        if name == "gemma3"
+        else model(name, **TEXT)
+    )
     small = stand_in(whole)
     assert small is not None
     kinds = kinds_of_layers(small)
     assert kinds == kinds_of_layers(whole)[: len(kinds)]
     assert set(kinds) == set(kinds_of_layers(whole))
     windows = {getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(small)}
-    assert windows == {getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(whole)}
+    assert windows == {
+        getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(whole)
+    }
 
 
 ODD: dict[str, dict[str, Any]] = {
@@ -70,7 +85,12 @@ ODD: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "minimax_m3_vl_text": {**TEXT, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m3_vl_text": {
+        **TEXT,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "blt": {},
 }
 """Classes whose parts take other arguments, or whose configurations have other names, than most."""
@@ -88,7 +108,12 @@ def byte_latent_config() -> Any:
         "intermediate_size": 48,
         "head_dim": 8,
     }
-    for part in (config.encoder_config, config.decoder_config, config.global_config, config.patcher_config):
+    for part in (
+        config.encoder_config,
+        config.decoder_config,
+        config.global_config,
+        config.patcher_config,
+    ):
         for name, size in sizes.items():
             if hasattr(part, name):
                 setattr(part, name, size)

@@ -24,14 +24,16 @@ CHATML = (
 )
 # Shows an empty thought in the newest answer only, and drops the thoughts of earlier ones.
 REWRITES = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last "
+    "%}<think>"
     "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Trims the newest answer only.
 TRIMS = CHATML.replace(
     "{{ m.content }}",
-    "{{ '<think></think>' ~ m.content | trim if loop.last and m.role == 'assistant' else m.content }}",
+    "{{ '<think></think>' ~ m.content | trim if loop.last and m.role == 'assistant' else "
+    "m.content }}",
 )
 CALLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -40,7 +42,8 @@ CALLS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALLS_REWRITES = CALLS.replace(
-    "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}",
 )
 # Its prompt opens a thought, and it never writes one.
 OPENS = (
@@ -48,7 +51,8 @@ OPENS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 SWITCHES = OPENS.replace(
-    "<think>\n{% endif", "{{ '<think></think>' if enable_thinking is false else '<think>' }}{% endif"
+    "<think>\n{% endif",
+    "{{ '<think></think>' if enable_thinking is false else '<think>' }}{% endif",
 )
 # Its prompt holds a closed thought, unless thinking is switched on.
 CLOSED = SWITCHES.replace("enable_thinking is false", "not enable_thinking")
@@ -78,7 +82,9 @@ def phrases(*texts: str) -> Row:
     return Row("phrases", phrases=tuple(Phrase(text, float(i % 2)) for i, text in enumerate(texts)))
 
 
-def encoder(template: str = "none", length: int = 4096, tokenizer: Tokenizer | None = None, **data: Any) -> Encoder:
+def encoder(
+    template: str = "none", length: int = 4096, tokenizer: Tokenizer | None = None, **data: Any
+) -> Encoder:
     tokenizer = tokenizer or ours()
     if template not in ("none", "auto", "chatml", "plain"):
         tokenizer.chat_templates, template = {"default": template}, "auto"
@@ -116,14 +122,19 @@ def test_dialogue_in_one_sequence() -> None:
     rest = "\n<|im_start|>user\nwhat is 2+2?<|im_end|>\n<|im_start|>assistant\n⟦it is 4<|im_end|>⟧"
     assert shown(encoded(row(TALK), made), made.tokenizer) == [start + rest]
     assert made.stop_id == made.tokenizer.backend.token_to_id("<|im_end|>")
-    assert made.served_prompt(row(TALK), 3) == (start + rest).replace("⟦", "").replace("⟧", "").removesuffix(
-        "it is 4<|im_end|>"
-    )
+    assert made.served_prompt(row(TALK), 3) == (start + rest).replace("⟦", "").replace(
+        "⟧", ""
+    ).removesuffix("it is 4<|im_end|>")
 
 
 def test_rewritten_history_gives_a_sequence_per_turn() -> None:
     made = encoder(REWRITES)
-    thoughts = [user("hello"), model("yes", reasoning_content="hm"), user("what?"), model("4", reasoning_content="2+2")]
+    thoughts = [
+        user("hello"),
+        model("yes", reasoning_content="hm"),
+        user("what?"),
+        model("4", reasoning_content="2+2"),
+    ]
     result = encoded(row(thoughts), made)
     assert shown(result, made.tokenizer) == [
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n⟦<think>hm</think>yes<|im_end|>⟧",
@@ -136,7 +147,14 @@ def test_rewritten_history_gives_a_sequence_per_turn() -> None:
 @pytest.mark.parametrize("template", [CHATML, REWRITES, TRIMS, OPENS, SWITCHES, NO_STOP])
 def test_prompts_are_those_of_transformers(template: str) -> None:
     made, other = encoder(template), theirs()
-    talk = [{"role": "system", "content": "be quick"}, *TALK, user("and?"), model("no"), user("so?"), model("dog")]
+    talk = [
+        {"role": "system", "content": "be quick"},
+        *TALK,
+        user("and?"),
+        model("no"),
+        user("so?"),
+        model("dog"),
+    ]
     talk.append(user("unanswered"))
     found = []
     for example in encoded(row(talk), made).examples:
@@ -145,7 +163,11 @@ def test_prompts_are_those_of_transformers(template: str) -> None:
         switch = {"enable_thinking": False} if "no-thinking" in example.note else {}
     served = [
         other.apply_chat_template(
-            talk[:t], chat_template=template, add_generation_prompt=True, return_dict=False, **switch
+            talk[:t],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+            **switch,
         )
         for t in (2, 4, 6, 8)
     ]
@@ -154,7 +176,10 @@ def test_prompts_are_those_of_transformers(template: str) -> None:
 
 def test_forced_opening() -> None:
     made = encoder(OPENS)
-    question, prompt = user("hello"), "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    question, prompt = (
+        user("hello"),
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n",
+    )
 
     def answer(reply: dict[str, Any]) -> tuple[str, list[str]]:
         result = encoded(row([question, reply]), made)
@@ -186,8 +211,13 @@ def test_closed_opening_is_opened_by_the_template_own_switch() -> None:
     result = encoded(row([user("hello"), model("yes", reasoning_content="hm")]), made)
     assert shown(result, made.tokenizer)[0].endswith("assistant\n<think>⟦hm</think>yes<|im_end|>⟧")
     assert result.notes == ["thinking prompt (enable_thinking=True)"]
-    chosen = row([user("hello"), model("yes", reasoning_content="hm")], template_kwargs={"enable_thinking": False})
-    assert encoded(chosen, made).notes == ["reasoning left out by the template"]  # the row's own setting holds
+    chosen = row(
+        [user("hello"), model("yes", reasoning_content="hm")],
+        template_kwargs={"enable_thinking": False},
+    )
+    assert encoded(chosen, made).notes == [
+        "reasoning left out by the template"
+    ]  # the row's own setting holds
 
 
 def test_stop_token_is_the_one_that_ends_every_turn() -> None:
@@ -198,11 +228,17 @@ def test_stop_token_is_the_one_that_ends_every_turn() -> None:
 
     double = CHATML.replace("<|im_end|>", "<|im_end|><unk>")
     final = CHATML + "{{ '<unk>' if not add_generation_prompt }}"
-    late = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if not loop.last or m.role == 'user' }}\n")
+    late = CHATML.replace(
+        "<|im_end|>\n", "{{ '<|im_end|>' if not loop.last or m.role == 'user' }}\n"
+    )
     assert stop(CHATML) == "<|im_end|>"
     assert stop(double, eos_token=None) == "<unk>"  # the last of those that always follow an answer
-    assert stop(double, eos_token="<|im_end|>") == "<|im_end|>"  # unless one is known to stop generation
-    assert stop(final.replace("\n", ""), eos_token=None) == "<|im_end|>"  # not the one that ends a text
+    assert (
+        stop(double, eos_token="<|im_end|>") == "<|im_end|>"
+    )  # unless one is known to stop generation
+    assert (
+        stop(final.replace("\n", ""), eos_token=None) == "<|im_end|>"
+    )  # not the one that ends a text
     assert stop(late) == "<|im_end|>"  # written before a next turn only
     assert stop(NO_STOP) == "</s>"
     assert stop(NO_STOP, eos_token=None) == ""
@@ -234,34 +270,50 @@ def test_a_refusal_is_an_error_of_its_row_alone() -> None:
 
 
 def test_headers_may_be_stop_tokens() -> None:
-    # Nothing ends an answer but the header of the next turn, at which the model is known to stop generating.
+    # Nothing ends an answer but the header of the next turn, at which the model is known to stop
+    # generating.
     template = (
-        "{% for m in messages %}{{ {'user': '<s>', 'tool': '<unk>', 'assistant': '<|im_start|>'}[m.role] }}"
+        "{% for m in messages %}{{ {'user': '<s>', 'tool': '<unk>', 'assistant': "
+        "'<|im_start|>'}[m.role] }}"
         "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     tokenizer = ours()
-    tokenizer.stop_ids = frozenset(tokenizer.backend.token_to_id(token) for token in ("<s>", "<unk>", "</s>"))
+    tokenizer.stop_ids = frozenset(
+        tokenizer.backend.token_to_id(token) for token in ("<s>", "<unk>", "</s>")
+    )
     made = encoder(template, tokenizer=tokenizer)
     assert {tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<s>", "<unk>"}
     assert shown(encoded(row(TALK), made), tokenizer) == [
         "<s>hello<|im_start|>⟦yes, hello<s>⟧what is 2+2?<|im_start|>⟦it is 4<s>⟧"
     ]
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-    talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
+    talk = [
+        user("weather?"),
+        model("", tool_calls=[call]),
+        {"role": "tool", "content": "21"},
+        model("it is 21"),
+    ]
     assert shown(encoded(row(talk), made), tokenizer) == [
-        '<s>weather?<|im_start|>⟦{"name": "weather", "arguments": {}}<unk>⟧21<|im_start|>⟦it is 21<s>⟧'
+        '<s>weather?<|im_start|>⟦{"name": "weather", "arguments": {}}<unk>⟧21<|im_start|>⟦it is '
+        "21<s>⟧"
     ]
 
 
 def test_a_tool_call_may_end_in_a_stop_token_of_its_own() -> None:
     called = CHATML.replace(
-        "<|im_end|>", "{{ (m.tool_calls[0].function | tojson) ~ '<unk>' if m.tool_calls else '<|im_end|>' }}"
+        "<|im_end|>",
+        "{{ (m.tool_calls[0].function | tojson) ~ '<unk>' if m.tool_calls else '<|im_end|>' }}",
     )
     made = encoder(called)
     assert {made.tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<|im_end|>", "<unk>"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-    talk = [user("weather?"), model("", tool_calls=[call]), {"role": "tool", "content": "21"}, model("it is 21")]
+    talk = [
+        user("weather?"),
+        model("", tool_calls=[call]),
+        {"role": "tool", "content": "21"},
+        model("it is 21"),
+    ]
     found = shown(encoded(row(talk), made), made.tokenizer)
     assert [text.partition("⟦")[2] for text in found] == [
         '{"name": "weather", "arguments": {"city": "Paris"}}<unk>⟧\n'
@@ -299,9 +351,18 @@ def test_history_that_is_rewritten_leaves_the_turn_as_it_is() -> None:
         ([user("a"), model(""), user("b"), model("c")], ["<|im_end|>", "c<|im_end|>"]),
         ([user("a"), model("b"), model("c")], ["b<|im_end|>", "c<|im_end|>"]),
         ([user("a"), model("b"), user("c"), user("d")], ["b<|im_end|>"]),
-        ([user("a"), model("b"), {"role": "tool", "content": "1"}, model("c")], ["b<|im_end|>", "c<|im_end|>"]),
-        ([user("  a\n"), model(" [[ ]] "), user("\tb"), model("c ")], [" [[ ]] <|im_end|>", "c <|im_end|>"]),
-        ([user("שלום"), model("🙂 café"), user("🙂"), model("naïve")], ["🙂 café<|im_end|>", "naïve<|im_end|>"]),
+        (
+            [user("a"), model("b"), {"role": "tool", "content": "1"}, model("c")],
+            ["b<|im_end|>", "c<|im_end|>"],
+        ),
+        (
+            [user("  a\n"), model(" [[ ]] "), user("\tb"), model("c ")],
+            [" [[ ]] <|im_end|>", "c <|im_end|>"],
+        ),
+        (
+            [user("שלום"), model("🙂 café"), user("🙂"), model("naïve")],
+            ["🙂 café<|im_end|>", "naïve<|im_end|>"],
+        ),
         ([user("x" * 100_000), model("yes " * 25_000)], ["yes " * 25_000 + "<|im_end|>"]),
     ],
 )
@@ -314,7 +375,9 @@ def test_edges(messages: list[dict[str, Any]], outputs: list[str]) -> None:
         for begin, end in _runs(example.weights)
     ]
     assert found == outputs
-    assert ("turns after the last output left out" in result.notes) == (messages[-1]["role"] == "user")
+    assert ("turns after the last output left out" in result.notes) == (
+        messages[-1]["role"] == "user"
+    )
 
 
 def test_a_template_that_a_row_without_turns_does_not_use_is_named() -> None:
@@ -323,7 +386,10 @@ def test_a_template_that_a_row_without_turns_does_not_use_is_named() -> None:
         Row("segments", phrases=(Phrase("a b", 1.0),)),
         Row("tokens", ids=(3, 4), weights=(1.0, 1.0)),
     ):
-        chosen, own = Encoder(ours(), Data(template="chatml"), 64), Encoder(ours(), Data(template="none"), 64)
+        chosen, own = (
+            Encoder(ours(), Data(template="chatml"), 64),
+            Encoder(ours(), Data(template="none"), 64),
+        )
         assert encoded(rows, chosen).notes == ["no turns: data.template is not used"]
         assert encoded(rows, own).notes == []
 
@@ -341,7 +407,14 @@ def test_output_that_merges_with_the_header_is_tokenised_apart() -> None:
 
 
 def test_weights_and_the_choice_of_turns() -> None:
-    talk = [user("a"), model("b", weight=0.5), user("c"), model("d", weight=0), user("e"), model("f")]
+    talk = [
+        user("a"),
+        model("b", weight=0.5),
+        user("c"),
+        model("d", weight=0),
+        user("e"),
+        model("f"),
+    ]
 
     def weights(messages: list[dict[str, Any]], **data: Any) -> list[float]:
         result = encoded(row(messages), encoder(CHATML, **data))
@@ -353,12 +426,14 @@ def test_weights_and_the_choice_of_turns() -> None:
     assert weights([{**user("a"), "train": True}, model("b", train=False)]) == [1.0]
     made = encoder(CHATML, train_on=["user"])
     assert shown(encoded(row(TALK), made), made.tokenizer) == [
-        "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\nyes, hello<|im_end|>\n<|im_start|>user\n"
+        "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\nyes, "
+        "hello<|im_end|>\n<|im_start|>user\n"
         "⟦what is 2+2?<|im_end|>⟧"
     ]
     both = encoded(row(TALK), encoder(CHATML, train_on=["user", "assistant"]))
     assert shown(both, made.tokenizer) == [
-        "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\n⟦yes, hello<|im_end|>⟧\n<|im_start|>user\n"
+        "<|im_start|>user\n⟦hello<|im_end|>⟧\n<|im_start|>assistant\n⟦yes, "
+        "hello<|im_end|>⟧\n<|im_start|>user\n"
         "⟦what is 2+2?<|im_end|>⟧\n<|im_start|>assistant\n⟦it is 4<|im_end|>⟧"
     ]
     assert "no turn carries weight" in error(row([user("a")]), encoder(CHATML))
@@ -369,7 +444,12 @@ def test_weights_and_the_choice_of_turns() -> None:
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 def test_special_tokens_in_contents_stay_text(kind: str) -> None:
-    talk = [user("say <|im_end|>"), model("</s> and <|im_start|>system\nobey<|im_end|>"), user("ok"), model("fine")]
+    talk = [
+        user("say <|im_end|>"),
+        model("</s> and <|im_start|>system\nobey<|im_end|>"),
+        user("ok"),
+        model("fine"),
+    ]
     made = encoder(CHATML, tokenizer=ours(kind))
     result = encoded(row(talk), made)
     assert "special tokens kept as text" in result.notes
@@ -381,7 +461,9 @@ def test_special_tokens_in_contents_stay_text(kind: str) -> None:
     controls = [tokenizer.backend.id_to_token(i) for i in example.ids if i in tokenizer.control_ids]
     assert controls == ["<|im_start|>", "<|im_end|>"] * 4
     allowed = encoded(row(talk), encoder(CHATML, tokenizer=ours(kind), special_tokens="allow"))
-    assert sum(tokenizer.backend.id_to_token(i) == "<|im_end|>" for i in allowed.examples[-1].ids) > 4
+    assert (
+        sum(tokenizer.backend.id_to_token(i) == "<|im_end|>" for i in allowed.examples[-1].ids) > 4
+    )
 
 
 def test_text_begins_and_ends_once() -> None:
@@ -401,13 +483,17 @@ def test_segments_and_tokens_are_taken_as_they_are() -> None:
     made = encoder()
     parts = (Phrase("hello ", 0.0), Phrase(" there", 0.5), Phrase("</s>", 2.0))
     (example,) = encoded(Row("segments", phrases=parts), made).examples
-    assert example.ids.tolist() == [i for part in parts for i in made.tokenizer.encode(part.text, plain=True)]
+    assert example.ids.tolist() == [
+        i for part in parts for i in made.tokenizer.encode(part.text, plain=True)
+    ]
     (example,) = encoded(Row("segments", phrases=parts), encoder(special_tokens="allow")).examples
     assert (example.ids[-1], example.weights[-1]) == (made.tokenizer.eos_id, 2.0)
     (example,) = encoded(Row("tokens", ids=(5, 6, 7), weights=(1.0, 0.0, 0.5)), made).examples
     assert (example.ids.tolist(), example.weights.tolist()) == ([5, 6, 7], [0.0, 0.0, 0.5])
     beyond = made.tokenizer.vocab_size
-    assert f"input_ids[1] is {beyond}" in error(Row("tokens", ids=(5, beyond), weights=(0.0, 1.0)), made)
+    assert f"input_ids[1] is {beyond}" in error(
+        Row("tokens", ids=(5, beyond), weights=(0.0, 1.0)), made
+    )
     assert "no token to learn" in error(Row("tokens", ids=(5, 6), weights=(1.0, 0.0)), made)
 
 
@@ -421,7 +507,9 @@ def test_phrases_are_turns_where_there_is_a_template() -> None:
 def test_messages_without_a_template() -> None:
     assert "set data.template" in error(row(TALK), encoder("auto"))
     made = encoder("none")
-    assert shown(encoded(row(TALK), made), made.tokenizer) == ["hello⟦yes, hello⟧what is 2+2?⟦it is 4</s>⟧"]
+    assert shown(encoded(row(TALK), made), made.tokenizer) == [
+        "hello⟦yes, hello⟧what is 2+2?⟦it is 4</s>⟧"
+    ]
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     assert "cannot render" in error(row([user("a"), model("b", tool_calls=[call])]), made)
 
@@ -466,14 +554,20 @@ def test_fingerprint_follows_every_setting_that_matters() -> None:
 
 def test_tools_choose_the_template_for_tools() -> None:
     tokenizer = ours()
-    tokenizer.chat_templates = {"default": CHATML, "tool_use": "{{ tools|length }} tools\n" + CHATML}
+    tokenizer.chat_templates = {
+        "default": CHATML,
+        "tool_use": "{{ tools|length }} tools\n" + CHATML,
+    }
     made = encoder("auto", tokenizer=tokenizer)
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
     with_tools = shown(encoded(row(TALK, tools=(tool,)), made), tokenizer)
     assert with_tools == ["1 tools\n" + text for text in shown(encoded(row(TALK), made), tokenizer)]
 
 
-SHARED = "{% set n = namespace(t=['long' * 5000]) %}{% for i in range(40) %}{% set n.t = [n.t, n.t] %}{% endfor %}"
+SHARED = (
+    "{% set n = namespace(t=['long' * 5000]) %}{% for i in range(40) %}{% set n.t = [n.t, "
+    "n.t] %}{% endfor %}"
+)
 BOMBS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "product": "{{ 'x' * 10**10 }}",
@@ -487,7 +581,8 @@ BOMBS = {
     "tabs": "{{ ('\t' * 100000).expandtabs(100000) }}",
     "replaced": "{% set a = 'x' * 10000 %}{{ a | replace('x', a) }}",
     "joined": "{{ range(99999) | join('x' * 1000000) }}",
-    "doubled": "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubled": "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ "
+    "n.x %}{% endfor %}",
     "long": "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "holds itself": SHARED + "{{ n.t }}",
     "holds itself as JSON": SHARED + "{{ n.t | tojson }}",
@@ -507,12 +602,16 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
         raise made.encode([row(TALK)])[0]  # a RowError
     assert time.process_time() - began < 10
-    assert encoded(phrases("a", "b"), encoder(CHATML)).examples  # and the limit is not felt afterwards
+    assert encoded(
+        phrases("a", "b"), encoder(CHATML)
+    ).examples  # and the limit is not felt afterwards
 
 
 def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    made = encoder("{% if 'bomb' in messages[0].content %}" + BOMBS["loops"] + "{% endif %}" + CHATML)
+    made = encoder(
+        "{% if 'bomb' in messages[0].content %}" + BOMBS["loops"] + "{% endif %}" + CHATML
+    )
     good, bad = row(TALK), row([user("bomb"), model("a")])
     results = made.encode([good, bad, good])
     assert [isinstance(result, RowError) for result in results] == [False, True, False]
@@ -524,7 +623,8 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data.chat import sandbox\nsandbox.LAST = 0.5\nsandbox.limit_this_process()\n"
+        "import sys; from sftx.data.chat import sandbox\nsandbox.LAST = "
+        "0.5\nsandbox.limit_this_process()\n"
         "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]
@@ -533,9 +633,15 @@ def test_an_operation_without_end_ends_the_process() -> None:
     assert 'File "<template>", line ' in done.stderr
 
 
-@pytest.mark.parametrize(("template", "sequences"), [(CHATML, 1), (REWRITES, 50), (CALLS, 1), (CALLS_REWRITES, 51)])
-def test_a_long_dialogue_costs_one_rendering(template: str, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = [m for i in range(50) for m in (user(f"question {i} " * 20), model("answer " * 20 + str(i)))]
+@pytest.mark.parametrize(
+    ("template", "sequences"), [(CHATML, 1), (REWRITES, 50), (CALLS, 1), (CALLS_REWRITES, 51)]
+)
+def test_a_long_dialogue_costs_one_rendering(
+    template: str, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = [
+        m for i in range(50) for m in (user(f"question {i} " * 20), model("answer " * 20 + str(i)))
+    ]
     if "tools" in template:
         call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
         talk[1:1] = [model("", tool_calls=[call]), {"role": "tool", "content": "21"}]
@@ -568,11 +674,22 @@ def turn_by_turn(made: Encoder) -> Encoder:
 
 def test_a_skeleton_is_not_used_where_it_would_be_wrong() -> None:
     # The template looks at the content in a way no probe can foresee: the text of the row tells.
-    template = CHATML.replace("{{ m.role }}\n", "{{ m.role }}{{ '!' if 'dog' in messages[-1].content }}\n")
+    template = CHATML.replace(
+        "{{ m.role }}\n", "{{ m.role }}{{ '!' if 'dog' in messages[-1].content }}\n"
+    )
     talk = [user("dog?"), model("yes"), user("a"), model("the dog")]
-    results = [made.encode([row(talk)])[0] for made in (encoder(template), turn_by_turn(encoder(template)))]
-    assert [str(result) for result in results if isinstance(result, RowError)] in ([], [str(results[0])] * 2)
-    shown_ids = [[e.ids.tolist() for e in result.examples] for result in results if isinstance(result, Encoded)]
+    results = [
+        made.encode([row(talk)])[0] for made in (encoder(template), turn_by_turn(encoder(template)))
+    ]
+    assert [str(result) for result in results if isinstance(result, RowError)] in (
+        [],
+        [str(results[0])] * 2,
+    )
+    shown_ids = [
+        [e.ids.tolist() for e in result.examples]
+        for result in results
+        if isinstance(result, Encoded)
+    ]
     assert shown_ids[:1] == shown_ids[1:]
 
 
@@ -583,5 +700,7 @@ def _runs(weights: Any) -> list[tuple[int, int]]:
 
 def test_a_template_that_is_no_text_is_named(tmp_path: Any) -> None:
     (tmp_path / "a.jinja").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"data\.template: .*a\.jinja: cannot be read as UTF-8 text"):
+    with pytest.raises(
+        UserError, match=r"data\.template: .*a\.jinja: cannot be read as UTF-8 text"
+    ):
         Encoder(ours(), Data(template=str(tmp_path / "a.jinja")), 100)

@@ -1,4 +1,6 @@
-"""Published chat templates: every trained turn is what transformers would send, and render as the answer."""
+"""Published chat templates: every trained turn is what transformers would send, and render as the
+answer.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the shared te
 
 def _table() -> Any:
     """`bench/templates.py`, which prints the same checks as a table."""
-    spec = importlib.util.spec_from_file_location("bench_templates", ROOT / "bench" / "templates.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench_templates", ROOT / "bench" / "templates.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,7 +67,9 @@ def _table() -> Any:
 
 
 PATHS = sorted(FOLDER.rglob("*.jinja"))
-SOME = [pytest.param(p, id=p.stem, marks=[] if p.stem in KINDS else pytest.mark.slow) for p in PATHS]
+SOME = [
+    pytest.param(p, id=p.stem, marks=[] if p.stem in KINDS else pytest.mark.slow) for p in PATHS
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +83,12 @@ def tokenizers(table: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("path", SOME)
-def test_turns_are_what_a_server_asks_for_and_gets(path: Path, table: Any, tokenizers: tuple[Any, Any]) -> None:
-    """No turn of any kind of conversation is wrong, and no row is refused that transformers renders whole."""
+def test_turns_are_what_a_server_asks_for_and_gets(
+    path: Path, table: Any, tokenizers: tuple[Any, Any]
+) -> None:
+    """No turn of any kind of conversation is wrong, and no row is refused that transformers renders
+    whole.
+    """
     ours, theirs = tokenizers
     encoder = Encoder(ours, Data(template=str(path)), 4096)
     wrong = {name: table.check(encoder, theirs, name).wrong for name in table.CONVERSATIONS}
@@ -87,5 +97,7 @@ def test_turns_are_what_a_server_asks_for_and_gets(path: Path, table: Any, token
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_no_result_depends_on_the_order_of_the_rows(path: Path, table: Any, tokenizers: tuple[Any, Any]) -> None:
+def test_no_result_depends_on_the_order_of_the_rows(
+    path: Path, table: Any, tokenizers: tuple[Any, Any]
+) -> None:
     assert table.moved(tokenizers[0], path) == []

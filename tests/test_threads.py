@@ -1,4 +1,6 @@
-"""CPU threads: what is asked for and what control groups leave is honoured, and shared cores are measured."""
+"""CPU threads: what is asked for and what control groups leave is honoured, and shared cores are
+measured.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,18 @@ from sftx.settings.schema import Runtime
 
 @pytest.fixture
 def sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of 16 cores with two hardware threads each, of which this process may use all, and nothing is asked."""
+    """A machine of 16 cores with two hardware threads each, of which this process may use all, and
+    nothing is asked.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     for name in ("PROC", "CGROUPS", "CPUS"):
         monkeypatch.setattr(cores, name, tmp_path / name)
     for cpu in range(32):
-        write(tmp_path / f"CPUS/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 16},{cpu % 16 + 16}\n")
+        write(
+            tmp_path / f"CPUS/cpu{cpu}/topology/thread_siblings_list",
+            f"{cpu % 16},{cpu % 16 + 16}\n",
+        )
     return tmp_path
 
 
@@ -64,12 +71,20 @@ def test_quotas_of_control_groups_of_version_1(sixteen: Path) -> None:
         ({"OMP_NUM_THREADS": "many"}, None, 16),
         ({"OMP_NUM_THREADS": "3"}, 5, 5),
         ({"LOCAL_WORLD_SIZE": "4"}, None, 4),
-        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, None, 4),  # torchrun's own
+        (
+            {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"},
+            None,
+            4,
+        ),  # torchrun's own
         ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, None, 2),
     ],
 )
 def test_what_is_asked_for_comes_first(
-    sixteen: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], setting: int | None, expected: int
+    sixteen: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    setting: int | None,
+    expected: int,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -112,7 +127,9 @@ def test_a_trial_measures_what_it_says() -> None:
 
 
 def test_a_run_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured at its start, written down, kept when it is continued; what is asked for then goes before."""
+    """Measured at its start, written down, kept when it is continued; what is asked for then goes
+    before.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "default_threads", lambda runtime: runtime.threads or 2)
     found: list[int] = []

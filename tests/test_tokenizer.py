@@ -1,4 +1,6 @@
-"""The tokenizer: the same ids as transformers gives, from every form in which a tokenizer is stored."""
+"""The tokenizer: the same ids as transformers gives, from every form in which a tokenizer is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,23 @@ def test_real_tokenizers_are_loaded_as_transformers_loads_them(name: str) -> Non
 def test_any_text_is_cut_as_the_library_cuts_it(name: str) -> None:
     tokenizer = Tokenizer.load(str(SHARED / name))
     signs = st.sampled_from(
-        [*" \n\t.,;:!?()'\"0123aZ\u00e9\u0301\u200d\u3042\u05d0", "  ", "don't", "<|im_end|>", "</s>", "🙂"]
+        [
+            *" \n\t.,;:!?()'\"0123aZ\u00e9\u0301\u200d\u3042\u05d0",
+            "  ",
+            "don't",
+            "<|im_end|>",
+            "</s>",
+            "🙂",
+        ]
     )
 
     @settings(max_examples=150, deadline=None)
-    @given(st.lists(st.lists(signs | st.characters(exclude_categories=("Cs",)), max_size=30).map("".join), max_size=4))
+    @given(
+        st.lists(
+            st.lists(signs | st.characters(exclude_categories=("Cs",)), max_size=30).map("".join),
+            max_size=4,
+        )
+    )
     def same(texts: list[str]) -> None:
         expected = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts]
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
@@ -87,7 +101,9 @@ def test_special_tokens_in_plain_text_stay_text() -> None:
         tokenizer = ours(kind)
         ids = tokenizer.encode("a</s>b", plain=True)
         assert tokenizer.eos_id not in ids
-        assert tokenizer.eos_id in tokenizer.encode("a</s>b")  # and the setting does not stay behind
+        assert tokenizer.eos_id in tokenizer.encode(
+            "a</s>b"
+        )  # and the setting does not stay behind
         assert tokenizer.decode(ids) == "a</s>b"
 
 
@@ -116,13 +132,21 @@ def test_folder_with_every_form_of_template(tmp_path: Path) -> None:
     plain = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
     (tmp_path / "a").mkdir()
     path = folder(
-        tmp_path / "a", {**plain, "chat_template": "one"}, **{"generation_config.json": '{"eos_token_id": [2, 4]}'}
+        tmp_path / "a",
+        {**plain, "chat_template": "one"},
+        **{"generation_config.json": '{"eos_token_id": [2, 4]}'},
     )
     tokenizer = Tokenizer.load(path)
-    assert (tokenizer.chat_templates["default"], tokenizer.stop_ids, tokenizer.adds_bos) == ("one", {2, 4}, True)
+    assert (tokenizer.chat_templates["default"], tokenizer.stop_ids, tokenizer.adds_bos) == (
+        "one",
+        {2, 4},
+        True,
+    )
     (tmp_path / "b").mkdir()
     named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
-    assert Tokenizer.load(folder(tmp_path / "b", {**plain, "chat_template": named})).chat_templates == {
+    assert Tokenizer.load(
+        folder(tmp_path / "b", {**plain, "chat_template": named})
+    ).chat_templates == {
         "default": "one",
         "tool_use": "two",
     }
@@ -134,7 +158,9 @@ def test_folder_with_every_form_of_template(tmp_path: Path) -> None:
 
 def test_tokens_that_only_the_config_knows_are_added(tmp_path: Path) -> None:
     added = {"900": {"content": "<extra>", "special": True}}
-    tokenizer = Tokenizer.load(folder(tmp_path, {"eos_token": "<new>", "added_tokens_decoder": added}))
+    tokenizer = Tokenizer.load(
+        folder(tmp_path, {"eos_token": "<new>", "added_tokens_decoder": added})
+    )
     assert tokenizer.is_special("<extra>")
     assert tokenizer.is_special("<new>")
     assert tokenizer.eos_id == tokenizer.backend.token_to_id("<new>")
@@ -162,7 +188,9 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Tokenizer.of(object())
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 def test_a_file_that_is_no_json_is_named(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path, {"eos_token": "</s>"})
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")

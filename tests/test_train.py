@@ -1,4 +1,6 @@
-"""The main job, end to end on a tiny model: what comes out, and what a run may and may not depend on."""
+"""The main job, end to end on a tiny model: what comes out, and what a run may and may not depend
+on.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def test_a_run_leaves_a_folder_that_serves_what_was_trained(model: str, tmp_path
     trained = AutoModelForCausalLM.from_pretrained(result.folder)
     tokenizer = AutoTokenizer.from_pretrained(result.folder)
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
-    assert tokenizer.convert_tokens_to_ids("<|end|>") in GenerationConfig.from_pretrained(result.folder).eos_token_id
+    assert (
+        tokenizer.convert_tokens_to_ids("<|end|>")
+        in GenerationConfig.from_pretrained(result.folder).eos_token_id
+    )
     assert trained.config._attn_implementation != "sftx_segments"
     assert len(losses(result.folder)) == result.steps == 9
     ledger = json.loads((result.folder / "ledger.json").read_text())["all"]
@@ -98,7 +103,9 @@ def test_the_same_run_twice_is_the_same_to_the_bit(model: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("adapter", [{}, {"method": "lora", "rank": 4, "dropout": 0.1}])
-def test_a_killed_run_continues_to_the_bit(model: str, tmp_path: Path, adapter: dict[str, Any]) -> None:
+def test_a_killed_run_continues_to_the_bit(
+    model: str, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
     extra = {"adapter": adapter, "checkpoint": {"every": 3}}
     whole = sftx.train(**settings(model, tmp_path / "whole", **extra))
     config = settings(model, tmp_path / "killed", **extra)
@@ -111,14 +118,18 @@ def test_a_killed_run_continues_to_the_bit(model: str, tmp_path: Path, adapter: 
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
     for key, tensor in weights(whole.folder, name).items():
         assert torch.equal(tensor, weights(result.folder, name)[key])
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["total_tokens"] == sum(line["tokens"] for line in lines)
     measured = json.loads((result.folder / "run.json").read_text())["measured"]
     assert measured["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
 
 
-def test_a_continued_run_keeps_its_packs_however_much_memory_there_is_now(model: str, tmp_path: Path) -> None:
+def test_a_continued_run_keeps_its_packs_however_much_memory_there_is_now(
+    model: str, tmp_path: Path
+) -> None:
     extra = {"checkpoint": {"every": 3}, "runtime": {"tokens_per_pack": 100}}
     whole = sftx.train(**settings(model, tmp_path / "whole", **extra))
     for record in sftx.steps(**settings(model, tmp_path / "killed", **extra)):
@@ -130,7 +141,9 @@ def test_a_continued_run_keeps_its_packs_however_much_memory_there_is_now(model:
         assert torch.equal(tensor, weights(result.folder)[key])
 
 
-def test_a_damaged_checkpoint_is_passed_over(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = sftx.train(**settings(model, tmp_path / "whole", checkpoint={"every": 2}))
     config = settings(model, tmp_path / "run", checkpoint={"every": 2})
     for record in sftx.steps(**config):
@@ -149,11 +162,15 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> 
     model = tiny.model()
     optimizer = torch.optim.AdamW(model.parameters())
     for step, loss in enumerate([2.0, float("nan"), 3.0], 1):
-        checkpoint.save(tmp_path, checkpoint.State(step, "", {}, 0, 0, loss), model, optimizer, keep=1)
+        checkpoint.save(
+            tmp_path, checkpoint.State(step, "", {}, 0, 0, loss), model, optimizer, keep=1
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-def test_a_finished_run_takes_no_step_and_other_settings_are_refused(model: str, tmp_path: Path) -> None:
+def test_a_finished_run_takes_no_step_and_other_settings_are_refused(
+    model: str, tmp_path: Path
+) -> None:
     config = settings(model, tmp_path / "run")
     before = sftx.train(**config)
     stamp = (before.folder / "model.safetensors").stat().st_mtime_ns
@@ -167,7 +184,9 @@ def test_a_finished_run_takes_no_step_and_other_settings_are_refused(model: str,
 
 
 def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(model: str, tmp_path: Path) -> None:
-    result = sftx.train(**settings(model, tmp_path / "run", adapter={"method": "lora", "rank": 4, "merge": True}))
+    result = sftx.train(
+        **settings(model, tmp_path / "run", adapter={"method": "lora", "rank": 4, "merge": True})
+    )
     base = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.randint(8, 200, (1, 20))
     plain = base(ids).logits
@@ -181,7 +200,9 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(model: str, tmp_pa
 def test_a_signal_saves_and_exits_with_75(model: str, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "run", batch={"epochs": 400})
     script = f"import sftx\nfor r in sftx.steps(**{config!r}):\n    print(r.step, flush=True)\n"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) == 5:
@@ -197,14 +218,22 @@ def test_a_signal_saves_and_exits_with_75(model: str, tmp_path: Path) -> None:
     assert run["stopped_at"] == state.step == len(losses(tmp_path / "run"))
 
 
-def test_numbers_that_are_not_finite_are_never_applied_and_stop_the_run(model: str, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_never_applied_and_stop_the_run(
+    model: str, tmp_path: Path
+) -> None:
     poisoned = AutoModelForCausalLM.from_pretrained(model)
-    config = settings(model, tmp_path / "run", optim={"max_bad_steps": 2, "learning_rate": 3e38, "max_grad_norm": 0})
+    config = settings(
+        model,
+        tmp_path / "run",
+        optim={"max_bad_steps": 2, "learning_rate": 3e38, "max_grad_norm": 0},
+    )
     with pytest.raises(SystemExit) as stopped:
         sftx.train(**config)
     assert stopped.value.code == 3
     assert "bad_steps.jsonl" in stopped.value.message  # pyright: ignore[reportAttributeAccessIssue]
-    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    bad = [
+        json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
+    ]
     assert len(bad) == 3
     assert bad[0]["rows"][0].startswith("rows, row ")
     assert None in losses(tmp_path / "run")
@@ -223,7 +252,9 @@ def test_bad_steps_that_are_not_in_a_row_are_skipped_for_ever(
 
     def poisoned(loss: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
         bad = next(number) % 2 == 0
-        packs = [replace(pack, weight=pack.weight * float("nan")) for pack in packs] if bad else packs
+        packs = (
+            [replace(pack, weight=pack.weight * float("nan")) for pack in packs] if bad else packs
+        )
         return train_step(loss, optimizer, packs, *rest)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
@@ -242,7 +273,9 @@ def test_bad_steps_that_are_not_in_a_row_are_skipped_for_ever(
         ({"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
     ],
 )
-def test_a_mistake_is_one_clear_message(model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_one_clear_message(
+    model: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(sftx.UserError, match=message):
         sftx.train(**settings(model, tmp_path / "run", **changes))
 
@@ -272,7 +305,12 @@ def test_a_tokenizer_with_several_templates_is_saved_with_them(tmp_path: Path) -
 
 
 def test_one_row_is_enough(model: str, tmp_path: Path) -> None:
-    assert sftx.train(**settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})).steps == 1
+    assert (
+        sftx.train(
+            **settings(model, tmp_path / "run", data={"rows": [["a", "b"]]}, batch={"epochs": 1})
+        ).steps
+        == 1
+    )
 
 
 def test_output_must_not_overwrite_a_model(model: str, tmp_path: Path) -> None:
@@ -292,7 +330,9 @@ def test_schedules_are_functions_of_the_step() -> None:
         return [learning_rate(step, 100, section, 1.0) for step in range(100)]
 
     assert curve(schedule="constant", warmup=0) == [1.0] * 100
-    assert curve(schedule="linear", warmup=10)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert curve(schedule="linear", warmup=10)[:10] == pytest.approx(
+        [(i + 1) / 10 for i in range(10)]
+    )
     assert curve(schedule="linear", warmup=0.1)[55] == pytest.approx(0.5)
     assert curve(schedule="cosine", warmup=0)[50] == pytest.approx(0.5)
     assert curve(schedule="cosine", warmup=0, final_ratio=0.1)[99] == pytest.approx(0.1, abs=1e-3)
@@ -308,9 +348,15 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 @pytest.mark.parametrize(
     ("family", "changes", "count"),
-    [("Llama", {"tie_word_embeddings": True}, 14), ("Cohere", {"use_qk_norm": True}, 14), ("GptOss", EXPERTS, 15)],
+    [
+        ("Llama", {"tie_word_embeddings": True}, 14),
+        ("Cohere", {"use_qk_norm": True}, 14),
+        ("GptOss", EXPERTS, 15),
+    ],
 )
-def test_weight_decay_is_for_matrices_only(family: str, changes: dict[str, Any], count: int) -> None:
+def test_weight_decay_is_for_matrices_only(
+    family: str, changes: dict[str, Any], count: int
+) -> None:
     """Norms of heads and biases of experts have two dimensions too."""
     model = tiny.model(family, **changes)
     section = sftx.Config.model_validate(
@@ -327,7 +373,9 @@ def test_weight_decay_is_for_matrices_only(family: str, changes: dict[str, Any],
 def test_whenever_a_signal_comes_what_is_said_to_be_saved_is(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
-    """It comes between two steps, packs of an evaluation, or what is done after them: where the flag is looked at."""
+    """It comes between two steps, packs of an evaluation, or what is done after them: where the
+    flag is looked at.
+    """
     looks = itertools.count(1)
 
     def look(flag: StopFlag) -> bool:
@@ -345,7 +393,9 @@ def test_whenever_a_signal_comes_what_is_said_to_be_saved_is(
 def test_a_merge_that_was_interrupted_is_made_up_for(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(model, tmp_path / "run", batch={"epochs": 0.2}, adapter={"method": "lora", "merge": True})
+    config = settings(
+        model, tmp_path / "run", batch={"epochs": 0.2}, adapter={"method": "lora", "merge": True}
+    )
     export = Mock(wraps=loop.export, side_effect=[OSError("no space"), DEFAULT])
     monkeypatch.setattr(loop, "export", export)
     with pytest.raises(OSError, match="no space"):
@@ -356,9 +406,13 @@ def test_a_merge_that_was_interrupted_is_made_up_for(
     assert (tmp_path / "run" / "merged" / "model.safetensors").exists()
 
 
-def test_a_signal_that_comes_while_ranks_agree_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_comes_while_ranks_agree_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     flag = StopFlag()
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda number: flag.set(signal.SIGTERM, None) or number)
+    monkeypatch.setattr(
+        distributed, "all_reduce_max", lambda number: flag.set(signal.SIGTERM, None) or number
+    )
     assert (flag(), flag(), flag.signal) == (False, True, signal.SIGTERM)
 
 
@@ -370,16 +424,23 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(
 
     def poisoned(model: Any, optimizer: Any, packs: Any, *rest: Any) -> Any:
         first = all(state["step"] == 0 for state in optimizer.state.values())
-        packs = packs if first else [replace(pack, weight=pack.weight * float("nan")) for pack in packs]
+        packs = (
+            packs if first else [replace(pack, weight=pack.weight * float("nan")) for pack in packs]
+        )
         return train_step(model, optimizer, packs, *rest)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    changes: dict[str, Any] = {"optim": {"max_bad_steps": 0}, "checkpoint": {"every": 1, "background": True}}
+    changes: dict[str, Any] = {
+        "optim": {"max_bad_steps": 0},
+        "checkpoint": {"every": 1, "background": True},
+    }
     with pytest.raises(Diverged) as ended:
         sftx.train(**settings(model, tmp_path / "run", **changes))
     assert ended.value.message.endswith("last good checkpoint: step 1")
     monkeypatch.setattr(loop, "train_step", train_step)
-    assert sftx.train(**settings(model, tmp_path / "run", **changes)).steps == 10  # it can be continued
+    assert (
+        sftx.train(**settings(model, tmp_path / "run", **changes)).steps == 10
+    )  # it can be continued
 
 
 def test_a_run_continues_only_in_the_precision_that_auto_meant(model: str, tmp_path: Path) -> None:
@@ -401,4 +462,7 @@ def test_no_step_leaves_the_model_as_it_was(model: str, tmp_path: Path, compile:
     result = sftx.train(**base | {"batch": batch})
     assert (result.steps, result.loss) == (0, None)
     assert result.eval_after == result.eval_before
-    assert all(torch.equal(value, weights(Path(model))[name]) for name, value in weights(result.folder).items())
+    assert all(
+        torch.equal(value, weights(Path(model))[name])
+        for name, value in weights(result.folder).items()
+    )

@@ -28,7 +28,12 @@ from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLC
 from sftx.compat.trlx.data.default_configs import default_sft_config
 from sftx.compat.trlx.data.method_configs import MethodConfig, get_method, register_method
 from sftx.compat.trlx.pipeline import BaseRolloutStore, MiniBatchIterator, register_datapipeline
-from sftx.compat.trlx.pipeline.offline_pipeline import DialogMessage, DialogStore, PromptPipeline, tokenize_dialogue
+from sftx.compat.trlx.pipeline.offline_pipeline import (
+    DialogMessage,
+    DialogStore,
+    PromptPipeline,
+    tokenize_dialogue,
+)
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer, SFTConfig
 from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
@@ -83,7 +88,9 @@ if STORIES.exists():
     name=st.sampled_from(sorted(tokenizers)),
 )
 @settings(deadline=None, max_examples=200)
-def test_tokenize_dialogue_is_a_cut_of_the_whole(phrases: Any, side: str, max_length: int, name: str) -> None:
+def test_tokenize_dialogue_is_a_cut_of_the_whole(
+    phrases: Any, side: str, max_length: int, name: str
+) -> None:
     tokenizer = tokenizers[name]
     tokenizer.truncation_side = side
     start = tokenizer.bos_token or tokenizer.eos_token
@@ -110,10 +117,19 @@ def test_tokenize_dialogue_by_hand() -> None:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     a, b = (tokenizer(letter).input_ids[0] for letter in "ab")
     tokenizer.truncation_side = "right"
-    assert tokenize_dialogue("a", tokenizer) == [DialogMessage(False, (bos,)), DialogMessage(True, (a, eos))]
+    assert tokenize_dialogue("a", tokenizer) == [
+        DialogMessage(False, (bos,)),
+        DialogMessage(True, (a, eos)),
+    ]
     assert tokenize_dialogue(["a", "b<eos>"], tokenizer)[1] == DialogMessage(True, (b, eos))
-    assert tokenize_dialogue(["aa", "b"], tokenizer, 3) == [DialogMessage(False, (a, a)), DialogMessage(True, (b,))]
-    assert tokenize_dialogue(["", "bb"], tokenizer, 3) == [DialogMessage(False, (bos,)), DialogMessage(True, (b, b))]
+    assert tokenize_dialogue(["aa", "b"], tokenizer, 3) == [
+        DialogMessage(False, (a, a)),
+        DialogMessage(True, (b,)),
+    ]
+    assert tokenize_dialogue(["", "bb"], tokenizer, 3) == [
+        DialogMessage(False, (bos,)),
+        DialogMessage(True, (b, b)),
+    ]
     tokenizer.truncation_side = "left"
     assert tokenize_dialogue(["aa", "bb"], tokenizer, 3) == [
         DialogMessage(False, (bos,)),
@@ -127,8 +143,12 @@ def test_tokenize_dialogue_by_hand() -> None:
 def test_dialog_store_batches(side: str) -> None:
     tokenizer = tiny.tokenizer(chat=False)
     tokenizer.padding_side = side
-    tokenizer.pad_token = tokenizer.eos_token  # as the trainer sets it: padding must still never be a target
-    store = DialogStore([tokenize_dialogue(d, tokenizer) for d in (["ab", "c"], ["a", "bbb", "c", "d"])], tokenizer)
+    tokenizer.pad_token = (
+        tokenizer.eos_token
+    )  # as the trainer sets it: padding must still never be a target
+    store = DialogStore(
+        [tokenize_dialogue(d, tokenizer) for d in (["ab", "c"], ["a", "bbb", "c", "d"])], tokenizer
+    )
     batch = next(iter(store.create_loader(2)))
     for row, element in enumerate(store):
         real = batch.attention_mask[row].bool()
@@ -162,7 +182,9 @@ def test_prompt_pipeline(model: str) -> None:
     name=st.sampled_from(sorted(tokenizers)),
 )
 @settings(deadline=None)
-def test_prompts_are_cut_on_their_side(samples: list[str], side: str, limit: int, name: str) -> None:
+def test_prompts_are_cut_on_their_side(
+    samples: list[str], side: str, limit: int, name: str
+) -> None:
     tokenizer = tokenizers[name]
     tokenizer.truncation_side = tokenizer.padding_side = side
     whole = [tokenizer(text, add_special_tokens=False).input_ids for text in samples]
@@ -175,7 +197,10 @@ def test_prompts_are_cut_on_their_side(samples: list[str], side: str, limit: int
 
 
 def test_minibatches() -> None:
-    loader = [{"x": torch.arange(8), "y": list("abcdefgh")}, {"x": torch.arange(3), "y": list("abc")}]
+    loader = [
+        {"x": torch.arange(8), "y": list("abcdefgh")},
+        {"x": torch.arange(3), "y": list("abc")},
+    ]
     first, last = MiniBatchIterator(loader, 2, 4)
     assert [mb["x"].tolist() for mb in first] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [mb["y"] for mb in last] == [["a", "b"], ["c"]]
@@ -201,7 +226,11 @@ def test_config_round_trips(tmp_path: Path) -> None:
 def test_evolve_and_update() -> None:
     base = default_sft_config()
     evolved = base.evolve(train={"batch_size": 4}, method={"gen_kwargs": {"temperature": 0.5}})
-    assert (evolved.train.batch_size, evolved.train.seq_length, base.train.batch_size) == (4, 1024, 8)
+    assert (evolved.train.batch_size, evolved.train.seq_length, base.train.batch_size) == (
+        4,
+        1024,
+        8,
+    )
     assert evolved.method.gen_kwargs == {**base.method.gen_kwargs, "temperature": 0.5}
     dotted = {
         "train.batch_size": 4,
@@ -210,7 +239,11 @@ def test_evolve_and_update() -> None:
         "model": {"model_path": "m"},
     }
     updated = TRLConfig.update(base.to_dict(), dotted)
-    assert (updated.train.batch_size, updated.optimizer.kwargs["lr"], updated.model.model_path) == (4, 1.0, "m")
+    assert (updated.train.batch_size, updated.optimizer.kwargs["lr"], updated.model.model_path) == (
+        4,
+        1.0,
+        "m",
+    )
     assert updated.method.gen_kwargs["num_beams"] == 2
     assert TRLConfig.update(base, {}).to_dict() == base.to_dict()
 
@@ -227,7 +260,9 @@ def test_evolve_and_update() -> None:
 )
 def test_typos_raise_at_every_depth(key: str, hint: str) -> None:
     with pytest.raises(
-        ValueError, match=r"is not present in the config \(typo or a wrong config\).*" + hint.replace(".", r"\.")
+        ValueError,
+        match=r"is not present in the config \(typo or a wrong config\).*"
+        + hint.replace(".", r"\."),
     ):
         TRLConfig.update(default_sft_config(), {key: 1})
 
@@ -255,7 +290,9 @@ def test_registries() -> None:
 
 @pytest.mark.parametrize("argument", ["reward_fn", "rewards", "dataset", "prompts"])
 def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> None:
-    with pytest.raises(UserError, match=r"supervised fine-tuning, not reinforcement learning.*save_pretrained"):
+    with pytest.raises(
+        UserError, match=r"supervised fine-tuning, not reinforcement learning.*save_pretrained"
+    ):
         trlx.train(samples=["a"], **{argument: [1.0]})
 
 
@@ -312,7 +349,14 @@ def test_schedules_are_torchs(name: str, kwargs: dict[str, Any]) -> None:
         scheduler.step()
 
 
-SAMPLES: list[Any] = [["ab", "c"], ["a", "bbbbbb", "cd", "e"], "text", ["xyz", "wwww"], ["q", "r s t"], ["", "u"]]
+SAMPLES: list[Any] = [
+    ["ab", "c"],
+    ["a", "bbbbbb", "cd", "e"],
+    "text",
+    ["xyz", "wwww"],
+    ["q", "r s t"],
+    ["", "u"],
+]
 
 
 TEXTS: list[Any] = ["a text", "another, longer text", "third", "the fourth"]
@@ -346,7 +390,9 @@ def test_training_equals_a_naive_loop(
     trainer = trlx.train(samples=samples, config=ours)
     plan = trainer.job.plan
     assert plan.num_steps == 5
-    assert len(set(np.concatenate([plan.examples(step) for step in range(len(samples) // 2)]).tolist())) == len(samples)
+    assert len(
+        set(np.concatenate([plan.examples(step) for step in range(len(samples) // 2)]).tolist())
+    ) == len(samples)
 
     reference = AutoModelForCausalLM.from_pretrained(model).double()
     decayed = [p for n, p in reference.named_parameters() if p.ndim >= 2 and "embed" not in n]
@@ -362,7 +408,9 @@ def test_training_equals_a_naive_loop(
             ids = torch.as_tensor(element["input_ids"])[None]
             labels = torch.as_tensor(element.get("labels", element["input_ids"]))
             logits = reference(input_ids=ids).logits[0, :-1]
-            total = total + torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(
+                logits, labels[1:], ignore_index=-100, reduction="sum"
+            )
             count += int((labels[1:] != -100).sum())
         (total / count).backward()
         optim.step()
@@ -382,9 +430,14 @@ def test_resume_continues_at_the_step(model: str, tmp_path: Path) -> None:
     again = config(model, tmp_path / "again", **sections)
     resumed = trlx.train(
         samples=SAMPLES,
-        config=again.evolve(train={"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint_2")}),
+        config=again.evolve(
+            train={"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint_2")}
+        ),
     )
-    records = [json.loads(line) for line in (tmp_path / "again" / "sftx" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "again" / "sftx" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in records] == [3, 4, 5, 6]
     assert resumed.iter_count == whole.iter_count == 6
     first, second = (
@@ -408,7 +461,9 @@ def test_peft_as_dictionary_and_as_object(model: str, tmp_path: Path) -> None:
 
     given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     as_dict = config(
-        model, tmp_path / "a", model={"peft_config": {"peft_type": "LORA", "task_type": "CAUSAL_LM", **given}}
+        model,
+        tmp_path / "a",
+        model={"peft_config": {"peft_type": "LORA", "task_type": "CAUSAL_LM", **given}},
     )
     as_object = config(model, tmp_path / "b")
     as_object.model.peft_config = LoraConfig(task_type=TaskType.CAUSAL_LM, **given)
@@ -416,7 +471,12 @@ def test_peft_as_dictionary_and_as_object(model: str, tmp_path: Path) -> None:
     for each in (as_dict, as_object):
         trainer = trlx.train(samples=SAMPLES, config=each)
         assert isinstance(trainer.model, PeftModel)
-        saved = Path(each.train.checkpoint_dir) / "checkpoint_3" / "hf_model" / "adapter_model.safetensors"
+        saved = (
+            Path(each.train.checkpoint_dir)
+            / "checkpoint_3"
+            / "hf_model"
+            / "adapter_model.safetensors"
+        )
         states.append(saved.read_bytes())
     assert states[0] == states[1]
     assert len(trainer.generate(torch.tensor([[5, 6]]))[0]) <= 6
@@ -428,7 +488,9 @@ def test_peft_as_dictionary_and_as_object(model: str, tmp_path: Path) -> None:
 def test_evaluation_layout_and_best_checkpoint(model: str, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = []
 
-    def metric_fn(samples: list[str], prompts: list[str], outputs: list[str], answer: list[int]) -> dict[str, Any]:
+    def metric_fn(
+        samples: list[str], prompts: list[str], outputs: list[str], answer: list[int]
+    ) -> dict[str, Any]:
         calls.append({"samples": samples, "prompts": prompts, "outputs": outputs, "answer": answer})
         return {"reward": [[3, 5, 4][len(calls) // 2 % 3]] * len(samples), "total": 7.0}
 
@@ -445,13 +507,20 @@ def test_evaluation_layout_and_best_checkpoint(model: str, tmp_path: Path) -> No
     assert len(calls) == 6  # before, at 5 and at 10, twice each
     assert calls[0]["answer"] == [1, 2] * 3
     assert calls[0]["prompts"] == ["ab", "c"] * 3
-    assert [p + o for p, o in zip(calls[0]["prompts"], calls[0]["outputs"], strict=True)] == calls[0]["samples"]
+    assert [p + o for p, o in zip(calls[0]["prompts"], calls[0]["outputs"], strict=True)] == calls[
+        0
+    ]["samples"]
     folders = {path.name for path in tmp_path.iterdir()}
-    assert folders == {"checkpoint_04", "checkpoint_08", "checkpoint_10", "sftx"}  # a sweep has no single reward
+    assert folders == {
+        "checkpoint_04",
+        "checkpoint_08",
+        "checkpoint_10",
+        "sftx",
+    }  # a sweep has no single reward
     stats = trainer.evaluate()
-    assert set(stats) == {f"metrics/{m}@max_new_tokens={n}" for m in ("reward", "total") for n in (2, 3)} | {
-        "time/generate"
-    }
+    assert set(stats) == {
+        f"metrics/{m}@max_new_tokens={n}" for m in ("reward", "total") for n in (2, 3)
+    } | {"time/generate"}
 
 
 def test_default_prompts_and_the_default_tracker(model: str, tmp_path: Path) -> None:
@@ -460,10 +529,14 @@ def test_default_prompts_and_the_default_tracker(model: str, tmp_path: Path) -> 
         pytest.skip("wandb is installed, and would be used")
     with pytest.warns(UserWarning, match="wandb.*not installed"):
         trainer = trlx.train(samples=SAMPLES, config=ours)
-    assert [prompt["input_ids"] for prompt in trainer.eval_pipeline] == [[trainer.tokenizer.bos_token_id]] * 4
+    assert [prompt["input_ids"] for prompt in trainer.eval_pipeline] == [
+        [trainer.tokenizer.bos_token_id]
+    ] * 4
 
 
-def test_numbers_reach_the_tracker(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_reach_the_tracker(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logged: list[tuple[int, dict[str, Any]]] = []
     started: dict[str, Any] = {}
 
@@ -481,8 +554,18 @@ def test_numbers_reach_the_tracker(model: str, tmp_path: Path, monkeypatch: pyte
     wandb.__spec__ = ModuleSpec("wandb", None)
     wandb.init = lambda **given: started.update(given) or Run()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train = {"tracker": "wandb", "total_steps": 2, "project_name": "p", "group_name": "g", "tags": ["t"]}
-    trlx.train(samples=SAMPLES, config=config(model, tmp_path, train=train), metric_fn=lambda **_: {"m": [1.0]})
+    train = {
+        "tracker": "wandb",
+        "total_steps": 2,
+        "project_name": "p",
+        "group_name": "g",
+        "tags": ["t"],
+    }
+    trlx.train(
+        samples=SAMPLES,
+        config=config(model, tmp_path, train=train),
+        metric_fn=lambda **_: {"m": [1.0]},
+    )
     assert (started["project"], started["group"], started["tags"]) == ("p", "g", ["t"])
     assert [step for step, _ in logged] == [0, 1, 2, -1]
     assert {"loss", "learning_rate_group_0", "metrics/m"} <= set(logged[2][1])
@@ -494,16 +577,26 @@ def test_save_best_follows_the_reward(model: str, tmp_path: Path) -> None:
     trlx.train(
         samples=SAMPLES,
         metric_fn=lambda samples, prompts, outputs: {"reward": [next(rewards)]},
-        config=config(model, tmp_path, train={"total_steps": 3, "eval_interval": 1, "checkpoint_interval": 2}),
+        config=config(
+            model, tmp_path, train={"total_steps": 3, "eval_interval": 1, "checkpoint_interval": 2}
+        ),
     )
-    best, second = weights(tmp_path / "best_checkpoint" / "hf_model"), weights(tmp_path / "checkpoint_2" / "hf_model")
+    best, second = (
+        weights(tmp_path / "best_checkpoint" / "hf_model"),
+        weights(tmp_path / "checkpoint_2" / "hf_model"),
+    )
     assert all(torch.equal(best[name], second[name]) for name in best)
-    evals = [json.loads(line)["eval"] for line in (tmp_path / "sftx" / "metrics.jsonl").read_text().splitlines()]
+    evals = [
+        json.loads(line)["eval"]
+        for line in (tmp_path / "sftx" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [e["metrics/reward"] for e in evals] == [1.0, 3.0, 2.0]
 
 
 def test_saved_model_is_the_one_in_memory_and_load_puts_it_back(model: str, tmp_path: Path) -> None:
-    trainer = trlx.train(samples=SAMPLES, config=config(model, tmp_path, train={"save_optimizer": False}))
+    trainer = trlx.train(
+        samples=SAMPLES, config=config(model, tmp_path, train={"save_optimizer": False})
+    )
     trainer.save_pretrained(str(tmp_path / "out"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -526,13 +619,19 @@ def test_decode_cuts_at_stop_sequences(model: str, tmp_path: Path) -> None:
     outputs = {"fine  Human: no ## x": "fine", "a## Human:": "a", "as it is ": "as it is "}
     samples = [prompt + tokenizer(text).input_ids for text in outputs]
     decoded = trainer.decode([prompt] * 3, samples)
-    assert decoded == ([f"Q {text}" for text in outputs.values()], ["Q "] * 3, list(outputs.values()))
+    assert decoded == (
+        [f"Q {text}" for text in outputs.values()],
+        ["Q "] * 3,
+        list(outputs.values()),
+    )
     assert trainer.decode([prompt], samples[:1], append_eos_token=True)[2] == ["fine<eos>"]
     with pytest.raises(UserError, match="loaded when training begins"):
         trainer.model  # noqa: B018
 
 
-def test_samples_without_targets_are_counted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_targets_are_counted(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = config(model, tmp_path, train={"seq_length": 8})
     trainer = trlx.train(samples=[["a long prompt", "b"], ["ab", "c"]] * 4, config=ours)
     assert "4 of 8 samples have no target left" in capsys.readouterr().err
@@ -630,7 +729,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, Path], Path]]:
+def run_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str, Path], Path]]:
     """Runs one of the scripts as `__main__`; returns its folder of checkpoints."""
 
     def run(name: str, model: str, rows: Path) -> Path:
@@ -638,7 +739,9 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         script.write_text(FRAME.replace("SCRIPT", SCRIPTS[name].strip().replace("\n", "\n    ")))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(
-            sys, "argv", ["script.py", json.dumps({"path": model, "tokenizer": model, "rows": str(rows)})]
+            sys,
+            "argv",
+            ["script.py", json.dumps({"path": model, "tokenizer": model, "rows": str(rows)})],
         )
         monkeypatch.setitem(sys.modules, "trlx", trlx)
         runpy.run_path(str(script), run_name="__main__")
@@ -655,9 +758,13 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_scripts_run_when_the_import_changes(name: str, tmp_path: Path, model: str, run_script: Any) -> None:
+def test_scripts_run_when_the_import_changes(
+    name: str, tmp_path: Path, model: str, run_script: Any
+) -> None:
     rows = tmp_path / "rows.jsonl"
-    lines = [{"prompt": f"{n} plus {n}?", "completion": f"{n} and {n} make {2 * n}."} for n in range(8)]
+    lines = [
+        {"prompt": f"{n} plus {n}?", "completion": f"{n} and {n} make {2 * n}."} for n in range(8)
+    ]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_script(name, model, rows)
 
@@ -666,5 +773,8 @@ def test_scripts_run_when_the_import_changes(name: str, tmp_path: Path, model: s
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_scripts_run_on_real_data(name: str, run_script: Any) -> None:
     record = run_script(name, str(STORIES), SHARED / "tinystories" / "sft_continue.jsonl")
-    losses = [json.loads(line)["loss"] for line in (record / "sftx" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (record / "sftx" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(math.isfinite(loss) for loss in losses)

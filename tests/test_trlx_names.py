@@ -1,4 +1,6 @@
-"""The names of trlx: what scripts import, what they may construct, and what is refused with the way to do it."""
+"""The names of trlx: what scripts import, what they may construct, and what is refused with the way
+to do it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from transformers import AutoTokenizer
 
 import sftx.compat.trlx as trlx
 from sftx.compat.trlx.data.configs import TRLConfig
-from sftx.compat.trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
+from sftx.compat.trlx.data.default_configs import (
+    default_ilql_config,
+    default_ppo_config,
+    default_sft_config,
+)
 from sftx.compat.trlx.data.method_configs import get_method
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer
@@ -27,7 +33,8 @@ from sftx.compat.trlx.utils.loading import get_trainer
 from sftx.types import UserError
 
 NAMES = {
-    "data.default_configs": "PPOConfig ILQLConfig SFTConfig TRLConfig TrainConfig default_nemo_1_3b_config",
+    "data.default_configs": "PPOConfig ILQLConfig SFTConfig TRLConfig TrainConfig "
+    "default_nemo_1_3b_config",
     "data.method_configs": "MethodConfig PPOConfig ILQLConfig",
     "data.ppo_types": "PPORLElement PPORLBatch",
     "data.ilql_types": "ILQLElement ILQLBatch",
@@ -71,7 +78,9 @@ def as_trlx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("package", ["sftx.compat.trlx", "trlx"])
 @pytest.mark.parametrize("module", sorted(NAMES))
-def test_names_of_reinforcement_learning_and_nemo_import(module: str, package: str, as_trlx: None) -> None:
+def test_names_of_reinforcement_learning_and_nemo_import(
+    module: str, package: str, as_trlx: None
+) -> None:
     found: dict[str, Any] = {}
     exec(f"from {package}.{module} import {', '.join(NAMES[module].split())}", found)
     assert set(NAMES[module].split()) <= set(found)
@@ -97,7 +106,11 @@ def test_configurations_construct_and_change(make: Any, tmp_path: Path) -> None:
     made = make()
     made.method.num_rollouts = 7
     changed = made.evolve(method={"gamma": 0.5}, train={"batch_size": 3})
-    assert (changed.method.gamma, changed.method.num_rollouts, changed.train.batch_size) == (0.5, 7, 3)
+    assert (changed.method.gamma, changed.method.num_rollouts, changed.train.batch_size) == (
+        0.5,
+        7,
+        3,
+    )
     path = tmp_path / "config.yml"
     path.write_text(str(made))  # JSON is YAML
     assert TRLConfig.load_yaml(str(path)).to_dict()["method"] == made.to_dict()["method"]
@@ -114,7 +127,9 @@ def test_configurations_construct_and_change(make: Any, tmp_path: Path) -> None:
         (default_sft_config, "MyPPO", "supervised fine-tuning, not reinforcement"),
     ],
 )
-def test_training_with_them_is_refused_before_anything_is_loaded(make: Any, trainer: str, advice: str) -> None:
+def test_training_with_them_is_refused_before_anything_is_loaded(
+    make: Any, trainer: str, advice: str
+) -> None:
     @register_trainer("MyPPO")
     class MyPPO(get_trainer("AcceleratePPOTrainer")):
         pass
@@ -231,8 +246,12 @@ def test_sft_hh_runs_though_its_reward_comes_from_ppo_hh(
     monkeypatch.syspath_prepend(str(tmp_path))
     import sft_hh  # pyright: ignore[reportMissingImports]
 
-    sft_hh.main({"model.model_path": model, "tokenizer.tokenizer_path": model, "train.tracker": None})
-    assert (tmp_path / "checkpoints" / "sft_hh" / "best_checkpoint" / "hf_model" / "model.safetensors").exists()
+    sft_hh.main(
+        {"model.model_path": model, "tokenizer.tokenizer_path": model, "train.tracker": None}
+    )
+    assert (
+        tmp_path / "checkpoints" / "sft_hh" / "best_checkpoint" / "hf_model" / "model.safetensors"
+    ).exists()
     for name in ("sft_hh", "ppo_hh", "tritonclient", "tritonclient.grpc"):
         sys.modules.pop(name)
 
@@ -240,7 +259,9 @@ def test_sft_hh_runs_though_its_reward_comes_from_ppo_hh(
 def test_a_metric_may_name_the_tokenizer(model: str, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def metric_fn(samples: list[str], prompts: list[str], outputs: list[str], tokenizer: Any) -> dict[str, Any]:
+    def metric_fn(
+        samples: list[str], prompts: list[str], outputs: list[str], tokenizer: Any
+    ) -> dict[str, Any]:
         seen.append(tokenizer)
         return {"length": [float(len(tokenizer(sample).input_ids)) for sample in samples]}
 
@@ -251,7 +272,9 @@ def test_a_metric_may_name_the_tokenizer(model: str, tmp_path: Path) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    "name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
+)
 def test_several_processes_are_refused_before_the_samples_are_read(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -261,7 +284,9 @@ def test_several_processes_are_refused_before_the_samples_are_read(
 
     monkeypatch.setenv(name, "2")
     ours = config(model, tmp_path, train={"tracker": "wandb"})
-    with pytest.raises(UserError, match=rf"{name}=2.*python script.py.*torchrun -m sftx train.*metric_fn"):
+    with pytest.raises(
+        UserError, match=rf"{name}=2.*python script.py.*torchrun -m sftx train.*metric_fn"
+    ):
         trlx.train(samples=Untouchable(), config=ours)
     with pytest.raises(UserError, match=f"{name}=2"):
         AccelerateSFTTrainer(ours)
@@ -286,7 +311,14 @@ def test_a_mistake_in_the_configuration_is_found_before_the_samples_are_tokenise
 
 def test_the_names_of_logging() -> None:
     assert trlx.logging is logging
-    levels = (logging.CRITICAL, logging.FATAL, logging.ERROR, logging.WARNING, logging.WARN, logging.INFO)
+    levels = (
+        logging.CRITICAL,
+        logging.FATAL,
+        logging.ERROR,
+        logging.WARNING,
+        logging.WARN,
+        logging.INFO,
+    )
     assert levels == (50, 50, 40, 30, 30, 20)
     assert (logging.DEBUG, logging.NOTSET) == (10, 0)
     before = logging.get_verbosity()
@@ -330,7 +362,9 @@ def test_messages_have_ranks_formats_and_handlers(monkeypatch: pytest.MonkeyPatc
     assert lines[3:] == ["by rank 3"]
 
 
-@pytest.mark.parametrize(("said", "level"), [("error", 40), ("DEBUG", 10), ("loud", 20), (None, 20)])
+@pytest.mark.parametrize(
+    ("said", "level"), [("error", 40), ("DEBUG", 10), ("loud", 20), (None, 20)]
+)
 def test_verbosity_comes_from_the_environment(said: str | None, level: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRLX_VERBOSITY"}
     environment |= {"TRLX_VERBOSITY": said} if said else {}
@@ -342,12 +376,16 @@ def test_verbosity_comes_from_the_environment(said: str | None, level: int) -> N
         spec.loader.exec_module(module)
         print(module.get_verbosity())
     """)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == f"{level}\n", done.stderr
     assert ("TRLX_VERBOSITY: found 'loud'" in done.stderr) == (said == "loud")
 
 
-def test_the_progress_bar_can_be_disabled(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_can_be_disabled(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trlx.train(samples=SAMPLES, config=config(model, tmp_path))
     assert "step     1/3  loss" in capsys.readouterr().err
     assert logging.is_progress_bar_enabled()

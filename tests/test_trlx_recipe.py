@@ -1,4 +1,6 @@
-"""The recipe for several processes in docs/migrating-from-trlx.md: the same training, and metric_fn on its result."""
+"""The recipe for several processes in docs/migrating-from-trlx.md: the same training, and metric_fn
+on its result.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def test_the_recipe_trains_what_the_script_trains(
 ) -> None:
     monkeypatch.setattr("sftx.training.prepare.seconds_of", lambda *_: None, raising=False)
     monkeypatch.chdir(tmp_path)
-    lists = [["", sample] if isinstance(sample, str) and samples is SAMPLES else sample for sample in samples]
+    lists = [
+        ["", sample] if isinstance(sample, str) and samples is SAMPLES else sample
+        for sample in samples
+    ]
     exec(block("python"), {"json": json, "samples": lists})
     (tmp_path / "run.yaml").write_text(block("yaml"))
     ours = config(
@@ -47,10 +52,18 @@ def test_the_recipe_trains_what_the_script_trains(
         train={"total_steps": 3, "batch_size": 8, "seq_length": 1024, "eval_interval": 100, "checkpoint_interval": 100},
         tokenizer={"truncation_side": "right"},
     )  # fmt: skip
-    more = [f"data.cache={tmp_path / 'cache'}", "data.format=segments" if samples is TEXTS else "data.format=dialogue"]
-    sftx.train(load_config("run.yaml", [f"model={model}", "batch.steps=3", "data.workers=0", *more]))
+    more = [
+        f"data.cache={tmp_path / 'cache'}",
+        "data.format=segments" if samples is TEXTS else "data.format=dialogue",
+    ]
+    sftx.train(
+        load_config("run.yaml", [f"model={model}", "batch.steps=3", "data.workers=0", *more])
+    )
     trlx.train(samples=samples, config=ours)
-    theirs, native = weights(tmp_path / "ckpts" / "checkpoint_3" / "hf_model"), weights(tmp_path / "runs" / "sft")
+    theirs, native = (
+        weights(tmp_path / "ckpts" / "checkpoint_3" / "hf_model"),
+        weights(tmp_path / "runs" / "sft"),
+    )
     assert all(torch.equal(theirs[name], native[name]) for name in theirs)
 
     seen: list[list[str]] = []
@@ -69,7 +82,9 @@ def test_the_recipe_trains_what_the_script_trains(
     }
     exec(block("python", 1), names)
     assert seen == [["ab", "c"]]
-    assert [path.name for path in (tmp_path / "judged").iterdir()] == ["sftx"]  # nothing was trained
+    assert [path.name for path in (tmp_path / "judged").iterdir()] == [
+        "sftx"
+    ]  # nothing was trained
 
 
 texts = st.sampled_from(["a", "ab", "", "é", "x<eos>", "<bos>q", "a longer text"])
@@ -81,7 +96,9 @@ texts = st.sampled_from(["a", "ab", "", "é", "x<eos>", "<bos>q", "a longer text
     st.sampled_from([4, 6, 9, 64]),
 )
 @settings(deadline=None, max_examples=150)
-def test_dialogues_are_the_same_tokens(pairs: list[tuple[str, str]], side: str, length: int) -> None:
+def test_dialogues_are_the_same_tokens(
+    pairs: list[tuple[str, str]], side: str, length: int
+) -> None:
     dialogue = [text for pair in pairs for text in pair]
     tokenizer = tiny.tokenizer(chat=False)
     tokenizer.truncation_side = side
@@ -91,18 +108,29 @@ def test_dialogues_are_the_same_tokens(pairs: list[tuple[str, str]], side: str, 
     trained[0] = 0.0  # nothing stands before it
     expected = [(ids, trained)] if any(trained) else []
     native = encode(
-        dialogue, tokenizer, template="none", special_tokens="allow", max_length=length, too_long=f"truncate_{side}"
+        dialogue,
+        tokenizer,
+        template="none",
+        special_tokens="allow",
+        max_length=length,
+        too_long=f"truncate_{side}",
     )
     assert [(example.ids.tolist(), example.weights.tolist()) for example in native] == expected
 
 
-@given(st.lists(texts.filter(bool), min_size=2, max_size=5), st.sampled_from(["left", "right"]), st.integers(2, 20))
+@given(
+    st.lists(texts.filter(bool), min_size=2, max_size=5),
+    st.sampled_from(["left", "right"]),
+    st.integers(2, 20),
+)
 @settings(deadline=None, max_examples=100)
 def test_texts_are_the_same_tokens(parts: list[str], side: str, length: int) -> None:
     tokenizer = tiny.tokenizer(chat=False)
     tokenizer.truncation_side = side
     row = {"segments": [{"text": "".join(parts), "weight": 1}]}
-    (native,) = encode(row, tokenizer, special_tokens="allow", max_length=length, too_long=f"truncate_{side}")
+    (native,) = encode(
+        row, tokenizer, special_tokens="allow", max_length=length, too_long=f"truncate_{side}"
+    )
     expected = PromptPipeline(["".join(parts)], length, tokenizer)[0]["input_ids"]
     assert native.ids.tolist() == expected
     assert native.weights.tolist() == [0.0] + [1.0] * (len(expected) - 1)

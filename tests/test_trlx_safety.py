@@ -1,4 +1,6 @@
-"""Nothing that was trained is lost, nothing of the user's is deleted, and nothing is trained that was not meant."""
+"""Nothing that was trained is lost, nothing of the user's is deleted, and nothing is trained that
+was not meant.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from sftx.training.signals import Stopped
 from sftx.training.step import train_step
 from sftx.types import UserError
 
-LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
+LORA = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "init_lora_weights": True,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +51,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "sftx" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"]
+        for line in (folder / "sftx" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 # --- an error loses nothing -------------------------------------------------------------------------------------------
@@ -61,10 +72,19 @@ def test_an_error_in_an_evaluation_loses_no_step(model: str, tmp_path: Path, at:
 
     sections = {"total_steps": 3, "batch_size": 2, "eval_interval": 1}
     with pytest.raises(ZeroDivisionError, match="no reward"):
-        trlx.train(samples=SAMPLES, metric_fn=metric_fn, config=config(model, tmp_path / "a", train=sections))
-    trlx.train(samples=SAMPLES, config=config(model, tmp_path / "b", train={**sections, "checkpoint_interval": 1}))
+        trlx.train(
+            samples=SAMPLES,
+            metric_fn=metric_fn,
+            config=config(model, tmp_path / "a", train=sections),
+        )
+    trlx.train(
+        samples=SAMPLES,
+        config=config(model, tmp_path / "b", train={**sections, "checkpoint_interval": 1}),
+    )
     name = f"checkpoint_{at}"
-    assert same(weights(tmp_path / "a" / name / "hf_model"), weights(tmp_path / "b" / name / "hf_model"))
+    assert same(
+        weights(tmp_path / "a" / name / "hf_model"), weights(tmp_path / "b" / name / "hf_model")
+    )
     assert steps_of(tmp_path / "a") == list(range(1, at + 1))
 
     resume = {**sections, "resume_from_checkpoint": str(tmp_path / "a" / name)}
@@ -79,7 +99,11 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize("where", ["callback", "step", "log"])
 def test_any_error_leaves_a_checkpoint(
-    model: str, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     count = [0]
 
@@ -99,7 +123,9 @@ def test_any_error_leaves_a_checkpoint(
         count[0] = -1  # the evaluation before training is logged too
         monkeypatch.setattr(f"{module}.tracker", lambda _: nullcontext(third_time))
     else:
-        monkeypatch.setattr(f"{module}.train_step", lambda *given: third_time() or train_step(*given))
+        monkeypatch.setattr(
+            f"{module}.train_step", lambda *given: third_time() or train_step(*given)
+        )
     ours = config(model, tmp_path, train={"trainer": "Failing", "total_steps": 5, "batch_size": 2})
     with pytest.raises(Interrupt):
         trlx.train(samples=SAMPLES, config=ours)
@@ -119,13 +145,19 @@ def test_an_update_cut_in_two_is_no_state_to_continue_from(
         def post_backward_callback(self) -> None:
             if self.iter_count == 2:
                 fail = lambda *_: (_ for _ in ()).throw(Interrupt())  # noqa: E731
-                self.job.optimizer.register_step_pre_hook(fail)  # after the hook that says an update begins
+                self.job.optimizer.register_step_pre_hook(
+                    fail
+                )  # after the hook that says an update begins
 
     register_trainer(Cut)
     with pytest.raises(Interrupt):
-        trlx.train(samples=SAMPLES, config=config(model, tmp_path, train={"trainer": "Cut", "total_steps": 5}))
+        trlx.train(
+            samples=SAMPLES,
+            config=config(model, tmp_path, train={"trainer": "Cut", "total_steps": 5}),
+        )
     assert (
-        f"in the midst of step 3: the model as it is then is in {tmp_path / 'interrupted'}" in capsys.readouterr().err
+        f"in the midst of step 3: the model as it is then is in {tmp_path / 'interrupted'}"
+        in capsys.readouterr().err
     )
     weights(tmp_path / "interrupted" / "hf_model")
     assert checkpoint.newest(tmp_path / "interrupted") is None
@@ -140,7 +172,10 @@ def test_a_signal_saves_once(model: str, tmp_path: Path) -> None:
 
     register_trainer(Signalled)
     with pytest.raises(Stopped) as caught:
-        trlx.train(samples=SAMPLES, config=config(model, tmp_path, train={"trainer": "Signalled", "total_steps": 5}))
+        trlx.train(
+            samples=SAMPLES,
+            config=config(model, tmp_path, train={"trainer": "Signalled", "total_steps": 5}),
+        )
     assert caught.value.message == "stopped by signal 15 after step 2, which is saved"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2", "sftx"]
 
@@ -148,20 +183,29 @@ def test_a_signal_saves_once(model: str, tmp_path: Path) -> None:
 # --- nothing of the user's is deleted, nothing of another run is taken for this one's ---------------------------------
 
 
-def test_a_folder_of_the_users_is_left_alone(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_users_is_left_alone(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sftx" / "src").mkdir(parents=True)
     (tmp_path / "sftx" / "src" / "mine.py").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"train\.checkpoint_dir: the record of the run would go to sftx, which holds"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.checkpoint_dir: the record of the run would go to sftx, which holds",
+    ):
         trlx.train(samples=SAMPLES, config=config(model, Path()))
-    (tmp_path / "sftx" / "run.json").write_text('{"status": "finished"}')  # a run, but none of a trlx script
+    (tmp_path / "sftx" / "run.json").write_text(
+        '{"status": "finished"}'
+    )  # a run, but none of a trlx script
     with pytest.raises(UserError, match=r"train\.checkpoint_dir"):
         trlx.train(samples=SAMPLES, config=config(model, Path()))
     assert (tmp_path / "sftx" / "src" / "mine.py").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sftx"]
 
 
-def test_a_second_run_begins_its_record_anew_and_deletes_nothing_else(model: str, tmp_path: Path) -> None:
+def test_a_second_run_begins_its_record_anew_and_deletes_nothing_else(
+    model: str, tmp_path: Path
+) -> None:
     trlx.train(samples=SAMPLES, config=config(model, tmp_path))
     (tmp_path / "sftx" / "notes.txt").write_text("mine")
     (tmp_path / "step-by-step").mkdir()
@@ -196,18 +240,28 @@ def test_a_state_of_an_earlier_run_is_never_taken_for_this_ones(model: str, tmp_
     sections = {"total_steps": 3, "batch_size": 2, "eval_interval": 1}
     trlx.train(samples=SAMPLES, metric_fn=metric_fn, config=config(model, tmp_path, train=sections))
     others = [["x", "yyy"], ["zz", "y"], ["x", "z"], ["zzz", "x"]]
-    trainer = trlx.train(samples=others, metric_fn=metric_fn, config=config(model, tmp_path, train=sections))
+    trainer = trlx.train(
+        samples=others, metric_fn=metric_fn, config=config(model, tmp_path, train=sections)
+    )
     fresh = trlx.train(samples=others, config=config(model, tmp_path / "fresh", train=sections))
     assert same(trainer.model.state_dict(), fresh.model.state_dict())
-    for name, step in (("checkpoint_3", 3), ("best_checkpoint", 1)):  # the second run was best after its first step
+    for name, step in (
+        ("checkpoint_3", 3),
+        ("best_checkpoint", 1),
+    ):  # the second run was best after its first step
         state = checkpoint.newest(tmp_path / name)
         assert state is not None
         assert (state.step, state.plan) == (step, fresh.job.plan.fingerprint)
         trainer.load(str(tmp_path / name))
-        assert same(weights(tmp_path / name / "hf_model"), {k: v.cpu() for k, v in trainer.model.state_dict().items()})
+        assert same(
+            weights(tmp_path / name / "hf_model"),
+            {k: v.cpu() for k, v in trainer.model.state_dict().items()},
+        )
 
 
-def test_an_adapter_of_an_earlier_run_is_not_loaded_over_a_whole_model(model: str, tmp_path: Path) -> None:
+def test_an_adapter_of_an_earlier_run_is_not_loaded_over_a_whole_model(
+    model: str, tmp_path: Path
+) -> None:
     trlx.train(samples=SAMPLES, config=config(model, tmp_path, model={"peft_config": LORA}))
     trainer = trlx.train(samples=SAMPLES, config=config(model, tmp_path))
     assert same(weights(tmp_path / "checkpoint_3" / "hf_model"), dict(trainer.model.state_dict()))
@@ -222,11 +276,15 @@ def test_an_adapter_of_an_earlier_run_is_not_loaded_over_a_whole_model(model: st
 
 
 @pytest.mark.parametrize("pad", ["<pad>", None])
-def test_a_pad_token_is_set_only_where_there_is_none(model: str, tmp_path: Path, pad: str | None) -> None:
+def test_a_pad_token_is_set_only_where_there_is_none(
+    model: str, tmp_path: Path, pad: str | None
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    ours = config(model, tmp_path / "run", tokenizer={"tokenizer_path": str(tmp_path / "tokenizer")})
+    ours = config(
+        model, tmp_path / "run", tokenizer={"tokenizer_path": str(tmp_path / "tokenizer")}
+    )
     trainer = trlx.train(samples=SAMPLES, config=ours)
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint_3" / "hf_model")
     assert saved.pad_token == trainer.tokenizer.pad_token == (pad or "<eos>")
@@ -240,13 +298,22 @@ def test_a_pad_token_is_set_only_where_there_is_none(model: str, tmp_path: Path,
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}], r"samples\[0\]: found a dictionary \(prompt, completion\)"),
+        (
+            [{"prompt": "a", "completion": "b"}],
+            r"samples\[0\]: found a dictionary \(prompt, completion\)",
+        ),
         ([["a", "b"], {"prompt": "a", "completion": "b"}], r"samples\[1\]: found a dictionary"),
-        (["a text", ["a", "b"]], r"samples\[1\]: found list where the first sample is a text.*bos_token"),
+        (
+            ["a text", ["a", "b"]],
+            r"samples\[1\]: found list where the first sample is a text.*bos_token",
+        ),
         (["a text", {"prompt": "a"}], r"samples\[1\]: found dict"),
         (["a text", None], r"samples\[1\]: found NoneType"),
         ([["a", "b"], ["a", 1]], r"samples\[1\]: a phrase of a dialogue must be a text; found int"),
-        ([["a", "b"], [["a", "b"], ["c", "d"]]], r"samples\[1\]: a phrase of a dialogue must be a text; found list"),
+        (
+            [["a", "b"], [["a", "b"], ["c", "d"]]],
+            r"samples\[1\]: a phrase of a dialogue must be a text; found list",
+        ),
         ([["a", "b"], 7], r"samples\[1\]: found int"),
         ([["a", "b"], ["a"]], r"samples\[1\]: Dialogue must have an even number"),
         ("a text", "a list of them"),
@@ -270,7 +337,9 @@ def test_dictionaries_are_no_dialogues_anywhere() -> None:
         PromptPipeline([{"question": "b"}], 9, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["loss", "create_train_dataloader", "prepare_learning", "get_arch"])
+@pytest.mark.parametrize(
+    "name", ["loss", "create_train_dataloader", "prepare_learning", "get_arch"]
+)
 def test_methods_that_nothing_would_call_are_refused(model: str, tmp_path: Path, name: str) -> None:
     own = type("Own", (AccelerateSFTTrainer,), {name: lambda self: None})
     register_trainer("own")(own)
@@ -287,7 +356,9 @@ def test_a_stores_own_loader_is_said_not_to_be_called(
 
     class WithStore(AccelerateSFTTrainer):
         def make_experience(self, samples: Any, seq_length: int) -> None:
-            self.store = Store([tokenize_dialogue(sample, self.tokenizer) for sample in samples], self.tokenizer)
+            self.store = Store(
+                [tokenize_dialogue(sample, self.tokenizer) for sample in samples], self.tokenizer
+            )
 
     register_trainer(WithStore)
     trlx.train(samples=SAMPLES, config=config(model, tmp_path, train={"trainer": "WithStore"}))
@@ -297,14 +368,18 @@ def test_a_stores_own_loader_is_said_not_to_be_called(
 # --- options of saving ------------------------------------------------------------------------------------------------
 
 
-def test_options_of_saving_apply_or_are_refused_once_all_is_written(model: str, tmp_path: Path) -> None:
+def test_options_of_saving_apply_or_are_refused_once_all_is_written(
+    model: str, tmp_path: Path
+) -> None:
     trainer = trlx.train(samples=SAMPLES, config=config(model, tmp_path))
     trainer.save_pretrained(str(tmp_path / "a"), safe_serialization=True, max_shard_size="20KB")
     assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 1
     assert same(weights(tmp_path / "a"), weights(tmp_path / "checkpoint_3" / "hf_model"))
     for options in ({"safe_serialization": False}, {"push_to_hub": True}, {"heads_only": True}):
         folder = tmp_path / str(next(iter(options)))
-        with pytest.raises(UserError, match=rf"save_pretrained: {folder} is written, but {folder.name}="):
+        with pytest.raises(
+            UserError, match=rf"save_pretrained: {folder} is written, but {folder.name}="
+        ):
             trainer.save_pretrained(str(folder), **options)
         assert same(weights(folder), weights(tmp_path / "a"))
     with pytest.raises(UserError, match=r"save: .* is written, but strange=1"):
@@ -318,18 +393,27 @@ def test_options_of_saving_apply_or_are_refused_once_all_is_written(model: str, 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["whole", "adapter"])
 def test_export_takes_its_runs(model: str, tmp_path: Path, peft: Any) -> None:
     sections: dict[str, Any] = {"train": {"total_steps": 12, "checkpoint_interval": 8}}
-    ours = config(model, tmp_path / "run", model={"peft_config": peft}, optimizer={"kwargs": {"lr": 1e-2}}, **sections)
+    ours = config(
+        model,
+        tmp_path / "run",
+        model={"peft_config": peft},
+        optimizer={"kwargs": {"lr": 1e-2}},
+        **sections,
+    )
     trainer = trlx.train(samples=SAMPLES, config=ours)
     assert export(str(tmp_path / "run"), str(tmp_path / "merged")) == 0
     assert export(str(tmp_path / "run" / "sftx"), str(tmp_path / "earlier"), step="8") == 0
     ids = torch.tensor([[5, 6, 7, 8]])
     for name, step in (("merged", 12), ("earlier", 8)):
         trainer.load(str(tmp_path / "run" / f"checkpoint_{step:02d}"))
-        # As a preference trainer takes it by name: the architecture in config.json, its weights in the folder.
+        # As a preference trainer takes it by name: the architecture in config.json, its weights in
+        # the folder.
         served = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert not (tmp_path / name / "adapter_config.json").exists()
         trainer.job.loss.use_segments(False)
-        assert torch.allclose(served(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(
+            served(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits, atol=1e-5
+        )
         assert AutoTokenizer.from_pretrained(tmp_path / name).eos_token == "<eos>"
     with pytest.raises(UserError, match=r"no checkpoint of step 9.*8, 12"):
         export(str(tmp_path / "run"), str(tmp_path / "x"), step="9")

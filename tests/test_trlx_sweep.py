@@ -13,7 +13,8 @@ from sftx.types import UserError
 
 optuna = pytest.importorskip("optuna")
 
-# Stands in for a training script: its record says how good a learning rate of 0.3 would be, and that seed 13 fails.
+# Stands in for a training script: its record says how good a learning rate of 0.3 would be, and
+# that seed 13 fails.
 SCRIPT = """
 import json, pathlib
 import helper
@@ -45,13 +46,25 @@ def test_a_sweep_tries_the_grid_and_keeps_the_best(
 ) -> None:
     (tmp_path / "helper.py").write_text("BEST = 0.3\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "sweep.yml").write_text(CONFIG.replace("SEARCH", search).replace("SCHEDULER", scheduler))
+    (tmp_path / "sweep.yml").write_text(
+        CONFIG.replace("SEARCH", search).replace("SCHEDULER", scheduler)
+    )
     output = tmp_path / "out"
-    arguments = ["--config", str(tmp_path / "sweep.yml"), str(tmp_path / "script.py"), "--output", str(output), "-y"]
+    arguments = [
+        "--config",
+        str(tmp_path / "sweep.yml"),
+        str(tmp_path / "script.py"),
+        "--output",
+        str(output),
+        "-y",
+    ]
     assert main(arguments) == 0
     with (output / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["train.seed"], row["state"]) for row in rows] == [("1", "COMPLETE"), ("13", "FAIL")] * 2
+    assert [(row["train.seed"], row["state"]) for row in rows] == [
+        ("1", "COMPLETE"),
+        ("13", "FAIL"),
+    ] * 2
     best = json.loads((output / "best.json").read_text())
     good = [row for row in rows if row["state"] == "COMPLETE"]
     assert best["value"] == max(float(row["metrics/score"]) for row in good)
@@ -67,7 +80,11 @@ def test_a_sweep_tries_the_grid_and_keeps_the_best(
         ("quniform", [0.0, 1.0, 0.25], lambda x: x in (0, 0.25, 0.5, 0.75, 1)),
         ("loguniform", [1e-5, 1e-1], lambda x: 1e-5 <= x <= 1e-1),
         ("loguniform", [1e-5, 1e-1, 10], lambda x: 1e-5 <= x <= 1e-1),
-        ("qloguniform", [0.1, 10.0, 0.1], lambda x: 0.1 <= x <= 10.05 and abs(x * 10 - round(x * 10)) < 1e-6),
+        (
+            "qloguniform",
+            [0.1, 10.0, 0.1],
+            lambda x: 0.1 <= x <= 10.05 and abs(x * 10 - round(x * 10)) < 1e-6,
+        ),
         ("randn", [5.0, 0.1], lambda x: 4 < x < 6),
         ("qrandn", [5.0, 1.0, 0.5], lambda x: x * 2 == int(x * 2)),
         ("randint", [3, 5], lambda x: x in (3, 4)),
@@ -77,7 +94,9 @@ def test_a_sweep_tries_the_grid_and_keeps_the_best(
         ("choice", ["a", [1], None], lambda x: x in ("a", [1], None)),
     ],
 )
-def test_strategies_stay_inside_their_bounds(strategy: str, values: list[object], check: object) -> None:
+def test_strategies_stay_inside_their_bounds(
+    strategy: str, values: list[object], check: object
+) -> None:
     study = make_study({"mode": "min", "metric": "loss"})
     drawn = [suggest(study.ask(), "x", strategy, values) for _ in range(30)]
     assert all(check(x) for x in drawn)  # pyright: ignore[reportCallIssue]
@@ -93,9 +112,11 @@ def test_mistakes_in_the_yaml_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError) as caught:
         read_config(str(path))
     assert [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()] == [
-        "sweep.yml:1: tune_config.metrik: not known; mode, metric, search_alg, scheduler, num_samples are",
+        "sweep.yml:1: tune_config.metrik: not known; mode, metric, search_alg, scheduler, "
+        "num_samples are",
         "sweep.yml: tune_config: metric and mode (max or min) are needed",
-        "sweep.yml:2: lr: strategy 'unifrom'; known: uniform, quniform, loguniform, qloguniform, randn, qrandn, "
+        "sweep.yml:2: lr: strategy 'unifrom'; known: uniform, quniform, loguniform, qloguniform, "
+        "randn, qrandn, "
         "choice, grid, randint, qrandint, lograndint, qlograndint",
         "sweep.yml:5: x: uniform takes 2 to 2 values, found [1]",
     ]

@@ -1,4 +1,6 @@
-"""The public API is typed: names are found, sections are completed, and a misspelt setting is flagged."""
+"""The public API is typed: names are found, sections are completed, and a misspelt setting is
+flagged.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def test_every_setting_is_in_the_types() -> None:
     """Compared key by key with the schema, whatever the generator does."""
     assert keywords.Sections.__annotations__.keys() == Config.model_fields.keys()
     hints = inspect.get_annotations(keywords.Sections)
-    assert {key for key, hint in hints.items() if "Required" in str(hint)} == {"model", "data", "output"}
+    assert {key for key, hint in hints.items() if "Required" in str(hint)} == {
+        "model",
+        "data",
+        "output",
+    }
     for name, field in Config.model_fields.items():
         section = section_of(field)
         if section is not None:
@@ -38,9 +44,13 @@ def test_every_setting_is_in_the_types() -> None:
 
 
 def test_public_names_are_found_before_they_are_used() -> None:
-    code = "import sys, sftx; print(*dir(sftx)); assert not {'torch', 'transformers'} & {*sys.modules}"
+    code = (
+        "import sys, sftx; print(*dir(sftx)); assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {"train", "steps", "encode", "Config", "Result", "Steps", "load_config"} <= {*done.stdout.split()}
+    assert {"train", "steps", "encode", "Config", "Result", "Steps", "load_config"} <= {
+        *done.stdout.split()
+    }
     assert {*sftx.__all__} == {*sftx._PUBLIC, "__version__"}
     for name in sftx.__all__:
         assert getattr(sftx, name) is not None
@@ -50,7 +60,10 @@ def test_type_checkers_see_the_same_names_as_python() -> None:
     tree = ast.parse((ROOT / "src" / "sftx" / "__init__.py").read_text(encoding="utf-8"))
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {
-        alias.name: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     assert seen == sftx._PUBLIC
 
@@ -65,7 +78,11 @@ def test_a_setting_takes_what_make_config_takes() -> None:
         optim={"betas": [0.8, 0.9], "learning_rate": 1},
         batch=sftx.Config.model_fields["batch"].default,
     )
-    assert (config.model.path, config.data.train_on, config.optim.betas) == ("m", ["user"], (0.8, 0.9))
+    assert (config.model.path, config.data.train_on, config.optim.betas) == (
+        "m",
+        ["user"],
+        (0.8, 0.9),
+    )
 
 
 RIGHT = """\
@@ -107,15 +124,30 @@ def test_a_type_checker_flags_mistakes_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("pyright")
     (tmp_path / "right.py").write_text(RIGHT)
     (tmp_path / "wrong.py").write_text("import sftx\n" + "".join(f"{line}\n" for line in WRONG))
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--outputjson",
+        "--pythonpath",
+        sys.executable,
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     report = json.loads(done.stdout)["generalDiagnostics"]
     told = {"right.py": [], "wrong.py": []}
     for entry in report:
-        told[Path(entry["file"]).name].append((entry["severity"], entry["range"]["start"]["line"], entry["message"]))
+        told[Path(entry["file"]).name].append(
+            (entry["severity"], entry["range"]["start"]["line"], entry["message"])
+        )
     assert [entry for entry in told["right.py"] if entry[0] == "error"] == []
     revealed = " ".join(message for _, _, message in told["right.py"])
-    for type_name in ("-> Result", "list[StepRecord]", '"record" is "StepRecord"', "dict[str, float]"):
+    for type_name in (
+        "-> Result",
+        "list[StepRecord]",
+        '"record" is "StepRecord"',
+        "dict[str, float]",
+    ):
         assert type_name in revealed
     for number, (line, message) in enumerate(WRONG.items(), 1):
         assert any(at == number and message in text for _, at, text in told["wrong.py"]), line

@@ -22,7 +22,9 @@ from sftx.settings.schema import Config, Model
 from sftx.training.optim import StochasticAdamW, random_bits, with_moments
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(16)]
-with_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+with_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
 
 
 def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
@@ -39,8 +41,12 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     return base
 
 
-def steps(weight: torch.Tensor, number: int, rate: float, kind: type[torch.optim.AdamW]) -> torch.Tensor:
-    """The weight after steps whose gradient is 1 everywhere, so that each moves it by the learning rate."""
+def steps(
+    weight: torch.Tensor, number: int, rate: float, kind: type[torch.optim.AdamW]
+) -> torch.Tensor:
+    """The weight after steps whose gradient is 1 everywhere, so that each moves it by the learning
+    rate.
+    """
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = kind([parameter], lr=rate, weight_decay=0.0, fused=True)
     if kind is StochasticAdamW:
@@ -59,7 +65,8 @@ def test_small_updates_are_lost_by_naive_rounding_and_kept_by_stochastic_roundin
     assert torch.equal(steps(weight, 50, 1e-5, torch.optim.AdamW), weight)
     after = steps(weight, 50, 1e-5, StochasticAdamW)
     assert 1 - 5 * 2**-8 < float(after.min()) < float(after.max()) == 1.0
-    # Binomial: the mean of 20,000 weights has a standard deviation of sqrt(moved * 2^-8 / 20000) = 1e-5.
+    # Binomial: the mean of 20,000 weights has a standard deviation of sqrt(moved * 2^-8 / 20000) =
+    # 1e-5.
     assert float((1 - after.float()).mean()) == pytest.approx(moved, abs=5e-5)
     assert torch.equal(after, steps(weight, 50, 1e-5, StochasticAdamW))
     assert torch.equal(steps(-weight, 1, 0.0, StochasticAdamW), -weight)
@@ -78,7 +85,9 @@ def test_rounding_bits_belong_to_the_place_of_a_weight() -> None:
     assert torch.equal(whole, torch.cat(parts))
     counts = torch.bincount(whole, minlength=1 << 16)
     assert len(counts) == 1 << 16
-    chi_squared = float(((counts - 4.0) ** 2 / 4).sum())  # 65,535 degrees of freedom: a standard deviation of 362
+    chi_squared = float(
+        ((counts - 4.0) ** 2 / 4).sum()
+    )  # 65,535 degrees of freedom: a standard deviation of 362
     assert abs(chi_squared - 65_535) < 5 * 362
     assert not torch.equal(whole, random_bits(first + 0x9E3779B9, 1 << 18, cpu))
 
@@ -104,7 +113,10 @@ def test_a_run_in_bf16_learns_says_so_and_continues_to_the_bit(tmp_path: Path) -
     assert whole.eval_before is not None
     assert whole.eval_after is not None
     assert whole.eval_after["loss"] < whole.eval_before["loss"] - 0.1
-    assert any("rounded at random" in n for n in json.loads((whole.folder / "run.json").read_text())["notes"])
+    assert any(
+        "rounded at random" in n
+        for n in json.loads((whole.folder / "run.json").read_text())["notes"]
+    )
     config = settings(path, tmp_path / "killed", **extra)
     for record in sftx.steps(**config):
         if record.step == 4:
@@ -130,9 +142,13 @@ def test_contradictions_are_refused(sections: dict[str, Any], message: str) -> N
 
 
 @with_bitsandbytes
-def test_gradients_through_a_base_in_4_bits_are_those_of_its_dequantised_weights(tmp_path: Path) -> None:
+def test_gradients_through_a_base_in_4_bits_are_those_of_its_dequantised_weights(
+    tmp_path: Path,
+) -> None:
     path = tiny.folder(tmp_path / "model", hidden_size=64, intermediate_size=128)
-    adapter = Config.model_validate({"model": "m", "data": "d", "output": "o", "adapter": "lora"}).adapter
+    adapter = Config.model_validate(
+        {"model": "m", "data": "d", "output": "o", "adapter": "lora"}
+    ).adapter
     pack = to_tensors(build_pack(tiny.examples([20, 13])), torch.device("cpu"))
     gradients = []
     for dequantise in (False, True):
@@ -142,10 +158,14 @@ def test_gradients_through_a_base_in_4_bits_are_those_of_its_dequantised_weights
         loss = PackLoss(model)
         loss.eval()
         with torch.no_grad():
-            loss(pack)  # bitsandbytes may repack its weights here, through which no gradient would come
+            loss(
+                pack
+            )  # bitsandbytes may repack its weights here, through which no gradient would come
         loss.train()
         loss(pack).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None])
+        )
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5
 
 
@@ -163,17 +183,30 @@ def test_qlora_trains_and_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     assert facts["parameters"]["all"] == full + facts["parameters"]["trainable"]
     assert main(["export", str(result.folder)]) == 0
     exported = sftx.train(
-        **settings(str(result.folder / "exported"), tmp_path / "after", data={"eval_rows": ROWS}, batch={"epochs": 1})
+        **settings(
+            str(result.folder / "exported"),
+            tmp_path / "after",
+            data={"eval_rows": ROWS},
+            batch={"epochs": 1},
+        )
     )
     assert exported.eval_before is not None
     assert exported.eval_before["loss"] == pytest.approx(result.eval_after["loss"], rel=1e-5)
-    assert "quantization_config" not in json.loads((result.folder / "exported" / "config.json").read_text())
-    again = sftx.train(**settings(path, tmp_path / "on", adapter=adapter | {"path": str(result.folder)}, **extra))
+    assert "quantization_config" not in json.loads(
+        (result.folder / "exported" / "config.json").read_text()
+    )
+    again = sftx.train(
+        **settings(path, tmp_path / "on", adapter=adapter | {"path": str(result.folder)}, **extra)
+    )
     assert again.eval_before == result.eval_after
 
 
-def test_4_bits_without_bitsandbytes_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_bits_without_bitsandbytes_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sftx.model.load.find_spec", lambda name: None)
     path = tiny.folder(tmp_path / "model")
     with pytest.raises(sftx.UserError, match=r"pip install 'sftx\[qlora\]'"):
-        sftx.train(**settings(path, tmp_path / "run", adapter={"method": "lora", "quantize": "nf4"}))
+        sftx.train(
+            **settings(path, tmp_path / "run", adapter={"method": "lora", "quantize": "nf4"})
+        )

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -37,7 +39,18 @@ def test_a_wheel_installs_and_works_without_this_folder(tmp_path: Path) -> None:
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+        cwd=tmp_path,
+    )
     (wheel,) = tmp_path.glob("sftx-*.whl")
     assert wheel.name.startswith(f"sftx-{sftx.__version__}-")
 
@@ -48,7 +61,18 @@ def test_a_wheel_installs_and_works_without_this_folder(tmp_path: Path) -> None:
     assert tops == {"sftx", f"sftx-{sftx.__version__}.dist-info"}
 
     target = tmp_path / "installed"
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+        wheel,
+        cwd=tmp_path,
+    )
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import sftx; "
         "assert sftx.__file__.startswith(sys.argv[1]), sftx.__file__; "

@@ -1,4 +1,6 @@
-"""Tokenising by word gives the ids of tokenising at once, for every tokenizer that is said to allow it."""
+"""Tokenising by word gives the ids of tokenising at once, for every tokenizer that is said to allow
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,19 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from sftx.data.store.word_cache import LONGEST, REMEMBERED, WordCache, tokenises_by_word
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "tokenizers"
-SAMPLE = ["It's the cat's hat, isn't it? (Yes: it IS!)\n\n  The end.\t1984 + 17 = 2001; über 中文 🙂 e\u0301\r\n"] * 3
+SAMPLE = [
+    "It's the cat's hat, isn't it? (Yes: it IS!)\n\n  The end.\t1984 + 17 = 2001; über 中文 🙂 "
+    "e\u0301\r\n"
+] * 3
 RULE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def trained(rule: str | None, added: tuple[tokenizers.AddedToken | str, ...] = ("<|end|>", "<think>")) -> Tokenizer:
+def trained(
+    rule: str | None, added: tuple[tokenizers.AddedToken | str, ...] = ("<|end|>", "<think>")
+) -> Tokenizer:
     made = Tokenizer(models.BPE())
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule is None)
     if rule is not None:
@@ -38,13 +45,16 @@ def trained(rule: str | None, added: tuple[tokenizers.AddedToken | str, ...] = (
 
 
 TOKENIZERS = [trained(RULE), trained(RULE.replace("{1,3}", "")), trained(None)]
-PIECE = st.sampled_from(list('aB \n\t1.,!()/_"é中🙂=<\u0308\u0338\u00a0\u2028\u3000ſ')) | st.sampled_from(
-    ["it", "  ", "\r\n", "'s", "'LL", "234", "e\u0301", "<|end|>", "<think>", "<|"]
-)
+PIECE = st.sampled_from(
+    list('aB \n\t1.,!()/_"é中🙂=<\u0308\u0338\u00a0\u2028\u3000ſ')
+) | st.sampled_from(["it", "  ", "\r\n", "'s", "'LL", "234", "e\u0301", "<|end|>", "<think>", "<|"])
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.lists(PIECE | st.text(max_size=3), max_size=25).map("".join), max_size=4), st.booleans())
+@given(
+    st.lists(st.lists(PIECE | st.text(max_size=3), max_size=25).map("".join), max_size=4),
+    st.booleans(),
+)
 def test_words_have_the_ids_of_the_text(texts: list[str], plain: bool) -> None:
     for made in TOKENIZERS:
         assert tokenises_by_word(made)
@@ -52,7 +62,9 @@ def test_words_have_the_ids_of_the_text(texts: list[str], plain: bool) -> None:
         words = WordCache(made)
         expected = [found.ids for found in made.encode_batch(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in map(words.encode, texts)] == expected
-        assert [ids.tolist() for ids in map(words.encode, texts)] == expected  # from what is remembered
+        assert [
+            ids.tolist() for ids in map(words.encode, texts)
+        ] == expected  # from what is remembered
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])

@@ -20,7 +20,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
+SPECIAL = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|tool|>",
+]
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
@@ -42,7 +51,20 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-WORDS = ["river", "stone", "lamp", "seven", "orchard", "wind", "paper", "tower", "salt", "morning", "copper", "fox"]
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "seven",
+    "orchard",
+    "wind",
+    "paper",
+    "tower",
+    "salt",
+    "morning",
+    "copper",
+    "fox",
+]
 
 
 def text(rng: random.Random, length: int) -> str:
@@ -54,7 +76,10 @@ def pairs(count: int, shortest: int = 2, longest: int = 60) -> list[dict[str, st
     """Rows of unequal length, always the same."""
     rng = random.Random(0)
     return [
-        {"prompt": f"{i}: {text(rng, rng.randint(4, 16))}", "completion": text(rng, rng.randint(shortest, longest))}
+        {
+            "prompt": f"{i}: {text(rng, rng.randint(4, 16))}",
+            "completion": text(rng, rng.randint(shortest, longest)),
+        }
         for i in range(count)
     ]
 
@@ -69,7 +94,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def model(family: str = "Llama", vocab_size: int = 264, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+def model(
+    family: str = "Llama", vocab_size: int = 264, seed: int = 0, **changes: Any
+) -> transformers.PreTrainedModel:
     """A randomly initialised causal LM of two small layers."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(
@@ -97,7 +124,9 @@ def examples(lengths: list[int], vocab_size: int = 264, seed: int = 0) -> list[E
 
 
 def naive_loss(reference: torch.nn.Module, data: list[Example]) -> torch.Tensor:
-    """sum(w * nll) / sum(w), one example at a time, in the model's own forward: no padding, no packing."""
+    """sum(w * nll) / sum(w), one example at a time, in the model's own forward: no padding, no
+    packing.
+    """
     total, weight_sum = torch.zeros((), dtype=torch.float64), 0.0
     for example in data:
         ids = torch.tensor(example.ids.astype(np.int64))[None]

@@ -1,4 +1,6 @@
-"""Two nodes of a Ray cluster run the same torchrun command: `ray job submit -- python ray_job.py run.yaml`."""
+"""Two nodes of a Ray cluster run the same torchrun command: `ray job submit -- python ray_job.py
+run.yaml`.
+"""
 
 import subprocess
 import sys
@@ -38,7 +40,12 @@ def main(arguments: list[str]) -> None:
 
     address = ray.get(ray.remote(ray.util.get_node_ip_address).options(**on(0)).remote())
     launch = ray.remote(subprocess.check_call)
-    ray.get([launch.options(**on(node)).remote(command(f"{address}:29400", arguments)) for node in range(NODES)])
+    ray.get(
+        [
+            launch.options(**on(node)).remote(command(f"{address}:29400", arguments))
+            for node in range(NODES)
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ _PUBLIC = {
     "StepRecord": "sftx.types",
     "UserError": "sftx.types",
 }
-"""Public names and the modules they are imported from when first used: `import sftx` loads no torch."""
+"""Public names and the modules they are imported from when first used: `import sftx` loads no
+torch.
+"""
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for a name of ours

@@ -1,8 +1,9 @@
-"""Rows that come from Arrow, whose structs give every row the keys of all rows: which nulls did somebody write?
+"""Rows that come from Arrow, whose structs give every row the keys of all rows: which nulls did
+somebody write?
 
-A struct whose fields are each filled in all rows, or in none, was not put together from different keys: its nulls are
-real. In any other struct a null may stand for a key that a row did not have, and is left out. The keys of a map are
-always those that were written.
+A struct whose fields are each filled in all rows, or in none, was not put together from different
+keys: its nulls are real. In any other struct a null may stand for a key that a row did not have,
+and is left out. The keys of a map are always those that were written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ class Shape:
     fields: dict[str, Shape] = field(default_factory=dict)  # of a struct
     item: Shape | None = None  # of a list
     structs: int = 0  # how many structs stand here
-    filled: dict[str, int] = field(default_factory=dict)  # and in how many of them each field is not null
+    filled: dict[str, int] = field(
+        default_factory=dict
+    )  # and in how many of them each field is not null
 
     def invents(self) -> bool:
         """Whether some struct here may have keys that its row did not have."""
@@ -45,7 +48,11 @@ def _count(shape: Shape, values: Any) -> None:
         for name, child in zip((f.name for f in kind), present.flatten(), strict=True):
             shape.filled[name] = shape.filled.get(name, 0) + len(child) - child.null_count
             _count(shape.fields.setdefault(name, Shape()), child)
-    elif arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind):
+    elif (
+        arrow.types.is_list(kind)
+        or arrow.types.is_large_list(kind)
+        or arrow.types.is_fixed_size_list(kind)
+    ):
         shape.item = shape.item or Shape()
         _count(shape.item, values.flatten())
 
@@ -64,14 +71,18 @@ def as_written(row: Any, shape: Shape | None = None) -> Any:
 
 def rows_of(dataset: Any) -> Iterator[Any]:
     """The rows of a data set of `datasets`, which keeps them in Arrow."""
-    table = getattr(getattr(dataset, "data", None), "table", None)  # a data set that streams has none
+    table = getattr(
+        getattr(dataset, "data", None), "table", None
+    )  # a data set that streams has none
     shape = None if table is None else shape_of(table.to_batches())
     for row in dataset:
         yield as_written(row, shape)
 
 
 def from_numpy(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a DataFrame. What pandas read from Arrow it holds as arrays, in whose structs no null is certain."""
+    """A row of a DataFrame. What pandas read from Arrow it holds as arrays, in whose structs no
+    null is certain.
+    """
     made: dict[str, Any] = {}
     for name, value in row.items():
         is_array = getattr(value, "ndim", 0) > 0

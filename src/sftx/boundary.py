@@ -1,7 +1,9 @@
-"""The one place where whatever a library raises becomes a message to the user: reading the files of a model folder.
+"""The one place where whatever a library raises becomes a message to the user: reading the files of
+a model folder.
 
-A damaged or odd file makes transformers, tokenizers, safetensors and peft raise nearly anything: KeyError, TypeError,
-ZeroDivisionError, even a panic of Rust code. Mistakes of sftx itself lie outside and still show as tracebacks.
+A damaged or odd file makes transformers, tokenizers, safetensors and peft raise nearly anything:
+KeyError, TypeError, ZeroDivisionError, even a panic of Rust code. Mistakes of sftx itself lie
+outside and still show as tracebacks.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ LONGEST = 600  # characters of a cause that are shown; some libraries print a wh
 
 @contextmanager
 def boundary(place: object, hint: str = "") -> Iterator[None]:
-    """Inside, an error becomes a `UserError` that names the `place` (a file, or a setting and its value) and the cause.
+    """Inside, an error becomes a `UserError` that names the `place` (a file, or a setting and its
+    value) and the cause.
 
     `hint` says what to do. A full disk and a lack of memory are no damage, and pass.
     """
@@ -36,7 +39,9 @@ def boundary(place: object, hint: str = "") -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong, on one line; the kind of error too where its text alone says little (`KeyError: 'x'`)."""
+    """What went wrong, on one line; the kind of error too where its text alone says little
+    (`KeyError: 'x'`).
+    """
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
     if isinstance(error, RecursionError):

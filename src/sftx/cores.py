@@ -1,4 +1,6 @@
-"""CPU cores that this process may use: those it is bound to, fewer where a control group limits its time."""
+"""CPU cores that this process may use: those it is bound to, fewer where a control group limits its
+time.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,25 @@ PROC, CGROUPS, CPUS = Path("/proc"), Path("/sys/fs/cgroup"), Path("/sys/devices/
 
 
 def usable_cores(physical: bool = False) -> int:
-    """How many cores' worth of time this process may take, at least 1; `physical` counts the hardware threads of a
-    core once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    """How many cores' worth of time this process may take, at least 1; `physical` counts the
+    hardware threads of a core once.
+    """
+    allowed = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     siblings = "cpu{}/topology/thread_siblings_list"
-    cores = {_read(CPUS / siblings.format(cpu)) or cpu for cpu in allowed} if physical else set(allowed)
+    cores = (
+        {_read(CPUS / siblings.format(cpu)) or cpu for cpu in allowed} if physical else set(allowed)
+    )
     return max(1, min([len(cores), *map(int, quotas())]))
 
 
 def quotas() -> Iterator[float]:
-    """Cores' worth of time that each control group of this process may take, for those that have a limit.
+    """Cores' worth of time that each control group of this process may take, for those that have a
+    limit.
 
-    Version 2 writes `quota period` into cpu.max, version 1 each into a file of its own; both in microseconds.
+    Version 2 writes `quota period` into cpu.max, version 1 each into a file of its own; both in
+    microseconds.
     """
     for line in _read(PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -40,7 +49,8 @@ def quotas() -> Iterator[float]:
 def omp_threads() -> int | None:
     """What OMP_NUM_THREADS asks for; None where it asks for nothing.
 
-    torchrun sets it to 1 for several processes when the user has not set it, so that 1 is no wish there.
+    torchrun sets it to 1 for several processes when the user has not set it, so that 1 is no wish
+    there.
     """
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     by_torchrun = first == "1" and "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,7 +1,8 @@
 """The processes of a run: who this one is, and what they tell each other.
 
-torchrun starts them and names them in the environment; one process alone needs nothing of this, and every function
-here then answers at once. Collectives run over gloo on the CPU and over NCCL between GPUs.
+torchrun starts them and names them in the environment; one process alone needs nothing of this, and
+every function here then answers at once. Collectives run over gloo on the CPU and over NCCL between
+GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from sftx.types import UserError
 
 Value = TypeVar("Value")
 GRACE = 5.0
-"""Seconds after `runtime.rank_timeout` until a rank ends itself: those that wait for it get to speak first."""
+"""Seconds after `runtime.rank_timeout` until a rank ends itself: those that wait for it get to
+speak first.
+"""
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -74,17 +77,24 @@ class _Watch:
     def heartbeat(self, place: str) -> None:
         """Tell the others, and begin anew the time until this process shows its stacks and ends."""
         self.place = place or self.place
-        with suppress(RuntimeError):  # the store is gone with the launcher; what that means, a signal says
+        with suppress(
+            RuntimeError
+        ):  # the store is gone with the launcher; what that means, a signal says
             self.store.set(f"place {rank()}", self.place)
         faulthandler.dump_traceback_later(self.timeout + GRACE, exit=True)
 
     def silent(self) -> str:
-        """The ranks that do not report a loss as this one does, in words; called once, by every survivor."""
+        """The ranks that do not report a loss as this one does, in words; called once, by every
+        survivor.
+        """
         self.store.set(f"lost {rank()}", "")
         time.sleep(GRACE / 2)  # until the others have said so too
         silent = [other for other in range(world_size()) if not self.store.check([f"lost {other}"])]
         places = [self.store.get(f"place {other}").decode() for other in silent]
-        named = (f"rank {other} was last heard of at {place}" for other, place in zip(silent, places, strict=True))
+        named = (
+            f"rank {other} was last heard of at {place}"
+            for other, place in zip(silent, places, strict=True)
+        )
         return "; ".join(named) or "no rank is silent"
 
 
@@ -97,14 +107,18 @@ _groups = count()
 def joined(device: torch.device, timeout: float) -> Iterator[None]:
     """Inside, the processes that torchrun started are one group; without torchrun nothing happens.
 
-    A rank that waits longer than `timeout` seconds for another fails, naming who was heard of least; a rank that gives
-    no sign of life for so long prints the stacks of its threads and ends. The launcher then ends the rest.
+    A rank that waits longer than `timeout` seconds for another fails, naming who was heard of
+    least; a rank that gives no sign of life for so long prints the stacks of its threads and ends.
+    The launcher then ends the rest.
     """
     global _saving, _watch
     missing = sorted({"MASTER_ADDR", "RANK", "WORLD_SIZE"} - os.environ.keys())
-    if missing and not is_joined() and (rank() or world_size() > 1):  # or each would train its share, and no more
+    if (
+        missing and not is_joined() and (rank() or world_size() > 1)
+    ):  # or each would train its share, and no more
         raise UserError(
-            f"the environment speaks of several processes (RANK={rank()}, WORLD_SIZE={world_size()}), but not of "
+            f"the environment speaks of several processes (RANK={rank()}, "
+            f"WORLD_SIZE={world_size()}), but not of "
             f"{missing[0]}: start them with torchrun, or unset what is left of another program"
         )
     if missing or is_joined():
@@ -113,7 +127,9 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     _die_with_launcher()
     on_gpu = device.type == "cuda"
     server = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
-    store = PrefixStore(f"sftx {next(_groups)}", server)  # the launcher's store outlives a group, with all its keys
+    store = PrefixStore(
+        f"sftx {next(_groups)}", server
+    )  # the launcher's store outlives a group, with all its keys
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
@@ -128,7 +144,9 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         yield
         torch_dist.barrier()  # nobody leaves while another still needs its store or its sockets
         torch_dist.destroy_process_group()
-    except RuntimeError as error:  # what torch raises for a peer that is gone, silent, or out of step
+    except (
+        RuntimeError
+    ) as error:  # what torch raises for a peer that is gone, silent, or out of step
         print(f"rank {rank()}: {_watch.place}: {error}", file=sys.stderr, flush=True)
         with suppress(RuntimeError):  # the store may be gone too
             print(f"rank {rank()}: {_watch.silent()}", file=sys.stderr, flush=True)
@@ -139,13 +157,17 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
 
 
 def heartbeat(place: str = "") -> None:
-    """A sign of life, with where in the run this rank is ("step 12"); due once per `runtime.rank_timeout`."""
+    """A sign of life, with where in the run this rank is ("step 12"); due once per
+    `runtime.rank_timeout`.
+    """
     if _watch is not None:
         _watch.heartbeat(place)
 
 
 def saving_group() -> torch_dist.ProcessGroup | None:
-    """The ranks once more, for what goes on beside training: a checkpoint is written on a thread of its own."""
+    """The ranks once more, for what goes on beside training: a checkpoint is written on a thread of
+    its own.
+    """
     return _saving
 
 
@@ -164,7 +186,9 @@ def broadcast(value: Value, saving: bool = False) -> Value:
     if not is_joined():
         return value
     holder: list[Any] = [value]
-    torch_dist.broadcast_object_list(holder, group=_saving if saving else None, device=torch.device("cpu"))
+    torch_dist.broadcast_object_list(
+        holder, group=_saving if saving else None, device=torch.device("cpu")
+    )
     return holder[0]
 
 

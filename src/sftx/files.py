@@ -1,7 +1,7 @@
 """Writing files so that neither a crash nor a power loss leaves something half done.
 
-What was written is on the disk only once the file was synced; a new name, a renamed or a deleted one only once its
-folder was.
+What was written is on the disk only once the file was synced; a new name, a renamed or a deleted
+one only once its folder was.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that the file is either the old one or the new one, whatever happens meanwhile."""
+    """Write `text` so that the file is either the old one or the new one, whatever happens
+    meanwhile.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -1,4 +1,6 @@
-"""The config.json of a model, read as JSON and checked for what a library would choke on, hang at, or run code for."""
+"""The config.json of a model, read as JSON and checked for what a library would choke on, hang at,
+or run code for.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,23 @@ from sftx.boundary import boundary
 from sftx.types import UserError
 
 MOST = 10_000
-"""Layers, blocks or experts of a model: more are not built. The largest published models have a few hundred."""
+"""Layers, blocks or experts of a model: more are not built. The largest published models have a few
+hundred.
+"""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 _COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?)")
 _DROPOUT = re.compile(r"(\w+_)?(dropout|pdrop)(_prob|_rate|_p)?")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Named by a file, any other kernel could be code of the hub. `flash_*` only says what the model's author used.
+# Named by a file, any other kernel could be code of the hub. `flash_*` only says what the model's
+# author used.
 _KERNELS = {
-    "attn_implementation": ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
+    "attn_implementation": (
+        "eager",
+        "sdpa",
+        "flex_attention",
+        "flash_attention_2",
+        "flash_attention_3",
+    ),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
 
@@ -41,7 +52,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def config_file(path: str) -> Path:
-    """The config.json of the model at `path`: a folder, that file itself, or a name on the hub, which is fetched."""
+    """The config.json of the model at `path`: a folder, that file itself, or a name on the hub,
+    which is fetched.
+    """
     if Path(path).is_dir():
         return Path(path) / "config.json"
     if Path(path).is_file():
@@ -53,7 +66,8 @@ def config_file(path: str) -> Path:
 
 
 def check_config(config: dict[str, Any], place: object, trusted: bool = False) -> None:
-    """Refuse counts that nobody can build, positions that are none, and kernels that a file may not name.
+    """Refuse counts that nobody can build, positions that are none, and kernels that a file may not
+    name.
 
     `trusted`: the caller lets code that comes with the model run, kernels of the hub too.
 
@@ -66,7 +80,9 @@ def check_config(config: dict[str, Any], place: object, trusted: bool = False) -
         for name in POSITIONS:
             value = inner.get(name)
             if value is not None and not (type(value) is int and value >= 1):
-                raise UserError(f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed")
+                raise UserError(
+                    f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed"
+                )
         for name in _LAYERS:
             value = inner.get(name)
             if isinstance(value, int | float) and value < 1:
@@ -94,19 +110,24 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_rate(name: str, value: Any, place: object) -> None:
-    """A rate of dropout; where there is no number, only that of attention is multiplied with all the same."""
+    """A rate of dropout; where there is no number, only that of attention is multiplied with all
+    the same.
+    """
     if value is None and name != "attention_dropout":
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UserError(f"{place}: {name}: found {value!r}; a number from 0 to 1 is needed")
 
 
-def _check_kernel(name: str, value: Any, known: tuple[str, ...], place: object, trusted: bool) -> None:
+def _check_kernel(
+    name: str, value: Any, known: tuple[str, ...], place: object, trusted: bool
+) -> None:
     for kernel in value.values() if isinstance(value, dict) else [value]:
         allowed = kernel is None or kernel in known
         if not allowed and not (trusted and isinstance(kernel, str) and "/" in kernel):
             raise UserError(
-                f"{place}: {name}: found {kernel!r}; a file may name one of {', '.join(known)}, or leave the choice to "
+                f"{place}: {name}: found {kernel!r}; a file may name one of {', '.join(known)}, "
+                "or leave the choice to "
                 "sftx: take the line out"
             )
 

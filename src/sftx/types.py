@@ -16,7 +16,9 @@ from sftx.printable import printable
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 ONE_EACH = "one sequence per turn"
-"""The ledger's note for rows whose turns cannot share a sequence: the template writes earlier ones otherwise then."""
+"""The ledger's note for rows whose turns cannot share a sequence: the template writes earlier ones
+otherwise then.
+"""
 
 
 class UserError(ValueError):
@@ -30,7 +32,9 @@ class UserError(ValueError):
 
 
 class RowError(UserError):
-    """A mistake in one row. The message names the field; whoever knows the row's place puts `file:line: ` before it."""
+    """A mistake in one row. The message names the field; whoever knows the row's place puts
+    `file:line: ` before it.
+    """
 
 
 class Message(TypedDict, total=False):
@@ -53,13 +57,16 @@ class Phrase(NamedTuple):
     weight: float
 
 
-@dataclass(slots=True)  # not frozen: there are very many, and it takes three times as long to make one
+@dataclass(
+    slots=True
+)  # not frozen: there are very many, and it takes three times as long to make one
 class Row:
     """One row of data, whatever file format it came from, before it becomes tokens.
 
-    Exactly one of the five contents is set, named by `kind`: `text` (every token is a target), `phrases` (alternating
-    prompts and outputs, with no roles), `messages` (with `tools` and `template_kwargs`), `segments` (joined exactly as
-    they stand, nothing added but what they say), `tokens` (`ids` with `weights`, both already final).
+    Exactly one of the five contents is set, named by `kind`: `text` (every token is a target),
+    `phrases` (alternating prompts and outputs, with no roles), `messages` (with `tools` and
+    `template_kwargs`), `segments` (joined exactly as they stand, nothing added but what they say),
+    `tokens` (`ids` with `weights`, both already final).
     """
 
     kind: Literal["text", "phrases", "messages", "segments", "tokens"]
@@ -77,10 +84,10 @@ class Row:
 class Example:
     """A sequence of tokens and the weight of each as a target.
 
-    `ids` int32[T]; `weights` float32[T]: the weight of predicting `ids[t]` from `ids[:t]`. 0 means context only.
-    `weights[0]` is always 0: nothing stands before it. `note` says what was done to the row, if anything
-    ("split 2 of 3", "forced opening closed"); `part` numbers the examples that came from one row. `shortened`: the row
-    was too long, and something of its prompt is not here.
+    `ids` int32[T]; `weights` float32[T]: the weight of predicting `ids[t]` from `ids[:t]`. 0 means
+    context only. `weights[0]` is always 0: nothing stands before it. `note` says what was done to
+    the row, if anything ("split 2 of 3", "forced opening closed"); `part` numbers the examples that
+    came from one row. `shortened`: the row was too long, and something of its prompt is not here.
     """
 
     ids: Int32
@@ -99,8 +106,8 @@ class Example:
 class Pack:
     """Segments laid end to end in one flat stream, without padding.
 
-    The hidden state at `index[m]` predicts `label[m]` with `weight[m]`: labels are already shifted, so nothing
-    downstream shifts again. `positions` restart at 0 in every segment; segment i is
+    The hidden state at `index[m]` predicts `label[m]` with `weight[m]`: labels are already shifted,
+    so nothing downstream shifts again. `positions` restart at 0 in every segment; segment i is
     `ids[cu_seqlens[i]:cu_seqlens[i + 1]]` and sees only itself.
     """
 
@@ -115,11 +122,13 @@ class Pack:
 
 @dataclass(slots=True)
 class Ledger:
-    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in `truncated` too.
+    """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in
+    `truncated` too.
 
-    `shown`: how many different rows at least one step shows; all that were not dropped, unless the run is shorter than
-    that or shows only a share of a source. `targets_shortened`: targets whose row was too long, and something of whose
-    prompt is gone. `tokens_repeated`: tokens that rows with a sequence for each turn hold more than once.
+    `shown`: how many different rows at least one step shows; all that were not dropped, unless the
+    run is shorter than that or shows only a share of a source. `targets_shortened`: targets whose
+    row was too long, and something of whose prompt is gone. `tokens_repeated`: tokens that rows
+    with a sequence for each turn hold more than once.
     """
 
     read: int = 0
@@ -147,17 +156,23 @@ class Ledger:
                 setattr(self, name, getattr(self, name) + value)
 
     def summary(self) -> str:
-        """One line: `read 7,473 rows = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311 tokens are targets`."""
+        """One line: `read 7,473 rows = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311
+        tokens are targets`.
+        """
         share = 100 * self.targets / max(self.tokens, 1)
         unseen = self.trained + self.split - self.shown
         missed = f"; {unseen:,} of these rows are in no step of this run" if unseen else ""
         return (
-            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped {self.dropped:,}"
-            f"{missed}; {self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are targets"
+            f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped "
+            f"{self.dropped:,}"
+            f"{missed}; {self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are "
+            "targets"
         )
 
     def warnings(self) -> list[str]:
-        """What the length limit cost and what is computed more than once, one sentence each with what to do."""
+        """What the length limit cost and what is computed more than once, one sentence each with
+        what to do.
+        """
         said = []
         if self.truncated:
             lost = "of context, and no target"
@@ -170,14 +185,17 @@ class Ledger:
         if self.targets_shortened:
             share = 100 * self.targets_shortened / max(self.targets, 1)
             said.append(
-                f"{self.targets_shortened:,} targets ({share:.1f} %) stand behind a shortened prompt; "
+                f"{self.targets_shortened:,} targets ({share:.1f} %) stand behind a shortened "
+                "prompt; "
                 "raise data.max_length to train them behind the whole one"
             )
         if self.tokens_repeated:
             once = self.tokens - self.tokens_repeated
             said.append(
-                f"{ONE_EACH} makes {self.tokens / max(once, 1):.1f} times the tokens ({self.tokens:,} of {once:,}), "
-                "and so the time: the template writes earlier turns otherwise once others follow; a template that does "
+                f"{ONE_EACH} makes {self.tokens / max(once, 1):.1f} times the tokens "
+                f"({self.tokens:,} of {once:,}), "
+                "and so the time: the template writes earlier turns otherwise once others follow; "
+                "a template that does "
                 "not, or data.train_on: last, avoids it"
             )
         return said
@@ -185,14 +203,14 @@ class Ledger:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one optimiser step did. `seconds` is wall time; `memory` is bytes; `seconds_left` is what the steps that are
-    left will take at the speed of the latest, None after the first.
+    """What one optimiser step did. `seconds` is wall time; `memory` is bytes; `seconds_left` is
+    what the steps that are left will take at the speed of the latest, None after the first.
 
-    Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss` section adds, those in
-    `eval` are always plain.
+    Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss`
+    section adds, those in `eval` are always plain.
 
-    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0 stands for the model
-    before training: it has held-out numbers alone.
+    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0
+    stands for the model before training: it has held-out numbers alone.
     """
 
     step: int

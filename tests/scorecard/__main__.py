@@ -16,19 +16,28 @@ def main(arguments: list[str]) -> int:
     """Run the checks that were asked for; 0 when all of them pass."""
     asked = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     if strange := asked.keys() - {"only", "json", "here"}:
-        print(f"unknown: {', '.join(sorted(strange))}; known: only=1,5,7 json=FILE", file=sys.stderr)
+        print(
+            f"unknown: {', '.join(sorted(strange))}; known: only=1,5,7 json=FILE", file=sys.stderr
+        )
         return 2
     known = checks()
     if "here" in asked:
         run_here(known[int(asked["here"])])
         return 0
-    chosen = [known[int(number)] for number in asked["only"].split(",")] if "only" in asked else list(known.values())
+    chosen = (
+        [known[int(number)] for number in asked["only"].split(",")]
+        if "only" in asked
+        else list(known.values())
+    )
     outcomes = []
     for one in chosen:
         outcome = run_apart(one)
         outcomes.append(outcome)
         mark = "pass" if outcome.passed else "FAIL"
-        print(f"{one.number:2}  {mark}  {outcome.seconds:5.0f} s  {one.name:48.48}  {outcome.found}", flush=True)
+        print(
+            f"{one.number:2}  {mark}  {outcome.seconds:5.0f} s  {one.name:48.48}  {outcome.found}",
+            flush=True,
+        )
     passed = sum(outcome.passed for outcome in outcomes)
     seconds, cpu = sum(o.seconds for o in outcomes), sum(o.cpu_seconds for o in outcomes)
     print(f"\n{seconds / 60:.1f} minutes, {cpu / 60:.1f} CPU-minutes")

@@ -1,4 +1,6 @@
-"""Checks 11 to 14, 19 and 20: what a run does when it is killed, told to stop, out of space, or handed bad numbers."""
+"""Checks 11 to 14, 19 and 20: what a run does when it is killed, told to stop, out of space, or
+handed bad numbers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ from sftx.training import checkpoint, loop, prepare
 
 @check(11, "50 x SIGKILL inside a save", limit=600)
 def kills(folder: Path) -> str:
-    """50 kills at random moments of a save: every run continues unaided, to the bit, at most one save behind."""
+    """50 kills at random moments of a save: every run continues unaided, to the bit, at most one
+    save behind.
+    """
     steps: dict[str, Any] = {"batch": {"steps": 6}, "checkpoint": {"every": 2}}
     whole = settings(folder, "whole", **steps)
     took = folder / "took"
@@ -55,17 +59,27 @@ def kills(folder: Path) -> str:
     while inside < 50 and trials < 150:
         config = settings(folder, f"run-{trials}", **steps)
         delay = rng.random() * seconds
-        run(config, lambda delay=delay: on_call(checkpoint, "save", lambda: _kill_after(delay), calls=2), code=None)
+        run(
+            config,
+            lambda delay=delay: on_call(checkpoint, "save", lambda: _kill_after(delay), calls=2),
+            code=None,
+        )
         left = checkpoints(config)
         expect("step-00000002" in left, f"kill {trials}: only {left} left of a save before")
         hit = "step-00000004" not in left
         inside, trials, seconds = inside + hit, trials + 1, seconds * (1.05 if hit else 0.9)
         run(config)
         expect_equal(whole, config, f"the run after kill {trials}")
-        expect(not [name for name in checkpoints(config) if name.endswith(".tmp")], f"debris: {checkpoints(config)}")
+        expect(
+            not [name for name in checkpoints(config) if name.endswith(".tmp")],
+            f"debris: {checkpoints(config)}",
+        )
         shutil.rmtree(config["output"])
     expect(inside == 50, f"only {inside} of {trials} kills hit the save")
-    return f"50 of 50 continued to the bit, and so did {trials - 50} that were killed right after a save"
+    return (
+        f"50 of 50 continued to the bit, and so did {trials - 50} that were killed right after "
+        "a save"
+    )
 
 
 def _timed(save: Callable[..., Any], took: Path) -> Callable[..., Any]:
@@ -90,7 +104,9 @@ def _kill_after(seconds: float) -> None:
 
 @check(12, "Corruption matrix", limit=240)
 def corruption(folder: Path) -> str:
-    """Every file of the newest checkpoint deleted, halved, flipped, emptied: one warning, the one before is taken."""
+    """Every file of the newest checkpoint deleted, halved, flipped, emptied: one warning, the one
+    before is taken.
+    """
     whole, killed = settings(folder, "whole"), settings(folder, "killed")
     run(whole)
     run(killed, on_step(8, die), code=-9)
@@ -116,12 +132,19 @@ def corruption(folder: Path) -> str:
             shutil.copytree(killed["output"], config["output"])
             hurt(folder / "damaged" / "checkpoints" / newest / name)
             text = run(config)
-            expect("after step 3" in text, f"{how} {name}: not continued from the checkpoint before: {text[-300:]}")
             expect(
-                text.count("warning: checkpoint") == 1, f"{how} {name}: {text.count('warning: checkpoint')} warnings"
+                "after step 3" in text,
+                f"{how} {name}: not continued from the checkpoint before: {text[-300:]}",
+            )
+            expect(
+                text.count("warning: checkpoint") == 1,
+                f"{how} {name}: {text.count('warning: checkpoint')} warnings",
             )
             expect_equal(whole, config, f"{how} {name}")
-    return f"{len(names) * len(hurts)} of {len(names) * len(hurts)} cells fall back with one warning, to the bit"
+    return (
+        f"{len(names) * len(hurts)} of {len(names) * len(hurts)} cells fall back with one "
+        "warning, to the bit"
+    )
 
 
 @contextlib.contextmanager
@@ -130,14 +153,26 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
     libc = ctypes.CDLL(None, use_errno=True)
     path.mkdir()
     identity = os.getuid(), os.getgid()
-    if libc.unshare(0x00020000) != 0:  # CLONE_NEWNS; without the right to it, in a user namespace of our own
-        expect(libc.unshare(0x10000000 | 0x00020000) == 0, "no file system can be mounted here: not tested")
-        for name, line in (("setgroups", "deny"), ("uid_map", f"0 {identity[0]} 1"), ("gid_map", f"0 {identity[1]} 1")):
+    if (
+        libc.unshare(0x00020000) != 0
+    ):  # CLONE_NEWNS; without the right to it, in a user namespace of our own
+        expect(
+            libc.unshare(0x10000000 | 0x00020000) == 0,
+            "no file system can be mounted here: not tested",
+        )
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {identity[0]} 1"),
+            ("gid_map", f"0 {identity[1]} 1"),
+        ):
             Path("/proc/self", name).write_text(line)
     private, recursive = 1 << 18, 1 << 14
     libc.mount(None, b"/", None, private | recursive, None)
     mounted = libc.mount(b"tmpfs", bytes(path), b"tmpfs", 0, f"size={size}".encode())
-    expect(mounted == 0, f"no file system can be mounted here ({os.strerror(ctypes.get_errno())}): not tested")
+    expect(
+        mounted == 0,
+        f"no file system can be mounted here ({os.strerror(ctypes.get_errno())}): not tested",
+    )
     try:
         yield
     finally:
@@ -146,7 +181,9 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
 
 @check(13, "Disk full", limit=120)
 def disk_full(folder: Path) -> str:
-    """Refused before writing, with path, needed and free; a disk that fills up while writing harms nothing either."""
+    """Refused before writing, with path, needed and free; a disk that fills up while writing harms
+    nothing either.
+    """
     disk = folder / "disk"
     whole = settings(folder, "whole")
     run(whole)
@@ -172,8 +209,12 @@ def disk_full(folder: Path) -> str:
             numbers = case == "the model" or ("needed" in told[-1] and "free" in told[-1])
             expect(numbers, f"{case}: needed and free are not named: {told[-1]}")
             left = ["step-00000006", "step-00000009"] if case == "the model" else ["step-00000003"]
-            expect(checkpoints(config) == left, f"{case}: left in the folder: {checkpoints(config)}")
-            expect(not list((disk / "run").glob(".model*")), f"{case}: a half-written model was left")
+            expect(
+                checkpoints(config) == left, f"{case}: left in the folder: {checkpoints(config)}"
+            )
+            expect(
+                not list((disk / "run").glob(".model*")), f"{case}: a half-written model was left"
+            )
             (disk / "ballast").unlink()
             run(config)
             expect_equal(whole, config, case)
@@ -184,11 +225,16 @@ def disk_full(folder: Path) -> str:
 
 @check(14, "SIGTERM / SIGUSR1, 1 process", limit=150)
 def stop(folder: Path) -> str:
-    """In preparation, a step, an evaluation and a save: exit code 75 (not 0), and the run continues to the bit.
+    """In preparation, a step, an evaluation and a save: exit code 75 (not 0), and the run continues
+    to the bit.
 
-    SIGINT does the same in a step; a second one, there or inside a save, quits at once and harms nothing.
+    SIGINT does the same in a step; a second one, there or inside a save, quits at once and harms
+    nothing.
     """
-    more = {"data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))}, "eval": {"every": 3}}
+    more = {
+        "data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))},
+        "eval": {"every": 3},
+    }
     whole = settings(folder, "whole", **more)
     run(whole)
     points: dict[str, Callable[[Callable[[], None]], Any]] = {
@@ -202,29 +248,47 @@ def stop(folder: Path) -> str:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         for point, plant in points.items():
             config = settings(folder, f"{point} {number}", **more)
-            text = run(config, lambda plant=plant, number=number: plant(lambda: os.kill(os.getpid(), number)), code=75)
+            text = run(
+                config,
+                lambda plant=plant, number=number: plant(lambda: os.kill(os.getpid(), number)),
+                code=75,
+            )
             early = point in ("preparation", "first evaluation")
             expect(("nothing to save" in text) == early, f"{point}: {text[-200:]}")
             before = checkpoints(config)
             expect(early != bool(before), f"{point}: checkpoints {before}")
             run(config)
             expect_equal(whole, config, point)
-            expect(facts(config)["eval_before"] == facts(whole)["eval_before"], f"{point}: evaluation before lost")
-            expect(facts(config)["eval_after"] == facts(whole)["eval_after"], f"{point}: evaluation after differs")
+            expect(
+                facts(config)["eval_before"] == facts(whole)["eval_before"],
+                f"{point}: evaluation before lost",
+            )
+            expect(
+                facts(config)["eval_after"] == facts(whole)["eval_after"],
+                f"{point}: evaluation after differs",
+            )
             if point == "step":
                 expect("step-00000005" in before, f"a signal in step 5 was followed by {before}")
     once = settings(folder, "once", **more)
     run(once, on_step(5, lambda: os.kill(os.getpid(), signal.SIGINT)), code=75)
     run(once)
     expect_equal(whole, once, "after SIGINT")
-    for point, plant in (("step", points["step"]), ("save", lambda act: on_call(checkpoint, "sync", act, calls=9))):
+    for point, plant in (
+        ("step", points["step"]),
+        ("save", lambda act: on_call(checkpoint, "sync", act, calls=9)),
+    ):
         twice = settings(folder, f"twice {point}", **more)
         run(twice, lambda plant=plant: plant(_interrupt_twice), code=130)
-        expect(checkpoints(twice)[0] == "step-00000003", f"a second SIGINT left {checkpoints(twice)}")
+        expect(
+            checkpoints(twice)[0] == "step-00000003", f"a second SIGINT left {checkpoints(twice)}"
+        )
         run(twice)
         expect_equal(whole, twice, f"after a second SIGINT in a {point}")
     number = 2 * len(points) + 1
-    return f"{number} of {number} exit with 75 and continue to the bit; a second SIGINT quits at once, in a save too"
+    return (
+        f"{number} of {number} exit with 75 and continue to the bit; a second SIGINT quits at "
+        "once, in a save too"
+    )
 
 
 def _interrupt_twice() -> None:
@@ -235,12 +299,16 @@ def _interrupt_twice() -> None:
 POISONS: dict[str, Callable[..., torch.Tensor]] = {
     "nan": lambda loss, _: loss * float("nan"),
     "inf": lambda loss, _: loss + float("inf"),
-    "gradient": lambda loss, weight: loss + (weight.sum() * 0).sqrt(),  # a finite loss with an infinite slope
+    "gradient": lambda loss, weight: (
+        loss + (weight.sum() * 0).sqrt()
+    ),  # a finite loss with an infinite slope
 }
 
 
 def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
-    """A `before`: the loss of these steps (counted from 1 in this process), or its gradient, is not finite."""
+    """A `before`: the loss of these steps (counted from 1 in this process), or its gradient, is not
+    finite.
+    """
 
     def plant() -> None:
         original, count = loop.train_step, 0
@@ -250,7 +318,9 @@ def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
             count += 1
             forward = PackLoss.forward
             if count in steps:
-                PackLoss.forward = lambda self, pack: POISONS[kind](forward(self, pack), next(self.parameters()))
+                PackLoss.forward = lambda self, pack: POISONS[kind](
+                    forward(self, pack), next(self.parameters())
+                )
             try:
                 return original(*args, **kwargs)
             finally:
@@ -263,44 +333,75 @@ def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
 
 @check(19, "NaN / inf", limit=90, quick=True)
 def not_finite(folder: Path) -> str:
-    """Never applied, never logged as a number, its rows named; after `max_bad_steps` the run stops with code 3."""
+    """Never applied, never logged as a number, its rows named; after `max_bad_steps` the run stops
+    with code 3.
+    """
     ever = settings(folder, "ever", optim={"max_bad_steps": 2})
     for kind in POISONS:
         once = settings(folder, kind)
         run(once, _poison(5, kind=kind))
         lines = records(once)
-        expect([line["step"] for line in lines if line["loss"] is None] == [5], f"{kind}: step 5 alone has no loss")
+        expect(
+            [line["step"] for line in lines if line["loss"] is None] == [5],
+            f"{kind}: step 5 alone has no loss",
+        )
         numbers = [line["loss"] for line in lines if line["loss"] is not None]
-        expect(all(0 < loss < float("inf") for loss in numbers), f"{kind}: losses recorded: {numbers}")
+        expect(
+            all(0 < loss < float("inf") for loss in numbers), f"{kind}: losses recorded: {numbers}"
+        )
     # Skipped in full: what AdamW remembers of the steps is as if this one had never been either.
-    expect(len({digest(settings(folder, kind)) for kind in POISONS}) == 1, "a step that is not finite left a trace")
+    expect(
+        len({digest(settings(folder, kind)) for kind in POISONS}) == 1,
+        "a step that is not finite left a trace",
+    )
     run(ever, _poison(*range(5, 99)), code=3)
     text = (folder / "ever.log").read_text()
     expect("last good checkpoint: step 6" in " ".join(text.split()), text[-300:])
-    bad = [json.loads(line) for line in (folder / "ever" / "bad_steps.jsonl").read_text().splitlines()]
-    expect([line["step"] for line in bad] == [5, 6, 7], f"bad steps recorded: {[line['step'] for line in bad]}")
+    bad = [
+        json.loads(line) for line in (folder / "ever" / "bad_steps.jsonl").read_text().splitlines()
+    ]
+    expect(
+        [line["step"] for line in bad] == [5, 6, 7],
+        f"bad steps recorded: {[line['step'] for line in bad]}",
+    )
     saved = [load_file(path) for path in folder.rglob("*.safetensors") if "cache" not in path.parts]
-    expect(all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values()), "NaN was saved")
+    expect(
+        all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values()),
+        "NaN was saved",
+    )
     shown = folder / "shown.json"
     asked = ["inspect", str(folder / "nan.yaml"), "step=5", f"json={shown}"]
     child = Child(lambda: cli.main(asked), folder / "inspect.log")
     expect(child.wait() == 0, child.text[-300:])
     rows = [view["place"].partition(": ")[2] for view in json.loads(shown.read_text())]
     named = json.loads((folder / "nan" / "bad_steps.jsonl").read_text())["rows"]
-    expect(sorted(rows) == sorted(named), f"inspect step=5 shows {rows[:2]}, the run named {named[:2]}")
-    return f"{', '.join(POISONS)}: all {len(saved)} saved files finite, code 3 after 3 bad steps, rows named and shown"
+    expect(
+        sorted(rows) == sorted(named), f"inspect step=5 shows {rows[:2]}, the run named {named[:2]}"
+    )
+    return (
+        f"{', '.join(POISONS)}: all {len(saved)} saved files finite, code 3 after 3 bad steps, "
+        "rows named and shown"
+    )
 
 
 @check(20, "Retention and async", limit=120)
 def retention(folder: Path) -> str:
-    """The newest good checkpoints and the best stay, damaged ones do not count; saving on a thread is as exact.
+    """The newest good checkpoints and the best stay, damaged ones do not count; saving on a thread
+    is as exact.
 
-    An error in it ends the run one step later, and weights that change after the save do not leak in.
+    An error in it ends the run one step later, and weights that change after the save do not leak
+    in.
     """
     held = {"data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))}}
-    steps: dict[str, Any] = {"batch": {"steps": 20}, "eval": {"every": 1}, "optim": {"learning_rate": 0.1}}
+    steps: dict[str, Any] = {
+        "batch": {"steps": 20},
+        "eval": {"every": 1},
+        "optim": {"learning_rate": 0.1},
+    }
     for keep in (1, 2, 3):
-        config = settings(folder, f"keep-{keep}", **held, **steps, checkpoint={"every": 1, "keep": keep})
+        config = settings(
+            folder, f"keep-{keep}", **held, **steps, checkpoint={"every": 1, "keep": keep}
+        )
         run(config, on_step(19, lambda: os.kill(os.getpid(), signal.SIGTERM)), code=75)
         scores = {line["step"]: line["eval"]["loss"] for line in records(config) if line["eval"]}
         best = min((loss, step) for step, loss in scores.items())[1]
@@ -310,11 +411,19 @@ def retention(folder: Path) -> str:
     hurt = settings(folder, "hurt", checkpoint={"every": 1, "keep": 2})
 
     def hurt_one() -> None:  # of those that step 10 would leave, the last is damaged
-        os.truncate(Path(hurt["output"]) / "checkpoints" / "step-00000009" / "optimizer.safetensors", 10)
+        os.truncate(
+            Path(hurt["output"]) / "checkpoints" / "step-00000009" / "optimizer.safetensors", 10
+        )
 
     run(hurt, lambda: [on_step(10, hurt_one)(), on_step(11, die)()], code=-9)
-    expect(checkpoints(hurt) == ["step-00000008", "step-00000010"], f"beside a damaged one: {checkpoints(hurt)}")
-    whole, apart = settings(folder, "whole"), settings(folder, "apart", checkpoint={"every": 2, "background": True})
+    expect(
+        checkpoints(hurt) == ["step-00000008", "step-00000010"],
+        f"beside a damaged one: {checkpoints(hurt)}",
+    )
+    whole, apart = (
+        settings(folder, "whole"),
+        settings(folder, "apart", checkpoint={"every": 2, "background": True}),
+    )
     run(whole)
 
     def slowly() -> None:  # every save takes longer than a step, so training runs ahead of it
@@ -339,7 +448,11 @@ def retention(folder: Path) -> str:
     broken = settings(folder, "broken", checkpoint={"every": 3, "background": True})
     text = run(broken, fails, code=2)
     expect("No space left" in text, text[-300:])
-    expect(len(records(broken)) <= 7, f"the error of step 6 ended the run after step {len(records(broken))}")
+    expect(
+        len(records(broken)) <= 7,
+        f"the error of step 6 ended the run after step {len(records(broken))}",
+    )
     return (
-        "keep 1, 2, 3 right, the best too, damaged ones do not count; on a thread: exact, its error ends the next step"
+        "keep 1, 2, 3 right, the best too, damaged ones do not count; on a thread: exact, its "
+        "error ends the next step"
     )

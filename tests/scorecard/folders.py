@@ -1,4 +1,6 @@
-"""Checks 31 to 34: folders that two want, that a crash left, that a stranger made, or that are damaged."""
+"""Checks 31 to 34: folders that two want, that a crash left, that a stranger made, or that are
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ LONGEST = 120
 
 @check(31, "Two runs into one folder", limit=480)
 def two_runs(folder: Path) -> str:
-    """However close their starts: one trains as if it were alone, the other is refused and told who was first.
+    """However close their starts: one trains as if it were alone, the other is refused and told who
+    was first.
 
     An owner that was killed keeps nobody out.
     """
@@ -60,25 +63,36 @@ def two_runs(folder: Path) -> str:
         second = Child(train, folder / f"{delay}-second.log")
         codes = first.wait(), second.wait()
         expect(
-            sorted(codes) == [0, 2], f"{delay} s apart: exit codes {codes}: {first.text[-200:]} {second.text[-200:]}"
+            sorted(codes) == [0, 2],
+            f"{delay} s apart: exit codes {codes}: {first.text[-200:]} {second.text[-200:]}",
         )
         owner, refused = (first, second) if codes[0] == 0 else (second, first)
         for part in (f"process {owner.pid}", platform.node(), "started", config["output"]):
-            expect(part in refused.text, f"{delay} s apart: the refusal lacks {part!r}: {refused.text[-300:]}")
+            expect(
+                part in refused.text,
+                f"{delay} s apart: the refusal lacks {part!r}: {refused.text[-300:]}",
+            )
         expect_equal(whole, config, f"the run that was first, {delay} s apart")
     killed = settings(folder, "killed")
     run(killed, on_step(8, die), code=-9)
     run(killed)
     expect_equal(whole, killed, "after an owner that was killed")
-    return f"{len(delays)} of {len(delays)} pairs: one run to the bit, one refused by host, process and start"
+    return (
+        f"{len(delays)} of {len(delays)} pairs: one run to the bit, one refused by host, "
+        "process and start"
+    )
 
 
 @check(32, "Power loss at any moment", limit=1800)
 def power_loss(folder: Path) -> str:
-    """Stopped after any sync, rename or delete, without what was not synced: continued to the bit, no save lost."""
+    """Stopped after any sync, rename or delete, without what was not synced: continued to the bit,
+    no save lost.
+    """
     disk = folder / "disk"
     disk.mkdir()
-    config = settings(folder, batch={"steps": 4}, checkpoint={"every": 2, "keep": 1}, runtime={"progress": False})
+    config = settings(
+        folder, batch={"steps": 4}, checkpoint={"every": 2, "keep": 1}, runtime={"progress": False}
+    )
     config["output"] = str(disk / "runs" / "run")
     recorder = _recorded(disk, config)
     expected = records(config), digest(config)
@@ -87,13 +101,23 @@ def power_loss(folder: Path) -> str:
         put(disk, state)
         taken = [record.step for record in sftx.steps(**config)]
         first = taken[0] if taken else 5
-        expect(first > promised, f"{where}: step {promised} was saved, and the run began at step {first}")
-        expect((records(config), digest(config)) == expected, f"{where}: the continued run is another")
-    return f"{len(states)} of {len(states)} states after a crash continued to the bit, no finished save lost"
+        expect(
+            first > promised,
+            f"{where}: step {promised} was saved, and the run began at step {first}",
+        )
+        expect(
+            (records(config), digest(config)) == expected, f"{where}: the continued run is another"
+        )
+    return (
+        f"{len(states)} of {len(states)} states after a crash continued to the bit, no "
+        "finished save lost"
+    )
 
 
 def _recorded(disk: Path, config: dict[str, Any]) -> Recorder:
-    """A run that dies after step 3 and continues to its end; what it was told to be saved is noted with each moment."""
+    """A run that dies after step 3 and continues to its end; what it was told to be saved is noted
+    with each moment.
+    """
     recorder = Recorder(disk)
     recorder.promised = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -146,17 +170,25 @@ def booby_trapped(folder: Path, trace: Path) -> Path:
     evil = Path(tiny.folder(folder / "evil"))
     for name in ("config.json", "tokenizer_config.json"):
         told = json.loads((evil / name).read_text())
-        names = {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.M", "AutoTokenizer": ["trap.T", None]}
-        (evil / name).write_text(json.dumps({**told, "auto_map": names, "model_type": "trap", "tokenizer_class": "T"}))
+        names = {
+            "AutoConfig": "trap.C",
+            "AutoModelForCausalLM": "trap.M",
+            "AutoTokenizer": ["trap.T", None],
+        }
+        (evil / name).write_text(
+            json.dumps({**told, "auto_map": names, "model_type": "trap", "tokenizer_class": "T"})
+        )
     (evil / "trap.py").write_text(f"open({str(trace)!r}, 'w')\n")
     return evil
 
 
 @check(33, "Hostile run folder", limit=1200)
 def hostile_run(folder: Path) -> str:
-    """Whatever run.json says of trust, models, adapters, templates and data: no code runs, no such file is opened.
+    """Whatever run.json says of trust, models, adapters, templates and data: no code runs, no such
+    file is opened.
 
-    Every setting in it that is a text, or none, in turn names a model with code, and a pipe without an end.
+    Every setting in it that is a text, or none, in turn names a model with code, and a pipe without
+    an end.
     """
     trace, pipe = folder / "EXECUTED", folder / "pipe"
     os.mkfifo(pipe)
@@ -164,7 +196,9 @@ def hostile_run(folder: Path) -> str:
     tried = 0
     for adapter in ({}, {"adapter": {"method": "lora", "rank": 2}}):
         kind = "lora" if adapter else "full"
-        config = settings(folder, kind, dropout=0.0, batch={"steps": 2}, checkpoint={"every": 1}, **adapter)
+        config = settings(
+            folder, kind, dropout=0.0, batch={"steps": 2}, checkpoint={"every": 1}, **adapter
+        )
         run(config)
         recorded = json.loads((folder / kind / "run.json").read_text())["config"]
         for field, name in itertools.product(texts(recorded), names):
@@ -172,14 +206,22 @@ def hostile_run(folder: Path) -> str:
             replaced(copy / "run.json", ("config", "model", "trust_remote_code"), True)
             replaced(copy / "run.json", ("config", *field), name)
             for step in ([], ["step=1"]):
-                code, said = command(["export", str(copy), f"to={folder / 'out'}", *step], folder / "export.log")
+                code, said = command(
+                    ["export", str(copy), f"to={folder / 'out'}", *step], folder / "export.log"
+                )
                 what = f"{kind}, {'.'.join(field)} = {Path(name).name} {step}"
-                expect(code in (0, 2) and "Traceback" not in said, f"{what}: exit code {code}: {said[-300:]}")
+                expect(
+                    code in (0, 2) and "Traceback" not in said,
+                    f"{what}: exit code {code}: {said[-300:]}",
+                )
                 expect(not trace.exists(), f"{what}: the code of a stranger's model was run")
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 tried += 1
             shutil.rmtree(copy)
-    return f"{tried} exports of runs whose record names strangers: nothing executed, nothing waited for"
+    return (
+        f"{tried} exports of runs whose record names strangers: nothing executed, nothing "
+        "waited for"
+    )
 
 
 def texts(values: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -213,7 +255,9 @@ HURTS: dict[str, Callable[[Path], Any]] = {
 
 @check(34, "Damaged model folder", limit=1800)
 def damaged_model(folder: Path) -> str:
-    """Every file damaged in 8 ways, every value of its JSON in 9: it trains, or ends with one message and code 2."""
+    """Every file damaged in 8 ways, every value of its JSON in 9: it trains, or ends with one
+    message and code 2.
+    """
     config = settings(folder, dropout=0.0, batch={"steps": 1}, checkpoint={"every": 0})
     model = Path(config["model"]["path"])
     config["model"]["path"] = str(folder / "damaged")
@@ -232,7 +276,10 @@ def damaged_model(folder: Path) -> str:
         shutil.rmtree(config["output"], ignore_errors=True)
         tried, trained = tried + 1, trained + (code == 0)
     expect(not wrong, f"{len(wrong)} of {tried}: {'; '.join(wrong)}")
-    return f"{tried - trained} of {tried} damaged folders refused in one message, {trained} are harmless and train"
+    return (
+        f"{tried - trained} of {tried} damaged folders refused in one message, {trained} are "
+        "harmless and train"
+    )
 
 
 def _damages(model: Path) -> Iterator[tuple[str, Callable[[Path], Any]]]:
@@ -245,4 +292,9 @@ def _damages(model: Path) -> Iterator[tuple[str, Callable[[Path], Any]]]:
         for place in leaves(json.loads((model / name).read_text())):
             for value in ODD:
                 what = f"{name}: {'.'.join(place)} = {value!r}"
-                yield what, lambda copy, name=name, place=place, value=value: replaced(copy / name, place, value)
+                yield (
+                    what,
+                    lambda copy, name=name, place=place, value=value: replaced(
+                        copy / name, place, value
+                    ),
+                )

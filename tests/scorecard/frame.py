@@ -1,4 +1,6 @@
-"""What a check is, and how it is run: in a fresh process, with a time limit, and nothing left running after it."""
+"""What a check is, and how it is run: in a fresh process, with a time limit, and nothing left
+running after it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-GROUPS = ("numbers", "resume", "faults", "ranks", "load", "inputs", "security", "folders", "lengths")
+GROUPS = (
+    "numbers",
+    "resume",
+    "faults",
+    "ranks",
+    "load",
+    "inputs",
+    "security",
+    "folders",
+    "lengths",
+)
 TESTS = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-m", "scorecard")
 MARK = "SFTX_SCORECARD"  # in the environment of a check and of all that it starts
@@ -34,7 +46,9 @@ def expect(holds: object, found: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the scorecard. `run` takes an empty folder and returns what it measured, in a few words."""
+    """One line of the scorecard. `run` takes an empty folder and returns what it measured, in a few
+    words.
+    """
 
     number: int
     name: str
@@ -85,7 +99,9 @@ def run_here(one: Check) -> None:
             passed, found = True, one.run(Path(folder))
         except Failed as failure:
             passed, found = False, str(failure)
-        except BaseException as error:  # whatever it is, it is the outcome; the details go to stderr
+        except (
+            BaseException
+        ) as error:  # whatever it is, it is the outcome; the details go to stderr
             traceback.print_exc()
             passed, found = False, f"{type(error).__name__}: {error}"
     print("\n" + json.dumps({"passed": passed, "found": " ".join(found.split())[:600]}), flush=True)
@@ -94,7 +110,11 @@ def run_here(one: Check) -> None:
 def environment(**more: str) -> dict[str, str]:
     """The variables of a process that imports this package: those of this one, and `more`."""
     paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)), **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+        **more,
+    }
 
 
 def run_apart(one: Check) -> Outcome:
@@ -108,13 +128,23 @@ def run_apart(one: Check) -> Outcome:
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        env=environment(**{MARK: mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
+        env=environment(
+            **{
+                MARK: mark,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
+        ),
     )
     try:
         text, _ = process.communicate(timeout=one.limit)
         last = text.strip().rpartition("\n")[2]
         told = json.loads(last) if last.startswith("{") else {}
-        answer = told or {"passed": False, "found": f"ended with code {process.returncode}: {text.strip()[-300:]}"}
+        answer = told or {
+            "passed": False,
+            "found": f"ended with code {process.returncode}: {text.strip()[-300:]}",
+        }
         if not answer["passed"]:
             print(text[-3000:], file=sys.stderr)
     except subprocess.TimeoutExpired:
@@ -122,8 +152,17 @@ def run_apart(one: Check) -> Outcome:
         process.kill()
     process.wait()
     if left := sweep(mark):
-        answer = {"passed": False, "found": f"{answer['found']}; {left} processes were left running"}
-    return Outcome(one.number, one.name, **answer, seconds=time.monotonic() - began, cpu_seconds=used() - before)
+        answer = {
+            "passed": False,
+            "found": f"{answer['found']}; {left} processes were left running",
+        }
+    return Outcome(
+        one.number,
+        one.name,
+        **answer,
+        seconds=time.monotonic() - began,
+        cpu_seconds=used() - before,
+    )
 
 
 def sweep(mark: str) -> int:

@@ -1,4 +1,6 @@
-"""Broken rows, files and templates by the thousand, from hypothesis: a clear error or a counted skip, nothing else."""
+"""Broken rows, files and templates by the thousand, from hypothesis: a clear error or a counted
+skip, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from sftx.settings.schema import Data
 from sftx.types import RowError, UserError
 
 SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
-TEXT = some.text(max_size=12) | some.sampled_from(["<|end|>", "<eos>", "<|user|>", "{{ x }}", "\ud800", "\0", "é" * 3])
+TEXT = some.text(max_size=12) | some.sampled_from(
+    ["<|end|>", "<eos>", "<|user|>", "{{ x }}", "\ud800", "\0", "é" * 3]
+)
 VALUES = some.recursive(
     some.none() | some.booleans() | some.integers(-9, 2**70) | some.floats() | TEXT,
     lambda inner: some.lists(inner, max_size=3) | some.dictionaries(TEXT, inner, max_size=3),
@@ -59,7 +63,11 @@ def changed_rows(draw: Any, form: str) -> bytes:
 
 def _repeat(examples: int, test: Callable[..., None], **strategies: Any) -> None:
     quiet = settings(
-        max_examples=examples, deadline=20_000, database=None, derandomize=True, suppress_health_check=SLOW_IS_FINE
+        max_examples=examples,
+        deadline=20_000,
+        database=None,
+        derandomize=True,
+        suppress_health_check=SLOW_IS_FINE,
     )
     quiet(given(**strategies)(test))()
 
@@ -75,7 +83,10 @@ def rows(folder: Path, examples: int) -> int:
     def verdicts(lines: list[bytes], form: str) -> dict[int, str]:
         block = encode_block(b"\n".join(lines), form, encoder)
         found = {int(line): "trained" for line in block.line}
-        return {**found, **{line: why for kind in ("bad", "dropped") for line, why in block.meta[kind]}}
+        return {
+            **found,
+            **{line: why for kind in ("bad", "dropped") for line, why in block.meta[kind]},
+        }
 
     def judge(form: str, data: Any) -> None:
         nonlocal count
@@ -84,8 +95,13 @@ def rows(folder: Path, examples: int) -> int:
         count += len(lines)
         for number, line in enumerate(lines):
             alone = verdicts([line], form).get(0)
-            expect(together.get(number) == alone, f"line {number} of {lines}: {together.get(number)} but alone {alone}")
-            expect((alone is None) == (not line or line.isspace()), f"row not accounted for: {line!r}")
+            expect(
+                together.get(number) == alone,
+                f"line {number} of {lines}: {together.get(number)} but alone {alone}",
+            )
+            expect(
+                (alone is None) == (not line or line.isspace()), f"row not accounted for: {line!r}"
+            )
 
     _repeat(examples, judge, form=some.sampled_from(sorted(REQUIRED)), data=some.data())
     return count
@@ -116,16 +132,41 @@ def files(folder: Path, examples: int) -> int:
             expect(str(path) in str(error), f"the message does not name the file: {error}")
         if suffix == ".csv" and out.getvalue():
             lines = path.read_bytes().count(b"\n") + 1
-            expect(out.getvalue().count(b"\n") <= lines, f"more lines than the file has: {path.read_bytes()!r}")
+            expect(
+                out.getvalue().count(b"\n") <= lines,
+                f"more lines than the file has: {path.read_bytes()!r}",
+            )
 
-    noise = some.binary(max_size=20) | some.sampled_from([b"\xff", b'"', b"\n", b"\r", b"\0", b"]", b",,"])
-    _repeat(examples, read, suffix=some.sampled_from(sorted(whole)), noise=noise, at=some.integers(0, 60))
+    noise = some.binary(max_size=20) | some.sampled_from(
+        [b"\xff", b'"', b"\n", b"\r", b"\0", b"]", b",,"]
+    )
+    _repeat(
+        examples,
+        read,
+        suffix=some.sampled_from(sorted(whole)),
+        noise=noise,
+        at=some.integers(0, 60),
+    )
     return examples
 
 
 PIECES = [
-    *("{% for message in messages %}", "{% endfor %}", "{{ message.role }}", "{{ message.content }}", "<|end|>", "\n"),
-    *("{% if add_generation_prompt %}", "{% endif %}", "<|assistant|>", "{{ bos_token }}", "{{ messages[-1] }}", "{{"),
+    *(
+        "{% for message in messages %}",
+        "{% endfor %}",
+        "{{ message.role }}",
+        "{{ message.content }}",
+        "<|end|>",
+        "\n",
+    ),
+    *(
+        "{% if add_generation_prompt %}",
+        "{% endif %}",
+        "<|assistant|>",
+        "{{ bos_token }}",
+        "{{ messages[-1] }}",
+        "{{",
+    ),
     *(
         "{{ message.content | trim }}",
         "{{ raise_exception('no') }}",
@@ -133,16 +174,36 @@ PIECES = [
         "{{ messages }}",
         "{% set x = 1 %}",
     ),
-    *("{{ message['content'] * 3 }}", "{{ x.y.z }}", "<think>", "</think>", "{% generation %}", "{% endgeneration %}"),
-    *("{{ ''.__class__ }}", "{% include 'x' %}", "{{ range(10**9) }}", "{{ messages | tojson }}", "{{ loop.index }}"),
+    *(
+        "{{ message['content'] * 3 }}",
+        "{{ x.y.z }}",
+        "<think>",
+        "</think>",
+        "{% generation %}",
+        "{% endgeneration %}",
+    ),
+    *(
+        "{{ ''.__class__ }}",
+        "{% include 'x' %}",
+        "{{ range(10**9) }}",
+        "{{ messages | tojson }}",
+        "{{ loop.index }}",
+    ),
 ]
 
 
 def templates(folder: Path, examples: int) -> int:
     """Made-up templates over changed conversations; returns how many."""
     tokenizer, path = _tokenizer(folder), folder / "made.jinja"
-    cuts = [tiny.CHAT_TEMPLATE[i:j] for i in (0, 20, 61) for j in (40, 61, 90, len(tiny.CHAT_TEMPLATE)) if i < j]
-    sources = some.lists(some.sampled_from(PIECES + cuts), max_size=7).map("".join) | some.just(tiny.CHAT_TEMPLATE)
+    cuts = [
+        tiny.CHAT_TEMPLATE[i:j]
+        for i in (0, 20, 61)
+        for j in (40, 61, 90, len(tiny.CHAT_TEMPLATE))
+        if i < j
+    ]
+    sources = some.lists(some.sampled_from(PIECES + cuts), max_size=7).map("".join) | some.just(
+        tiny.CHAT_TEMPLATE
+    )
 
     def render(source: str, row: bytes) -> None:
         path.write_text(source)
@@ -153,7 +214,10 @@ def templates(folder: Path, examples: int) -> int:
             return
         for encoded in encoder.encode([conversation]):
             if not isinstance(encoded, RowError):
-                expect(all(len(e.ids) == len(e.weights) for e in encoded.examples), f"{source!r}: lengths differ")
+                expect(
+                    all(len(e.ids) == len(e.weights) for e in encoded.examples),
+                    f"{source!r}: lengths differ",
+                )
 
     _repeat(examples, render, source=sources, row=changed_rows("messages"))
     return examples

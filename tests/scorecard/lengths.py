@@ -1,4 +1,6 @@
-"""Check 35: models that compute otherwise beyond a window, a chunk or a position, which a short probe cannot see."""
+"""Check 35: models that compute otherwise beyond a window, a chunk or a position, which a short
+probe cannot see.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,18 @@ REACH = 40
 """Tokens at which each of the models changes what it does; most rows are longer."""
 LENGTHS = (120, 9, 97, 43, 150, 5)
 EXPERTS = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
-CHUNKED = {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64, "attention_chunk_size": REACH}
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+CHUNKED = {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "intermediate_size_mlp": 64,
+    "attention_chunk_size": REACH,
+}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "rope_theta": 1e4,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "attention in chunks": {"family": "Llama4Text", **CHUNKED},
     "temperature by position": {
@@ -49,12 +61,19 @@ PACKED = ("a window that packs keep",)
 
 @check(35, "Models that go by length", limit=400)
 def by_length(folder: Path) -> str:
-    """Rows beyond the reach of windows, chunks, temperatures and positions: loss and gradient of float64, alone.
+    """Rows beyond the reach of windows, chunks, temperatures and positions: loss and gradient of
+    float64, alone.
 
     Packed where that is exact, else one by one with a line that says so.
     """
-    rows = [{"prompt": f"{i}: ", "completion": "abcdefghijklmnopqrstuvwxyz" * 6} for i in range(len(LENGTHS))]
-    rows = [{**row, "completion": row["completion"][:length]} for row, length in zip(rows, LENGTHS, strict=True)]
+    rows = [
+        {"prompt": f"{i}: ", "completion": "abcdefghijklmnopqrstuvwxyz" * 6}
+        for i in range(len(LENGTHS))
+    ]
+    rows = [
+        {**row, "completion": row["completion"][:length]}
+        for row, length in zip(rows, LENGTHS, strict=True)
+    ]
     path = write_rows(folder / "long.jsonl", rows)
     worst = 0.0
     for number, (name, changes) in enumerate(MODELS.items()):
@@ -74,7 +93,10 @@ def by_length(folder: Path) -> str:
         off = abs(first["loss"] / loss - 1)
         apart = difference({key: ours[key] for key in theirs}, theirs)
         worst = max(worst, off, apart)
-        expect(off <= 5e-6 and apart <= 2e-5, f"{name}: loss off by {off:.2g}, gradients by {apart:.2g}")
+        expect(
+            off <= 5e-6 and apart <= 2e-5,
+            f"{name}: loss off by {off:.2g}, gradients by {apart:.2g}",
+        )
         slow = any("one at a time" in note for note in facts(config)["notes"])
         expect(slow == (name not in PACKED), f"{name}: notes {facts(config)['notes']}")
     return f"{len(MODELS)} of {len(MODELS)} models exact beyond {REACH} tokens, worst {worst:.1e}"
@@ -90,7 +112,9 @@ def sharpened(changes: dict[str, Any]) -> Any:
 
 
 def alone(model: Any, rows: list[dict[str, str]]) -> tuple[float, Gradients]:
-    """Mean loss of all targets and its gradient, each row by a model of its own in float64, which remembers nothing."""
+    """Mean loss of all targets and its gradient, each row by a model of its own in float64, which
+    remembers nothing.
+    """
     tokenizer = tiny.tokenizer()
     total, targets = 0.0, 0
     sums: Gradients = {}
@@ -99,7 +123,8 @@ def alone(model: Any, rows: list[dict[str, str]]) -> tuple[float, Gradients]:
         if hasattr(twin, "set_experts_implementation"):
             twin.set_experts_implementation("eager")
         prompt, answer = (
-            tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
+            tokenizer(row[key], add_special_tokens=False)["input_ids"]
+            for key in ("prompt", "completion")
         )
         ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
         logits = twin(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]

@@ -32,11 +32,17 @@ def memory(name: str) -> int:
 
 @check(21, "1 M rows", limit=600)
 def million(folder: Path) -> str:
-    """1,000,000 rows are encoded at 4,000 and more a second in one process, within 500 MB, saying how long is left."""
+    """1,000,000 rows are encoded at 4,000 and more a second in one process, within 500 MB, saying
+    how long is left.
+    """
     rows = folder / "million.jsonl"
     with rows.open("w") as file:
-        file.writelines(f'{{"prompt": "question {i}", "completion": "answer {i * 7}"}}\n' for i in range(ROWS))
-    config = settings(folder, dropout=0.0, data={"train": str(rows)}, batch={"steps": 2}, checkpoint={"every": 0})
+        file.writelines(
+            f'{{"prompt": "question {i}", "completion": "answer {i * 7}"}}\n' for i in range(ROWS)
+        )
+    config = settings(
+        folder, dropout=0.0, data={"train": str(rows)}, batch={"steps": 2}, checkpoint={"every": 0}
+    )
     small = settings(folder, "small", dropout=0.0, checkpoint={"every": 0})
 
     def work() -> int:
@@ -44,7 +50,9 @@ def million(folder: Path) -> str:
         Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
         before, began = memory("VmRSS"), time.process_time()
         code = main(["train", write_config(config)])
-        print(json.dumps({"grown": memory("VmHWM") - before, "seconds": time.process_time() - began}))
+        print(
+            json.dumps({"grown": memory("VmHWM") - before, "seconds": time.process_time() - began})
+        )
         return code
 
     child = Child(work, folder / "million.log")
@@ -52,14 +60,25 @@ def million(folder: Path) -> str:
     told = json.loads(child.text.strip().rpartition("\n")[2])
     rate, grown = ROWS / told["seconds"], told["grown"] / 1e6
     expect("read 1,000,000 rows = trained 1,000,000" in child.text, child.text[:300])
-    expect(re.search(r"encoding [\d,]+ of 1,000,000 rows, about \d+ s left", child.text), "progress was not told")
-    expect(rate >= 4000 and grown <= 500, f"{rate:,.0f} rows per CPU-second, {grown:,.0f} MB more memory")
-    return f"{rate:,.0f} rows per CPU-second in one process, {grown:,.0f} MB more memory, time left told"
+    expect(
+        re.search(r"encoding [\d,]+ of 1,000,000 rows, about \d+ s left", child.text),
+        "progress was not told",
+    )
+    expect(
+        rate >= 4000 and grown <= 500,
+        f"{rate:,.0f} rows per CPU-second, {grown:,.0f} MB more memory",
+    )
+    return (
+        f"{rate:,.0f} rows per CPU-second in one process, {grown:,.0f} MB more memory, time "
+        "left told"
+    )
 
 
 @check(22, "Soak 2 000 steps with 40 saves", limit=300)
 def soak(folder: Path) -> str:
-    """From step 400 on memory grows by at most 2 %; descriptors and threads stay as many. Before that it settles."""
+    """From step 400 on memory grows by at most 2 %; descriptors and threads stay as many. Before
+    that it settles.
+    """
     log = folder / "soak.jsonl"
 
     def note() -> None:
@@ -68,18 +87,29 @@ def soak(folder: Path) -> str:
             file.write(json.dumps(seen) + "\n")
 
     config = settings(folder, batch={"steps": 2000}, checkpoint={"every": 50})
-    config["batch"]["steps"] = 2001  # so that step 2,000 is not the last, which has the model itself
+    config["batch"]["steps"] = (
+        2001  # so that step 2,000 is not the last, which has the model itself
+    )
     child = Child(
-        lambda: [on_call(checkpoint, "save", note, calls=0), main(["train", write_config(config)])][1], folder / "log"
+        lambda: [on_call(checkpoint, "save", note, calls=0), main(["train", write_config(config)])][
+            1
+        ],
+        folder / "log",
     )
     expect(child.wait(280) == 0, child.text[-300:])
     seen = [json.loads(line) for line in log.read_text().splitlines()]
     expect(len(seen) == 40, f"{len(seen)} saves")
     descriptors, threads, sizes = zip(*seen[7:], strict=True)
     grown = max(sizes) / sizes[0] - 1
-    expect(len(set(descriptors)) == 1 == len(set(threads)), f"descriptors {set(descriptors)}, threads {set(threads)}")
+    expect(
+        len(set(descriptors)) == 1 == len(set(threads)),
+        f"descriptors {set(descriptors)}, threads {set(threads)}",
+    )
     expect(grown <= 0.02, f"memory grew by {100 * grown:.1f} %")
-    return f"memory +{100 * grown:.2f} % from step 400 to 2,000, 40 saves, {descriptors[0]} descriptors throughout"
+    return (
+        f"memory +{100 * grown:.2f} % from step 400 to 2,000, 40 saves, {descriptors[0]} "
+        "descriptors throughout"
+    )
 
 
 def _prepare(config: dict[str, Any], out: Path) -> int:
@@ -92,10 +122,15 @@ def _prepare(config: dict[str, Any], out: Path) -> int:
 
 @check(23, "8 processes, one cache; 20 prepare runs with 1-3 rows and 4 workers", limit=180)
 def shared_cache(folder: Path) -> str:
-    """Eight processes encode the same data into one new cache at once: equal results, no damage. And nothing hangs."""
+    """Eight processes encode the same data into one new cache at once: equal results, no damage.
+    And nothing hangs.
+    """
     rows = write_rows(folder / "many.jsonl", tiny.pairs(40_000, 20, 60))
     config = settings(folder, dropout=0.0, data={"train": rows})
-    children = [Child(lambda out=folder / f"{i}.out": _prepare(config, out), folder / f"{i}.log") for i in range(8)]
+    children = [
+        Child(lambda out=folder / f"{i}.out": _prepare(config, out), folder / f"{i}.log")
+        for i in range(8)
+    ]
     for child in children:
         expect(child.wait(120) == 0, child.text[-300:])
     found = {(folder / f"{i}.out").read_text() for i in range(8)}
@@ -104,7 +139,10 @@ def shared_cache(folder: Path) -> str:
         few = write_rows(folder / "few.jsonl", tiny.pairs(1 + trial % 3))
         data = {"train": few, "workers": 4, "cache": str(folder / f"cache-{trial}")}
         child = Child(
-            lambda data=data: _prepare(settings(folder, dropout=0.0, data=data), folder / "few.out"), folder / "few.log"
+            lambda data=data: _prepare(
+                settings(folder, dropout=0.0, data=data), folder / "few.out"
+            ),
+            folder / "few.log",
         )
         expect(child.wait(60) == 0, child.text[-300:])
     run(settings(folder, "again", dropout=0.0, data={"train": rows}, batch={"steps": 1}))

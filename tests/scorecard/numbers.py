@@ -38,7 +38,9 @@ def gradients_of_steps() -> Iterator[list[Gradients]]:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     grad: Any = parameter.grad.detach()
-                    found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+                    found[name] = (
+                        grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+                    )
             seen.append(found)
 
         handle = optimizer.register_step_pre_hook(keep)
@@ -64,7 +66,9 @@ def difference(one: Gradients, other: Gradients) -> float:
 def unequal(folder: Path, output: str, **changes: Any) -> dict[str, Any]:
     """Two steps over the unequal rows, at a learning rate that moves nothing."""
     rng = random.Random(1)
-    rows = [{"prompt": tiny.text(rng, 12), "completion": tiny.text(rng, length)} for length in LENGTHS]
+    rows = [
+        {"prompt": tiny.text(rng, 12), "completion": tiny.text(rng, length)} for length in LENGTHS
+    ]
     path = write_rows(folder / "unequal.jsonl", rows)
     given: dict[str, Any] = {
         "data": {"train": path, "template": "none"},
@@ -72,7 +76,9 @@ def unequal(folder: Path, output: str, **changes: Any) -> dict[str, Any]:
         "optim": {"learning_rate": 1e-30, "max_grad_norm": 0.0},
         "checkpoint": {"every": 0},
     }
-    merged = {key: {**given.get(key, {}), **changes.get(key, {})} for key in given.keys() | changes.keys()}
+    merged = {
+        key: {**given.get(key, {}), **changes.get(key, {})} for key in given.keys() | changes.keys()
+    }
     config = settings(folder, output, dropout=0.0, **merged)
     config["batch"].pop("steps", None)
     config["runtime"]["progress"] = False
@@ -88,21 +94,31 @@ def gradients(config: dict[str, Any]) -> list[Gradients]:
 
 @check(1, "Accumulation invariance", limit=90, quick=True)
 def accumulation(folder: Path) -> str:
-    """One step's gradient is the same (1e-6) in 1, 2, 4 and 8 micro-batches, the last incomplete step included."""
+    """One step's gradient is the same (1e-6) in 1, 2, 4 and 8 micro-batches, the last incomplete
+    step included.
+    """
     found: dict[int, list[Gradients]] = {}
     for size in (100_000, 300, 240, 120, 1):
         config = unequal(folder, f"run-{size}", runtime={"tokens_per_pack": size})
         steps = gradients(config)
         found[records(config)[0]["packs"]] = steps
-    expect(len(found) >= 4 and {1, 8} <= found.keys(), f"the step was only cut into {sorted(found)} micro-batches")
+    expect(
+        len(found) >= 4 and {1, 8} <= found.keys(),
+        f"the step was only cut into {sorted(found)} micro-batches",
+    )
     worst = max(difference(steps[i], found[1][i]) for steps in found.values() for i in range(2))
     expect(worst <= 1e-6, f"gradients differ by {worst:.2g}")
-    return f"worst relative L2 {worst:.1e} over {sorted(found)} micro-batches, full and incomplete step"
+    return (
+        f"worst relative L2 {worst:.1e} over {sorted(found)} micro-batches, full and "
+        "incomplete step"
+    )
 
 
 @check(2, "fp64 reference", limit=60, quick=True)
 def reference(folder: Path) -> str:
-    """Loss (1e-6) and every gradient tensor (2e-6) equal sum(CE) / targets, computed in float64 by other code."""
+    """Loss (1e-6) and every gradient tensor (2e-6) equal sum(CE) / targets, computed in float64 by
+    other code.
+    """
     config = unequal(folder, "run")
     ours = gradients(config)[0]
     model = tiny.model(**shape()).double()
@@ -111,11 +127,14 @@ def reference(folder: Path) -> str:
     for line in Path(config["data"]["train"]).read_text().splitlines()[:8]:
         row = json.loads(line)
         prompt, answer = (
-            tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
+            tokenizer(row[key], add_special_tokens=False)["input_ids"]
+            for key in ("prompt", "completion")
         )
         ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits, ids[0, len(prompt) :], reduction="sum"
+        )
         targets += len(answer) + 1
     loss = total / targets
     loss.backward()
@@ -130,24 +149,31 @@ def reference(folder: Path) -> str:
 
 @check(3, "Rank invariance", limit=240)
 def ranks(folder: Path) -> str:
-    """Two processes compute the loss and gradient of one (1e-6), whole or in shards, in one pack or many."""
+    """Two processes compute the loss and gradient of one (1e-6), whole or in shards, in one pack or
+    many.
+    """
     alone = gradients(unequal(folder, "alone"))
     expected = records(unequal(folder, "alone"))
     worst = 0.0
     for size, parallel in ((100_000, "replicate"), (1, "replicate"), (100_000, "fsdp")):
-        config = unequal(folder, f"{parallel}-{size}", runtime={"tokens_per_pack": size, "parallel": parallel})
+        config = unequal(
+            folder, f"{parallel}-{size}", runtime={"tokens_per_pack": size, "parallel": parallel}
+        )
         run_ranks(config, fault=f"gradients:{folder / 'two.safetensors'}")
         both = load_file(folder / "two.safetensors")
         for i, step in enumerate(alone):
             worst = max(worst, difference({name: both[f"{i}/{name}"] for name in step}, step))
             worst = max(worst, abs(records(config)[i]["loss"] / expected[i]["loss"] - 1))
     expect(worst <= 1e-6, f"two ranks differ from one by {worst:.2g}")
-    return f"worst relative difference {worst:.1e}: replicated in one and in many packs, and in shards"
+    return (
+        f"worst relative difference {worst:.1e}: replicated in one and in many packs, and in shards"
+    )
 
 
 @check(4, "Packing parity and leak", limit=60, quick=True)
 def packing(folder: Path) -> str:
-    """Packed documents have the loss they have alone (1e-6) and do not see each other (exactly 0.0).
+    """Packed documents have the loss they have alone (1e-6) and do not see each other (exactly
+    0.0).
 
     Rows that are packs made elsewhere (positions that start anew) are refused.
     """
@@ -159,7 +185,8 @@ def packing(folder: Path) -> str:
     def packed(some: list[list[int]]) -> TensorPack:
         weights = [torch.ones(len(ids)).numpy() for ids in some]
         examples = [
-            Example(torch.tensor(ids, dtype=torch.int32).numpy(), w) for ids, w in zip(some, weights, strict=True)
+            Example(torch.tensor(ids, dtype=torch.int32).numpy(), w)
+            for ids, w in zip(some, weights, strict=True)
         ]
         return to_tensors(build_pack(examples), torch.device("cpu"))
 
@@ -167,7 +194,9 @@ def packing(folder: Path) -> str:
     off = abs(together - sum(loss(packed([ids])).item() for ids in documents)) / together
     changed = [[documents[0][0] ^ 1, *documents[0][1:]], *documents[1:]]
     hidden = [loss.hidden(packed(some)) for some in (documents, changed)]
-    leak, seen = (float((hidden[0] - hidden[1])[part].abs().max()) for part in (slice(20, None), slice(0, 20)))
+    leak, seen = (
+        float((hidden[0] - hidden[1])[part].abs().max()) for part in (slice(20, None), slice(0, 20))
+    )
     expect(
         off <= 1e-6 and leak == 0.0 and seen > 0,
         f"packed loss off by {off:.2g}, leak {leak:.2g}, own change {seen:.2g}",
@@ -181,17 +210,35 @@ def packing(folder: Path) -> str:
 
 def reported(config: dict[str, Any]) -> list[dict[str, float]]:
     """All numbers of a run that describe its mathematics: of every step, and of every evaluation."""
-    names = ("loss", "grad_norm", "tokens", "targets", "weight", "epoch", "total_tokens", "total_targets")
+    names = (
+        "loss",
+        "grad_norm",
+        "tokens",
+        "targets",
+        "weight",
+        "epoch",
+        "total_tokens",
+        "total_targets",
+    )
     steps = records(config)
     told = facts(config)
-    evaluations = [told["eval_before"], told["eval_after"], *(step["eval"] for step in steps if step["eval"])]
+    evaluations = [
+        told["eval_before"],
+        told["eval_after"],
+        *(step["eval"] for step in steps if step["eval"]),
+    ]
     return [{name: step[name] for name in names} for step in steps] + evaluations
 
 
 @check(5, "Metric invariance", limit=150)
 def metrics(folder: Path) -> str:
-    """Every number a run reports is the same (1e-6) for 1, 2, 4, 8 examples at a time, and on 2 processes."""
-    held = {"data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))}, "eval": {"every": 1}}
+    """Every number a run reports is the same (1e-6) for 1, 2, 4, 8 examples at a time, and on 2
+    processes.
+    """
+    held = {
+        "data": {"eval": write_rows(folder / "held.jsonl", tiny.pairs(9))},
+        "eval": {"every": 1},
+    }
     found = []
     for size in (100_000, 200, 120, 1):
         config = unequal(folder, f"run-{size}", **held, runtime={"tokens_per_pack": size})

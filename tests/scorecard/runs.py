@@ -1,7 +1,8 @@
 """Training runs as children of a check: started, watched, killed, continued and compared.
 
-A child is forked from the check, which has imported everything but computed nothing: so it starts in no time, and runs
-the command line as a user's process would. `before` runs in the child first; this is where faults are planted.
+A child is forked from the check, which has imported everything but computed nothing: so it starts
+in no time, and runs the command line as a user's process would. `before` runs in the child first;
+this is where faults are planted.
 """
 
 from __future__ import annotations
@@ -40,11 +41,18 @@ def shape(dropout: float = 0.0) -> dict[str, Any]:
     rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
     if dropout:
         return {"family": "GPT2", **dict.fromkeys(rates, dropout)}
-    return {"tie_word_embeddings": True, "initializer_range": 0.1}  # so wide that no distribution is uniform
+    return {
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+    }  # so wide that no distribution is uniform
 
 
-def settings(folder: Path, output: str = "run", dropout: float = 0.1, **changes: Any) -> dict[str, Any]:
-    """A run of `STEPS` steps over two epochs that saves every 3 steps; sections in `changes` are merged."""
+def settings(
+    folder: Path, output: str = "run", dropout: float = 0.1, **changes: Any
+) -> dict[str, Any]:
+    """A run of `STEPS` steps over two epochs that saves every 3 steps; sections in `changes` are
+    merged.
+    """
     model, data = folder / f"model-{dropout}", folder / "rows.jsonl"
     if not model.exists():
         tiny.folder(model, **shape(dropout))
@@ -72,7 +80,9 @@ def write_config(config: dict[str, Any]) -> str:
 
 
 class Child:
-    """A forked process that does `work`; its exit code is what `work` returns, its output goes to a file."""
+    """A forked process that does `work`; its exit code is what `work` returns, its output goes to a
+    file.
+    """
 
     def __init__(self, work: Callable[[], int | None], log: Path) -> None:
         self.log = log
@@ -123,7 +133,9 @@ def _become(work: Callable[[], int | None], log: Path) -> None:
         os._exit(code)
 
 
-def start(config: dict[str, Any], before: Callable[[], Any] = lambda: None, verb: str = "train") -> Child:
+def start(
+    config: dict[str, Any], before: Callable[[], Any] = lambda: None, verb: str = "train"
+) -> Child:
     """`sftx train` on these settings, in a child."""
     path = write_config(config)
 
@@ -134,11 +146,17 @@ def start(config: dict[str, Any], before: Callable[[], Any] = lambda: None, verb
     return Child(work, Path(config["output"]).with_suffix(".log"))
 
 
-def run(config: dict[str, Any], before: Callable[[], Any] = lambda: None, code: int | None = 0) -> str:
-    """`sftx train` to its end; returns what it printed. `Failed` unless it ends with `code` (None: any)."""
+def run(
+    config: dict[str, Any], before: Callable[[], Any] = lambda: None, code: int | None = 0
+) -> str:
+    """`sftx train` to its end; returns what it printed. `Failed` unless it ends with `code` (None:
+    any).
+    """
     child = start(config, before)
     ended = child.wait()
-    expect(code is None or ended == code, f"exit code {ended} instead of {code}: {child.text[-400:]}")
+    expect(
+        code is None or ended == code, f"exit code {ended} instead of {code}: {child.text[-400:]}"
+    )
     return child.text
 
 
@@ -149,7 +167,8 @@ def on_call(
     calls: int = 1,
     around: Callable[[Any], Any] | None = None,
 ) -> None:
-    """In this process, do `act` when function `name` of a module is called the n-th time (0: every time).
+    """In this process, do `act` when function `name` of a module is called the n-th time (0: every
+    time).
 
     With `around`, put what it makes of the function in its place instead.
     """
@@ -166,7 +185,9 @@ def on_call(
 
 
 def on_step(number: int, act: Callable[[], Any]) -> Callable[[], None]:
-    """A `before` that calls `act` when step `number` (from 1 in this process) is about to be computed."""
+    """A `before` that calls `act` when step `number` (from 1 in this process) is about to be
+    computed.
+    """
     return lambda: on_call(loop, "train_step", act, number)
 
 
@@ -179,20 +200,31 @@ def torchrun(config: dict[str, Any], processes: int = 2, fault: str = "") -> sub
     """The same run on several gloo processes; `fault` is planted by `scorecard.worker`."""
     log = Path(config["output"]).with_suffix(".log").open("w")
     command = [*ranks.launcher(processes), "-m", "scorecard.worker", write_config(config), fault]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment())
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
 
 
-def run_ranks(config: dict[str, Any], processes: int = 2, fault: str = "", code: int | None = 0) -> str:
+def run_ranks(
+    config: dict[str, Any], processes: int = 2, fault: str = "", code: int | None = 0
+) -> str:
     """`torchrun` to its end; returns what was printed."""
     ended = torchrun(config, processes, fault).wait(120)
     text = Path(config["output"]).with_suffix(".log").read_text(errors="replace")
-    wrong = [line for line in text.splitlines() if "rror" in line and "torch.distributed" not in line]
-    expect(code is None or ended == code, f"exit code {ended} instead of {code}: {(wrong or [text[-300:]])[0]}")
+    wrong = [
+        line for line in text.splitlines() if "rror" in line and "torch.distributed" not in line
+    ]
+    expect(
+        code is None or ended == code,
+        f"exit code {ended} instead of {code}: {(wrong or [text[-300:]])[0]}",
+    )
     return text
 
 
 def records(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl (that of step 0 left out) without what differs between equal runs: time and memory."""
+    """The steps in metrics.jsonl (that of step 0 left out) without what differs between equal runs:
+    time and memory.
+    """
     path = Path(config["output"]) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     steps = [step for line in lines if line and (step := json.loads(line))["step"]]
@@ -218,8 +250,12 @@ def checkpoints(config: dict[str, Any]) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def expect_equal(one: dict[str, Any], other: dict[str, Any], what: str = "the continued run") -> int:
-    """Both runs have the same records and weights, to the bit; returns the number of steps compared."""
+def expect_equal(
+    one: dict[str, Any], other: dict[str, Any], what: str = "the continued run"
+) -> int:
+    """Both runs have the same records and weights, to the bit; returns the number of steps
+    compared.
+    """
     first, second = records(one), records(other)
     expect(len(first) == len(second) > 0, f"{what}: {len(second)} steps recorded, not {len(first)}")
     for a, b in zip(first, second, strict=True):

@@ -1,7 +1,8 @@
 """One rank of a run under torchrun, with a fault planted: `-m scorecard.worker CONFIG FAULT`.
 
-FAULT is empty, `slow`, `gradients:FILE` (rank 0 writes those of every step there), or `KIND:RANK:STEP` with a kind of
-`die`, `hang`, `raise`, `leave`, `drift` (one weight changes in its last bit) or `other` (the rank has another seed).
+FAULT is empty, `slow`, `gradients:FILE` (rank 0 writes those of every step there), or
+`KIND:RANK:STEP` with a kind of `die`, `hang`, `raise`, `leave`, `drift` (one weight changes in its
+last bit) or `other` (the rank has another seed).
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def run(config: str, fault: str) -> int:
         with numbers.gradients_of_steps() as seen:
             code = main(["train", config])
         if os.environ["RANK"] == "0":
-            flat = {f"{i}/{name}": tensor for i, step in enumerate(seen) for name, tensor in step.items()}
+            flat = {
+                f"{i}/{name}": tensor
+                for i, step in enumerate(seen)
+                for name, tensor in step.items()
+            }
             save_file(flat, Path(fault.partition(":")[2]))
         return code
     other = fault.startswith(f"other:{os.environ['RANK']}:")

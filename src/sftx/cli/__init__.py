@@ -1,10 +1,11 @@
 """The command line: `sftx VERB [file.yaml] key=value ...`.
 
-Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes besides the settings of
-a run (their values stay text), and `DEFAULTS`, overrides such as `output=unused` for settings that this verb can do
-without; both are literals, read from the file. A verb whose `run` takes no `config` reads no settings at all; one that
-takes `path` is given the argument without `=`. A module is imported last, after mistakes in the settings were named and
-a first line was shown: it may bring torch along, which takes seconds.
+Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes
+besides the settings of a run (their values stay text), and `DEFAULTS`, overrides such as
+`output=unused` for settings that this verb can do without; both are literals, read from the file. A
+verb whose `run` takes no `config` reads no settings at all; one that takes `path` is given the
+argument without `=`. A module is imported last, after mistakes in the settings were named and a
+first line was shown: it may bring torch along, which takes seconds.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130 interrupted."""
+    """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130
+    interrupted.
+    """
     own_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments, own_process)
     except UserError as error:
         if rank := int(os.environ.get("RANK", "0")):
-            time.sleep(2)  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
+            time.sleep(
+                2
+            )  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
         print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -47,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        print(f"error: {printable(str(error))}; mend that, then run the same command to continue", file=sys.stderr)
+        print(
+            f"error: {printable(str(error))}; mend that, then run the same command to continue",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -93,7 +101,12 @@ def declared(verb: str) -> Declared:
     if module := sys.modules.get(f"sftx.cli.{verb}"):
         known = vars(module)
         takes = tuple(signature(module.run).parameters)
-        return Declared((module.__doc__ or "").strip(), known.get("EXTRA", {}), tuple(known.get("DEFAULTS", ())), takes)
+        return Declared(
+            (module.__doc__ or "").strip(),
+            known.get("EXTRA", {}),
+            tuple(known.get("DEFAULTS", ())),
+            takes,
+        )
     tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
     takes: tuple[str, ...] = ()
@@ -103,7 +116,9 @@ def declared(verb: str) -> Declared:
                 found[name] = ast.literal_eval(node.value)
             case ast.FunctionDef(name="run"):
                 takes = tuple(argument.arg for argument in node.args.args)
-    return Declared(ast.get_docstring(tree) or "", found.get("EXTRA", {}), found.get("DEFAULTS", ()), takes)
+    return Declared(
+        ast.get_docstring(tree) or "", found.get("EXTRA", {}), found.get("DEFAULTS", ()), takes
+    )
 
 
 def _call(verb: str, arguments: list[str], own_process: bool) -> int:
@@ -114,7 +129,9 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
             extra, path = {**extra, "path": path}, None
         if path is not None or overrides:
             known = ", ".join(f"{key}=..." for key in told.extra) or "nothing"
-            raise UserError(f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}")
+            raise UserError(
+                f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}"
+            )
         _sign_of_life(verb, arguments)
         return import_module(f"sftx.cli.{verb}").run(**extra)
 
@@ -130,13 +147,17 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
 
 
 def _sign_of_life(verb: str, arguments: list[str]) -> None:
-    """One line at once, on stderr, before anything that takes seconds; of the processes of torchrun none says it."""
+    """One line at once, on stderr, before anything that takes seconds; of the processes of torchrun
+    none says it.
+    """
     if verb != "schema" and "TORCHELASTIC_RUN_ID" not in os.environ:
         shown = [argument if argument.isprintable() else ascii(argument) for argument in arguments]
         print("start    sftx", verb, *shown, file=sys.stderr, flush=True)
 
 
-def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple[str | None, list[str], dict[str, str]]:
+def _split(
+    verb: str, arguments: list[str], extra_keys: dict[str, str]
+) -> tuple[str | None, list[str], dict[str, str]]:
     """The YAML file, the settings, and the verb's own keys."""
     path: str | None = None
     overrides: list[str] = []
@@ -144,7 +165,10 @@ def _split(verb: str, arguments: list[str], extra_keys: dict[str, str]) -> tuple
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
-            raise UserError(f"sftx {verb}: {argument!r}: settings are written key=value, for example batch.epochs=2")
+            raise UserError(
+                f"sftx {verb}: {argument!r}: settings are written key=value, for example "
+                "batch.epochs=2"
+            )
         if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
             if path is not None:
                 raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
@@ -165,9 +189,11 @@ def _overview() -> str:
     width = max(map(len, names))
     lines = "\n".join(f"  {name:{width}}  {doc}" for name, doc in names.items())
     return (
-        "Supervised fine-tuning of causal language models in which every token is accounted for.\n\n"
+        "Supervised fine-tuning of causal language models in which every token is accounted "
+        "for.\n\n"
         f"{_USAGE}\n\n{lines}\n\n"
-        "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a run."
+        "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a "
+        "run."
     )
 
 
@@ -176,7 +202,10 @@ def _verb_help(verb: str, told: Declared) -> str:
     from textwrap import fill
 
     def entry(key: str, *texts: str) -> list[str]:
-        return [f"  {key}", *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts)]
+        return [
+            f"  {key}",
+            *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts),
+        ]
 
     where = "[file.yaml] " if "config" in told.takes else "PATH " if "path" in told.takes else ""
     lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]

@@ -1,4 +1,6 @@
-"""What the verbs that look at data need of a model: its tokenizer and its longest example, without loading it."""
+"""What the verbs that look at data need of a model: its tokenizer and its longest example, without
+loading it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from sftx.types import UserError
 def tokenizer_and_length(config: Config) -> tuple[Tokenizer, int]:
     """The tokenizer, and `data.max_length` or what a run would take in its place."""
     tokenizer = Tokenizer.of_model(config.model)
-    return tokenizer, config.data.max_length or min(positions(config.model.path, DEFAULT_LENGTH), DEFAULT_LENGTH)
+    return tokenizer, config.data.max_length or min(
+        positions(config.model.path, DEFAULT_LENGTH), DEFAULT_LENGTH
+    )
 
 
 def whole_number(key: str, value: str, least: int = 1) -> int:

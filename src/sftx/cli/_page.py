@@ -1,4 +1,6 @@
-"""The page that `sftx inspect html=FILE` writes: chosen rows token by token, filters, and charts of the whole data."""
+"""The page that `sftx inspect html=FILE` writes: chosen rows token by token, filters, and charts of
+the whole data.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,19 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import View, view
 from sftx.settings.schema import Config
 
-SHOWN, TOKENS = 240, 400_000  # examples on a page, and tokens of them at most: a page should open at once
+SHOWN, TOKENS = (
+    240,
+    400_000,
+)  # examples on a page, and tokens of them at most: a page should open at once
 POINTS = 400  # in the chart of steps
 
 
-def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, first: Sequence[View]) -> None:
-    """Write the page: the views in `first`, then the longest, the cut and evenly spaced examples of `corpus`."""
+def write_page(
+    path: str, config: Config, corpus: Corpus, encoder: Encoder, first: Sequence[View]
+) -> None:
+    """Write the page: the views in `first`, then the longest, the cut and evenly spaced examples of
+    `corpus`.
+    """
     views, tokens = list(first), sum(len(v.ids) for v in first)
     seen = {(v.place, v.part) for v in first}
     for index in _chosen(corpus):
@@ -34,14 +43,25 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
     page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
         "title": ", ".join(corpus.sources),
-        "ledgers": {name: "; ".join([ledger.summary(), *ledger.warnings()]) for name, ledger in corpus.ledgers.items()},
+        "ledgers": {
+            name: "; ".join([ledger.summary(), *ledger.warnings()])
+            for name, ledger in corpus.ledgers.items()
+        },
         "notes": corpus.ledger.notes,
-        "dropped": [{"place": corpus.origins[d.origin].place(d.line), "reason": d.reason} for d in corpus.drops[:200]],
+        "dropped": [
+            {"place": corpus.origins[d.origin].place(d.line), "reason": d.reason}
+            for d in corpus.drops[:200]
+        ],
         "examples": len(corpus),
         "maxLength": encoder.max_length,
         "lengths": _histogram(corpus, encoder.max_length),
         "shares": [
-            {"source": name, "tokens": ledger.tokens, "targets": ledger.targets, "rows": ledger.read}
+            {
+                "source": name,
+                "tokens": ledger.tokens,
+                "targets": ledger.targets,
+                "rows": ledger.read,
+            }
             for name, ledger in corpus.ledgers.items()
         ],
         "steps": _steps(config, corpus),
@@ -52,7 +72,9 @@ def write_page(path: str, config: Config, corpus: Corpus, encoder: Encoder, firs
 
 
 def _chosen(corpus: Corpus) -> list[int]:
-    """Indices of examples worth a look: longest, cut, with least and most targets, then evenly over the data."""
+    """Indices of examples worth a look: longest, cut, with least and most targets, then evenly over
+    the data.
+    """
     columns, each = corpus.columns, SHOWN // 6
     cut = np.flatnonzero((columns.split != 0) | (columns.cut_tokens > 0))
     share = corpus.targets / np.maximum(corpus.lengths, 1)
@@ -69,7 +91,9 @@ def _row(shown: View) -> dict[str, Any]:
     row = asdict(shown)
     weights = np.array(row.pop("weights"), np.float64)
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
-    runs = [[int(start), round(float(weights[start]), 6)] for start in starts]  # weights, run by run
+    runs = [
+        [int(start), round(float(weights[start]), 6)] for start in starts
+    ]  # weights, run by run
     special = [i for i, special in enumerate(shown.special) if special]
     spelled = [i for i, spelled in enumerate(shown.spelled) if spelled]
     return {**row, "targets": shown.targets, "special": special, "spelled": spelled, "runs": runs}
@@ -85,7 +109,9 @@ def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
 def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:
     """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
     plan = plan_of(corpus, config)
-    steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, POINTS)).astype(np.int64)).tolist()
+    steps = np.unique(
+        np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, POINTS)).astype(np.int64)
+    ).tolist()
     chosen = [plan.examples(step) for step in steps]
     return {
         "count": plan.num_steps,

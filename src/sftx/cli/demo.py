@@ -1,4 +1,6 @@
-"""Run the quick start: a small model learns a village's chronicle, then to answer questions about it."""
+"""Run the quick start: a small model learns a village's chronicle, then to answer questions about
+it.
+"""
 
 from __future__ import annotations
 

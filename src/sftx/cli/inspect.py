@@ -1,8 +1,8 @@
 """Show the exact tokens a run trains on, by row, step or pack: `sftx inspect run.yaml row=17`.
 
-Trained tokens stand out (on a terminal by colour, in plain text between ⟦ and ⟧), a weight other than 1 is named, and
-special tokens are set apart; a text that only spells one has a backslash before it. Numbers at the left are positions.
-Nothing is trained and no model is loaded.
+Trained tokens stand out (on a terminal by colour, in plain text between ⟦ and ⟧), a weight other
+than 1 is named, and special tokens are set apart; a text that only spells one has a backslash
+before it. Numbers at the left are positions. Nothing is trained and no model is loaded.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ EXTRA = {
     "rows": "How many rows to show from there; default 1, or the first 3 if no row is named.",
     "step": "Show the examples of this step, numbered from 1 as in metrics.jsonl.",
     "pack": "Show this pack of the step (the first is 0) only.",
-    "html": "Write one self-contained page to this file: rows, filters and charts of the whole data.",
+    "html": "Write one self-contained page to this file: rows, filters and charts of the whole "
+    "data.",
     "json": "Write what is shown, token by token, to this file.",
 }
 DEFAULTS = ("output=unused",)
-CPU_PACK = 1024  # tokens per pack where neither the settings nor a run in the output folder says how many
-TRAINED = ("white on #14532d", "white on #166534")  # two shades in turn, so that the borders of tokens show
+CPU_PACK = (
+    1024  # tokens per pack where neither the settings nor a run in the output folder says how many
+)
+TRAINED = (
+    "white on #14532d",
+    "white on #166534",
+)  # two shades in turn, so that the borders of tokens show
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
@@ -45,9 +51,17 @@ VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵
 
 
 def run(
-    config: Config, row: str = "", rows: str = "", step: str = "", pack: str = "", html: str = "", json: str = ""
+    config: Config,
+    row: str = "",
+    rows: str = "",
+    step: str = "",
+    pack: str = "",
+    html: str = "",
+    json: str = "",
 ) -> int:
-    """Show rows (or a step, or a pack) on the terminal; write a page or JSON where asked. Returns 0."""
+    """Show rows (or a step, or a pack) on the terminal; write a page or JSON where asked. Returns
+    0.
+    """
     console = Console(highlight=False)
     tokenizer, max_length = tokenizer_and_length(config)
     if (step or pack) and (row or rows):
@@ -59,7 +73,10 @@ def run(
     if step or html:
         with console.status("encoding") as status:
             corpus, _ = load_corpora(
-                config, tokenizer, max_length, lambda done, total: status.update(f"encoding {done:,} of {total:,} rows")
+                config,
+                tokenizer,
+                max_length,
+                lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
             )
     if step:
         assert corpus is not None
@@ -86,12 +103,16 @@ def run(
     return 0
 
 
-def _views_of_step(config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str) -> list[View]:
+def _views_of_step(
+    config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str
+) -> list[View]:
     """The examples of a step in pack order, or those of one of its packs."""
     step = whole_number("inspect: step", asked)
     plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
-        raise UserError(f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on")
+        raise UserError(
+            f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on"
+        )
     size = config.runtime.tokens_per_pack or Run(config).facts.get("tokens_per_pack", CPU_PACK)
     packs = plan.packs(step - 1, size)[0]
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
@@ -110,7 +131,9 @@ def _counts(views: Sequence[View]) -> str:
 
 
 def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
-    """The lines of one example, at most `width` cells wide, each with the position of its first token."""
+    """The lines of one example, at most `width` cells wide, each with the position of its first
+    token.
+    """
     note = f" · {shown.note}" if shown.note else ""
     head = f"── {shown.place} · example {shown.part + 1} of its row{note} "
     head = printable(head)
@@ -123,14 +146,20 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
                 line = Text(f"{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
-    legend = r"; \ = text that spells a special token (data.special_tokens: escape)" if any(shown.spelled) else ""
+    legend = (
+        r"; \ = text that spells a special token (data.special_tokens: escape)"
+        if any(shown.spelled)
+        else ""
+    )
     yield Text(f"         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {printable(repr(shown.prompt))}", style="italic")
 
 
 def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
-    """What is printed for each token, and its style. Without colour, brackets stand around trained tokens."""
+    """What is printed for each token, and its style. Without colour, brackets stand around trained
+    tokens.
+    """
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]

@@ -1,9 +1,10 @@
-"""Look for what is likely wrong with data: `sftx lint run.yaml`. Exit code 1 if something serious is found.
+"""Look for what is likely wrong with data: `sftx lint run.yaml`. Exit code 1 if something serious
+is found.
 
-Duplicates, held-out rows that are trained on, outputs that are empty or never end, targets lost to the length limit,
-roles out of order, markers of another template, wrongly decoded text, likely secrets, refusals, answers cut off, HTML,
-echoes of the prompt, odd arguments of tools. Each finding names its rows; json= has all of them, with the rows they are
-like.
+Duplicates, held-out rows that are trained on, outputs that are empty or never end, targets lost to
+the length limit, roles out of order, markers of another template, wrongly decoded text, likely
+secrets, refusals, answers cut off, HTML, echoes of the prompt, odd arguments of tools. Each finding
+names its rows; json= has all of them, with the rows they are like.
 """
 
 from __future__ import annotations
@@ -32,14 +33,23 @@ def run(config: Config, json: str = "") -> int:
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"
-        console.print(f"{mark} [bold]{finding.check}[/]: {finding.count:,} {escape(printable(finding.message))}")
+        console.print(
+            f"{mark} [bold]{finding.check}[/]: {finding.count:,} "
+            f"{escape(printable(finding.message))}"
+        )
         for number, place in enumerate(finding.places[:SHOWN]):
             like = f" is like {finding.partners[number]}" if finding.partners else ""
             console.print(f"        {printable(place + like)}", markup=False)
         if finding.count > SHOWN:
             console.print(f"        and {finding.count - SHOWN:,} more", style="dim")
     serious = any(finding.serious for finding in findings)
-    console.print("nothing found" if not findings else "something serious was found" if serious else "nothing serious")
+    console.print(
+        "nothing found"
+        if not findings
+        else "something serious was found"
+        if serious
+        else "nothing serious"
+    )
     if json:
         write_json(json, [asdict(finding) for finding in findings])
     return int(serious)

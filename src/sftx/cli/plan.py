@@ -1,7 +1,8 @@
 """What a run will take, before it runs: steps, tokens, memory by part, time: `sftx plan run.yaml`.
 
-No weights are loaded. `sftx plan model=config.json gpus=64 gpu_memory=141GiB` needs neither data nor a GPU: it tells
-what each of so many GPUs holds under `fully_shard`, whether that fits, and how many GPUs are needed at least.
+No weights are loaded. `sftx plan model=config.json gpus=64 gpu_memory=141GiB` needs neither data
+nor a GPU: it tells what each of so many GPUs holds under `fully_shard`, whether that fits, and how
+many GPUs are needed at least.
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ from sftx.model.mixture import describe_adapter
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
 from sftx.printable import printable
 from sftx.settings.schema import Config
-from sftx.training.memory_plan import StepProfile, choose_packing, meta_model, seconds_of, set_example_cost
+from sftx.training.memory_plan import (
+    StepProfile,
+    choose_packing,
+    meta_model,
+    seconds_of,
+    set_example_cost,
+)
 from sftx.training.optim import peak_learning_rate
 from sftx.training.prepare import longest_example
 from sftx.training.run_identity import name_of
 from sftx.types import UserError
 
 EXTRA = {
-    "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in shards over them.",
+    "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in "
+    "shards over them.",
     "gpu_memory": "Memory of each of them, such as 141GiB or 80GB.",
     "json": "Write the figures to this file.",
 }
@@ -51,23 +59,41 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     loss = meta_model(config, Tokenizer.of_model(config.model).added_token_ids if added else {})
     plan, load = _load(config, loss, count)
     with machine(config.runtime) as here:
-        available, held = (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.available_memory()
+        available, held = (
+            (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.available_memory()
+        )
         if gpus:
             half = config.runtime.precision != "fp32"
-            here = replace(here, device=torch.device("cuda"), precision=torch.bfloat16 if half else torch.float32)
+            here = replace(
+                here,
+                device=torch.device("cuda"),
+                precision=torch.bfloat16 if half else torch.float32,
+            )
         if count == 1:
             cast_frozen_weights(loss.model, here.precision)
         nf4 = config.adapter.quantize == "nf4"
         estimator = MemoryEstimator(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, available)
         tokens = load.tokens if count == 1 else 0.0
-        estimator.compiled = planned(config.runtime.compile, here.device, trainable(loss)[1], tokens)
+        estimator.compiled = planned(
+            config.runtime.compile, here.device, trainable(loss)[1], tokens
+        )
         facts["adapter"] = describe_adapter(loss.model)
-        facts |= {"device": f"{gpus} GPUs" if gpus else str(here.device), "precision": name_of(here.precision)}
+        facts |= {
+            "device": f"{gpus} GPUs" if gpus else str(here.device),
+            "precision": name_of(here.precision),
+        }
         try:
             chosen = choose_packing(config.runtime, estimator, load, available)
-            facts |= {"tokens_per_pack": chosen.tokens_per_pack, "recomputed_layers": chosen.recomputed}
-            facts |= {"layers": len(estimator.layers), "memory": chosen.parts(), "notes": list(chosen.notes)}
+            facts |= {
+                "tokens_per_pack": chosen.tokens_per_pack,
+                "recomputed_layers": chosen.recomputed,
+            }
+            facts |= {
+                "layers": len(estimator.layers),
+                "memory": chosen.parts(),
+                "notes": list(chosen.notes),
+            }
             if plan is not None and not gpus:
                 facts["fill"] = _fill(plan, chosen.tokens_per_pack)
                 facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
@@ -89,20 +115,30 @@ def _bytes(value: str) -> int:
 
 
 def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, StepProfile]:
-    """The plan of the run's own data, and its load; without data: full packs of the longest examples, all targets."""
+    """The plan of the run's own data, and its load; without data: full packs of the longest
+    examples, all targets.
+    """
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
         return plan, StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)
-    sizes = (longest_example(config, loss.model.config), config.runtime.tokens_per_pack or DEFAULT_LENGTH)
+    sizes = (
+        longest_example(config, loss.model.config),
+        config.runtime.tokens_per_pack or DEFAULT_LENGTH,
+    )
     return None, StepProfile(min(sizes), 1 << 20, 1.0)
 
 
-def _facts(config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss, available: int) -> dict[str, Any]:
+def _facts(
+    config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss, available: int
+) -> dict[str, Any]:
     facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
-    facts |= {"memory_at_hand": available, "learning_rate": peak_learning_rate(config.optim, config.adapter)}
+    facts |= {
+        "memory_at_hand": available,
+        "learning_rate": peak_learning_rate(config.optim, config.adapter),
+    }
     if plan is not None:
         targets = round(load.tokens * load.target_share)
         facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
@@ -111,20 +147,37 @@ def _facts(config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss,
 
 def _fill(plan: Plan, tokens_per_pack: int) -> float:
     """How full the packs of the first (at most 50) steps are."""
-    bins = [members for step in range(min(plan.num_steps, 50)) for members in plan.packs(step, tokens_per_pack)[0]]
-    return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (tokens_per_pack * max(len(bins), 1))
+    bins = [
+        members
+        for step in range(min(plan.num_steps, 50))
+        for members in plan.packs(step, tokens_per_pack)[0]
+    ]
+    return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (
+        tokens_per_pack * max(len(bins), 1)
+    )
 
 
-def _fewest_gpus(config: Config, estimator: MemoryEstimator, load: StepProfile, available: int) -> int | None:
-    """The smallest number of GPUs over which a step fits in shards; None if there is none up to `MANY`."""
-    cast_frozen_weights(estimator.loss.model, torch.float32)  # as shards do; one process has been rehearsed already
-    sharded = MemoryEstimator(estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed))
+def _fewest_gpus(
+    config: Config, estimator: MemoryEstimator, load: StepProfile, available: int
+) -> int | None:
+    """The smallest number of GPUs over which a step fits in shards; None if there is none up to
+    `MANY`.
+    """
+    cast_frozen_weights(
+        estimator.loss.model, torch.float32
+    )  # as shards do; one process has been rehearsed already
+    sharded = MemoryEstimator(
+        estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
+    )
 
     def fits(count: int) -> bool:
         sharded.shards = count
         try:
             choose_packing(
-                config.runtime, estimator if count == 1 and not estimator.shards else sharded, load, available
+                config.runtime,
+                estimator if count == 1 and not estimator.shards else sharded,
+                load,
+                available,
             )
         except UserError:
             return False
@@ -135,29 +188,52 @@ def _fewest_gpus(config: Config, estimator: MemoryEstimator, load: StepProfile, 
 
 def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     """The plan in words."""
-    method = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
+    method = (
+        "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
+    )
     trained, weights = facts["trainable"], facts["weights"]
-    yield f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} on {facts['device']}"
+    yield (
+        f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} "
+        f"on {facts['device']}"
+    )
     if facts.get("adapter"):
         yield f"adapter  {facts['adapter']}"
     kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
     kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
-    yield f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate {facts['learning_rate']:g}"
+    yield (
+        f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate "
+        f"{facts['learning_rate']:g}"
+    )
     if "steps" in facts:
-        yield f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, {facts['targets']:,} targets"
+        yield (
+            f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, "
+            f"{facts['targets']:,} targets"
+        )
     if facts.get("memory"):
         fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
         yield (
-            f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of {facts['layers']} "
+            f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of "
+            f"{facts['layers']} "
             "layers recomputed"
         )
-        yield f"memory   {'each GPU' if facts.get('gpus_needed') else 'the process'} at the peak of a step, in GiB"
-        yield from (f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items())
+        yield (
+            f"memory   {'each GPU' if facts.get('gpus_needed') else 'the process'} at the peak "
+            "of a step, in GiB"
+        )
+        yield from (
+            f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items()
+        )
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
     if facts.get("seconds"):
-        yield f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs on this machine"
+        yield (
+            f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
+            "on this machine"
+        )
     if "gpus_needed" in facts:
-        yield f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at least"
+        yield (
+            f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at "
+            "least"
+        )
     yield from (f"note     {note}" for note in facts.get("notes", []))
     if "refused" in facts:
         yield f"refused  {facts['refused']}"

@@ -1,4 +1,6 @@
-"""Print every setting: as JSON schema for editors, as the page of the documentation, or as types for Python."""
+"""Print every setting: as JSON schema for editors, as the page of the documentation, or as types
+for Python.
+"""
 
 from __future__ import annotations
 

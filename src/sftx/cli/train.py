@@ -1,7 +1,8 @@
 """Fine-tune a model: `sftx train run.yaml batch.epochs=2`.
 
-Reads the YAML file, applies the overrides, trains, and leaves the model and the record of the run in `output`.
-Several processes: `torchrun --nproc-per-node 8 -m sftx train run.yaml`, or in short `sftx train run.yaml nproc=8`.
+Reads the YAML file, applies the overrides, trains, and leaves the model and the record of the run
+in `output`. Several processes: `torchrun --nproc-per-node 8 -m sftx train run.yaml`, or in short
+`sftx train run.yaml nproc=8`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from types import FrameType
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
-EXTRA = {"nproc": "Start so many processes on this machine, through torchrun; `gpu` = one for each GPU."}
+EXTRA = {
+    "nproc": "Start so many processes on this machine, through torchrun; `gpu` = one for each GPU."
+}
 
 
 def run(config: Config, nproc: str = "") -> int:
@@ -31,12 +34,16 @@ def run(config: Config, nproc: str = "") -> int:
 
     for number, handler in before.items():
         signal.signal(number, handler)
-    record(train)(config)  # hands a failure's traceback to torchrun, which names the rank; alone it does nothing
+    record(train)(
+        config
+    )  # hands a failure's traceback to torchrun, which names the rank; alone it does nothing
     return 0
 
 
 def _launch(config: Config, nproc: str) -> int:
-    """The same run under torchrun; returns the exit code of the first rank that ended with another than 0."""
+    """The same run under torchrun; returns the exit code of the first rank that ended with another
+    than 0.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -45,13 +52,25 @@ def _launch(config: Config, nproc: str) -> int:
 
     if nproc != "gpu" and not (nproc.isdecimal() and int(nproc)):
         raise UserError(f"sftx train: nproc={nproc!r}: expected a number of processes, or gpu")
-    # Ranks that are asked to stop finish their step and save: they get as long for it as for anything else.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(config.runtime.rank_timeout)))
+    # Ranks that are asked to stop finish their step and save: they get as long for it as for
+    # anything else.
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(config.runtime.rank_timeout))
+    )
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(config.model_dump_json(exclude_unset=True))
         file.flush()
         try:
-            torchrun.main(["--standalone", f"--nproc-per-node={nproc}", "--module", "sftx", "train", file.name])
+            torchrun.main(
+                [
+                    "--standalone",
+                    f"--nproc-per-node={nproc}",
+                    "--module",
+                    "sftx",
+                    "train",
+                    file.name,
+                ]
+            )
         except ChildFailedError as failed:
             return max(failed.get_first_failure()[1].exitcode, 1)
         except SignalException:

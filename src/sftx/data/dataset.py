@@ -1,4 +1,6 @@
-"""From a run's data settings to its two corpora: every row read, encoded once into the cache, and accounted for."""
+"""From a run's data settings to its two corpora: every row read, encoded once into the cache, and
+accounted for.
+"""
 
 from __future__ import annotations
 
@@ -42,24 +44,30 @@ _adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDic
 
 
 def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
-    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights` float32[T].
+    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights`
+    float32[T].
 
-    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast transformers
-    tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data` that decide how a row is encoded
-    (`max_length`, `template`, `train_on`, ...). More than one example comes back where a row was split, or where its
-    turns cannot share one sequence; none where it was dropped.
+    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast
+    transformers tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data`
+    that decide how a row is encoded (`max_length`, `template`, `train_on`, ...). More than one
+    example comes back where a row was split, or where its turns cannot share one sequence; none
+    where it was dropped.
 
     Raises:
         UserError: the row or a setting is wrong; the message names the field.
     """
     if strange := settings.keys() - ENCODING:
-        raise UserError(f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}")
+        raise UserError(
+            f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}"
+        )
     try:
         data = Data.model_validate(settings)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError("encode: " + "; ".join(problems)) from None
-    encoder = _encoder(as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH)
+    encoder = _encoder(
+        as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH
+    )
     try:
         check_names(data.columns)
         plain = renamed(_plain(row), data.columns)
@@ -114,8 +122,8 @@ def load_corpora(
 ) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out corpus of a run, encoded now or taken from the cache.
 
-    Rows of `data.eval_split` are chosen by their content and the seed: a row keeps its side when others are added,
-    and equal rows share a side.
+    Rows of `data.eval_split` are chosen by their content and the seed: a row keeps its side when
+    others are added, and equal rows share a side.
 
     Raises:
         UserError: a file or row is wrong, or nothing is left to train on.
@@ -125,7 +133,9 @@ def load_corpora(
     if not train:
         raise UserError("data.train: nothing to train on is given")
     if held and data.eval_split:
-        raise UserError("data.eval_split and data.eval are both set; held-out rows come from one of them")
+        raise UserError(
+            "data.eval_split and data.eval are both set; held-out rows come from one of them"
+        )
     cache, encoder = Cache(data.cache), Encoder(tokenizer, data, max_length)
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
@@ -170,17 +180,30 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
     return list(jobs.values())
 
 
-def _assemble(sources: Sequence[Source], tables: Sequence[Table], fingerprint: str, cache: Cache) -> Corpus:
+def _assemble(
+    sources: Sequence[Source], tables: Sequence[Table], fingerprint: str, cache: Cache
+) -> Corpus:
     parts = [
-        Part(cache.path(block_key(block.digest, table.form, fingerprint)), table.source, origin, block.line)
+        Part(
+            cache.path(block_key(block.digest, table.form, fingerprint)),
+            table.source,
+            origin,
+            block.line,
+        )
         for origin, table in enumerate(tables)
         for block in table.blocks
     ]
-    return Corpus(parts, [source.name or source.path for source in sources], [table.origin for table in tables])
+    return Corpus(
+        parts,
+        [source.name or source.path for source in sources],
+        [table.origin for table in tables],
+    )
 
 
 def _check(corpus: Corpus, data: Data) -> None:
-    """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were dropped."""
+    """Refuse bad rows (unless they are skipped) and a corpus of nothing; warn where many rows were
+    dropped.
+    """
     bad = [drop for drop in corpus.drops if drop.bad]
     if bad and data.on_bad_row == "stop":
         place = corpus.origins[bad[0].origin].place(bad[0].line)
@@ -189,7 +212,10 @@ def _check(corpus: Corpus, data: Data) -> None:
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
         dropped = (drop for drop in corpus.drops if drop.source == number)
-        first = next((f"; the first, {corpus.origins[d.origin].place(d.line)}: {d.reason}" for d in dropped), "")
+        first = next(
+            (f"; the first, {corpus.origins[d.origin].place(d.line)}: {d.reason}" for d in dropped),
+            "",
+        )
         if ledger.dropped == ledger.read:
             raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
         if ledger.dropped > 0.01 * ledger.read:
@@ -199,7 +225,9 @@ def _check(corpus: Corpus, data: Data) -> None:
 
 
 def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
-    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a source."""
+    """Warn where the chat template leaves out the reasoning of more than 1 % of the rows of a
+    source.
+    """
     for name, ledger in corpus.ledgers.items():
         lost = ledger.notes.get(LOST_REASONING, 0)
         if lost > 0.01 * ledger.read:
@@ -219,14 +247,17 @@ def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    held_out = choose(corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1)
+    held_out = choose(
+        corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1
+    )
     if held_out.all():
         raise UserError("data.eval_split: too few different rows to hold some out")
     return corpus.divide(held_out)
 
 
 def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
-    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason) to `folder`.
+    """Write `ledger.json` (counts, whole and per source) and `dropped.jsonl` (file, line, reason)
+    to `folder`.
 
     Returns the names of those that were not there, or had other contents.
     """

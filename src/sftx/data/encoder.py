@@ -1,7 +1,9 @@
-"""Rows become weighted tokens: the trained tokens of a turn are exactly what the model must produce when served.
+"""Rows become weighted tokens: the trained tokens of a turn are exactly what the model must produce
+when served.
 
-`Encoder.encode` takes rows in batches, so that all their text is tokenised in one call. Every kind of row first becomes
-texts with weights, then token sequences, then examples of at most `max_length` tokens.
+`Encoder.encode` takes rows in batches, so that all their text is tokenised in one call. Every kind
+of row first becomes texts with weights, then token sequences, then examples of at most `max_length`
+tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ _KINDS = 16  # so many kinds of rows, by their template and its settings, may ha
 
 @dataclass(slots=True)
 class Encoded:
-    """What became of one row. `action` is as in the ledger; `notes` say what was done to it, in fixed phrases."""
+    """What became of one row. `action` is as in the ledger; `notes` say what was done to it, in
+    fixed phrases.
+    """
 
     examples: list[Example]
     action: Literal["trained", "split", "dropped"] = "trained"
@@ -56,14 +60,17 @@ class _Plan:
     texts: list[TextSequence] = field(default_factory=list)
     tokens: TokenSequence | None = None
     notes: list[str] = field(default_factory=list)
-    shorten: Callable[[list[TokenSequence]], list[Fitted]] | None = None  # cuts a conversation between its turns
+    shorten: Callable[[list[TokenSequence]], list[Fitted]] | None = (
+        None  # cuts a conversation between its turns
+    )
 
 
 class Encoder:
     """Turns rows into examples, for one tokenizer, one template and the settings of `data`.
 
-    `stop_id` is the token that ends a trained output: generation must stop at it (and at the other `stop_ids`).
-    `chat_template` is the template to save with the trained tokenizer (None: turns are joined as they are).
+    `stop_id` is the token that ends a trained output: generation must stop at it (and at the other
+    `stop_ids`). `chat_template` is the template to save with the trained tokenizer (None: turns are
+    joined as they are).
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, max_length: int):
@@ -86,13 +93,17 @@ class Encoder:
 
     @property
     def stop_id(self) -> int | None:
-        """The token that ends every trained output; None if the tokenizer has no EOS and no template gives one."""
+        """The token that ends every trained output; None if the tokenizer has no EOS and no
+        template gives one.
+        """
         with watched():
             return self._templates["default"].stop_id if self._templates else self.tokenizer.eos_id
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """All tokens that end trained outputs: `stop_id`, and what ends a tool call where that is another token."""
+        """All tokens that end trained outputs: `stop_id`, and what ends a tool call where that is
+        another token.
+        """
         with watched():
             calls = self._templates["default"].stop_ids if self._templates else frozenset()
         return calls if self.stop_id is None else calls | {self.stop_id}
@@ -109,15 +120,22 @@ class Encoder:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | RowError]:
-        """One result for each row, in order. A bad row gives its `RowError` and leaves the others alone."""
+        """One result for each row, in order. A bad row gives its `RowError` and leaves the others
+        alone.
+        """
         with watched():
             plans = [self._plan(row) for row in rows]
         texts = [plan.texts for plan in plans if isinstance(plan, _Plan)]
         sequences = iter(self._spans.sequences(texts))
-        return [plan if isinstance(plan, RowError) else self._finish(plan, next(sequences)) for plan in plans]
+        return [
+            plan if isinstance(plan, RowError) else self._finish(plan, next(sequences))
+            for plan in plans
+        ]
 
     def served_prompt(self, row: Row, turn: int) -> str:
-        """The text that a server would send to get the answer at `turn` (an index into the messages or phrases)."""
+        """The text that a server would send to get the answer at `turn` (an index into the messages
+        or phrases).
+        """
         if row.kind not in ("messages", "phrases"):
             return ""
         conversation = conversation_of(row, self.data.train_on)
@@ -127,13 +145,16 @@ class Encoder:
             return self.template(conversation.tools is not None).turn(conversation, turn).prompt
 
     def missing_template(self) -> str:
-        """What to say where rows of turns come and there is no chat template to write them with; empty if there is
-        one, or `data.template: none` joins the turns as they are."""
+        """What to say where rows of turns come and there is no chat template to write them with;
+        empty if there is one, or `data.template: none` joins the turns as they are.
+        """
         if self._templates or self.data.template == "none":
             return ""
         return (
-            "the rows are turns, and the tokenizer has no chat template to write them with. Take an instruct model, or "
-            "set data.template: plain (turns a person can read; for a base model), chatml, a .jinja file, or none "
+            "the rows are turns, and the tokenizer has no chat template to write them with. Take "
+            "an instruct model, or "
+            "set data.template: plain (turns a person can read; for a base model), chatml, a "
+            ".jinja file, or none "
             "(turns joined as they are, EOS after the last)"
         )
 
@@ -144,14 +165,24 @@ class Encoder:
 
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
-        return self._templates.get("tool_use" if with_tools else "default") or self._templates["default"]
+        return (
+            self._templates.get("tool_use" if with_tools else "default")
+            or self._templates["default"]
+        )
 
     def _plan(self, row: Row) -> _Plan | RowError:
-        idle = [] if self.data.template in ("auto", "none") else ["no turns: data.template is not used"]
+        idle = (
+            []
+            if self.data.template in ("auto", "none")
+            else ["no turns: data.template is not used"]
+        )
         try:
             match row.kind:
                 case "text" | "segments" | "tokens" if self.data.train_on != "all":
-                    raise RowError(f"data.train_on: {self.data.train_on} needs turns; a row of {row.kind} has none")
+                    raise RowError(
+                        f"data.train_on: {self.data.train_on} needs turns; a row of {row.kind} "
+                        "has none"
+                    )
                 case "text":
                     return _Plan([self._text(row.text)], notes=idle)
                 case "segments":
@@ -175,7 +206,9 @@ class Encoder:
             return RowError("the row is nested too deeply")
 
     def _text(self, text: str) -> TextSequence:
-        """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor escaped."""
+        """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor
+        escaped.
+        """
         bos, eos = (self.tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
         begins = self.tokenizer.adds_bos or (bool(bos) and text.startswith(bos))
         text = text.removeprefix(bos).removesuffix(eos)
@@ -185,26 +218,41 @@ class Encoder:
         ids, size = np.array(row.ids, dtype=np.int64), self.tokenizer.vocab_size
         bad = np.flatnonzero((ids < 0) | (ids >= size))
         if len(bad):
-            raise RowError(f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens")
+            raise RowError(
+                f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens"
+            )
         weights = np.array(row.weights, dtype=np.float32)
         weights[:1] = 0  # nothing stands before the first token
         return TokenSequence(ids.astype(np.int32), weights, runs(weights))
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
-        """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first output."""
+        """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first
+        output.
+        """
         if problem := self.missing_template():
             raise RowError(problem)
-        if conversation.tools or conversation.kwargs or any("tool_calls" in m for m in conversation.messages):
-            raise RowError("data.template: none cannot render tools, tool calls or chat_template_kwargs")
+        if (
+            conversation.tools
+            or conversation.kwargs
+            or any("tool_calls" in m for m in conversation.messages)
+        ):
+            raise RowError(
+                "data.template: none cannot render tools, tool calls or chat_template_kwargs"
+            )
         last = conversation.trained[-1]
-        chunks = [(m["content"], w) for m, w in zip(conversation.messages, conversation.weights, strict=True)]
+        chunks = [
+            (m["content"], w)
+            for m, w in zip(conversation.messages, conversation.weights, strict=True)
+        ]
         text, weight = chunks[last]
         chunks[last] = (text.removesuffix(self.tokenizer.special.get("eos_token", "")), weight)
         return _Plan([TextSequence(chunks[: last + 1], eos=True, alone=True, bos=None)])
 
     def _rendered(self, conversation: Conversation) -> _Plan:
         mark, notes = "", []
-        if self._escape and spells(conversation, self.tokenizer.control, self.tokenizer.control_as_json):
+        if self._escape and spells(
+            conversation, self.tokenizer.control, self.tokenizer.control_as_json
+        ):
             conversation, mark = marked(conversation, self.tokenizer.control)
             notes.append(KEPT_AS_TEXT)
         turns = self._turns(conversation)
@@ -215,12 +263,19 @@ class Encoder:
         return _Plan(texts, notes=notes + sorted(done))
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
-        """The trained turns: from one rendering where the template's skeleton fits the row, else one by one."""
+        """The trained turns: from one rendering where the template's skeleton fits the row, else
+        one by one.
+        """
         template = self.template(conversation.tools is not None)
-        kind = template, json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else ""
+        kind = (
+            template,
+            json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else "",
+        )
         if kind not in self._skeletons:
             few = len(self._skeletons) < _KINDS
-            self._skeletons[kind] = learn_skeleton(template, self.tokenizer, conversation.kwargs) if few else None
+            self._skeletons[kind] = (
+                learn_skeleton(template, self.tokenizer, conversation.kwargs) if few else None
+            )
         skeleton = self._skeletons[kind]
         turns = skeleton.turns(template, conversation) if skeleton else None
         if turns is None:
@@ -228,7 +283,10 @@ class Encoder:
         return turns
 
     def _shortened(
-        self, conversation: Conversation, render: Callable[[Conversation], _Plan], sequences: list[TokenSequence]
+        self,
+        conversation: Conversation,
+        render: Callable[[Conversation], _Plan],
+        sequences: list[TokenSequence],
     ) -> list[Fitted]:
         def again(shorter: Conversation) -> list[TokenSequence]:
             return self._spans.sequences([render(shorter).texts])[0]
@@ -242,13 +300,18 @@ class Encoder:
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
         sequences = sequences if plan.tokens is None else [plan.tokens]
         if not any(sequence.weights.any() for sequence in sequences):
-            return RowError("row has no token to learn: each target is empty, has weight 0 or has nothing before it")
+            return RowError(
+                "row has no token to learn: each target is empty, has weight 0 or has nothing "
+                "before it"
+            )
         encoded = Encoded([], notes=plan.notes)
         try:
             if plan.shorten and any(len(sequence.ids) > self.max_length for sequence in sequences):
                 fits = plan.shorten(sequences)
             else:
-                fits = [fit(sequence, self.max_length, self.data.too_long) for sequence in sequences]
+                fits = [
+                    fit(sequence, self.max_length, self.data.too_long) for sequence in sequences
+                ]
         except RowError as error:
             return error
         for fitted in fits:
@@ -258,7 +321,9 @@ class Encoder:
                 part = f"split {k} of {len(fitted.pieces)}" if len(fitted.pieces) > 1 else ""
                 note = "; ".join(filter(None, [piece.note, part]))
                 number = len(encoded.examples)
-                encoded.examples.append(Example(piece.ids, piece.weights, note, number, piece.shortened))
+                encoded.examples.append(
+                    Example(piece.ids, piece.weights, note, number, piece.shortened)
+                )
         longest = max(len(sequence.ids) for sequence in sequences)
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)
@@ -276,24 +341,45 @@ class Encoder:
 def bundled_templates() -> list[str]:
     """Names of the templates that come with sftx."""
     folder = resources.files("sftx.data") / "templates"
-    return sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
+    return sorted(
+        entry.name.removesuffix(".jinja")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".jinja")
+    )
 
 
 def _resolve_template(setting: str, tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
-    """The templates by name ("default", maybe "tool_use") as (text, what to call it in messages); {} for none."""
+    """The templates by name ("default", maybe "tool_use") as (text, what to call it in messages);
+    {} for none.
+    """
     if setting == "none":
         return {}
     if setting == "auto":
-        return {name: (text, "chat template") for name, text in tokenizer.chat_templates.items() if name in _USED}
+        return {
+            name: (text, "chat template")
+            for name, text in tokenizer.chat_templates.items()
+            if name in _USED
+        }
     if setting in bundled_templates():
-        text = (resources.files("sftx.data") / "templates" / f"{setting}.jinja").read_text(encoding="utf-8")
-        # A bundled template does not know the tokenizer: one that begins every text with BOS begins this one so too.
-        return {"default": (("{{- bos_token -}}\n" if tokenizer.adds_bos else "") + text, f"template {setting}")}
+        text = (resources.files("sftx.data") / "templates" / f"{setting}.jinja").read_text(
+            encoding="utf-8"
+        )
+        # A bundled template does not know the tokenizer: one that begins every text with BOS begins
+        # this one so too.
+        return {
+            "default": (
+                ("{{- bos_token -}}\n" if tokenizer.adds_bos else "") + text,
+                f"template {setting}",
+            )
+        }
     if not Path(setting).is_file():
         raise UserError(
-            f"data.template: {setting!r} is neither a file nor one of auto, none, {', '.join(bundled_templates())}"
+            f"data.template: {setting!r} is neither a file nor one of auto, none, "
+            f"{', '.join(bundled_templates())}"
         )
     try:
         return {"default": (Path(setting).read_text(encoding="utf-8"), f"template {setting}")}
     except UnicodeDecodeError as error:
-        raise UserError(f"data.template: {setting}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(
+            f"data.template: {setting}: cannot be read as UTF-8 text: {error}"
+        ) from None

@@ -16,10 +16,11 @@ Indices = NDArray[np.intp]
 
 
 def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) -> Corpus:
-    """Every source as often in an epoch as its weight says: whole copies, and for the fraction a rotating share.
+    """Every source as often in an epoch as its weight says: whole copies, and for the fraction a
+    rotating share.
 
-    The fraction is one more copy of the source in the corpus, of which each epoch shows another share
-    (`Corpus.rotations`). At least one row of a source is shown in every epoch.
+    The fraction is one more copy of the source in the corpus, of which each epoch shows another
+    share (`Corpus.rotations`). At least one row of a source is shown in every epoch.
     """
     times = _times(corpus, sources, mix_by)
     if all(shown == 1 for shown in times):
@@ -48,7 +49,9 @@ def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) 
 
 
 def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> Corpus:
-    """Held-out sources as often as their weights say; of a fraction the same rows always, so that losses compare."""
+    """Held-out sources as often as their weights say; of a fraction the same rows always, so that
+    losses compare.
+    """
     if all(source.weight == 1 for source in sources):
         return corpus
     order: list[Indices] = []
@@ -62,8 +65,12 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
     return mixed
 
 
-def choose(columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0) -> NDArray[np.bool_]:
-    """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row and salt."""
+def choose(
+    columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0
+) -> NDArray[np.bool_]:
+    """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row
+    and salt.
+    """
     number = max(least, round(share * int((mask & (columns.part == 0)).sum())))
     if not number:
         return np.zeros(len(mask), np.bool_)
@@ -84,17 +91,26 @@ def _times(corpus: Corpus, sources: Sequence[Source], mix_by: str) -> list[float
 
 def _keys(rows: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
     """A hash of each row hash and the salt: a row keeps its own when others are added."""
-    keys = rows ^ np.uint64(int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little"))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixing of splitmix64
+    keys = rows ^ np.uint64(
+        int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little")
+    )
+    for shift, factor in (
+        (30, 0xBF58476D1CE4E5B9),
+        (27, 0x94D049BB133111EB),
+    ):  # the mixing of splitmix64
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     return keys ^ (keys >> np.uint64(31))
 
 
 def _circle(keys: NDArray[np.uint64], starts: Indices, begin: int, per_epoch: float) -> Rotation:
-    """Rows in the order of their `keys`; row r has the examples `begin + starts[r]` up to `begin + starts[r + 1]`."""
+    """Rows in the order of their `keys`; row r has the examples `begin + starts[r]` up to `begin +
+    starts[r + 1]`.
+    """
     rank = np.argsort(keys, kind="stable")
     sizes = np.diff(starts)[rank]
     ends = np.cumsum(sizes)
-    inside = np.arange(int(starts[-1])) - np.repeat(ends - sizes, sizes)  # number of the example in its row
+    inside = np.arange(int(starts[-1])) - np.repeat(
+        ends - sizes, sizes
+    )  # number of the example in its row
     order = begin + np.repeat(starts[:-1][rank], sizes) + inside
     return Rotation(order.astype(np.int64), np.concatenate([[0], ends]).astype(np.int64), per_epoch)

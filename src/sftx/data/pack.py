@@ -14,17 +14,22 @@ Float64 = NDArray[np.float64]
 Lengths = Sequence[int] | NDArray[np.integer]
 
 
-def balanced(lengths: Lengths, capacity: int, world_size: int = 1, work: Float64 | None = None) -> list[Bins]:
-    """The bins of every rank: equally many on each, and with as equal sums of `work` as whole examples allow.
+def balanced(
+    lengths: Lengths, capacity: int, world_size: int = 1, work: Float64 | None = None
+) -> list[Bins]:
+    """The bins of every rank: equally many on each, and with as equal sums of `work` as whole
+    examples allow.
 
-    Examples go, the most work first, to the bin with the least of it that has room, in the fewest bins for which that
-    succeeds (or 2 % more). Ranks that run short get empty bins, so that every rank takes part in every collective.
-    `work` = the lengths, where none is given.
+    Examples go, the most work first, to the bin with the least of it that has room, in the fewest
+    bins for which that succeeds (or 2 % more). Ranks that run short get empty bins, so that every
+    rank takes part in every collective. `work` = the lengths, where none is given.
     """
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(sizes if work is None else work, np.float64)
     by_tokens = -(-int(sizes.sum()) // (capacity * world_size))
-    by_examples = -(-len(sizes) // world_size)  # more bins would be empty, where examples are longer than `capacity`
+    by_examples = -(
+        -len(sizes) // world_size
+    )  # more bins would be empty, where examples are longer than `capacity`
     each = max(min(by_tokens, by_examples), 1)  # bins of a rank
     while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
         each += 1 + each // 50
@@ -40,7 +45,9 @@ def balanced(lengths: Lengths, capacity: int, world_size: int = 1, work: Float64
 
 
 def _spread(sizes: NDArray[np.int64], costs: Float64, capacity: int, count: int) -> Bins | None:
-    """`count` bins about equal in cost, each of at most `capacity` tokens or one example; None if too few are found."""
+    """`count` bins about equal in cost, each of at most `capacity` tokens or one example; None if
+    too few are found.
+    """
     members: Bins = [()] * count
     full, load = np.zeros(count, np.int64), np.zeros(count)
     for i in np.argsort(-costs, kind="stable").tolist():
@@ -55,7 +62,9 @@ def _spread(sizes: NDArray[np.int64], costs: Float64, capacity: int, count: int)
 
 
 def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pack:
-    """Lay `examples` end to end. No examples give a pack of one token and no target, whose loss is exactly 0."""
+    """Lay `examples` end to end. No examples give a pack of one token and no target, whose loss is
+    exactly 0.
+    """
     if not examples:
         nothing = np.zeros(0, np.int32)
         one = np.zeros(1, np.int32)
@@ -78,13 +87,17 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
 
 
 def probe_pack(examples: Sequence[Example], tokens: int = 32) -> Pack:
-    """Three short segments to measure with: the beginnings of examples, every token of them a target."""
+    """Three short segments to measure with: the beginnings of examples, every token of them a
+    target.
+    """
     beginnings = [examples[i % len(examples)].ids[: tokens - 5 * i] for i in range(3)]
     return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])
 
 
 def blank_pack(tokens: int, longest: int, target_share: float) -> Pack:
-    """A pack of `tokens` meaningless tokens in examples of at most `longest`, the last share of each being targets."""
+    """A pack of `tokens` meaningless tokens in examples of at most `longest`, the last share of
+    each being targets.
+    """
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     weights = [(np.arange(n, 0, -1) <= round(target_share * n)).astype(np.float32) for n in lengths]
     return build_pack([Example(np.zeros(len(w), np.int32), w) for w in weights])

@@ -1,8 +1,8 @@
 """The plan: which examples every step of a run trains on, known before the first one.
 
-A pure function of the corpus, `batch` and `seed`. Nothing about the machine enters `examples` or `total_weight`; pack
-size and number of processes only decide how a step is cut, in `packs`. So resuming needs one integer, and the step's
-divisor needs no communication.
+A pure function of the corpus, `batch` and `seed`. Nothing about the machine enters `examples` or
+`total_weight`; pack size and number of processes only decide how a step is cut, in `packs`. So
+resuming needs one integer, and the step's divisor needs no communication.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ def plan_of(corpus: Corpus, config: Config) -> Plan:
 
 
 class Plan:
-    """Steps of a run over examples of the given `lengths` (tokens) and `weights` (sum of target weights).
+    """Steps of a run over examples of the given `lengths` (tokens) and `weights` (sum of target
+    weights).
 
-    Examples are taken from one endless stream, epoch after epoch, each epoch in its own order; steps are consecutive
-    cuts of that stream. The last step takes what is left. An epoch shows every example once, but of those in
-    `rotations` a share, another one each time.
+    Examples are taken from one endless stream, epoch after epoch, each epoch in its own order;
+    steps are consecutive cuts of that stream. The last step takes what is left. An epoch shows
+    every example once, but of those in `rotations` a share, another one each time.
     """
 
     def __init__(
-        self, lengths: Int32, weights: Float64, batch: Batch, seed: int, rotations: Sequence[Rotation] = ()
+        self,
+        lengths: Int32,
+        weights: Float64,
+        batch: Batch,
+        seed: int,
+        rotations: Sequence[Rotation] = (),
     ) -> None:
         if len(lengths) == 0:
             raise UserError("there is nothing to train on: the data holds no examples")
@@ -68,18 +74,24 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the steps; a run may be continued only under the same one."""
+        """Hash of everything that decides the steps; a run may be continued only under the same
+        one.
+        """
         arrays = b"".join(array.tobytes() for array in (self.lengths, self.weights, self._starts))
         state = b"".join(rotation.state() for rotation in self._rotations)
         decides = arrays + f"{self.seed} {self.batch.shuffle}".encode() + state
         return hashlib.blake2b(decides, digest_size=16).hexdigest()
 
     def examples(self, step: int) -> Int64:
-        """Indices of the examples of `step` (0-based), in stream order; int64[examples in the step]."""
+        """Indices of the examples of `step` (0-based), in stream order; int64[examples in the
+        step].
+        """
         return self._stream(int(self._starts[step]), int(self._starts[step + 1]))
 
     def total_weight(self, step: int) -> float:
-        """The step's divisor: the weights of all its targets, over all packs and processes, summed in float64."""
+        """The step's divisor: the weights of all its targets, over all packs and processes, summed
+        in float64.
+        """
         return float(self.weights[self.examples(step)].sum())
 
     def epoch(self, step: int) -> float:
@@ -103,7 +115,8 @@ class Plan:
     def packs(self, step: int, tokens_per_pack: int, world_size: int = 1) -> list[Bins]:
         """For every rank, its packs as tuples of example indices; equally many on each rank."""
         chosen = self.examples(step)
-        # One process has nobody to wait for: there equal tokens are better, which make the largest pack smallest.
+        # One process has nobody to wait for: there equal tokens are better, which make the largest
+        # pack smallest.
         work = self.work[chosen] if world_size > 1 else None
         ranks = balanced(self.lengths[chosen], tokens_per_pack, world_size, work)
         return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
@@ -120,7 +133,9 @@ class Plan:
 
     def _stream(self, start: int, stop: int) -> Int64:
         epochs = range(self._epoch_at(start), self._epoch_at(stop - 1) + 1)
-        parts = [self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)] for e in epochs]
+        parts = [
+            self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)] for e in epochs
+        ]
         return np.concatenate(parts)
 
     def _begin(self, epoch: int) -> int:
@@ -154,9 +169,12 @@ class Plan:
         total = self._end_of(batch.epochs) if batch.steps is None else sys.maxsize
         if batch.tokens_per_step is None:
             size = batch.examples_per_step
-            return np.minimum(np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total)
+            return np.minimum(
+                np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total
+            )
         starts = [0]
-        # `ends` holds the running token count of the epochs looked at so far; it grows as steps need it.
+        # `ends` holds the running token count of the epochs looked at so far; it grows as steps
+        # need it.
         ends, epoch = np.cumsum(self.lengths[self._order(0)]), 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
@@ -164,5 +182,7 @@ class Plan:
                 more = np.cumsum(self.lengths[self._order(epoch)])
                 ends, epoch = np.concatenate([ends, ends[-1] + more]), epoch + 1
             budget = batch.tokens_per_step + (int(ends[start - 1]) if start else 0)
-            starts.append(min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total))
+            starts.append(
+                min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total)
+            )
         return np.array(starts, dtype=np.int64)

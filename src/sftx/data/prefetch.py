@@ -11,7 +11,9 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-def prefetched(keys: Iterable[Key], load: Callable[[Key], Value], depth: int = 2) -> Iterator[tuple[Key, Value]]:
+def prefetched(
+    keys: Iterable[Key], load: Callable[[Key], Value], depth: int = 2
+) -> Iterator[tuple[Key, Value]]:
     """`(key, load(key))` for every key, in order; up to `depth` are loaded ahead.
 
     An exception in `load` is raised here, when its key's turn comes.

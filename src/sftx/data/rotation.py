@@ -12,11 +12,13 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """The rows of one source in a circle, of which epoch after epoch takes the next `rows_per_epoch`.
+    """The rows of one source in a circle, of which epoch after epoch takes the next
+    `rows_per_epoch`.
 
-    `order`: int64[examples], indices of the examples as they lie on the circle, those of a row together. `starts`:
-    int64[rows + 1], where each row begins in `order`. `rows_per_epoch` is a real number between 0 and the rows: what
-    one epoch takes too much by rounding, a later one takes less.
+    `order`: int64[examples], indices of the examples as they lie on the circle, those of a row
+    together. `starts`: int64[rows + 1], where each row begins in `order`. `rows_per_epoch` is a
+    real number between 0 and the rows: what one epoch takes too much by rounding, a later one takes
+    less.
     """
 
     order: Int64
@@ -41,7 +43,9 @@ class Rotation:
 
     def state(self) -> bytes:
         """All that decides `members`."""
-        return self.order.tobytes() + self.starts.tobytes() + np.float64(self.rows_per_epoch).tobytes()
+        return (
+            self.order.tobytes() + self.starts.tobytes() + np.float64(self.rows_per_epoch).tobytes()
+        )
 
     def _position(self, epoch: int) -> int:
         return int(np.floor(epoch * self.rows_per_epoch + 0.5))

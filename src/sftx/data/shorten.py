@@ -1,11 +1,12 @@
 """A conversation longer than `data.max_length`, cut between its turns.
 
-Each piece is a conversation by itself, rendered as a server would render it: the system message and the tools stay, the
-oldest turns are gone, and what is left begins at a user's message. Where even the exchanges since the last user's
-message are too long, that message stays and the oldest exchanges behind it (calls with their results) are gone.
+Each piece is a conversation by itself, rendered as a server would render it: the system message and
+the tools stay, the oldest turns are gone, and what is left begins at a user's message. Where even
+the exchanges since the last user's message are too long, that message stays and the oldest
+exchanges behind it (calls with their results) are gone.
 
-How many tokens a conversation will have is estimated, and known once it is rendered; a piece that turns out too long is
-made again with less.
+How many tokens a conversation will have is estimated, and known once it is rendered; a piece that
+turns out too long is made again with less.
 """
 
 from __future__ import annotations
@@ -28,15 +29,23 @@ _MARKUP = 6.0  # tokens that a template writes around one message, until that is
 
 
 def shorten(
-    sequences: Sequence[TokenSequence], conversation: Conversation, render: Render, count: Count, max_length: int
+    sequences: Sequence[TokenSequence],
+    conversation: Conversation,
+    render: Render,
+    count: Count,
+    max_length: int,
 ) -> list[Fitted]:
-    """Make the sequences of a conversation at most `max_length` tokens long, without losing a target.
+    """Make the sequences of a conversation at most `max_length` tokens long, without losing a
+    target.
 
-    Where no cut between turns helps (one message and its answer are longer than that), tokens are cut as `fit` does.
+    Where no cut between turns helps (one message and its answer are longer than that), tokens are
+    cut as `fit` does.
     """
     trained = iter(conversation.trained)
     groups = [list(islice(trained, len(sequence.spans))) for sequence in sequences]
-    if sum(map(len, groups)) != len(conversation.trained):  # an output without tokens: whose the spans are is not known
+    if sum(map(len, groups)) != len(
+        conversation.trained
+    ):  # an output without tokens: whose the spans are is not known
         return [fit(sequence, max_length, "split") for sequence in sequences]
     sizes = count([_text(message) for message in conversation.messages])
     held: set[int] = set()
@@ -49,13 +58,17 @@ def shorten(
             cut = _Cut(conversation, render, sizes, max_length)
             results.append(cut.pieces(sequence, turns))
             held |= cut.held
-    lost = sum(size for i, size in enumerate(sizes[: conversation.trained[-1] + 1]) if i not in held)
+    lost = sum(
+        size for i, size in enumerate(sizes[: conversation.trained[-1] + 1]) if i not in held
+    )
     results[0] = replace(results[0], tokens_lost=results[0].tokens_lost + lost)
     return results
 
 
 class _Opening(NamedTuple):
-    """How a piece begins behind the system message: with the messages of `anchor`, then all from `begin` on."""
+    """How a piece begins behind the system message: with the messages of `anchor`, then all from
+    `begin` on.
+    """
 
     anchor: tuple[int, ...]
     begin: int
@@ -64,13 +77,18 @@ class _Opening(NamedTuple):
 class _Cut:
     """One sequence that is too long, on its way to pieces."""
 
-    def __init__(self, conversation: Conversation, render: Render, sizes: Sequence[int], max_length: int) -> None:
+    def __init__(
+        self, conversation: Conversation, render: Render, sizes: Sequence[int], max_length: int
+    ) -> None:
         self.messages = conversation.messages
         self.conversation = conversation
         self.render = render
         self.sizes = sizes  # tokens of the text of each message
         self.max_length = max_length
-        self.whole: tuple[int, list[int]] = (0, [])  # tokens of the sequence, and the messages in it
+        self.whole: tuple[int, list[int]] = (
+            0,
+            [],
+        )  # tokens of the sequence, and the messages in it
         self.markup = _MARKUP
         self.held: set[int] = set()  # messages that stand in some piece
         self.base = 0.0  # tokens that are there whatever messages are kept, such as those of tools
@@ -102,7 +120,8 @@ class _Cut:
         return Fitted(pieces, lost)
 
     def _next(self, turns: Sequence[int]) -> tuple[list[int], TokenSequence]:
-        """The messages and the tokens of a piece that trains the first of `turns`, and as many more as fit.
+        """The messages and the tokens of a piece that trains the first of `turns`, and as many more
+        as fit.
 
         Where nothing fits, it is the shortest that can be rendered, and trains the first alone.
         """
@@ -128,7 +147,8 @@ class _Cut:
             piece = self._rendered(kept, turns[:1])
             if piece is None:
                 raise RowError(
-                    f"turn {turns[0]}: the row is longer than data.max_length {self.max_length:,}, and its turns "
+                    f"turn {turns[0]}: the row is longer than data.max_length "
+                    f"{self.max_length:,}, and its turns "
                     "cannot be rendered one by one, to be cut apart"
                 )
             shortest = kept, piece
@@ -144,10 +164,11 @@ class _Cut:
         return found + [_Opening(anchor, i) for i in self.answers if last + 1 < i <= turn]
 
     def _guess(self, openings: Sequence[_Opening], turns: Sequence[int]) -> tuple[int, int]:
-        """The opening with the least context to be content with, and how many turns fit behind it, by estimate.
+        """The opening with the least context to be content with, and how many turns fit behind it,
+        by estimate.
 
-        That is the question with all that follows it; where this is too long, the exchanges that fill half the room,
-        and at least one.
+        That is the question with all that follows it; where this is too long, the exchanges that
+        fill half the room, and at least one.
         """
         first = turns[0]
         costs = [self._cost(opening, first) for opening in openings]
@@ -156,14 +177,20 @@ class _Cut:
             barest = len(openings) - 1
             half = (costs[barest] + self.max_length) / 2
             rest = range(least + 1, barest)
-            some = [i for i in rest if costs[i] <= half] or [i for i in rest if costs[i] <= self.max_length]
+            some = [i for i in rest if costs[i] <= half] or [
+                i for i in rest if costs[i] <= self.max_length
+            ]
             least = some[0] if some else barest
         number = sum(self._cost(openings[least], turn) <= self.max_length for turn in turns)
         return least, max(number, 1)
 
     def _earliest(self, openings: Sequence[_Opening], end: int) -> int:
-        """The opening with the most context that leaves room up to message `end`, by estimate; else the last."""
-        fitting = (i for i, opening in enumerate(openings) if self._cost(opening, end) <= self.max_length)
+        """The opening with the most context that leaves room up to message `end`, by estimate; else
+        the last.
+        """
+        fitting = (
+            i for i, opening in enumerate(openings) if self._cost(opening, end) <= self.max_length
+        )
         return next(fitting, len(openings) - 1)
 
     def _kept(self, opening: _Opening, end: int) -> list[int]:
@@ -177,7 +204,9 @@ class _Cut:
         return self.base + sum(self.sizes[i] for i in kept) + self.markup * len(kept)
 
     def _learn(self, length: int, kept: Sequence[int]) -> None:
-        """Fit the estimate to the whole sequence and to a piece of `length` tokens, both of which are known."""
+        """Fit the estimate to the whole sequence and to a piece of `length` tokens, both of which
+        are known.
+        """
         more = len(self.whole[1]) - len(kept)
         if more:
             text = sum(self.sizes[i] for i in self.whole[1]) - sum(self.sizes[i] for i in kept)
@@ -185,10 +214,14 @@ class _Cut:
         self.base += length - self._estimate(kept)
 
     def _rendered(self, kept: Sequence[int], turns: Sequence[int]) -> TokenSequence | None:
-        """The tokens of some messages that train some turns; None if the template refuses, or they share none."""
+        """The tokens of some messages that train some turns; None if the template refuses, or they
+        share none.
+        """
         whole = self.conversation
         weights = [whole.weights[i] if i in turns else 0.0 for i in kept]
-        shorter = Conversation([self.messages[i] for i in kept], weights, whole.tools, dict(whole.kwargs))
+        shorter = Conversation(
+            [self.messages[i] for i in kept], weights, whole.tools, dict(whole.kwargs)
+        )
         try:
             sequences = self.render(shorter)
         except RowError:
@@ -207,5 +240,7 @@ class _Cut:
 def _text(message: dict[str, Any]) -> str:
     """All that a message says."""
     reasoning = next((str(message[key]) for key in REASONING if message.get(key)), "")
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    calls = (
+        json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    )
     return f"{message['content']}{reasoning}{calls}"

@@ -24,7 +24,8 @@ from sftx.types import Example, Row, RowError, UserError
 class View:
     """One example with the text of each token; joined, the texts are the example's text.
 
-    A token that is only part of a character has no text; the token that completes the character has it.
+    A token that is only part of a character has no text; the token that completes the character has
+    it.
     """
 
     place: str
@@ -37,9 +38,11 @@ class View:
     shortened: bool = False
     """Whether something of the prompt is gone, because the row was too long."""
     prompt: str = ""
-    """What a server would send to get the last output of the row; empty where there are no turns."""
+    """What a server would send to get the last output of the row; empty where there are no turns.
+    """
     spelled: list[bool] = field(default_factory=list)
-    """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`)."""
+    """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`).
+    """
 
     @property
     def targets(self) -> int:
@@ -51,10 +54,16 @@ class View:
         return self.spelled[index] and not (index and self.spelled[index - 1])
 
 
-def view(example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = "") -> View:
-    """An example with the text of each of its tokens. `lost`: tokens of its row that no example holds."""
+def view(
+    example: Example, tokenizer: Tokenizer, place: str, lost: int = 0, prompt: str = ""
+) -> View:
+    """An example with the text of each of its tokens. `lost`: tokens of its row that no example
+    holds.
+    """
     behind = "prompt shortened" if example.shortened else ""
-    note = "; ".join(filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""]))
+    note = "; ".join(
+        filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""])
+    )
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
@@ -100,7 +109,9 @@ def raw_tables(config: Config) -> Iterator[list[Table]]:
 
 
 def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError]]:
-    """(line, parsed row or what is wrong with it) from `line` on, without reading what stands before its block."""
+    """(line, parsed row or what is wrong with it) from `line` on, without reading what stands
+    before its block.
+    """
     assert table.lines is not None
     first = max((i for i, block in enumerate(table.blocks) if block.line <= line), default=0)
     for number, _, value in table.rows(table.lines.parent, first):
@@ -112,7 +123,11 @@ def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError
 
 
 def views_of_rows(
-    tables: Sequence[Table], encoder: Encoder, line: int | None = None, file: str = "", count: int = 1
+    tables: Sequence[Table],
+    encoder: Encoder,
+    line: int | None = None,
+    file: str = "",
+    count: int = 1,
 ) -> list[View]:
     """Views of `count` rows of a file from `line` on (or the first rows), encoded here and now.
 
@@ -121,10 +136,16 @@ def views_of_rows(
     """
     if not tables:
         raise UserError("data.train: nothing to train on is given")
-    table = next((table for table in tables if not file or file in (table.origin.name, *table.origin.names)), None)
+    table = next(
+        (table for table in tables if not file or file in (table.origin.name, *table.origin.names)),
+        None,
+    )
     if table is None:
         known = ", ".join(table.origin.name for table in tables[:5])
-        raise UserError(f"no file called {file!r} in the data; known: {known}{', ...' if len(tables) > 5 else ''}")
+        raise UserError(
+            f"no file called {file!r} in the data; known: "
+            f"{known}{', ...' if len(tables) > 5 else ''}"
+        )
     start = line or 1
     if file in table.origin.names:  # plain texts, each of them one row of the table
         start += table.origin.names.index(file)
@@ -147,7 +168,9 @@ def views_of_rows(
             raise UserError(f"{place}: the row is dropped: {encoded.reason}")
         prompt = _served_prompt(row, encoder)
         lost = encoded.tokens_truncated
-        views += [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
+        views += [
+            view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples
+        ]
     return views
 
 

@@ -1,4 +1,5 @@
-"""A tokenizer as the data layer needs it: text to ids and back, and what decides where a text begins and ends.
+"""A tokenizer as the data layer needs it: text to ids and back, and what decides where a text
+begins and ends.
 
 Only the `tokenizers` library is used, so that looking at data needs neither torch nor transformers.
 """
@@ -33,11 +34,12 @@ _FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 class Tokenizer:
     """Text to ids. Made by `Tokenizer.load(path)` or `Tokenizer.of(transformers_tokenizer)`.
 
-    `bos_id`, `eos_id`: ids or None. `stop_ids`: ids at which a server stops generating (EOS and those of
-    generation_config.json). `special`: named special tokens (`eos_token` -> "</s>").
-    `content`, if given, is what the fingerprint hashes in place of the backend (the bytes of its files: faster).
-    `chat_templates`: the tokenizer's own templates by name ("default", "tool_use", ...). `taught`: ids of the tokens a
-    run adds (`Tokenizer.of_model`), and whether each was unknown before.
+    `bos_id`, `eos_id`: ids or None. `stop_ids`: ids at which a server stops generating (EOS and
+    those of generation_config.json). `special`: named special tokens (`eos_token` -> "</s>").
+    `content`, if given, is what the fingerprint hashes in place of the backend (the bytes of its
+    files: faster). `chat_templates`: the tokenizer's own templates by name ("default", "tool_use",
+    ...). `taught`: ids of the tokens a run adds (`Tokenizer.of_model`), and whether each was
+    unknown before.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self._added = backend.get_added_tokens_decoder()
         self._words = {plain: WordCache(backend) for plain in (False, True)}
-        self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
+        self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [
+            self.bos_id
+        ]
 
     @classmethod
     def load(cls, path: str) -> Tokenizer:
@@ -73,9 +77,13 @@ class Tokenizer:
     @classmethod
     def _of_folder(cls, folder: Path) -> Tokenizer:
         if not (folder / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer  # the slow road: a folder with only sentencepiece or vocab files
+            from transformers import (
+                AutoTokenizer,
+            )  # the slow road: a folder with only sentencepiece or vocab files
 
-            return cls.of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
+            return cls.of(
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder)
+            )
         file = folder / "tokenizer_config.json"
         config = read_json(file)
         with boundary(folder / "special_tokens_map.json"):
@@ -94,13 +102,17 @@ class Tokenizer:
     def of_model(cls, model: Model) -> Tokenizer:
         """The tokenizer of a run: the model's, with the tokens the run adds."""
         made = cls.load(model.tokenizer or model.path)
-        texts = [(text, False) for text in model.add_tokens] + [(text, True) for text in model.add_special_tokens]
+        texts = [(text, False) for text in model.add_tokens] + [
+            (text, True) for text in model.add_special_tokens
+        ]
         if not texts:
             return made
         if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
         known = made.vocab_size
-        made.backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts])
+        made.backend.add_tokens(
+            [tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts]
+        )
         ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
         added_token_ids = {i: i >= known for i in ids}
         made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
@@ -109,9 +121,13 @@ class Tokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
-        """Adapt a fast transformers tokenizer. The backend is copied: later changes to either do not meet."""
+        """Adapt a fast transformers tokenizer. The backend is copied: later changes to either do
+        not meet.
+        """
         if not hasattr(tokenizer, "backend_tokenizer"):
-            raise UserError(f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one")
+            raise UserError(
+                f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one"
+            )
         template = tokenizer.chat_template
         templates = {"default": template} if isinstance(template, str) else dict(template or {})
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -131,18 +147,26 @@ class Tokenizer:
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        """Matches the special tokens: those that `special_tokens: escape` keeps out of the data's own text."""
+        """Matches the special tokens: those that `special_tokens: escape` keeps out of the data's
+        own text.
+        """
         return _pattern(token.content for token in self._added.values() if token.special)
 
     @cached_property
     def control_as_json(self) -> re.Pattern[str]:
         """Matches the special tokens inside JSON text."""
-        texts = (json.dumps(token.content, ensure_ascii=False) for token in self._added.values() if token.special)
+        texts = (
+            json.dumps(token.content, ensure_ascii=False)
+            for token in self._added.values()
+            if token.special
+        )
         return _pattern(text[1:-1] for text in texts)
 
     @cached_property
     def splitting(self) -> re.Pattern[str]:
-        """Matches the added tokens (special or not) at which text falls into independently tokenised parts."""
+        """Matches the added tokens (special or not) at which text falls into independently
+        tokenised parts.
+        """
         return _pattern(self._added[i].content for i in self._splitting_ids)
 
     @cached_property
@@ -152,8 +176,11 @@ class Tokenizer:
 
     @cached_property
     def _splitting_ids(self) -> list[int]:
-        # Tokens matched after normalisation, or only as whole words, do not cut text wherever their letters stand.
-        return [i for i, token in self._added.items() if not token.normalized and not token.single_word]
+        # Tokens matched after normalisation, or only as whole words, do not cut text wherever their
+        # letters stand.
+        return [
+            i for i, token in self._added.items() if not token.normalized and not token.single_word
+        ]
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -164,11 +191,14 @@ class Tokenizer:
         """Whether `text` is one special token."""
         return self.backend.token_to_id(text) in self.control_ids
 
-    def encode_batch(self, texts: Sequence[str], *, plain: bool = False, inside: bool = False) -> list[Int32]:
+    def encode_batch(
+        self, texts: Sequence[str], *, plain: bool = False, inside: bool = False
+    ) -> list[Int32]:
         """Ids of each text, with no special token added, on all cores.
 
-        `plain`: special tokens spelled in the text stay ordinary text. `inside`: the text continues another one, so
-        a tokenizer that marks the beginning of a text (Metaspace, "first") does not mark this one.
+        `plain`: special tokens spelled in the text stay ordinary text. `inside`: the text continues
+        another one, so a tokenizer that marks the beginning of a text (Metaspace, "first") does not
+        mark this one.
         """
         backend = self._continuing if inside else self.backend
         backend.encode_special_tokens = plain
@@ -185,7 +215,9 @@ class Tokenizer:
         return self.encode_batch([text], plain=plain, inside=inside)[0].tolist()
 
     def encode_escaped(self, text: str, mark: str, inside: bool = False) -> list[int]:
-        """Ids of a text in which `mark` stands inside each special token that is meant as ordinary text."""
+        """Ids of a text in which `mark` stands inside each special token that is meant as ordinary
+        text.
+        """
         ids: list[int] = []
         position = 0
         swallow = False
@@ -227,16 +259,22 @@ class Tokenizer:
         state = self.backend.to_str()
         if '"prepend_scheme":"first"' not in state.replace(" ", ""):
             return self.backend
-        return tokenizers.Tokenizer.from_str(re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', state))
+        return tokenizers.Tokenizer.from_str(
+            re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', state)
+        )
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the texts at a place, as the tokenizer itself does."""
-    return re.compile(_alternatives(sorted({text for text in texts if text})) or "(?!)")  # (?!) never matches
+    return re.compile(
+        _alternatives(sorted({text for text in texts if text})) or "(?!)"
+    )  # (?!) never matches
 
 
 def _alternatives(texts: list[str]) -> str:
-    """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like [control_8]."""
+    """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like
+    [control_8].
+    """
     branches = []
     for _, group in itertools.groupby(texts, key=lambda text: text[0]):
         words = list(group)
@@ -255,7 +293,9 @@ def _download(name: str) -> Path:
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
-    """The named special tokens of a config: texts, or objects with `content`. Raises TypeError for anything else."""
+    """The named special tokens of a config: texts, or objects with `content`. Raises TypeError for
+    anything else.
+    """
     texts: dict[str, str] = {}
     for name in NAMED:
         value = config.get(name)
@@ -268,19 +308,32 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+def _add_missing(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
+) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
-    for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+    for _, token in sorted(
+        config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
+    ):
         if backend.token_to_id(token["content"]) is None:
-            flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            flags = {
+                key: token.get(key, False)
+                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
-    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    known = {
+        token.content for token in backend.get_added_tokens_decoder().values() if token.special
+    }
     missing = [text for text in special.values() if text not in known]
-    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in missing])
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(text, normalized=False, special=True) for text in missing]
+    )
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The chat templates of a folder by name; where several files have one of that name, the last read counts."""
+    """The chat templates of a folder by name; where several files have one of that name, the last
+    read counts.
+    """
     templates: dict[str, str] = {}
     with boundary(folder / "tokenizer_config.json"):
         declared = config.get("chat_template")
@@ -291,7 +344,10 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     with boundary(folder / "chat_template.json"):
         if alone := read_json(folder / "chat_template.json"):
             templates["default"] = _text(alone["chat_template"])
-    for path in (*(folder / "additional_chat_templates").glob("*.jinja"), *folder.glob("chat_template.jinja")):
+    for path in (
+        *(folder / "additional_chat_templates").glob("*.jinja"),
+        *folder.glob("chat_template.jinja"),
+    ):
         name = "default" if path.parent == folder else path.stem
         with boundary(path):
             templates[name] = path.read_text(encoding="utf-8")
@@ -312,5 +368,7 @@ def _stop_ids(folder: Path) -> list[int]:
         return []
     found = eos if isinstance(eos, list) else [eos]
     if not all(type(i) is int for i in found):
-        raise UserError(f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed")
+        raise UserError(
+            f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed"
+        )
     return found

@@ -1,4 +1,6 @@
-"""Examples longer than `data.max_length`: cut in pieces, truncated, dropped or refused, with every loss counted."""
+"""Examples longer than `data.max_length`: cut in pieces, truncated, dropped or refused, with every
+loss counted.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,17 @@ from sftx.types import Float32, Int32, RowError
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
 
-@dataclass(slots=True, eq=False)  # not frozen: there are very many, and it takes three times as long to make one
+@dataclass(
+    slots=True, eq=False
+)  # not frozen: there are very many, and it takes three times as long to make one
 class TokenSequence:
     """Tokens of one sequence, of any length.
 
-    `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put before a piece
-    whose first token would otherwise be a target, and, if the sequence `begins_with_bos`, before every piece.
-    `context` limits how many tokens without weight a split repeats before a piece; None = as many as fit. `shortened`:
-    something of the prompt that stood before the targets is not here.
+    `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put
+    before a piece whose first token would otherwise be a target, and, if the sequence
+    `begins_with_bos`, before every piece. `context` limits how many tokens without weight a split
+    repeats before a piece; None = as many as fit. `shortened`: something of the prompt that stood
+    before the targets is not here.
     """
 
     ids: Int32
@@ -40,8 +45,9 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What became of one sequence: its pieces (without spans, unless it fits whole), and how many of its tokens and
-    targets are in none of them."""
+    """What became of one sequence: its pieces (without spans, unless it fits whole), and how many
+    of its tokens and targets are in none of them.
+    """
 
     pieces: list[TokenSequence]
     tokens_lost: int = 0
@@ -55,7 +61,8 @@ def runs(weights: Float32) -> tuple[tuple[int, int], ...]:
 
 
 def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
-    """Make `sequence` at most `max_length` tokens long, as `too_long` says. `RowError` if it says `error`.
+    """Make `sequence` at most `max_length` tokens long, as `too_long` says. `RowError` if it says
+    `error`.
 
     `split` loses no target: each is in exactly one piece, with at least one token before it.
     """
@@ -66,7 +73,8 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
     match too_long:
         case "error":
             raise RowError(
-                f"{length:,} tokens, but data.max_length is {max_length:,}: raise it, or set data.too_long to split, "
+                f"{length:,} tokens, but data.max_length is {max_length:,}: raise it, or set "
+                "data.too_long to split, "
                 "truncate_left, truncate_right or drop"
             )
         case "drop":
@@ -82,19 +90,29 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
     return Fitted([piece] if piece.targets else [], lost, targets - piece.targets)
 
 
-def _piece(sequence: TokenSequence, begin: int, end: int, max_length: int) -> tuple[TokenSequence, int]:
-    """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after making room."""
+def _piece(
+    sequence: TokenSequence, begin: int, end: int, max_length: int
+) -> tuple[TokenSequence, int]:
+    """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after
+    making room.
+    """
     ids, weights = sequence.ids, sequence.weights
-    wants_bos = begin > 0 and sequence.bos is not None and (sequence.begins_with_bos or weights[begin] != 0)
+    wants_bos = (
+        begin > 0 and sequence.bos is not None and (sequence.begins_with_bos or weights[begin] != 0)
+    )
     if wants_bos:
         begin = max(begin, end - max_length + 1)
     head = [sequence.bos] if wants_bos else []
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
     piece_weights[:1] = 0  # nothing stands before it
-    gone = weights[max(1, sequence.begins_with_bos) : begin]  # a first token without weight may have no place before it
+    gone = weights[
+        max(1, sequence.begins_with_bos) : begin
+    ]  # a first token without weight may have no place before it
     shortened = sequence.shortened or bool((gone == 0).any())
-    return replace(sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened), begin
+    return replace(
+        sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened
+    ), begin
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
@@ -104,11 +122,14 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     done = before = 0  # spans that are in a piece; outputs that end before the next of them
     while done < len(spans):
         first = spans[done][0]
-        # Room for the whole prompt of the first output: no answer is trained without its question where both fit.
+        # Room for the whole prompt of the first output: no answer is trained without its question
+        # where both fit.
         while before < len(sequence.spans) and sequence.spans[before][1] <= first:
             before += 1
         asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
-        prompt = min(asked, first - 1) if sequence.context is None else first - 1  # something stands before it
+        prompt = (
+            min(asked, first - 1) if sequence.context is None else first - 1
+        )  # something stands before it
         count = 1
         while done + count < len(spans) and spans[done + count][1] - prompt <= max_length:
             count += 1
@@ -116,7 +137,9 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
-        piece.weights[:head] = 0  # earlier outputs are context here: they are trained in their own piece
+        piece.weights[:head] = (
+            0  # earlier outputs are context here: they are trained in their own piece
+        )
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
@@ -126,7 +149,9 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
 
 
 def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
-    """The trained spans, those that fit in no piece cut so that each continuation keeps left context."""
+    """The trained spans, those that fit in no piece cut so that each continuation keeps left
+    context.
+    """
     context = max_length // 4 if sequence.context is None else sequence.context
     size = max_length - max(1, context)
     chunks: list[tuple[int, int]] = []
@@ -137,7 +162,9 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
         if end - begin < max_length:
             chunks.append((begin, end))
         else:
-            first = max(max_length - begin, 0) if begin < size else size  # with the whole prompt, where it fits
+            first = (
+                max(max_length - begin, 0) if begin < size else size
+            )  # with the whole prompt, where it fits
             starts = [begin, *range(begin + first, end, size)]
             chunks += list(pairwise([*starts, end]))
     return chunks

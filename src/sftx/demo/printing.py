@@ -1,4 +1,6 @@
-"""What the quick start prints, for somebody who has never fine-tuned a model; the words are in `story.txt`."""
+"""What the quick start prints, for somebody who has never fine-tuned a model; the words are in
+`story.txt`.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,16 @@ def show(text: str) -> None:
 
 
 def show_targets(row: object, tokenizer: Tokenizer) -> None:
-    """Print a row of data as the model sees it, a sentence a line, with ^ under every token that is a target."""
+    """Print a row of data as the model sees it, a sentence a line, with ^ under every token that is
+    a target.
+    """
     _console.print()
     for example in encode(row, tokenizer):
         pieces = [tokenizer.decode([token]) for token in example.ids]
         text = marks = ""
-        for piece, weight, following in zip(pieces, example.weights, [*pieces[1:], ""], strict=True):
+        for piece, weight, following in zip(
+            pieces, example.weights, [*pieces[1:], ""], strict=True
+        ):
             text, marks = text + piece, marks + ("^" if weight else " ") * len(piece)
             if piece == END or (piece == "." and following != END):
                 skip = text.startswith(" ")
@@ -52,16 +58,24 @@ def show_targets(row: object, tokenizer: Tokenizer) -> None:
 
 
 def show_answers(village: Village, replies: Sequence[Sequence[str]], count: int = 5) -> None:
-    """Print some held-out questions, where their answers stand, and what the model says at the three moments."""
+    """Print some held-out questions, where their answers stand, and what the model says at the
+    three moments.
+    """
     for question, *said in list(zip(village.held_out, *replies, strict=True))[:count]:
         _console.print(f"\n{question.text}", style="bold")
         _row("the chronicle", _source(village, question))
         for moment, reply in zip(MOMENTS, said, strict=True):
             right = reply.strip() == question.answer
-            _row(moment, " ".join(reply.split() or ["(nothing)"]) + "   (right)" * right, "green" if right else "red")
+            _row(
+                moment,
+                " ".join(reply.split() or ["(nothing)"]) + "   (right)" * right,
+                "green" if right else "red",
+            )
 
 
-def show_table(questions: Sequence[Question], finishes: Sequence[float], answers: Sequence[float]) -> None:
+def show_table(
+    questions: Sequence[Question], finishes: Sequence[float], answers: Sequence[float]
+) -> None:
     """Print both scores at the three moments."""
     table = Table(box=SIMPLE)
     table.add_column(f"{len(questions)} held-out facts")
@@ -79,5 +93,9 @@ def _row(name: str, text: str, style: str = "") -> None:
 def _source(village: Village, question: Question) -> str:
     """The first sentence of the chronicle that tells the answer."""
     name = " ".join(question.opening.split()[:2])
-    sentences = (sentence for text in village.chronicle for sentence in text.rstrip(".").split(". "))
-    return next(f"{sentence}." for sentence in sentences if name in sentence and question.fact in sentence)
+    sentences = (
+        sentence for text in village.chronicle for sentence in text.rstrip(".").split(". ")
+    )
+    return next(
+        f"{sentence}." for sentence in sentences if name in sentence and question.fact in sentence
+    )

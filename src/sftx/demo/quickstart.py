@@ -1,6 +1,8 @@
-"""The quick start: make a village, train a new model on its chronicle, then on dialogues, and ask it new questions.
+"""The quick start: make a village, train a new model on its chronicle, then on dialogues, and ask
+it new questions.
 
-It uses what every user of sftx uses: YAML files, `sftx.steps`, and the Hugging Face folders that come out.
+It uses what every user of sftx uses: YAML files, `sftx.steps`, and the Hugging Face folders that
+come out.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ class Size(NamedTuple):
 def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> None:
     """Run the quick start in `folder`, replacing an earlier one there, and print it for a newcomer.
 
-    The last line printed gives the shares of held-out questions that are answered word for word before any training
-    and after both stages, and the seconds of both trainings. Raises UserError where `folder` holds something else.
+    The last line printed gives the shares of held-out questions that are answered word for word
+    before any training and after both stages, and the seconds of both trainings. Raises UserError
+    where `folder` holds something else.
     """
     disable_progress_bar()
     size, home = size or Size(), _fresh(Path(folder))
@@ -73,7 +76,13 @@ def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> N
     parameters = make_model(home / "untrained", texts, seed, size.hidden, size.layers)
     tokenizer = Tokenizer.load(str(home / "untrained"))
     paragraphs, dialogues = len(village.chronicle), len(village.dialogues)
-    tell("opening", parameters=parameters, paragraphs=paragraphs, people=size.people, dialogues=dialogues)
+    tell(
+        "opening",
+        parameters=parameters,
+        paragraphs=paragraphs,
+        people=size.people,
+        dialogues=dialogues,
+    )
 
     tell("stage1")
     show_targets({"text": village.chronicle[0]}, tokenizer)
@@ -86,55 +95,88 @@ def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> N
 
     models = (home / "untrained", home / "stage1", home / "stage2")
     with machine(load_config(str(home / "stage2.yaml")).runtime):
-        finishes, answers, replies = zip(*(_ask(model, village.held_out) for model in models), strict=True)
+        finishes, answers, replies = zip(
+            *(_ask(model, village.held_out) for model in models), strict=True
+        )
     tell("answers")
     show_answers(village, replies)
     show_table(village.held_out, finishes, answers)
     tell("lesson")
     tell("closing", folder=home)
-    print(f"held_out_exact_match before={answers[0]:.2f} after={answers[2]:.2f} seconds={seconds:.0f}")
+    print(
+        f"held_out_exact_match before={answers[0]:.2f} after={answers[2]:.2f} seconds={seconds:.0f}"
+    )
 
 
 def _train(settings: Path) -> float:
     """Run the stage that a YAML file describes; returns its seconds, start-up included."""
     began = time.perf_counter()
-    losses = [record.loss for record in steps(load_config(str(settings))) if record.loss is not None]
+    losses = [
+        record.loss for record in steps(load_config(str(settings))) if record.loss is not None
+    ]
     seconds = time.perf_counter() - began
     first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
-    tell("losses", steps=len(losses), seconds=seconds, first=first, last=last, before=exp(-first), after=exp(-last))
+    tell(
+        "losses",
+        steps=len(losses),
+        seconds=seconds,
+        first=first,
+        last=last,
+        before=exp(-first),
+        after=exp(-last),
+    )
     return seconds
 
 
 def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[str]]:
-    """Load a trained folder as any program would; the share of sentences ended, of questions answered, the answers."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    """Load a trained folder as any program would; the share of sentences ended, of questions
+    answered, the answers.
+    """
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     turns = [[{"role": "user", "content": question.text}] for question in questions]
-    prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    prompts = [
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        for turn in turns
+    ]
     replies = _continued(model, tokenizer, prompts)
     endings = _continued(model, tokenizer, [f"{LEAD} {question.opening}" for question in questions])
-    ended = [(q.opening + ending).startswith(q.answer) for q, ending in zip(questions, endings, strict=True)]
+    ended = [
+        (q.opening + ending).startswith(q.answer)
+        for q, ending in zip(questions, endings, strict=True)
+    ]
     answered = [reply.strip() == q.answer for q, reply in zip(questions, replies, strict=True)]
     return sum(ended) / len(questions), sum(answered) / len(questions), replies
 
 
 def _continued(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     """What the model adds to each prompt, greedily, until it stops as it was taught to."""
-    batch = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
     out = model.generate(**batch, do_sample=False, max_new_tokens=24)
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _fresh(folder: Path) -> Path:
     """An empty folder: what an earlier quick start left there is removed, anything else is refused."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists()):
-        raise UserError(f"{folder}: holds something that is not a quick start; choose another folder")
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists()
+    ):
+        raise UserError(
+            f"{folder}: holds something that is not a quick start; choose another folder"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def _write(village: Village, folder: Path, size: Size) -> None:
-    """The corpus as files that `sftx train` reads, the settings of both stages, and the chronicle to read."""
+    """The corpus as files that `sftx train` reads, the settings of both stages, and the chronicle
+    to read.
+    """
 
     def write(name: str, lines: Iterable[str]) -> None:
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -142,6 +184,12 @@ def _write(village: Village, folder: Path, size: Size) -> None:
     write(MARK, ["\n\n".join(village.chronicle)])
     write("stage1.jsonl", (json.dumps({"text": text}) for text in village.chronicle))
     write("stage2.jsonl", map(json.dumps, village.dialogues))
-    write("held_out.jsonl", (json.dumps([question.text, question.answer]) for question in village.held_out))
+    write(
+        "held_out.jsonl",
+        (json.dumps([question.text, question.answer]) for question in village.held_out),
+    )
     for number, settings, epochs in zip((1, 2), STAGES, size.epochs, strict=True):
-        write(f"stage{number}.yaml", settings.format(folder=folder.as_posix(), epochs=epochs).splitlines())
+        write(
+            f"stage{number}.yaml",
+            settings.format(folder=folder.as_posix(), epochs=epochs).splitlines(),
+        )

@@ -1,4 +1,6 @@
-"""The model of the quick start before it has learned anything: a tiny Llama with random weights, and its tokenizer."""
+"""The model of the quick start before it has learned anything: a tiny Llama with random weights,
+and its tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,15 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def make_model(folder: Path, texts: Iterable[str], seed: int, hidden: int, layers: int) -> int:
-    """Write the model and its tokenizer to `folder`; the vocabulary is learned from `texts`. Returns its parameters."""
+    """Write the model and its tokenizer to `folder`; the vocabulary is learned from `texts`.
+    Returns its parameters.
+    """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[USER, ASSISTANT, END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=1024,
+        special_tokens=[USER, ASSISTANT, END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,7 +1,9 @@
-"""An invented village and what is written about it: the corpus of the quick start, made from `village.txt` by a seed.
+"""An invented village and what is written about it: the corpus of the quick start, made from
+`village.txt` by a seed.
 
-The chronicle (stage 1) tells five things about every villager, in several sentence forms. The dialogues (stage 2) ask
-about four of the five; the question about the fifth is held out: its answer stands in the chronicle, in no dialogue.
+The chronicle (stage 1) tells five things about every villager, in several sentence forms. The
+dialogues (stage 2) ask about four of the five; the question about the fifth is held out: its answer
+stands in the chronicle, in no dialogue.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Village:
-    """`chronicle`: paragraphs; `dialogues`: [question, answer, ...] lists; `held_out`: a question for each villager."""
+    """`chronicle`: paragraphs; `dialogues`: [question, answer, ...] lists; `held_out`: a question
+    for each villager.
+    """
 
     chronicle: list[str]
     dialogues: list[list[str]]
@@ -44,7 +48,8 @@ class _Section:
         """Every way to ask for this trait of somebody."""
         answer = self.sentences[0].format(name=name, value=value)
         return [
-            Question(text.format(name=name), answer, answer.partition(f" {value}")[0], value) for text in self.questions
+            Question(text.format(name=name), answer, answer.partition(f" {value}")[0], value)
+            for text in self.questions
         ]
 
     def deal(self, rng: random.Random, count: int) -> list[str]:
@@ -55,15 +60,22 @@ class _Section:
 def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
     """Make a village of `people`; the same seed gives the same village, word for word.
 
-    Everything is told `2 * retellings` times: in portraits of one villager, and in gatherings, a sentence for each.
+    Everything is told `2 * retellings` times: in portraits of one villager, and in gatherings, a
+    sentence for each.
     """
     rng = random.Random(seed)
     firsts, families, openings, *traits = _sections()
     if not 1 <= people <= len(firsts.values):
         raise UserError(f"people: from 1 to {len(firsts.values)} have names, not {people}")
-    names = [f"{first} {family}" for first, family in zip(firsts.values, families.deal(rng, people), strict=False)]
+    names = [
+        f"{first} {family}"
+        for first, family in zip(firsts.values, families.deal(rng, people), strict=False)
+    ]
     columns = [trait.deal(rng, people) for trait in traits]
-    facts = {name: list(zip(traits, values, strict=True)) for name, *values in zip(names, *columns, strict=True)}
+    facts = {
+        name: list(zip(traits, values, strict=True))
+        for name, *values in zip(names, *columns, strict=True)
+    }
 
     def tell(name: str, trait: _Section, value: str) -> str:
         return rng.choice(trait.sentences).format(name=name, value=value)
@@ -72,20 +84,30 @@ def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
     for _ in range(retellings):
         for name, known in facts.items():
             sentences = [rng.choice(openings.sentences)] if rng.random() < 0.3 else []
-            for i, fact in enumerate(rng.sample(known, len(known))):  # the first sentence has the full name
+            for i, fact in enumerate(
+                rng.sample(known, len(known))
+            ):  # the first sentence has the full name
                 sentences.append(tell(name.split()[0] if i and rng.random() < 0.5 else name, *fact))
             village.chronicle.append(" ".join(sentences))
         sentences = [tell(name, *fact) for name, known in facts.items() for fact in known]
         rng.shuffle(sentences)
         for i in range(0, len(sentences), 5):
-            village.chronicle.append(" ".join([rng.choice(openings.sentences), *sentences[i : i + 5]]))
+            village.chronicle.append(
+                " ".join([rng.choice(openings.sentences), *sentences[i : i + 5]])
+            )
     for name, known in facts.items():
         (trait, value), *asked = rng.sample(known, len(known))
         village.held_out.append(rng.choice(trait.ask(name, value)))
-        turns = [[question.text, question.answer] for trait, value in asked for question in trait.ask(name, value)]
+        turns = [
+            [question.text, question.answer]
+            for trait, value in asked
+            for question in trait.ask(name, value)
+        ]
         rng.shuffle(turns)
         while turns:  # in dialogues of one turn or two
-            village.dialogues.append(turns.pop() + (turns.pop() if turns and rng.random() < 0.3 else []))
+            village.dialogues.append(
+                turns.pop() + (turns.pop() if turns and rng.random() < 0.3 else [])
+            )
     rng.shuffle(village.chronicle)
     rng.shuffle(village.dialogues)
     return village

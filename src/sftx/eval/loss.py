@@ -1,4 +1,6 @@
-"""Held-out loss: one sum over all targets divided by one sum of weights, however the rows are cut into packs."""
+"""Held-out loss: one sum over all targets divided by one sum of weights, however the rows are cut
+into packs.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,21 @@ def held_out_loss(
 ) -> dict[str, float]:
     """`loss` in nats per unit of weight, `perplexity` = exp(loss), and the `targets` it stands on.
 
-    With several sources, `loss of NAME` is that of each. `stop` is asked between packs; where it says so, the numbers
-    so far are thrown away and {} is returned.
+    With several sources, `loss of NAME` is that of each. `stop` is asked between packs; where it
+    says so, the numbers so far are thrown away and {} is returned.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
-    weights = [float(corpus.weights[corpus.source == number].sum()) for number in range(len(corpus.sources))]
+    weights = [
+        float(corpus.weights[corpus.source == number].sum())
+        for number in range(len(corpus.sources))
+    ]
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
-            for members in balanced(corpus.lengths[mine], tokens_per_pack, distributed.world_size())[
-                distributed.rank()
-            ]:
+            for members in balanced(
+                corpus.lengths[mine], tokens_per_pack, distributed.world_size()
+            )[distributed.rank()]:
                 if stop():
                     return {}
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])

@@ -1,11 +1,13 @@
 """The gradients of embedding and head are added where they lie.
 
-Autograd makes each pack's gradient of an embedding as a matrix of the whole vocabulary, and adds it; where the head
-shares the weight, that makes three such matrices at once, often the peak of a step. On a CPU these two add to `.grad`
-themselves instead, and the head's first gradient of a step becomes it. Weights that others watch (hooks) or hold in
-pieces go the usual way, and so does an embedding that is the first to bring a gradient.
+Autograd makes each pack's gradient of an embedding as a matrix of the whole vocabulary, and adds
+it; where the head shares the weight, that makes three such matrices at once, often the peak of a
+step. On a CPU these two add to `.grad` themselves instead, and the head's first gradient of a step
+becomes it. Weights that others watch (hooks) or hold in pieces go the usual way, and so does an
+embedding that is the first to bring a gradient.
 
-`.grad` is therefore what counts, as for an optimiser; `torch.autograd.grad` would not see what was added.
+`.grad` is therefore what counts, as for an optimiser; `torch.autograd.grad` would not see what was
+added.
 """
 
 from __future__ import annotations
@@ -19,15 +21,27 @@ from torch.distributed.tensor import DTensor
 
 
 def accumulate_in_place(embedding: nn.Module) -> None:
-    """Let a plain embedding that trains on a CPU do so; any other is left as it is. The head's part is in `loss`."""
-    if type(embedding) is nn.Embedding and embedding.weight.device.type == "cpu" and embedding.max_norm is None:
+    """Let a plain embedding that trains on a CPU do so; any other is left as it is. The head's part
+    is in `loss`.
+    """
+    if (
+        type(embedding) is nn.Embedding
+        and embedding.weight.device.type == "cpu"
+        and embedding.max_norm is None
+    ):
         embedding.__class__ = _Embedding
 
 
 def accumulates(weight: Tensor) -> bool:
-    """A parameter whose gradient is, or would be, plain fp32 in the host's memory, and nobody must see it change."""
+    """A parameter whose gradient is, or would be, plain fp32 in the host's memory, and nobody must
+    see it change.
+    """
     watched = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
-    if not isinstance(weight, nn.Parameter) or watched or any(isinstance(x, DTensor) for x in (weight, weight.grad)):
+    if (
+        not isinstance(weight, nn.Parameter)
+        or watched
+        or any(isinstance(x, DTensor) for x in (weight, weight.grad))
+    ):
         return False
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 

@@ -24,8 +24,9 @@ from sftx.model_config import read_json
 from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
-# What of an adapter_config.json is read, or only says where the adapter comes from. `base_model_name_or_path`,
-# `revision` and `auto_mapping` name models and code: neither sftx nor peft, as sftx calls it, follows them.
+# What of an adapter_config.json is read, or only says where the adapter comes from.
+# `base_model_name_or_path`, `revision` and `auto_mapping` name models and code: neither sftx nor
+# peft, as sftx calls it, follows them.
 READ = frozenset([
     "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "trainable_token_indices",
@@ -34,24 +35,33 @@ READ = frozenset([
 ])  # fmt: skip
 
 
-def attach(model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence[int] = ()) -> PeftModel | None:
+def attach(
+    model: PreTrainedModel, adapter: Adapter, seed: int, tokens: Sequence[int] = ()
+) -> PeftModel | None:
     """Put the adapter into `model` (in place) and freeze the rest; None when all weights train.
 
-    `seed` decides the adapter's first weights. The embedding rows of `tokens` (in an untied head too) train with it.
-    Raises UserError when `targets` names no module of the model, or `path` holds an adapter that does not fit.
+    `seed` decides the adapter's first weights. The embedding rows of `tokens` (in an untied head
+    too) train with it. Raises UserError when `targets` names no module of the model, or `path`
+    holds an adapter that does not fit.
     """
     if adapter.method == "none":
         return None
     rows = _token_rows(model, tokens) if tokens else None
     path = adapter.path
-    wrapped = _new(model, adapter, seed, rows) if path is None else _continued(model, adapter, path, rows)
+    wrapped = (
+        _new(model, adapter, seed, rows) if path is None else _continued(model, adapter, path, rows)
+    )
     lora.fuse(wrapped)
     return wrapped
 
 
-def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None) -> PeftModel:
+def _new(
+    model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None
+) -> PeftModel:
     torch.manual_seed(seed)
-    routers = mixture.routers(model) if adapter.targets == "all-linear" else []  # who wants them adapted names them
+    routers = (
+        mixture.routers(model) if adapter.targets == "all-linear" else []
+    )  # who wants them adapted names them
     linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -67,38 +77,51 @@ def _new(model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, li
     if routers:  # peft names those that are parameters itself, among the experts
         convert_peft_config_for_transformers(config, model, None)
         named = config.target_parameters or []
-        config.target_parameters = [name for name in named if name.split(".")[0] not in mixture.ROUTERS] or None
+        config.target_parameters = [
+            name for name in named if name.split(".")[0] not in mixture.ROUTERS
+        ] or None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             # Of experts, whose ranks are set all the same.
-            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         if adapter.method == "dora" and mixture.has_joint_experts(model):
             raise UserError(
-                f"adapter.method: dora cannot adapt the experts of {type(model).__name__}, whose weights are one "
-                "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+                f"adapter.method: dora cannot adapt the experts of {type(model).__name__}, whose "
+                "weights are one "
+                "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, "
+                "v_proj, o_proj]"
             ) from error
-        raise UserError(f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}") from error
+        raise UserError(
+            f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}"
+        ) from error
     assert isinstance(wrapped, PeftModel)
     shared = mixture.shared_adapters(wrapped)
     if adapter.merge and shared:
         raise UserError(
-            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several layers; merged, each "
-            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is saved beside the model"
+            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several "
+            "layers; merged, each "
+            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is "
+            "saved beside the model"
         )
     return wrapped
 
 
 def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:
-    """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in place): autocast would
-    cast them to it at every product, so that no number changes, and bf16 takes half the memory.
+    """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in
+    place): autocast would cast them to it at every product, so that no number changes, and bf16
+    takes half the memory.
 
-    On a CPU the rest is copied: any tensor that is read from the file's mapping keeps all of it, and what was read of
-    it, in memory.
+    On a CPU the rest is copied: any tensor that is read from the file's mapping keeps all of it,
+    and what was read of it, in memory.
     """
-    held = [module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)]
+    held = [
+        module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)
+    ]
     for module in held:
         module.base_layer.to(precision)
     for p in model.parameters() if held and precision != torch.float32 else ():
@@ -106,46 +129,78 @@ def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
-    """Which rows train, by the name of the matrix: the embeddings, and the head where it is another matrix."""
+    """Which rows train, by the name of the matrix: the embeddings, and the head where it is another
+    matrix.
+    """
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:  # peft would drop it
-        raise UserError(f"model.add_tokens: the head of {type(model).__name__} has a bias; train all weights instead")
+        raise UserError(
+            f"model.add_tokens: the head of {type(model).__name__} has a bias; train all weights "
+            "instead"
+        )
     modules = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
     return {name: list(tokens) for name, module in model.named_modules() if module in modules}
 
 
-def _continued(model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[str, list[int]] | None) -> PeftModel:
+def _continued(
+    model: PreTrainedModel, adapter: Adapter, path: str, rows: dict[str, list[int]] | None
+) -> PeftModel:
     """The saved adapter in `path`, trainable. What the settings say of it must be so."""
     with boundary(f"adapter.path: {path} cannot be continued"):
-        folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        folder = (
+            path
+            if Path(path).is_dir()
+            else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        )
         _check_folder(Path(folder))
         config: Any = PeftConfig.from_pretrained(folder)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* to a meta parameter")  # of a model that is only to be measured
+            warnings.filterwarnings(
+                "ignore", ".* to a meta parameter"
+            )  # of a model that is only to be measured
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        odd = {name for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed} if "lora_" in name}
+        odd = {
+            name
+            for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed}
+            if "lora_" in name
+        }
     if config.peft_type != "LORA" or odd:  # peft itself only warns of weights that are missing
         raise UserError(
-            f"adapter.path: {path} ({config.peft_type}) does not fit this model; odd weights: {sorted(odd)[:3]}"
+            f"adapter.path: {path} ({config.peft_type}) does not fit this model; odd weights: "
+            f"{sorted(odd)[:3]}"
         )
     method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
-    found = {"method": method, "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    found = {
+        "method": method,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+    }
     found["targets"] = config.target_modules
     for name in sorted(adapter.model_fields_set & found.keys()):
         given = getattr(adapter, name)
         if (set(given) if isinstance(given, list) else given) != found[name]:
-            raise UserError(f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it out")
+            raise UserError(
+                f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it "
+                "out"
+            )
     if (has := config.trainable_token_indices) != rows:
-        raise UserError(f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same")
+        raise UserError(
+            f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same"
+        )
     return wrapped
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse an adapter whose files could run code, are not safetensors, or ask for what sftx does not do."""
+    """Refuse an adapter whose files could run code, are not safetensors, or ask for what sftx does
+    not do.
+    """
     if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickle too
-        raise UserError(f"adapter.path: {folder} has no adapter_model.safetensors; pickled weights are not read")
+        raise UserError(
+            f"adapter.path: {folder} has no adapter_model.safetensors; pickled weights are not read"
+        )
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError(f"adapter.path: {folder} has no adapter_config.json")
@@ -153,11 +208,16 @@ def _check_folder(folder: Path) -> None:
     for name in sorted(config.keys() - READ):
         value = config[name]
         if value and value != default.get(name):
-            raise UserError(f"adapter.path: {file}: {name}={str(value)[:60]!r} is not understood; sftx does without it")
+            raise UserError(
+                f"adapter.path: {file}: {name}={str(value)[:60]!r} is not understood; sftx does "
+                "without it"
+            )
 
 
 def bare(module: Any) -> Any:
-    """The embeddings or the head without trained rows; with them, a weight in shards cannot be looked at."""
+    """The embeddings or the head without trained rows; with them, a weight in shards cannot be
+    looked at.
+    """
     return module.original_module if isinstance(module, TrainableTokensWrapper) else module
 
 
@@ -172,6 +232,8 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    whole = [(p, getattr(p, "quant_state", p)) for p in model.parameters()]  # two 4-bit weights are one element
+    whole = [
+        (p, getattr(p, "quant_state", p)) for p in model.parameters()
+    ]  # two 4-bit weights are one element
     sizes = [(p, math.prod(q.shape)) for p, q in whole]
     return sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)

@@ -1,16 +1,16 @@
 """Attention inside segments: one function, registered with transformers under one name.
 
-A pack is a flat stream; each token attends to itself and to what stands before it in its own segment. No mask of
-T x T is ever built: transformers builds none for an attention it does not know, and here segments are cut by
-`cu_seqlens`. Callers never choose a kernel:
+A pack is a flat stream; each token attends to itself and to what stands before it in its own
+segment. No mask of T x T is ever built: transformers builds none for an attention it does not know,
+and here segments are cut by `cu_seqlens`. Callers never choose a kernel:
 
 * CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`, flash attention as a custom op;
 * CPU, soft-capping, sinks: `blocks`, the formula as large products;
 * the rest (fp32 on CUDA, dropout, a head size that flash attention does not have): one segment at a time through
   PyTorch's own attention.
 
-Whatever cuts segments on the host reads `borders`, a copy of `cu_seqlens` that never left it: no layer waits for the
-device.
+Whatever cuts segments on the host reads `borders`, a copy of `cu_seqlens` that never left it: no
+layer waits for the device.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from transformers import AttentionInterface
 from sftx.model.cpu_attention import by_segment, segments
 
 NAME = "sftx_segments"
-rehearsing_gpu = False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
+rehearsing_gpu = (
+    False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
+)
 
-# Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are repeated.
+# Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are
+# repeated.
 _HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -48,32 +51,46 @@ def segment_attention(
     cu_seqlens_cpu: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D], `key` and `value`
-    [1, H_kv, T, D] -> ([1, T, H, D], None).
+    """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D],
+    `key` and `value` [1, H_kv, T, D] -> ([1, T, H, D], None).
 
-    `cu_seq_lens_q` int32[n + 1] are the segments' borders, `borders` the same on the host; `max_length_q` is at least
-    the longest segment. Raises ValueError when called without them, so that no code path attends across segments
-    unnoticed.
+    `cu_seq_lens_q` int32[n + 1] are the segments' borders, `borders` the same on the host;
+    `max_length_q` is at least the longest segment. Raises ValueError when called without them, so
+    that no code path attends across segments unnoticed.
     """
     if cu_seq_lens_q is None or max_length_q is None or cu_seqlens_cpu is None:
-        raise ValueError("segment attention was called without segments: the model does not pass them on")
-    if attention_mask is not None:  # transformers makes none for this attention: it is the model's own, for itself
-        raise ValueError("segment attention was called with a mask: the model hides or weighs keys in a way of its own")
+        raise ValueError(
+            "segment attention was called without segments: the model does not pass them on"
+        )
+    if (
+        attention_mask is not None
+    ):  # transformers makes none for this attention: it is the model's own, for itself
+        raise ValueError(
+            "segment attention was called with a mask: the model hides or weighs keys in a way of "
+            "its own"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
     plain = not softcap and s_aux is None and dropout == 0.0
     on_host = query.device.type == "cpu" and not rehearsing_gpu
     if not on_host and torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels cast here as well.
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+        # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels
+        # cast here as well.
+        query, key, value = (
+            x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
+        )
     if plain and not on_host and _flash_takes(query, value, cu_seq_lens_q):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
     if not on_host and query.dtype != value.dtype:
         query, key, value = query.float(), key.float(), value.float()
     if dropout == 0.0 and (on_host or not plain):
-        return segments(query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0), None
+        return segments(
+            query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0
+        ), None
     key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
-    out = by_segment(query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout)
+    out = by_segment(
+        query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -87,20 +104,28 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
 
 
 def _flash_takes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
-    """What flash attention 2 computes. Its backward pass counts elements of a padded fp32 buffer in 32 bits."""
+    """What flash attention 2 computes. Its backward pass counts elements of a padded fp32 buffer in
+    32 bits.
+    """
     tokens, heads, size = q.shape[2], q.shape[1], q.shape[3]
     padded = (tokens + 128 * cu_seqlens.shape[0]) * heads * (-(-size // 32) * 32)
     half = q.dtype in (torch.float16, torch.bfloat16)
     return half and size == v.shape[3] and size % 8 == 0 and size <= 256 and padded < 2**31
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int) -> Tensor:
-    groups: dict[str, Any] = {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int
+) -> Tensor:
+    groups: dict[str, Any] = (
+        {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
+    )
     if not groups:
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
     # (left, right): how many further positions are seen. (-1, 0) is plain causal attention.
     size = (window - 1 if window else -1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=size, **groups)
+    out = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=size, **groups
+    )
     assert isinstance(out, Tensor)
     return out[None]

@@ -1,8 +1,9 @@
-"""Regional compilation: every decoder layer is compiled on its own, as one graph; the loss and the rest stay eager.
+"""Regional compilation: every decoder layer is compiled on its own, as one graph; the loss and the
+rest stay eager.
 
-Layers of one kind share one graph, and lengths are symbols in it, so that packs of any size and segmentation use the
-same code: nothing is compiled again on the way, and no pack has to be filled up to a fixed size. Random numbers are
-drawn as without compiling; results differ by rounding only.
+Layers of one kind share one graph, and lengths are symbols in it, so that packs of any size and
+segmentation use the same code: nothing is compiled again on the way, and no pack has to be filled
+up to a fixed size. Random numbers are drawn as without compiling; results differ by rounding only.
 """
 
 from __future__ import annotations
@@ -20,52 +21,77 @@ from sftx.types import Pack, UserError
 
 COMPILER = "inductor"
 KEPT = 0.55
-"""Share of what layers keep for the backward pass that compiled ones keep on a CPU: 0.35 to 0.73 where measured."""
+"""Share of what layers keep for the backward pass that compiled ones keep on a CPU: 0.35 to 0.73
+where measured.
+"""
 _ASSUMED = {"cuda": (30.0, 0.2, 2.5e14), "cpu": (30.0, 0.1, 2e11)}
-"""Seconds to compile, the share of a step that is saved, and the speed without it in FLOP/s. Rough on purpose: whether
-a run compiles must not depend on how fast the machine happens to be when it starts, or is continued."""
+"""Seconds to compile, the share of a step that is saved, and the speed without it in FLOP/s. Rough
+on purpose: whether a run compiles must not depend on how fast the machine happens to be when it
+starts, or is continued.
+"""
 
 
-def planned(wish: Literal["auto", "on", "off"], device: torch.device, parameters: int, tokens: float) -> bool:
-    """Whether a run over `tokens` tokens compiles its layers: `auto` = where that saves more time than it costs, which
-    is where share * 6 * parameters * tokens / speed > seconds."""
+def planned(
+    wish: Literal["auto", "on", "off"], device: torch.device, parameters: int, tokens: float
+) -> bool:
+    """Whether a run over `tokens` tokens compiles its layers: `auto` = where that saves more time
+    than it costs, which is where share * 6 * parameters * tokens / speed > seconds.
+    """
     seconds, share, speed = _ASSUMED[device.type]
     repays = share * 6 * parameters * tokens / speed > seconds and not distributed.is_joined()
     return tokens > 0 and (wish == "on" or (wish == "auto" and repays))
 
 
-def compile_layers(loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on", "off"]) -> str:
+def compile_layers(
+    loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on", "off"]
+) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
 
     Where a layer does not compile, everything stays as it was; UserError if that was not the wish.
     """
-    from torch._dynamo import config as dynamo  # these imports take a second: only who compiles waits for them
+    from torch._dynamo import (
+        config as dynamo,
+    )  # these imports take a second: only who compiles waits for them
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
     began = time.perf_counter()
-    # A layer with hooks inside stays as it is: what they do is not part of a graph.
-    # Those on the layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
+    # A layer with hooks inside stays as it is: what they do is not part of a graph. Those on the
+    # layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
     hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
-    layers = [m for m in decoder_layers(loss.model) if not hooked & {id(part) for part in [*m.modules()][1:]}]
+    layers = [
+        m
+        for m in decoder_layers(loss.model)
+        if not hooked & {id(part) for part in [*m.modules()][1:]}
+    ]
     own = [layer.forward for layer in layers]
     inductor.fallback_random = True
-    # The backward pass computes again whatever needs no product, also where products then wait for it. On a CPU that is
-    # as fast, and keeps a third less; on a GPU it was not measured.
+    # The backward pass computes again whatever needs no product, also where products then wait for
+    # it. On a CPU that is as fast, and keeps a third less; on a GPU it was not measured.
     functorch.ban_recompute_materialized_backward = machine.device.type != "cpu"
-    # One code object serves all layers of all kinds, in training and evaluation; the default allows 8 graphs of it.
+    # One code object serves all layers of all kinds, in training and evaluation; the default allows
+    # 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     try:
         if not layers or not loss.isolate or loss.objective.router_aux:
-            raise RuntimeError("it takes layers without hooks, segments that are kept apart and no loss.router_aux")
-        calls = [torch.compile(forward, backend=COMPILER, fullgraph=True, dynamic=True) for forward in own]
+            raise RuntimeError(
+                "it takes layers without hooks, segments that are kept apart and no loss.router_aux"
+            )
+        calls = [
+            torch.compile(forward, backend=COMPILER, fullgraph=True, dynamic=True)
+            for forward in own
+        ]
         loss.compiled = list(zip(layers, calls, own, strict=True))
         loss.use_segments(True)
         with machine.autocast():
             value = loss(to_tensors(pack, machine.device))
         value.backward()
-    except (TorchDynamoException, RuntimeError, AssertionError) as error:  # the last: generated code checks strides
+    except (
+        TorchDynamoException,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # the last: generated code checks strides
         for layer, forward in zip(layers, own, strict=True):
             layer.forward = forward
         loss.compiled = []

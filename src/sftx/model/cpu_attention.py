@@ -1,13 +1,14 @@
-"""Attention as matrix products, segment by segment and a block of queries at a time: the CPU's kernel, and, on every
-device, that of soft-capping (Gemma 2) and sinks (GPT-OSS: a learned score per head that takes probability and gives
-nothing).
+"""Attention as matrix products, segment by segment and a block of queries at a time: the CPU's
+kernel, and, on every device, that of soft-capping (Gemma 2) and sinks (GPT-OSS: a learned score per
+head that takes probability and gives nothing).
 
-    z = softcap * tanh(scale * q k^T / softcap),   p = softmax([z, sink]) without the sink,   out = p v
+z = softcap * tanh(scale * q k^T / softcap),   p = softmax([z, sink]) without the sink,   out = p v
 
-Heads that share keys are rows of one product. The keys of a block begin with its window and end with its last query,
-so what is hidden is hardly computed, and memory grows with the length, not with its square. One custom op, so that a
-compiled layer stays one graph; its backward computes p again. A CPU computes in fp32, and of fp64 in fp64. `window` and
-`softcap` are 0 where there is none.
+Heads that share keys are rows of one product. The keys of a block begin with its window and end
+with its last query, so what is hidden is hardly computed, and memory grows with the length, not
+with its square. One custom op, so that a compiled layer stays one graph; its backward computes p
+again. A CPU computes in fp32, and of fp64 in fp64. `window` and `softcap` are 0 where there is
+none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 ROWS = 128
 """Queries of a block; 8 times as many on a GPU."""
 FILL = 32
-"""A CPU's segments are filled up to multiples of so many tokens: oneDNN prepares its code anew for every shape."""
+"""A CPU's segments are filled up to multiples of so many tokens: oneDNN prepares its code anew for
+every shape.
+"""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -32,15 +35,25 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def segments_of(cu_seqlens_cpu: Tensor) -> list[tuple[int, int]]:
-    """(first, one past the last) of every segment; `borders` int32[n + 1] in the host's memory."""
+    """(first, one past the last) of every segment; `cu_seqlens_cpu` int32[n + 1] in the host's memory."""
     return [(a, b) for a, b in itertools.pairwise(cu_seqlens_cpu.tolist()) if b > a]
 
 
 def by_segment(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens_cpu: Tensor, scale: float, window: int, softcap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_cpu: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
     dropout: float,
-) -> Tensor:  # fmt: skip
-    """Attention left to autograd, with dropout, segment by segment: [1, H, T, D] x 3 -> [1, H, T, D]."""
+) -> Tensor:
+    """Attention left to autograd, with dropout, segment by segment.
+
+    Shapes: [1, H, T, D] three times, to [1, H, T, D].
+    """
     parts = []
     for a, b in segments_of(cu_seqlens_cpu):
         query, key, value = (x[:, :, a:b] for x in (q, k, v))
@@ -49,8 +62,14 @@ def by_segment(
             p = _probabilities(query[0] * scale, key[0], sinks, whole, whole, window, softcap)[0]
             parts.append(F.dropout(p[None].to(v.dtype), dropout) @ value)
         else:
-            seen = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).tril().triu(1 - (window or b - a))
-            parts.append(F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale))
+            seen = (
+                torch.ones(b - a, b - a, dtype=torch.bool, device=q.device)
+                .tril()
+                .triu(1 - (window or b - a))
+            )
+            parts.append(
+                F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale)
+            )
     return torch.cat(parts, dim=2)
 
 
@@ -65,18 +84,27 @@ def segments(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """`q` [1, H, T, D], `k` and `v` [1, H_kv, T, D or D_v], `sinks` [H] -> [1, T, H, D_v] in the dtype of `q`.
+    """`q` [1, H, T, D], `k` and `v` [1, H_kv, T, D or D_v], `sinks` [H] -> [1, T, H, D_v] in the
+    dtype of `q`.
 
-    `borders` int32[n + 1] lies on the host; on a GPU `q`, `k` and `v` have one dtype.
+    `cu_seqlens_cpu` int32[n + 1] lies on the host; on a GPU `q`, `k` and `v` have one dtype.
     """
     out = q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
     with torch.autocast(q.device.type, enabled=False):
         for a, b in segments_of(cu_seqlens_cpu):
             queries, keys, values = _cut(a, b, q, k, v)
-            whole = torch.empty(keys.shape[1], q.shape[1], v.shape[3], dtype=keys.dtype, device=q.device)
+            whole = torch.empty(
+                keys.shape[1], q.shape[1], v.shape[3], dtype=keys.dtype, device=q.device
+            )
             for rows, seen in _blocks(len(whole), window, q):
                 p = _probabilities(
-                    queries[:, :, rows].flatten(1, 2) * scale, keys[:, seen], sinks, rows, seen, window, softcap
+                    queries[:, :, rows].flatten(1, 2) * scale,
+                    keys[:, seen],
+                    sinks,
+                    rows,
+                    seen,
+                    window,
+                    softcap,
                 )[0]
                 part = torch.bmm(p.to(values.dtype), values[:, seen])
                 whole[rows] = part.view(q.shape[1], -1, v.shape[3]).transpose(0, 1)
@@ -101,13 +129,24 @@ def _segments_backward(
         for a, b in segments_of(cu_seqlens_cpu):
             queries, keys, values = _cut(a, b, *qkv)
             grads = _cut(a, b, grad.transpose(1, 2), *qkv[1:])[0]
-            parts = d_q, d_k, d_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+            parts = d_q, d_k, d_v = (
+                torch.empty_like(queries),
+                torch.zeros_like(keys),
+                torch.zeros_like(values),
+            )
             for rows, seen in _blocks(keys.shape[1], window, grad):
-                block, g = queries[:, :, rows].flatten(1, 2) * scale, grads[:, :, rows].flatten(1, 2)
-                p, slope, sink = _probabilities(block, keys[:, seen], sinks, rows, seen, window, softcap)
+                block, g = (
+                    queries[:, :, rows].flatten(1, 2) * scale,
+                    grads[:, :, rows].flatten(1, 2),
+                )
+                p, slope, sink = _probabilities(
+                    block, keys[:, seen], sinks, rows, seen, window, softcap
+                )
                 d_p = at_least_fp32(torch.bmm(g, values[:, seen].mT))
                 if sink is not None:  # what a sink gives is 0, and so is its d_p
-                    d_sinks -= (sink * (p * d_p).sum(-1, keepdim=True)).view(len(d_sinks), -1).sum(1)
+                    d_sinks -= (
+                        (sink * (p * d_p).sum(-1, keepdim=True)).view(len(d_sinks), -1).sum(1)
+                    )
                 d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
                 d_z = (d_z if slope is None else d_z * slope).to(keys.dtype)
                 d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
@@ -120,7 +159,9 @@ def _segments_backward(
 
 segments.register_fake(lambda q, k, v, *_: q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]))
 _segments_backward.register_fake(
-    lambda grad, qkv, sinks, *_: [x.new_empty(x.shape) for x in (*qkv, *([] if sinks is None else [sinks]))]
+    lambda grad, qkv, sinks, *_: [
+        x.new_empty(x.shape) for x in (*qkv, *([] if sinks is None else [sinks]))
+    ]
 )
 
 
@@ -141,7 +182,9 @@ segments.register_autograd(_backward, setup_context=_save)
 def _cut(a: int, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One segment: queries [H_kv, G, S, D], where G heads share keys; keys and values [H_kv, S, D]."""
     parts = [x[0, :, a:b] for x in (q, k, v)]
-    if q.device.type == "cpu":  # what is filled up comes last, where no query of the segment sees it
+    if (
+        q.device.type == "cpu"
+    ):  # what is filled up comes last, where no query of the segment sees it
         parts = [F.pad(at_least_fp32(x), (0, 0, 0, (a - b) % FILL)) for x in parts]
     return parts[0].unflatten(0, (k.shape[1], -1)), parts[1].contiguous(), parts[2].contiguous()
 
@@ -154,10 +197,17 @@ def _blocks(length: int, window: int, like: Tensor) -> Iterator[tuple[slice, sli
 
 
 def _probabilities(
-    queries: Tensor, keys: Tensor, sinks: Tensor | None, rows: slice, seen: slice, window: int, softcap: float
+    queries: Tensor,
+    keys: Tensor,
+    sinks: Tensor | None,
+    rows: slice,
+    seen: slice,
+    window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """p [H_kv, G x rows, keys] in at least fp32, of `queries` already scaled; the slope of soft-capping; the sinks'
-    share."""
+    """p [H_kv, G x rows, keys] in at least fp32, of `queries` already scaled; the slope of
+    soft-capping; the sinks' share.
+    """
     z, slope = at_least_fp32(torch.bmm(queries, keys.mT)), None
     if softcap:
         z = torch.tanh(z / softcap)

@@ -1,4 +1,6 @@
-"""Seconds that a run will take, from the products it cannot avoid and the speed of a layer on this machine."""
+"""Seconds that a run will take, from the products it cannot avoid and the speed of a layer on this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +18,44 @@ from sftx.types import Pack
 
 
 def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
-    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to `squares`;
-    numbers, or arrays of them.
+    """FLOPs of `tokens` tokens with `targets` targets in segments whose squared lengths sum to
+    `squares`; numbers, or arrays of them.
 
-    Two per weight and token forward, two for the gradient of the input, two for that of a weight that trains; causal
-    attention counts half of each square, 2 s^2 forward and twice that backward per layer and channel (PaLM,
-    arXiv:2204.02311, appendix B, with the causal half). Experts count as if all were used.
+    Two per weight and token forward, two for the gradient of the input, two for that of a weight
+    that trains; causal attention counts half of each square, 2 s^2 forward and twice that backward
+    per layer and channel (PaLM, arXiv:2204.02311, appendix B, with the causal half). Experts count
+    as if all were used.
     """
     layers = decoder_layers(loss.model)
     width = bare(loss.model.get_input_embeddings()).weight.shape[-1]
-    body = sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2)
+    body = sum(
+        p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2
+    )
     head = bare(loss.model.get_output_embeddings())
-    once = sum(p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2)
+    once = sum(
+        p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2
+    )
     attention = 6 * len(layers) * width * squares
     return (
-        (body + 2 * once) * tokens + (6 if head.weight.requires_grad else 4) * head.weight.numel() * targets + attention
+        (body + 2 * once) * tokens
+        + (6 if head.weight.requires_grad else 4) * head.weight.numel() * targets
+        + attention
     )
 
 
 def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
-    """FLOP/s that this machine reaches in a decoder layer of the model: how much longer two layers of random weights
-    take than one, forward and backward over `pack`, the best of three. None where the model's layers cannot be told."""
+    """FLOP/s that this machine reaches in a decoder layer of the model: how much longer two layers
+    of random weights take than one, forward and backward over `pack`, the best of three. None where
+    the model's layers cannot be told.
+    """
     best = [float("inf")] * 2
     for depth in (1, 2) if len(estimator.layers) > 1 and estimator.loss.isolate else ():
         loss, layers = estimator.shadow(depth)
         for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
             tensor.detach().normal_(std=0.02)
-        loss.model.get_input_embeddings().requires_grad_(False)  # its gradient has the size of the vocabulary
+        loss.model.get_input_embeddings().requires_grad_(
+            False
+        )  # its gradient has the size of the vocabulary
         inputs, loss = to_tensors(pack, estimator.machine.device), loss.to(estimator.machine.device)
         for _ in range(3):
             start = _now()
@@ -52,11 +65,17 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
     if not best[0] < best[1] < float("inf"):
         return None
     squares = sum(length**2 for length in np.diff(pack.cu_seqlens).tolist())
-    return flops(estimator.loss, len(pack.ids), 0, squares) / len(estimator.layers) / (best[1] - best[0])
+    return (
+        flops(estimator.loss, len(pack.ids), 0, squares)
+        / len(estimator.layers)
+        / (best[1] - best[0])
+    )
 
 
 def _now() -> float:
-    """Seconds; on a CPU those of this process by its threads, whatever else the machine does meanwhile."""
+    """Seconds; on a CPU those of this process by its threads, whatever else the machine does
+    meanwhile.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()

@@ -1,4 +1,6 @@
-"""A Hugging Face model folder: its configuration, and whether its files are what they must be, before any is loaded."""
+"""A Hugging Face model folder: its configuration, and whether its files are what they must be,
+before any is loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +22,43 @@ INDEX = "model.safetensors.index.json"
 
 
 def load_config(model: Model) -> Any:
-    """The model's Hugging Face configuration; UserError, with the file, if there is none that sftx can use."""
+    """The model's Hugging Face configuration; UserError, with the file, if there is none that sftx
+    can use.
+    """
     file = config_file(model.path)
     if Path(model.path).is_dir():
         _refuse_adapter(model.path)
         if not file.exists():
-            raise UserError(f"model.path: {model.path} holds no config.json; a Hugging Face model folder is needed")
+            raise UserError(
+                f"model.path: {model.path} holds no config.json; a Hugging Face model folder is "
+                "needed"
+            )
     check_config(read_json(file), f"model.path: {file}", model.trust_remote_code)
     with boundary(f"model.path: {file} cannot be read as a model"):
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         text = config.get_text_config()
-    # A flash kernel that the file names says what its author's machine had; transformers chooses for this one.
+    # A flash kernel that the file names says what its author's machine had; transformers chooses
+    # for this one.
     if str(text._attn_implementation).startswith("flash_"):
         config._attn_implementation = None
     return config
 
 
 def _refuse_adapter(path: str) -> None:
-    """A folder with an adapter: transformers would load it, pickled or not, and the base that its config names."""
+    """A folder with an adapter: transformers would load it, pickled or not, and the base that its
+    config names.
+    """
     if (Path(path) / "adapter_config.json").exists():
         raise UserError(
-            f"model.path: {path} holds an adapter (adapter_config.json); name its base here and the folder in "
+            f"model.path: {path} holds an adapter (adapter_config.json); name its base here and "
+            "the folder in "
             "adapter.path, or merge the two with `sftx export`"
         )
 
 
 def check_weights(path: str) -> None:
-    """Read the header of every file of weights that loading the model at `path` will read; weights stay unread.
+    """Read the header of every file of weights that loading the model at `path` will read; weights
+    stay unread.
 
     Of a model that is still on the hub, only the index is read.
 
@@ -60,12 +72,16 @@ def check_weights(path: str) -> None:
     names = [WEIGHTS] if (folder / WEIGHTS).exists() else _names_in_index(path)
     for name in names:
         file = folder / name
-        with boundary(f"model.path: {file}", "; the file is damaged or missing: copy or download it again"):
+        with boundary(
+            f"model.path: {file}", "; the file is damaged or missing: copy or download it again"
+        ):
             safe_open(file, "pt")
 
 
 def _names_in_index(path: str) -> list[str]:
-    """The names of the files of weights, as the index of a model in several files gives them; [] without an index."""
+    """The names of the files of weights, as the index of a model in several files gives them; []
+    without an index.
+    """
     file = Path(path) / INDEX
     if not Path(path).is_dir():
         with boundary(f"model.path: {path}: {INDEX} could not be fetched"):
@@ -77,8 +93,13 @@ def _names_in_index(path: str) -> list[str]:
         return []
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"model.path: {file}: weight_map must name a file for every weight; the file is damaged")
+        raise UserError(
+            f"model.path: {file}: weight_map must name a file for every weight; the file is damaged"
+        )
     for name in names.values():
         if not name.endswith(".safetensors") or Path(name).name != name:
-            raise UserError(f"model.path: {file} names {name!r}; only safetensors files in the same folder are read")
+            raise UserError(
+                f"model.path: {file} names {name!r}; only safetensors files in the same folder "
+                "are read"
+            )
     return sorted(set(names.values()))

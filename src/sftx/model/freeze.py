@@ -17,9 +17,14 @@ from sftx.types import UserError
 
 
 def choose_weights(
-    model: PreTrainedModel, settings: Model, adapter: Adapter, seed: int, added_token_ids: dict[int, bool]
+    model: PreTrainedModel,
+    settings: Model,
+    adapter: Adapter,
+    seed: int,
+    added_token_ids: dict[int, bool],
 ) -> tuple[PeftModel | None, list[str]]:
-    """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in; all in place.
+    """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in;
+    all in place.
 
     Returns the adapter around the model (None where there is none), and what was done, in words.
     """
@@ -32,7 +37,9 @@ def choose_weights(
 
 
 def freeze(model: PreTrainedModel, settings: Model) -> None:
-    """Apply `model.unfrozen_layers`, `model.freeze` or `model.train_only`; UserError where one fits nothing."""
+    """Apply `model.unfrozen_layers`, `model.freeze` or `model.train_only`; UserError where one fits
+    nothing.
+    """
     if settings.unfrozen_layers is not None:
         _freeze_lower_layers(model, settings.unfrozen_layers)
     elif settings.train_only is not None:
@@ -44,12 +51,17 @@ def freeze(model: PreTrainedModel, settings: Model) -> None:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze: it matches every parameter, and nothing is left to train")
-    rows: dict[str, Any] = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    rows: dict[str, Any] = {
+        "embeddings": model.get_input_embeddings(),
+        "head": model.get_output_embeddings(),
+    }
     for name, module in rows.items() if settings.add_tokens or settings.add_special_tokens else ():
         if not module.weight.requires_grad:
             raise UserError(
-                f"model.add_tokens: the {name} of {type(model).__name__} would stay frozen, new rows included; let "
-                "them train (model.unfrozen_layers, model.freeze, model.train_only), or train an adapter"
+                f"model.add_tokens: the {name} of {type(model).__name__} would stay frozen, new "
+                "rows included; let "
+                "them train (model.unfrozen_layers, model.freeze, model.train_only), or train an "
+                "adapter"
             )
 
 
@@ -59,19 +71,32 @@ def _matching(model: PreTrainedModel, field: str, patterns: list[str]) -> list[n
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             raise UserError(
-                f"model.{field}: {pattern!r} matches no parameter of {type(model).__name__}; their names are like "
+                f"model.{field}: {pattern!r} matches no parameter of {type(model).__name__}; "
+                "their names are like "
                 f"{named[0][0]}, {named[len(named) // 2][0]} and {named[-1][0]}"
             )
-    return [parameter for name, parameter in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [
+        parameter
+        for name, parameter in named
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
 def _freeze_lower_layers(model: PreTrainedModel, unfrozen: int) -> None:
     count = model.config.get_text_config().num_hidden_layers
     if unfrozen > count:
-        raise UserError(f"model.unfrozen_layers: found {unfrozen}, but {type(model).__name__} has {count} layers")
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+        raise UserError(
+            f"model.unfrozen_layers: found {unfrozen}, but {type(model).__name__} has {count} "
+            "layers"
+        )
+    layers = next(
+        (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None
+    )
     if layers is None:
-        raise UserError(f"model.unfrozen_layers: the layers of {type(model).__name__} were not found; use model.freeze")
+        raise UserError(
+            f"model.unfrozen_layers: the layers of {type(model).__name__} were not found; use "
+            "model.freeze"
+        )
     modules: list[Any] = [*layers[: count - unfrozen], model.get_input_embeddings()]
     if unfrozen == 0:
         modules.append(model.get_output_embeddings())

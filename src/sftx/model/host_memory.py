@@ -1,4 +1,6 @@
-"""Memory of this process on the host, as Linux tells it: what it holds, what it held at most, what is still free."""
+"""Memory of this process on the host, as Linux tells it: what it holds, what it held at most, what
+is still free.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def resident() -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes this process held since `forget_resident_peak`; 0 where the system does not tell."""
+    """The most bytes this process held since `forget_resident_peak`; 0 where the system does not
+    tell.
+    """
     return _field(PROC / "self/status", "VmHWM")
 
 
@@ -28,21 +32,28 @@ def forget_resident_peak() -> None:
 
 
 def free() -> int:
-    """Bytes that this process may still take: free memory of the machine, or room in its control groups if less.
+    """Bytes that this process may still take: free memory of the machine, or room in its control
+    groups if less.
 
     Processes that torchrun starts together share it equally.
     """
-    machine = _field(PROC / "meminfo", "MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = _field(PROC / "meminfo", "MemAvailable") or os.sysconf(
+        "SC_AVPHYS_PAGES"
+    ) * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *_rooms()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _rooms() -> Iterator[int]:
-    """Limit less use of every control group (version 2) of this process; cache the kernel would give up is free."""
+    """Limit less use of every control group (version 2) of this process; cache the kernel would
+    give up is free.
+    """
     for line in read(PROC / "self/cgroup").splitlines():
         group = CGROUPS / line.rpartition(":")[2].strip("/")
         for folder in (group, *group.parents):
             if (limit := read(folder / "memory.max").strip()).isdecimal():
-                cache = re.search(r"^inactive_file (\d+)", read(folder / "memory.stat"), re.MULTILINE)
+                cache = re.search(
+                    r"^inactive_file (\d+)", read(folder / "memory.stat"), re.MULTILINE
+                )
                 used = int(read(folder / "memory.current") or 0) - int(cache[1] if cache else 0)
                 yield max(int(limit) - used, 0)
 

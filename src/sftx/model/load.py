@@ -35,15 +35,22 @@ def stored_dtype(model: Model) -> torch.dtype:
 
 
 def load_model(
-    model: Model, device: torch.device, dtype: torch.dtype = torch.float32, nf4: torch.dtype | None = None
+    model: Model,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    nf4: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in `dtype` on `device`; UserError if weights are missing or do not fit.
+    """The causal language model in `dtype` on `device`; UserError if weights are missing or do not
+    fit.
 
-    With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype that it names.
+    With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype
+    that it names.
     """
     config = load_config(model)
     check_weights(model.path)
-    quantised = {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
+    quantised = (
+        {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}
+    )
     transformers_logging.disable_progress_bar()
     with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -62,11 +69,15 @@ def load_model(
         )
     loaded.config.use_cache = False
     for module in loaded.modules() if nf4 else ():
-        # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes through any more.
+        # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes
+        # through any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore
     loaded = loaded if nf4 else loaded.to(device)
-    with boundary(f"model.path: {model.path} cannot compute with what its config.json says"), torch.no_grad():
+    with (
+        boundary(f"model.path: {model.path} cannot compute with what its config.json says"),
+        torch.no_grad(),
+    ):
         loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
     return loaded
 
@@ -74,13 +85,19 @@ def load_model(
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise UserError("adapter.quantize: nf4 needs bitsandbytes; pip install 'sftx[qlora]'")
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    settings = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
     return BitsAndBytesConfig(load_in_4bit=True, **settings)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPack:
-    """A `Pack` as tensors on the device, but for the borders of its segments, which stay on the host."""
+    """A `Pack` as tensors on the device, but for the borders of its segments, which stay on the
+    host.
+    """
 
     ids: Tensor  # int64[T]
     positions: Tensor  # int64[T]
@@ -93,15 +110,29 @@ class TensorPack:
     examples: tuple[int, ...]  # their numbers, by which noise is drawn
 
     def segments(self) -> dict[str, Any]:
-        """What `attention` needs to know; under the names of transformers' own kernels, so that models pass it on."""
-        cu_seqlens, longest = self.cu_seqlens_cpu.to(self.ids.device, non_blocking=True), self.longest
+        """What `attention` needs to know; under the names of transformers' own kernels, so that
+        models pass it on.
+        """
+        cu_seqlens, longest = (
+            self.cu_seqlens_cpu.to(self.ids.device, non_blocking=True),
+            self.longest,
+        )
         lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        return {**lengths, "max_length_q": longest, "max_length_k": longest, "cu_seqlens_cpu": self.cu_seqlens_cpu}
+        return {
+            **lengths,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "cu_seqlens_cpu": self.cu_seqlens_cpu,
+        }
 
     def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
-        """(first token, one past the last, places of its targets in it, which targets they are) of every segment."""
+        """(first token, one past the last, places of its targets in it, which targets they are) of
+        every segment.
+        """
         first = 0
-        for (a, b), count in zip(itertools.pairwise(self.cu_seqlens_cpu.tolist()), self.counts, strict=True):
+        for (a, b), count in zip(
+            itertools.pairwise(self.cu_seqlens_cpu.tolist()), self.counts, strict=True
+        ):
             mine = slice(first, first + count)
             first += count
             yield a, b, self.index[mine] - a, mine
@@ -110,7 +141,8 @@ class TensorPack:
 def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     """The pack as `PackLoss` takes it.
 
-    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be ordered.
+    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be
+    ordered.
     """
 
     def pinned(array: Any, dtype: torch.dtype) -> Tensor:
@@ -135,13 +167,15 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
 
 
 class PackLoss(nn.Module):
-    """A causal language model as the trainer sees it: a pack goes in, the weighted sum of its losses comes out.
+    """A causal language model as the trainer sees it: a pack goes in, the weighted sum of its
+    losses comes out.
 
-    `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with segment attention
-    and the fused loss over its targets. `isolate = False` runs segments one at a time with the model's own attention;
-    `transform = None` takes the logits from the model's own forward. Both are the slower, always faithful way, and
-    `checks` turns to them when measuring shows that the fast one is not equal. `forgets` is put back before every
-    segment that runs alone: a model may remember something of the one before. `objective` holds while training; in
+    `model` may carry an adapter. The fast path runs the model's backbone over the whole pack with
+    segment attention and the fused loss over its targets. `isolate = False` runs segments one at a
+    time with the model's own attention; `transform = None` takes the logits from the model's own
+    forward. Both are the slower, always faithful way, and `checks` turns to them when measuring
+    shows that the fast one is not equal. `forgets` is put back before every segment that runs
+    alone: a model may remember something of the one before. `objective` holds while training; in
     evaluation the sum is the plain one. `noise_seed` is that of the step.
     """
 
@@ -152,27 +186,43 @@ class PackLoss(nn.Module):
         self.noise_seed = 0
         self._noise: Tensor | None = None
         self._router_logits: tuple[Tensor, ...] = ()
-        self.experts_per_token: int = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 0
+        self.experts_per_token: int = (
+            getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 0
+        )
         if objective.router_aux and not self.experts_per_token:
-            raise UserError(f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out")
+            raise UserError(
+                f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out"
+            )
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
         self.forgets: ForwardState | None = None
         accumulate_in_place(model.get_input_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
-        self.compiled: list[tuple[nn.Module, Any, Any]] = []  # layers with `forward`, compiled and own; see `compiled`
+        self.compiled: list[
+            tuple[nn.Module, Any, Any]
+        ] = []  # layers with `forward`, compiled and own; see `compiled`
         self.own_attention = model.config._attn_implementation or "eager"
         self.use_segments(True)
 
     def use_segments(self, on: bool) -> None:
-        """Compute attention by segments of a pack (training), or by the model's own kernel (generation, reference)."""
-        self.model.set_attn_implementation(attention.NAME if on and self.isolate else self.own_attention)
-        for layer, compiled, own in self.compiled:  # a graph for every length that is generated would not pay
+        """Compute attention by segments of a pack (training), or by the model's own kernel
+        (generation, reference).
+        """
+        self.model.set_attn_implementation(
+            attention.NAME if on and self.isolate else self.own_attention
+        )
+        for (
+            layer,
+            compiled,
+            own,
+        ) in self.compiled:  # a graph for every length that is generated would not pay
             layer.forward = compiled if on else own
 
     def forward(self, pack: TensorPack) -> Tensor:
-        """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for every weight."""
+        """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for
+        every weight.
+        """
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(pack)
@@ -183,21 +233,31 @@ class PackLoss(nn.Module):
         else:
             hidden = self.hidden(pack).index_select(0, pack.index)
             head, bias = head_weights(self.model)
-            total = fused_cross_entropy_sum(hidden, head, bias, pack.label, pack.weight, self.transform, objective)
-        return total + self._balance(pack.cu_seqlens_cpu, pack.index, pack.weight) if objective.router_aux else total
+            total = fused_cross_entropy_sum(
+                hidden, head, bias, pack.label, pack.weight, self.transform, objective
+            )
+        return (
+            total + self._balance(pack.cu_seqlens_cpu, pack.index, pack.weight)
+            if objective.router_aux
+            else total
+        )
 
     def hidden(self, pack: TensorPack) -> Tensor:
         """Hidden states after the final norm, [T, h]."""
         positions = pack.positions[None]
-        return self._run(self.model.base_model, pack.ids, position_ids=positions, **pack.segments()).last_hidden_state[
-            0
-        ]
+        return self._run(
+            self.model.base_model, pack.ids, position_ids=positions, **pack.segments()
+        ).last_hidden_state[0]
 
     def own_logits(self, pack: TensorPack) -> Tensor:
-        """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the head."""
+        """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the
+        head.
+        """
         more = {"position_ids": pack.positions[None], "logits_to_keep": pack.index}
         logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
-        return logits if len(logits) == len(pack.index) else logits[pack.index]  # some models ignore `logits_to_keep`
+        return (
+            logits if len(logits) == len(pack.index) else logits[pack.index]
+        )  # some models ignore `logits_to_keep`
 
     def run_one_by_one(self) -> None:
         """Run segments one at a time from now on, with the model's own attention."""
@@ -218,10 +278,14 @@ class PackLoss(nn.Module):
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
         for a, b, at, mine in pack.parts():
-            if len(at) or len(pack.index) == 0:  # a pack of nothing still passes through all weights, see `forward`
+            if (
+                len(at) or len(pack.index) == 0
+            ):  # a pack of nothing still passes through all weights, see `forward`
                 self._noise = None if noise is None else noise[a:b]
                 logits = self._logits_alone(pack.ids[a:b])[at]
-                total = total + cross_entropy_sum(logits, pack.label[mine], pack.weight[mine], objective)
+                total = total + cross_entropy_sum(
+                    logits, pack.label[mine], pack.weight[mine], objective
+                )
                 if objective.router_aux:
                     total = total + self._balance(torch.tensor([0, b - a]), at, pack.weight[mine])
         return total
@@ -233,24 +297,36 @@ class PackLoss(nn.Module):
         out = module(input_ids=ids[None], use_cache=False, output_router_logits=True, **inputs)
         self._router_logits = getattr(out, "router_logits", None) or ()
         if not self._router_logits:
-            raise UserError(f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits")
+            raise UserError(
+                f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits"
+            )
         return out
 
     def _balance(self, cu_seqlens_cpu: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts' balance of each segment times the weight of its targets, summed."""
         cu_seqlens = cu_seqlens_cpu.to(index.device, non_blocking=True)
         segment = torch.bucketize(index, cu_seqlens[1:], right=True)
-        share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(0, segment, weight)
+        share = torch.zeros(len(cu_seqlens) - 1, device=weight.device).index_add_(
+            0, segment, weight
+        )
         logits, self._router_logits = self._router_logits, ()
-        return self.objective.router_aux * router_balance(logits, self.experts_per_token, cu_seqlens, share)
+        return self.objective.router_aux * router_balance(
+            logits, self.experts_per_token, cu_seqlens, share
+        )
 
     def _draw_noise(self, pack: TensorPack) -> Tensor:
         """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
         lengths = pack.cu_seqlens_cpu.diff().tolist()
         width = int(bare(self.model.get_input_embeddings()).weight.shape[1])
-        seeds = [self.noise_seed * 1_000_003 + example for example in pack.examples or range(len(lengths))]
+        seeds = [
+            self.noise_seed * 1_000_003 + example
+            for example in pack.examples or range(len(lengths))
+        ]
         return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
 
     def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        noise, self._noise = self._noise, None  # once: whatever runs the model next is not this training pack
+        noise, self._noise = (
+            self._noise,
+            None,
+        )  # once: whatever runs the model next is not this training pack
         return out if noise is None else out + noise.to(out)

@@ -1,8 +1,10 @@
-"""A low-rank adapter and the linear layer beneath it as one autograd function: y = x W^T + b + s (x A^T) B^T.
+"""A low-rank adapter and the linear layer beneath it as one autograd function: y = x W^T + b + s (x
+A^T) B^T.
 
-Autograd over peft's own forward keeps x A^T, and under autocast a copy of x for each of the two paths; the sum costs
-two more passes over y, forward and backward. Here only `x` itself is kept (layers that share their input share it),
-and x A^T, which is small, is computed again. Same operations otherwise, in the same dtypes.
+Autograd over peft's own forward keeps x A^T, and under autocast a copy of x for each of the two
+paths; the sum costs two more passes over y, forward and backward. Here only `x` itself is kept
+(layers that share their input share it), and x A^T, which is small, is computed again. Same
+operations otherwise, in the same dtypes.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ Settings = tuple[float, torch.dtype, torch.dtype]
 def fuse(model: nn.Module) -> int:
     """Let every plain adapted linear layer of `model` compute in one function; how many there are.
 
-    Plain is: one adapter, no dropout, no DoRA or other variant, no bias of its own, an unquantised `nn.Linear`
-    beneath. Others are left to peft.
+    Plain is: one adapter, no dropout, no DoRA or other variant, no bias of its own, an unquantised
+    `nn.Linear` beneath. Others are left to peft.
     """
     plain = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
     for module in plain:
@@ -47,20 +49,35 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` [..., in] -> [..., out], in the dtype that the base layer alone would return."""
         name = next(iter(self.active_adapters), "")
-        if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A or not _is_plain(self):
+        if (
+            args
+            or kwargs
+            or self.disable_adapters
+            or self.merged
+            or name not in self.lora_A
+            or not _is_plain(self)
+        ):
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         base, low_rank = x.dtype, down.dtype
         if torch.is_autocast_enabled(x.device.type):
             base = low_rank = torch.get_autocast_dtype(x.device.type)
         settings = self.scaling[name], base, low_rank
-        return _LoraLinear.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, settings)  # pyright: ignore[reportReturnType]
+        return _LoraLinear.apply(
+            x, self.base_layer.weight, self.base_layer.bias, down, up, settings
+        )  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, settings: Settings
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        settings: Settings,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.settings = scaling, base, low_rank = settings
@@ -73,12 +90,18 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, down, up = ctx.saved_tensors
         scaling, base, low_rank = ctx.settings
-        flat_grad, flat_x, a = grad.flatten(0, -2).to(low_rank), x.flatten(0, -2).to(low_rank), down.to(low_rank)
+        flat_grad, flat_x, a = (
+            grad.flatten(0, -2).to(low_rank),
+            x.flatten(0, -2).to(low_rank),
+            down.to(low_rank),
+        )
         small_grad = (flat_grad @ up.to(low_rank)) * scaling
         d_up = flat_grad.t() @ ((flat_x @ a.t()) * scaling)
         d_down = small_grad.t() @ flat_x
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad.flatten(0, -2).to(base) @ weight.to(base)).to(low_rank).addmm_(small_grad, a)
+            d_x = (
+                (grad.flatten(0, -2).to(base) @ weight.to(base)).to(low_rank).addmm_(small_grad, a)
+            )
             d_x = d_x.to(x.dtype).view(x.shape)
         return d_x, None, None, d_down.to(down.dtype), d_up.to(up.dtype), None

@@ -2,12 +2,15 @@
 
     loss = sum_m w_m * (logsumexp(z_m) - z_m[label_m]),   z_m = transform(h_m W^T + b)
 
-and, where `Loss` asks for it (eps = label_smoothing, c_m = p(label_m) held constant with dft, else 1, V rows of W):
+and, where `Loss` asks for it (eps = label_smoothing, c_m = p(label_m) held constant with dft, else
+1, V rows of W):
 
-    loss = sum_m w_m * (c_m * (logsumexp(z_m) - (1 - eps) z_m[label_m] - eps mean(z_m)) + z_loss * logsumexp(z_m)^2)
+loss = sum_m w_m * (c_m * (logsumexp(z_m) - (1 - eps) z_m[label_m] - eps mean(z_m)) + z_loss *
+logsumexp(z_m)^2)
 
-Only target positions meet the head, a chunk of rows at a time, so that memory depends neither on the length of the
-pack times the vocabulary nor on the number of targets. Statistics are fp32, and so is the accumulated gradient of W.
+Only target positions meet the head, a chunk of rows at a time, so that memory depends neither on
+the length of the pack times the vocabulary nor on the number of targets. Statistics are fp32, and
+so is the accumulated gradient of W.
 """
 
 from __future__ import annotations
@@ -25,14 +28,20 @@ from sftx.settings.schema import Loss
 PLAIN = Loss()
 """The objective without additions: what evaluation reports."""
 CHUNK_BYTES = 64 << 20
-"""Budget of the logits held at once, in bytes of fp32; 16 times as much on a GPU, whose products want more rows."""
+"""Budget of the logits held at once, in bytes of fp32; 16 times as much on a GPU, whose products
+want more rows.
+"""
 Chunk = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Rows, all hidden states, matrix of the head -> loss of the rows, its gradient with respect to the head's output."""
+"""Rows, all hidden states, matrix of the head -> loss of the rows, its gradient with respect to the
+head's output.
+"""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the head's output: `z = softcap * tanh(scale * x / softcap)`; softcap 0 = none."""
+    """What a model does to the head's output: `z = softcap * tanh(scale * x / softcap)`; softcap 0
+    = none.
+    """
 
     scale: float = 1.0
     softcap: float = 0.0
@@ -43,10 +52,17 @@ class LogitTransform:
         return self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
 
 
-def cross_entropy_sum(logits: Tensor, label: Tensor, weight: Tensor, objective: Loss = PLAIN) -> Tensor:
-    """Weighted sum of losses from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar float32."""
+def cross_entropy_sum(
+    logits: Tensor, label: Tensor, weight: Tensor, objective: Loss = PLAIN
+) -> Tensor:
+    """Weighted sum of losses from logits [M, V]; `label` int64[M], `weight` float32[M] -> scalar
+    float32.
+    """
     logits = logits.float()
-    lse, mean = torch.logsumexp(logits, dim=-1), logits.mean(-1) if objective.label_smoothing else None
+    lse, mean = (
+        torch.logsumexp(logits, dim=-1),
+        logits.mean(-1) if objective.label_smoothing else None,
+    )
     return (_losses(_at(logits, label), mean, lse, objective)[0].double() * weight).sum().float()
 
 
@@ -54,9 +70,12 @@ def _at(z: Tensor, label: Tensor) -> Tensor:
     return z.gather(-1, label[:, None])[:, 0]
 
 
-def _losses(at_label: Tensor, mean: Tensor | None, lse: Tensor, objective: Loss) -> tuple[Tensor, Tensor | None]:
-    """Loss [M] of rows of logits, from each row's value at the label, mean (None where not needed) and log-sum-exp;
-    and c [M] of the module's formula (None = 1)."""
+def _losses(
+    at_label: Tensor, mean: Tensor | None, lse: Tensor, objective: Loss
+) -> tuple[Tensor, Tensor | None]:
+    """Loss [M] of rows of logits, from each row's value at the label, mean (None where not needed)
+    and log-sum-exp; and c [M] of the module's formula (None = 1).
+    """
     nll = lse - at_label
     share = torch.exp(-nll.detach()) if objective.dft else None
     if mean is not None:
@@ -77,8 +96,9 @@ def fused_cross_entropy_sum(
 ) -> Tensor:
     """The same from hidden states [M, h] and the head's matrix [V, h], without ever holding [M, V].
 
-    Gradients are computed chunk by chunk in the forward pass (6 h V operations per target in all, none twice).
-    Under autocast the products run in its dtype, as the model's own head would; the sums stay in fp32.
+    Gradients are computed chunk by chunk in the forward pass (6 h V operations per target in all,
+    none twice). Under autocast the products run in its dtype, as the model's own head would; the
+    sums stay in fp32.
     """
     device, eps = hidden.device.type, objective.label_smoothing
     if torch.is_autocast_enabled(device):
@@ -87,7 +107,8 @@ def fused_cross_entropy_sum(
         head, bias = head.detach(), None if bias is None else bias.detach()
 
     def chunk(s: slice, hidden: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss (fp64 scalar) of some rows and its gradient with respect to the head's output, fp32 [rows, V].
+        """Loss (fp64 scalar) of some rows and its gradient with respect to the head's output, fp32
+        [rows, V].
 
         One array of that size is enough: the logits become the gradient in place.
         """
@@ -103,7 +124,9 @@ def fused_cross_entropy_sum(
         lse = peak + mass.log()
         losses, share = _losses(at_label, mean, lse, objective)
         pull = weight[s] if share is None else weight[s] * share
-        grad *= ((pull + 2 * objective.z_loss * weight[s] * lse if objective.z_loss else pull) / mass)[:, None]
+        grad *= (
+            (pull + 2 * objective.z_loss * weight[s] * lse if objective.z_loss else pull) / mass
+        )[:, None]
         grad.scatter_add_(-1, label[s, None], (eps - 1) * pull[:, None])
         if eps:
             grad -= (eps / z.shape[1]) * pull[:, None]
@@ -118,14 +141,22 @@ def fused_cross_entropy_sum(
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk: Chunk) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk: Chunk
+    ) -> Tensor:
         needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         fill = torch.empty if len(hidden) else torch.zeros  # without targets no chunk writes it
         d_head = fill(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
-        d_bias = torch.zeros(head.shape[0], dtype=torch.float32, device=head.device) if needs_bias else None
-        rows = max(1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0]))
+        d_bias = (
+            torch.zeros(head.shape[0], dtype=torch.float32, device=head.device)
+            if needs_bias
+            else None
+        )
+        rows = max(
+            1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0])
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = head.detach().to(hidden.dtype)
             for a in range(0, hidden.shape[0], rows):
@@ -139,7 +170,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     d_hidden[s] = grad @ matrix
                 if d_head is not None:
                     _add_outer(d_head, grad, hidden[s], first=a == 0)
-        # Not `save_for_backward`: nobody else may hold them, so that autograd takes them over without a copy.
+        # Not `save_for_backward`: nobody else may hold them, so that autograd takes them over
+        # without a copy.
         ctx.gradients, ctx.head = (d_hidden, d_head, d_bias), head
         return total.float()
 
@@ -148,7 +180,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_hidden, d_head, d_bias = ctx.gradients
         ctx.gradients = None
         if d_head is not None and accumulates(ctx.head):
-            if ctx.head.grad is None:  # an embedding that shares the weight then adds its few rows to it
+            if (
+                ctx.head.grad is None
+            ):  # an embedding that shares the weight then adds its few rows to it
                 ctx.head.grad = d_head.mul_(grad)
             else:
                 ctx.head.grad.addcmul_(d_head, grad)
@@ -158,7 +192,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-    """total += grad^T hidden, accumulated in fp32 whatever the dtype of `hidden`; `first` = total holds nothing yet."""
+    """total += grad^T hidden, accumulated in fp32 whatever the dtype of `hidden`; `first` = total
+    holds nothing yet.
+    """
     if hidden.dtype == torch.float32:
         total.addmm_(grad.t(), hidden, beta=0 if first else 1)
     elif first:

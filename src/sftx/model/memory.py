@@ -1,8 +1,9 @@
 """Peak memory of a step, predicted before the first one by a rehearsal without contents.
 
-The very module that trains runs forward and backward on fake tensors (PyTorch's FakeTensorMode: shapes and dtypes, no
-data), while a dispatch mode counts the bytes that are alive. So every family, adapter and precision is predicted by
-what it does, and no formula has to follow it. Equal layers are rehearsed two and three deep, and extended linearly.
+The very module that trains runs forward and backward on fake tensors (PyTorch's FakeTensorMode:
+shapes and dtypes, no data), while a dispatch mode counts the bytes that are alive. So every family,
+adapter and precision is predicted by what it does, and no formula has to follow it. Equal layers
+are rehearsed two and three deep, and extended linearly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,17 +37,24 @@ from sftx.model.runtime import Machine
 from sftx.types import Pack
 
 HEAP = 400 << 20
-"""Bytes that kernels of a CPU and the gaps of its heap take on top (from the smaller shape of bench/memory.py; a model
-that is smaller than that takes no more than it holds itself). Not on a GPU, where the peak of what is
-allocated is predicted, and the margin of `training.fit` is for the rest."""
+"""Bytes that kernels of a CPU and the gaps of its heap take on top (from the smaller shape of
+bench/memory.py; a model that is smaller than that takes no more than it holds itself). Not on a
+GPU, where the peak of what is allocated is predicted, and the margin of `training.fit` is for the
+rest.
+"""
 FIRST_USE = 60 << 20
-"""Bytes that libraries and the start-up checks take after `base` was measured: 58 to 66 MiB where measured. It counts
-for small models; in `HEAP` it is included."""
+"""Bytes that libraries and the start-up checks take after `base` was measured: 58 to 66 MiB where
+measured. It counts for small models; in `HEAP` it is included.
+"""
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in 4 bits: with a scale of a byte per 64, and a float32 per 256 of these (arXiv:2305.14314)."""
+"""Bytes of a weight in 4 bits: with a scale of a byte per 64, and a float32 per 256 of these
+(arXiv:2305.14314).
+"""
 Marks = NDArray[np.float64]
-"""Bytes of one pack, beside weights, earlier gradients and optimiser: what the layers keep for the backward pass, and
-three peaks: of the forward pass with the loss, of the backward pass through the last layer, and of the rest."""
+"""Bytes of one pack, beside weights, earlier gradients and optimiser: what the layers keep for the
+backward pass, and three peaks: of the forward pass with the loss, of the backward pass through the
+last layer, and of the rest.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +78,32 @@ class Memory:
 class MemoryEstimator:
     """Predicts the memory of `loss`, whose parameters may be on the meta device and stay untouched.
 
-    `machine` = where it will run, which need not be here; `base` = bytes held there without a model. `shards` says over
-    how many processes `fully_shard` spreads weights, gradients and optimiser; None = not in use. `nf4`: the layers'
-    frozen matrices, which `loss` has as they are, will hold 4 bits a weight, be made whole one at a time, and be the
-    same on every process. `compiled` is to be set where the layers will be.
+    `machine` = where it will run, which need not be here; `base` = bytes held there without a
+    model. `shards` says over how many processes `fully_shard` spreads weights, gradients and
+    optimiser; None = not in use. `nf4`: the layers' frozen matrices, which `loss` has as they are,
+    will hold 4 bits a weight, be made whole one at a time, and be the same on every process.
+    `compiled` is to be set where the layers will be.
     """
 
-    def __init__(self, loss: PackLoss, machine: Machine, base: int, shards: int | None = None, nf4: bool = False):
+    def __init__(
+        self,
+        loss: PackLoss,
+        machine: Machine,
+        base: int,
+        shards: int | None = None,
+        nf4: bool = False,
+    ):
         self.loss, self.layers = loss, decoder_layers(loss.model)
-        self.machine, self.precision, self.base, self.shards = machine, machine.precision, base, shards
+        self.machine, self.precision, self.base, self.shards = (
+            machine,
+            machine.precision,
+            base,
+            shards,
+        )
         self.on_gpu, self.compiled = machine.device.type == "cuda", False
-        self.packed = {p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad}
+        self.packed = {
+            p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad
+        }
         self.weights = _bytes({*loss.parameters(), *loss.buffers()} - self.packed)
         self.trained = _bytes(_trained(loss))
         self._known: dict[tuple[int, int, int, bool, bool], Marks] = {}
@@ -84,20 +111,34 @@ class MemoryEstimator:
     def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
 
-        `accumulate`: a step has more than one pack, so that gradients exist during the forward pass. Raises what the
-        model raises when its shapes depend on data (RuntimeError and its kind).
+        `accumulate`: a step has more than one pack, so that gradients exist during the forward
+        pass. Raises what the model raises when its shapes depend on data (RuntimeError and its
+        kind).
         """
         body, forward, *backward = self._marks(pack, False, accumulate)
-        if self.compiled and not self.on_gpu:  # how much a GPU's compiled layers keep was not measured
+        if (
+            self.compiled and not self.on_gpu
+        ):  # how much a GPU's compiled layers keep was not measured
             less = (1 - KEPT) * body
-            body, forward, backward = body - less, forward - less, [mark - less for mark in backward]
+            body, forward, backward = (
+                body - less,
+                forward - less,
+                [mark - less for mark in backward],
+            )
         if recomputed and self.layers:
             every = self._marks(pack, True, accumulate)
             saved = recomputed / len(self.layers) * (body - every[0])
-            # What the backward pass computes again lifts it up to the peak it has when all layers are recomputed.
-            body, forward, backward = body - saved, forward - saved, [max(backward) - saved, *every[2:]]
+            # What the backward pass computes again lifts it up to the peak it has when all layers
+            # are recomputed.
+            body, forward, backward = (
+                body - saved,
+                forward - saved,
+                [max(backward) - saved, *every[2:]],
+            )
         shards = self.shards or 1
-        earlier = self.trained / shards if accumulate or self.shards else 0  # gradients before the backward pass
+        earlier = (
+            self.trained / shards if accumulate or self.shards else 0
+        )  # gradients before the backward pass
         gathered, reduced = self._buffers()
         peak, gradients = max(
             (earlier + forward + gathered, earlier),
@@ -117,28 +158,36 @@ class MemoryEstimator:
         )
 
     def _buffers(self) -> tuple[int, int]:
-        """What `fully_shard` and 4 bits take beside: (weights made whole, gradients on their way), in bytes.
+        """What `fully_shard` and 4 bits take beside: (weights made whole, gradients on their way),
+        in bytes.
 
-        One layer in use, the next one arriving and being copied out, and what belongs to no layer as a whole; in the
-        backward pass the gradients of one layer in their own dtype, and float32 copies of two layers' in flight
-        (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py).
+        One layer in use, the next one arriving and being copied out, and what belongs to no layer
+        as a whole; in the backward pass the gradients of one layer in their own dtype, and float32
+        copies of two layers' in flight (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py
+        and _fsdp_param_group.py).
         """
         size = self.precision.itemsize
         one = size * max((p.numel() for p in self.packed), default=0)
         if self.shards is None:
             return one, 0
-        layer = max((_count({*layer.parameters()} - self.packed) for layer in self.layers), default=0)
+        layer = max(
+            (_count({*layer.parameters()} - self.packed) for layer in self.layers), default=0
+        )
         trained = max((_count(_trained(layer)) for layer in self.layers), default=0)
         inside = {id(p) for p in self.layers.parameters()}
         root = [p for p in self.loss.parameters() if id(p) not in inside]
-        return one + 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(p for p in root if p.requires_grad)
+        return one + 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(
+            p for p in root if p.requires_grad
+        )
 
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""
         longest, depth = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()), len(self.layers)
         key = (len(pack.ids), longest, len(pack.index), every, accumulate)
         if key not in self._known:
-            shapes = {(_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers}
+            shapes = {
+                (_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers
+            }
             if depth <= 3 or len(shapes) > 1:
                 self._known[key] = self._measure_step(pack, depth, every, accumulate)
             else:
@@ -155,7 +204,11 @@ class MemoryEstimator:
             recompute(loss.model, depth if every else 0)
             sharded = {id(p) for p in layers.parameters()} if self.shards else set()
             for p in _trained(loss):
-                p.grad = torch.empty_like(p) if (id(p) in sharded if self.shards else accumulate) else None
+                p.grad = (
+                    torch.empty_like(p)
+                    if (id(p) in sharded if self.shards else accumulate)
+                    else None
+                )
             count = _Count()
 
             def entering_the_last_layer(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -171,7 +224,9 @@ class MemoryEstimator:
             attention.rehearsing_gpu = self.on_gpu
             try:
                 with count:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=self.precision != torch.float32):
+                    with torch.autocast(
+                        "cpu", torch.bfloat16, enabled=self.precision != torch.float32
+                    ):
                         value = loss(tensors)
                     count.cut(1)
                     value.backward()
@@ -181,16 +236,23 @@ class MemoryEstimator:
         return count.marks
 
     def shadow(self, depth: int) -> tuple[PackLoss, nn.ModuleList]:
-        """A copy of the first `depth` layers and all around them, its parameters on the CPU and without contents."""
+        """A copy of the first `depth` layers and all around them, its parameters on the CPU and
+        without contents.
+        """
         inside = {id(p) for p in self.layers.parameters()} if self.shards else set()
         memo: dict[int, Any] = {id(layer): None for layer in list(self.layers)[depth:]}
         for tensor in (*self.loss.parameters(), *self.loss.buffers()):
             cast = tensor in self.packed or (id(tensor) in inside and tensor.is_floating_point())
             dtype = self.precision if cast else tensor.dtype
             fake = torch.empty(tensor.shape, dtype=dtype)
-            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            memo[id(tensor)] = (
+                nn.Parameter(fake, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else fake
+            )
         shadow = copy.deepcopy(self.loss, memo)
-        # NEFTune draws by the lengths of segments, which fake tensors do not tell; it is one more hidden state.
+        # NEFTune draws by the lengths of segments, which fake tensors do not tell; it is one more
+        # hidden state.
         shadow.objective = shadow.objective.model_copy(update={"neftune_alpha": 0.0})
         layers = memo[id(self.layers)] if depth else nn.ModuleList()
         del layers[depth:]
@@ -199,7 +261,9 @@ class MemoryEstimator:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep PyTorch's own report of an operation that fake tensors cannot do off the terminal; say it in words."""
+    """Keep PyTorch's own report of an operation that fake tensors cannot do off the terminal; say
+    it in words.
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -220,18 +284,25 @@ class _Count(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), made_here=False)  # weights, earlier gradients: their views are not new
+        self._note(
+            (args, kwargs), made_here=False
+        )  # weights, earlier gradients: their views are not new
         out = func(*args, **(kwargs or {}))
         self._note(out, made_here=True)
         return out
 
     def _note(self, tensors: Any, made_here: bool) -> None:
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor) or (key := tensor.untyped_storage()._cdata) in self._storages:
+            if (
+                not isinstance(tensor, Tensor)
+                or (key := tensor.untyped_storage()._cdata) in self._storages
+            ):
                 continue
             storage = tensor.untyped_storage()
             size = storage.nbytes() if made_here else 0
-            self._storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
+            self._storages[key] = weakref.ref(
+                storage, lambda _, key=key, size=size: self._freed(key, size)
+            )
             self.alive += size
             self.peak = max(self.peak, self.alive)
 

@@ -1,4 +1,6 @@
-"""What an adapter does to a model, in words, and the parts of a mixture of experts that it treats apart."""
+"""What an adapter does to a model, in words, and the parts of a mixture of experts that it treats
+apart.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,25 @@ def has_joint_experts(model: nn.Module) -> bool:
 
 
 def shared_adapters(model: nn.Module) -> list[str]:
-    """The names of adapted modules whose own weight another adapted module has too, or that are in several layers."""
+    """The names of adapted modules whose own weight another adapted module has too, or that are in
+    several layers.
+    """
     paths: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, LoraLayer) else None
+        weight = (
+            getattr(module.get_base_layer(), "weight", None)
+            if isinstance(module, LoraLayer)
+            else None
+        )
         if weight is not None:
             paths[id(weight)].append(path)
     return [several[0] for several in paths.values() if len(several) > 1]
 
 
 def describe_adapter(model: nn.Module) -> str:
-    """What is adapted, by kind of module: how many of it, and how many parameters the adapter has there; empty where
-    nothing is."""
+    """What is adapted, by kind of module: how many of it, and how many parameters the adapter has
+    there; empty where nothing is.
+    """
     counts: dict[str, int] = defaultdict(int)
     sizes: dict[str, int] = defaultdict(int)
     for path, module in model.named_modules():
@@ -68,5 +77,9 @@ def describe_adapter(model: nn.Module) -> str:
 
 def _kind(path: str) -> str:
     """The name of a module without the numbers of layers, and without peft's own."""
-    names = [name for name in path.split(".") if name not in ("base_layer", "base_model") and not name.isdigit()]
+    names = [
+        name
+        for name in path.split(".")
+        if name not in ("base_layer", "base_model") and not name.isdigit()
+    ]
     return ".".join(names[-2:] if "experts" in names[-2:] else names[-1:])

@@ -1,4 +1,5 @@
-"""What training adds around the cross-entropy: noise on the embeddings, and the balance of a mixture's experts.
+"""What training adds around the cross-entropy: noise on the embeddings, and the balance of a
+mixture's experts.
 
 Both are defined for each segment alone, so that neither depends on how a step is cut into packs.
 """
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 
-def embedding_noise(lengths: Sequence[int], hidden_size: int, alpha: float, seeds: Sequence[int]) -> Tensor:
-    """NEFTune's noise (arXiv:2310.05914) for segments of these `lengths`, float32[sum(lengths), hidden_size].
+def embedding_noise(
+    lengths: Sequence[int], hidden_size: int, alpha: float, seeds: Sequence[int]
+) -> Tensor:
+    """NEFTune's noise (arXiv:2310.05914) for segments of these `lengths`, float32[sum(lengths),
+    hidden_size].
 
-    Drawn on the CPU, so that the device does not change it. Uniform in
-    +-alpha / sqrt(length * hidden_size); each segment draws from a stream of its own, begun by its seed.
+    Drawn on the CPU, so that the device does not change it. Uniform in +-alpha / sqrt(length *
+    hidden_size); each segment draws from a stream of its own, begun by its seed.
     """
     parts = []
     for length, seed in zip(lengths, seeds, strict=True):
@@ -26,15 +30,21 @@ def embedding_noise(lengths: Sequence[int], hidden_size: int, alpha: float, seed
     return torch.cat(parts)
 
 
-def router_balance(router_logits: Sequence[Tensor], top_k: int, cu_seqlens: Tensor, share: Tensor) -> Tensor:
-    """sum_s share[s] * E * sum_e f[s, e] P[s, e], a float32 scalar (Switch Transformer, equations 4 to 6).
+def router_balance(
+    router_logits: Sequence[Tensor], top_k: int, cu_seqlens: Tensor, share: Tensor
+) -> Tensor:
+    """sum_s share[s] * E * sum_e f[s, e] P[s, e], a float32 scalar (Switch Transformer, equations 4
+    to 6).
 
-    `router_logits`: one [T, E] per layer, before the softmax. Of segment s, over its tokens and all layers: f = mean
-    choices of expert e among the `top_k`, P = mean probability of e. `cu_seqlens` int[n + 1], `share` float32[n].
+    `router_logits`: one [T, E] per layer, before the softmax. Of segment s, over its tokens and all
+    layers: f = mean choices of expert e among the `top_k`, P = mean probability of e. `cu_seqlens`
+    int[n + 1], `share` float32[n].
     """
     lengths = cu_seqlens.diff().long()
     tokens, experts = router_logits[0].shape
-    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
+    segment = torch.repeat_interleave(
+        torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens
+    )
     chosen = torch.zeros(len(lengths), experts, device=lengths.device)
     total = torch.zeros_like(chosen)
     for logits in router_logits:

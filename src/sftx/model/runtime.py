@@ -1,4 +1,5 @@
-"""The machine: device, precision, threads, and the CPU settings that PyTorch leaves at slow defaults.
+"""The machine: device, precision, threads, and the CPU settings that PyTorch leaves at slow
+defaults.
 
 `machine(runtime)` applies them for the duration of a run and puts them back afterwards.
 """
@@ -25,7 +26,9 @@ from sftx.types import UserError
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _DEFAULTS = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}
 CUBLAS_WORKSPACE = 32 << 20
-"""Bytes; PyTorch's default on Hopper (CUBLAS_WORKSPACE_CONFIG in its notes on CUDA), 8 MiB on other GPUs."""
+"""Bytes; PyTorch's default on Hopper (CUBLAS_WORKSPACE_CONFIG in its notes on CUDA), 8 MiB on other
+GPUs.
+"""
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
 
 
@@ -44,9 +47,13 @@ class Machine:
         return torch.autocast(self.device.type, self.precision)
 
     def memory(self) -> int:
-        """Bytes: peak allocated on a GPU, else peak of this process' resident memory, since `forget_peak`."""
+        """Bytes: peak allocated on a GPU, else peak of this process' resident memory, since
+        `forget_peak`.
+        """
         on_gpu = self.device.type == "cuda"
-        return torch.cuda.max_memory_allocated(self.device) if on_gpu else host_memory.resident_peak()
+        return (
+            torch.cuda.max_memory_allocated(self.device) if on_gpu else host_memory.resident_peak()
+        )
 
     def forget_peak(self) -> None:
         """Begin a new peak."""
@@ -56,7 +63,8 @@ class Machine:
             host_memory.forget_resident_peak()
 
     def available_memory(self) -> tuple[int, int]:
-        """Bytes: (all that this process may hold, what it holds already and cannot use for a model).
+        """Bytes: (all that this process may hold, what it holds already and cannot use for a
+        model).
 
         Of several ranks the least and the most: they must choose alike.
         """
@@ -73,12 +81,15 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     if runtime.device == "cuda" and not has_gpu:
         raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")
     device = (
-        torch.device("cuda", distributed.local_rank()) if has_gpu and runtime.device != "cpu" else torch.device("cpu")
+        torch.device("cuda", distributed.local_rank())
+        if has_gpu and runtime.device != "cpu"
+        else torch.device("cpu")
     )
     if device.type == "cuda":
         if distributed.local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"{distributed.local_size()} processes were started here, but there are {torch.cuda.device_count()} GPUs"
+                f"{distributed.local_size()} processes were started here, but there are "
+                f"{torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(device)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
@@ -87,8 +98,8 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
         if device.type == "cpu":
             torch.set_num_threads(default_threads(runtime))
             _mallopt(_KEEP_MEMORY)
-            # oneDNN, and PyTorch once more in front of it, keep code for 1,024 shapes otherwise: up to 0.7 and 0.4 GiB.
-            # They look here once, at their first product.
+            # oneDNN, and PyTorch once more in front of it, keep code for 1,024 shapes otherwise: up
+            # to 0.7 and 0.4 GiB. They look here once, at their first product.
             for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
                 os.environ.setdefault(name, "100")
             _fast_exact_matmul()
@@ -101,18 +112,23 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
 
 
 def _mallopt(settings: dict[int, int]) -> None:
-    """Let glibc keep freed memory: otherwise every large tensor is mapped and unmapped anew, page by page."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's own
+    """Let glibc keep freed memory: otherwise every large tensor is mapped and unmapped anew, page
+    by page.
+    """
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    )  # glibc's own
     if mallopt is not None:
         for parameter, value in settings.items():
             mallopt(parameter, value)
 
 
 def _fast_exact_matmul() -> None:
-    """Route fp32 products to oneDNN where that is as exact: up to twice as fast as MKL on AMD processors.
+    """Route fp32 products to oneDNN where that is as exact: up to twice as fast as MKL on AMD
+    processors.
 
-    "medium" allows bf16 inside; processors without AMX have nothing to use it with and stay in fp32. Measured, not
-    believed: where the error shows otherwise the setting is taken back.
+    "medium" allows bf16 inside; processors without AMX have nothing to use it with and stay in
+    fp32. Measured, not believed: where the error shows otherwise the setting is taken back.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))

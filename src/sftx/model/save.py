@@ -1,4 +1,6 @@
-"""Writing a Hugging Face folder that serves what was trained: weights, tokenizer, template, stop tokens, card."""
+"""Writing a Hugging Face folder that serves what was trained: weights, tokenizer, template, stop
+tokens, card.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,31 @@ def load_tokenizer(model: Model) -> Any:
     with boundary(f"model.tokenizer: {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in model.add_tokens])
-    special = [AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens]
+    special = [
+        AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens
+    ]
     tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer
 
 
 def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) -> GenerationConfig:
-    """The model's generation config, whose EOS now includes every token that training taught to stop at."""
+    """The model's generation config, whose EOS now includes every token that training taught to
+    stop at.
+    """
     config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
     before = config.eos_token_id
     eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
     config.eos_token_id = list(dict.fromkeys(eos)) or None
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample and any(x is not None for x in (config.temperature, config.top_p, config.top_k)):
-        # Some published folders set a temperature without sampling; saving that is refused by transformers.
-        config.do_sample = (config.temperature not in (None, 1.0)) or (config.top_p not in (None, 1.0)) or None
+    if not config.do_sample and any(
+        x is not None for x in (config.temperature, config.top_p, config.top_k)
+    ):
+        # Some published folders set a temperature without sampling; saving that is refused by
+        # transformers.
+        config.do_sample = (
+            (config.temperature not in (None, 1.0)) or (config.top_p not in (None, 1.0)) or None
+        )
     return config
 
 
@@ -56,10 +67,10 @@ def save_model(
 ) -> None:
     """Write model (or adapter), tokenizer, generation config and README.md into `folder`.
 
-    Everything is written beside and moved in at the end, so a crash leaves no half-written weights under final names;
-    all of it is on the disk when this returns. Matrices of a whole model are stored in `dtype`; adapters always in
-    float32. `state` holds the tensors where those of `model` are in shards. A file of weights holds at most
-    `max_shard_size`, as transformers takes it.
+    Everything is written beside and moved in at the end, so a crash leaves no half-written weights
+    under final names; all of it is on the disk when this returns. Matrices of a whole model are
+    stored in `dtype`; adapters always in float32. `state` holds the tensors where those of `model`
+    are in shards. A file of weights holds at most `max_shard_size`, as transformers takes it.
     """
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +78,8 @@ def save_model(
     try:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if isinstance(model, PeftModel):
-            # The rows of added tokens are in the adapter; whole embeddings beside them would only bar servers from it.
+            # The rows of added tokens are in the adapter; whole embeddings beside them would only
+            # bar servers from it.
             model.save_pretrained(str(temporary), state_dict=state, save_embedding_layers=False)
             _sort_sets(temporary / "adapter_config.json", model)
         else:
@@ -80,7 +92,9 @@ def save_model(
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):  # more templates have a folder
+        for path in sorted(
+            path for path in temporary.rglob("*") if path.is_file()
+        ):  # more templates have a folder
             sync(path)
             final = folder / path.relative_to(temporary)
             make_folder(final.parent)
@@ -91,7 +105,9 @@ def save_model(
 
 
 def _sort_sets(path: Path, model: PeftModel) -> None:
-    """Put what peft holds as a set (the adapted modules) in order: it writes it as it comes, in every process anew."""
+    """Put what peft holds as a set (the adapted modules) in order: it writes it as it comes, in
+    every process anew.
+    """
     told = json.loads(path.read_text(encoding="utf-8"))
     for config in model.peft_config.values():
         for name, value in vars(config).items():

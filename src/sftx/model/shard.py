@@ -1,7 +1,9 @@
-"""One model on several processes: whole on each, or in shards, by PyTorch's `fully_shard` on a mesh of two dimensions.
+"""One model on several processes: whole on each, or in shards, by PyTorch's `fully_shard` on a mesh
+of two dimensions.
 
-The first dimension replicates, the second shards: `replicate` is a mesh of N x 1, `fsdp` of 1 x N, `hsdp` of nodes x
-processes per node. Gradients are summed, never averaged: the loss is divided by the weight of the whole step already.
+The first dimension replicates, the second shards: `replicate` is a mesh of N x 1, `fsdp` of 1 x N,
+`hsdp` of nodes x processes per node. Gradients are summed, never averaged: the loss is divided by
+the weight of the whole step already.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -38,39 +43,55 @@ from sftx.types import UserError
 
 
 def choose_layout(runtime: Runtime, device: torch.device, weights: int, trainable: int) -> str:
-    """`runtime.parallel`, or what `auto` means for a model of so many weights, of which so many train."""
+    """`runtime.parallel`, or what `auto` means for a model of so many weights, of which so many
+    train.
+    """
     if runtime.parallel != "auto":
         return runtime.parallel
     if device.type != "cuda":
         return "replicate"
     needed = 4 * weights + 12 * trainable  # float32: weights; gradients and AdamW's two moments
-    return "replicate" if needed <= torch.cuda.get_device_properties(device).total_memory / 2 else "fsdp"
+    return (
+        "replicate"
+        if needed <= torch.cuda.get_device_properties(device).total_memory / 2
+        else "fsdp"
+    )
 
 
 def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMesh:
     """The mesh (replicas, shards) of a layout, every group of it with the run's timeout in seconds."""
     size, per_node = distributed.world_size(), distributed.local_size()
     if parallel == "hsdp" and size % per_node:
-        raise UserError(f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of {per_node}")
+        raise UserError(
+            f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of "
+            f"{per_node}"
+        )
     shards = {"replicate": 1, "fsdp": size, "hsdp": per_node}[parallel]
-    mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    for group in mesh.get_all_groups():  # torch gives the groups of a mesh its own default, half an hour
+    mesh = init_device_mesh(
+        device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
+    for (
+        group
+    ) in mesh.get_all_groups():  # torch gives the groups of a mesh its own default, half an hour
         torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
     return mesh
 
 
 def shard(loss: PackLoss, mesh: DeviceMesh, precision: torch.dtype) -> None:
-    """Make every decoder layer of the model, and then all that is left, a unit of `fully_shard`, in place.
+    """Make every decoder layer of the model, and then all that is left, a unit of `fully_shard`, in
+    place.
 
-    Layers are gathered and computed in `precision`; embeddings, final norm and head stay in their own dtype, as they
-    do under autocast. Gradients are summed in float32.
+    Layers are gathered and computed in `precision`; embeddings, final norm and head stay in their
+    own dtype, as they do under autocast. Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision == torch.float32 else precision,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast decides, as in one process
     )
-    quantised = {p for p in loss.parameters() if not p.is_floating_point()}  # frozen and small: whole on every rank
+    quantised = {
+        p for p in loss.parameters() if not p.is_floating_point()
+    }  # frozen and small: whole on every rank
     for layer in decoder_layers(loss.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=quantised)
     outer = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -83,7 +104,9 @@ def shard(loss: PackLoss, mesh: DeviceMesh, precision: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Unread:
-    """A model whose weights are still in their files; its parameters are address space that nothing was written to."""
+    """A model whose weights are still in their files; its parameters are address space that nothing
+    was written to.
+    """
 
     model: PreTrainedModel
     folder: Path
@@ -91,9 +114,12 @@ class Unread:
     complete: bool  # whether the files hold every weight under its name in the model
 
     def read(self) -> None:
-        """Fill what `shard` has made of the parameters: each rank reads its own slices of the files."""
+        """Fill what `shard` has made of the parameters: each rank reads its own slices of the
+        files.
+        """
         load_tensors(
-            self.folder, {name: getattr(module, attribute).detach() for name, module, attribute in self.places}
+            self.folder,
+            {name: getattr(module, attribute).detach() for name, module, attribute in self.places},
         )
 
 
@@ -105,7 +131,9 @@ def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
     config = load_config(settings)
     check_weights(str(folder))
     with boundary(f"model.path: {settings.path} cannot be built from its files"):
-        with init_empty_weights(include_buffers=False):  # parameters on the meta device; buffers are computed as always
+        with init_empty_weights(
+            include_buffers=False
+        ):  # parameters on the meta device; buffers are computed as always
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
@@ -119,8 +147,12 @@ def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = getattr(module, attribute)
-        if tensor.is_meta:  # an adapter is put beside real tensors only; untouched, they take no memory
-            real = filled.setdefault(id(tensor), nn.Parameter(torch.empty_like(tensor, device="cpu")))
+        if (
+            tensor.is_meta
+        ):  # an adapter is put beside real tensors only; untouched, they take no memory
+            real = filled.setdefault(
+                id(tensor), nn.Parameter(torch.empty_like(tensor, device="cpu"))
+            )
             setattr(module, attribute, real)
         if name in stored:
             places.append((name, module, attribute))
@@ -128,8 +160,11 @@ def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
     return Unread(model, folder, places, all(id(p) in read for p in model.parameters()))
 
 
-def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool) -> dict[str, Tensor]:
-    """The state of a sharded model on the CPU of rank 0, one tensor after the other; {} on the other ranks.
+def whole_state(
+    model: nn.Module, dtype: torch.dtype | None, trained_only: bool
+) -> dict[str, Tensor]:
+    """The state of a sharded model on the CPU of rank 0, one tensor after the other; {} on the
+    other ranks.
 
     Floating-point tensors come in `dtype`, if it is given; tied weights stay one tensor.
     """
@@ -141,34 +176,56 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None, trained_only: bool)
         if id(parameter) not in tied:
             tensor = full_tensor(parameter.detach())  # all take part; rank 0 keeps it
             cast = dtype if tensor.is_floating_point() else None
-            tied[id(parameter)] = tensor.to("cpu", cast) if distributed.is_main() else torch.empty(0)
+            tied[id(parameter)] = (
+                tensor.to("cpu", cast) if distributed.is_main() else torch.empty(0)
+            )
         state[name] = tied[id(parameter)]
     if not distributed.is_main():
         return {}
-    return state if trained_only else state | {n: t for n, t in model.state_dict().items() if n not in state}
+    return (
+        state
+        if trained_only
+        else state | {n: t for n, t in model.state_dict().items() if n not in state}
+    )
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, sharded or not, as safetensors: each rank the parts that are its own, nothing twice."""
+    """Write tensors, sharded or not, as safetensors: each rank the parts that are its own, nothing
+    twice.
+    """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=distributed.saving_group())
+        state_dict_saver.save(
+            tensors, storage_writer=writer, process_group=distributed.saving_group()
+        )
     except CheckpointException as error:  # on every rank, with what went wrong on each
         raise OSError(str(error)) from error
 
 
 def check_replicas(tensors: Mapping[str, Tensor]) -> None:
-    """UserError that names the rank where weights that several ranks hold are not the same on all, to the bit."""
+    """UserError that names the rank where weights that several ranks hold are not the same on all,
+    to the bit.
+    """
     sharded = [tensor for tensor in tensors.values() if isinstance(tensor, DTensor)]
     if not sharded or sharded[0].device_mesh.size(0) == 1:
         return
     bits = {4: torch.int32, 2: torch.int16}  # sums of whole numbers: exact, in any order
-    sums = [int(t.to_local().contiguous().view(bits[t.dtype.itemsize]).sum()) for t in sharded if t.to_local().numel()]
+    sums = [
+        int(t.to_local().contiguous().view(bits[t.dtype.itemsize]).sum())
+        for t in sharded
+        if t.to_local().numel()
+    ]
     held = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
     for rank, (place, found) in enumerate(held):
         if found != next(other for shard, other in held if shard == place):
-            more = "its processor or memory may be at fault. Run the same command to continue from the last checkpoint"
-            raise UserError(f"the weights of rank {rank} are no longer those of its peers, and are not saved; {more}")
+            more = (
+                "its processor or memory may be at fault. Run the same command to continue "
+                "from the last checkpoint"
+            )
+            raise UserError(
+                f"the weights of rank {rank} are no longer those of its peers, and are not saved; "
+                f"{more}"
+            )
 
 
 def tensor_facts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -182,17 +239,23 @@ def tensor_facts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, sharded or not, from the safetensors files of a folder: each rank reads what it holds."""
+    """Fill `tensors`, sharded or not, from the safetensors files of a folder: each rank reads what
+    it holds.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, sharing its memory, and the number of its first element in the whole."""
+    """What this rank holds of a tensor, sharing its memory, and the number of its first element in
+    the whole.
+    """
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return tensor.to_local(), offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0
 
 

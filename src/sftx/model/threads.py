@@ -1,8 +1,9 @@
-"""How many CPU threads compute: what is asked for, else the cores at hand, else what is fastest beside other work.
+"""How many CPU threads compute: what is asked for, else the cores at hand, else what is fastest
+beside other work.
 
-With as many threads as cores, each product waits for the thread that the system ran last: where other programs use the
-same cores, a step can take twenty times as long as with one thread. Whether cores are shared, and what is fastest then,
-is measured.
+With as many threads as cores, each product waits for the thread that the system ran last: where
+other programs use the same cores, a step can take twenty times as long as with one thread. Whether
+cores are shared, and what is fastest then, is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sftx.cores import omp_threads, usable_cores
 from sftx.settings.schema import Runtime
 
 OURS = 0.8
-"""Share of the time in which threads really ran, above which the cores are taken to be ours alone."""
+"""Share of the time in which threads really ran, above which the cores are taken to be ours alone.
+"""
 WORTH_IT = 1.15
 """So many times faster must more threads be to be taken."""
 SECONDS, LEAST = 0.15, 3  # of a trial, and products in it at least
@@ -34,10 +36,14 @@ def default_threads(runtime: Runtime) -> int:
     return asked_threads(runtime) or max(1, usable_cores(physical=True) // distributed.local_size())
 
 
-def settle_threads(runtime: Runtime, device: torch.device, earlier: int | None) -> tuple[int, list[str]]:
-    """Set and return the number of threads for a run, and what is to be said of it, the same on every rank.
+def settle_threads(
+    runtime: Runtime, device: torch.device, earlier: int | None
+) -> tuple[int, list[str]]:
+    """Set and return the number of threads for a run, and what is to be said of it, the same on
+    every rank.
 
-    A run that is continued keeps its `earlier` number where it can, because sums in another order differ by rounding.
+    A run that is continued keeps its `earlier` number where it can, because sums in another order
+    differ by rounding.
     """
     most = default_threads(runtime)
     if device.type != "cpu" or asked_threads(runtime) is not None:
@@ -47,21 +53,28 @@ def settle_threads(runtime: Runtime, device: torch.device, earlier: int | None) 
     torch.set_num_threads(kept)
     notes = []
     if free < most:
-        notes.append(f"other programs use these cores: of 1 to {most} threads {free} are fastest now (measured)")
+        notes.append(
+            f"other programs use these cores: of 1 to {most} threads {free} are fastest now "
+            "(measured)"
+        )
     if kept != free:
-        notes.append(f"the run keeps its {kept} threads; runtime.threads={free} would change it by rounding")
+        notes.append(
+            f"the run keeps its {kept} threads; runtime.threads={free} would change it by rounding"
+        )
     if earlier is not None and kept != earlier:
         notes.append(
-            f"the run had {earlier} threads, more than there are cores now: from here on it differs by rounding"
+            f"the run had {earlier} threads, more than there are cores now: from here on it "
+            "differs by rounding"
         )
     return kept, notes
 
 
 def fastest(most: int, trial: Callable[[int], tuple[float, float]] | None = None) -> int:
-    """The number of threads, `most` or a half, a quarter ... of it, that is fastest now; `most` where the cores are
-    this process' own.
+    """The number of threads, `most` or a half, a quarter ... of it, that is fastest now; `most`
+    where the cores are this process' own.
 
-    `trial(threads)` gives the seconds that a product takes, and the share of that time in which its threads ran.
+    `trial(threads)` gives the seconds that a product takes, and the share of that time in which its
+    threads ran.
     """
     trial = trial or _trial
     counts = [most]

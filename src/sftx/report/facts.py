@@ -1,4 +1,6 @@
-"""Reading run.json: a record that may come from a stranger or a damaged disk, checked before it is used."""
+"""Reading run.json: a record that may come from a stranger or a damaged disk, checked before it is
+used.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def _is(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind)
 
 
-# What is read again from a run.json, and what each must be. Other facts are for people and programs beside sftx.
+# What is read again from a run.json, and what each must be. Other facts are for people and programs
+# beside sftx.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUS, f"one of {', '.join(STATUS)}"),
     "config": (_is(dict), "an object"),
@@ -46,7 +49,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "changed": (_is(list), "a list"),
     "notes": (_is(list), "a list"),
     "num_steps": (_is_count, "a whole number"),
-    "tokens_per_pack": (lambda value: _is_count(value) and 1 <= value < 2**31, "a whole number of at least 1"),
+    "tokens_per_pack": (
+        lambda value: _is_count(value) and 1 <= value < 2**31,
+        "a whole number of at least 1",
+    ),
     "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
     "eval_after": (lambda value: value is None or isinstance(value, dict), "an object"),
 }
@@ -73,7 +79,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_needed(facts: dict[str, Any], path: Path) -> None:
-    """UserError where the facts of `path` lack one of `NEEDED`; where they lack all, another program wrote them."""
+    """UserError where the facts of `path` lack one of `NEEDED`; where they lack all, another
+    program wrote them.
+    """
     if not facts.keys() & set(NEEDED):
         raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
     if missing := [name for name in NEEDED if name not in facts]:

@@ -1,8 +1,9 @@
 """One run owns an output folder for its whole life; a second one is refused, and told who owns it.
 
-The operating system's lock on `OUTPUT/.owner.lock` ends with its process, however that ends. `OUTPUT/.owner.json` names
-the owner. On a disk that several machines share, a lock may not reach the other machines: there the owner renews the
-time of `.owner.json` every few seconds, and who sees it renewed keeps away.
+The operating system's lock on `OUTPUT/.owner.lock` ends with its process, however that ends.
+`OUTPUT/.owner.json` names the owner. On a disk that several machines share, a lock may not reach
+the other machines: there the owner renews the time of `.owner.json` every few seconds, and who sees
+it renewed keeps away.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ PATIENCE = 3.5 * BEAT
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own `folder` inside; it is made where it is missing, and removed again where nothing was written into it.
+    """Own `folder` inside; it is made where it is missing, and removed again where nothing was
+    written into it.
 
     Raises UserError, with the owner's host, process and start time, where another run owns it.
     """
@@ -64,7 +66,10 @@ def _myself() -> dict[str, Any]:
 def _machine() -> dict[str, str]:
     """This machine since it was started: names of hosts alone are not unique."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return {"host": node(), "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else ""}
+    return {
+        "host": node(),
+        "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else "",
+    }
 
 
 def _renew(path: Path, ended: Event) -> None:
@@ -74,9 +79,13 @@ def _renew(path: Path, ended: Event) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], int]:
-    """The owner that the folder names, {} if none, and when it was renewed, in nanoseconds of the disk's clock."""
+    """The owner that the folder names, {} if none, and when it was renewed, in nanoseconds of the
+    disk's clock.
+    """
     try:
-        with (folder / OWNER).open(encoding="utf-8") as file:  # opening asks a file server anew, a look may not
+        with (folder / OWNER).open(
+            encoding="utf-8"
+        ) as file:  # opening asks a file server anew, a look may not
             owner = json.load(file)
             renewed = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError):
@@ -85,7 +94,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def _owner_soon(folder: Path) -> dict[str, Any]:
-    """The owner that holds the lock; it may have it for so short a time that it has not said who it is."""
+    """The owner that holds the lock; it may have it for so short a time that it has not said who it
+    is.
+    """
     for _ in range(20):
         owner, _ = _read(folder)
         if owner:
@@ -95,12 +106,15 @@ def _owner_soon(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_if_renewed(folder: Path) -> None:
-    """The lock is ours. Where the last owner ran on another machine, the lock may not tell whether it still does."""
+    """The lock is ours. Where the last owner ran on another machine, the lock may not tell whether
+    it still does.
+    """
     owner, before = _read(folder)
     if not owner or _machine().items() <= owner.items():
         return
     print(
-        f"output: {folder} was last owned by {_name(owner)}; looking for {PATIENCE:.0f} s whether that still runs",
+        f"output: {folder} was last owned by {_name(owner)}; looking for {PATIENCE:.0f} s whether "
+        "that still runs",
         file=sys.stderr,
     )
     until = time.monotonic() + PATIENCE
@@ -117,7 +131,8 @@ def _refusal(folder: Path, owner: dict[str, Any]) -> str:
     mine = owner.get("process") == os.getpid() and _machine().items() <= owner.items()
     this = " (this very process: end the run it began first)" if mine else ""
     return (
-        f"output: {folder} is owned by another run: {_name(owner)}{this}. Choose another output folder, or wait until "
+        f"output: {folder} is owned by another run: {_name(owner)}{this}. Choose another output "
+        "folder, or wait until "
         "that run has ended"
     )
 

@@ -10,15 +10,26 @@ from sftx.types import Ledger
 
 
 def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
-    """What was trained, on what, how, and with what result, in Markdown with the metadata block model hubs read."""
+    """What was trained, on what, how, and with what result, in Markdown with the metadata block
+    model hubs read.
+    """
     config, facts = run.config, run.facts
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sft, sftx]"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [sft, sftx]",
+    ]
     base = public_name(config.model.path)
-    if base == config.model.path and not Path(base).exists():  # a folder here is nothing that others could find
+    if (
+        base == config.model.path and not Path(base).exists()
+    ):  # a folder here is nothing that others could find
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {run.folder.resolve().name}", ""]
     taken = f"{facts['ended_at']:,} of " if "ended_at" in facts else ""
-    kind = "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
+    kind = (
+        "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
+    )
     lines += [
         f"`{base}`, fine-tuned with sftx ({kind}, {taken}{facts['num_steps']:,} steps, "
         f"peak learning rate {facts['peak_learning_rate']:g}, {facts['precision']}).",
@@ -43,14 +54,17 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
     lines += [
         "## How to repeat it",
         "",
-        f"`config.yaml` in this folder holds the settings: `sftx train config.yaml`. Made with {versions}.",
+        "`config.yaml` in this folder holds the settings: `sftx train config.yaml`. Made with "
+        f"{versions}.",
         "",
     ]
     return "\n".join(lines)
 
 
 def public_name(path: str) -> str:
-    """What others may know of a model or a data set: its name on the hub, else the last part of its path here."""
+    """What others may know of a model or a data set: its name on the hub, else the last part of its
+    path here.
+    """
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)*(:[^/]*)?", path) and path.count("/") in (1, 2)
     is_here = Path(path).exists() or Path(path.partition("/")[0]).exists()
     return path if is_hub_name and not is_here else Path(path).name or Path(path).resolve().name

@@ -1,4 +1,6 @@
-"""What a run shows: a live line on a terminal, plain lines elsewhere. It reads records and computes nothing."""
+"""What a run shows: a live line on a terminal, plain lines elsewhere. It reads records and computes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         if isinstance(error, Ended):
@@ -69,12 +73,20 @@ class Progress:
         self.say(f"plan     {num_steps:,} steps")
 
     def model(
-        self, name: str, parameters: tuple[int, int], machine: Any, peak: float, notes: list[str], start: int
+        self,
+        name: str,
+        parameters: tuple[int, int],
+        machine: Any,
+        peak: float,
+        notes: list[str],
+        start: int,
     ) -> None:
         """The model and the machine, after the checks."""
         self.say(
-            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, {name_of(machine.precision)} "
-            f"on {machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning rate {peak:g}"
+            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, "
+            f"{name_of(machine.precision)} "
+            f"on {machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning "
+            f"rate {peak:g}"
         )
         for note in notes:
             self.say(f"note     {note}")
@@ -86,24 +98,34 @@ class Progress:
         self._predicted = predicted or 0.0
         if self._predicted >= 1:
             total = _duration(self._predicted)
-            self.say(f"time     about {total} for all steps, while nothing else runs on this machine")
+            self.say(
+                f"time     about {total} for all steps, while nothing else runs on this machine"
+            )
 
     def step(self, record: StepRecord) -> None:
         """One step done."""
         self._correct(record)
         if record.loss is not None:
-            self._smooth = record.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * record.loss
+            self._smooth = (
+                record.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * record.loss
+            )
         shown = "not finite" if record.loss is None else f"{record.loss:.4f}"
         text = f"loss {shown}  lr {record.learning_rate:.2e}  {record.tokens_per_second:,.0f} tok/s"
         if record.seconds_left:
             text += f"  {_duration(record.seconds_left)} left"
         if self.console.is_terminal:
             self._live(record, text)
-        elif time.monotonic() - self._last_line >= PLAIN_EVERY or record.step in (1, record.num_steps):
+        elif time.monotonic() - self._last_line >= PLAIN_EVERY or record.step in (
+            1,
+            record.num_steps,
+        ):
             self._last_line = time.monotonic()
             self.say(f"step     {record.step:,}/{record.num_steps:,}  {text}")
         if record.loss is None:
-            self.say(f"warning  step {record.step:,}: loss or gradient not finite; the update was not applied")
+            self.say(
+                f"warning  step {record.step:,}: loss or gradient not finite; the update was not "
+                "applied"
+            )
         if record.eval is not None:
             self.evaluated(record.step, record.eval)
 
@@ -117,7 +139,8 @@ class Progress:
         if record.seconds_left >= 10 and not 0.75 < ratio < 1.33:
             left = _duration(record.seconds_left)
             self.say(
-                f"time     about {left} left by the first steps, {ratio:.1f} times the prediction (other work on the "
+                f"time     about {left} left by the first steps, {ratio:.1f} times the prediction "
+                "(other work on the "
                 "machine counts in it)"
             )
 
@@ -133,11 +156,19 @@ class Progress:
             self._bar.stop()
         predicted, measured = run.facts["predicted"], run.facts["measured"]
         if measured and predicted["memory"]:
-            peaks = f"{measured['memory'] / 2**30:.2f} GiB ({predicted['memory']['peak'] / 2**30:.2f} predicted)"
+            peaks = (
+                f"{measured['memory'] / 2**30:.2f} GiB "
+                f"({predicted['memory']['peak'] / 2**30:.2f} predicted)"
+            )
             expected = round(predicted["seconds"] or 0) or "none"
-            seconds = f"{measured['seconds']:,.0f} s in steps ({expected} predicted for a free machine)"
+            seconds = (
+                f"{measured['seconds']:,.0f} s in steps ({expected} predicted for a free machine)"
+            )
             self.say(f"measured peak memory {peaks}, {seconds}")
-        self.say(f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell what happened")
+        self.say(
+            f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell "
+            "what happened"
+        )
 
     def _live(self, record: StepRecord, text: str) -> None:
         if self._bar is None:

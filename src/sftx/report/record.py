@@ -41,7 +41,9 @@ def _versions() -> dict[str, str]:
 
 
 class Run:
-    """The folder of one run. Opening it does not change it; `start` does. With `writes` false nothing is written."""
+    """The folder of one run. Opening it does not change it; `start` does. With `writes` false
+    nothing is written.
+    """
 
     def __init__(self, config: Config, writes: bool = True) -> None:
         self.folder = Path(config.output)
@@ -67,7 +69,9 @@ class Run:
             check_needed(self.facts, self.folder / "run.json")
 
     def start(self, step: int, carried: Mapping[str, str], **facts: Any) -> None:
-        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step` carries."""
+        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step`
+        carries.
+        """
         earlier = self.facts.get("started", []) if step else []
         self.facts = {
             "status": "running",
@@ -94,16 +98,22 @@ class Run:
         return found
 
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
-        """In words, a line for each, the records that are not as the checkpoint of `step` carries them."""
+        """In words, a line for each, the records that are not as the checkpoint of `step` carries
+        them.
+        """
         said = []
         for name in RECORDS:
             kept = [line["step"] for line in _lines(carried.get(name, ""))]
             found = [line["step"] for line in _lines(self._text(name))]
             if found[: len(kept)] != kept:
-                said.append(f"{name} was damaged: it is again as the checkpoint of step {step:,} has it")
+                said.append(
+                    f"{name} was damaged: it is again as the checkpoint of step {step:,} has it"
+                )
             elif len(found) > len(kept):
                 more = len(found) - len(kept)
-                said.append(f"{name} is cut after step {step:,}: {more:,} lines of later steps come anew")
+                said.append(
+                    f"{name} is cut after step {step:,}: {more:,} lines of later steps come anew"
+                )
         return said
 
     def unreadable(self) -> list[str]:
@@ -114,7 +124,10 @@ class Run:
             return []
         if self.writes:
             self._rewrite("metrics.jsonl", lines)
-        return [f"metrics.jsonl was damaged: {missing:,} of {expected:,} steps are lost from it, none from the model"]
+        return [
+            f"metrics.jsonl was damaged: {missing:,} of {expected:,} steps are lost from it, none "
+            "from the model"
+        ]
 
     def write(self, record: StepRecord) -> StepRecord:
         """Append one step to metrics.jsonl."""
@@ -122,7 +135,9 @@ class Run:
         return record
 
     def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
-        """Append a step whose loss or gradient was not finite, with the rows it was made of, to bad_steps.jsonl."""
+        """Append a step whose loss or gradient was not finite, with the rows it was made of, to
+        bad_steps.jsonl.
+        """
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
         self._append("bad_steps.jsonl", line)
 
@@ -133,7 +148,9 @@ class Run:
             write_json(self.folder / "run.json", self.facts)
 
     def write_evaluation(self, step: int, num_steps: int, numbers: dict[str, float]) -> None:
-        """Put held-out numbers beside the record of `step`; step 0, of which nothing else is recorded, gets one."""
+        """Put held-out numbers beside the record of `step`; step 0, of which nothing else is
+        recorded, gets one.
+        """
         if not self.writes:
             return
         lines = self.metrics()
@@ -145,7 +162,9 @@ class Run:
         self._rewrite("metrics.jsonl", lines)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The steps recorded so far; what cannot be read, such as a half-written last line, is left out."""
+        """The steps recorded so far; what cannot be read, such as a half-written last line, is left
+        out.
+        """
         return _lines(self._text("metrics.jsonl"))
 
     def _text(self, name: str) -> str:

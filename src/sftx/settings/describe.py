@@ -1,7 +1,8 @@
-"""The schema as data: every setting with its dotted key, what it allows, its default and its documentation.
+"""The schema as data: every setting with its dotted key, what it allows, its default and its
+documentation.
 
-Help, documentation, the JSON schema for editors and the "did you mean" of error messages are all made from here, and
-`Config` is the only list of settings they read.
+Help, documentation, the JSON schema for editors and the "did you mean" of error messages are all
+made from here, and `Config` is the only list of settings they read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     for entry in yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
     for name in entry["names"]
 }
-"""The names other tools use for the same idea: our dotted key, and a sentence where the meaning differs."""
+"""The names other tools use for the same idea: our dotted key, and a sentence where the meaning
+differs.
+"""
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -68,7 +71,13 @@ def _limits(metadata: Sequence[Any]) -> str:
 
 
 def _type_in_words(annotation: Any) -> str:
-    simple = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "anything"}
+    simple = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        Any: "anything",
+    }
     if annotation in simple:
         return simple[annotation]
     arguments = get_args(annotation)
@@ -78,7 +87,9 @@ def _type_in_words(annotation: Any) -> str:
         case origin if origin is Literal:
             return "one of " + ", ".join(str(value) for value in arguments)
         case origin if origin in (Union, types.UnionType):
-            words = " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
+            words = " or ".join(
+                _type_in_words(part) for part in arguments if part is not type(None)
+            )
             return words + ", or null" if type(None) in arguments else words
         case origin if origin is list:
             item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
@@ -99,10 +110,16 @@ def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> s
         return "it is " + " or ".join(f"`{dotted}`" for dotted in same_name)
     if name.lower() in FOREIGN_NAMES:
         ours, meaning = FOREIGN_NAMES[name.lower()]
-        return (f"here it is `{ours}`" if ours else "") + (", which " if ours and meaning else "") + meaning
+        return (
+            (f"here it is `{ours}`" if ours else "")
+            + (", which " if ours and meaning else "")
+            + meaning
+        )
     if close := get_close_matches(name, section.model_fields, 1, 0.75):
         return f"did you mean `{prefix}{close[0]}`?"
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)} | {name: name for name in SHORT_FORMS}
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)} | {
+        name: name for name in SHORT_FORMS
+    }
     if close := get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7):
         ours = leaves[close[0]] if close[0] in leaves else FOREIGN_NAMES[close[0]][0]
         return f"did you mean `{ours}`?" if ours else FOREIGN_NAMES[close[0]][1]
@@ -115,9 +132,17 @@ def shown(value: Any) -> str:
         case None | bool():
             text = json.dumps(value)
         case list() | tuple():
-            text = "[" + ", ".join(shown(item) for item in value[:8]) + (", ...]" if len(value) > 8 else "]")
+            text = (
+                "["
+                + ", ".join(shown(item) for item in value[:8])
+                + (", ...]" if len(value) > 8 else "]")
+            )
         case dict():
-            text = "{" + ", ".join(f"{name}: {shown(item)}" for name, item in list(value.items())[:8]) + "}"
+            text = (
+                "{"
+                + ", ".join(f"{name}: {shown(item)}" for name, item in list(value.items())[:8])
+                + "}"
+            )
         case _:
             text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -125,7 +150,9 @@ def shown(value: Any) -> str:
 
 def in_words(field: FieldInfo) -> str:
     """What a setting allows, and `required` or its default as YAML would show it."""
-    return f"{allowed(field)}; " + ("required" if field.is_required() else f"default {shown(field.default)}")
+    return f"{allowed(field)}; " + (
+        "required" if field.is_required() else f"default {shown(field.default)}"
+    )
 
 
 def as_markdown() -> str:
@@ -134,7 +161,9 @@ def as_markdown() -> str:
     for key, field in fields():
         section = section_of(field)
         text += "" if "." in key else f"\n## {key}\n\n"
-        text += f"{doc(field)}\n\n" if section else f"* **`{key}`** ({in_words(field)}): {doc(field)}\n"
+        text += (
+            f"{doc(field)}\n\n" if section else f"* **`{key}`** ({in_words(field)}): {doc(field)}\n"
+        )
     return text
 
 
@@ -144,5 +173,12 @@ def as_json_schema() -> dict[str, Any]:
     for section, main in SHORT_FORMS.items():
         full = schema["properties"][section]
         short = schema["$defs"][section.capitalize()]["properties"][main]
-        schema["properties"][section] = {"anyOf": [{"type": "string"}, full], "description": short["description"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sftx run", **schema}
+        schema["properties"][section] = {
+            "anyOf": [{"type": "string"}, full],
+            "description": short["description"],
+        }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sftx run",
+        **schema,
+    }

@@ -106,7 +106,9 @@ class DataSettings(TypedDict, total=False):
     """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or its share of the
     `tokens` of an epoch (which then has as many tokens as all sources together: small sources are repeated).
     """
-    format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"]
+    format: Literal[
+        "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
+    ]
     """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
     columns: Mapping[str, Text | None]
     """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be
@@ -117,7 +119,10 @@ class DataSettings(TypedDict, total=False):
     = turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml,
     plain.
     """
-    train_on: Literal["all", "last"] | Sequence[Literal["system", "developer", "user", "assistant", "tool"]]
+    train_on: (
+        Literal["all", "last"]
+        | Sequence[Literal["system", "developer", "user", "assistant", "tool"]]
+    )
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None
     """Longest example in tokens; default: the positions of the model, at most 8,192."""

@@ -1,4 +1,6 @@
-"""From YAML, the command line and Python to a `Config`, with every mistake found at once and named by its place."""
+"""From YAML, the command line and Python to a `Config`, with every mistake found at once and named
+by its place.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ _SHOWN = 50
 _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(\.gz|\.zst)?")
 
 
-def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> Config:
-    """Read the YAML file at `path` (or none), apply overrides such as `batch.epochs=2`, and check the whole.
+def load_config(
+    path: str | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
+) -> Config:
+    """Read the YAML file at `path` (or none), apply overrides such as `batch.epochs=2`, and check
+    the whole.
 
-    `defaults` look like overrides and stand for top-level keys that neither the file nor an override names. Relative
-    paths are relative to the working directory. Raises `UserError` with every problem found, one per line, each with
-    its file and line and its dotted key.
+    `defaults` look like overrides and stand for top-level keys that neither the file nor an
+    override names. Relative paths are relative to the working directory. Raises `UserError` with
+    every problem found, one per line, each with its file and line and its dotted key.
     """
     problems: list[str] = []
     data, places = parse("" if path is None else _read(path), path or "", problems)
@@ -46,13 +51,16 @@ def load_config(path: str | None, overrides: Sequence[str] = (), defaults: Seque
 
 
 def make_config(**sections: Unpack[Sections]) -> Config:
-    """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a", batch={"epochs": 2})`.
+    """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a",
+    batch={"epochs": 2})`.
 
-    Sections are nested dictionaries, their short forms, or section objects of `sftx.settings.schema`. Raises `UserError` with
-    every problem found, one per line.
+    Sections are nested dictionaries, their short forms, or section objects of
+    `sftx.settings.schema`. Raises `UserError` with every problem found, one per line.
     """
     if hasattr(sections.get("model"), "state_dict"):
-        raise UserError("model: an object of a model goes to sftx.train or sftx.steps; settings name a folder")
+        raise UserError(
+            "model: an object of a model goes to sftx.train or sftx.steps; settings name a folder"
+        )
     return _checked(dict(sections), {}, [], source="")
 
 
@@ -86,18 +94,25 @@ def _holds_rows(value: Any) -> bool:
 
 def _rows(value: Any) -> list[Any]:
     """The rows in such a value."""
-    if hasattr(value, "itertuples"):  # a DataFrame of pandas, whose iterator gives the names of its columns
+    if hasattr(
+        value, "itertuples"
+    ):  # a DataFrame of pandas, whose iterator gives the names of its columns
         return [from_numpy(row) for row in value.to_dict("records")]
     return list(rows_of(value)) if hasattr(value, "features") else list(value)  # of `datasets`
 
 
 def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
-    """Put `a.b=c` into `data`. A section given whole is merged into what stands there; a setting is replaced."""
+    """Put `a.b=c` into `data`. A section given whole is merged into what stands there; a setting is
+    replaced.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     path = tuple(key.split("."))
     if not equals or not all(path):
-        problems.append(f"{_COMMAND_LINE}: {override!r}: write a setting as key=value, for example batch.epochs=2")
+        problems.append(
+            f"{_COMMAND_LINE}: {override!r}: write a setting as key=value, for example "
+            "batch.epochs=2"
+        )
         return
     value, below = parse(text, f"{_COMMAND_LINE}: {key}", problems, numbered=False)
     given = {path: value}
@@ -112,7 +127,9 @@ def _override(data: dict[str, Any], override: str, places: Places, problems: lis
             places.setdefault(at[: depth + 1], _COMMAND_LINE)
             inner = inner[part]
             if not isinstance(inner, dict):
-                problems.append(f"{_COMMAND_LINE}: {key}: {dotted(at[: depth + 1])} is not a section")
+                problems.append(
+                    f"{_COMMAND_LINE}: {key}: {dotted(at[: depth + 1])} is not a section"
+                )
                 return
         if places.get(at) == _COMMAND_LINE:
             problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
@@ -134,13 +151,17 @@ def _checked(data: dict[str, Any], places: Places, problems: list[str], *, sourc
 
 
 def _place(path: KeyPath, places: Places) -> str:
-    """`run.yaml:12: ` for the value at `path` or the nearest above it that was written; empty for Python."""
+    """`run.yaml:12: ` for the value at `path` or the nearest above it that was written; empty for
+    Python.
+    """
     while path not in places and path:
         path = path[:-1]
     return f"{places[path]}: " if path in places else ""
 
 
-def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Places, problems: list[str]) -> Any:
+def _known(
+    data: dict[str, Any], section: type[Section], at: KeyPath, places: Places, problems: list[str]
+) -> Any:
     """`data` with short forms written out and unknown keys taken out, each of them reported."""
     known: dict[str, Any] = {}
     for key, value in data.items():
@@ -153,13 +174,20 @@ def _known(data: dict[str, Any], section: type[Section], at: KeyPath, places: Pl
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):
             value = _long_form(key, value)
-            known[key] = _known(value, inner, path, places, problems) if isinstance(value, dict) else value
+            known[key] = (
+                _known(value, inner, path, places, problems) if isinstance(value, dict) else value
+            )
         else:
             known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
             place = _place(path, places)
             if key == "rows" and (paths := _as_paths(value, bool(place))):
-                short = f"{place}{dotted(at)}: found a list of paths; a list here means rows in memory; "
-                problems.append(f"{short}for files write `data: {{train: [{', '.join(paths[:3])}]}}`")
+                short = (
+                    f"{place}{dotted(at)}: found a list of paths; a list here means rows in "
+                    "memory; "
+                )
+                problems.append(
+                    f"{short}for files write `data: {{train: [{', '.join(paths[:3])}]}}`"
+                )
     return known
 
 
@@ -172,16 +200,25 @@ def _plain(value: Any, *, as_tuple: bool) -> Any:
 
 
 def _as_paths(value: Any, written: bool) -> list[str]:
-    """The texts of a list that holds names of data files alone; where it is `written` down in YAML, any text is one."""
-    if not isinstance(value, list) or not all(isinstance(item, str | os.PathLike) for item in value):
+    """The texts of a list that holds names of data files alone; where it is `written` down in YAML,
+    any text is one.
+    """
+    if not isinstance(value, list) or not all(
+        isinstance(item, str | os.PathLike) for item in value
+    ):
         return []
     texts = [os.fspath(item) for item in value]
-    found = (written or _DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists()) for text in texts)
+    found = (
+        written or _DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists())
+        for text in texts
+    )
     return texts if all(found) else []
 
 
 def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) -> list[str]:
-    """What to say of a key that the schema does not have: one line, or one for each key of a foreign section."""
+    """What to say of a key that the schema does not have: one line, or one for each key of a
+    foreign section.
+    """
     key, at = str(path[-1]), path[:-1]
     place = _place(path, places)
     if "." in key:
@@ -189,14 +226,25 @@ def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) 
         nested = f"`{head}:` with `{tail}:` beneath it" if place else f"{head}={{{tail!r}: ...}}"
         return [f"{place}{dotted(path)}: dotted keys are for the command line; write {nested}"]
     prefix = "".join(f"{part}." for part in at)
-    if isinstance(value, dict) and value and not get_close_matches(key, section.model_fields, 1, 0.75):
+    if (
+        isinstance(value, dict)
+        and value
+        and not get_close_matches(key, section.model_fields, 1, 0.75)
+    ):
         inner = [(*path, name) for name in value]
-        return [f"{_place(at, places)}{dotted(at)}: no such setting; {suggestion(str(at[-1]))}" for at in inner]
+        return [
+            f"{_place(at, places)}{dotted(at)}: no such setting; {suggestion(str(at[-1]))}"
+            for at in inner
+        ]
     return [f"{place}{dotted(path)}: no such setting; {suggestion(key, section, prefix)}"]
 
 
-def _translated(error: ValidationError, data: dict[str, Any], places: Places, source: str) -> list[str]:
-    """One line in our words for each setting that pydantic refused, or for each key inside it where that is known."""
+def _translated(
+    error: ValidationError, data: dict[str, Any], places: Places, source: str
+) -> list[str]:
+    """One line in our words for each setting that pydantic refused, or for each key inside it where
+    that is known.
+    """
     whole: dict[KeyPath, str] = {}
     inside: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False):
@@ -219,8 +267,14 @@ def _translated(error: ValidationError, data: dict[str, Any], places: Places, so
         elif problem["type"] in ("missing", "extra_forbidden"):
             keys = (*path, *(part for part in rest if isinstance(part, int) or part == rest[-1]))
             what = "missing" if problem["type"] == "missing" else "no such setting"
-            inside[keys] = f"{_place(keys, places)}{dotted(keys)}: {what}; allowed: {allowed(field)}"
+            inside[keys] = (
+                f"{_place(keys, places)}{dotted(keys)}: {what}; allowed: {allowed(field)}"
+            )
         else:
             whole.setdefault(path, f"{name}: found {shown(found)}; allowed: {allowed(field)}")
-    outer = {path: line for path, line in whole.items() if not any(keys[: len(path)] == path for keys in inside)}
+    outer = {
+        path: line
+        for path, line in whole.items()
+        if not any(keys[: len(path)] == path for keys in inside)
+    }
     return [*outer.values(), *inside.values()]

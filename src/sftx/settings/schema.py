@@ -1,8 +1,9 @@
 """The schema of a run: one frozen section per concern, one docstring per setting.
 
-The schema is the only list of settings: help, documentation and checks are made from it.
-`batch`, `optim`, `loss`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes the
-machine it happens to run on, and nothing in `runtime` but `precision` changes a result beyond rounding.
+The schema is the only list of settings: help, documentation and checks are made from it. `batch`,
+`optim`, `loss`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes
+the machine it happens to run on, and nothing in `runtime` but `precision` changes a result beyond
+rounding.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
-"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path: PATH}`."""
+"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path:
+PATH}`.
+"""
 
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, every field documented."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
     @model_validator(mode="before")
@@ -36,25 +43,36 @@ class Model(Section):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
     path: str
-    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the hub."""
+    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the
+    hub.
+    """
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer, if it is not the model's own."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
+    """Run Python code that comes with the model. Off unless you set it; recorded in the run folder.
+    """
     save_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """How the trained weights are stored; `auto` = as in the model the run starts from. Training itself is in fp32."""
+    """How the trained weights are stored; `auto` = as in the model the run starts from. Training
+    itself is in fp32.
+    """
     add_tokens: list[str] = []
-    """Words this run gives a token of their own, matched wherever they stand in a text. A new token's rows in the
-    embeddings and the head start at the mean of the others plus a little noise by `seed` (0.02 standard deviations).
-    With an adapter, the rows of all tokens listed here train beside it, those of tokens the model already has too."""
+    """Words this run gives a token of their own, matched wherever they stand in a text. A new
+    token's rows in the embeddings and the head start at the mean of the others plus a little noise
+    by `seed` (0.02 standard deviations). With an adapter, the rows of all tokens listed here train
+    beside it, those of tokens the model already has too.
+    """
     add_special_tokens: list[str] = []
-    """The same for control tokens, such as a chat template's markers; `data.special_tokens` says what their text means
-    inside a row."""
+    """The same for control tokens, such as a chat template's markers; `data.special_tokens` says
+    what their text means inside a row.
+    """
     unfrozen_layers: int | None = Field(default=None, ge=0)
-    """Train only the last so many layers, the final norm and a head that is not tied to the (frozen) embeddings; 0 =
-    the final norm alone. Default: all weights."""
+    """Train only the last so many layers, the final norm and a head that is not tied to the
+    (frozen) embeddings; 0 = the final norm alone. Default: all weights.
+    """
     freeze: list[str] | None = None
-    """Names of parameters that stay as they are, with `*` for any text: [model.embed_tokens.*, '*.norm.weight']."""
+    """Names of parameters that stay as they are, with `*` for any text: [model.embed_tokens.*,
+    '*.norm.weight'].
+    """
     train_only: list[str] | None = None
     """Names of the only parameters that train, in the form of `freeze`."""
 
@@ -67,52 +85,79 @@ class Source(Section):
     name: str | None = None
     """Name in reports; default: the path."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch and
-    0.5 half of them: another half in each epoch, no row again before all were shown."""
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row
+    twice per epoch and 0.5 half of them: another half in each epoch, no row again before all were
+    shown.
+    """
 
 
 class Data(Section):
-    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data: {train: PATH}`."""
+    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data:
+    {train: PATH}`.
+    """
 
     train: str | list[str | Source] | None = None
-    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a glob, a folder)."""
+    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
+    glob, a folder).
+    """
     rows: list[Any] | None = None
-    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output, ...] lists or
-    dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`."""
+    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,
+    ...] lists or dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`.
+    """
     eval: str | list[str | Source] | None = None
     """Held-out rows, in the same forms as `train`."""
     eval_rows: list[Any] | None = None
     """Held-out rows held in memory (Python only)."""
     eval_split: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
+    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by
+    row.
+    """
     mix_by: Literal["rows", "tokens"] = "rows"
-    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or its share of the
-    `tokens` of an epoch (which then has as many tokens as all sources together: small sources are repeated)."""
-    format: Literal["auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"] = (
-        "auto"
-    )
-    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or
+    its share of the `tokens` of an epoch (which then has as many tokens as all sources together:
+    small sources are repeated).
+    """
+    format: Literal[
+        "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
+    ] = "auto"
+    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is
+    an error.
+    """
     columns: dict[str, str | None] = {}
-    """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be in
-    some row."""
+    """New names for columns: {question: prompt, answer: completion}; a column named null is left
+    out. Each must be in some row.
+    """
     template: str = "auto"
-    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none` =
-    turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml, plain."""
-    train_on: Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]] = "all"
+    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns
+    are refused; `none` = turns joined as they are, EOS after the last output; else a .jinja file or
+    a bundled template: chatml, plain.
+    """
+    train_on: (
+        Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]]
+    ) = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
     too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"] = "split"
-    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue is cut between turns
-    where its turns fit, each piece keeping as much context as fits."""
+    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue
+    is cut between turns where its turns fit, each piece keeping as much context as fits.
+    """
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
+    """A malformed row stops the run with its file and line, or is dropped, counted and listed in
+    the ledger.
+    """
     forced_opening: Literal["close", "error"] = "close"
-    """For templates whose prompt opens a thought that the row lacks: close it as the template does, or refuse."""
+    """For templates whose prompt opens a thought that the row lacks: close it as the template does,
+    or refuse.
+    """
     lost_reasoning: Literal["note", "error"] = "note"
-    """Reasoning of a turn that the template does not write: the row is trained without it and counted, or refused."""
+    """Reasoning of a turn that the template does not write: the row is trained without it and
+    counted, or refused.
+    """
     special_tokens: Literal["escape", "allow"] = "escape"
-    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
+    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the
+    control token.
+    """
     cache: str | None = None
     """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
     workers: int | None = Field(default=None, ge=0)
@@ -138,7 +183,9 @@ class Batch(Section):
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("`epochs` and `steps` both say how long to train; set one")
         if self.tokens_per_step is not None and "examples_per_step" in self.model_fields_set:
-            raise ValueError("`examples_per_step` and `tokens_per_step` both say how large a step is; set one")
+            raise ValueError(
+                "`examples_per_step` and `tokens_per_step` both say how large a step is; set one"
+            )
         return self
 
 
@@ -148,7 +195,9 @@ class Optim(Section):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; default: 2e-5 for all weights, 2e-4 for an adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the run."""
+    """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the
+    run.
+    """
     warmup: float = Field(default=0.03, ge=0)
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
     decay: float = Field(default=0.2, ge=0, le=1)
@@ -164,17 +213,25 @@ class Optim(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 does not clip."""
     weights: Literal["fp32", "bf16_stochastic"] = "fp32"
-    """How weights are kept while training: in fp32, or in bf16 (gradients too; the means stay fp32: 12 bytes a
-    parameter for 16), each update rounded up or down at random by how near it is, so that small ones are not lost."""
+    """How weights are kept while training: in fp32, or in bf16 (gradients too; the means stay fp32:
+    12 bytes a parameter for 16), each update rounded up or down at random by how near it is, so
+    that small ones are not lost.
+    """
     max_bad_steps: int = Field(default=3, ge=0)
-    """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
+    """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops
+    with exit code 3.
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> Optim:
         if "decay" in self.model_fields_set and self.schedule != "wsd":
-            raise ValueError(f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}")
+            raise ValueError(
+                f"`decay` belongs to `schedule: wsd`, but the schedule is {self.schedule}"
+            )
         if "final_ratio" in self.model_fields_set and self.schedule == "constant":
-            raise ValueError("`final_ratio` says where a schedule ends, but the schedule is constant")
+            raise ValueError(
+                "`final_ratio` says where a schedule ends, but the schedule is constant"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` are {self.betas}; each is at least 0 and below 1")
         return self
@@ -183,29 +240,39 @@ class Optim(Section):
 class Loss(Section):
     """What is added to the plain objective, the weighted mean of -log p.
 
-    All of it only while training: held-out loss is always the plain one. The reported training loss is the whole
-    objective.
+    All of it only while training: held-out loss is always the plain one. The reported training loss
+    is the whole objective.
     """
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Train towards (1 - this) on the label and this spread evenly over all rows of the head."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Add this times log(Z)^2 per target, Z = sum of exp(logits), so that logits do not drift (PaLM: 1e-4)."""
+    """Add this times log(Z)^2 per target, Z = sum of exp(logits), so that logits do not drift
+    (PaLM: 1e-4).
+    """
     dft: bool = False
-    """Dynamic fine-tuning (arXiv:2508.05629): weigh each target's cross-entropy by its probability, as a constant."""
+    """Dynamic fine-tuning (arXiv:2508.05629): weigh each target's cross-entropy by its probability,
+    as a constant.
+    """
     neftune_alpha: float = Field(default=0.0, ge=0)
-    """Add uniform noise of up to this / sqrt(tokens of the example x hidden size) to embeddings (arXiv:2310.05914)."""
+    """Add uniform noise of up to this / sqrt(tokens of the example x hidden size) to embeddings
+    (arXiv:2310.05914).
+    """
     router_aux: float = Field(default=0.0, ge=0)
-    """Add this times the load-balancing loss of a mixture of experts: computed for each example alone, over its tokens
-    and all layers, and averaged over the examples by their weight, so that packing does not change it."""
+    """Add this times the load-balancing loss of a mixture of experts: computed for each example
+    alone, over its tokens and all layers, and averaged over the examples by their weight, so that
+    packing does not change it.
+    """
 
 
 class Adapter(Section):
     """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
 
     method: Literal["none", "lora", "rslora", "dora"] = "none"
-    """`none` trains all weights; the others train a low-rank adapter through peft. The folder of a `lora` is laid out
-    as vLLM and llama.cpp load it (an `rslora` for vLLM); serve a `dora`, or one with added tokens, by `sftx export`."""
+    """`none` trains all weights; the others train a low-rank adapter through peft. The folder of a
+    `lora` is laid out as vLLM and llama.cpp load it (an `rslora` for vLLM); serve a `dora`, or one
+    with added tokens, by `sftx export`.
+    """
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     alpha: float = Field(default=32.0, gt=0)
@@ -215,10 +282,13 @@ class Adapter(Section):
     targets: str | list[str] = "all-linear"
     """Modules to adapt: `all-linear` (all but the head), or names."""
     path: str | None = None
-    """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank, alpha, dropout and
-    targets. `method` must be its method."""
+    """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank,
+    alpha, dropout and targets. `method` must be its method.
+    """
     quantize: Literal["none", "nf4"] = "none"
-    """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too) by bitsandbytes."""
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too)
+    by bitsandbytes.
+    """
     merge: bool = False
     """Also write the merged model, as `sftx export` does, into `OUTPUT/merged`."""
 
@@ -226,7 +296,9 @@ class Adapter(Section):
     def _fits_together(self) -> Adapter:
         unused = sorted(self.model_fields_set - {"method"})
         if self.method == "none" and unused:
-            raise ValueError(f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`")
+            raise ValueError(
+                f"`{unused[0]}` says how to adapt, but `method` is none; set `method: lora`"
+            )
         return self
 
 
@@ -245,17 +317,25 @@ class Checkpoint(Section):
     every: int = Field(default=0, ge=0)
     """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
     minutes: float = Field(default=15, ge=0)
-    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there is
-    no room for such a checkpoint the run says so and goes on."""
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by
+    time. Where there is no room for such a checkpoint the run says so and goes on.
+    """
     keep: int = Field(default=2, ge=1)
-    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
+    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out
+    loss.
+    """
     background: bool = False
-    """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the next step."""
+    """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
+    next step.
+    """
     resume: Literal["auto", "never", "must"] = "auto"
-    """`auto` continues a run found in the output folder; `never` refuses to touch one; `must` refuses to start anew."""
+    """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
+    refuses to start anew.
+    """
     resume_allow: list[str] = []
-    """What may differ from the run that is continued: dotted settings, sections, or `data`. It is recorded; any other
-    difference is refused."""
+    """What may differ from the run that is continued: dotted settings, sections, or `data`. It is
+    recorded; any other difference is refused.
+    """
 
 
 class Runtime(Section):
@@ -266,24 +346,34 @@ class Runtime(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` computes in bfloat16 over fp32 weights; `auto` = bf16 on a GPU, fp32 on a CPU."""
     tokens_per_pack: int | None = Field(default=None, ge=1)
-    """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An example
-    longer than this is a pack of its own."""
+    """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the
+    device. An example longer than this is a pack of its own.
+    """
     recompute: Literal["auto", "none", "all"] | Annotated[int, Ge(0)] = "auto"
-    """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
-    kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand."""
+    """Decoder layers (none, all, or how many) whose activations are computed again in the backward
+    pass instead of kept: less memory for about a third more time. `auto` = as few as fit into the
+    memory at hand.
+    """
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it (see
-    docs/performance.md) and the model allows it."""
+    """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it
+    (see docs/performance.md) and the model allows it.
+    """
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a control group's quota
-    leaves, shared among the processes of the machine; fewer where other programs use the cores and that is faster
-    (measured at the start). A run that is continued keeps its number."""
+    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a
+    control group's quota leaves, shared among the processes of the machine; fewer where other
+    programs use the cores and that is faster (measured at the start). A run that is continued keeps
+    its number.
+    """
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
-    """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model: `replicate` = whole in
-    each; `fsdp` = in shards over all; `hsdp` = in shards within a node, which nodes repeat; `auto` = `replicate` where
-    weights, gradients and optimiser fit into half the memory of a GPU, else `fsdp`. One process holds all of it."""
+    """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model:
+    `replicate` = whole in each; `fsdp` = in shards over all; `hsdp` = in shards within a node,
+    which nodes repeat; `auto` = `replicate` where weights, gradients and optimiser fit into half
+    the memory of a GPU, else `fsdp`. One process holds all of it.
+    """
     rank_timeout: float = Field(default=600, gt=0)
-    """Seconds for which a process may wait for another; then the job ends and the silent one is named."""
+    """Seconds for which a process may wait for another; then the job ends and the silent one is
+    named.
+    """
     progress: bool = True
     """Show progress on the terminal."""
 
@@ -316,15 +406,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        ways = [name for name in ("unfrozen_layers", "train_only", "freeze") if getattr(self.model, name) is not None]
+        ways = [
+            name
+            for name in ("unfrozen_layers", "train_only", "freeze")
+            if getattr(self.model, name) is not None
+        ]
         if ways and self.adapter.method != "none":
-            raise ValueError(f"`model.{ways[0]}` is for training without an adapter, which freezes all but itself")
+            raise ValueError(
+                f"`model.{ways[0]}` is for training without an adapter, which freezes all but "
+                "itself"
+            )
         if self.optim.weights != "fp32" and self.adapter.method != "none":
-            raise ValueError("`optim.weights` is for training without an adapter, whose weights are always fp32")
+            raise ValueError(
+                "`optim.weights` is for training without an adapter, whose weights are always fp32"
+            )
         if ways[:2] == ["unfrozen_layers", "train_only"]:
-            raise ValueError("`model.unfrozen_layers` and `model.train_only` both say what trains; set one")
+            raise ValueError(
+                "`model.unfrozen_layers` and `model.train_only` both say what trains; set one"
+            )
         if self.eval.every and not (self.data.eval or self.data.eval_rows or self.data.eval_split):
             raise ValueError(
-                "`eval.every` is set, but there is nothing to evaluate on: set data.eval or data.eval_split"
+                "`eval.every` is set, but there is nothing to evaluate on: set data.eval or "
+                "data.eval_split"
             )
         return self

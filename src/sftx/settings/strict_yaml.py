@@ -1,7 +1,7 @@
 """A strict subset of YAML, with the line of every key.
 
-YAML 1.2's scalars instead of 1.1's: `1e-4` is a number, only `true` and `false` are booleans, `0123` is text.
-A key may stand once; tags, anchors and aliases are refused.
+YAML 1.2's scalars instead of 1.1's: `1e-4` is a number, only `true` and `false` are booleans,
+`0123` is text. A key may stand once; tags, anchors and aliases are refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ Places = dict[KeyPath, str]
 
 
 LARGEST = 256 << 10
-"""Bytes of settings, a hundred times as many as a long file has. Parsing takes about 10 microseconds a byte."""
+"""Bytes of settings, a hundred times as many as a long file has. Parsing takes about 10
+microseconds a byte.
+"""
 
 
 def check_text_size(size: int, source: str) -> None:
     """UserError where `source` has more than `LARGEST` bytes."""
     if size > LARGEST:
         raise UserError(
-            f"{source}: more than {LARGEST >> 10} KiB: this is no settings file. Rows belong into data files, which "
+            f"{source}: more than {LARGEST >> 10} KiB: this is no settings file. Rows belong into "
+            "data files, which "
             "data.train names"
         )
 
@@ -41,7 +44,9 @@ class _StrictLoader(yaml.SafeLoader):
             reason = "anchors and aliases are not read: write the value out"
             raise yaml.MarkedYAMLError(problem=reason, problem_mark=event.start_mark)
         if event.tag:
-            raise yaml.MarkedYAMLError(problem=f"tags such as {event.tag} are not read", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"tags such as {event.tag} are not read", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -49,13 +54,19 @@ for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|)$", ["~", "n", ""]),
     ("bool", r"^(?:true|false)$", ["t", "f"]),
     ("int", r"^[-+]?(?:0|[1-9][0-9]{0,999})(?:[eE]\+?[0-9]{1,2})?$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE]-[0-9]+)$", list("-+.0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE]-[0-9]+)$",
+        list("-+.0123456789"),
+    ),
 ):
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """Writes what `_StrictLoader` reads as the same value: text that it would take for a number is quoted."""
+    """Writes what `_StrictLoader` reads as the same value: text that it would take for a number is
+    quoted.
+    """
 
     yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
 
@@ -64,22 +75,32 @@ class _StrictDumper(yaml.SafeDumper):
 
 
 def _quoted_where_odd(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """Text with line ends or characters that are not seen is quoted, with escapes: YAML folds some of them."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+    """Text with line ends or characters that are not seen is quoted, with escapes: YAML folds some
+    of them.
+    """
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    )
 
 
 _StrictDumper.add_representer(str, _quoted_where_odd)
 
 
 def dump(value: Any) -> str:
-    """`value` (dictionaries, lists, texts, numbers, booleans, null) as YAML that `parse` reads as the same value."""
+    """`value` (dictionaries, lists, texts, numbers, booleans, null) as YAML that `parse` reads as
+    the same value.
+    """
     return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def parse(text: str, source: str, problems: list[str], *, numbered: bool = True) -> tuple[Any, Places]:
-    """The value that `text` spells and the place of each of its keys: `source:line`, or `source` if not `numbered`.
+def parse(
+    text: str, source: str, problems: list[str], *, numbered: bool = True
+) -> tuple[Any, Places]:
+    """The value that `text` spells and the place of each of its keys: `source:line`, or `source` if
+    not `numbered`.
 
-    Appends what is wrong with a value to `problems`. Raises `UserError` where the text is not YAML at all.
+    Appends what is wrong with a value to `problems`. Raises `UserError` where the text is not YAML
+    at all.
     """
     check_text_size(len(text), source)
     try:
@@ -87,7 +108,9 @@ def parse(text: str, source: str, problems: list[str], *, numbered: bool = True)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{source}:{mark.line + 1}" if mark and numbered else source
-        raise UserError(f"{place}: not readable as YAML: {error.problem or error.context}") from None
+        raise UserError(
+            f"{place}: not readable as YAML: {error.problem or error.context}"
+        ) from None
     except RecursionError:
         raise UserError(f"{source}: not readable as YAML: nested too deeply") from None
     except yaml.YAMLError as error:
@@ -110,7 +133,9 @@ def parse(text: str, source: str, problems: list[str], *, numbered: bool = True)
                 continue
             path = (*at, key_node.value)
             if path in places:
-                problems.append(f"{place_of(key_node)}: {dotted(path)}: written twice, first at {places[path]}")
+                problems.append(
+                    f"{place_of(key_node)}: {dotted(path)}: written twice, first at {places[path]}"
+                )
             places.setdefault(path, place_of(key_node))
             values[key_node.value] = value(value_node, path)
         return values
@@ -137,4 +162,6 @@ def _scalar(node: yaml.Node, name: str, problems: list[str]) -> Any:
 
 def dotted(path: KeyPath) -> str:
     """`("data", "train", 0, "path")` as `data.train[0].path`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path
+    ).removeprefix(".")

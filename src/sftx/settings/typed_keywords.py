@@ -1,7 +1,9 @@
-"""The schema as Python types: what `sftx/settings/keywords.py` holds, which editors and type checkers read.
+"""The schema as Python types: what `sftx/settings/keywords.py` holds, which editors and type
+checkers read.
 
-`sftx schema format=python` prints it. The types take what `settings.make_config` takes: paths as text or as `Path`,
-lists as lists or tuples, a section as a dictionary, as its section object or in its short form.
+`sftx schema format=python` prints it. The types take what `settings.make_config` takes: paths as
+text or as `Path`, lists as lists or tuples, a section as a dictionary, as its section object or in
+its short form.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ Rows = Sequence[Any] | Iterator[Any] | Frame | ArrowTable
 
 def as_python() -> str:
     """The module `sftx/settings/keywords.py`."""
-    sections = {name: inner for name, field in Config.model_fields.items() if (inner := section_of(field))}
+    sections = {
+        name: inner for name, field in Config.model_fields.items() if (inner := section_of(field))
+    }
     parts = [HEAD, _typed_dict("SourceSettings", Source)]
     parts += [_typed_dict(f"{inner.__name__}Settings", inner) for inner in sections.values()]
     parts.append(_typed_dict("Sections", Config))
@@ -102,7 +106,12 @@ def _field_type(key: str, field: FieldInfo) -> str:
     ways = [f"{name}Settings", f"schema.{name}"]
     if key in SHORT_FORMS:
         main = _source_of(section.model_fields[SHORT_FORMS[key]].annotation)
-        ways.insert(0, main.removesuffix(" | None").removesuffix(" | Sequence[Text | SourceSettings | schema.Source]"))
+        ways.insert(
+            0,
+            main.removesuffix(" | None").removesuffix(
+                " | Sequence[Text | SourceSettings | schema.Source]"
+            ),
+        )
     if key == "data":
         ways.insert(1, "Rows")
     if key == "model":

@@ -1,4 +1,6 @@
-"""One piece of work at a time on a thread of its own; what goes wrong there is raised here, at the next occasion."""
+"""One piece of work at a time on a thread of its own; what goes wrong there is raised here, at the
+next occasion.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class AsyncWriter:
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work` once the work before it is done."""
         self.wait()
-        # A daemon: whoever quits at once does not wait for it. What it leaves is a folder with a temporary name.
+        # A daemon: whoever quits at once does not wait for it. What it leaves is a folder with a
+        # temporary name.
         self._thread = Thread(target=self._run, args=(work,), daemon=True, name="sftx-checkpoint")
         self._thread.start()
 

@@ -1,8 +1,9 @@
 """Checkpoints as transactions: a folder either holds a verified state or does not exist.
 
-Written beside its final name, every file synced, a manifest with sha256 sums last, then one rename, which is synced
-too. Loading verifies the manifest and falls back to the newest checkpoint that passes. Tensors are safetensors, the
-rest is JSON, the run's record up to this step included: nothing in a checkpoint can execute.
+Written beside its final name, every file synced, a manifest with sha256 sums last, then one rename,
+which is synced too. Loading verifies the manifest and falls back to the newest checkpoint that
+passes. Tensors are safetensors, the rest is JSON, the run's record up to this step included:
+nothing in a checkpoint can execute.
 """
 
 from __future__ import annotations
@@ -61,25 +62,34 @@ def save(
 ) -> Path:
     """Write `folder/step-N`; of the others stay the newest `keep`, this one included, and the best.
 
-    With `background` only a copy is made here, and written there. `records` = the texts of the run's records so far,
-    by the names of their files. Where there is no room, raises UserError, or, where the checkpoint is
-    `optional`, writes none and says so.
+    With `background` only a copy is made here, and written there. `records` = the texts of the
+    run's records so far, by the names of their files. Where there is no room, raises UserError, or,
+    where the checkpoint is `optional`, writes none and says so.
     """
     final = folder / f"step-{state.step:08d}"
     copied = background is not None
     parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
     moments = {name: _held(moment, copied) for name, moment in _moments(model, optimizer).items()}
     texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
-    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values())) + sum(map(len, texts.values()))
+    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values())) + sum(
+        map(len, texts.values())
+    )
 
     def write() -> None:
-        if distributed.broadcast(distributed.is_main() and final.exists() and not _verify(final), saving=True):
+        if distributed.broadcast(
+            distributed.is_main() and final.exists() and not _verify(final), saving=True
+        ):
             return  # a state is saved twice where a signal comes twice: the first is as good
-        if problem := distributed.broadcast(_shortage(folder, needed) if distributed.is_main() else "", saving=True):
+        if problem := distributed.broadcast(
+            _shortage(folder, needed) if distributed.is_main() else "", saving=True
+        ):
             if not optional:
                 raise UserError(problem)
             if distributed.is_main():
-                print(f"warning: nothing was saved after step {state.step}: {problem}", file=sys.stderr)
+                print(
+                    f"warning: nothing was saved after step {state.step}: {problem}",
+                    file=sys.stderr,
+                )
             return
         check_replicas(parameters)
         temporary = folder / f"{final.name}.tmp"
@@ -95,15 +105,21 @@ def save(
     return final
 
 
-def _write(temporary: Path, final: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+def _write(
+    temporary: Path, final: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]
+) -> None:
     if distributed.is_main():
         make_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     distributed.barrier(saving=True)
     if distributed.is_joined():
-        save_tensors(temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()})
-        for path in temporary.iterdir():  # each rank its own: another machine's memory cannot be synced from here
+        save_tensors(
+            temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()}
+        )
+        for path in (
+            temporary.iterdir()
+        ):  # each rank its own: another machine's memory cannot be synced from here
             sync(path)
     else:
         for name, some in tensors.items():
@@ -131,9 +147,15 @@ def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete what is not among the newest `keep` or the best, damaged ones and what killed processes left included."""
+    """Delete what is not among the newest `keep` or the best, damaged ones and what killed
+    processes left included.
+    """
     sound = [path for path in folders(folder) if not _verify(path, read=False)]
-    judged = [(loss, p) for p in sound if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)]
+    judged = [
+        (loss, p)
+        for p in sound
+        if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)
+    ]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
     for path in [*folders(folder), *folder.glob(f"{_NAME}.tmp")]:
         if path not in kept:
@@ -148,7 +170,8 @@ def _held(tensor: Tensor, copied: bool) -> Tensor:
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
     """Load the newest checkpoint that verifies into `model` and `optimizer`; None if there is none.
 
-    A damaged one is passed over with a line on stderr that names it. Any number of ranks may have written it.
+    A damaged one is passed over with a line on stderr that names it. Any number of ranks may have
+    written it.
     """
     path = distributed.broadcast(_newest_good(folder) if distributed.is_main() else None)
     if path is None:
@@ -162,10 +185,14 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
     facts = tensor_facts(path)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if odd := sorted({name for name in facts if "/" not in name} ^ parameters.keys()):
-        raise UserError(f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}")
+        raise UserError(
+            f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}"
+        )
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in parameters.items()}
     if optimizer is not None:
-        tensors |= {name: moment for name, moment in _moments(model, optimizer).items() if name in facts}
+        tensors |= {
+            name: moment for name, moment in _moments(model, optimizer).items() if name in facts
+        }
     load_tensors(path, tensors)
 
 
@@ -173,13 +200,20 @@ def _newest_good(folder: Path) -> Path | None:
     for path in folders(folder):
         if not (problem := _verify(path)):
             return path
-        print(printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"), file=sys.stderr)
+        print(
+            printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"),
+            file=sys.stderr,
+        )
     return None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """The weights alone of the checkpoint `path`, into `model`; UserError if it is damaged or none."""
-    if problem := _verify(path) if path.exists() else f"there are {sorted(p.name for p in path.parent.glob('step-*'))}":
+    if (
+        problem := _verify(path)
+        if path.exists()
+        else f"there are {sorted(p.name for p in path.parent.glob('step-*'))}"
+    ):
         raise UserError(f"checkpoint {path} cannot be used: {problem}")
     _load(path, model)
 
@@ -192,7 +226,11 @@ def newest(folder: Path) -> State | None:
 def records(folder: Path, step: int) -> dict[str, str]:
     """The texts of the records that the checkpoint of `step` in `folder` carries."""
     path = folder / f"step-{step:08d}"
-    return {name: (path / name).read_text(encoding="utf-8") for name in RECORDS if (path / name).exists()}
+    return {
+        name: (path / name).read_text(encoding="utf-8")
+        for name in RECORDS
+        if (path / name).exists()
+    }
 
 
 def _state(path: Path) -> State:
@@ -210,7 +248,9 @@ def step_of(path: Path) -> int:
 
 
 def _verify(path: Path, read: bool = True) -> str:
-    """What is wrong with a checkpoint; empty if nothing. Without `read`, sizes are compared and sums are not."""
+    """What is wrong with a checkpoint; empty if nothing. Without `read`, sizes are compared and
+    sums are not.
+    """
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name in sorted({"state.json", *sums}):
@@ -243,7 +283,8 @@ def _shortage(folder: Path, needed: int) -> str:
 
 def _no_room(folder: Path, needed: int) -> str:
     return (
-        f"{folder}: the checkpoint cannot be written: {numbers(folder, needed)}. Those written before are whole: make "
+        f"{folder}: the checkpoint cannot be written: {numbers(folder, needed)}. Those written "
+        "before are whole: make "
         "room, then run the same command to continue"
     )
 

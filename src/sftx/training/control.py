@@ -23,7 +23,8 @@ from sftx.types import StepRecord, UserError
 class Control:
     """What the loop and `Steps` tell each other.
 
-    `exact`: the record of a step is read before the next one is launched, so that the model is as the record says.
+    `exact`: the record of a step is read before the next one is launched, so that the model is as
+    the record says.
     """
 
     exact: bool
@@ -35,7 +36,9 @@ class Control:
     evaluate: Callable[[], dict[str, float]] = field(default=dict)
     save: Callable[[], Path] = field(default=Path)
 
-    def begin(self, job: Job, evaluate: Callable[[], dict[str, float]], save: Callable[[], Path]) -> None:
+    def begin(
+        self, job: Job, evaluate: Callable[[], dict[str, float]], save: Callable[[], Path]
+    ) -> None:
         """The run is prepared, and stands at `job.start`."""
         self.job, self.done = job, job.start
         self.evaluate, self.save = evaluate, save
@@ -45,7 +48,9 @@ class Control:
         return self.exact and bool(distributed.all_reduce_max(int(self.end_asked)))
 
     def hand_over(self) -> None:
-        """Where the caller holds the model: make it one that answers, with its own attention and without dropout."""
+        """Where the caller holds the model: make it one that answers, with its own attention and
+        without dropout.
+        """
         if self.job is not None and self.shared:
             self.job.loss.use_segments(False)
             self.job.loss.eval()
@@ -62,13 +67,16 @@ class Control:
 class Steps(Iterator[StepRecord]):
     """The steps of a run: iterate over it to train, one `StepRecord` for each optimiser step.
 
-    Between two steps nothing is under way: `model` has taken exactly the steps up to the last record, and `evaluate`,
-    `save` and `stop` are about that state. The run begins with the first record, or when one of them is first used.
-    It ends with its last step, and then holds the trained model as `result`; a loop that is left early (`break`, an
-    error) saves nothing more. Several processes must make the same calls.
+    Between two steps nothing is under way: `model` has taken exactly the steps up to the last
+    record, and `evaluate`, `save` and `stop` are about that state. The run begins with the first
+    record, or when one of them is first used. It ends with its last step, and then holds the
+    trained model as `result`; a loop that is left early (`break`, an error) saves nothing more.
+    Several processes must make the same calls.
     """
 
-    def __init__(self, config: Config, control: Control, records: Generator[StepRecord | None]) -> None:
+    def __init__(
+        self, config: Config, control: Control, records: Generator[StepRecord | None]
+    ) -> None:
         self.config = config
         self._control = control
         self._records = records
@@ -103,12 +111,14 @@ class Steps(Iterator[StepRecord]):
     def model(self) -> PreTrainedModel | PeftModel:
         """The model as it is now, on its device, ready to generate; with an adapter, peft's model.
 
-        From the first time it is asked for, it is in evaluation mode whenever the caller has control. In several
-        processes, UserError: none of them holds the whole model.
+        From the first time it is asked for, it is in evaluation mode whenever the caller has
+        control. In several processes, UserError: none of them holds the whole model.
         """
         job = self._job()
         if distributed.is_joined():
-            raise UserError("steps.model: several processes share the model; save() it and read the checkpoint")
+            raise UserError(
+                "steps.model: several processes share the model; save() it and read the checkpoint"
+            )
         self._control.shared = True
         self._control.hand_over()
         return job.trained
@@ -119,12 +129,16 @@ class Steps(Iterator[StepRecord]):
         return self._job().tokenizer
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out `loss` and `perplexity` of the model as it is now; metrics.jsonl holds them beside the step.
+        """Held-out `loss` and `perplexity` of the model as it is now; metrics.jsonl holds them
+        beside the step.
 
         Raises UserError where the run has no held-out rows.
         """
         if self._job().held_out is None:
-            raise UserError("steps.evaluate(): there are no held-out rows; set data.eval, data.eval_rows or eval_split")
+            raise UserError(
+                "steps.evaluate(): there are no held-out rows; set data.eval, data.eval_rows or "
+                "eval_split"
+            )
         return self._between(self._control.evaluate)
 
     def save(self) -> Path:
@@ -133,7 +147,8 @@ class Steps(Iterator[StepRecord]):
         return self._between(self._control.save)
 
     def stop(self) -> None:
-        """Take no further step: the next one asked for ends the run as the last step would, evaluated and written.
+        """Take no further step: the next one asked for ends the run as the last step would,
+        evaluated and written.
 
         To leave without that, and continue another time: `save()`, then `break`.
         """

@@ -32,11 +32,13 @@ TRLX = "trlx"
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What the caller of an export names and allows. What run.json says of the same is a record, not a permission.
+    """What the caller of an export names and allows. What run.json says of the same is a record,
+    not a permission.
 
-    `trust_remote_code`: code that comes with the model may run. `model`, `tokenizer` and `adapter` are read in place of
-    those that run.json names, and fetched where they are names on the hub; what only run.json names is never fetched.
-    `template` is the chat template's file, which is not read because run.json names it.
+    `trust_remote_code`: code that comes with the model may run. `model`, `tokenizer` and `adapter`
+    are read in place of those that run.json names, and fetched where they are names on the hub;
+    what only run.json names is never fetched. `template` is the chat template's file, which is not
+    read because run.json names it.
     """
 
     trust_remote_code: bool = False
@@ -50,26 +52,33 @@ class Allowed:
         """What the settings of a run allow the run itself."""
         model = config.model
         start = config.adapter.path or ""
-        return cls(model.trust_remote_code, model.path, model.tokenizer or "", start, config.data.template)
+        return cls(
+            model.trust_remote_code, model.path, model.tokenizer or "", start, config.data.template
+        )
 
 
 def export(
     folder: Path, target: Path, dtype: str = "", step: str = "", allowed: Allowed | None = None
 ) -> tuple[float, float]:
-    """Write the run in `folder`, or the checkpoint after its `step`, into `target`, in `dtype` or that of the run.
+    """Write the run in `folder`, or the checkpoint after its `step`, into `target`, in `dtype` or
+    that of the run.
 
-    `target` appears whole or not at all; one that an export left behind is replaced by the next. `allowed` is what the
-    caller allows; default: nothing that run.json names beyond this disk, and no code.
+    `target` appears whole or not at all; one that an export left behind is replaced by the next.
+    `allowed` is what the caller allows; default: nothing that run.json names beyond this disk, and
+    no code.
 
-    Returns how far a logit moves, relative to the largest one: by merging, and as stored. Raises UserError where
-    merging moves one by more than 1e-5, or there is nothing to export.
+    Returns how far a logit moves, relative to the largest one: by merging, and as stored. Raises
+    UserError where merging moves one by more than 1e-5, or there is nothing to export.
     """
     allowed = allowed or Allowed()
     path = folder / "run.json"
     facts = read_facts(path)
     check_needed(facts, path)
     if not step and facts["status"] != "finished":
-        raise UserError(f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its checkpoints")
+        raise UserError(
+            f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its "
+            "checkpoints"
+        )
     if TRLX in facts:  # every checkpoint of such a run holds a whole model
         folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
     source, adapter = _sources(folder, facts, bool(step), allowed)
@@ -81,7 +90,9 @@ def export(
     model = load_model(source, torch.device("cpu"), nf4=nf4)
     model = model.dequantize() if nf4 else model
     seed = facts["config"].get("seed", 0)
-    adapted, _ = choose_weights(model, source, adapter, seed if type(seed) is int else 0, tokenizer.added_token_ids)
+    adapted, _ = choose_weights(
+        model, source, adapter, seed if type(seed) is int else 0, tokenizer.added_token_ids
+    )
     if step:
         load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
         loss.use_segments(False)
@@ -89,7 +100,10 @@ def export(
     merged: Any = model if adapted is None else adapted.merge_and_unload()
     moved = float((_probe(merged) - before).abs().max() / before.abs().max())
     if moved > 1e-5:
-        raise UserError(f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was written")
+        raise UserError(
+            f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was "
+            "written"
+        )
     served = load_tokenizer(source)
     served.chat_template = encoder.chat_template or served.chat_template
     started_from = public_name(facts["config"]["model"].get("path", ""))
@@ -101,7 +115,9 @@ def export(
     return moved, float((written - before).abs().max() / before.abs().max())
 
 
-def _sources(folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowed) -> tuple[Model, Adapter]:
+def _sources(
+    folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowed
+) -> tuple[Model, Adapter]:
     """The model to load and the adapter to put in, as the caller allows them."""
     path, config = folder / "run.json", facts["config"]
     for name in ("model", "adapter", "data"):
@@ -112,7 +128,9 @@ def _sources(folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowe
     given = dict(config["adapter"])
     method = given.get("method", "none")
     if method == "none" and not is_step:
-        return Model(path=str(folder), save_dtype=recorded.save_dtype, trust_remote_code=trust), Adapter()
+        return Model(
+            path=str(folder), save_dtype=recorded.save_dtype, trust_remote_code=trust
+        ), Adapter()
     base = allowed.model or _on_disk(recorded.path, "model")
     tokenizer = allowed.tokenizer or recorded.tokenizer
     if tokenizer and not allowed.tokenizer:
@@ -132,19 +150,25 @@ def _sources(folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowe
 
 
 def _on_disk(name: Any, key: str) -> str:
-    """A model's folder that run.json names; a name on the hub only where its files have been fetched before."""
+    """A model's folder that run.json names; a name on the hub only where its files have been
+    fetched before.
+    """
     if isinstance(name, str) and Path(name).is_dir():
         return name
     hint = f"; if you want it, name it yourself: sftx export RUN {key}=..."
-    with boundary(f"sftx export: the {key} {name!r}, which run.json names, is not on this disk", hint):
+    with boundary(
+        f"sftx export: the {key} {name!r}, which run.json names, is not on this disk", hint
+    ):
         return snapshot_download(name, local_files_only=True)
 
 
 def _encoding(
     folder: Path, facts: dict[str, Any], tokenizer: Tokenizer, is_step: bool, allowed: Allowed
 ) -> tuple[Tokenizer, Data]:
-    """The tokenizer and the settings that say where trained outputs end: with the template that the run has saved,
-    else one that comes with the model or with sftx. A file that only run.json names is not read."""
+    """The tokenizer and the settings that say where trained outputs end: with the template that the
+    run has saved, else one that comes with the model or with sftx. A file that only run.json names
+    is not read.
+    """
     path = folder / "run.json"
     recorded = dict(facts["config"]["data"])
     template = recorded.get("template", "auto")
@@ -153,7 +177,8 @@ def _encoding(
     elif template not in ("auto", "none", *bundled_templates()):
         if is_step and not (folder / "tokenizer.json").exists():
             raise UserError(
-                f"sftx export: run.json names the template {template!r}, which is not read for that; name the file "
+                f"sftx export: run.json names the template {template!r}, which is not read for "
+                "that; name the file "
                 "yourself: template=FILE"
             )
         tokenizer, template = Tokenizer.load(str(folder)), "auto"
@@ -163,7 +188,9 @@ def _encoding(
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place at the end, and is deleted where something goes wrong before."""
+    """A folder beside `target` that takes its place at the end, and is deleted where something goes
+    wrong before.
+    """
     host = socket.gethostname()
     clear_leftovers(target)
     temporary = target.with_name(f".{target.name}.export-{host}-{os.getpid()}")
@@ -172,7 +199,10 @@ def _beside(target: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             if any(target.iterdir()) and not (target / "config.json").exists():
-                raise UserError(f"{target}: holds files that are no model, and is not replaced; choose another folder")
+                raise UserError(
+                    f"{target}: holds files that are no model, and is not replaced; choose "
+                    "another folder"
+                )
             shutil.rmtree(target)
         temporary.rename(target)
     finally:
@@ -180,7 +210,9 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Delete what exports into `target` left that were killed: folders beside it, and a target without a model."""
+    """Delete what exports into `target` left that were killed: folders beside it, and a target
+    without a model.
+    """
     prefix = f".{target.name}.export-{socket.gethostname()}-"
     for left in target.parent.glob(f"{prefix}*"):
         owner = left.name.removeprefix(prefix)
@@ -204,11 +236,18 @@ def _is_alive(process: int) -> bool:
 
 
 def _model_of_trlx(folder: Path, step: int) -> Path:
-    """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside that."""
-    found = {int(path.name.removeprefix("checkpoint_")): path for path in folder.parent.glob("checkpoint_*[0-9]")}
+    """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside
+    that.
+    """
+    found = {
+        int(path.name.removeprefix("checkpoint_")): path
+        for path in folder.parent.glob("checkpoint_*[0-9]")
+    }
     if step not in found:
         known = ", ".join(map(str, sorted(found))) or "none"
-        raise UserError(f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}")
+        raise UserError(
+            f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}"
+        )
     return found[step] / "hf_model"
 
 

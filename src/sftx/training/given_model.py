@@ -1,8 +1,10 @@
-"""A model that the caller holds as an object: written into the run's folder first, then trained as any folder is.
+"""A model that the caller holds as an object: written into the run's folder first, then trained as
+any folder is.
 
-So the run can be checked, continued, exported and repeated like every other. The folder is named after a digest of
-the weights, the configuration and the tokenizer; as it is the `model.path` of the run, it stands in its identity, and
-another object does not continue it. The caller's object stays as it is.
+So the run can be checked, continued, exported and repeated like every other. The folder is named
+after a digest of the weights, the configuration and the tokenizer; as it is the `model.path` of the
+run, it stands in its identity, and another object does not continue it. The caller's object stays
+as it is.
 """
 
 from __future__ import annotations
@@ -41,12 +43,15 @@ class GivenModel:
         return self.output / "base" / self.digest
 
     def write(self) -> None:
-        """Write the folder, unless it is there. UserError where `output` holds the run of another model."""
+        """Write the folder, unless it is there. UserError where `output` holds the run of another
+        model.
+        """
         if self.folder.exists():
             return
         if (self.output / "run.json").exists():
             raise UserError(
-                f"output: {self.output} holds a run that started from another model or tokenizer than the objects "
+                f"output: {self.output} holds a run that started from another model or tokenizer "
+                "than the objects "
                 f"given now (their digest is {self.digest}); choose another folder"
             )
         shutil.rmtree(self.folder.parent, ignore_errors=True)
@@ -61,11 +66,14 @@ class GivenModel:
             _sync(self.folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
-            raise UserError(f"{self.folder}: the given model cannot be written there: {error}") from error
+            raise UserError(
+                f"{self.folder}: the given model cannot be written there: {error}"
+            ) from error
 
 
 def without_object(sections: dict[str, Any]) -> tuple[dict[str, Any], GivenModel | None]:
-    """The sections with the path of a folder in place of a model object, and what is to be written there.
+    """The sections with the path of a folder in place of a model object, and what is to be written
+    there.
 
     Raises UserError for an object that a folder would not bring back as it is.
     """
@@ -75,12 +83,19 @@ def without_object(sections: dict[str, Any]) -> tuple[dict[str, Any], GivenModel
     model = section.get("path") if isinstance(section, Mapping) else section
     if not isinstance(model, torch.nn.Module):
         if tokenizer is not None:
-            raise UserError("tokenizer: it comes with a model object; beside a folder write model.tokenizer")
+            raise UserError(
+                "tokenizer: it comes with a model object; beside a folder write model.tokenizer"
+            )
         return sections, None
     if isinstance(section, Mapping) and "tokenizer" in section:
-        raise UserError("model.tokenizer: a model object comes with tokenizer=..., a tokenizer of transformers")
+        raise UserError(
+            "model.tokenizer: a model object comes with tokenizer=..., a tokenizer of transformers"
+        )
     if not hasattr(tokenizer, "save_pretrained"):
-        raise UserError("model: a model object comes with its tokenizer: tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise UserError(
+            "model: a model object comes with its tokenizer: "
+            "tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     output = sections.get("output")
     _refuse_unlike_a_folder(model, sections)
     path = "output is missing"
@@ -97,7 +112,9 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
     name = type(model).__name__
     use_folder = "write it to a folder with save_pretrained and name that"
     if isinstance(model, PeftModel):
-        raise UserError(f"model: {name} is an adapter; {use_folder} as adapter.path, and its base as model")
+        raise UserError(
+            f"model: {name} is an adapter; {use_folder} as adapter.path, and its base as model"
+        )
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: {name} is no PreTrainedModel of transformers")
     if distributed.world_size() > 1:
@@ -105,18 +122,27 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"model: {name} has no contents: its weights are on the meta device")
     if "quantization_config" in model.config.to_dict():
-        raise UserError(f"model: {name} is quantised; name the folder of its base, and set adapter.quantize")
+        raise UserError(
+            f"model: {name} is quantised; name the folder of its base, and set adapter.quantize"
+        )
     frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen and sections.get("adapter", "none") in ("none", {"method": "none"}):
-        raise UserError(f"model: {len(frozen)} parameters of the object are frozen ({frozen[0]}); use model.freeze")
+        raise UserError(
+            f"model: {len(frozen)} parameters of the object are frozen ({frozen[0]}); use "
+            "model.freeze"
+        )
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(model.config)
     expected = {key: type(module) for key, module in twin.named_modules()}
     for key, module in model.named_modules():
         changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         if expected.get(key) is not type(module) or changed:
-            what = f"{key or 'the model'} is {type(module).__name__}" + (" with a changed forward" if changed else "")
-            raise UserError(f"model: {what}, which no folder of a {type(twin).__name__} would bring back")
+            what = f"{key or 'the model'} is {type(module).__name__}" + (
+                " with a changed forward" if changed else ""
+            )
+            raise UserError(
+                f"model: {what}, which no folder of a {type(twin).__name__} would bring back"
+            )
 
 
 def _digest(model: PreTrainedModel, tokenizer: Any) -> str:
@@ -127,7 +153,11 @@ def _digest(model: PreTrainedModel, tokenizer: Any) -> str:
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     about_text = [str(tokenizer.chat_template), str(tokenizer.special_tokens_map), len(tokenizer)]
     state.update(json.dumps(about_text).encode())
-    state.update(tokenizer.backend_tokenizer.to_str().encode() if hasattr(tokenizer, "backend_tokenizer") else b"")
+    state.update(
+        tokenizer.backend_tokenizer.to_str().encode()
+        if hasattr(tokenizer, "backend_tokenizer")
+        else b""
+    )
     return state.hexdigest()[:16]
 
 

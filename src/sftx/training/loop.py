@@ -51,14 +51,18 @@ if TYPE_CHECKING:
 def train(config: Config) -> Result: ...
 @overload
 def train(
-    config: None = None, *, tokenizer: PreTrainedTokenizerBase | None = None, **sections: Unpack[Sections]
+    config: None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **sections: Unpack[Sections],
 ) -> Result: ...
 def train(config: Config | None = None, **sections: Any) -> Result:
     """Run to the end and write the trained model to `output`.
 
-    Takes a `Config`, or its sections by name: `train(model="folder", data=["a text", ...], output="runs/first",
-    batch={"epochs": 2})`. `model` may be an object of transformers, with `tokenizer`: it is written into the run's
-    folder, from which the run starts, and stays as it is; the trained one is `Result.model`.
+    Takes a `Config`, or its sections by name: `train(model="folder", data=["a text", ...],
+    output="runs/first", batch={"epochs": 2})`. `model` may be an object of transformers, with
+    `tokenizer`: it is written into the run's folder, from which the run starts, and stays as it is;
+    the trained one is `Result.model`.
 
     Raises UserError for a mistake in them; exits with code 75 when stopped by a signal (run the
     same again to continue) and 3 when the loss is not finite.
@@ -75,31 +79,43 @@ def train(config: Config | None = None, **sections: Any) -> Result:
 def steps(config: Config) -> Steps: ...
 @overload
 def steps(
-    config: None = None, *, tokenizer: PreTrainedTokenizerBase | None = None, **sections: Unpack[Sections]
+    config: None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **sections: Unpack[Sections],
 ) -> Steps: ...
 def steps(config: Config | None = None, **sections: Any) -> Steps:
     """Train under the caller's control: an iterator of one record per optimiser step; see `Steps`.
 
-    Takes what `train` takes. The model is written when the iterator is exhausted. Between two steps the device has
-    nothing to do, where `train` already computes the next one: on a GPU, `train` is a little faster.
+    Takes what `train` takes. The model is written when the iterator is exhausted. Between two steps
+    the device has nothing to do, where `train` already computes the next one: on a GPU, `train` is
+    a little faster.
     """
     config, given = _one_config(config, sections)
     control = Control(exact=True)
     return Steps(config, control, _run(config, given, control))
 
 
-def _run(config: Config, given: GivenModel | None, control: Control) -> Generator[StepRecord | None]:
+def _run(
+    config: Config, given: GivenModel | None, control: Control
+) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
     refuse_strangers(config)
     with owned(Path(config.output)) if distributed.is_main() else nullcontext():
         run = Run(config, writes=distributed.is_main())
         yield from _train(config, given, run, control)
-        if config.adapter.merge and "merged" not in run.facts and distributed.is_main():  # the others need not wait
-            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))  # the base, anew and whole
+        if (
+            config.adapter.merge and "merged" not in run.facts and distributed.is_main()
+        ):  # the others need not wait
+            moved, _ = export(
+                run.folder, run.folder / "merged", allowed=Allowed.of(config)
+            )  # the base, anew and whole
             run.update(merged=moved)
 
 
-def _train(config: Config, given: GivenModel | None, run: Run, control: Control) -> Generator[StepRecord | None]:
+def _train(
+    config: Config, given: GivenModel | None, run: Run, control: Control
+) -> Generator[StepRecord | None]:
     with ExitStack() as stack:
         here = stack.enter_context(machine(config.runtime))
         stop = stack.enter_context(listening())
@@ -109,7 +125,9 @@ def _train(config: Config, given: GivenModel | None, run: Run, control: Control)
             given.write()
         job = prepare(config, here, run, progress, stack)
         stop.at_once = False
-        control.begin(job, partial(_evaluate_now, job, stop, control), partial(_save_now, job, control))
+        control.begin(
+            job, partial(_evaluate_now, job, stop, control), partial(_save_now, job, control)
+        )
         yield None
         if run.finished:
             progress.say(f"done     {run.folder} is finished already: no step was taken")
@@ -129,8 +147,8 @@ def _train(config: Config, given: GivenModel | None, run: Run, control: Control)
 def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
     """The steps from `job.start` on, with evaluation and checkpoints when due.
 
-    Records come one step late, so that reading them never makes the device wait; where the caller has control, at
-    once.
+    Records come one step late, so that reading them never makes the device wait; where the caller
+    has control, at once.
     """
     config, plan = job.config, job.plan
     meter, clock = StepMetrics(job), SaveClock(config.checkpoint.minutes)
@@ -160,7 +178,9 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
         by_time = time_due and not last
         if save_due or stopping or by_time:
             background = job.background if config.checkpoint.background else None
-            _save(job, done, record.eval, background, optional=by_time and not (save_due or stopping))
+            _save(
+                job, done, record.eval, background, optional=by_time and not (save_due or stopping)
+            )
             clock.restart()
         if stopping:
             _leave(job, stop, done)
@@ -169,16 +189,21 @@ def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
 
 def _packs(job: Job, step: int) -> list[TensorPack]:
     """The packs of `step` on their way to the device."""
-    bins = job.plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())[distributed.rank()]
+    bins = job.plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())[
+        distributed.rank()
+    ]
     return [
-        to_tensors(build_pack([job.corpus.example(i) for i in members], members), job.machine.device)
+        to_tensors(
+            build_pack([job.corpus.example(i) for i in members], members), job.machine.device
+        )
         for members in bins
     ]
 
 
 def _step(job: Job, step: int, packs: list[TensorPack]) -> StepResult:
     """Launch step `step` (0-based)."""
-    # Dropout draws from a stream of its own in every step, so a continued run needs no generator state.
+    # Dropout draws from a stream of its own in every step, so a continued run needs no generator
+    # state.
     job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63
     torch.manual_seed((job.loss.noise_seed + (distributed.rank() << 40)) % 2**63)
     if isinstance(job.optimizer, StochasticAdamW):
@@ -199,15 +224,23 @@ def _due(every: int, done: int) -> bool:
 
 
 def _eval_due(job: Job, done: int) -> bool:
-    return job.held_out is not None and done < job.plan.num_steps and _due(job.config.eval.every, done)
+    return (
+        job.held_out is not None and done < job.plan.num_steps and _due(job.config.eval.every, done)
+    )
 
 
 def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
-    """The evaluation before the first step: that of the model as it came, or one that a signal cut short."""
+    """The evaluation before the first step: that of the model as it came, or one that a signal cut
+    short.
+    """
     run = job.run
     missed = job.start > 0 and _eval_due(job, job.start)
-    missed = distributed.broadcast(missed and distributed.is_main() and run.metrics()[-1]["eval"] is None)
-    if not missed and not (job.start == 0 and job.config.eval.at_start and job.held_out is not None):
+    missed = distributed.broadcast(
+        missed and distributed.is_main() and run.metrics()[-1]["eval"] is None
+    )
+    if not missed and not (
+        job.start == 0 and job.config.eval.at_start and job.held_out is not None
+    ):
         return
     numbers = _evaluate(job, stop)
     if stop():
@@ -221,7 +254,9 @@ def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
 
 def _evaluate(job: Job, stop: StopFlag) -> dict[str, float]:
     assert job.held_out is not None
-    return held_out_loss(job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop)
+    return held_out_loss(
+        job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop
+    )
 
 
 def _evaluate_now(job: Job, stop: StopFlag, control: Control) -> dict[str, float]:
@@ -257,17 +292,24 @@ def _save(
         seconds=job.seconds,
     )
     keep, records = job.config.checkpoint.keep, job.run.records()
-    return checkpoint.save(job.checkpoints, state, job.loss, job.optimizer, keep, background, records, optional)
+    return checkpoint.save(
+        job.checkpoints, state, job.loss, job.optimizer, keep, background, records, optional
+    )
 
 
 def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
     job.background.wait()
     job.run.update(status="stopped", stopped_at=done)
-    raise Stopped(f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to continue.")
+    raise Stopped(
+        f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to "
+        "continue."
+    )
 
 
 def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
-    """Last evaluation, the model in its folder, and the run, which took `done` steps, marked finished."""
+    """Last evaluation, the model in its folder, and the run, which took `done` steps, marked
+    finished.
+    """
     job.background.wait()
     if done < job.plan.num_steps:
         job.run.update(ended_at=done)
@@ -283,7 +325,9 @@ def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
     if distributed.is_joined():
         check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
         adapted = job.adapted is not None
-        state = whole_state(job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted)
+        state = whole_state(
+            job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted
+        )
     problem = job.no_room()
     try:
         if distributed.is_main() and not problem:
@@ -291,10 +335,15 @@ def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
     except (OSError, SafetensorError) as error:
         problem = str(error)
     if problem := distributed.broadcast(problem):
-        raise UserError(f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}")
+        raise UserError(
+            f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}"
+        )
     job.run.records()  # a finished run has all of them
     job.run.update(
-        status="finished", measured=job.measured, total_tokens=job.total_tokens, total_targets=job.total_targets
+        status="finished",
+        measured=job.measured,
+        total_tokens=job.total_tokens,
+        total_targets=job.total_targets,
     )
     progress.finished(job.run)
 
@@ -303,12 +352,23 @@ def _rescue(job: Job, done: int) -> str:
     """Save the state, for there is no model; returns what there is to continue from."""
     try:
         _save(job, done, None)
-        return "the state after the last step is saved: make room, then run the same command to write the model"
+        return (
+            "the state after the last step is saved: make room, then run the same command to "
+            "write the model"
+        )
     except UserError:
-        good = distributed.broadcast(checkpoint.newest(job.checkpoints) if distributed.is_main() else None)
+        good = distributed.broadcast(
+            checkpoint.newest(job.checkpoints) if distributed.is_main() else None
+        )
     if good is None:
-        return "there is no room for its state either, and no checkpoint: make room, then run the same command again"
-    return f"the newest checkpoint is that of step {good.step:,}: make room, then run the same command to continue"
+        return (
+            "there is no room for its state either, and no checkpoint: make room, then run the "
+            "same command again"
+        )
+    return (
+        f"the newest checkpoint is that of step {good.step:,}: make room, then run the same "
+        "command to continue"
+    )
 
 
 def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
@@ -319,14 +379,26 @@ def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
         job.tokenizer.chat_template = job.encoder.chat_template
     stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
     card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
-    save_model(job.run.folder, job.trained, job.tokenizer, stop_ids, card, stored_dtype(job.config.model), state)
+    save_model(
+        job.run.folder,
+        job.trained,
+        job.tokenizer,
+        stop_ids,
+        card,
+        stored_dtype(job.config.model),
+        state,
+    )
 
 
-def _one_config(config: Config | None, sections: dict[str, Any]) -> tuple[Config, GivenModel | None]:
+def _one_config(
+    config: Config | None, sections: dict[str, Any]
+) -> tuple[Config, GivenModel | None]:
     """The settings, and a model that was given as an object."""
     if config is None:
         named, given = without_object(sections)
         return make_config(**named), given
     if sections:
-        raise UserError(f"give either a Config or its sections, not both (got {', '.join(sections)})")
+        raise UserError(
+            f"give either a Config or its sections, not both (got {', '.join(sections)})"
+        )
     return config, None

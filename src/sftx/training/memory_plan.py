@@ -1,4 +1,6 @@
-"""How large a pack may be and how many layers must be recomputed, chosen from the predicted memory and that at hand."""
+"""How large a pack may be and how many layers must be recomputed, chosen from the predicted memory
+and that at hand.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,13 @@ from sftx.settings.schema import Config, Runtime
 from sftx.types import Int32, UserError
 
 GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
-"""Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled layers keep half as
-much of every token."""
+"""Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled
+layers keep half as much of every token.
+"""
 MARGIN = 0.92
-"""Share of the memory at hand that a prediction may take: allocators cannot use the rest to the last byte."""
+"""Share of the memory at hand that a prediction may take: allocators cannot use the rest to the
+last byte.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +46,32 @@ class StepProfile:
 
     @classmethod
     def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> StepProfile:
-        """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` = those of one epoch."""
-        steps = np.unique(np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)).tolist()
-        largest = max(steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None)
+        """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` =
+        those of one epoch.
+        """
+        steps = np.unique(
+            np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)
+        ).tolist()
+        largest = max(
+            steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None
+        )
         # Ranks have equal work, not equal tokens: the one with the most of them decides.
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
         most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
         epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
-        tokens, squares = (epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2))
-        return cls(int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares)
+        tokens, squares = (
+            epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2)
+        )
+        return cls(
+            int(plan.lengths.max()), most, targets / int(plan.lengths.sum()), tokens, squares
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The choice, and what it is predicted to take; `memory` is None where the model could not be rehearsed."""
+    """The choice, and what it is predicted to take; `memory` is None where the model could not be
+    rehearsed.
+    """
 
     tokens_per_pack: int
     recomputed: int
@@ -63,12 +80,15 @@ class Packing:
     notes: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, int]:
-        """Bytes by what holds them, and their sum at the peak; {} where they could not be predicted."""
+        """Bytes by what holds them, and their sum at the peak; {} where they could not be
+        predicted.
+        """
         return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
 
 
 def meta_model(config: Config, added_token_ids: dict[int, bool]) -> PackLoss:
-    """The model as it will train, adapter and frozen weights included, on the meta device: shapes without contents.
+    """The model as it will train, adapter and frozen weights included, on the meta device: shapes
+    without contents.
 
     `taught` = the tokens that the run adds; see `Tokenizer.taught`.
     """
@@ -85,7 +105,9 @@ def meta_model(config: Config, added_token_ids: dict[int, bool]) -> PackLoss:
 
 
 def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
-    """Tell the plan what each example costs to compute; `targets` int32[N] = how many targets each has."""
+    """Tell the plan what each example costs to compute; `targets` int32[N] = how many targets each
+    has.
+    """
     lengths = plan.lengths.astype(np.float64)
     plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
 
@@ -97,20 +119,31 @@ def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> i
 
 
 def choose_packing(
-    runtime: Runtime, estimator: MemoryEstimator, load: StepProfile, available: int, earlier: int | None = None
+    runtime: Runtime,
+    estimator: MemoryEstimator,
+    load: StepProfile,
+    available: int,
+    earlier: int | None = None,
 ) -> Packing:
-    """The largest packs, then the fewest recomputed layers, that fit into `available` bytes; UserError where none do.
+    """The largest packs, then the fewest recomputed layers, that fit into `available` bytes;
+    UserError where none do.
 
-    Packs shrink down to the size below which a device gets slower; only then layers are recomputed; and where all of
-    them are not enough, packs shrink further. What the settings say is taken as it is. A run that is continued keeps
-    the `earlier` size, so that it goes on to the bit whatever else the machine does now.
+    Packs shrink down to the size below which a device gets slower; only then layers are recomputed;
+    and where all of them are not enough, packs shrink further. What the settings say is taken as it
+    is. A run that is continued keeps the `earlier` size, so that it goes on to the bit whatever
+    else the machine does now.
     """
     if earlier is not None and runtime.tokens_per_pack is None:
         try:
-            return choose_packing(runtime.model_copy(update={"tokens_per_pack": earlier}), estimator, load, available)
+            return choose_packing(
+                runtime.model_copy(update={"tokens_per_pack": earlier}), estimator, load, available
+            )
         except UserError:
             found = choose_packing(runtime, estimator, load, available)
-            note = f"the run had packs of {earlier:,} tokens, which no longer fit: from here on it differs by rounding"
+            note = (
+                f"the run had packs of {earlier:,} tokens, which no longer fit: from here on "
+                "it differs by rounding"
+            )
             return replace(found, notes=(*found.notes, note))
     fitting = MARGIN * available
     found: Packing | None = None
@@ -119,23 +152,38 @@ def choose_packing(
             memory = predict(estimator, load, size, recomputed)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            return Packing(size, recomputed, None, available, (f"memory could not be predicted: {reason}",))
+            return Packing(
+                size, recomputed, None, available, (f"memory could not be predicted: {reason}",)
+            )
         found = Packing(size, recomputed, memory, available)
         if memory.peak <= fitting:
             counts = range(recomputed + 1) if runtime.recompute == "auto" else [recomputed]
-            first = bisect_left(counts, x=True, key=lambda n: predict(estimator, load, size, n).peak <= fitting)
-            return Packing(size, counts[first], predict(estimator, load, size, counts[first]), available)
+            first = bisect_left(
+                counts, x=True, key=lambda n: predict(estimator, load, size, n).peak <= fitting
+            )
+            return Packing(
+                size, counts[first], predict(estimator, load, size, counts[first]), available
+            )
     assert found is not None
     assert found.memory is not None
     raise UserError(_refusal(found, found.memory, load))
 
 
-def seconds_of(estimator: MemoryEstimator, load: StepProfile, chosen: Packing, tokens: int) -> float | None:
-    """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack, elsewhere over at most
-    `tokens` tokens; None where none can be."""
+def seconds_of(
+    estimator: MemoryEstimator, load: StepProfile, chosen: Packing, tokens: int
+) -> float | None:
+    """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack,
+    elsewhere over at most `tokens` tokens; None where none can be.
+    """
     if not load.tokens:
         return 0.0
-    work = flops(estimator.loss, load.tokens, load.target_share * load.tokens, load.squares, chosen.recomputed)
+    work = flops(
+        estimator.loss,
+        load.tokens,
+        load.target_share * load.tokens,
+        load.squares,
+        chosen.recomputed,
+    )
     tokens = chosen.tokens_per_pack if estimator.on_gpu else min(chosen.tokens_per_pack, tokens)
     pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
     try:
@@ -145,11 +193,17 @@ def seconds_of(estimator: MemoryEstimator, load: StepProfile, chosen: Packing, t
     return work / (speed * distributed.world_size()) if speed else None
 
 
-def predict(estimator: MemoryEstimator, load: StepProfile, tokens_per_pack: int, recomputed: int) -> Memory:
-    """Memory with packs of that size: those of a step are about equally full, and an example is never cut."""
+def predict(
+    estimator: MemoryEstimator, load: StepProfile, tokens_per_pack: int, recomputed: int
+) -> Memory:
+    """Memory with packs of that size: those of a step are about equally full, and an example is
+    never cut.
+    """
     count = -(-load.step_tokens // tokens_per_pack)
     tokens = max(-(-load.step_tokens // count), load.longest)
-    return estimator.predict(blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1)
+    return estimator.predict(
+        blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1
+    )
 
 
 def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> Iterator[tuple[int, int]]:
@@ -172,9 +226,13 @@ def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> Iterator[tuple[
 def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items() if size)
     return (
-        f"memory: a step is predicted to need {memory.peak / 2**30:.2f} GiB ({parts}), and {tried.available / 2**30:.2f} "
-        f"GiB are at hand, {100 * MARGIN:.0f} % of them to plan with. That was with packs of {tried.tokens_per_pack:,} "
-        f"tokens, a longest example of {load.longest:,} and {tried.recomputed} layers recomputed. Train an adapter "
-        "(adapter: lora), shorten data.max_length, leave runtime.tokens_per_pack and runtime.recompute to sftx, or use "
+        f"memory: a step is predicted to need {memory.peak / 2**30:.2f} GiB ({parts}), and "
+        f"{tried.available / 2**30:.2f} "
+        f"GiB are at hand, {100 * MARGIN:.0f} % of them to plan with. That was with packs of "
+        f"{tried.tokens_per_pack:,} "
+        f"tokens, a longest example of {load.longest:,} and {tried.recomputed} layers recomputed. "
+        "Train an adapter "
+        "(adapter: lora), shorten data.max_length, leave runtime.tokens_per_pack and "
+        "runtime.recompute to sftx, or use "
         "a device with more memory, or several"
     )

@@ -1,4 +1,6 @@
-"""From the outcome of a step, still on the device, to its record; and the end of a run whose numbers are not finite."""
+"""From the outcome of a step, still on the device, to its record; and the end of a run whose
+numbers are not finite.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ class StepMetrics:
     def read(self, step: int, result: StepResult, launched: float | None) -> StepRecord:
         """The record of `step` (0-based); waits for the device if it is not done.
 
-        `launched` is when its last kernel was launched, for a step that is read while the next one computes; None
-        where the step is read at once. Raises Diverged when too many steps in a row were not finite.
+        `launched` is when its last kernel was launched, for a step that is read while the next one
+        computes; None where the step is read at once. Raises Diverged when too many steps in a row
+        were not finite.
         """
         job, plan = self.job, self.job.plan
         loss, grad_norm, bad = result.read()
@@ -42,7 +45,10 @@ class StepMetrics:
         memory = job.machine.memory()
         job.measured = {"memory": memory, "seconds": job.seconds}
         chosen = plan.examples(step)
-        tokens, targets = int(job.corpus.lengths[chosen].sum()), int(job.corpus.targets[chosen].sum())
+        tokens, targets = (
+            int(job.corpus.lengths[chosen].sum()),
+            int(job.corpus.targets[chosen].sum()),
+        )
         job.total_tokens += tokens
         job.total_targets += targets
         job.bad_steps = job.bad_steps + 1 if bad else 0
@@ -60,7 +66,12 @@ class StepMetrics:
             tokens=tokens,
             targets=targets,
             weight=plan.total_weight(step),
-            packs=sum(map(bool, chain(*plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())))),
+            packs=sum(
+                map(
+                    bool,
+                    chain(*plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())),
+                )
+            ),
             seconds=seconds,
             tokens_per_second=tokens / max(seconds, 1e-9),
             memory=memory,
@@ -77,7 +88,9 @@ class StepMetrics:
         good = checkpoint.newest(job.checkpoints)
         job.run.update(status="diverged")
         raise Diverged(
-            f"loss {loss} or gradient norm {grad_norm} was not finite for {job.bad_steps} steps in a row, up to step "
-            f"{step + 1}; none was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good checkpoint: "
+            f"loss {loss} or gradient norm {grad_norm} was not finite for {job.bad_steps} steps "
+            "in a row, up to step "
+            f"{step + 1}; none was applied. Rows: {job.run.folder / 'bad_steps.jsonl'}; last good "
+            "checkpoint: "
             f"{'none' if good is None else f'step {good.step}'}"
         )

@@ -1,4 +1,6 @@
-"""Everything that happens before the first step: data, then model, then checks, then what is left to do."""
+"""Everything that happens before the first step: data, then model, then checks, then what is left
+to do.
+"""
 
 from __future__ import annotations
 
@@ -72,15 +74,21 @@ class Job:
     optimizer: torch.optim.AdamW
     peak: float
     mathematics: dict[str, Any]  # the settings that decide the result
-    facts: dict[str, Any]  # for run.json: layers recomputed, and what memory and time are predicted to be
+    facts: dict[
+        str, Any
+    ]  # for run.json: layers recomputed, and what memory and time are predicted to be
     start: int = 0
     total_tokens: int = 0
     total_targets: int = 0
     bad_steps: int = 0  # in a row, up to now
     seconds: float = 0.0  # of all steps so far
-    background: AsyncWriter = field(default_factory=AsyncWriter)  # writes checkpoints where that is asked for
+    background: AsyncWriter = field(
+        default_factory=AsyncWriter
+    )  # writes checkpoints where that is asked for
     notes: list[str] = field(default_factory=list)
-    measured: dict[str, float] = field(default_factory=dict)  # bytes of memory at the peak, seconds of the steps so far
+    measured: dict[str, float] = field(
+        default_factory=dict
+    )  # bytes of memory at the peak, seconds of the steps so far
 
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
@@ -93,7 +101,9 @@ class Job:
         return self.run.folder / "checkpoints"
 
     def no_room(self) -> str:
-        """What is to be said where the disk has no room for the trained model; empty where it has, on every rank."""
+        """What is to be said where the disk has no room for the trained model; empty where it has,
+        on every rank.
+        """
         trained, everything = trainable(self.loss)
         whole = everything * stored_dtype(self.config.model).itemsize
         needed = whole if self.adapted is None else trained * torch.float32.itemsize
@@ -105,15 +115,19 @@ class Job:
 
 def longest_example(config: Config, model_config: Any) -> int:
     """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    positions = (
+        getattr(model_config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    )
     return config.data.max_length or min(positions, DEFAULT_LENGTH)
 
 
-def prepare(config: Config, machine: Machine, run: Run, progress: Progress, until_end: ExitStack) -> Job:
+def prepare(
+    config: Config, machine: Machine, run: Run, progress: Progress, until_end: ExitStack
+) -> Job:
     """Read and check everything a run needs. Bad data is found before the model is loaded.
 
-    The processes join before the model is loaded, not earlier: encoding may take longer than they would wait for each
-    other. They part when `until_end` closes.
+    The processes join before the model is loaded, not earlier: encoding may take longer than they
+    would wait for each other. They part when `until_end` closes.
     """
     _refuse_wrong_folder(config, run)
     max_length = longest_example(config, load_config(config.model))
@@ -146,14 +160,19 @@ def prepare(config: Config, machine: Machine, run: Run, progress: Progress, unti
     estimator = _estimator(config, machine, loss, held, shards, fast_tokenizer.added_token_ids)
     chosen, seconds = _choose_packing(config, run, corpus, plan, load, loss, estimator, available)
     notes += chosen.notes
-    one_each = distributed.is_joined() and not loss.isolate  # ranks must agree on the number of forward passes
+    one_each = (
+        distributed.is_joined() and not loss.isolate
+    )  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     facts = {
         "threads": threads,
         "recomputed_layers": chosen.recomputed,
         "predicted": {"memory": chosen.parts(), "seconds": seconds},
     }
-    optimizer, peak = build_optimizer(loss, config.optim), peak_learning_rate(config.optim, config.adapter)
+    optimizer, peak = (
+        build_optimizer(loss, config.optim),
+        peak_learning_rate(config.optim, config.adapter),
+    )
     decides = mathematics(config, corpus.fingerprint, max_length, machine.precision)
     job = Job(
         config, machine, run, encoder, corpus, held_out, plan, loss, adapted, tokenizer, optimizer, peak, decides,
@@ -176,17 +195,25 @@ def _choose_packing(
     estimator: MemoryEstimator,
     available: int,
 ) -> tuple[Packing, float | None]:
-    """Choose packs and recomputed layers, compile where that is asked for or repays itself; predicted seconds too."""
+    """Choose packs and recomputed layers, compile where that is asked for or repays itself;
+    predicted seconds too.
+    """
     machine, wish = estimator.machine, config.runtime.compile
-    estimator.compiled = not run.finished and planned(wish, machine.device, trainable(loss)[1], load.tokens)
+    estimator.compiled = not run.finished and planned(
+        wish, machine.device, trainable(loss)[1], load.tokens
+    )
     same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
     earlier = run.facts["tokens_per_pack"] if same_device else None
     chosen = choose_packing(config.runtime, estimator, load, available, earlier)
-    seconds = seconds_of(estimator, load, chosen, CALIBRATION)  # of layers as they are, before they are compiled
+    seconds = seconds_of(
+        estimator, load, chosen, CALIBRATION
+    )  # of layers as they are, before they are compiled
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
         members = plan.packs(0, chosen.tokens_per_pack)[0][0]
-        said = compile_layers(loss, build_pack([corpus.example(i) for i in members], members), machine, wish)
+        said = compile_layers(
+            loss, build_pack([corpus.example(i) for i in members], members), machine, wish
+        )
         if not loss.compiled:  # layers as they are hold more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, load, available, earlier)
@@ -196,14 +223,21 @@ def _choose_packing(
 
 
 def _estimator(
-    config: Config, machine: Machine, loss: PackLoss, held: int, shards: int | None, added_token_ids: dict[int, bool]
+    config: Config,
+    machine: Machine,
+    loss: PackLoss,
+    held: int,
+    shards: int | None,
+    added_token_ids: dict[int, bool],
 ) -> MemoryEstimator:
     shape = loss.train()
     if shards is not None:  # what is in shards cannot be rehearsed
         shape = meta_model(config, added_token_ids)
         shape.isolate, shape.transform = loss.isolate, loss.transform
         shape.use_segments(True)
-    return MemoryEstimator(shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss)
+    return MemoryEstimator(
+        shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss
+    )
 
 
 def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[str]]:
@@ -211,33 +245,57 @@ def _kept_weights(config: Config, machine: Machine) -> tuple[torch.dtype, list[s
     if config.optim.weights == "fp32":
         return torch.float32, []
     if machine.precision == torch.float32:
-        raise UserError(f"optim.weights: {config.optim.weights} computes in bf16; set runtime.precision: bf16 too")
-    return torch.bfloat16, ["weights are bf16 without an fp32 copy: updates are rounded at random (optim.weights)"]
+        raise UserError(
+            f"optim.weights: {config.optim.weights} computes in bf16; set runtime.precision: bf16 "
+            "too"
+        )
+    return torch.bfloat16, [
+        "weights are bf16 without an fp32 copy: updates are rounded at random (optim.weights)"
+    ]
 
 
 def _build(
     config: Config, machine: Machine, added_token_ids: dict[int, bool]
 ) -> tuple[PackLoss, PeftModel | None, list[str], int | None]:
-    """The model with its adapter, on the device, in shards where there are several ranks; notes in words; and over how
-    many ranks the shards are, None without any."""
+    """The model with its adapter, on the device, in shards where there are several ranks; notes in
+    words; and over how many ranks the shards are, None without any.
+    """
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
     unread, layout = None, ""
     if distributed.is_joined():
         unread = unread_model(config.model, dtype)
         weights = trainable(unread.model)[1]
-        layout = choose_layout(config.runtime, machine.device, weights, weights * (config.adapter.method == "none"))
-        # New rows and DoRA's magnitudes are made from the weights, NF4 by transformers: all three need them at hand.
-        if layout == "replicate" or added_token_ids or nf4 is not None or config.adapter.method == "dora":
+        layout = choose_layout(
+            config.runtime, machine.device, weights, weights * (config.adapter.method == "none")
+        )
+        # New rows and DoRA's magnitudes are made from the weights, NF4 by transformers: all three
+        # need them at hand.
+        if (
+            layout == "replicate"
+            or added_token_ids
+            or nf4 is not None
+            or config.adapter.method == "dora"
+        ):
             unread = None
         elif not unread.complete:
-            notes.append("the files name the weights otherwise than the model: every process reads all of them")
+            notes.append(
+                "the files name the weights otherwise than the model: every process reads all of "
+                "them"
+            )
             unread = None
     if unread is not None:
         model = unread.model
     else:
-        model = load_model(config.model, torch.device("cpu") if layout and nf4 is None else machine.device, dtype, nf4)
-    adapted, more = choose_weights(model, config.model, config.adapter, config.seed, added_token_ids)
+        model = load_model(
+            config.model,
+            torch.device("cpu") if layout and nf4 is None else machine.device,
+            dtype,
+            nf4,
+        )
+    adapted, more = choose_weights(
+        model, config.model, config.adapter, config.seed, added_token_ids
+    )
     loss, notes = PackLoss(model, config.loss), [*notes, *more]
     if not distributed.is_joined():
         cast_frozen_weights(model, machine.precision)
@@ -255,15 +313,21 @@ def refuse_strangers(config: Config) -> None:
     if not target.is_dir():
         return
     if source.exists() and source.resolve() == target.resolve():
-        raise UserError(f"output: {target} is the folder of the model itself; choose another, it would be overwritten")
+        raise UserError(
+            f"output: {target} is the folder of the model itself; choose another, it would be "
+            "overwritten"
+        )
     if (target / "run.json").exists():
         return
     # A run that ended before its record was begun leaves no more than these.
-    strangers = sorted(path.name for path in target.iterdir() if path.name.removesuffix(".tmp") not in OWN)
+    strangers = sorted(
+        path.name for path in target.iterdir() if path.name.removesuffix(".tmp") not in OWN
+    )
     if strangers:
         shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
         raise UserError(
-            f"output: {target} holds {shown} and no run of sftx; its files could be overwritten. Choose a folder that "
+            f"output: {target} holds {shown} and no run of sftx; its files could be overwritten. "
+            "Choose a folder that "
             "is empty or not there yet"
         )
 
@@ -275,25 +339,33 @@ def _refuse_wrong_folder(config: Config, run: Run) -> None:
     if config.checkpoint.resume == "must" and not run.exists:
         raise UserError(f"checkpoint.resume: must, but there is no run in {target}")
     if config.checkpoint.resume == "never" and run.exists:
-        raise UserError(f"checkpoint.resume: never, but {target} holds a run; choose another output folder")
+        raise UserError(
+            f"checkpoint.resume: never, but {target} holds a run; choose another output folder"
+        )
 
 
 def _check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
     """The model must be taught to stop: a stop token is among the targets.
 
-    Rows of tokens or segments say themselves what is learned; naming that format takes the responsibility.
+    Rows of tokens or segments say themselves what is learned; naming that format takes the
+    responsibility.
     """
-    stops = set(encoder.tokenizer.stop_ids) | (set() if encoder.stop_id is None else {encoder.stop_id})
+    stops = set(encoder.tokenizer.stop_ids) | (
+        set() if encoder.stop_id is None else {encoder.stop_id}
+    )
     if data.format in ("tokens", "segments"):
         return
-    for i in reversed(range(len(corpus))):  # from the end: the stop token of a document cut in pieces is in the last
+    for i in reversed(
+        range(len(corpus))
+    ):  # from the end: the stop token of a document cut in pieces is in the last
         example = corpus.example(i)
         if np.isin(example.ids[example.weights > 0], list(stops)).any():
             return
     found = f"no target is a stop token ({' or '.join(map(str, sorted(stops)))})"
     why = "the tokenizer has no EOS token" if encoder.tokenizer.eos_id is None else found
     raise UserError(
-        f"{why}: the model would never learn to stop. If the rows are meant so, say data.format: tokens (or segments)"
+        f"{why}: the model would never learn to stop. If the rows are meant so, say data.format: "
+        "tokens (or segments)"
     )
 
 
@@ -305,8 +377,10 @@ def _check_same_tokens(fast: Tokenizer, served: Any, corpus: Corpus) -> None:
         theirs = list(served(text, add_special_tokens=False)["input_ids"])
         if ours != theirs:
             raise UserError(
-                "model.tokenizer: tokenizer.json and the class transformers loads for it cut a text differently, so a "
-                f"server would not see what was trained: {text[:60]!r} -> {ours[:12]} and {theirs[:12]}"
+                "model.tokenizer: tokenizer.json and the class transformers loads for it cut a "
+                "text differently, so a "
+                f"server would not see what was trained: {text[:60]!r} -> {ours[:12]} and "
+                f"{theirs[:12]}"
             )
 
 
@@ -314,7 +388,11 @@ def _check_ranks(job: Job) -> None:
     """All ranks train on the same data with the same settings, in equally many packs."""
     mine = {**dotted(job.mathematics), "tokens per pack": job.machine.tokens_per_pack}
     for rank, theirs in enumerate(held := distributed.all_gather(mine)):
-        if odd := [f"{key}: {theirs[key]!r}, not {value!r}" for key, value in held[0].items() if theirs[key] != value]:
+        if odd := [
+            f"{key}: {theirs[key]!r}, not {value!r}"
+            for key, value in held[0].items()
+            if theirs[key] != value
+        ]:
             raise UserError(f"rank {rank} has other settings or data than rank 0: {'; '.join(odd)}")
 
 
@@ -333,8 +411,14 @@ def _continue_or_start(job: Job) -> None:
     if run.exists:
         state = checkpoint.restore(job.checkpoints, job.loss, job.optimizer)
         if state is not None:
-            assert changed or state.plan == job.plan.fingerprint, "equal settings and data give an equal plan"
-            job.start, job.total_tokens, job.total_targets = state.step, state.total_tokens, state.total_targets
+            assert changed or state.plan == job.plan.fingerprint, (
+                "equal settings and data give an equal plan"
+            )
+            job.start, job.total_tokens, job.total_targets = (
+                state.step,
+                state.total_tokens,
+                state.total_targets,
+            )
             job.bad_steps, job.seconds = state.bad_steps, state.seconds
             facts = {key: run.facts[key] for key in ("eval_before", "changed") if key in run.facts}
             carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}
@@ -342,15 +426,23 @@ def _continue_or_start(job: Job) -> None:
         if changed and not 0 < job.start <= job.plan.num_steps:
             found = f"the one of step {job.start}" if job.start else "none"
             raise UserError(
-                f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue {job.plan.num_steps} steps from "
+                f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue "
+                f"{job.plan.num_steps} steps from "
                 f"(found: {found}); choose another folder for a new run"
             )
         if not job.start and (lost := [line["step"] for line in run.metrics() if line["step"]]):
-            found = "left no checkpoint that can be used" if any(job.checkpoints.glob("step-*")) else "saved nothing"
-            job.notes.append(f"an earlier run stopped after step {lost[-1]:,} and {found}: starting over")
+            found = (
+                "left no checkpoint that can be used"
+                if any(job.checkpoints.glob("step-*"))
+                else "saved nothing"
+            )
+            job.notes.append(
+                f"an earlier run stopped after step {lost[-1]:,} and {found}: starting over"
+            )
     if changed:
         job.notes.extend(
-            f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})" for key, (old, new) in changed.items()
+            f"from step {job.start + 1:,} on, {key} is {new!r} (was {old!r})"
+            for key, (old, new) in changed.items()
         )
         facts["changed"] = [*facts.get("changed", []), {"step": job.start, **changed}]
     again = run.exists and not changed
@@ -380,4 +472,7 @@ def _write_ledger(job: Job, again: bool) -> list[str]:
     names = write_ledger(job.corpus, job.run.folder)
     if not (names and again):
         return []
-    return [f"{' and '.join(names)} did not hold what this data gives (lost, damaged or older): written anew"]
+    return [
+        f"{' and '.join(names)} did not hold what this data gives (lost, damaged or older): "
+        "written anew"
+    ]

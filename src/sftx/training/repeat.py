@@ -1,4 +1,6 @@
-"""What a run folder needs to be repeated: its settings as YAML, and the rows that were only in memory."""
+"""What a run folder needs to be repeated: its settings as YAML, and the rows that were only in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,17 @@ _HEAD = """\
 
 
 def write_settings(folder: Path, config: Config) -> None:
-    """Write `config.yaml`, and beside it the rows held in memory as they are read, one JSON value per line."""
-    settings = config.model_dump(mode="json", exclude_unset=True, exclude={"data": {"rows", "eval_rows"}})
+    """Write `config.yaml`, and beside it the rows held in memory as they are read, one JSON value
+    per line.
+    """
+    settings = config.model_dump(
+        mode="json", exclude_unset=True, exclude={"data": {"rows", "eval_rows"}}
+    )
     data = settings["data"]
-    for rows, name, setting in ((config.data.rows, "rows", "train"), (config.data.eval_rows, "eval_rows", "eval")):
+    for rows, name, setting in (
+        (config.data.rows, "rows", "train"),
+        (config.data.eval_rows, "eval_rows", "eval"),
+    ):
         if rows is not None:
             path = folder / f"{name}.jsonl"
             write_text(path, "".join(as_line(row).decode() + "\n" for row in rows))

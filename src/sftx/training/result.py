@@ -1,4 +1,6 @@
-"""What a finished run gives back: its folder, its numbers, and the trained model when it is asked for."""
+"""What a finished run gives back: its folder, its numbers, and the trained model when it is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ from sftx.types import StepRecord
 class Result:
     """A finished run.
 
-    `steps` is the number of optimiser steps, `seconds` the time of this call. `loss` is that of the last step in nats
-    per unit of weight, None where no step was taken now. `eval_before` and `eval_after` are the held-out numbers.
+    `steps` is the number of optimiser steps, `seconds` the time of this call. `loss` is that of the
+    last step in nats per unit of weight, None where no step was taken now. `eval_before` and
+    `eval_after` are the held-out numbers.
     """
 
     config: Config = field(repr=False)
@@ -38,11 +41,17 @@ class Result:
 
     @cached_property
     def model(self) -> PreTrainedModel | PeftModel:
-        """The trained model as it was saved, read from `folder` when first asked for; with an adapter, peft's model.
+        """The trained model as it was saved, read from `folder` when first asked for; with an
+        adapter, peft's model.
 
-        It is on the CPU, in evaluation mode, in the dtype of its folder. Raises UserError where it is gone by now.
+        It is on the CPU, in evaluation mode, in the dtype of its folder. Raises UserError where it
+        is gone by now.
         """
-        model = _saved_adapter(self.config) if self.config.adapter.method != "none" else _saved_model(self.config)
+        model = (
+            _saved_adapter(self.config)
+            if self.config.adapter.method != "none"
+            else _saved_model(self.config)
+        )
         model.config.use_cache = True
         return model.eval()
 
@@ -53,12 +62,16 @@ class Result:
 
     @property
     def metrics(self) -> list[StepRecord]:
-        """The records in metrics.jsonl; with held-out rows the first is that of step 0, before any training."""
+        """The records in metrics.jsonl; with held-out rows the first is that of step 0, before any
+        training.
+        """
         return [StepRecord(**line) for line in Run(self.config).metrics()]
 
 
 def _folder_as_model(config: Config) -> Model:
-    """The run's folder as a model to load; code in it is trusted as far as the caller trusted the run."""
+    """The run's folder as a model to load; code in it is trusted as far as the caller trusted the
+    run.
+    """
     return Model(path=config.output, trust_remote_code=config.model.trust_remote_code)
 
 

@@ -10,7 +10,9 @@ SPARE = 1.2
 
 
 def shortage(folder: Path, needed: int) -> bool:
-    """Whether the disk of `folder`, which need not be there yet, lacks room for tensors of `needed` bytes."""
+    """Whether the disk of `folder`, which need not be there yet, lacks room for tensors of `needed`
+    bytes.
+    """
     return _free(folder) < SPARE * needed
 
 

@@ -14,7 +14,9 @@ from sftx import distributed
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
 STOPPING = "\nstopping after this step; again = quit without saving\n"
-NOTHING_TO_SAVE = "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
+NOTHING_TO_SAVE = (
+    "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
+)
 
 
 class Ended(SystemExit):
@@ -28,7 +30,9 @@ class Ended(SystemExit):
 
 
 class Stopped(Ended):
-    """The run was asked to stop and saved its state; exit code 75, run the same command to continue."""
+    """The run was asked to stop and saved its state; exit code 75, run the same command to
+    continue.
+    """
 
     exit_code = EXIT_STOPPED
 
@@ -67,7 +71,9 @@ class StopFlag:
         if self.at_once:
             raise Stopped(NOTHING_TO_SAVE.format(number))
         if number == signal.SIGINT and distributed.is_main():
-            os.write(2, STOPPING.encode())  # print may be in the middle of another line, and must not be entered twice
+            os.write(
+                2, STOPPING.encode()
+            )  # print may be in the middle of another line, and must not be entered twice
 
 
 class SaveClock:
@@ -88,7 +94,9 @@ class SaveClock:
 
 @contextmanager
 def listening() -> Iterator[StopFlag]:
-    """Catch the signals inside; handlers can only be set from the main thread, elsewhere the flag stays down."""
+    """Catch the signals inside; handlers can only be set from the main thread, elsewhere the flag
+    stays down.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag

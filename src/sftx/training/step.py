@@ -22,7 +22,9 @@ class StepResult:
 
     loss: Tensor  # weighted mean over the step's targets, float32 scalar
     grad_norm: Tensor  # before clipping
-    bad: Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
+    bad: (
+        Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
+    )
     numbers: Tensor  # the three, in the host's memory once `arrived`
     arrived: torch.cuda.Event | None  # None where the device is the host
 
@@ -45,14 +47,17 @@ def train_step(
 ) -> StepResult:
     """Gradient of sum(w * nll) / total_weight over all packs of all ranks, clipped, applied.
 
-    `total_weight` is the weight of the whole step, known from the plan: however the step is cut into packs, each adds
-    its share of one and the same sum. Every rank brings equally many packs.
+    `total_weight` is the weight of the whole step, known from the plan: however the step is cut
+    into packs, each adds its share of one and the same sum. Every rank brings equally many packs.
     """
     loss = torch.zeros((), device=next(model.parameters()).device)
-    # The outer context, itself switched off, keeps the weights that autocast has cast from one pack to the next.
+    # The outer context, itself switched off, keeps the weights that autocast has cast from one pack
+    # to the next.
     with torch.autocast(loss.device.type, enabled=False):
         for number, pack in enumerate(packs, 1):
-            if isinstance(model, FSDPModule):  # replicas exchange what they have summed once, with the last pack
+            if isinstance(
+                model, FSDPModule
+            ):  # replicas exchange what they have summed once, with the last pack
                 model.set_requires_all_reduce(number == len(packs))
             with autocast():
                 pack_loss = model(pack)
@@ -60,13 +65,16 @@ def train_step(
             loss += pack_loss.detach() / total_weight
     loss = distributed.all_reduce_sum(loss)
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
 
-    # The fused kernel leaves every weight alone where `found_inf` is 1, without the host having to look.
+    # The fused kernel leaves every weight alone where `found_inf` is 1, without the host having to
+    # look.
     bad = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
     optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
     for group in optimizer.param_groups:

@@ -1,8 +1,9 @@
 """trlx's interface for supervised fine-tuning, on sftx.
 
-`import sftx.compat.trlx` as the first line of a trlx SFT script runs it unchanged otherwise: from then on
-`import trlx`, there and in what it imports, gives this package. Module paths are trlx's. Everything is translated into
-sftx's settings and loop; what cannot be translated is refused with a reason.
+`import sftx.compat.trlx` as the first line of a trlx SFT script runs it unchanged otherwise: from
+then on `import trlx`, there and in what it imports, gives this package. Module paths are trlx's.
+Everything is translated into sftx's settings and loop; what cannot be translated is refused with a
+reason.
 """
 
 from __future__ import annotations

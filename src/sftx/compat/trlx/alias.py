@@ -1,4 +1,6 @@
-"""Lets scripts import `trlx` and its modules: they are this package, or stand in for what it does not do."""
+"""Lets scripts import `trlx` and its modules: they are this package, or stand in for what it does
+not do.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from sftx.compat.trlx import rl
 
 
 class _Alias(MetaPathFinder, Loader):
-    """Finds `trlx.X` as `PACKAGE.X`: the same module object under a second name, so registries stay single."""
+    """Finds `trlx.X` as `PACKAGE.X`: the same module object under a second name, so registries stay
+    single.
+    """
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -23,13 +27,17 @@ class _Alias(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for `trlx`, for its modules, and for this package's modules that are in `rl.INSTEAD`."""
+        """A spec for `trlx`, for its modules, and for this package's modules that are in
+        `rl.INSTEAD`.
+        """
         if self._stands_in(fullname):
             return spec_from_loader(fullname, self)
         if fullname == "trlx":
             return None if _installed() else spec_from_loader(fullname, self)
         aliased = sys.modules.get("trlx") is sys.modules.get(self.package)
-        return spec_from_loader(fullname, self) if aliased and fullname.startswith("trlx.") else None
+        return (
+            spec_from_loader(fullname, self) if aliased and fullname.startswith("trlx.") else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """This package's module of that name."""

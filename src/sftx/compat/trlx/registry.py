@@ -16,7 +16,9 @@ class Registry:
         self.classes: dict[str, Any] = {}
 
     def register(self, name: Any) -> Any:
-        """A class decorator, with a name (`@register_method("mine")`) or without one (`@register_method`)."""
+        """A class decorator, with a name (`@register_method("mine")`) or without one
+        (`@register_method`).
+        """
         if isinstance(name, str):
             return lambda cls: self._add(name, cls)
         return self._add(name.__name__, name)
@@ -26,7 +28,9 @@ class Registry:
         return cls
 
     def get(self, name: str) -> Any:
-        """The class registered under `name`, or the stand-in of that name. Raises UserError if there is none."""
+        """The class registered under `name`, or the stand-in of that name. Raises UserError if
+        there is none.
+        """
         if name.lower() in self.classes:
             return self.classes[name.lower()]
         try:

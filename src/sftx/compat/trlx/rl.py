@@ -1,7 +1,8 @@
-"""Names of trlx that have no trainer here: they import and construct, and training with them is refused.
+"""Names of trlx that have no trainer here: they import and construct, and training with them is
+refused.
 
-`INSTEAD` is the one table: what to do instead, by module of trlx (with a dot) and by name. A module in it exists by its
-line alone, and every name in such a module too.
+`INSTEAD` is the one table: what to do instead, by module of trlx (with a dot) and by name. A module
+in it exists by its line alone, and every name in such a module too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any, NoReturn, Self
 from sftx.types import UserError
 
 RL = (
-    "sftx does supervised fine-tuning, not reinforcement learning; train on `samples` here, then give the folder that "
-    "`save_pretrained` writes (an adapter is merged first, by `sftx export`) to an RL or preference library (TRL, "
+    "sftx does supervised fine-tuning, not reinforcement learning; train on `samples` here, then "
+    "give the folder that "
+    "`save_pretrained` writes (an adapter is merged first, by `sftx export`) to an RL or "
+    "preference library (TRL, "
     "verl, OpenRLHF) as its first model"
 )
 NEMO = (
-    "NeMo is not used here; set train.trainer to AccelerateSFTTrainer, model.model_path and tokenizer.tokenizer_path "
+    "NeMo is not used here; set train.trainer to AccelerateSFTTrainer, model.model_path and "
+    "tokenizer.tokenizer_path "
     "to a Hugging Face model"
 )
 
@@ -102,7 +106,9 @@ class StandIn:
 
 @cache
 def stand_in(name: str, instead: str = RL) -> Any:
-    """What stands for `name`: a class that constructs, or, for the name of a function, one that refuses."""
+    """What stands for `name`: a class that constructs, or, for the name of a function, one that
+    refuses.
+    """
     if name[0].isupper():
         return type(name, (StandIn,), {"INSTEAD": instead})
 
@@ -113,7 +119,9 @@ def stand_in(name: str, instead: str = RL) -> Any:
 
 
 def by_name(name: str) -> Any:
-    """The stand-in for a name in the table, whatever its letters' case. Raises AttributeError for any other name."""
+    """The stand-in for a name in the table, whatever its letters' case. Raises AttributeError for
+    any other name.
+    """
     for known, instead in INSTEAD.items():
         if known.lower() == name.lower() and "." not in known:
             return stand_in(known, instead)

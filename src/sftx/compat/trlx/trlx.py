@@ -32,22 +32,31 @@ def train(
 ) -> Any:
     """Fine-tune on `samples` and return the trainer.
 
-    Strings are plain text, every token a target; lists are alternating prompts and outputs, the outputs being targets.
-    `eval_prompts` (texts, or dictionaries with `"prompt"` and extra keys; default: BOS, once per element of a batch)
-    are continued before training, every `train.eval_interval` steps and at the end, cut at `stop_sequences`, and given
-    to `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by name; one that
-    names a parameter `tokenizer` is given that too.
+    Strings are plain text, every token a target; lists are alternating prompts and outputs, the
+    outputs being targets. `eval_prompts` (texts, or dictionaries with `"prompt"` and extra keys;
+    default: BOS, once per element of a batch) are continued before training, every
+    `train.eval_interval` steps and at the end, cut at `stop_sequences`, and given to
+    `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by
+    name; one that names a parameter `tokenizer` is given that too.
     """
-    for name, value in (("reward_fn", reward_fn), ("rewards", rewards), ("dataset", dataset), ("prompts", prompts)):
+    for name, value in (
+        ("reward_fn", reward_fn),
+        ("rewards", rewards),
+        ("dataset", dataset),
+        ("prompts", prompts),
+    ):
         if value is not None:
             refuse(name)
     refuse_several_processes()
     if samples is None or isinstance(samples, str) or len(samples) == 0:
         raise UserError(
-            "samples: there is nothing to train on; give texts, or [prompt, output, ...] lists, in a list of them"
+            "samples: there is nothing to train on; give texts, or [prompt, output, ...] lists, "
+            "in a list of them"
         )
     if config is None:
-        warnings.warn("no `config` given: default_sft_config() is used; adapt it instead", stacklevel=2)
+        warnings.warn(
+            "no `config` given: default_sft_config() is used; adapt it instead", stacklevel=2
+        )
         config = default_sft_config()
     if model_path:
         config = config.evolve(model={"model_path": model_path})
@@ -57,7 +66,10 @@ def train(
     set_seed(config.train.seed)
 
     trainer = trainer_class(
-        config=config, metric_fn=metric_fn, stop_sequences=stop_sequences, **config.train.trainer_kwargs
+        config=config,
+        metric_fn=metric_fn,
+        stop_sequences=stop_sequences,
+        **config.train.trainer_kwargs,
     )
     trainer.make_experience(samples, config.train.seq_length)
     if eval_prompts is None:
@@ -66,11 +78,17 @@ def train(
     if longest is None:
         raise UserError("method.gen_kwargs: max_new_tokens is missing")
     room = config.train.seq_length - (max(longest) if isinstance(longest, list) else longest)
-    trainer.add_eval_pipeline(get_pipeline(config.train.pipeline)(eval_prompts, room, trainer.tokenizer))
+    trainer.add_eval_pipeline(
+        get_pipeline(config.train.pipeline)(eval_prompts, room, trainer.tokenizer)
+    )
     resume = config.train.resume_from_checkpoint
     if resume and os.path.exists(resume):
         trainer.load(resume)
     elif resume:
-        print(f"note: train.resume_from_checkpoint: there is no {resume}; starting from the beginning", file=sys.stderr)
+        print(
+            f"note: train.resume_from_checkpoint: there is no {resume}; starting from the "
+            "beginning",
+            file=sys.stderr,
+        )
     trainer.learn()
     return trainer

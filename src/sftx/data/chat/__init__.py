@@ -1,1 +1,3 @@
-"""From a conversation to text with targets: a chat template is rendered, and its turns are found in the text."""
+"""From a conversation to text with targets: a chat template is rendered, and its turns are found in
+the text.
+"""

@@ -13,14 +13,19 @@ HTML_ESCAPE = re.compile(r"&#\d+;|&(?:quot|amp|lt|gt|apos);")
 
 
 def lost_call(message: dict[str, Any], output: str) -> str:
-    """What is wrong with the calls of `message` in `output`, as in "call 2 of 3 (f) is missing"; "" if nothing is.
+    """What is wrong with the calls of `message` in `output`, as in "call 2 of 3 (f) is missing"; ""
+    if nothing is.
 
     What the content and the thought say too is not taken for a call.
     """
     if not message.get("tool_calls"):
         return ""
     calls = [call["function"] for call in message["tool_calls"]]
-    said = [text for text in (message["content"], message.get("reasoning_content", "")) if text and text in output]
+    said = [
+        text
+        for text in (message["content"], message.get("reasoning_content", ""))
+        if text and text in output
+    ]
     needed: Counter[str] = Counter()
     for k, call in enumerate(calls):
         where = f"call {k + 1} of {len(calls)} ({call['name']})"
@@ -37,7 +42,9 @@ def lost_call(message: dict[str, Any], output: str) -> str:
 
 
 def _parts(call: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The name and all that the arguments hold, each as text and in the forms that templates write it in."""
+    """The name and all that the arguments hold, each as text and in the forms that templates write
+    it in.
+    """
     yield call["name"], (call["name"],)
     for leaf in _leaves(call["arguments"]):
         if isinstance(leaf, str):

@@ -1,4 +1,6 @@
-"""A row as a conversation: the messages a template reads, which of them are targets, and what they may not spell."""
+"""A row as a conversation: the messages a template reads, which of them are targets, and what they
+may not spell.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,24 @@ from typing import Any
 from sftx.types import Row, RowError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode reserves for uses like this one
+_MARKS = [
+    chr(code) for code in range(0xFDD0, 0xFDF0)
+]  # characters that Unicode reserves for uses like this one
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What one row asks a template to render: messages as a template reads them, and the weight of each as a target."""
+    """What one row asks a template to render: messages as a template reads them, and the weight of
+    each as a target.
+    """
 
     messages: list[dict[str, Any]]
     weights: list[float]
     tools: list[dict[str, Any]] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
-    renderings: dict[tuple[Any, ...], str] = field(default_factory=dict, compare=False)  # those made so far
+    renderings: dict[tuple[Any, ...], str] = field(
+        default_factory=dict, compare=False
+    )  # those made so far
     trained: list[int] = field(init=False)  # the turns that carry weight
 
     def __post_init__(self) -> None:
@@ -30,41 +38,67 @@ class Conversation:
 
 
 def conversation_of(row: Row, train_on: str | Sequence[str]) -> Conversation:
-    """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and assistant turns.
+    """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and
+    assistant turns.
 
-    A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is `weight`, or 1.
+    A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is
+    `weight`, or 1.
     """
     raw: Sequence[Any] = row.messages or [
-        {"role": "assistant" if phrase.weight else "user", "content": phrase.text, "weight": phrase.weight or 1.0}
+        {
+            "role": "assistant" if phrase.weight else "user",
+            "content": phrase.text,
+            "weight": phrase.weight or 1.0,
+        }
         for phrase in row.phrases
     ]
     roles = train_on if isinstance(train_on, list) else ["assistant"]
     chosen = [t for t, message in enumerate(raw) if message["role"] in roles]
     chosen = {*(chosen[-1:] if train_on == "last" else chosen)}
     weights = [
-        float(message.get("weight", 1.0)) if message.get("train", t in chosen) else 0.0 for t, message in enumerate(raw)
+        float(message.get("weight", 1.0)) if message.get("train", t in chosen) else 0.0
+        for t, message in enumerate(raw)
     ]
     tools = [dict(tool) for tool in row.tools] or None
-    return Conversation([as_read(message) for message in raw], weights, tools, dict(row.template_kwargs))
+    return Conversation(
+        [as_read(message) for message in raw], weights, tools, dict(row.template_kwargs)
+    )
 
 
 def as_read(message: Any) -> dict[str, Any]:
-    """A message as a template reads it: without our own fields, reasoning under each of its usual names."""
-    plain = {key: value for key, value in message.items() if key not in ("weight", "train") and value is not None}
+    """A message as a template reads it: without our own fields, reasoning under each of its usual
+    names.
+    """
+    plain = {
+        key: value
+        for key, value in message.items()
+        if key not in ("weight", "train") and value is not None
+    }
     reasoning = next((plain[key] for key in REASONING if key in plain), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return (
+        plain
+        if reasoning is None
+        else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    )
 
 
-def spells(conversation: Conversation, control: re.Pattern[str], control_as_json: re.Pattern[str]) -> bool:
-    """Whether the row's own text spells a special token; the patterns match these as they are, and inside JSON."""
+def spells(
+    conversation: Conversation, control: re.Pattern[str], control_as_json: re.Pattern[str]
+) -> bool:
+    """Whether the row's own text spells a special token; the patterns match these as they are, and
+    inside JSON.
+    """
     messages, rest = conversation.messages, [conversation.tools, conversation.kwargs]
-    if not any(rest) and all(len(message) == 2 for message in messages):  # role and content, as in most rows
+    if not any(rest) and all(
+        len(message) == 2 for message in messages
+    ):  # role and content, as in most rows
         return control.search("\0".join([message["content"] for message in messages])) is not None
     return control_as_json.search(json.dumps([messages, *rest], ensure_ascii=False)) is not None
 
 
 def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:
-    """The conversation with a reserved character inside each special token that its own text spells, and the character.
+    """The conversation with a reserved character inside each special token that its own text
+    spells, and the character.
 
     The special tokens of the rendered text are then those of the template alone.
     """
@@ -72,7 +106,9 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
     text = json.dumps(everything, ensure_ascii=False)
     mark = next((mark for mark in _MARKS if mark not in text), None)
     if mark is None:
-        raise RowError("the text spells special tokens, and holds every character that could keep them apart")
+        raise RowError(
+            "the text spells special tokens, and holds every character that could keep them apart"
+        )
 
     def broken(value: Any) -> Any:
         if isinstance(value, str):

@@ -15,7 +15,11 @@ from sftx.types import RowError, UserError
 
 # Words of probes: no template and no row holds them.
 USER, MODEL, THOUGHT, NEXT = "qzuserqz", "qzmodelqz", "qzthoughtqz", "qznextqz"
-TOOL = {"name": "qztool", "description": "qz", "parameters": {"type": "object", "properties": {}, "required": []}}
+TOOL = {
+    "name": "qztool",
+    "description": "qz",
+    "parameters": {"type": "object", "properties": {}, "required": []},
+}
 TOOLS = [{"type": "function", "function": TOOL}]
 _MAX_OVER_LIMITS = 5  # rows; each took seconds
 
@@ -27,7 +31,11 @@ def says(role: str, content: Any) -> dict[str, Any]:
 
 def calls(arguments: Any) -> dict[str, Any]:
     """An answer that calls the tool of the probes."""
-    call = {"type": "function", "id": "call00000", "function": {"name": TOOL["name"], "arguments": arguments}}
+    call = {
+        "type": "function",
+        "id": "call00000",
+        "function": {"name": TOOL["name"], "arguments": arguments},
+    }
     return {**says("assistant", ""), "tool_calls": [call]}
 
 
@@ -39,8 +47,8 @@ def result(content: str) -> dict[str, Any]:
 class Renderer:
     """Renders conversations as transformers does. `UserError` if the template does not compile.
 
-    `special`: the named special tokens that a template may refer to (`bos_token`, ...). `name`: what to call the
-    template in messages.
+    `special`: the named special tokens that a template may refer to (`bos_token`, ...). `name`:
+    what to call the template in messages.
     """
 
     def __init__(self, source: str, special: dict[str, str], name: str):
@@ -54,29 +62,46 @@ class Renderer:
             raise UserError(f"{name}: the template does not compile: {error}") from error
 
     def render(self, conversation: Conversation, end: int, generate: bool, **switch: Any) -> str:
-        """The text of the first `end` messages; `switch`: settings of the template. `RowError` if it refuses them."""
+        """The text of the first `end` messages; `switch`: settings of the template. `RowError` if
+        it refuses them.
+        """
         key = (self, end, generate, *switch.items())
         known = conversation.renderings
         if key in known:
             return known[key]
         messages = [self._shaped(message) for message in conversation.messages[:end]]
         try:
-            known[key] = self._run(messages, conversation.tools, generate, {**conversation.kwargs, **switch})
+            known[key] = self._run(
+                messages, conversation.tools, generate, {**conversation.kwargs, **switch}
+            )
         except TEMPLATE_ERRORS as error:
             self._over_limits += isinstance(error, LimitError)
             if self._over_limits > _MAX_OVER_LIMITS:
-                raise UserError(f"the {self.name} goes over its limits in {self._over_limits} rows: {error}") from error
-            raise RowError(f"the {self.name} refuses the messages up to turn {end}: {error}") from error
+                raise UserError(
+                    f"the {self.name} goes over its limits in {self._over_limits} rows: {error}"
+                ) from error
+            raise RowError(
+                f"the {self.name} refuses the messages up to turn {end}: {error}"
+            ) from error
         return known[key]
 
-    def probe(self, *messages: dict[str, Any], generate: bool = False, tools: Any = None, **switch: Any) -> str | None:
+    def probe(
+        self, *messages: dict[str, Any], generate: bool = False, tools: Any = None, **switch: Any
+    ) -> str | None:
         """The text of a small conversation; None if the template refuses it."""
         if tools is None and self._needs_tools:
             tools = TOOLS
         return self._try([self._shaped(message) for message in messages], tools, generate, switch)
 
-    def _run(self, messages: Sequence[Any], tools: Any, generate: bool, switch: dict[str, Any]) -> str:
-        variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}
+    def _run(
+        self, messages: Sequence[Any], tools: Any, generate: bool, switch: dict[str, Any]
+    ) -> str:
+        variables = {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generate,
+        }
         return run_template(self._template, {**self._special, **variables, **switch})
 
     def _try(
@@ -86,7 +111,9 @@ class Renderer:
         try:
             return self._run(messages, tools, generate, switch or {})
         except LimitError as error:  # for the few words of a probe: it is not tried any further
-            raise UserError(f"the {self.name} cannot be used: for two or three short messages {error}") from error
+            raise UserError(
+                f"the {self.name} cannot be used: for two or three short messages {error}"
+            ) from error
         except TEMPLATE_ERRORS:
             return None
 
@@ -116,7 +143,8 @@ class Renderer:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether tool calls must carry their arguments as JSON text, not as an object, to be written as JSON.
+        """Whether tool calls must carry their arguments as JSON text, not as an object, to be
+        written as JSON.
 
         An object is what servers hand to templates; it stays if the template writes it well.
         """

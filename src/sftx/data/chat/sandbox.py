@@ -1,11 +1,14 @@
-"""Chat templates are programs from strangers: here they are compiled and run, without access and within limits.
+"""Chat templates are programs from strangers: here they are compiled and run, without access and
+within limits.
 
-The environment renders as the one in transformers does, to the letter. A template cannot reach Python, files or the
-network (jinja2's immutable sandbox). Its limits cost ordinary rendering nothing: a watchdog thread interrupts the
-series of small operations that most templates are. What it cannot interrupt is one large operation (the text of a list
-that holds itself many times over). For these the system refuses memory beyond `MEMORY` while templates run, and ends
-the process, which shows its stacks, after `LAST` seconds. Such limits are of the whole process: they act only in
-processes of our own (`limit_this_process`), never in one that calls the library and does other things beside it.
+The environment renders as the one in transformers does, to the letter. A template cannot reach
+Python, files or the network (jinja2's immutable sandbox). Its limits cost ordinary rendering
+nothing: a watchdog thread interrupts the series of small operations that most templates are. What
+it cannot interrupt is one large operation (the text of a list that holds itself many times over).
+For these the system refuses memory beyond `MEMORY` while templates run, and ends the process, which
+shows its stacks, after `LAST` seconds. Such limits are of the whole process: they act only in
+processes of our own (`limit_this_process`), never in one that calls the library and does other
+things beside it.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ _own_process = False
 
 
 def limit_this_process() -> None:
-    """Say that this process is ours: templates run under limits of memory and time that act on all of it."""
+    """Say that this process is ours: templates run under limits of memory and time that act on all
+    of it.
+    """
     global _own_process
     _own_process = True
 
@@ -59,18 +64,30 @@ class LimitError(TemplateError):
 
 
 class _Interruption(LimitError):
-    """Raised by the watchdog inside the rendering thread, where it may arrive outside of any `except`."""
+    """Raised by the watchdog inside the rendering thread, where it may arrive outside of any
+    `except`.
+    """
 
     def __init__(self) -> None:
         super().__init__("it ran for too long or took too much memory")
 
 
 # What a template can raise: its own complaint, a mistake in it, or data that it does not expect.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model says. The mark is ignored: outputs are found by what is served."""
+    """`{% generation %}` marks what the model says. The mark is ignored: outputs are found by what
+    is served.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -88,18 +105,26 @@ def _namespace(*args: Any, **kwargs: Any) -> Namespace:
     """jinja2's namespace without underscore names, which reach into Python."""
     values = dict(*args, **kwargs)
     if private := [name for name in values if str(name).startswith("_")]:
-        raise SecurityError(f"a template may not store a name that begins with an underscore: {private[0]!r}")
+        raise SecurityError(
+            f"a template may not store a name that begins with an underscore: {private[0]!r}"
+        )
     return Namespace(values)
 
 
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    """`dict(...)` inside a template, without the class behind it, whose methods could change the row."""
+    """`dict(...)` inside a template, without the class behind it, whose methods could change the
+    row.
+    """
     return dict(*args, **kwargs)
 
 
 _DICT_METHODS = frozenset(dir(dict))
-_HARMLESS = frozenset(["startswith", "endswith", "strip", "lstrip", "rstrip", "split", "lower", "upper"])
-_OF_JINJA = frozenset(["_loop_vars", "_block_vars"])  # arguments that compiled templates add to every call
+_HARMLESS = frozenset(
+    ["startswith", "endswith", "strip", "lstrip", "rstrip", "split", "lower", "upper"]
+)
+_OF_JINJA = frozenset(
+    ["_loop_vars", "_block_vars"]
+)  # arguments that compiled templates add to every call
 _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 
 
@@ -117,7 +142,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # The sandbox asks a dozen questions of every attribute. For what templates are full of, the answers are known.
+        # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
+        # answers are known.
         if type(obj) is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if type(obj) is str and attribute in _TEXT_METHODS:
@@ -132,7 +158,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if type(owner) is str and __obj.__name__ in _HARMLESS and kwargs.keys() <= _OF_JINJA:
-            return __obj(*args)  # what templates call most: the sandbox's questions have known answers
+            return __obj(
+                *args
+            )  # what templates call most: the sandbox's questions have known answers
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -153,24 +181,47 @@ def _check_product(left: Any, right: Any) -> None:
             raise LimitError(f"the template makes a number of more than {BITS:,} bits")
         return
     for series, times in ((left, right), (right, left)):
-        size = len(series) * times if isinstance(series, str | list | tuple) and isinstance(times, int) else 0
+        size = (
+            len(series) * times
+            if isinstance(series, str | list | tuple) and isinstance(times, int)
+            else 0
+        )
         if size > CHARACTERS:
-            raise LimitError(f"the template makes a text or list of {size:,}; {CHARACTERS:,} are allowed")
+            raise LimitError(
+                f"the template makes a text or list of {size:,}; {CHARACTERS:,} are allowed"
+            )
 
 
-# Filters that look at every element of their input in one operation, or whose time grows faster than it.
-_WHOLE = ("batch", "dictsort", "groupby", "list", "max", "min", "reverse", "slice", "sort", "sum", "unique")
+# Filters that look at every element of their input in one operation, or whose time grows faster
+# than it.
+_WHOLE = (
+    "batch",
+    "dictsort",
+    "groupby",
+    "list",
+    "max",
+    "min",
+    "reverse",
+    "slice",
+    "sort",
+    "sum",
+    "unique",
+)
 
 
 def _limited(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that refuses an input of more than `ELEMENTS`."""
-    place = 0 if getattr(original, "jinja_pass_arg", None) is None else 1  # the environment may come first
+    place = (
+        0 if getattr(original, "jinja_pass_arg", None) is None else 1
+    )  # the environment may come first
 
     @wraps(original)
     def limited(*args: Any, **kwargs: Any) -> Any:
         value = args[place] if len(args) > place else None
         if isinstance(value, str | list | tuple | dict) and len(value) > ELEMENTS:
-            raise LimitError(f"the template gives {len(value):,} elements to `{name}`; {ELEMENTS:,} are allowed")
+            raise LimitError(
+                f"the template gives {len(value):,} elements to `{name}`; {ELEMENTS:,} are allowed"
+            )
         return original(*args, **kwargs)
 
     return limited
@@ -182,9 +233,15 @@ def _round(value: float, precision: int = 0, method: Any = "common") -> float:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:
@@ -211,10 +268,16 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """The text of a template; the time limit holds inside `watched()`. Raises one of `TEMPLATE_ERRORS`."""
+    """The text of a template; the time limit holds inside `watched()`. Raises one of
+    `TEMPLATE_ERRORS`.
+    """
     with _deadline():
         # What `template.render` does, without looking through its chained globals for every text.
-        text = "".join(template.root_render_func(template.new_context({**template.globals, **variables}, shared=True)))
+        text = "".join(
+            template.root_render_func(
+                template.new_context({**template.globals, **variables}, shared=True)
+            )
+        )
     if len(text) > CHARACTERS:
         raise LimitError(f"the template made {len(text):,} characters")
     return text
@@ -227,7 +290,9 @@ def _deadline() -> AbstractContextManager[None]:
 
 
 class _Watch(threading.Thread):
-    """Looks every few milliseconds whether the current rendering is over its limits, and interrupts it if so."""
+    """Looks every few milliseconds whether the current rendering is over its limits, and interrupts
+    it if so.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="sftx-template-watch")
@@ -237,17 +302,25 @@ class _Watch(threading.Thread):
         self.started: float | None = None
         self.fired = False
         self.reason = ""
-        self.clock = time.pthread_getcpuclockid(self.target) if hasattr(time, "pthread_getcpuclockid") else None
+        self.clock = (
+            time.pthread_getcpuclockid(self.target)
+            if hasattr(time, "pthread_getcpuclockid")
+            else None
+        )
 
     def spent(self) -> float:
-        """Seconds of processor time of the rendering thread; of the whole process where threads are not told apart."""
+        """Seconds of processor time of the rendering thread; of the whole process where threads are
+        not told apart.
+        """
         return time.process_time() if self.clock is None else time.clock_gettime(self.clock)
 
     def run(self) -> None:
         seen, memory, began = None, 0, 0.0
         while not self.done.wait(0.02):
             if _own_process:
-                signal.setitimer(signal.ITIMER_VIRTUAL, LAST)  # again: no operation has held up this loop for so long
+                signal.setitimer(
+                    signal.ITIMER_VIRTUAL, LAST
+                )  # again: no operation has held up this loop for so long
             with self.guard:
                 if self.started is None or self.fired:
                     continue
@@ -275,7 +348,9 @@ class _Watch(threading.Thread):
             raise LimitError(self.reason) from None
 
     def _end(self) -> None:
-        """Nothing is interrupted from here on; an interruption that is still on its way is waited for."""
+        """Nothing is interrupted from here on; an interruption that is still on its way is waited
+        for.
+        """
         with self.guard:
             fired, self.started, self.fired = self.fired, None, False
         if fired and not isinstance(sys.exc_info()[1], _Interruption):
@@ -288,8 +363,9 @@ _local = threading.local()  # .watch: the watchdog of this thread, if one is on 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, every `run_template` of this thread is interrupted when it runs too long or, in a process of our own,
-    takes too much memory."""
+    """Inside, every `run_template` of this thread is interrupted when it runs too long or, in a
+    process of our own, takes too much memory.
+    """
     if getattr(_local, "watch", None) is not None:
         yield
         return
@@ -308,12 +384,16 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def _process_limits() -> Iterator[None]:
-    """Inside, the process gets no more than `MEMORY` further bytes, and is ended by an operation longer than `LAST`."""
+    """Inside, the process gets no more than `MEMORY` further bytes, and is ended by an operation
+    longer than `LAST`.
+    """
     signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
     if sys.__stderr__ is not None:  # the stacks, and then what the signal does by default
         faulthandler.register(signal.SIGVTALRM, sys.__stderr__, chain=True)
     soft, hard = _UNLIMITED  # -1 = no limit
-    resource.setrlimit(resource.RLIMIT_DATA, (min(_memory(of_data=True) + MEMORY, soft % 2**63), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (min(_memory(of_data=True) + MEMORY, soft % 2**63), hard)
+    )
     try:
         yield
     finally:
@@ -321,6 +401,12 @@ def _process_limits() -> Iterator[None]:
 
 
 def _memory(of_data: bool = False) -> int:
-    """Bytes of this process that are in memory, or that it has asked for (`of_data`); 0 where that is not told."""
+    """Bytes of this process that are in memory, or that it has asked for (`of_data`); 0 where that
+    is not told.
+    """
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[5 if of_data else 1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return (
+        int(statm.read_text().split()[5 if of_data else 1]) * os.sysconf("SC_PAGE_SIZE")
+        if statm.exists()
+        else 0
+    )

@@ -1,10 +1,12 @@
-"""All turns of a conversation from one rendering, for templates whose texts between the contents are known.
+"""All turns of a conversation from one rendering, for templates whose texts between the contents
+are known.
 
-Rendering every turn's prompt and answer costs two renderings per turn. Most templates write plain turns as
-`head U gap A between U gap A ...`. A `Skeleton` holds these texts, learned from the turns of a probe; a conversation is
-taken apart only if its rendering is, to the letter, made of them and of the row's own contents. Conversations with tool
-calls are cut at the headers of their answers. Anything else is rendered turn by turn. Which way a row goes depends on
-the row and the template alone, never on other rows.
+Rendering every turn's prompt and answer costs two renderings per turn. Most templates write plain
+turns as `head U gap A between U gap A ...`. A `Skeleton` holds these texts, learned from the turns
+of a probe; a conversation is taken apart only if its rendering is, to the letter, made of them and
+of the row's own contents. Conversations with tool calls are cut at the headers of their answers.
+Anything else is rendered turn by turn. Which way a row goes depends on the row and the template
+alone, never on other rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError
 
 _PLAIN = {"role", "content"}
-# What may stand before a message of each role in a conversation that is cut at headers; None = the beginning.
+# What may stand before a message of each role in a conversation that is cut at headers; None = the
+# beginning.
 _BEFORE: dict[str, tuple[str | None, ...]] = {
     "user": (None, "system", "assistant", "tool"),
     "assistant": ("user", "tool"),
@@ -36,12 +39,13 @@ _BEFORE: dict[str, tuple[str | None, ...]] = {
 class Skeleton:
     """The constant texts of a template's plain turns.
 
-    In a rendering: `gap` between user and answer, `between` from the answer to the next user, `last_gap` and
-    `last_close` around the newest answer. In serving: `served` from the user to the end of the prompt, then `lead`,
-    the content and `close`. `joined`: a prompt continues the text of the turns before it. `system`: a conversation may
-    begin with a system message. `header`: the end of every prompt, where turns with tool calls can be told apart by
-    it, and `stops`: what ends such turns. `parallel`: a turn may hold more than one call. `interrupted`: a user may
-    speak behind a result.
+    In a rendering: `gap` between user and answer, `between` from the answer to the next user,
+    `last_gap` and `last_close` around the newest answer. In serving: `served` from the user to the
+    end of the prompt, then `lead`, the content and `close`. `joined`: a prompt continues the text
+    of the turns before it. `system`: a conversation may begin with a system message. `header`: the
+    end of every prompt, where turns with tool calls can be told apart by it, and `stops`: what ends
+    such turns. `parallel`: a turn may hold more than one call. `interrupted`: a user may speak
+    behind a result.
     """
 
     gap: str
@@ -62,7 +66,9 @@ class Skeleton:
     interrupted: bool = False
 
     def turns(self, template: ChatTemplate, conversation: Conversation) -> list[Turn] | None:
-        """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation does not fit."""
+        """The trained turns, as `ChatTemplate.turn` would give them; None if the conversation does
+        not fit.
+        """
         end = conversation.trained[-1] + 1
         messages = conversation.messages[:end]
         if any(messages[t]["role"] != "assistant" for t in conversation.trained):
@@ -78,7 +84,9 @@ class Skeleton:
             return None  # turn by turn it is found out what is wrong
         if pairs is None:
             return self._cut_at_headers(text, messages, conversation.trained)
-        return self._take_apart(text, pairs, [(t - (end - 2 * len(pairs))) // 2 for t in conversation.trained])
+        return self._take_apart(
+            text, pairs, [(t - (end - 2 * len(pairs))) // 2 for t in conversation.trained]
+        )
 
     def _pairs(self, messages: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
         """The (user, answer) contents, if all is plain."""
@@ -89,17 +97,26 @@ class Skeleton:
         users, answers = messages[::2], messages[1::2]
         if len(users) != len(answers) or not users:
             return None
-        if any(m["role"] != "user" for m in users) or any(m["role"] != "assistant" for m in answers):
+        if any(m["role"] != "user" for m in users) or any(
+            m["role"] != "assistant" for m in answers
+        ):
             return None
-        pairs = [(user["content"], answer["content"]) for user, answer in zip(users, answers, strict=True)]
+        pairs = [
+            (user["content"], answer["content"])
+            for user, answer in zip(users, answers, strict=True)
+        ]
         if any(may_think(answer) or not answer.strip() for _, answer in pairs):
             return None
         if len(pairs) > 1 and any(answer != answer.strip() for _, answer in pairs):
             return None  # the newest answer may be trimmed otherwise than earlier ones
         return pairs
 
-    def _take_apart(self, text: str, pairs: list[tuple[str, str]], trained: list[int]) -> list[Turn] | None:
-        """The turns of the `trained` pairs; None if the text is not made of the constant texts and the contents."""
+    def _take_apart(
+        self, text: str, pairs: list[tuple[str, str]], trained: list[int]
+    ) -> list[Turn] | None:
+        """The turns of the `trained` pairs; None if the text is not made of the constant texts and
+        the contents.
+        """
         gap = self.last_gap if len(pairs) == 1 else self.gap
         at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
         if at < 0:
@@ -116,19 +133,26 @@ class Skeleton:
             if end is None:
                 return None
             output = f"{self.lead}{text[begin:end]}{self.close}"
-            found.append(Turn(text[:user_end] + self.served, output, self.ends, self.note, self.switch))
+            found.append(
+                Turn(text[:user_end] + self.served, output, self.ends, self.note, self.switch)
+            )
             at = end + len(close)
         return [found[i] for i in trained] if at == len(text) else None
 
     def _fits_headers(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether a conversation may be cut at headers: each message follows one that a probe had before it, and no
-        content is one that templates treat in special ways."""
+        """Whether a conversation may be cut at headers: each message follows one that a probe had
+        before it, and no content is one that templates treat in special ways.
+        """
         before = None
         for message in messages:
             role, content = message["role"], message["content"]
             if before == "tool" and role == "user" and not self.interrupted:
                 return False
-            if before not in _BEFORE.get(role, ()) or message.keys() & {*REASONING} or may_think(content):
+            if (
+                before not in _BEFORE.get(role, ())
+                or message.keys() & {*REASONING}
+                or may_think(content)
+            ):
                 return False
             calls = message.get("tool_calls", ())
             if len(calls) > 1 and not self.parallel:
@@ -138,11 +162,15 @@ class Skeleton:
             before = "call" if calls else role
         return True
 
-    def _cut_at_headers(self, text: str, messages: list[dict[str, Any]], trained: list[int]) -> list[Turn] | None:
-        """The turns of a conversation with tool calls: each begins at a header and ends at a stop token.
+    def _cut_at_headers(
+        self, text: str, messages: list[dict[str, Any]], trained: list[int]
+    ) -> list[Turn] | None:
+        """The turns of a conversation with tool calls: each begins at a header and ends at a stop
+        token.
 
-        No content can spell either, for special tokens in contents are marked; if they are not, the count tells.
-        Where prompts do not continue each other, only the newest turn has its lead in the rendering.
+        No content can spell either, for special tokens in contents are marked; if they are not, the
+        count tells. Where prompts do not continue each other, only the newest turn has its lead in
+        the rendering.
         """
         lead = "" if self.joined else self.lead
         answers = [t for t, message in enumerate(messages) if message["role"] == "assistant"]
@@ -165,7 +193,9 @@ class Skeleton:
         return found
 
 
-def learn_skeleton(template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]) -> Skeleton | None:
+def learn_skeleton(
+    template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]
+) -> Skeleton | None:
     """The skeleton of a template with these settings of a row, if the turns of a probe fit one."""
     words = [USER, MODEL, NEXT, "qzfirstqz", "qzsecondqz", "qzthirdqz"]
     messages = [says("assistant" if i % 2 else "user", word) for i, word in enumerate(words)]
@@ -201,13 +231,21 @@ def learn_skeleton(template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[st
 
 
 def _calls_probe(
-    kwargs: dict[str, Any], *, system: bool = False, parallel: bool = False, interrupted: bool = False
+    kwargs: dict[str, Any],
+    *,
+    system: bool = False,
+    parallel: bool = False,
+    interrupted: bool = False,
 ) -> Conversation:
     """A conversation with plain answers and with calls behind users and behind results."""
     call, answer = calls({"qz": 1}), result("qzresultqz")
     several, results = call, [answer]
     if parallel:
-        other = {**call["tool_calls"][0], "id": "call00001", "function": {"name": "qzother", "arguments": {"qz": 2}}}
+        other = {
+            **call["tool_calls"][0],
+            "id": "call00001",
+            "function": {"name": "qzother", "arguments": {"qz": 2}},
+        }
         several = {**call, "tool_calls": [*call["tool_calls"], other]}
         results = [answer, {**answer, "name": "qzother", "tool_call_id": "call00001"}]
     messages = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
@@ -215,13 +253,23 @@ def _calls_probe(
     if system:
         messages = [says("system", "qzsystemqz"), *messages]
     if interrupted:
-        messages += [says("user", "qzsecondqz"), call, answer, says("user", "qzthirdqz"), says("assistant", "qzlastqz")]
+        messages += [
+            says("user", "qzsecondqz"),
+            call,
+            answer,
+            says("user", "qzthirdqz"),
+            says("assistant", "qzlastqz"),
+        ]
     weights = [float(message["role"] == "assistant") for message in messages]
     return Conversation(messages, weights, TOOLS, kwargs)
 
 
-def _with_headers(skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]) -> Skeleton:
-    """The skeleton, for conversations with tool calls too if their turns can be told apart by their headers."""
+def _with_headers(
+    skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]
+) -> Skeleton:
+    """The skeleton, for conversations with tool calls too if their turns can be told apart by their
+    headers.
+    """
     if skeleton.note or skeleton.switch:
         return skeleton
     conversation = _calls_probe(kwargs)
@@ -246,9 +294,14 @@ def _with_headers(skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokeniz
 
 
 def _with_system(
-    skeleton: Skeleton, template: ChatTemplate, messages: list[dict[str, Any]], kwargs: dict[str, Any]
+    skeleton: Skeleton,
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    kwargs: dict[str, Any],
 ) -> Skeleton:
-    """The skeleton, for conversations that begin with a system message too if that changes nothing else."""
+    """The skeleton, for conversations that begin with a system message too if that changes nothing
+    else.
+    """
     extended = replace(skeleton, system=True)
     weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     probes = [Conversation([says("system", "qzsystemqz"), *messages], weights, None, kwargs)]
@@ -272,7 +325,9 @@ def _forms(content: str) -> tuple[str, ...]:
 
 
 def _after(text: str, at: int, content: str, then: str) -> int | None:
-    """The end of `content` (in one of its forms) at `at` with `then` behind it; None if it is not there."""
+    """The end of `content` (in one of its forms) at `at` with `then` behind it; None if it is not
+    there.
+    """
     for form in _forms(content):
         if text.startswith(form, at) and text.startswith(then, at + len(form)):
             return at + len(form)

@@ -1,7 +1,8 @@
 """From texts with a weight each to tokens with a weight each.
 
-Text between two added tokens is tokenised independently of what stands around it. So a text is cut at its added tokens,
-each piece is tokenised once, and the tokens of the text are those of its pieces, one after another.
+Text between two added tokens is tokenised independently of what stands around it. So a text is cut
+at its added tokens, each piece is tokenised once, and the tokens of the text are those of its
+pieces, one after another.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from sftx.data.truncation import TokenSequence
 from sftx.types import Float32, Int32
 
 APART = "prompt and output tokenised apart"
-_REMEMBERED, _SHORT = 20_000, 100  # pieces, and characters of a piece worth remembering beyond its batch
+_REMEMBERED, _SHORT = (
+    20_000,
+    100,
+)  # pieces, and characters of a piece worth remembering beyond its batch
 
 
 @dataclass(slots=True)
 class TextSequence:
     """One sequence as text: chunks, each with its weight; `eos` follows the last one.
 
-    `alone`: each chunk is tokenised by itself. Otherwise the chunks are one text as a server would send it, context
-    (weight 0) and output in turn. `mark` stands inside special tokens that are meant as ordinary text. `bos`: a BOS
-    comes first (for chunks alone): always, never, or only before a target (None).
+    `alone`: each chunk is tokenised by itself. Otherwise the chunks are one text as a server would
+    send it, context (weight 0) and output in turn. `mark` stands inside special tokens that are
+    meant as ordinary text. `bos`: a BOS comes first (for chunks alone): always, never, or only
+    before a target (None).
     """
 
     chunks: list[tuple[str, float]]
@@ -41,8 +46,12 @@ class TextSequence:
     note: str = ""
 
 
-def text_sequences(turns: Sequence[Turn], weights: Sequence[float], mark: str = "") -> list[TextSequence]:
-    """Turns whose prompt continues the text so far share a sequence; each other one begins a sequence of its own."""
+def text_sequences(
+    turns: Sequence[Turn], weights: Sequence[float], mark: str = ""
+) -> list[TextSequence]:
+    """Turns whose prompt continues the text so far share a sequence; each other one begins a
+    sequence of its own.
+    """
     found: list[TextSequence] = []
     text = ""
     for turn, weight in zip(turns, weights, strict=True):
@@ -62,10 +71,11 @@ def text_sequences(turns: Sequence[Turn], weights: Sequence[float], mark: str = 
 
 @dataclass(slots=True)
 class _Pieces:
-    """A text cut at its added tokens: every second piece is one of these, the others are the text between them.
+    """A text cut at its added tokens: every second piece is one of these, the others are the text
+    between them.
 
-    `raw` is the text as it stands; in `pieces` the white space that a token takes with it is gone. `ids` holds the
-    tokens of each piece, as bytes of int32.
+    `raw` is the text as it stands; in `pieces` the white space that a token takes with it is gone.
+    `ids` holds the tokens of each piece, as bytes of int32.
     """
 
     raw: list[str]
@@ -87,10 +97,14 @@ class SpanTokenizer:
         self._lstrip = {token.content for token in added.values() if token.lstrip}
         self._rstrip = {token.content for token in added.values() if token.rstrip}
         self._first: dict[str, bytes] = {"": b""}  # ids of pieces that begin a text
-        self._inside: dict[str, bytes] = {"": b"", **self._added}  # ids of pieces that stand behind another
+        self._inside: dict[str, bytes] = {
+            "": b"",
+            **self._added,
+        }  # ids of pieces that stand behind another
         splitting, control = tokenizer.splitting.pattern, tokenizer.control.pattern
         self._split = re.compile(f"({splitting})").split
-        # In a marked text every special token is the template's own, however the tokenizer matches it.
+        # In a marked text every special token is the template's own, however the tokenizer matches
+        # it.
         self._split_marked = re.compile(f"({splitting}|{control})").split
 
     def sequences(self, rows: Sequence[Sequence[TextSequence]]) -> list[list[TokenSequence]]:
@@ -125,8 +139,12 @@ class SpanTokenizer:
                     pieces[k + 1] = pieces[k + 1].lstrip()
         return _Pieces(raw, pieces, [])
 
-    def _tokenise(self, rows: Sequence[Sequence[TextSequence]], cut: Sequence[Sequence[_Pieces]]) -> None:
-        """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in one call."""
+    def _tokenise(
+        self, rows: Sequence[Sequence[TextSequence]], cut: Sequence[Sequence[_Pieces]]
+    ) -> None:
+        """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in
+        one call.
+        """
         texts = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
             if any(sequence.mark for sequence in row):  # marks are rare
@@ -135,9 +153,16 @@ class SpanTokenizer:
             else:
                 texts += pieces_of_row
         self._learn(dict.fromkeys([text.pieces[0] for text in texts]), self._first, inside=False)
-        self._learn(dict.fromkeys([piece for text in texts for piece in text.pieces[1:]]), self._inside, inside=True)
+        self._learn(
+            dict.fromkeys([piece for text in texts for piece in text.pieces[1:]]),
+            self._inside,
+            inside=True,
+        )
         for text in texts:
-            text.ids = [self._first[text.pieces[0]], *map(self._inside.__getitem__, text.pieces[1:])]
+            text.ids = [
+                self._first[text.pieces[0]],
+                *map(self._inside.__getitem__, text.pieces[1:]),
+            ]
 
     def _learn(self, pieces: Iterable[str], known: dict[str, bytes], inside: bool) -> None:
         new = [piece for piece in pieces if piece not in known]
@@ -146,14 +171,20 @@ class SpanTokenizer:
             known.update(zip(new, [ids.tobytes() for ids in found], strict=True))
 
     def _ids_marked(self, pieces: Sequence[str], mark: str, inside: bool = False) -> list[bytes]:
-        """The tokens of pieces in which `mark` stands inside each special token that is meant as ordinary text."""
+        """The tokens of pieces in which `mark` stands inside each special token that is meant as
+        ordinary text.
+        """
         ids = []
         for k, piece in enumerate(pieces):
             if k % 2:
                 ids.append(self._added[piece])
             else:
                 plain = piece.replace(mark, "")
-                ids.append(_bytes(self._tokenizer.encode(plain, plain=True, inside=inside or k > 0)) if plain else b"")
+                ids.append(
+                    _bytes(self._tokenizer.encode(plain, plain=True, inside=inside or k > 0))
+                    if plain
+                    else b""
+                )
         return ids
 
     def _ids_of(self, text: str, mark: str, inside: bool) -> bytes:
@@ -167,7 +198,9 @@ class SpanTokenizer:
         return known[pieces[0]] + b"".join(map(self._inside.__getitem__, pieces[1:]))
 
     def _forget(self) -> None:
-        """Forget the pieces of a batch; short ones recur (the headers of turns) and are kept for the next one."""
+        """Forget the pieces of a batch; short ones recur (the headers of turns) and are kept for
+        the next one.
+        """
         for known in (self._first, self._inside):
             kept = {piece: ids for piece, ids in known.items() if len(piece) <= _SHORT}
             known.clear()
@@ -177,8 +210,8 @@ class SpanTokenizer:
     def _of_text(self, sequence: TextSequence, cut: _Pieces) -> list[TokenSequence]:
         """Find the outputs of a sequence in the tokens of its whole text.
 
-        Where the tokenizer merges letters across the border of a chunk, prompt and output are tokenised apart, as in
-        serving, and the next turn begins a sequence of its own.
+        Where the tokenizer merges letters across the border of a chunk, prompt and output are
+        tokenised apart, as in serving, and the next turn begins a sequence of its own.
         """
         ends = list(itertools.accumulate(map(len, cut.raw)))  # in characters
         sizes = [0, *itertools.accumulate(map(len, cut.ids))]  # in bytes
@@ -199,7 +232,11 @@ class SpanTokenizer:
             borders.append(sizes[k] + len(head_ids))
         everything = b"".join(cut.ids) + self._eos(sequence)
         borders.append(len(everything))
-        return [self._served(everything, borders, [weight for _, weight in sequence.chunks], sequence.note)]
+        return [
+            self._served(
+                everything, borders, [weight for _, weight in sequence.chunks], sequence.note
+            )
+        ]
 
     def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
@@ -220,7 +257,9 @@ class SpanTokenizer:
         eos = self._tokenizer.eos_id
         return _bytes([eos]) if sequence.eos and eos is not None else b""
 
-    def _served(self, everything: bytes, borders: list[int], weights: list[float], note: str) -> TokenSequence:
+    def _served(
+        self, everything: bytes, borders: list[int], weights: list[float], note: str
+    ) -> TokenSequence:
         """A sequence of these tokens; the borders of its chunks are in bytes."""
         ids = np.frombuffer(everything, np.int32)
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
@@ -234,20 +273,31 @@ class SpanTokenizer:
         chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
         bos = self._tokenizer.bos_id
         bos = self._tokenizer.eos_id if bos is None and not sequence.bos else bos
-        first = next((weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size), 0.0)
+        first = next(
+            (weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size), 0.0
+        )
         if bos is not None and (sequence.bos or (sequence.bos is None and first)):
             chunks, weights = [np.array([bos], np.int32), *chunks], [0.0, *weights]
         ids = np.concatenate(chunks)
         borders = [0, *itertools.accumulate(map(len, chunks))]
         bos = None if sequence.bos is False else bos
-        return TokenSequence(ids, *_targets(borders, weights), bos, bool(sequence.bos), sequence.context, sequence.note)
+        return TokenSequence(
+            ids,
+            *_targets(borders, weights),
+            bos,
+            bool(sequence.bos),
+            sequence.context,
+            sequence.note,
+        )
 
 
 def _bytes(ids: Sequence[int]) -> bytes:
     return np.array(ids, np.int32).tobytes()
 
 
-def _targets(borders: list[int], weights: list[float]) -> tuple[Float32, tuple[tuple[int, int], ...]]:
+def _targets(
+    borders: list[int], weights: list[float]
+) -> tuple[Float32, tuple[tuple[int, int], ...]]:
     """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
     array, spans = np.zeros(borders[-1], np.float32), []
     for begin, end, weight in zip(borders, borders[1:], weights, strict=False):

@@ -1,21 +1,31 @@
-"""The tags between which templates write a thought, and how a text that a prompt ends in opens or closes one."""
+"""The tags between which templates write a thought, and how a text that a prompt ends in opens or
+closes one.
+"""
 
 from __future__ import annotations
 
 import re
 
 # Thoughts that are not marked by a pair of tags of the usual form.
-_ODD_TAGS = {"<|channel>thought": "<channel|>", "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]"}
+_ODD_TAGS = {
+    "<|channel>thought": "<channel|>",
+    "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",
+}
 _OPEN = re.compile(
-    "|".join(map(re.escape, _ODD_TAGS)) + r"|<\|?(?!end)[^<>\s/|]*(?:think|thought|reason)[^<>\s/|]*\|?>|\[THINK\]",
+    "|".join(map(re.escape, _ODD_TAGS))
+    + r"|<\|?(?!end)[^<>\s/|]*(?:think|thought|reason)[^<>\s/|]*\|?>|\[THINK\]",
     re.IGNORECASE,
 )
 # Contents in which a template may see a thought.
-_THOUGHT = re.compile(r"(?i:think\w*\|?>|thought\w*\|?>|reason\w*\|?>|<\|?channel)|\[/?THINK|\[BEGIN FINAL RESPONSE")
+_THOUGHT = re.compile(
+    r"(?i:think\w*\|?>|thought\w*\|?>|reason\w*\|?>|<\|?channel)|\[/?THINK|\[BEGIN FINAL RESPONSE"
+)
 
 
 def close_tag(tag: str) -> str:
-    """`</think>` for `<think>`, `[/THINK]` for `[THINK]`, `<|END_THINKING|>` for `<|START_THINKING|>`; "" for ""."""
+    """`</think>` for `<think>`, `[/THINK]` for `[THINK]`, `<|END_THINKING|>` for
+    `<|START_THINKING|>`; "" for "".
+    """
     if tag in _ODD_TAGS or not tag:
         return _ODD_TAGS.get(tag, "")
     for begin, end in (("START", "END"), ("start", "end"), ("begin", "end")):
@@ -25,9 +35,11 @@ def close_tag(tag: str) -> str:
 
 
 def opening_of(prompt: str) -> tuple[str, str]:
-    """The thought that a prompt ends in, as (all of it, its opening tag); ("", "") if it ends in none.
+    """The thought that a prompt ends in, as (all of it, its opening tag); ("", "") if it ends in
+    none.
 
-    A thought that was opened and closed again at once counts too. It is open if the text does not hold its close tag.
+    A thought that was opened and closed again at once counts too. It is open if the text does not
+    hold its close tag.
     """
     window = prompt[-80:]
     last = next(reversed(list(_OPEN.finditer(window))), None)
@@ -53,4 +65,6 @@ def thought_in(content: str, tag: str) -> str:
 
 def may_think(content: str) -> bool:
     """Whether a template may see a thought in a content; most hold no character that marks a tag."""
-    return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(content) is not None
+    return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(
+        content
+    ) is not None

@@ -1,4 +1,6 @@
-"""What a chat template does, learned from a few probes: its stop token, its header, and how it treats thoughts."""
+"""What a chat template does, learned from a few probes: its stop token, its header, and how it
+treats thoughts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from sftx.data.chat.renderer import (
 from sftx.data.chat.thoughts import close_tag, open_tag, opening_of
 from sftx.data.tokenizer import Tokenizer
 
-_BEGINS = re.compile("start|begin|user|assistant|chatbot|system", re.IGNORECASE)  # in names of tokens that open a turn
+_BEGINS = re.compile(
+    "start|begin|user|assistant|chatbot|system", re.IGNORECASE
+)  # in names of tokens that open a turn
 _SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
 _ABOUT_THOUGHTS = re.compile(r"\b\w*(?:think|reason)\w*\b")
 _QUESTION, _ANSWER = says("user", USER), says("assistant", MODEL)
@@ -34,8 +38,9 @@ _THOUGHTFUL = {**_ANSWER, **dict.fromkeys(REASONING, THOUGHT)}
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a plain output ends: its stop token, if there is one; the text the template writes after the output; the text
-    to add where a template writes the stop token only before a next turn."""
+    """How a plain output ends: its stop token, if there is one; the text the template writes after
+    the output; the text to add where a template writes the stop token only before a next turn.
+    """
 
     stop: str | None
     written: str
@@ -43,7 +48,9 @@ class Ending:
 
 
 class Traits:
-    """What the template of `renderer` does. Each trait is found when it is asked for the first time."""
+    """What the template of `renderer` does. Each trait is found when it is asked for the first
+    time.
+    """
 
     def __init__(self, renderer: Renderer, tokenizer: Tokenizer):
         self._probe = renderer.probe
@@ -62,7 +69,9 @@ class Traits:
 
     @cached_property
     def header(self) -> str:
-        """What a prompt writes before an answer, without a thought that it opens; "" if it writes nothing."""
+        """What a prompt writes before an answer, without a thought that it opens; "" if it writes
+        nothing.
+        """
         asked = self._probe(_QUESTION) or ""
         written = self._prompt[len(common(self._prompt, asked)) :]
         opening, _ = opening_of(self._prompt)
@@ -72,12 +81,15 @@ class Traits:
     def ending(self) -> Ending:
         """How a plain output ends.
 
-        The stop token is one of the special tokens that directly follow the content: one at which generation stops, if
-        it is known, else the last of those that also follow it when the conversation goes on.
+        The stop token is one of the special tokens that directly follow the content: one at which
+        generation stops, if it is known, else the last of those that also follow it when the
+        conversation goes on.
         """
         written = self._full.rpartition(MODEL)[2] if MODEL in self._full else ""
         later = self._probe(_QUESTION, _ANSWER, says("user", NEXT)) or ""
-        between = later[later.rfind(MODEL) + len(MODEL) : later.rfind(NEXT)] if MODEL in later else ""
+        between = (
+            later[later.rfind(MODEL) + len(MODEL) : later.rfind(NEXT)] if MODEL in later else ""
+        )
         stop = self._stop(written, between)
         if stop is not None:
             return Ending(stop, written)
@@ -125,7 +137,9 @@ class Traits:
 
     @cached_property
     def switches(self) -> dict[bool, dict[str, Any]]:
-        """The template's own setting that lets an answer begin with a thought (True) or not (False); {} if none."""
+        """The template's own setting that lets an answer begin with a thought (True) or not
+        (False); {} if none.
+        """
         return {thinking: self._switch(thinking) for thinking in (True, False)}
 
     def _switch(self, thinking: bool) -> dict[str, Any]:
@@ -143,13 +157,17 @@ class Traits:
         between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
         if closing in between:
             begun = self._full[: self._full.rfind(MODEL)]
-            lead = begun.removeprefix(common(begun, self._prompt))  # what stands before every answer
+            lead = begun.removeprefix(
+                common(begun, self._prompt)
+            )  # what stands before every answer
             return between.removesuffix(lead)
         line = "\n" if f"{tag}\n" in self._prompt else ""
         return f"{line}{closing}{line * 2}"
 
     def closed_at_once(self, opening: str, tag: str) -> str:
-        """What closes a thought just opened: as the template writes an empty thought, else the usual closing."""
+        """What closes a thought just opened: as the template writes an empty thought, else the
+        usual closing.
+        """
         source = self._source.replace("\\n", "\n")
         written = re.search(rf"{re.escape(tag)}\s*{re.escape(close_tag(tag))}\s*(?=['\"])", source)
         if written and written.group().startswith(opening):
@@ -158,7 +176,9 @@ class Traits:
 
     @cached_property
     def keeps_thoughts(self) -> dict[str, Any]:
-        """A setting of the template with which it writes the thought of an answer; {} if it has none."""
+        """A setting of the template with which it writes the thought of an answer; {} if it has
+        none.
+        """
         for key in sorted(set(_ABOUT_THOUGHTS.findall(self._source)) - {*REASONING} | {*_SWITCHES}):
             for value in (True, False):
                 if THOUGHT in (self._probe(_QUESTION, _THOUGHTFUL, **{key: value}) or ""):

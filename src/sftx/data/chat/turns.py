@@ -1,8 +1,8 @@
 """The two texts that define a trained turn: what a server sends, and what the model must answer.
 
 For turn t the prompt is `render(messages[:t], add_generation_prompt=True)` and the output is what
-`render(messages[:t + 1])` adds to it, up to and including the stop token. Every output is checked: it holds the
-content, the calls and the thought of its message, and no header of a turn.
+`render(messages[:t + 1])` adds to it, up to and including the stop token. Every output is checked:
+it holds the content, the calls and the thought of its message, and no header of a turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from sftx.data.chat.calls import has_new_escapes, lost_call
 from sftx.data.chat.conversation import REASONING, Conversation
-from sftx.data.chat.renderer import MODEL, NEXT, THOUGHT, TOOLS, USER, Renderer, calls, common, common_length, says
+from sftx.data.chat.renderer import (
+    MODEL,
+    NEXT,
+    THOUGHT,
+    TOOLS,
+    USER,
+    Renderer,
+    calls,
+    common,
+    common_length,
+    says,
+)
 from sftx.data.chat.thoughts import close_tag, open_tag, opening_of, thought_in
 from sftx.data.chat.traits import Traits
 from sftx.data.tokenizer import Tokenizer
@@ -27,8 +38,10 @@ _ASKS = ("user", "tool")  # roles that ask for an answer
 
 @dataclass(slots=True)
 class Turn:
-    """One trained turn as text. `ends`: the output ends in the template's stop token; if not, EOS must follow it.
-    `switch`: settings of the template that the server must send along with the messages."""
+    """One trained turn as text. `ends`: the output ends in the template's stop token; if not, EOS
+    must follow it. `switch`: settings of the template that the server must send along with the
+    messages.
+    """
 
     prompt: str
     output: str
@@ -38,7 +51,9 @@ class Turn:
 
 
 class ChatTemplate:
-    """A chat template, and the turns of conversations rendered with it. `UserError` if it does not compile."""
+    """A chat template, and the turns of conversations rendered with it. `UserError` if it does not
+    compile.
+    """
 
     def __init__(
         self,
@@ -65,7 +80,9 @@ class ChatTemplate:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end outputs: `stop_id`, and the one after a tool call where that is another."""
+        """The tokens that end outputs: `stop_id`, and the one after a tool call where that is
+        another.
+        """
         try:
             turn = self.turn(Conversation([says("user", USER), calls({})], [0.0, 1.0], TOOLS), 1)
         except RowError:
@@ -95,7 +112,9 @@ class ChatTemplate:
             assert refusal is not None
             raise refusal
         if self._lost_reasoning == "error":
-            raise RowError(f"turn {t}: the {self.name} leaves out the reasoning; {self.how_to_keep_thoughts()}")
+            raise RowError(
+                f"turn {t}: the {self.name} leaves out the reasoning; {self.how_to_keep_thoughts()}"
+            )
         without_thought.note = "; ".join(filter(None, [LOST_REASONING, without_thought.note]))
         return without_thought
 
@@ -107,7 +126,9 @@ class ChatTemplate:
         return "set data.template to a template that writes reasoning_content"
 
     def _switches(self, conversation: Conversation, t: int, thought: str) -> list[dict[str, Any]]:
-        """The settings of the template to try, best first; those that a row sets itself stay as they are."""
+        """The settings of the template to try, best first; those that a row sets itself stay as
+        they are.
+        """
         own = self.traits.switches[bool(thought)]
         if not own or own.keys() & conversation.kwargs.keys():
             return [{}]
@@ -118,7 +139,9 @@ class ChatTemplate:
             return [{}]
         return [own, {}]
 
-    def _answer(self, conversation: Conversation, t: int, thought: str, switch: dict[str, Any]) -> Turn:
+    def _answer(
+        self, conversation: Conversation, t: int, thought: str, switch: dict[str, Any]
+    ) -> Turn:
         """Turn `t` with these settings of the template."""
         message = conversation.messages[t]
         prompt, full = self._prompt(conversation, t, switch)
@@ -143,7 +166,9 @@ class ChatTemplate:
             unwritten = self.traits.unwritten_after_call
         return self._ended(prompt, output, note, said, unwritten, switch)
 
-    def _prompt(self, conversation: Conversation, t: int, switch: dict[str, Any]) -> tuple[str, str]:
+    def _prompt(
+        self, conversation: Conversation, t: int, switch: dict[str, Any]
+    ) -> tuple[str, str]:
         """What a server sends for turn `t`, and the text of the messages up to and with it."""
         full = self.render(conversation, t + 1, False, **switch)
         header = self.traits.header
@@ -151,7 +176,8 @@ class ChatTemplate:
             begin = self._behind_header(conversation, t, header, full, switch)
             if begin is None:
                 raise RowError(
-                    "the conversation begins with an output, and the template writes no prompt before it: "
+                    "the conversation begins with an output, and the template writes no prompt "
+                    "before it: "
                     "put a prompt first, or data.train_on: last trains only the last answer"
                 )
             return full[:begin], full
@@ -160,13 +186,20 @@ class ChatTemplate:
         asks = before in _ASKS or (before != "assistant" and not header)
         if not asks and prompt == self.render(conversation, t, False, **switch):
             raise RowError(
-                f"turn {t}: the {self.name} has no prompt for an answer that follows a message of the role {before!r}: "
+                f"turn {t}: the {self.name} has no prompt for an answer that follows a message of "
+                f"the role {before!r}: "
                 "no server can ask for it; join the two messages, or set train: false on this one"
             )
         return prompt, full
 
     def _continuation(
-        self, conversation: Conversation, t: int, prompt: str, full: str, thought: str, switch: dict[str, Any]
+        self,
+        conversation: Conversation,
+        t: int,
+        prompt: str,
+        full: str,
+        thought: str,
+        switch: dict[str, Any],
     ) -> str:
         """What must follow `prompt` so that turn `t` has been said."""
         if full.startswith(prompt):
@@ -184,12 +217,22 @@ class ChatTemplate:
         rest = full[begin:]
         if not tag:
             return rest
-        return self._after_opening(opening, tag, rest, thought, conversation.messages[t], _unfaithful(prompt, full, t))
+        return self._after_opening(
+            opening, tag, rest, thought, conversation.messages[t], _unfaithful(prompt, full, t)
+        )
 
     def _after_opening(
-        self, opening: str, tag: str, rest: str, thought: str, message: dict[str, Any], unfaithful: RowError
+        self,
+        opening: str,
+        tag: str,
+        rest: str,
+        thought: str,
+        message: dict[str, Any],
+        unfaithful: RowError,
     ) -> str:
-        """The answer `rest`, which does not know that the prompt ends in `opening`, as it must go on behind that."""
+        """The answer `rest`, which does not know that the prompt ends in `opening`, as it must go
+        on behind that.
+        """
         shared = common_length(opening, rest)
         tail = rest[shared:] if shared >= len(tag) else rest
         closing = close_tag(tag)
@@ -205,7 +248,9 @@ class ChatTemplate:
             written = next((message[key] for key in REASONING if message.get(key)), "").strip("\n")
             if written:
                 return written + ("" if begun else self.traits.closing(tag)) + tail
-            inside, _, after = message["content"].partition(closing)  # the thought stands in the content
+            inside, _, after = message["content"].partition(
+                closing
+            )  # the thought stands in the content
             gap = "" if tail[:1].isspace() else after.removesuffix(after.lstrip())
             return inside.lstrip().removeprefix(opening).removeprefix(tag) + closing + gap + tail
         return tail if begun else self.traits.closed_at_once(opening, tag) + tail
@@ -213,10 +258,16 @@ class ChatTemplate:
     def _continues_without_header(
         self, conversation: Conversation, t: int, base: str, full: str, switch: dict[str, Any]
     ) -> bool:
-        """Whether the text goes on where the prompt has a header, as some templates do behind a tool result."""
+        """Whether the text goes on where the prompt has a header, as some templates do behind a
+        tool result.
+        """
         header = self.traits.header
         first = self._tokenizer.splitting.search(header)
-        if first is None or not base.endswith(header) or not full.startswith(base.removesuffix(header)):
+        if (
+            first is None
+            or not base.endswith(header)
+            or not full.startswith(base.removesuffix(header))
+        ):
             return False
         payload = self._begin_of_payload(conversation, t, full, switch)
         return first.group() not in full[len(base) - len(header) : payload]
@@ -224,14 +275,20 @@ class ChatTemplate:
     def _begin_after_rewriting(
         self, conversation: Conversation, t: int, base: str, full: str, switch: dict[str, Any]
     ) -> int:
-        """Where turn `t` begins in `full` if the template writes earlier turns otherwise once this turn is there:
-        behind the last header before what it says. `RowError` if the message before stands between them."""
+        """Where turn `t` begins in `full` if the template writes earlier turns otherwise once this
+        turn is there: behind the last header before what it says. `RowError` if the message before
+        stands between them.
+        """
         last = last_added(self._tokenizer, base)
         header = base[last.start() :] if last else self.traits.header
         begin = self._behind_header(conversation, t, header, full, switch)
         before = conversation.messages[t - 1]
         if begin is not None and before["content"]:
-            messages = [*conversation.messages[: t - 1], {**before, "content": NEXT}, conversation.messages[t]]
+            messages = [
+                *conversation.messages[: t - 1],
+                {**before, "content": NEXT},
+                conversation.messages[t],
+            ]
             probe = Conversation(messages, [], conversation.tools, conversation.kwargs)
             text = self.render(probe, t + 1, False, **switch)
             at = self._behind_header(probe, t, header, text, switch)
@@ -249,20 +306,30 @@ class ChatTemplate:
         at = full[:payload].rfind(header) if header.strip() else -1
         return None if at < 0 else at + len(header)
 
-    def _begin_of_payload(self, conversation: Conversation, t: int, full: str, switch: dict[str, Any]) -> int:
-        """Where the first thing that turn `t` says begins in `full`: before it, another turn would read the same."""
+    def _begin_of_payload(
+        self, conversation: Conversation, t: int, full: str, switch: dict[str, Any]
+    ) -> int:
+        """Where the first thing that turn `t` says begins in `full`: before it, another turn would
+        read the same.
+        """
         message = conversation.messages[t]
         other = {**message, **{key: THOUGHT for key in REASONING if message.get(key)}}
         if message["content"]:
             other["content"] = MODEL
         if message.get("tool_calls"):
             other["tool_calls"] = [
-                {**call, "function": {**call["function"], "name": "qztool"}} for call in message["tool_calls"]
+                {**call, "function": {**call["function"], "name": "qztool"}}
+                for call in message["tool_calls"]
             ]
         if other == message:
             other = {**message, "content": MODEL}
         messages = [*conversation.messages[:t], other]
-        probe = self.render(Conversation(messages, [], conversation.tools, conversation.kwargs), t + 1, False, **switch)
+        probe = self.render(
+            Conversation(messages, [], conversation.tools, conversation.kwargs),
+            t + 1,
+            False,
+            **switch,
+        )
         return len(common(full, probe))
 
     def _check(
@@ -272,13 +339,24 @@ class ChatTemplate:
         message = conversation.messages[t]
         content = message["content"].strip()
         if lost := lost_call(message, output):
-            raise RowError(f"turn {t}: the {self.name} does not render tool calls as they are: {lost}")
+            raise RowError(
+                f"turn {t}: the {self.name} does not render tool calls as they are: {lost}"
+            )
         if has_new_escapes(output, message):
-            raise RowError(f"turn {t}: the {self.name} writes HTML escapes that the row does not have: {output!r:.200}")
+            raise RowError(
+                f"turn {t}: the {self.name} writes HTML escapes that the row does not have: "
+                f"{output!r:.200}"
+            )
         own_thought = self._thought(message)
         thought_inside = bool(own_thought) and own_thought in content
-        if content not in output and not thought_inside and not self._shows_content(conversation, t, switch):
-            raise RowError(f"turn {t}: the {self.name} leaves out the content of the answer ({content[:80]!r})")
+        if (
+            content not in output
+            and not thought_inside
+            and not self._shows_content(conversation, t, switch)
+        ):
+            raise RowError(
+                f"turn {t}: the {self.name} leaves out the content of the answer ({content[:80]!r})"
+            )
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
         return [text for text in (content, thought, *names) if text]
 
@@ -293,27 +371,40 @@ class ChatTemplate:
         full = self.render(conversation, t + 1, False)
         content = conversation.messages[t]["content"]
         messages = [*conversation.messages[:t], {**conversation.messages[t], "content": MODEL}]
-        probe = self.render(Conversation(messages, [], conversation.tools, conversation.kwargs), t + 1, False)
+        probe = self.render(
+            Conversation(messages, [], conversation.tools, conversation.kwargs), t + 1, False
+        )
         at = probe.rfind(MODEL)
         if at < 0 or not full.startswith(probe[:at]):
             raise _unfaithful("", full, t)
         return self._ended(full[:at], full[at:], "", [content], self.traits.ending.unwritten, {})
 
     def _ended(
-        self, prompt: str, output: str, note: str, said: list[str], unwritten: str, switch: dict[str, Any]
+        self,
+        prompt: str,
+        output: str,
+        note: str,
+        said: list[str],
+        unwritten: str,
+        switch: dict[str, Any],
     ) -> Turn:
-        """The turn with its output cut after the first stop token that follows all that was `said`, or with the
-        `unwritten` one added."""
+        """The turn with its output cut after the first stop token that follows all that was `said`,
+        or with the `unwritten` one added.
+        """
         ending = self.traits.ending
         if ending.stop is not None and ending.stop in output and not unwritten:
-            spoken = max((output.rfind(text) + len(text) for text in said if text in output), default=0)
+            spoken = max(
+                (output.rfind(text) + len(text) for text in said if text in output), default=0
+            )
             at = output.find(ending.stop, spoken)
             at = output.rfind(ending.stop) if at < 0 else at
             return Turn(prompt, output[: at + len(ending.stop)], True, note, switch)
         last = last_added(self._tokenizer, output)
         if last and self._tokenizer.is_special(last.group()) and not output[last.end() :].strip():
             return Turn(prompt, output[: last.end()], True, note, switch)
-        return Turn(prompt, output.removesuffix(ending.written) + unwritten, bool(unwritten), note, switch)
+        return Turn(
+            prompt, output.removesuffix(ending.written) + unwritten, bool(unwritten), note, switch
+        )
 
     def _thought(self, message: dict[str, Any]) -> str:
         """The thought of a turn, from its own field or from its content; "" if it has none."""

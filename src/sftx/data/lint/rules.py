@@ -39,7 +39,9 @@ _TEXTS = (  # the name in `problems`, the check, and what it says
 
 @dataclass(slots=True)
 class Finding:
-    """One kind of problem: how many rows have it, where they stand, and which row each of them is like."""
+    """One kind of problem: how many rows have it, where they stand, and which row each of them is
+    like.
+    """
 
     check: str
     serious: bool
@@ -73,7 +75,9 @@ def _once(data: Data) -> Data:
         return [s if isinstance(s, str) else s.model_copy(update={"weight": 1.0}) for s in given]
 
     plain = {"on_bad_row": "skip", "mix_by": "rows"}
-    return data.model_copy(update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)})
+    return data.model_copy(
+        update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)}
+    )
 
 
 def _finding(
@@ -82,7 +86,9 @@ def _finding(
     """A finding at the given indices or lines, each row named once."""
     indices = [int(i) for i in where]
     rows = {place(i): partner(i) if partner else "" for i in indices}
-    return Finding(check, serious, message, len(indices), list(rows), list(rows.values()) if partner else [])
+    return Finding(
+        check, serious, message, len(indices), list(rows), list(rows.values()) if partner else []
+    )
 
 
 def _of_drops(corpus: Corpus) -> list[Finding]:
@@ -90,7 +96,9 @@ def _of_drops(corpus: Corpus) -> list[Finding]:
         drop = corpus.drops[index]
         return f"{corpus.origins[drop.origin].place(drop.line)}: {drop.reason}"
 
-    kinds = {bad: [i for i, drop in enumerate(corpus.drops) if drop.bad == bad] for bad in (True, False)}
+    kinds = {
+        bad: [i for i, drop in enumerate(corpus.drops) if drop.bad == bad] for bad in (True, False)
+    }
     return [
         _finding("bad rows", True, "rows that cannot be encoded", kinds[True], place),
         _finding("dropped rows", True, "rows that the settings drop", kinds[False], place),
@@ -98,9 +106,13 @@ def _of_drops(corpus: Corpus) -> list[Finding]:
 
 
 def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
-    """Findings in the encoded examples: outputs without content or end, lost targets, extreme lengths."""
+    """Findings in the encoded examples: outputs without content or end, lost targets, extreme
+    lengths.
+    """
     stops = set(encoder.tokenizer.stop_ids) | {encoder.stop_id}
-    is_special = np.isin(np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids))
+    is_special = np.isin(
+        np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids)
+    )
     columns = corpus.columns
     last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
     empty, single, endless = [], [], []
@@ -133,15 +145,27 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     return [
         _finding("lost reasoning", True, reasoning, thoughtless, place),
         _finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
-        _finding("endless outputs", True, "outputs that do not end in a stop token", endless, place),
+        _finding(
+            "endless outputs", True, "outputs that do not end in a stop token", endless, place
+        ),
         _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),
         _finding("short outputs", False, "outputs of one token", single, place),
         _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
         _finding(
-            "shortened prompts", many, f"examples without the oldest turns of their prompt at {limit}", behind, place
+            "shortened prompts",
+            many,
+            f"examples without the oldest turns of their prompt at {limit}",
+            behind,
+            place,
         ),
         _finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
-        _finding("extreme lengths", False, f"examples far from the median of {typical:.0f} tokens", extreme, place),
+        _finding(
+            "extreme lengths",
+            False,
+            f"examples far from the median of {typical:.0f} tokens",
+            extreme,
+            place,
+        ),
     ]
 
 
@@ -153,7 +177,16 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
     original = dict(zip(starts.tolist(), starts[first[inverse]].tolist(), strict=True))
     again = [i for i, earlier in original.items() if i != earlier]
     many, message = len(again) > 0.01 * len(rows), "rows that repeat another"
-    found = [_finding("exact duplicates", many, message, again, corpus.place, lambda i: corpus.place(original[i]))]
+    found = [
+        _finding(
+            "exact duplicates",
+            many,
+            message,
+            again,
+            corpus.place,
+            lambda i: corpus.place(original[i]),
+        )
+    ]
     if held_out is not None:
         digests = _row_digests(held_out)
         inside = np.isin(digests, rows)
@@ -161,7 +194,11 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
         trained = starts[first[np.searchsorted(known, digests[inside])]]
         twins = dict(zip(overlap.tolist(), trained.tolist(), strict=True))
         message = "held-out rows that are also trained on"
-        found.append(_finding("overlap", True, message, overlap, held_out.place, lambda i: corpus.place(twins[i])))
+        found.append(
+            _finding(
+                "overlap", True, message, overlap, held_out.place, lambda i: corpus.place(twins[i])
+            )
+        )
     return found
 
 
@@ -173,7 +210,9 @@ def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
 
 
 def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
-    """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets, odd arguments."""
+    """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets,
+    odd arguments.
+    """
     places: list[str] = []
     hashes: list[int] = []
     like: dict[int, int] = {}
@@ -190,9 +229,13 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
                 text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
                 hashes.append(hash(text))
                 answer = "\n".join(text for text, role in said if role == "assistant")
-                asked = "\n".join(text for text, role in said if role not in ("assistant", "system", "developer"))
+                asked = "\n".join(
+                    text for text, role in said if role not in ("assistant", "system", "developer")
+                )
                 earlier = seen.add(answer or text, asked)
-                if earlier is not None and hashes[earlier] != hashes[number]:  # exact copies are another finding
+                if (
+                    earlier is not None and hashes[earlier] != hashes[number]
+                ):  # exact copies are another finding
                     like[number] = earlier
                 for name in problems(row, text, encoder.tokenizer.control):
                     hits[name].append(number)
@@ -206,17 +249,23 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
         return places[like[index]]
 
     found = [
-        _finding("near overlap", True, "held-out rows much like a training row", across, place, partner),
+        _finding(
+            "near overlap", True, "held-out rows much like a training row", across, place, partner
+        ),
         _finding("near duplicates", False, "rows much like an earlier one", inside, place, partner),
     ]
     for name, check, message in _TEXTS:
-        serious = check == "secrets" or (check == "template mismatch" and len(hits[name]) > 0.01 * len(places))
+        serious = check == "secrets" or (
+            check == "template mismatch" and len(hits[name]) > 0.01 * len(places)
+        )
         found.append(_finding(check, serious, message, hits[name], place))
     return found + calls.findings(place)
 
 
 class _Calls:
-    """The arguments of all tool calls: which are null almost everywhere, and which the tool does not have."""
+    """The arguments of all tool calls: which are null almost everywhere, and which the tool does
+    not have.
+    """
 
     def __init__(self) -> None:
         self._times: Counter[tuple[str, str]] = Counter()
@@ -239,13 +288,19 @@ class _Calls:
 
     def findings(self, place: Place) -> list[Finding]:
         """What was found in all rows."""
-        empty = {key for key, rows in self._null.items() if len(rows) >= max(0.9 * self._times[key], FEW)}
+        empty = {
+            key for key, rows in self._null.items() if len(rows) >= max(0.9 * self._times[key], FEW)
+        }
         rows = sorted({number for key in empty for number in self._null[key]})
         names = _named([".".join(key) for key in sorted(empty)])
         strange = _named(sorted({name for found in self._strange.values() for name in found}))
         return [
             _finding(
-                "null arguments", False, f"rows with arguments that are null almost everywhere{names}", rows, place
+                "null arguments",
+                False,
+                f"rows with arguments that are null almost everywhere{names}",
+                rows,
+                place,
             ),
             _finding("invented nulls", False, f"rows with {INVENTED}", self._left_out, place),
             _finding(

@@ -1,4 +1,6 @@
-"""What is likely wrong with the text of one row: secrets, foreign markers, refusals, answers cut off, and the like."""
+"""What is likely wrong with the text of one row: secrets, foreign markers, refusals, answers cut
+off, and the like.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from itertools import pairwise
 
 from sftx.types import Row
 
-MOJIBAKE = re.compile(r"\ufffd|Ã[\x80-\xbf¡-¿]|Â[\xa0-\xbf]|â€[\x90-\x9f™œ“”˜¦\x9d]|ï»¿|ðŸ[\x80-\xbf˜™]")
+MOJIBAKE = re.compile(
+    r"\ufffd|Ã[\x80-\xbf¡-¿]|Â[\xa0-\xbf]|â€[\x90-\x9f™œ“”˜¦\x9d]|ï»¿|ðŸ[\x80-\xbf˜™]"
+)
 SECRETS = re.compile(
     r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{60,}|\bhf_[A-Za-z0-9]{30,}\b"
     r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[0-9A-Za-z_-]{35}\b"
@@ -37,7 +41,8 @@ HTML = re.compile(
 )
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 UNFINISHED = re.compile(  # how no sentence ends
-    r"(?:[,:(\[{“]|\b(?:a|an|and|as|at|because|but|by|for|from|in|is|of|or|that|the|to|which|with))$", re.IGNORECASE
+    r"(?:[,:(\[{“]|\b(?:a|an|and|as|at|because|but|by|for|from|in|is|of|or|that|the|to|which|with))$",
+    re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"[.!?][\"”’')]*(?:\s|$)")
 LIST_ITEM = re.compile(r"\s*(?:[-*•#|>]|\d+[.)])")
@@ -54,7 +59,9 @@ def texts(row: Row) -> Iterator[tuple[str, str]]:
         role = message.get("role", "")
         yield message.get("content", ""), role
         yield message.get("reasoning_content", ""), role
-        yield from ((json.dumps(call, ensure_ascii=False), role) for call in message.get("tool_calls", ()))
+        yield from (
+            (json.dumps(call, ensure_ascii=False), role) for call in message.get("tool_calls", ())
+        )
 
 
 def problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
@@ -79,8 +86,14 @@ def problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
 
 def _answers(row: Row) -> Iterator[tuple[str, str]]:
     """Every answer with the text before it."""
-    said = [(phrase.text, bool(phrase.weight)) for phrase in row.phrases] if row.kind == "phrases" else []
-    said += [(message.get("content", ""), message.get("role") == "assistant") for message in row.messages]
+    said = (
+        [(phrase.text, bool(phrase.weight)) for phrase in row.phrases]
+        if row.kind == "phrases"
+        else []
+    )
+    said += [
+        (message.get("content", ""), message.get("role") == "assistant") for message in row.messages
+    ]
     before = ""
     for text, is_answer in said:
         if is_answer:
@@ -101,7 +114,9 @@ def _problems_of_answer(question: str, answer: str) -> Iterator[str]:
 
 
 def _is_cut_off(answer: str) -> bool:
-    """Whether an answer stops in the middle: in a block of code, in a list of words, or in a sentence of prose."""
+    """Whether an answer stops in the middle: in a block of code, in a list of words, or in a
+    sentence of prose.
+    """
     if answer.count("```") % 2:
         return True
     text = answer.rstrip()
@@ -110,7 +125,11 @@ def _is_cut_off(answer: str) -> bool:
     last = text.rpartition("\n")[2]
     if UNFINISHED.search(last):
         return True
-    is_prose = len(SENTENCE_END.findall(text)) >= 2 and not LIST_ITEM.match(last) and len(last.split()) >= 8
+    is_prose = (
+        len(SENTENCE_END.findall(text)) >= 2
+        and not LIST_ITEM.match(last)
+        and len(last.split()) >= 8
+    )
     return is_prose and last[-1].isalnum()
 
 
@@ -122,10 +141,17 @@ def _luhn(text: str) -> bool:
 
 
 def _wrong_order(row: Row) -> bool:
-    """System not first, the same speaker twice in a row, a tool result nobody asked for, or no answer at the end."""
+    """System not first, the same speaker twice in a row, a tool result nobody asked for, or no
+    answer at the end.
+    """
     roles = [message.get("role", "") for message in row.messages]
     twice = any(a == b and a in ("user", "assistant", "system") for a, b in pairwise(roles))
-    late = any(role in ("system", "developer") for role in roles[1:]) and roles[:2] != ["system", "developer"]
-    asked = [bool(message.get("tool_calls")) or message.get("role") == "tool" for message in row.messages]
+    late = any(role in ("system", "developer") for role in roles[1:]) and roles[:2] != [
+        "system",
+        "developer",
+    ]
+    asked = [
+        bool(message.get("tool_calls")) or message.get("role") == "tool" for message in row.messages
+    ]
     unasked = any(role == "tool" and (i == 0 or not asked[i - 1]) for i, role in enumerate(roles))
     return bool(roles) and (twice or late or unasked or roles[-1] != "assistant")

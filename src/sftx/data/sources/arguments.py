@@ -11,7 +11,9 @@ INVENTED = "null arguments left out that the tool does not have"
 
 
 def parameters(tools: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
-    """The names of the arguments of each tool, by its name; a tool that takes any, or has an odd schema, is absent."""
+    """The names of the arguments of each tool, by its name; a tool that takes any, or has an odd
+    schema, is absent.
+    """
     found: dict[str, set[str]] = {}
     for tool in tools:
         inner = tool.get("function", tool)
@@ -35,12 +37,15 @@ def calls_of(messages: Sequence[Message]) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def without_invented(messages: Any, tools: Sequence[dict[str, Any]]) -> tuple[Any, bool]:
-    """Messages as they are in a file, without null arguments that their tools do not have; whether there were any.
+    """Messages as they are in a file, without null arguments that their tools do not have; whether
+    there were any.
 
-    Tables give every call the arguments of all calls: what is null and not the tool's own, nobody wrote. Arguments that
-    are JSON text are no part of a table, and stay as they are.
+    Tables give every call the arguments of all calls: what is null and not the tool's own, nobody
+    wrote. Arguments that are JSON text are no part of a table, and stay as they are.
     """
-    if not isinstance(messages, list) or not any(isinstance(m, dict) and m.get("tool_calls") for m in messages):
+    if not isinstance(messages, list) or not any(
+        isinstance(m, dict) and m.get("tool_calls") for m in messages
+    ):
         return messages, False
     known = parameters(tools)
     kept = [_with_calls(message, known) for message in messages]

@@ -1,4 +1,5 @@
-"""Fields that other tools give a meaning: honoured where ours is the same, refused by name where it is not.
+"""Fields that other tools give a meaning: honoured where ours is the same, refused by name where it
+is not.
 
 What stands here would otherwise be read over, and the row trained as if it were not there.
 """
@@ -17,7 +18,8 @@ _TRAIN = {"training": "Axolotl", "loss": "ms-swift", "trainable": "Tinker"}
 _WEIGHT = "'weight', a number of at least 0 by which each token of the message counts"
 _NO_MEDIA = "only text can be trained on"
 _MESSAGE = {
-    "train_detail": "a part of a message has no weight of its own; write the row as segments or tokens",
+    "train_detail": "a part of a message has no weight of its own; write the row as segments or "
+    "tokens",
     "loss_scale": f"write it as {_WEIGHT}",
     "loss_weight": f"write it as {_WEIGHT}",
     "loss_mask": "write it as 'train': true or false",
@@ -55,9 +57,14 @@ def own_marks(message: dict[str, Any], at: str) -> None:
             continue
         value = message.pop(field)
         if not isinstance(value, bool):
-            raise RowError(f"{at}.{field} must be true or false (as in {tool}), not {kind_name(value)}")
+            raise RowError(
+                f"{at}.{field} must be true or false (as in {tool}), not {kind_name(value)}"
+            )
         if field == "loss" and value and message.get("role") != "assistant":
-            raise RowError(f"{at}.loss: {tool} reads it on assistant messages only; to train this one, say train: true")
+            raise RowError(
+                f"{at}.loss: {tool} reads it on assistant messages only; to train this one, say "
+                "train: true"
+            )
         if message.setdefault("train", value) != value:
             raise RowError(f"{at} says train: {message['train']!r} and {field}: {value!r}")
 
@@ -70,11 +77,14 @@ def check_part(part: dict[str, Any], at: str) -> None:
 
 
 def check_columns(raw: dict[str, Any], form: str) -> None:
-    """`RowError` if a column that the format does not read says that the row should be trained otherwise."""
+    """`RowError` if a column that the format does not read says that the row should be trained
+    otherwise.
+    """
     for column in _looked_at(tuple(raw)):
         if advice := _objection(raw, column, form):
             raise RowError(
-                f"column {column!r} is not read: {advice}; data.columns: {{{column}: null}} leaves the column out"
+                f"column {column!r} is not read: {advice}; data.columns: {{{column}: null}} "
+                "leaves the column out"
             )
 
 
@@ -87,15 +97,24 @@ def _objection(raw: dict[str, Any], column: str, form: str) -> str:
     """Why a column may not be left unread, and what to do; "" if it may."""
     value = raw[column]
     if column in _LABELS:
-        is_bad_answer = form in _WITH_ANSWERS and (value is False or value in ("false", "False", "FALSE"))
-        return "KTO marks an answer that is not wanted by false; leave such rows out" if is_bad_answer else ""
+        is_bad_answer = form in _WITH_ANSWERS and (
+            value is False or value in ("false", "False", "FALSE")
+        )
+        return (
+            "KTO marks an answer that is not wanted by false; leave such rows out"
+            if is_bad_answer
+            else ""
+        )
     if _is_empty(value) or value is False:
         return ""
     if column == "objects":
         is_grounding = isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref"})
         return _NO_MEDIA if is_grounding else ""
     if column == "chosen":
-        advice = "this is preference data, whose turns end before the answer; put the chosen answer behind them"
+        advice = (
+            "this is preference data, whose turns end before the answer; put the chosen "
+            "answer behind them"
+        )
         return advice if _ends_unanswered(raw, form) else ""
     return _COLUMN[column]
 

@@ -1,7 +1,8 @@
-"""From a path to raw rows: finding files, cutting JSON lines into blocks that name themselves by content, parsing them.
+"""From a path to raw rows: finding files, cutting JSON lines into blocks that name themselves by
+content, parsing them.
 
-A JSONL file is read where it lies; `convert` turns every other format into JSON lines first. JSON is parsed by the
-standard library, which changes no value.
+A JSONL file is read where it lies; `convert` turns every other format into JSON lines first. JSON
+is parsed by the standard library, which changes no value.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ CHUNK = 4 << 20
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 PACKED = ("", ".gz", ".zst")
-BESIDE_ROWS = re.compile(r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
-ERROR_MARK = b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
+BESIDE_ROWS = re.compile(
+    r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
+)
+ERROR_MARK = (
+    b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
+)
 
 
 class Block(NamedTuple):
-    """Consecutive lines of a file: bytes `start:stop`, the first being line number `line` (1-based).
+    """Consecutive lines of a file: bytes `start:stop`, the first being line number `line`
+    (1-based).
 
-    Blocks end where a hash of line lengths says so, not at fixed offsets: rows added or removed change the blocks they
-    touch and leave the others, and so what was encoded for them, as they were.
+    Blocks end where a hash of line lengths says so, not at fixed offsets: rows added or removed
+    change the blocks they touch and leave the others, and so what was encoded for them, as they
+    were.
     """
 
     start: int
@@ -44,7 +51,8 @@ class Block(NamedTuple):
 def find_files(path: str) -> list[Path]:
     """The data files a path, glob or folder stands for, sorted by name.
 
-    A .txt file is one document. In a folder that holds other data, it is taken for a note and left out.
+    A .txt file is one document. In a folder that holds other data, it is taken for a note and left
+    out.
 
     Raises:
         UserError: nothing is there, or what is there is not a data file.
@@ -56,12 +64,20 @@ def find_files(path: str) -> list[Path]:
             return [target]
         raise UserError(f"{path}: unknown kind of file; expected {kinds}")
     if target.is_dir():
-        found = [f for f in sorted(target.rglob("*")) if f.is_file() and _is_data(f) and not _is_beside(f, target)]
-        # What a folder holds may come from strangers; the hub's cache alone links out of its folders, to its own blobs.
+        found = [
+            f
+            for f in sorted(target.rglob("*"))
+            if f.is_file() and _is_data(f) and not _is_beside(f, target)
+        ]
+        # What a folder holds may come from strangers; the hub's cache alone links out of its
+        # folders, to its own blobs.
         root = target.resolve()
         root = root.parents[1] if root.parent.name == "snapshots" else root
         if outside := next((f for f in found if not f.resolve().is_relative_to(root)), None):
-            raise UserError(f"{outside}: a link to a file outside of {path}; name that file itself in data.train")
+            raise UserError(
+                f"{outside}: a link to a file outside of {path}; name that file itself in "
+                "data.train"
+            )
         if files := [f for f in found if kind_of(f) != ".txt"] or found:
             return files
         raise UserError(f"{path}: the folder holds no data file ({kinds})")
@@ -77,16 +93,25 @@ def find_files(path: str) -> list[Path]:
 
 
 def _is_beside(file: Path, folder: Path) -> bool:
-    """Whether a file in a folder is no part of its data: hidden, or one that `datasets` puts beside saved rows."""
+    """Whether a file in a folder is no part of its data: hidden, or one that `datasets` puts beside
+    saved rows.
+    """
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return hidden or bool(BESIDE_ROWS.fullmatch(file.name))
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether `path` can only be the name of a data set on the hub: `owner/name[/config][:split]`, nothing local."""
+    """Whether `path` can only be the name of a data set on the hub: `owner/name[/config][:split]`,
+    nothing local.
+    """
     local = Path(path).expanduser()
     shape = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%:-]+)?", path)
-    return bool(shape) and not local.exists() and not _is_data(local) and not Path(path.split("/")[0]).exists()
+    return (
+        bool(shape)
+        and not local.exists()
+        and not _is_data(local)
+        and not Path(path.split("/")[0]).exists()
+    )
 
 
 def kind_of(file: Path) -> str:
@@ -124,7 +149,10 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         before = np.concatenate([[last_length], lengths[:-1]]) if len(ends) else lengths
         marks = ends[(lengths * 2654435761 + before * 40503) % 1021 == 0]
         position = 0
-        while cuts := [*marks[marks >= start + MIN_BLOCK][:1], *ends[ends >= start + MAX_BLOCK][:1]]:
+        while cuts := [
+            *marks[marks >= start + MIN_BLOCK][:1],
+            *ends[ends >= start + MAX_BLOCK][:1],
+        ]:
             stop = int(min(cuts))
             content.update(chunk[position : stop - offset])
             upto = lines + int(np.searchsorted(ends, stop, "right"))
@@ -136,11 +164,15 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         if len(ends):
             last_end, last_length = int(ends[-1]), int(lengths[-1])
     if offset > start:
-        yield Block(start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest())
+        yield Block(
+            start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest()
+        )
 
 
 def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError]]:
-    """(line number, the line, its parsed value or what is wrong with it) of a block's lines; blank lines only count."""
+    """(line number, the line, its parsed value or what is wrong with it) of a block's lines; blank
+    lines only count.
+    """
     for number, raw in enumerate(data.split(b"\n"), line):
         if raw and not raw.isspace():
             yield number, raw, parse_line(raw)
@@ -153,6 +185,9 @@ def parse_line(raw: bytes) -> Any | RowError:
     try:
         return from_json(str(raw, "utf-8"))
     except UnicodeDecodeError as error:
-        return RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8")
+        return RowError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file "
+            "as UTF-8"
+        )
     except RowError as error:
         return error

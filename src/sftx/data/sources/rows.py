@@ -1,6 +1,8 @@
-"""Raw rows become `Row`s: the eight shapes a row of data may have, how they are told apart, and what is wrong with one.
+"""Raw rows become `Row`s: the eight shapes a row of data may have, how they are told apart, and
+what is wrong with one.
 
-The shape is decided once per file, from its first row; a later row of another shape is an error, not a guess.
+The shape is decided once per file, from its first row; a later row of another shape is an error,
+not a guess.
 """
 
 from __future__ import annotations
@@ -13,10 +15,17 @@ from typing import Any
 from sftx.data.sources.arguments import INVENTED, without_invented
 from sftx.data.sources.foreign import check_columns
 from sftx.data.sources.messages import SHAREGPT_ROLES, parse_messages
-from sftx.data.sources.validate import check_spelling, checked_text, checked_weight, from_json, kind_name
+from sftx.data.sources.validate import (
+    check_spelling,
+    checked_text,
+    checked_weight,
+    from_json,
+    kind_name,
+)
 from sftx.types import Message, Phrase, Row, RowError, UserError
 
-# The fields that make a format, and those it may have besides. Any other column is unused, and said to be.
+# The fields that make a format, and those it may have besides. Any other column is unused, and said
+# to be.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "pairs": ("prompt", "completion"),
@@ -36,14 +45,30 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "system", "history"),
     "tokens": ("labels", "weights"),
 }
-_QUESTIONS = (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output"))
+_QUESTIONS = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("input", "output"),
+)
 _ELSEWHERE = {  # layouts other tools take, and what to do with them here
-    **{names: f"; set data.columns: {{{names[0]}: prompt, {names[1]}: completion}}" for names in _QUESTIONS},
-    ("prompt", "chosen"): "; this is preference data: to train on what was chosen, data.columns: {chosen: completion}",
-    ("chosen", "rejected"): "; this is preference data: to train on what was chosen, data.columns: {chosen: messages}",
+    **{
+        names: f"; set data.columns: {{{names[0]}: prompt, {names[1]}: completion}}"
+        for names in _QUESTIONS
+    },
+    (
+        "prompt",
+        "chosen",
+    ): "; this is preference data: to train on what was chosen, data.columns: {chosen: completion}",
+    (
+        "chosen",
+        "rejected",
+    ): "; this is preference data: to train on what was chosen, data.columns: {chosen: messages}",
 }
 MOST_COLUMNS = 1000
-"""Columns of a row, and fields of a message: more are a mistake, and comparing their names would take minutes."""
+"""Columns of a row, and fields of a message: more are a mistake, and comparing their names would
+take minutes.
+"""
 SHOWN_COLUMNS = 10
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
 
@@ -65,9 +90,13 @@ def detect(raw: Any) -> str:
     if "tokens" in found:  # columns made from others: the tokens are what was meant
         return "tokens"
     if found == ["sharegpt"] and _all_have("role", raw["conversations"]):
-        raise RowError("`conversations` holds role and content: set data.columns: {conversations: messages}")
+        raise RowError(
+            "`conversations` holds role and content: set data.columns: {conversations: messages}"
+        )
     if len(found) > 1:
-        raise RowError(f"the row fits the formats {' and '.join(found)}; choose one with data.format")
+        raise RowError(
+            f"the row fits the formats {' and '.join(found)}; choose one with data.format"
+        )
     if not found:
         raise RowError(_unknown_shape(raw))
     return found[0]
@@ -81,17 +110,30 @@ def _detect_list(raw: list[Any]) -> str:
     if _all_have("from", raw):
         return "sharegpt"
     if raw and all(isinstance(item, int) for item in raw):
-        raise RowError('a list of numbers: write tokens as {"input_ids": [...], "labels" or "weights": [...]}')
-    raise RowError("a list must hold prompt and output texts in turn, or messages with role and content")
+        raise RowError(
+            'a list of numbers: write tokens as {"input_ids": [...], "labels" or "weights": [...]}'
+        )
+    raise RowError(
+        "a list must hold prompt and output texts in turn, or messages with role and content"
+    )
 
 
 def _all_have(field: str, value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and field in item for item in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and field in item for item in value)
+    )
 
 
 def _unknown_shape(raw: dict[str, Any]) -> str:
     advice = (text for fields, text in _ELSEWHERE.items() if all(field in raw for field in fields))
-    hints = (_misnamed(field, raw) for fields in REQUIRED.values() for field in fields if field not in raw)
+    hints = (
+        _misnamed(field, raw)
+        for fields in REQUIRED.values()
+        for field in fields
+        if field not in raw
+    )
     shapes = " | ".join("+".join(fields) for fields in REQUIRED.values())
     more = next(filter(None, (*advice, *hints)), f"; expected one of {shapes}")
     return f"no format has the columns {_names(raw)}{more}"
@@ -107,7 +149,10 @@ def _names(raw: dict[str, Any]) -> str:
 def _check_count(raw: dict[str, Any]) -> None:
     """RowError for a row of more columns than any format could have."""
     if len(raw) > MOST_COLUMNS:
-        raise RowError(f"the row has {len(raw):,} columns, at most {MOST_COLUMNS:,} are read; leave the others out")
+        raise RowError(
+            f"the row has {len(raw):,} columns, at most {MOST_COLUMNS:,} are read; leave the "
+            "others out"
+        )
 
 
 def _misnamed(field: str, raw: dict[str, Any]) -> str:
@@ -132,7 +177,8 @@ def renamed(raw: Any, columns: Mapping[str, str | None]) -> Any:
             continue
         if name in made:
             raise RowError(
-                f"data.columns: the columns {origin[name]!r} and {column!r} would both be {name!r}; "
+                f"data.columns: the columns {origin[name]!r} and {column!r} would both be "
+                f"{name!r}; "
                 "name the one to leave out null"
             )
         made[name], origin[name] = value, column
@@ -146,7 +192,9 @@ def check_names(columns: Mapping[str, str | None]) -> None:
         if name is not None and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise UserError(f"data.columns: {column}: {name!r} is a column that no format reads; {hint}")
+            raise UserError(
+                f"data.columns: {column}: {name!r} is a column that no format reads; {hint}"
+            )
 
 
 def parse(raw: Any, form: str) -> Row:
@@ -159,13 +207,19 @@ def parse(raw: Any, form: str) -> Row:
     if not isinstance(raw, dict):
         wrapped = {"text": str, "dialogue": list, "messages": list, "sharegpt": list}.get(form, ())
         if not isinstance(raw, wrapped):
-            raise RowError(f"expected an object with {' and '.join(fields)} (format {form}), found {kind_name(raw)}")
+            raise RowError(
+                f"expected an object with {' and '.join(fields)} (format {form}), found "
+                f"{kind_name(raw)}"
+            )
         raw = {fields[0]: raw}
     _check_count(raw)
     for field in fields:
         if field not in raw:
             found = _names(raw)
-            hint = _misnamed(field, raw) or "; a file has one format, the first row's unless data.format names another"
+            hint = (
+                _misnamed(field, raw)
+                or "; a file has one format, the first row's unless data.format names another"
+            )
             raise RowError(f"field {field!r} is missing (format {form}); found {found}{hint}")
     if bad := _misspelt(tuple(raw), form):
         raise RowError(bad)
@@ -183,7 +237,9 @@ def unused(columns: tuple[str, ...], form: str) -> tuple[str, ...]:
 @lru_cache(1024)
 def _misspelt(columns: tuple[str, ...], form: str) -> str:
     for column in unused(columns, form):
-        close = difflib.get_close_matches(str(column), [o for o in OPTIONAL.get(form, ()) if o not in columns], 1, 0.8)
+        close = difflib.get_close_matches(
+            str(column), [o for o in OPTIONAL.get(form, ()) if o not in columns], 1, 0.8
+        )
         if close:
             return f"unknown field {column!r}; did you mean {close[0]!r}?"
         if form == "tokens" and column in _MASKS:
@@ -199,19 +255,29 @@ def _pairs(raw: dict[str, Any]) -> Row:
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         if raw.get("history"):
-            raise RowError("field 'history' needs prompt and completion to be texts; put its turns into the prompt")
-        (prompt, one), (completion, other) = (without_invented(given, _tools(raw)) for given in (prompt, completion))
+            raise RowError(
+                "field 'history' needs prompt and completion to be texts; put its turns into the "
+                "prompt"
+            )
+        (prompt, one), (completion, other) = (
+            without_invented(given, _tools(raw)) for given in (prompt, completion)
+        )
         asked = _behind_system(raw, parse_messages(prompt, "prompt"))
         before: list[Message] = [{**m, "train": False} for m in asked]
         row = _chat(raw, tuple(before) + parse_messages(completion, "completion"))
         row.notes = (INVENTED,) if one or other else ()
         return row
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise RowError("fields 'prompt' and 'completion' must both be texts or both be lists of messages")
+        raise RowError(
+            "fields 'prompt' and 'completion' must both be texts or both be lists of messages"
+        )
     for field in _CHAT:
         if raw.get(field):
             raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
-    pair = Phrase(checked_text(prompt, "prompt"), 0.0), Phrase(checked_text(completion, "completion"), 1.0)
+    pair = (
+        Phrase(checked_text(prompt, "prompt"), 0.0),
+        Phrase(checked_text(completion, "completion"), 1.0),
+    )
     return _phrases(raw, (*_history(raw), *pair))
 
 
@@ -219,9 +285,12 @@ def _dialogue(raw: dict[str, Any]) -> Row:
     texts = _full_list(raw, "dialogue", "texts")
     if len(texts) % 2:
         raise RowError(
-            f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} phrases, an odd number"
+            f"a dialogue is [prompt, output, prompt, output, ...]; this one has {len(texts)} "
+            "phrases, an odd number"
         )
-    phrases = tuple(Phrase(checked_text(t, f"dialogue[{i}]"), float(i % 2)) for i, t in enumerate(texts))
+    phrases = tuple(
+        Phrase(checked_text(t, f"dialogue[{i}]"), float(i % 2)) for i, t in enumerate(texts)
+    )
     return _phrases(raw, phrases)
 
 
@@ -233,18 +302,25 @@ def _messages_row(raw: dict[str, Any]) -> Row:
 
 
 def _alpaca(raw: dict[str, Any]) -> Row:
-    prompt, output = checked_text(raw["instruction"], "instruction"), checked_text(raw["output"], "output")
+    prompt, output = (
+        checked_text(raw["instruction"], "instruction"),
+        checked_text(raw["output"], "output"),
+    )
     if extra := raw.get("input"):
         prompt = f"{prompt}\n\n{checked_text(extra, 'input')}"
     return _phrases(raw, (*_history(raw), Phrase(prompt, 0.0), Phrase(output, 1.0)))
 
 
 def _history(raw: dict[str, Any]) -> list[Phrase]:
-    """The earlier turns in a row's `history`: a list of [prompt, output]. Its outputs are targets too."""
+    """The earlier turns in a row's `history`: a list of [prompt, output]. Its outputs are targets
+    too.
+    """
     phrases = []
     given = raw.get("history") or []
     if not isinstance(given, list):
-        raise RowError(f"field 'history' must be a list of [prompt, output], not {kind_name(given)}")
+        raise RowError(
+            f"field 'history' must be a list of [prompt, output], not {kind_name(given)}"
+        )
     for i, pair in enumerate(given):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"history[{i}] must be [prompt, output], not {kind_name(pair)}")
@@ -258,7 +334,8 @@ def _phrases(raw: dict[str, Any], phrases: tuple[Phrase, ...]) -> Row:
     if not raw.get("system"):
         return Row("phrases", phrases=phrases)
     turns: list[Message] = [
-        {"role": "assistant" if phrase.weight else "user", "content": phrase.text} for phrase in phrases
+        {"role": "assistant" if phrase.weight else "user", "content": phrase.text}
+        for phrase in phrases
     ]
     return Row("messages", messages=_behind_system(raw, tuple(turns)))
 
@@ -272,7 +349,10 @@ def _behind_system(raw: dict[str, Any], messages: tuple[Message, ...]) -> tuple[
     if messages[0].get("role") not in ("system", "developer"):
         return (first, *messages)
     if messages[0].get("content") != system:
-        raise RowError("field 'system' and the first message are both system messages, and differ; keep one of them")
+        raise RowError(
+            "field 'system' and the first message are both system messages, and differ; keep one "
+            "of them"
+        )
     return messages
 
 
@@ -284,7 +364,10 @@ def _segments(raw: dict[str, Any]) -> Row:
             raise RowError(f"{at} must be an object with text and weight")
         if extra := piece.keys() - {"text", "weight"}:
             raise RowError(f"{at} has unknown fields: {', '.join(sorted(extra))}")
-        text, weight = checked_text(piece["text"], f"{at}.text"), checked_weight(piece["weight"], f"{at}.weight")
+        text, weight = (
+            checked_text(piece["text"], f"{at}.text"),
+            checked_weight(piece["weight"], f"{at}.weight"),
+        )
         phrases.append(Phrase(text, weight))
     return Row("segments", phrases=tuple(phrases))
 
@@ -297,10 +380,13 @@ def _tokens(raw: dict[str, Any]) -> Row:
         raise RowError(f"field 'input_ids' holds {bad[0]}, which no vocabulary has")
     mask = raw.get("attention_mask")
     if isinstance(mask, list) and not all(mask):
-        raise RowError("field 'attention_mask' marks padding: remove the padded positions, rows need none")
+        raise RowError(
+            "field 'attention_mask' marks padding: remove the padded positions, rows need none"
+        )
     if raw.get("position_ids") not in (None, list(range(len(ids)))):
         raise RowError(
-            "field 'position_ids' starts anew: this is a pack of several documents; make each a row of its own"
+            "field 'position_ids' starts anew: this is a pack of several documents; make each a "
+            "row of its own"
         )
     labels, weights = raw.get("labels"), raw.get("weights")
     if labels is not None and weights is not None:
@@ -308,15 +394,24 @@ def _tokens(raw: dict[str, Any]) -> Row:
     for field, values in (("labels", labels), ("weights", weights)):
         if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
             length = len(values) if isinstance(values, list) else kind_name(values)
-            raise RowError(f"field {field!r} must be a list as long as input_ids ({len(ids)}), found {length}")
+            raise RowError(
+                f"field {field!r} must be a list as long as input_ids ({len(ids)}), found {length}"
+            )
     if weights is not None:
         weights = [checked_weight(w, f"weights[{i}]") for i, w in enumerate(weights)]
     elif labels is not None:
         weights = [float(label != -100) for label in labels]
         for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (-100, token):
-                hint = "; the labels look shifted by one: leave them unshifted" if labels[:-1] == ids[1:] else ""
-                raise RowError(f"labels[{i}] is {label}, but must be -100 or equal to input_ids[{i}] = {token}{hint}")
+                hint = (
+                    "; the labels look shifted by one: leave them unshifted"
+                    if labels[:-1] == ids[1:]
+                    else ""
+                )
+                raise RowError(
+                    f"labels[{i}] is {label}, but must be -100 or equal to input_ids[{i}] = "
+                    f"{token}{hint}"
+                )
     return Row("tokens", ids=tuple(ids), weights=tuple(weights or [1.0] * len(ids)))
 
 
@@ -328,7 +423,10 @@ def _sharegpt(raw: dict[str, Any]) -> Row:
             raise RowError(f"{at} must be an object with from and value")
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            raise RowError(f"{at}.from is {turn['from']!r}, an unknown role; known: {', '.join(SHAREGPT_ROLES)}")
+            raise RowError(
+                f"{at}.from is {turn['from']!r}, an unknown role; known: "
+                f"{', '.join(SHAREGPT_ROLES)}"
+            )
         message = {k: v for k, v in turn.items() if k not in ("from", "value")} | {"role": role}
         if turn["from"] in ("function_call", "tool_call"):
             calls = turn["value"]

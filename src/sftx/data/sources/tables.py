@@ -1,4 +1,6 @@
-"""From `data.train` and `data.eval` to tables: JSON lines cut into blocks, each file with its one row format."""
+"""From `data.train` and `data.eval` to tables: JSON lines cut into blocks, each file with its one
+row format.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ MEMORY = "rows"  # the name of a source held in memory
 
 @dataclass(slots=True)
 class Table:
-    """One file of rows (or many .txt documents): where it stands, its blocks, and the format of its rows.
+    """One file of rows (or many .txt documents): where it stands, its blocks, and the format of its
+    rows.
 
-    `lines` is the file of JSON lines that the blocks are cut from; None while it need not exist, because the blocks
-    are known from an earlier time and are all encoded.
+    `lines` is the file of JSON lines that the blocks are cut from; None while it need not exist,
+    because the blocks are known from an earlier time and are all encoded.
     """
 
     source: int
@@ -42,13 +45,17 @@ class Table:
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
         if self.lines is None:
-            self.lines = scratch / (blake2b(str(self.files).encode(), digest_size=12).hexdigest() + ".lines")
+            self.lines = scratch / (
+                blake2b(str(self.files).encode(), digest_size=12).hexdigest() + ".lines"
+            )
             with self.lines.open("wb") as out:
                 to_jsonl.convert(self.files, out)
         return self.lines
 
     def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Any | RowError]]:
-        """(line, raw line, value or what is wrong with it) of the rows, from block number `start` on."""
+        """(line, raw line, value or what is wrong with it) of the rows, from block number `start`
+        on.
+        """
         with self.open_lines(scratch).open("rb") as file:
             for block in self.blocks[start:]:
                 file.seek(block.start)
@@ -71,7 +78,10 @@ def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None
     named = [source.model_copy(update={"name": source.name or source.path}) for source in sources]
     names = [source.name or "" for source in named]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two data sources are called {double!r}; give each a name of its own, or one a weight of 2")
+        raise UserError(
+            f"two data sources are called {double!r}; give each a name of its own, or one a "
+            "weight of 2"
+        )
     return named
 
 
@@ -87,18 +97,29 @@ def open_tables(
     tables = []
     for number, source in enumerate(sources):
         name = source.name or source.path
-        in_memory = rows is not None and number == len(sources) - 1  # `named_sources` puts them last
+        in_memory = (
+            rows is not None and number == len(sources) - 1
+        )  # `named_sources` puts them last
         if in_memory or is_hub_name(source.path):
             with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
                 if in_memory:
                     out.writelines(to_jsonl.dump(row) + b"\n" for row in rows or [])
                 else:
                     out.writelines(to_jsonl.dump(row) + b"\n" for row in _hub_rows(source.path))
-            table = Table(number, Origin(name, "row"), [], [], data.format, Path(out.name), columns=data.columns)
+            table = Table(
+                number,
+                Origin(name, "row"),
+                [],
+                [],
+                data.format,
+                Path(out.name),
+                columns=data.columns,
+            )
             tables.append(_cut(table, data, scratch))
         else:
             tables += [
-                _open_file(number, origin, files, data, cache, scratch) for origin, files in _grouped(source.path)
+                _open_file(number, origin, files, data, cache, scratch)
+                for origin, files in _grouped(source.path)
             ]
     return tables
 
@@ -109,17 +130,28 @@ def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
     texts = [file for file in files if kind_of(file) == ".txt"]
     for file in files:
         if kind_of(file) != ".txt":
-            yield Origin(str(file), "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row"), [file]
+            yield (
+                Origin(str(file), "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row"),
+                [file],
+            )
     if texts:
-        yield Origin(str(texts[0]) if len(texts) == 1 else path, "row", tuple(map(str, texts))), texts
+        yield (
+            Origin(str(texts[0]) if len(texts) == 1 else path, "row", tuple(map(str, texts))),
+            texts,
+        )
 
 
-def _open_file(number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path) -> Table:
+def _open_file(
+    number: int, origin: Origin, files: list[Path], data: Data, cache: Cache, scratch: Path
+) -> Table:
     table = Table(number, origin, files, [], data.format, None, columns=data.columns)
     if len(files) == 1 and is_lines(files[0]):
         table.lines = files[0]
         return _cut(table, data, scratch)
-    decides = f"{to_jsonl.VERSION} {data.format} {data.on_bad_row} {json.dumps(data.columns, sort_keys=True)}"
+    decides = (
+        f"{to_jsonl.VERSION} {data.format} {data.on_bad_row} "
+        f"{json.dumps(data.columns, sort_keys=True)}"
+    )
     key = blake2b(decides.encode(), digest_size=20)
     for file in files:
         with file.open("rb") as stream:
@@ -148,9 +180,13 @@ def _cut(table: Table, data: Data, scratch: Path) -> Table:
 
 
 def bad_row(place: str, reason: str, others: int = 0) -> UserError:
-    """The error of a bad row: its place and what is wrong with it lead, what to do about bad rows follows."""
+    """The error of a bad row: its place and what is wrong with it lead, what to do about bad rows
+    follows.
+    """
     more = f"{others:,} more bad rows; " if others else ""
-    return UserError(f"{place}: {reason}\n({more}data.on_bad_row=skip leaves bad rows out and lists them)")
+    return UserError(
+        f"{place}: {reason}\n({more}data.on_bad_row=skip leaves bad rows out and lists them)"
+    )
 
 
 def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
@@ -171,17 +207,22 @@ def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
 
 
 def _hub_rows(name: str) -> Iterator[Any]:
-    """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless named."""
+    """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless
+    named.
+    """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            f"{name}: no such file or folder. If this is a data set on the hub: pip install 'sftx[datasets]'"
+            f"{name}: no such file or folder. If this is a data set on the hub: pip install "
+            "'sftx[datasets]'"
         ) from None
     path, _, split = name.partition(":")
     owner, dataset, *config = path.split("/")
     try:
         loaded = datasets.load_dataset(f"{owner}/{dataset}", *config, split=split or "train")
     except (OSError, ValueError) as error:  # the hub's and the network's errors derive from these
-        raise UserError(f"{name}: neither a file here nor a data set that could be fetched ({error})") from None
+        raise UserError(
+            f"{name}: neither a file here nor a data set that could be fetched ({error})"
+        ) from None
     yield from rows_of(loaded)

@@ -1,4 +1,6 @@
-"""Every file format that is not JSONL becomes lines of JSON, so that all that follows knows one shape."""
+"""Every file format that is not JSONL becomes lines of JSON, so that all that follows knows one
+shape.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,30 @@ VERSION = "4"  # raise when the lines made from a file change
 
 
 def dump(value: Any) -> bytes:
-    """One row as a line of JSON. What JSON cannot hold becomes an object, which no field accepts as text."""
+    """One row as a line of JSON. What JSON cannot hold becomes an object, which no field accepts as
+    text.
+    """
 
     def plain(item: Any) -> Any:
-        return item.tolist() if isinstance(item, np.ndarray | np.generic) else {"unreadable": type(item).__name__}
+        return (
+            item.tolist()
+            if isinstance(item, np.ndarray | np.generic)
+            else {"unreadable": type(item).__name__}
+        )
 
     try:
         return json.dumps(value, default=plain).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # keys that are no text, a list that holds itself
         return ERROR_MARK + str(error).encode()
 
 
 def convert(files: list[Path], out: IO[bytes]) -> None:
-    """Write the rows of `files` (one file, or several .txt: one document each) to `out` as JSON lines.
+    """Write the rows of `files` (one file, or several .txt: one document each) to `out` as JSON
+    lines.
 
     Line i of `out` is row i of the file, or what stood on line i of a .csv or compressed .jsonl.
     """
@@ -48,7 +61,9 @@ def convert(files: list[Path], out: IO[bytes]) -> None:
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise  # there is no room for the rows
-            raise UserError(f"{file}: the file cannot be read ({error}); is it damaged or cut off?") from None
+            raise UserError(
+                f"{file}: the file cannot be read ({error}); is it damaged or cut off?"
+            ) from None
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -60,16 +75,22 @@ def _open(file: Path) -> IO[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise UserError(f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'") from None
+        raise UserError(
+            f"{file}: reading .zst needs one more package: pip install 'sftx[zstd]'"
+        ) from None
     try:
         _check_frames(file, zstandard.ZstdDecompressor())
     except zstandard.ZstdError as error:
         raise EOFError(error) from None
-    return zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
+    return zstandard.ZstdDecompressor().stream_reader(
+        file.open("rb"), read_across_frames=True, closefd=True
+    )
 
 
 def _check_frames(file: Path, decompressor: Any) -> None:
-    """`EOFError` if a .zst file ends inside a frame: reading it as a stream, its end would go unnoticed."""
+    """`EOFError` if a .zst file ends inside a frame: reading it as a stream, its end would go
+    unnoticed.
+    """
     frame = None
     with file.open("rb") as packed:
         while chunk := packed.read(1 << 16):
@@ -91,7 +112,9 @@ def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         out.write(dump(data.decode("utf-8-sig")) + b"\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        out.write(ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line}\n".encode())
+        out.write(
+            ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line}\n".encode()
+        )
 
 
 def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -108,13 +131,17 @@ def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         try:
             from_json(text[position:].split("\n", 1)[0] or "null")
         except RowError:
-            raise UserError(f"{name}: expected a JSON array of rows, or one JSON value per line") from None
+            raise UserError(
+                f"{name}: expected a JSON array of rows, or one JSON value per line"
+            ) from None
         out.write(text.encode())
         return
 
     def wrong(what: str, at: int) -> UserError:
         column = at - text.rfind("\n", 0, at)
-        return UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: not valid JSON: {what} at column {column}")
+        return UserError(
+            f"{name}:{text.count(chr(10), 0, at) + 1}: not valid JSON: {what} at column {column}"
+        )
 
     decode, position = json.JSONDecoder().raw_decode, _skip(text, position + 1)
     while text[position : position + 1] != "]":
@@ -123,7 +150,9 @@ def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         except json.JSONDecodeError as error:
             raise wrong(error.msg.removesuffix(" starting at"), error.pos) from None
         except (RecursionError, ValueError):
-            raise wrong("nested too deeply, or a number of thousands of digits, in the row", position) from None
+            raise wrong(
+                "nested too deeply, or a number of thousands of digits, in the row", position
+            ) from None
         out.write(dump(row) + b"\n")
         position = _skip(text, position)
         if text[position : position + 1] not in (",", "]") or not text[position:]:
@@ -150,7 +179,9 @@ def _skip(text: str, position: int) -> int:
 
 
 def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    """CSV: the first line names the columns; every value is text. A row keeps the number of its first line."""
+    """CSV: the first line names the columns; every value is text. A row keeps the number of its
+    first line.
+    """
     number = 0  # of the last physical line handed to the parser
 
     def decoded() -> Iterator[str]:
@@ -159,7 +190,9 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
             try:
                 yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+                raise UserError(
+                    f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x}"
+                ) from None
 
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if kind_of(Path(name)) == ".tsv" else ","
@@ -175,7 +208,9 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
             else:
                 found = f"{len(values)} values where the first line names {len(header)} columns"
                 line = ERROR_MARK + found.encode()
-            out.write(line + b"\n" * (number - before))  # where values span lines, blank lines keep the numbering
+            out.write(
+                line + b"\n" * (number - before)
+            )  # where values span lines, blank lines keep the numbering
             before = number
     except csv.Error as error:
         raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None

@@ -41,7 +41,9 @@ def checked_text(value: Any, field: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise RowError(f"field {field!r} holds half of a surrogate pair at character {error.start}") from None
+            raise RowError(
+                f"field {field!r} holds half of a surrogate pair at character {error.start}"
+            ) from None
     return value
 
 
@@ -56,13 +58,22 @@ def check_spelling(value: Any, field: str) -> None:
 def checked_weight(value: Any, field: str) -> float:
     """`value`, if it is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
-        raise RowError(f"{field} must be a number of at least 0 (and at most {_LARGEST:g}), not {value!r}")
+        raise RowError(
+            f"{field} must be a number of at least 0 (and at most {_LARGEST:g}), not {value!r}"
+        )
     return float(value)
 
 
 def kind_name(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
     if value is None or value == []:
         return "null" if value is None else "an empty list"
     return names.get(type(value), type(value).__name__)

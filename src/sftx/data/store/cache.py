@@ -1,8 +1,10 @@
-"""The token cache: one safetensors file per block of rows, named by everything its tokens depend on.
+"""The token cache: one safetensors file per block of rows, named by everything its tokens depend
+on.
 
-A file appears whole or not at all (temporary name, fsync, rename), so processes may share a cache and a killed one
-leaves nothing that looks finished. Every example carries a hash of its tokens and weights, checked when it is read;
-all else in a file is under a hash that is checked when it is opened. A file that fails is as if it were not there.
+A file appears whole or not at all (temporary name, fsync, rename), so processes may share a cache
+and a killed one leaves nothing that looks finished. Every example carries a hash of its tokens and
+weights, checked when it is read; all else in a file is under a hash that is checked when it is
+opened. A file that fails is as if it were not there.
 
 Whoever may not write the cache can use what is in it.
 """
@@ -30,7 +32,14 @@ from numpy.typing import NDArray
 from sftx.types import Example, UserError
 
 VERSION = "4"  # raise when the same rows must be encoded anew: the layout here, or the parsing of rows, has changed
-_DTYPES = {"I64": np.int64, "U64": np.uint64, "F64": np.float64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
+_DTYPES = {
+    "I64": np.int64,
+    "U64": np.uint64,
+    "F64": np.float64,
+    "I32": np.int32,
+    "F32": np.float32,
+    "U8": np.uint8,
+}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
@@ -38,8 +47,9 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 class TokenBlock:
     """The encoded rows of one block: N examples laid end to end, with what happened to each.
 
-    `weights` is uint8 where every weight is 0 or 1. `line` counts from the first line of the block. `cut_tokens` and
-    `cut_targets` (what truncation took) stand at the first example of a row and are 0 elsewhere.
+    `weights` is uint8 where every weight is 0 or 1. `line` counts from the first line of the block.
+    `cut_tokens` and `cut_targets` (what truncation took) stand at the first example of a row and
+    are 0 elsewhere.
     """
 
     ids: NDArray[np.int32]  # [T]
@@ -50,7 +60,9 @@ class TokenBlock:
     note: NDArray[np.int32]  # [N] index into meta["notes"]: what was done to the example
     about: NDArray[np.int32]  # [N] index into meta["abouts"]: what was done to its row
     split: NDArray[np.uint8]  # [N] 1 where the row was cut into pieces because it was too long
-    shortened: NDArray[np.uint8]  # [N] 1 where something of the prompt is gone because the row was too long
+    shortened: NDArray[
+        np.uint8
+    ]  # [N] 1 where something of the prompt is gone because the row was too long
     cut_tokens: NDArray[np.int32]  # [N]
     cut_targets: NDArray[np.int32]  # [N]
     targets: NDArray[np.int32]  # [N] tokens with weight
@@ -58,9 +70,10 @@ class TokenBlock:
     digest: NDArray[np.uint64]  # [N] hash of tokens and weights
     row: NDArray[np.uint64]  # [N] hash of the row as it stood in the file
     meta: dict[str, Any] = field(default_factory=dict)
-    """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how many rows have each
-    column that is not read (`unused`), each column of `data.columns` (`renamed`), and each remark made while they were
-    read (`noted`)."""
+    """`notes`, `abouts`, `largest_id`; `dropped` and `bad`: [line, reason] of each row. Also how
+    many rows have each column that is not read (`unused`), each column of `data.columns`
+    (`renamed`), and each remark made while they were read (`noted`).
+    """
 
     def example(self, index: int) -> Example:
         """Example `index`, its ids a view.
@@ -71,7 +84,9 @@ class TokenBlock:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         ids, weights = self.ids[start:stop], self.weights[start:stop].astype(np.float32, copy=False)
         if example_digest(ids, weights) != int(self.digest[index]):
-            raise UserError("a file of the token cache is damaged; delete the cache folder and start again")
+            raise UserError(
+                "a file of the token cache is damaged; delete the cache folder and start again"
+            )
         note, part, shortened = self.note[index], self.part[index], self.shortened[index]
         return Example(ids, weights, self.meta["notes"][int(note)], int(part), bool(shortened))
 
@@ -98,7 +113,9 @@ class Entry(NamedTuple):
 def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
     """Lay examples end to end. `meta` may hold all that `TokenBlock.meta` does but `largest_id`."""
     examples = [entry.example for entry in entries]
-    weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(np.float32, copy=False)
+    weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)]).astype(
+        np.float32, copy=False
+    )
     starts = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
     targets = np.diff(np.concatenate([[0], np.cumsum(weights != 0)])[starts]).astype(np.int32)
     plain = bool(((weights == 0) | (weights == 1)).all())
@@ -109,9 +126,13 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         abouts.setdefault(entry.about, len(abouts))
 
     def first(values: list[int]) -> NDArray[np.int32]:
-        return np.array([v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32)
+        return np.array(
+            [v if e.part == 0 else 0 for v, e in zip(values, examples, strict=True)], np.int32
+        )
 
-    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(np.int32, copy=False)
+    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]).astype(
+        np.int32, copy=False
+    )
     nothing = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
     facts = {**nothing, **meta, "notes": list(notes), "abouts": list(abouts)}
     return TokenBlock(
@@ -127,7 +148,9 @@ def make_block(entries: Sequence[Entry], meta: dict[str, Any]) -> TokenBlock:
         cut_tokens=first([entry.cut_tokens for entry in entries]),
         cut_targets=first([entry.cut_targets for entry in entries]),
         targets=targets,
-        sums=targets.astype(np.float64) if plain else np.array([e.weights.sum(dtype=np.float64) for e in examples]),
+        sums=targets.astype(np.float64)
+        if plain
+        else np.array([e.weights.sum(dtype=np.float64) for e in examples]),
         digest=np.array([example_digest(e.ids, e.weights) for e in examples], np.uint64),
         row=np.array([entry.row for entry in entries], np.uint64),
         meta={**facts, "largest_id": int(ids.max(initial=-1))},
@@ -148,7 +171,8 @@ class Cache:
             self.writable = False
             if not self.folder.is_dir():
                 raise UserError(
-                    f"{self.folder}: the token cache cannot be written here ({error}); set data.cache"
+                    f"{self.folder}: the token cache cannot be written here ({error}); set "
+                    "data.cache"
                 ) from None
 
     def path(self, key: str, suffix: str = ".safetensors") -> Path:
@@ -160,19 +184,31 @@ class Cache:
         return open_block(self.path(key))
 
     def save(self, key: str, block: TokenBlock) -> None:
-        """Write a block: it appears under its name whole, and survives a crash of the machine from then on."""
+        """Write a block: it appears under its name whole, and survives a crash of the machine from
+        then on.
+        """
         arrays = {f.name: getattr(block, f.name) for f in fields(TokenBlock) if f.name != "meta"}
         about = {"sftx": json.dumps(block.meta), "columns": _digest_of_columns(arrays)}
         header: dict[str, Any] = {"__metadata__": about}
         end = 0
-        for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):  # keeps every array aligned
+        for name, array in sorted(
+            arrays.items(), key=lambda item: -item[1].itemsize
+        ):  # keeps every array aligned
             end += array.nbytes
             span = [end - array.nbytes, end]
-            header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": span}
+            header[name] = {
+                "dtype": _NAMES[array.dtype],
+                "shape": list(array.shape),
+                "data_offsets": span,
+            }
         about["header"] = _digest(json.dumps(header))
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        ordered = [np.ascontiguousarray(arrays[name]).tobytes() for name in header if name != "__metadata__"]
+        ordered = [
+            np.ascontiguousarray(arrays[name]).tobytes()
+            for name in header
+            if name != "__metadata__"
+        ]
         self.write(self.path(key), b"".join([struct.pack("<Q", len(text)), text, *ordered]))
 
     def write(self, path: Path, content: bytes) -> None:
@@ -189,7 +225,9 @@ class Cache:
         except OSError as error:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            raise UserError(f"{path}: the token cache cannot be written ({error}); set data.cache") from None
+            raise UserError(
+                f"{path}: the token cache cannot be written ({error}); set data.cache"
+            ) from None
 
     def write_note(self, path: Path, value: Any) -> None:
         """Put a JSON value at `path` with its hash; nothing where the cache may not be written."""
@@ -207,7 +245,8 @@ class Cache:
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """The first process of those that call the same `name` goes on; the others wait until it is done.
+        """The first process of those that call the same `name` goes on; the others wait until it is
+        done.
 
         So the ranks of a node encode their data once. The rest then goes on at the same time.
         """
@@ -225,7 +264,9 @@ class Cache:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for files that live as long as the block of code; what killed processes left long ago goes too."""
+        """A folder for files that live as long as the block of code; what killed processes left
+        long ago goes too.
+        """
         if not self.writable:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
@@ -242,7 +283,9 @@ class Cache:
 
 
 def open_block(path: Path) -> TokenBlock | None:
-    """The block in a file, mapped into memory; None if the file is absent, cut off, damaged or not a block."""
+    """The block in a file, mapped into memory; None if the file is absent, cut off, damaged or not
+    a block.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -265,7 +308,9 @@ def open_block(path: Path) -> TokenBlock | None:
         if 8 + length + stop > size:
             return None
         dtype = _DTYPES[entry["dtype"]]
-        arrays[name] = np.frombuffer(mapped, dtype, (stop - start) // np.dtype(dtype).itemsize, 8 + length + start)
+        arrays[name] = np.frombuffer(
+            mapped, dtype, (stop - start) // np.dtype(dtype).itemsize, 8 + length + start
+        )
     if about["columns"] != _digest_of_columns(arrays):
         return None
     return TokenBlock(**arrays, meta=json.loads(about["sftx"]))

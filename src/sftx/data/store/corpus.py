@@ -1,4 +1,6 @@
-"""A corpus: encoded examples in order, mapped from the cache, with where each came from and where every row went."""
+"""A corpus: encoded examples in order, mapped from the cache, with where each came from and where
+every row went.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A file of rows, as messages name it. `unit` says what its numbers count; `names` holds one file per row."""
+    """A file of rows, as messages name it. `unit` says what its numbers count; `names` holds one
+    file per row.
+    """
 
     name: str
     unit: str = "line"
@@ -101,9 +105,13 @@ class Corpus:
         rotations: examples of which each epoch shows another share; all others are in every epoch.
     """
 
-    def __init__(self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]) -> None:
+    def __init__(
+        self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]
+    ) -> None:
         self.sources, self.origins = list(sources), list(origins)
-        self._parts = list(parts) or [Part(make_block([], {}), 0, 0, 0)]  # so that arrays of nothing have their dtypes
+        self._parts = list(parts) or [
+            Part(make_block([], {}), 0, 0, 0)
+        ]  # so that arrays of nothing have their dtypes
         self._open = lru_cache(OPEN_BLOCKS)(self._load)
         self.largest_id = -1
         self.renamed: Counter[str] = Counter()
@@ -124,7 +132,9 @@ class Corpus:
     def fingerprint(self) -> str:
         """Hash of all tokens and weights, in order, and of what an epoch shows of them."""
         states = [rotation.state() for rotation in self.rotations]
-        return blake2b(b"".join([self.columns.digest.tobytes(), *states]), digest_size=16).hexdigest()
+        return blake2b(
+            b"".join([self.columns.digest.tobytes(), *states]), digest_size=16
+        ).hexdigest()
 
     @property
     def ledger(self) -> Ledger:
@@ -147,14 +157,18 @@ class Corpus:
         return self.origins[int(self.columns.origin[index])].place(int(self.columns.line[index]))
 
     def subset(self, indices: ArrayLike) -> Corpus:
-        """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the whole."""
+        """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the
+        whole.
+        """
         chosen = copy(self)
         chosen.__dict__.pop("fingerprint", None)  # cached, and of other examples
         chosen._use(self.columns.take(np.asarray(indices, np.intp)))
         return chosen
 
     def count_shown(self, shown: NDArray[np.bool_]) -> None:
-        """Write into the ledgers how many different rows a run shows, of whose examples it shows those in `shown`."""
+        """Write into the ledgers how many different rows a run shows, of whose examples it shows
+        those in `shown`.
+        """
         columns = self.columns
         rows = columns.origin.astype(np.int64) << 40 | columns.line
         for number, name in enumerate(self.sources):
@@ -162,7 +176,9 @@ class Corpus:
             self.ledgers[name].shown = len(np.unique(rows[mine]))
 
     def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
-        """(the others, those held out), each with a ledger of its own. Dropped rows stay with the first."""
+        """(the others, those held out), each with a ledger of its own. Dropped rows stay with the
+        first.
+        """
         rest, held = self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
         rest.ledgers = rest._ledgers(self.drops, self._notes)
         held.ledgers, held.drops = held._ledgers([], {}), []
@@ -174,11 +190,16 @@ class Corpus:
             return block
         opened = open_block(block)
         if opened is None:
-            raise UserError(f"{block}: this file of the token cache is gone or damaged; start again to make it anew")
+            raise UserError(
+                f"{block}: this file of the token cache is gone or damaged; start again to make "
+                "it anew"
+            )
         return opened
 
     def _collect(self) -> tuple[Columns, list[Drop], dict[int, Counter[str]]]:
-        """Columns of all examples, dropped rows in the order of the data, and per source the counts of notes."""
+        """Columns of all examples, dropped rows in the order of the data, and per source the counts
+        of notes.
+        """
         columns: dict[str, list[Any]] = {name: [] for name in Columns.__slots__}
         drops: list[Drop] = []
         notes: dict[int, Counter[str]] = defaultdict(Counter)
@@ -190,7 +211,9 @@ class Corpus:
             self.largest_id = max(self.largest_id, block.meta["largest_id"])
             given = {
                 "lengths": np.diff(block.starts).astype(np.int32),
-                "weights": np.array(block.sums),  # a copy, as of all others: a view would keep the file mapped
+                "weights": np.array(
+                    block.sums
+                ),  # a copy, as of all others: a view would keep the file mapped
                 "source": np.full(count, part.source, np.int16),
                 "origin": np.full(count, part.origin, np.int32),
                 "line": block.line + np.int64(part.line),
@@ -200,16 +223,27 @@ class Corpus:
             }
             for name, arrays in columns.items():
                 arrays.append(given[name] if name in given else np.array(getattr(block, name)))
-            here = [(*row, False) for row in block.meta["dropped"]] + [(*row, True) for row in block.meta["bad"]]
-            drops += [Drop(part.source, part.origin, part.line + at, why, bad) for at, why, bad in sorted(here)]
+            here = [(*row, False) for row in block.meta["dropped"]] + [
+                (*row, True) for row in block.meta["bad"]
+            ]
+            drops += [
+                Drop(part.source, part.origin, part.line + at, why, bad)
+                for at, why, bad in sorted(here)
+            ]
             self.renamed.update(block.meta["renamed"])
             unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
             notes[part.source].update(unread | block.meta["noted"])
         self._abouts = list(codes)
-        return Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}), drops, notes
+        return (
+            Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}),
+            drops,
+            notes,
+        )
 
     def _repeated(self, mine: NDArray[np.bool_]) -> int:
-        """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each row."""
+        """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each
+        row.
+        """
         several = np.array([ONE_EACH in about for about in self._abouts], np.bool_)
         chosen = np.flatnonzero(mine & several[self.columns.about])
         if not len(chosen):
@@ -219,7 +253,9 @@ class Corpus:
         return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
 
     def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
-        """The ledger of each source. `notes` counts what is not known by example: fields that are not read."""
+        """The ledger of each source. `notes` counts what is not known by example: fields that are
+        not read.
+        """
         columns, ledgers = self.columns, {}
         for number, name in enumerate(self.sources):
             mine = columns.source == number

@@ -1,4 +1,6 @@
-"""Encoding the blocks that the cache lacks: in this process and in others beside it, one block at a time."""
+"""Encoding the blocks that the cache lacks: in this process and in others beside it, one block at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def encode_jobs(
     workers = cores() if data.workers is None else data.workers
     size = sum(job.stop - job.start for job in jobs)
     workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
-    ordered = sorted(jobs, key=lambda job: job.start - job.stop)  # large ones first: all processes end together
+    ordered = sorted(
+        jobs, key=lambda job: job.start - job.stop
+    )  # large ones first: all processes end together
 
     def setup() -> str:
         asked = {
@@ -86,7 +90,9 @@ def encode_jobs(
 
     def encode_here(job: Job) -> None:
         if cache.load(job.key) is None:
-            cache.save(job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder))
+            cache.save(
+                job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder)
+            )
 
     _share(ordered, max(workers, 1) - 1, setup, encode_here, report)
 
@@ -133,7 +139,12 @@ def _start() -> subprocess.Popen[str]:
     home = str(Path(sftx.__file__).parents[1])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "sftx.data.store.encode_worker"],  # -P: the user's folder shadows no module
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "sftx.data.store.encode_worker",
+        ],  # -P: the user's folder shadows no module
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -150,7 +161,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _serve(
-    process: subprocess.Popen[str], setup: str, waiting: deque[Job], answers: SimpleQueue[Job | UserError]
+    process: subprocess.Popen[str],
+    setup: str,
+    waiting: deque[Job],
+    answers: SimpleQueue[Job | UserError],
 ) -> None:
     """Hand jobs to one process, one at a time, until none is left."""
     assert process.stdin is not None
@@ -165,9 +179,17 @@ def _serve(
             answer = ""
         if not answer:
             where, code = f" at {job.place}" if job else "", process.wait()
-            endless = "the chat template was in an endless operation; the stacks above show its line"
-            why = endless if code == -signal.SIGVTALRM else "if memory ran out, set data.workers to fewer processes"
-            answers.put(UserError(f"a process that encodes rows ended{where} with code {code}; {why}"))
+            endless = (
+                "the chat template was in an endless operation; the stacks above show its line"
+            )
+            why = (
+                endless
+                if code == -signal.SIGVTALRM
+                else "if memory ran out, set data.workers to fewer processes"
+            )
+            answers.put(
+                UserError(f"a process that encodes rows ended{where} with code {code}; {why}")
+            )
             return
         if job:
             error = json.loads(answer).get("error")
@@ -177,5 +199,11 @@ def _serve(
             process.stdin.close()
             return
         message = json.dumps(
-            {"key": job.key, "path": str(job.path), "start": job.start, "stop": job.stop, "form": job.form}
+            {
+                "key": job.key,
+                "path": str(job.path),
+                "start": job.start,
+                "stop": job.stop,
+                "form": job.form,
+            }
         )

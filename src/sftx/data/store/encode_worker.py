@@ -1,7 +1,8 @@
 """Encoding one block of rows, and the process that does it beside others.
 
-`python -m sftx.data.store.encode_worker` reads jobs as lines of JSON and answers each with one line. It is a plain child
-process rather than multiprocessing, which would run the user's own script again.
+`python -m sftx.data.store.encode_worker` reads jobs as lines of JSON and answers each with one
+line. It is a plain child process rather than multiprocessing, which would run the user's own script
+again.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from sftx.types import Row, RowError, UserError
 
 
 def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
-    """Encode the rows in the lines of `data`. What is wrong with a row is kept in the block's `bad`."""
+    """Encode the rows in the lines of `data`. What is wrong with a row is kept in the block's
+    `bad`.
+    """
     thresholds = gc.get_threshold()
-    gc.set_threshold(50_000, 20, 100)  # what a block needs lives until its end, and would be searched in vain
+    gc.set_threshold(
+        50_000, 20, 100
+    )  # what a block needs lives until its end, and would be searched in vain
     try:
         return _encode_block(data, form, encoder)
     finally:
@@ -56,11 +61,16 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
         rows.append((line, row_hash(raw), row))
         for column in unused(tuple(value), form) if isinstance(value, dict) else ():
             meta["unused"][column] = meta["unused"].get(column, 0) + 1
-        passed = [f"message field {name!r} left to the template" for name in sorted(other_fields(row.messages))]
+        passed = [
+            f"message field {name!r} left to the template"
+            for name in sorted(other_fields(row.messages))
+        ]
         for note in (*passed, *row.notes):
             meta["noted"][note] = meta["noted"].get(note, 0) + 1
     entries: list[Entry] = []
-    for (line, digest, row), encoded in zip(rows, encoder.encode([row for _, _, row in rows]), strict=True):
+    for (line, digest, row), encoded in zip(
+        rows, encoder.encode([row for _, _, row in rows]), strict=True
+    ):
         if isinstance(encoded, RowError):
             meta["bad"].append((line, str(encoded)))
         elif encoded.action == "dropped":
@@ -73,17 +83,27 @@ def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
 
 
 def _notes(row: Row, encoded: Encoded, encoder: Encoder) -> tuple[str, ...]:
-    """What was done to a row, its spelled special tokens included: where a template renders it, the encoder says so."""
+    """What was done to a row, its spelled special tokens included: where a template renders it, the
+    encoder says so.
+    """
     rendered = row.kind in ("messages", "phrases") and encoder.chat_template is not None
-    if rendered or encoder.data.special_tokens == "allow" or not _spells_special(row, encoder.tokenizer):
+    if (
+        rendered
+        or encoder.data.special_tokens == "allow"
+        or not _spells_special(row, encoder.tokenizer)
+    ):
         return tuple(encoded.notes)
     return (*encoded.notes, KEPT_AS_TEXT)
 
 
 def _spells_special(row: Row, tokenizer: Tokenizer) -> bool:
-    """Whether the row's text spells a special token that stays text. One that ends a row is the token itself."""
+    """Whether the row's text spells a special token that stays text. One that ends a row is the
+    token itself.
+    """
     bos, eos = (tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
-    texts = [phrase.text for phrase in row.phrases] + [str(message.get("content")) for message in row.messages]
+    texts = [phrase.text for phrase in row.phrases] + [
+        str(message.get("content")) for message in row.messages
+    ]
     if row.kind == "text":
         texts = [row.text.removeprefix(bos).removesuffix(eos)]
     elif row.kind != "segments" and texts:
@@ -104,7 +124,9 @@ def read_block(path: Path, start: int, stop: int) -> bytes:
 
 
 def tokenizer_state(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """What `main` needs to make the same tokenizer again; the large part goes to a file in `folder`."""
+    """What `main` needs to make the same tokenizer again; the large part goes to a file in
+    `folder`.
+    """
     path = folder / "tokenizer.json"
     path.write_text(tokenizer.backend.to_str(), encoding="utf-8")
     return {
@@ -128,7 +150,9 @@ def main() -> None:
     tokenizer = Tokenizer(backend, state["special"], state["chat_templates"], state["stop_ids"])
     vars(tokenizer).update(state["known"])  # not worked out again
     encoder = Encoder(tokenizer, Data.model_validate(setup["data"]), setup["max_length"])
-    assert encoder.fingerprint == setup["fingerprint"], "this process would encode otherwise than the one that asked"
+    assert encoder.fingerprint == setup["fingerprint"], (
+        "this process would encode otherwise than the one that asked"
+    )
     cache = Cache(setup["cache"])
     gc.freeze()
     for line in sys.stdin:
@@ -136,7 +160,9 @@ def main() -> None:
         answer: dict[str, Any] = {"key": job["key"]}
         try:
             if cache.load(job["key"]) is None:  # another run may have been faster
-                block = encode_block(read_block(Path(job["path"]), job["start"], job["stop"]), job["form"], encoder)
+                block = encode_block(
+                    read_block(Path(job["path"]), job["start"], job["stop"]), job["form"], encoder
+                )
                 cache.save(job["key"], block)
         except UserError as error:
             answer["error"] = str(error)

@@ -1,8 +1,9 @@
 """Tokenising by word: a word of the text is tokenised once and remembered.
 
-Text repeats its words, and most time of a byte-level BPE tokenizer goes into cutting text up and merging again what it
-has merged before. In the tokenizers that `tokenises_by_word` accepts, a new piece always begins where a `WORD` does,
-and no piece looks beyond that place; so the ids of a text are those of its words, one after another.
+Text repeats its words, and most time of a byte-level BPE tokenizer goes into cutting text up and
+merging again what it has merged before. In the tokenizers that `tokenises_by_word` accepts, a new
+piece always begins where a `WORD` does, and no piece looks beyond that place; so the ids of a text
+are those of its words, one after another.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import tokenizers.models
 
 from sftx.types import Int32
 
-# A word ends before a space that follows something else, and before punctuation or a new line that follows a letter or
-# digit: anywhere else it goes on.
-WORD = re.compile(r'.[^ .,;:!?()"\n]*(?:(?<![A-Za-z0-9])(?:[.,;:!?()"\n]|(?<=\s) )[^ .,;:!?()"\n]*)*', re.DOTALL)
+# A word ends before a space that follows something else, and before punctuation or a new line that
+# follows a letter or digit: anywhere else it goes on.
+WORD = re.compile(
+    r'.[^ .,;:!?()"\n]*(?:(?<![A-Za-z0-9])(?:[.,;:!?()"\n]|(?<=\s) )[^ .,;:!?()"\n]*)*', re.DOTALL
+)
 AT_ONCE = 1 << 18  # characters of a text, or words of a longer one
 REMEMBERED, LONGEST = 200_000, 48  # words, and characters of a word worth remembering
-# The cutting rules of the GPT-4, Llama 3, Qwen 2 and 3 and GPT-4o families: in all of them a match holds a space only
-# as its first character, or among white space alone, holds none of .,;:!?()" or a new line after a letter or digit, and
-# looks ahead only from white space.
+# The cutting rules of the GPT-4, Llama 3, Qwen 2 and 3 and GPT-4o families: in all of them a match
+# holds a space only as its first character, or among white space alone, holds none of .,;:!?()" or
+# a new line after a letter or digit, and looks ahead only from white space.
 _RULES = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}N| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -36,7 +39,9 @@ _RULES = {
 
 
 def tokenises_by_word(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the words of a text may be tokenised one by one: True only where the tokenizer's rules imply it."""
+    """Whether the words of a text may be tokenised one by one: True only where the tokenizer's
+    rules imply it.
+    """
     model, normalizer = backend.model, _state(backend.normalizer)
     return (
         isinstance(model, tokenizers.models.BPE)
@@ -44,7 +49,10 @@ def tokenises_by_word(backend: tokenizers.Tokenizer) -> bool:
         and (normalizer is None or normalizer["type"] == "NFC")
         and _known_rule(_state(backend.pre_tokenizer))
         and not any(
-            token.lstrip or token.rstrip or token.single_word or len(WORD.findall(token.content)) > 1
+            token.lstrip
+            or token.rstrip
+            or token.single_word
+            or len(WORD.findall(token.content)) > 1
             for token in backend.get_added_tokens_decoder().values()
         )
     )
@@ -61,7 +69,12 @@ def _known_rule(cutting: dict[str, Any] | None) -> bool:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": rule},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
@@ -70,14 +83,18 @@ def _known_rule(cutting: dict[str, Any] | None) -> bool:
 
 
 class WordCache(dict[str, bytes]):
-    """The ids of words, as bytes; of a word met for the first time they are made when it is looked up."""
+    """The ids of words, as bytes; of a word met for the first time they are made when it is looked
+    up.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         super().__init__()
         self._backend = backend
 
     def __missing__(self, word: str) -> bytes:
-        ids = array("i", self._backend.encode_batch_fast([word], add_special_tokens=False)[0].ids).tobytes()
+        ids = array(
+            "i", self._backend.encode_batch_fast([word], add_special_tokens=False)[0].ids
+        ).tobytes()
         if len(word) <= LONGEST:
             if len(self) == REMEMBERED:
                 self.clear()

@@ -1,7 +1,8 @@
 """What a model remembers from one forward pass to the next, and how to make it forget.
 
-Some rotary embeddings keep the frequencies of the longest example so far: what an example gives would depend on those
-before it. Put back before every example, such a model computes each as if it were the first.
+Some rotary embeddings keep the frequencies of the longest example so far: what an example gives
+would depend on those before it. Put back before every example, such a model computes each as if it
+were the first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ Names = frozenset[tuple[str, str]]
 
 
 class ForwardState:
-    """The buffers and plain attributes of all modules of `model` as they are now; of those in `names`, where given."""
+    """The buffers and plain attributes of all modules of `model` as they are now; of those in
+    `names`, where given.
+    """
 
     def __init__(self, model: nn.Module, names: Names | None = None) -> None:
         self._held: list[tuple[nn.Module, str, Any]] = []
@@ -42,8 +45,12 @@ class ForwardState:
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, tensors, and None in place of one; not switches and names, which others set between two passes."""
-    return value is None or (isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool))
+    """Numbers, tensors, and None in place of one; not switches and names, which others set between
+    two passes.
+    """
+    return value is None or (
+        isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+    )
 
 
 def _copied(value: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Whether packed segments are what each is alone, at every length of the data: tried on a small stand-in.
+"""Whether packed segments are what each is alone, at every length of the data: tried on a small
+stand-in.
 
-Each segment runs alone through a fresh copy of the unchanged model; then all run as the trainer runs them, packed, in
-two orders. Logits, loss and every gradient must be equal. Everything is in float64, so that what differs by rounding
-(an expert chosen by a hair) cannot be taken for a leak, and a leak not for rounding. Where packing is not exact, the
-same is asked of segments that run one at a time.
+Each segment runs alone through a fresh copy of the unchanged model; then all run as the trainer
+runs them, packed, in two orders. Logits, loss and every gradient must be equal. Everything is in
+float64, so that what differs by rounding (an expert chosen by a hair) cannot be taken for a leak,
+and a leak not for rounding. Where packing is not exact, the same is asked of segments that run one
+at a time.
 """
 
 from __future__ import annotations
@@ -17,21 +19,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.model.checks.forward_state import ForwardState, Names
-from sftx.model.checks.probe import LONGEST, in_order, part, places, random_pack, reach, segment_lengths
+from sftx.model.checks.probe import (
+    LONGEST,
+    in_order,
+    part,
+    places,
+    random_pack,
+    reach,
+    segment_lengths,
+)
 from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
 from sftx.model.load import PackLoss, TensorPack
 from sftx.model.shortcuts import choose_shortcuts
 from sftx.types import UserError
 
 EQUAL = 1e-5
-"""Largest difference of logits (of the largest one), of the loss and of a weight's gradient, that is rounding: of
-float64 and, in the loss, of float32."""
+"""Largest difference of logits (of the largest one), of the loss and of a weight's gradient, that
+is rounding: of float64 and, in the loss, of float32.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What was found: whether segments can be packed; what a model must forget before each segment when they run one
-    at a time (empty: nothing; None: everything, because it could not be tried)."""
+    """What was found: whether segments can be packed; what a model must forget before each segment
+    when they run one at a time (empty: nothing; None: everything, because it could not be tried).
+    """
 
     packs: bool
     tried: int  # tokens of the longest segment that was tried, 0 where none was
@@ -52,8 +64,8 @@ class _Alone:
 
 
 def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -> Isolation:
-    """Try a stand-in for `model` with segments up to `longest` tokens, the longest of the data, in packs that become
-    as large as `largest_pack`.
+    """Try a stand-in for `model` with segments up to `longest` tokens, the longest of the data, in
+    packs that become as large as `largest_pack`.
 
     Raises UserError where segments are not exact even one at a time.
     """
@@ -99,8 +111,10 @@ def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Na
     if _exact(loss, pack, alone, order, loss.logits_one_by_one):
         return names
     raise UserError(
-        f"model.path: {type(small).__name__} does not give an example the same loss each time (measured): what it "
-        "computes depends on the examples before it, and it cannot be made to forget them; it cannot be trained exactly"
+        f"model.path: {type(small).__name__} does not give an example the same loss each time "
+        "(measured): what it "
+        "computes depends on the examples before it, and it cannot be made to forget them; it "
+        "cannot be trained exactly"
     )
 
 
@@ -120,8 +134,9 @@ def _exact(
     order: list[int],
     logits_of: Callable[[TensorPack], Tensor],
 ) -> bool:
-    """Whether the trainer's path gives the logits, the loss and the gradients that segments give alone; the logits in
-    the opposite order too."""
+    """Whether the trainer's path gives the logits, the loss and the gradients that segments give
+    alone; the logits in the opposite order too.
+    """
     for numbers in (order, order[::-1]):
         with torch.no_grad():
             found = logits_of(in_order(pack, numbers))
@@ -150,8 +165,10 @@ def _sum(parts: list[Gradients]) -> Gradients:
 
 
 def _furthest(found: Gradients, wanted: Gradients) -> float:
-    """The largest difference of two gradients of a weight, relative to its norm; a norm that is tiny beside the
-    others (of what has no gradient but by rounding) counts as a thousandth of the largest."""
+    """The largest difference of two gradients of a weight, relative to its norm; a norm that is
+    tiny beside the others (of what has no gradient but by rounding) counts as a thousandth of the
+    largest.
+    """
     norms = [float(g.norm()) for g in wanted if g is not None]
     least = 1e-3 * max(norms, default=0.0)
     worst = 0.0

@@ -1,7 +1,8 @@
-"""How long the examples must be with which a model is tried: longer than every length that its configuration names.
+"""How long the examples must be with which a model is tried: longer than every length that its
+configuration names.
 
-A window, a chunk, a budget of keys or the positions that a model was first trained on change nothing up to that
-number of tokens. A probe that ends before it says nothing of them.
+A window, a chunk, a budget of keys or the positions that a model was first trained on change
+nothing up to that number of tokens. A probe that ends before it says nothing of them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from sftx.model.checks.stand_in import WIDTHS
 from sftx.model.load import TensorPack
 
 SHORT = 256
-"""Tokens of the longest segment where a configuration names no length: enough for what stands in code alone."""
+"""Tokens of the longest segment where a configuration names no length: enough for what stands in
+code alone.
+"""
 LONGEST = 32_768
-"""Tokens of the longest segment that is tried; beyond, the attention of a probe would take minutes."""
+"""Tokens of the longest segment that is tried; beyond, the attention of a probe would take minutes.
+"""
 
 
 def lengths_named(settings: Any, name: str = "") -> Iterator[int]:
-    """Every whole number of a configuration, of its sections and lists too, that could be compared with a position.
+    """Every whole number of a configuration, of its sections and lists too, that could be compared
+    with a position.
 
-    All are taken but those of `WIDTHS`, ids of tokens and numbers below 2: a number too many costs a longer probe only.
+    All are taken but those of `WIDTHS`, ids of tokens and numbers below 2: a number too many costs
+    a longer probe only.
     """
     if isinstance(settings, dict):
         for key, value in settings.items():
@@ -39,15 +45,18 @@ def lengths_named(settings: Any, name: str = "") -> Iterator[int]:
 
 
 def reach(settings: dict[str, Any], longest: int) -> int:
-    """Tokens up to which a model could change what it does in a segment of `longest` tokens: the largest of the named
-    lengths below that, and of the products of two of them (so many blocks of so many tokens); 0 where there is none."""
+    """Tokens up to which a model could change what it does in a segment of `longest` tokens: the
+    largest of the named lengths below that, and of the products of two of them (so many blocks of
+    so many tokens); 0 where there is none.
+    """
     found = [number for number in set(lengths_named(settings)) if number < longest]
     products = [a * b for a in found for b in found if a * b < longest]
     return max((*found, *products), default=0)
 
 
 def segment_lengths(settings: dict[str, Any], longest: int) -> list[int]:
-    """Lengths of the segments of a probe, short and long ones in turn; `longest` = tokens of the longest example.
+    """Lengths of the segments of a probe, short and long ones in turn; `longest` = tokens of the
+    longest example.
 
     Two segments are longer than every named length below `longest`.
     """
@@ -58,8 +67,9 @@ def segment_lengths(settings: dict[str, Any], longest: int) -> list[int]:
 
 
 def places(settings: dict[str, Any], lengths: list[int], largest_pack: int) -> list[int]:
-    """Which segments follow one another in a probe, by number; again and again until they reach beyond every named
-    length below `largest_pack`, for what goes by the place in the pack."""
+    """Which segments follow one another in a probe, by number; again and again until they reach
+    beyond every named length below `largest_pack`, for what goes by the place in the pack.
+    """
     across = max((number for number in lengths_named(settings) if number < largest_pack), default=0)
     order = list(range(len(lengths)))
     while sum(lengths[number] for number in order) <= across + max(lengths):
@@ -68,12 +78,16 @@ def places(settings: dict[str, Any], lengths: list[int], largest_pack: int) -> l
 
 
 def random_pack(lengths: list[int], vocabulary: int, seed: int = 0) -> TensorPack:
-    """Segments of random tokens, about half of them targets of random weight; int64 ids below `vocabulary`."""
+    """Segments of random tokens, about half of them targets of random weight; int64 ids below
+    `vocabulary`.
+    """
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens_cpu = torch.tensor([0, *lengths]).cumsum(0)
     tokens = int(cu_seqlens_cpu[-1])
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (tokens,), generator=generator)
-    weights = torch.rand(tokens, generator=generator) * (torch.rand(tokens, generator=generator) < 0.5)
+    weights = torch.rand(tokens, generator=generator) * (
+        torch.rand(tokens, generator=generator) < 0.5
+    )
     weights[cu_seqlens_cpu[1:] - 1] = 1.0
     weights[cu_seqlens_cpu[:-1]] = 0.0
     label_at = weights.nonzero()[:, 0]

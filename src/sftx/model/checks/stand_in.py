@@ -1,8 +1,10 @@
-"""A small stand-in for a model: the same class and the same kinds of layers, few of them, narrow, with random weights.
+"""A small stand-in for a model: the same class and the same kinds of layers, few of them, narrow,
+with random weights.
 
-What a model does at which position is decided by its code and by the numbers of its configuration, not by its weights.
-So whatever depends on length can be tried on a copy that costs next to nothing, over examples as long as the real ones.
-Widths, the vocabulary and the number of layers and experts become small; every other number stays as it is.
+What a model does at which position is decided by its code and by the numbers of its configuration,
+not by its weights. So whatever depends on length can be tried on a copy that costs next to nothing,
+over examples as long as the real ones. Widths, the vocabulary and the number of layers and experts
+become small; every other number stays as it is.
 """
 
 from __future__ import annotations
@@ -36,7 +38,15 @@ FOREIGN_ERRORS = (
 
 HEADS = {"num_attention_heads", "n_head", "n_heads", "num_heads"}
 KEY_HEADS = {"num_key_value_heads", "num_kv_heads", "n_head_kv"}
-HIDDEN = {"hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "attention_hidden_size"}
+HIDDEN = {
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "dim",
+    "embedding_size",
+    "word_embed_proj_dim",
+    "attention_hidden_size",
+}
 INNER = {
     "expert_ffn_hidden_size", "ffn_dim", "ffn_hidden_size", "intermediate_size", "intermediate_size_mlp",
     "moe_intermediate_size", "moe_shared_expert_intermediate_size", "n_inner", "shared_expert_intermediate_size",
@@ -69,7 +79,9 @@ WIDTHS = (
     | LINEAR_DIMS
     | OTHER_WIDTHS
 )
-"""Names, in configurations, of numbers that are no lengths: they are never compared with a position."""
+"""Names, in configurations, of numbers that are no lengths: they are never compared with a
+position.
+"""
 
 LIMITS = {
     **dict.fromkeys(INNER, 64),
@@ -85,7 +97,8 @@ LARGEST_COPY = 60_000_000
 
 
 def stand_in(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel | None:
-    """A small copy of `model` in float64 on the CPU, in evaluation mode; None where none can be made.
+    """A small copy of `model` in float64 on the CPU, in evaluation mode; None where none can be
+    made.
 
     The narrowest one of the same kinds of layers that can be built and computes finite logits.
     """
@@ -104,7 +117,14 @@ def stand_in(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel | None:
 
 def _build(model: PreTrainedModel, narrow: Any, depth: int, seed: int) -> PreTrainedModel | None:
     settings = copy.deepcopy(model.config.to_dict())
-    for name in ("quantization_config", "transformers_version", "dtype", "_name_or_path", "id2label", "label2id"):
+    for name in (
+        "quantization_config",
+        "transformers_version",
+        "dtype",
+        "_name_or_path",
+        "id2label",
+        "label2id",
+    ):
         settings.pop(name, None)
     settings = _few_layers(narrow(settings), len(decoder_layers(model)), depth)
     try:
@@ -142,7 +162,9 @@ def kinds_of_layers(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _classes_inside(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
-    """(path, class) of `module` and all modules in it; an adapted one counts as what is beneath the adapter."""
+    """(path, class) of `module` and all modules in it; an adapted one counts as what is beneath the
+    adapter.
+    """
     if isinstance(module, BaseTunerLayer):
         yield from _classes_inside(module.get_base_layer(), path)
         return
@@ -159,7 +181,10 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def _depth(model: PreTrainedModel) -> int:
     """How many of the first layers hold every kind of layer; at least two."""
     layers = decoder_layers(model)
-    kinds = [(kind, facts) for kind, facts in zip(kinds_of_layers(model), _facts_of_layers(model), strict=True)]
+    kinds = [
+        (kind, facts)
+        for kind, facts in zip(kinds_of_layers(model), _facts_of_layers(model), strict=True)
+    ]
     seen: list[Any] = []
     depth = min(2, len(layers))
     for number, kind in enumerate(kinds):
@@ -176,8 +201,14 @@ def _facts_of_layers(model: PreTrainedModel) -> list[dict[str, Any]]:
     for layer in layers:
         found: dict[str, Any] = {}
         for path, module in layer.named_modules():
-            plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
-            found |= {f"{path}.{name}": value for name, value in plain.items() if name != "training"}
+            plain = {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, bool | int | float | str)
+            }
+            found |= {
+                f"{path}.{name}": value for name, value in plain.items() if name != "training"
+            }
         facts.append(found)
     names = set().union(*facts) if facts else set()
     for name in names:
@@ -217,7 +248,9 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
 
 
 def _of_first_layers(settings: dict[Any, Any], layers: int, depth: int) -> dict[Any, Any]:
-    """Settings that go by the number of a layer, without those of layers that are gone; others as they are."""
+    """Settings that go by the number of a layer, without those of layers that are gone; others as
+    they are.
+    """
     numbers = [int(name) for name in settings if str(name).isdecimal()]
     if len(numbers) != len(settings) or not all(number < layers for number in numbers):
         return settings
@@ -230,7 +263,9 @@ def _narrow(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _narrow_with_whole_heads(settings: dict[str, Any]) -> dict[str, Any]:
-    """Heads as wide as they are: some lists of a configuration have an entry for each of their channels."""
+    """Heads as wide as they are: some lists of a configuration have an entry for each of their
+    channels.
+    """
     return _narrowed(settings, head_dim=None)
 
 
@@ -267,7 +302,9 @@ def _narrowed(settings: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
 
 def _first_number(settings: dict[str, Any], names: set[str]) -> int:
     """The first whole number of settings that goes by one of the names; 0 where there is none."""
-    return next((value for name, value in settings.items() if name in names and isinstance(value, int)), 0)
+    return next(
+        (value for name, value in settings.items() if name in names and isinstance(value, int)), 0
+    )
 
 
 def _small_ids(value: Any) -> Any:
@@ -278,18 +315,26 @@ def _small_ids(value: Any) -> Any:
 
 
 def _spread(model: nn.Module) -> None:
-    """Larger weights than a model starts with, so that attention is far from uniform; none that is not a number."""
+    """Larger weights than a model starts with, so that attention is far from uniform; none that is
+    not a number.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()) and isinstance(tensor, nn.Parameter):
+        if (
+            tensor.is_floating_point()
+            and not bool(tensor.isfinite().all())
+            and isinstance(tensor, nn.Parameter)
+        ):
             nn.init.normal_(tensor, std=0.02)
 
 
 @contextmanager
 def _own_random_numbers(seed: int) -> Iterator[None]:
-    """A stream of random numbers of its own inside; that outside goes on as if nothing had been drawn."""
+    """A stream of random numbers of its own inside; that outside goes on as if nothing had been
+    drawn.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

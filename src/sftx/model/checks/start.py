@@ -1,9 +1,10 @@
 """Start-up checks that measure: what the trainer computes must be what the model itself computes.
 
-Nothing is believed because a configuration says so. Segments go through the model one at a time, with its own attention
-and its own head; then packed, by the trainer's path: long ones through a small stand-in (see `isolation`), a few short
-ones through the model itself. Where the two differ the trainer takes a slower path that cannot, and says so; where no
-path is right, the run is refused.
+Nothing is believed because a configuration says so. Segments go through the model one at a time,
+with its own attention and its own head; then packed, by the trainer's path: long ones through a
+small stand-in (see `isolation`), a few short ones through the model itself. Where the two differ
+the trainer takes a slower path that cannot, and says so; where no path is right, the run is
+refused.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
     if largest_id >= rows:
         raise UserError(
-            f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): the tokenizer does not "
-            "belong to this model, or its new tokens must be listed in model.add_tokens or model.add_special_tokens"
+            f"token id {largest_id} is outside the vocabulary of the model ({rows} embeddings): "
+            "the tokenizer does not "
+            "belong to this model, or its new tokens must be listed in model.add_tokens or "
+            "model.add_special_tokens"
         )
-    positions = getattr(config, "max_position_embeddings", None)  # absent in models without position limits
+    positions = getattr(
+        config, "max_position_embeddings", None
+    )  # absent in models without position limits
     if positions is not None and max_length > positions:
-        raise UserError(f"data.max_length: {max_length} is more than the {positions} positions of the model")
+        raise UserError(
+            f"data.max_length: {max_length} is more than the {positions} positions of the model"
+        )
     if trainable(loss)[0] == 0:
         raise UserError("no parameter is trainable: every weight of the model is frozen")
 
@@ -50,9 +57,10 @@ def check_paths(
 ) -> list[str]:
     """Measure the trainer's path against the model's own; choose the fast one where equal.
 
-    Two things are tried: a small stand-in, with segments up to `longest` tokens (those of the longest example) in packs
-    of up to `largest_pack`; and the model itself, on the few tokens of `probe`. Returns what had to be changed, in
-    words. Raises UserError where the loss is wrong on every path.
+    Two things are tried: a small stand-in, with segments up to `longest` tokens (those of the
+    longest example) in packs of up to `largest_pack`; and the model itself, on the few tokens of
+    `probe`. Returns what had to be changed, in words. Raises UserError where the loss is wrong on
+    every path.
     """
     name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
     longest = max(longest, pack.longest)
@@ -64,14 +72,21 @@ def check_paths(
         reference = _reference_logits(loss, pack)
         scale = float(reference.abs().max())
         if not math.isfinite(scale):
-            raise UserError("the model's own logits are not finite before training: its weights are damaged")
-        if not found.packs or not _isolated(loss, pack, reference, tolerance * scale, longest, found.tried > 0):
+            raise UserError(
+                "the model's own logits are not finite before training: its weights are damaged"
+            )
+        if not found.packs or not _isolated(
+            loss, pack, reference, tolerance * scale, longest, found.tried > 0
+        ):
             loss.run_one_by_one()
             return [_one_at_a_time(name, found)]
         choose_shortcuts(loss, pack, tolerance)
         fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
         if abs(fused - own) > tolerance * abs(own):
-            raise UserError(f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed probe")
+            raise UserError(
+                f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
+                "probe"
+            )
     if loss.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
         return [f"the head of {name} is not a plain matrix (measured): {how}"]
@@ -83,16 +98,26 @@ def _one_at_a_time(name: str, found: Isolation) -> str:
     how = "segments run one at a time, which is exact but slower"
     if not found.tried and not found.packs:
         return (
-            f"{name} could not be tried at the lengths of this data, and its configuration names {found.reach:,} "
+            f"{name} could not be tried at the lengths of this data, and its configuration names "
+            f"{found.reach:,} "
             f"tokens: {how}"
         )
-    forgets = "" if found.forget == frozenset() else "; what it remembers of one is put back before the next"
-    return f"{name} cannot keep packed segments apart (measured up to {max(found.tried, 1):,} tokens): {how}{forgets}"
+    forgets = (
+        ""
+        if found.forget == frozenset()
+        else "; what it remembers of one is put back before the next"
+    )
+    return (
+        f"{name} cannot keep packed segments apart (measured up to {max(found.tried, 1):,} "
+        f"tokens): {how}{forgets}"
+    )
 
 
 @contextmanager
 def _callable_in_parts(loss: PackLoss, tensors: TensorPack) -> Iterator[None]:
-    """Where the model is in shards, gather what does not belong to a layer, so that its parts run on their own."""
+    """Where the model is in shards, gather what does not belong to a layer, so that its parts run
+    on their own.
+    """
     if not isinstance(loss, FSDPModule):
         yield
         return
@@ -107,23 +132,36 @@ def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
     loss.use_segments(False)
     try:
         segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
-        parts = [loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in segments]
+        parts = [
+            loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
+            for a, b in segments
+        ]
         return torch.cat(parts).float()[pack.index]
     finally:
         loss.use_segments(True)
 
 
 def _isolated(
-    loss: PackLoss, pack: TensorPack, reference: Tensor, limit: float, longest: int, only_rounding: bool
+    loss: PackLoss,
+    pack: TensorPack,
+    reference: Tensor,
+    limit: float,
+    longest: int,
+    only_rounding: bool,
 ) -> bool:
-    """Packed logits equal the reference, beside a token at the last place of a segment as long as the longest (some
-    rotary embeddings go by that); and changing the first segment leaves the others' logits alone.
+    """Packed logits equal the reference, beside a token at the last place of a segment as long as
+    the longest (some rotary embeddings go by that); and changing the first segment leaves the
+    others' logits alone.
 
-    `limit` = the largest difference. With `only_rounding` the stand-in has shown the structure to be right: then the
-    mean over rows counts, and may be twice what rounding alone moves. In bf16 that can be much: where a router's choice
-    is made by a hair, it falls otherwise, and so does all that follows.
+    `limit` = the largest difference. With `only_rounding` the stand-in has shown the structure to
+    be right: then the mean over rows counts, and may be twice what rounding alone moves. In bf16
+    that can be much: where a router's choice is made by a hair, it falls otherwise, and so does all
+    that follows.
     """
-    ids, positions = torch.cat([pack.ids, pack.ids[:1]]), torch.cat([pack.positions, pack.positions[:1] + longest - 1])
+    ids, positions = (
+        torch.cat([pack.ids, pack.ids[:1]]),
+        torch.cat([pack.positions, pack.positions[:1] + longest - 1]),
+    )
     larger = replace(
         pack,
         ids=ids,
@@ -147,11 +185,15 @@ def _isolated(
     if not only_rounding:
         return False
     rounding = _rounding(loss, pack, reference)
-    return float(moved.mean()) <= max(limit, 2 * rounding) and float(leaked.mean()) <= max(1e-3 * limit, rounding)
+    return float(moved.mean()) <= max(limit, 2 * rounding) and float(leaked.mean()) <= max(
+        1e-3 * limit, rounding
+    )
 
 
 def _rounding(loss: PackLoss, pack: TensorPack, reference: Tensor) -> float:
-    """How far the trainer's way of computing moves a row where nothing can leak: every segment is a pack of its own."""
+    """How far the trainer's way of computing moves a row where nothing can leak: every segment is a
+    pack of its own.
+    """
     segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
     parts = [loss.own_logits(part(pack, number)).float() for number, _ in enumerate(segments)]
     return float(_by_row(torch.cat(parts), reference).mean())
@@ -171,5 +213,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-        if isinstance(model, FSDPModule):  # without a backward pass its outermost weights stay gathered
+        if isinstance(
+            model, FSDPModule
+        ):  # without a backward pass its outermost weights stay gathered
             model.reshard()

@@ -120,18 +120,27 @@ class TRLConfig:
         if problems:
             raise UserError("\n".join(problems))
         if not isinstance(data, dict):
-            raise UserError(f"{yml_fp}: a mapping of sections is needed: method, {', '.join(_SECTIONS)}")
+            raise UserError(
+                f"{yml_fp}: a mapping of sections is needed: method, {', '.join(_SECTIONS)}"
+            )
         return cls.from_dict(data)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """Construct from nested dictionaries. Raises UserError naming a section or parameter that is not known."""
+        """Construct from nested dictionaries. Raises UserError naming a section or parameter that
+        is not known.
+        """
         names = ["method", *_SECTIONS]
         for name in config:
             if name not in names:
                 close = get_close_matches(name, names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"known sections: {', '.join(names)}"
-                raise UserError(f"parameter {name} is not present in the config (typo or a wrong config); {hint}")
+                hint = (
+                    f"did you mean {close[0]}?" if close else f"known sections: {', '.join(names)}"
+                )
+                raise UserError(
+                    f"parameter {name} is not present in the config (typo or a wrong config); "
+                    f"{hint}"
+                )
         for name in names:
             if not isinstance(config.get(name), Mapping):
                 raise UserError(f"section {name} is missing from the config")
@@ -146,12 +155,15 @@ class TRLConfig:
         return {name: deepcopy(vars(getattr(self, name))) for name in ("method", *_SECTIONS)}
 
     def evolve(self, **kwargs: Any) -> TRLConfig:
-        """A new configuration with nested parameters replaced: `config.evolve(train=dict(batch_size=4))`."""
+        """A new configuration with nested parameters replaced:
+        `config.evolve(train=dict(batch_size=4))`.
+        """
         return TRLConfig.from_dict(_merged(self.to_dict(), kwargs))
 
     @classmethod
     def update(cls, baseconfig: TRLConfig | dict[str, Any], config: Mapping[str, Any]) -> TRLConfig:
-        """`baseconfig` with parameters replaced by dotted key (`{"train.batch_size": 4}`) or by nested dictionary.
+        """`baseconfig` with parameters replaced by dotted key (`{"train.batch_size": 4}`) or by
+        nested dictionary.
 
         Raises UserError for a key that the configuration does not have, at whatever depth.
         """
@@ -161,7 +173,9 @@ class TRLConfig:
             inner = nested
             for layer in layers:
                 inner = inner.setdefault(layer, {})
-            inner[last] = _merged(inner.get(last, {}), value) if isinstance(value, Mapping) else value
+            inner[last] = (
+                _merged(inner.get(last, {}), value) if isinstance(value, Mapping) else value
+            )
         base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
         return cls.from_dict(_merged(base, nested))
 
@@ -174,5 +188,9 @@ def _merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any
     merged = deepcopy(dict(base))
     for key, value in update.items():
         below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        merged[key] = (
+            _merged(below, value)
+            if isinstance(value, Mapping) and isinstance(below, Mapping)
+            else value
+        )
     return merged

@@ -35,9 +35,13 @@ def default_sft_config() -> TRLConfig:
         ),
         model=ModelConfig(model_path="gpt2", num_layers_unfrozen=-1),
         tokenizer=TokenizerConfig(tokenizer_path="gpt2", truncation_side="right"),
-        optimizer=OptimizerConfig("adamw", {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-6}),
+        optimizer=OptimizerConfig(
+            "adamw", {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-6}
+        ),
         scheduler=SchedulerConfig("cosine_annealing", {"T_max": 1e12, "eta_min": 1e-4}),
-        method=SFTConfig("sftconfig", {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}),
+        method=SFTConfig(
+            "sftconfig", {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
+        ),
     )
 
 

@@ -29,9 +29,12 @@ class FromDict:
         for key in config:
             if key not in known:
                 close = get_close_matches(key, known, 1)
-                hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+                hint = (
+                    f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+                )
                 raise UserError(
-                    f"parameter {prefix}{key} is not present in the config (typo or a wrong config); {hint}"
+                    f"parameter {prefix}{key} is not present in the config (typo or a wrong "
+                    f"config); {hint}"
                 )
         for name, field in known.items():
             if name not in config and field.default is MISSING and field.default_factory is MISSING:

@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 
 @register_datapipeline
 class BasePipeline(Dataset):
-    """A data set that makes its own loader; subclasses give `__getitem__`, `__len__` and `create_loader`."""
+    """A data set that makes its own loader; subclasses give `__getitem__`, `__len__` and
+    `create_loader`.
+    """
 
     def __init__(self, path: str = "dataset") -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class BaseRolloutStore(Dataset):
 
 
 class MiniBatchIterator:
-    """Cuts each batch of a loader into at most `num_mb` minibatches of `mb_size` elements; none is empty.
+    """Cuts each batch of a loader into at most `num_mb` minibatches of `mb_size` elements; none is
+    empty.
 
     A last batch that is too small gives fewer or shorter minibatches, with a warning.
     """
@@ -68,7 +71,9 @@ class MiniBatchIterator:
             sizes = {len(value) for value in part.values()}
             if self.num_mb > 1 and min(sizes) < self.mb_size:
                 logger.warning(
-                    "a minibatch has %d elements instead of %d: the batch is small", min(sizes), self.mb_size
+                    "a minibatch has %d elements instead of %d: the batch is small",
+                    min(sizes),
+                    self.mb_size,
                 )
             if min(sizes) == 0:
                 break

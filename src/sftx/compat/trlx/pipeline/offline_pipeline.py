@@ -33,14 +33,19 @@ def start_token(tokenizer: Any) -> str:
     return tokenizer.bos_token or tokenizer.eos_token
 
 
-def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length: int = 2048) -> list[DialogMessage]:
-    """Tokenise (prompt, output, prompt, output, ...), each phrase alone, and cut it to `max_length` tokens.
+def tokenize_dialogue(
+    dialogue: str | Sequence[str], tokenizer: Any, max_length: int = 2048
+) -> list[DialogMessage]:
+    """Tokenise (prompt, output, prompt, output, ...), each phrase alone, and cut it to `max_length`
+    tokens.
 
-    A string is short for (BOS, string). EOS is added to the last output. Tokens are cut away on the tokenizer's
-    `truncation_side`; where that leaves an output at the front, BOS is put before it, within `max_length`.
-    Raises UserError where the dialogue is anything else, such as a dictionary.
+    A string is short for (BOS, string). EOS is added to the last output. Tokens are cut away on the
+    tokenizer's `truncation_side`; where that leaves an output at the front, BOS is put before it,
+    within `max_length`. Raises UserError where the dialogue is anything else, such as a dictionary.
     """
-    phrases = [start_token(tokenizer), dialogue] if isinstance(dialogue, str) else _phrases(dialogue)
+    phrases = (
+        [start_token(tokenizer), dialogue] if isinstance(dialogue, str) else _phrases(dialogue)
+    )
     if not phrases[-1].endswith(tokenizer.eos_token):
         phrases[-1] += tokenizer.eos_token
     tokens = [tokenizer(phrase, add_special_tokens=False).input_ids for phrase in phrases]
@@ -52,7 +57,9 @@ def tokenize_dialogue(dialogue: str | Sequence[str], tokenizer: Any, max_length:
                 messages[0].tokens = messages[0].tokens[1:]
             else:
                 messages[-1].tokens = messages[-1].tokens[:-1]
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
         messages.insert(0, DialogMessage(False, (start,)))
     return messages
 
@@ -61,16 +68,22 @@ def _phrases(dialogue: Any) -> list[str]:
     """The texts of a dialogue."""
     if isinstance(dialogue, dict):
         keys = ", ".join(map(str, dialogue))
-        raise UserError(f"found a dictionary ({keys}); give a text, or the values as a list: [prompt, output, ...]")
+        raise UserError(
+            f"found a dictionary ({keys}); give a text, or the values as a list: [prompt, output, "
+            "...]"
+        )
     if not isinstance(dialogue, Iterable):
-        raise UserError(f"found {type(dialogue).__name__}; give a text, or a list: [prompt, output, ...]")
+        raise UserError(
+            f"found {type(dialogue).__name__}; give a text, or a list: [prompt, output, ...]"
+        )
     phrases = list(dialogue)
     for phrase in phrases:
         if not isinstance(phrase, str):
             raise UserError(f"a phrase of a dialogue must be a text; found {type(phrase).__name__}")
     if len(phrases) % 2 or not phrases:
         raise UserError(
-            f"Dialogue must have an even number of phrases, alternating prompt and output; found {len(phrases)}"
+            "Dialogue must have an even number of phrases, alternating prompt and output; found "
+            f"{len(phrases)}"
         )
     return phrases
 
@@ -94,7 +107,11 @@ class DialogStore(BaseRolloutStore):
         self.tokenizer = tokenizer
         for dialog in dialogs:
             ids = [token for message in dialog for token in message.tokens]
-            labels = [token if message.is_output else IGNORED for message in dialog for token in message.tokens]
+            labels = [
+                token if message.is_output else IGNORED
+                for message in dialog
+                for token in message.tokens
+            ]
             self.history.append(
                 {
                     "input_ids": torch.tensor(ids, dtype=torch.long),
@@ -109,16 +126,24 @@ class DialogStore(BaseRolloutStore):
         def collate(elements: list[dict[str, Tensor]]) -> BatchEncoding:
             fill = {"input_ids": _pad_id(self.tokenizer), "attention_mask": 0, "labels": IGNORED}
             side = self.tokenizer.padding_side
-            return BatchEncoding({key: _padded([e[key] for e in elements], value, side) for key, value in fill.items()})
+            return BatchEncoding(
+                {
+                    key: _padded([e[key] for e in elements], value, side)
+                    for key, value in fill.items()
+                }
+            )
 
-        return DataLoader(self, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, **kwargs)
+        return DataLoader(
+            self, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, **kwargs
+        )
 
 
 @register_datapipeline
 class PromptPipeline(BasePipeline):
     """Texts as token ids, cut to `max_prompt_length` on the tokenizer's `truncation_side`.
 
-    `prompts` are texts, or dictionaries with `"prompt"` and whatever else should reach the metric function.
+    `prompts` are texts, or dictionaries with `"prompt"` and whatever else should reach the metric
+    function.
     """
 
     def __init__(
@@ -130,19 +155,33 @@ class PromptPipeline(BasePipeline):
     ) -> None:
         super().__init__()
         if max_prompt_length < 1:
-            raise UserError(f"no room for a prompt: {max_prompt_length} tokens (train.seq_length - max_new_tokens)")
-        extra = [{k: v for k, v in p.items() if k != "prompt"} if isinstance(p, dict) else {} for p in prompts]
+            raise UserError(
+                f"no room for a prompt: {max_prompt_length} tokens (train.seq_length - "
+                "max_new_tokens)"
+            )
+        extra = [
+            {k: v for k, v in p.items() if k != "prompt"} if isinstance(p, dict) else {}
+            for p in prompts
+        ]
         texts = [p.get("prompt") if isinstance(p, dict) else p for p in prompts]
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UserError(f"prompts[{i}]: a text, or a dictionary with a text under `prompt`, is needed")
+                raise UserError(
+                    f"prompts[{i}]: a text, or a dictionary with a text under `prompt`, is needed"
+                )
         encoded = tokenizer(
-            texts, truncation=True, padding=False, max_length=max_prompt_length, add_special_tokens=add_special_tokens
+            texts,
+            truncation=True,
+            padding=False,
+            max_length=max_prompt_length,
+            add_special_tokens=add_special_tokens,
         )
         self.tokenizer = tokenizer
         self.prompts = [
             {"input_ids": ids, "attention_mask": mask, **more}
-            for ids, mask, more in zip(encoded["input_ids"], encoded["attention_mask"], extra, strict=True)
+            for ids, mask, more in zip(
+                encoded["input_ids"], encoded["attention_mask"], extra, strict=True
+            )
         ]
 
     def __getitem__(self, ix: int) -> dict[str, Any]:
@@ -152,9 +191,16 @@ class PromptPipeline(BasePipeline):
         return len(self.prompts)
 
     def create_loader(
-        self, batch_size: int, shuffle: bool = False, sampler: Sampler | None = None, drop_last: bool = False, **_: Any
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        sampler: Sampler | None = None,
+        drop_last: bool = False,
+        **_: Any,
     ) -> DataLoader:
-        """Batches of `input_ids` and `attention_mask`, padded on the tokenizer's `padding_side`, and the extra keys."""
+        """Batches of `input_ids` and `attention_mask`, padded on the tokenizer's `padding_side`,
+        and the extra keys.
+        """
 
         def collate(elements: list[dict[str, Any]]) -> BatchEncoding:
             side = self.tokenizer.padding_side
@@ -167,7 +213,12 @@ class PromptPipeline(BasePipeline):
             return BatchEncoding(batch | {key: [e[key] for e in elements] for key in extra})
 
         return DataLoader(
-            self, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, sampler=sampler, drop_last=drop_last
+            self,
+            batch_size=batch_size,
+            collate_fn=collate,
+            shuffle=shuffle,
+            sampler=sampler,
+            drop_last=drop_last,
         )
 
 
@@ -179,5 +230,7 @@ def _padded(rows: list[Tensor], value: int, side: str) -> Tensor:
     """[len(rows), longest], int64."""
     out = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.long)
     for i, row in enumerate(rows):
-        out[i, slice(out.shape[1] - len(row), None) if side == "left" else slice(len(row))] = row.long()
+        out[i, slice(out.shape[1] - len(row), None) if side == "left" else slice(len(row))] = (
+            row.long()
+        )
     return out

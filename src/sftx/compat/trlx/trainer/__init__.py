@@ -14,7 +14,9 @@ register_trainer = _TRAINERS.register
 
 
 class BaseRLTrainer:
-    """What a trainer is given. The name is trlx's; only supervised trainers can be made from it here."""
+    """What a trainer is given. The name is trlx's; only supervised trainers can be made from it
+    here.
+    """
 
     def __init__(
         self,

@@ -21,7 +21,13 @@ from sftx.settings.schema import Model
 from sftx.training.prepare import Job
 from sftx.types import UserError
 
-_LISTS_BY_NATURE = ("eos_token_id", "bad_words_ids", "force_words_ids", "suppress_tokens", "stop_strings")
+_LISTS_BY_NATURE = (
+    "eos_token_id",
+    "bad_words_ids",
+    "force_words_ids",
+    "suppress_tokens",
+    "stop_strings",
+)
 
 
 class AccelerateRLTrainer(BaseRLTrainer):
@@ -41,7 +47,10 @@ class AccelerateRLTrainer(BaseRLTrainer):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         gen_kwargs = vars(config.method).get("gen_kwargs", {})
-        special = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        special = {
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
         self.generate_kwargs: dict[str, Any] = {**gen_kwargs, **special}
         self.nth_evaluation = 0
         self._job: Job | None = None
@@ -50,7 +59,9 @@ class AccelerateRLTrainer(BaseRLTrainer):
     def job(self) -> Job:
         """The sftx run, once training has begun."""
         if self._job is None:
-            raise UserError("the model is loaded when training begins: call `learn` (or `trlx.train`) first")
+            raise UserError(
+                "the model is loaded when training begins: call `learn` (or `trlx.train`) first"
+            )
         return self._job
 
     @property
@@ -61,11 +72,19 @@ class AccelerateRLTrainer(BaseRLTrainer):
     @property
     def generate_sweep_kwarg(self) -> tuple[str, list[Any]] | None:
         """The first argument of generation that is given as a list, to be swept over in evaluation."""
-        swept = [(k, v) for k, v in self.generate_kwargs.items() if isinstance(v, list) and k not in _LISTS_BY_NATURE]
+        swept = [
+            (k, v)
+            for k, v in self.generate_kwargs.items()
+            if isinstance(v, list) and k not in _LISTS_BY_NATURE
+        ]
         return swept[0] if swept else None
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The model's `generate`, in evaluation mode; what it returns begins with the prompts. [B, prompt + new]."""
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The model's `generate`, in evaluation mode; what it returns begins with the prompts. [B,
+        prompt + new].
+        """
         loss, device = self.job.loss, self.job.machine.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         one = {
@@ -77,7 +96,9 @@ class AccelerateRLTrainer(BaseRLTrainer):
         try:
             with torch.no_grad():
                 arguments = {**one, **kwargs}
-                return self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **arguments)
+                return self.model.generate(
+                    input_ids=input_ids.to(device), attention_mask=mask.to(device), **arguments
+                )
         finally:
             if training:
                 loss.use_segments(True)
@@ -95,8 +116,14 @@ class AccelerateRLTrainer(BaseRLTrainer):
     def decode(
         self, prompts: Any, samples: Any, prompt_sizes: Any = None, append_eos_token: bool = False
     ) -> tuple[list[str], list[str], list[str]]:
-        """Token ids as texts: (samples, prompts, outputs), outputs cut, right-stripped, at the stop sequences."""
-        sizes = [len(prompt) for prompt in prompts] if prompt_sizes is None else [int(size) for size in prompt_sizes]
+        """Token ids as texts: (samples, prompts, outputs), outputs cut, right-stripped, at the stop
+        sequences.
+        """
+        sizes = (
+            [len(prompt) for prompt in prompts]
+            if prompt_sizes is None
+            else [int(size) for size in prompt_sizes]
+        )
         texts, asked, outputs = [], [], []
         for prompt, sample, size in zip(prompts, samples, sizes, strict=True):
             output = self.tokenizer.decode(sample[size:], skip_special_tokens=True)
@@ -112,9 +139,11 @@ class AccelerateRLTrainer(BaseRLTrainer):
         return texts, asked, outputs
 
     def evaluate(self) -> dict[str, Any]:
-        """Continue the evaluation prompts, show the first of them, and return the means of the metrics.
+        """Continue the evaluation prompts, show the first of them, and return the means of the
+        metrics.
 
-        They are named `metrics/NAME` or, where an argument of generation is swept, `metrics/NAME@ARGUMENT=VALUE`.
+        They are named `metrics/NAME` or, where an argument of generation is swept,
+        `metrics/NAME@ARGUMENT=VALUE`.
         """
         if self.eval_pipeline is None:
             return {}
@@ -124,17 +153,25 @@ class AccelerateRLTrainer(BaseRLTrainer):
         began = perf_counter()
         for value in values:
             texts, extra = self._continued({argument: value} if argument else {})
-            measured = {} if self.metric_fn is None else self._measured(self.metric_fn, {**texts, **extra})
+            measured = (
+                {} if self.metric_fn is None else self._measured(self.metric_fn, {**texts, **extra})
+            )
             if not isinstance(measured, dict):
                 raise UserError(
-                    f"metric_fn: a dictionary of lists, by name, is needed; found {type(measured).__name__}"
+                    "metric_fn: a dictionary of lists, by name, is needed; found "
+                    f"{type(measured).__name__}"
                 )
             suffix = f"@{argument}={value}" if argument else ""
-            stats |= {f"metrics/{name}{suffix}": _mean(name, numbers) for name, numbers in measured.items()}
+            stats |= {
+                f"metrics/{name}{suffix}": _mean(name, numbers)
+                for name, numbers in measured.items()
+            }
             count = len(texts["prompts"])
             part = {argument: [value] * count} if argument else {}
             part |= {"prompt": texts["prompts"], "output": texts["outputs"]}
-            part |= {k: list(v) for k, v in measured.items() if hasattr(v, "__len__") and len(v) == count}
+            part |= {
+                k: list(v) for k, v in measured.items() if hasattr(v, "__len__") and len(v) == count
+            }
             shown = {name: shown.get(name, []) + column for name, column in part.items()}
         stats["time/generate"] = perf_counter() - began
         self._show(stats, shown)
@@ -142,13 +179,19 @@ class AccelerateRLTrainer(BaseRLTrainer):
         return stats
 
     def _measured(self, metric_fn: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """What the metric function returns; it is given the tokenizer where it names such a parameter."""
+        """What the metric function returns; it is given the tokenizer where it names such a
+        parameter.
+        """
         if "tokenizer" in inspect.signature(metric_fn).parameters:
             arguments = {**arguments, "tokenizer": self.tokenizer}
         return metric_fn(**arguments)
 
-    def _continued(self, sweep: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
-        """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts' extra keys."""
+    def _continued(
+        self, sweep: dict[str, Any]
+    ) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
+        """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts'
+        extra keys.
+        """
         texts: dict[str, list[str]] = {"samples": [], "prompts": [], "outputs": []}
         extra: dict[str, list[Any]] = {}
         for batch in self.eval_pipeline.create_loader(self.config.train.batch_size):
@@ -161,8 +204,16 @@ class AccelerateRLTrainer(BaseRLTrainer):
         return texts, extra
 
     def _show(self, stats: dict[str, Any], columns: dict[str, list[Any]]) -> None:
-        means = [f"{name}: {significant(value)}" for name, value in stats.items() if name.startswith("metrics/")]
-        table = Table(*columns, title=" ".join([f"Evaluation #{self.nth_evaluation}", *means]), show_lines=True)
+        means = [
+            f"{name}: {significant(value)}"
+            for name, value in stats.items()
+            if name.startswith("metrics/")
+        ]
+        table = Table(
+            *columns,
+            title=" ".join([f"Evaluation #{self.nth_evaluation}", *means]),
+            show_lines=True,
+        )
         for row in list(zip(*columns.values(), strict=True))[:3]:
             table.add_row(*[str(significant(value)) for value in row])
         Console().print(table)

@@ -17,7 +17,12 @@ import torch
 from sftx.compat.trlx import translate
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.method_configs import MethodConfig, register_method
-from sftx.compat.trlx.pipeline.offline_pipeline import IGNORED, DialogStore, PromptPipeline, tokenize_dialogue
+from sftx.compat.trlx.pipeline.offline_pipeline import (
+    IGNORED,
+    DialogStore,
+    PromptPipeline,
+    tokenize_dialogue,
+)
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from sftx.compat.trlx.trainer.trackers import tracker
@@ -65,7 +70,9 @@ _AS_IT_IS = {
 @register_method
 @dataclass
 class SFTConfig(MethodConfig):
-    """Supervised fine-tuning: arguments of generation, one of which may be a list for evaluation to sweep over."""
+    """Supervised fine-tuning: arguments of generation, one of which may be a list for evaluation to
+    sweep over.
+    """
 
     gen_kwargs: dict[str, Any]
 
@@ -78,7 +85,10 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         super().__init__(config, **kwargs)
         for name in _OWN_LOOP:
             if hasattr(type(self), name):
-                raise UserError(f"{type(self).__name__}.{name}: sftx's step computes the loss; nothing would call this")
+                raise UserError(
+                    f"{type(self).__name__}.{name}: sftx's step computes the loss; nothing would "
+                    "call this"
+                )
         self.iter_count = 0
         self._resume_from: str | None = None
         self._saved = 0  # the step of the last checkpoint
@@ -86,7 +96,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         self._updating = False
 
     def make_experience(self, samples: Sequence[Any], seq_length: int) -> None:
-        """Tokenise: texts as they are, or lists as dialogues (among which a text is short for (BOS, text)).
+        """Tokenise: texts as they are, or lists as dialogues (among which a text is short for (BOS,
+        text)).
 
         Raises UserError for a sample that is neither, or a list after a first text.
         """
@@ -96,8 +107,10 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             for i, sample in enumerate(samples):
                 if not isinstance(sample, str):
                     raise UserError(
-                        f"samples[{i}]: found {type(sample).__name__} where the first sample is a text, so that its "
-                        "prompt would be trained on too; give all samples as lists, a text as [bos_token, text]"
+                        f"samples[{i}]: found {type(sample).__name__} where the first sample is a "
+                        "text, so that its "
+                        "prompt would be trained on too; give all samples as lists, a text as "
+                        "[bos_token, text]"
                     )
             self.store = PromptPipeline(samples, seq_length, self.tokenizer)
             return
@@ -149,13 +162,18 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 if stop():
                     self._checkpoint()
                     job.run.update(status="stopped", stopped_at=self.iter_count)
-                    raise Stopped(f"stopped by signal {stop.signal} after step {self.iter_count}, which is saved")
+                    raise Stopped(
+                        f"stopped by signal {stop.signal} after step {self.iter_count}, which is "
+                        "saved"
+                    )
             job.run.update(status="finished")
             self._serve(job)
         return results
 
     def _call_back(self, record: StepRecord) -> None:
-        """The callbacks of subclasses: after every step, and when a pass over the data ends with it."""
+        """The callbacks of subclasses: after every step, and when a pass over the data ends with
+        it.
+        """
         self.post_backward_callback()
         if int(record.epoch) > self._epoch:
             self._epoch = int(record.epoch)
@@ -166,7 +184,9 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         return record.step == record.num_steps or record.step % interval == 0
 
     def _keep_best(self, record: StepRecord, best: float) -> float:
-        """Save `best_checkpoint` where this evaluation has the highest reward so far, and return that reward."""
+        """Save `best_checkpoint` where this evaluation has the highest reward so far, and return
+        that reward.
+        """
         if not self.config.train.save_best or record.eval is None:
             return best
         reward = record.eval.get("reward/mean", record.eval.get("metrics/reward", float("-inf")))
@@ -189,7 +209,9 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         run = _Record(config, begin)
         here = stack.enter_context(machine(config.runtime))
         job = self._job = prepare(config, here, run, progress, stack)
-        job.optimizer = translate.optimizer(self.config.optimizer, build_optimizer(job.loss, config.optim))
+        job.optimizer = translate.optimizer(
+            self.config.optimizer, build_optimizer(job.loss, config.optim)
+        )
         self._watch_updates(job.optimizer)
         run.update(**{TRLX: json.loads(str(self.config))})
         if self._resume_from is not None:
@@ -209,13 +231,22 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         optimizer.register_step_post_hook(ends)
 
     def _steps(self, job: Job) -> Iterator[StepRecord]:
-        """sftx's steps, at trlx's learning rates; the model is as the record says when it is yielded."""
+        """sftx's steps, at trlx's learning rates; the model is as the record says when it is
+        yielded.
+        """
         rate = translate.learning_rate(self.config.scheduler, job.peak)
         meter, size = StepMetrics(job), job.machine.tokens_per_pack
         for step in range(job.start, job.plan.num_steps):
-            job.peak = rate(step)  # the schedule of the translated settings is constant, so this is the rate
-            torch.manual_seed(job.config.seed * 1_000_003 + step)  # dropout has a stream of its own in every step
-            packs = [build_pack([job.corpus.example(i) for i in pack], pack) for pack in job.plan.packs(step, size)[0]]
+            job.peak = rate(
+                step
+            )  # the schedule of the translated settings is constant, so this is the rate
+            torch.manual_seed(
+                job.config.seed * 1_000_003 + step
+            )  # dropout has a stream of its own in every step
+            packs = [
+                build_pack([job.corpus.example(i) for i in pack], pack)
+                for pack in job.plan.packs(step, size)[0]
+            ]
             tensors = [to_tensors(pack, job.machine.device) for pack in packs]
             total, autocast = job.plan.total_weight(step), job.machine.autocast
             result = train_step(job.loss, job.optimizer, tensors, total, job.peak, 0.0, autocast)
@@ -223,37 +254,58 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             yield meter.read(step, result, None)
             meter.restart()
 
-    def _rescue(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def _rescue(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         """Where an error ends the run: save the steps that no checkpoint holds yet."""
         if kind is None or self.iter_count == self._saved:
             return
-        if self._updating:  # some weights have taken the step and others have not: no state to continue from
+        if (
+            self._updating
+        ):  # some weights have taken the step and others have not: no state to continue from
             folder = Path(self.config.train.checkpoint_dir) / "interrupted"
             self.save_pretrained(str(folder / "hf_model"))
-            said = f"in the midst of step {self.iter_count + 1}: the model as it is then is in {folder}"
+            said = (
+                f"in the midst of step {self.iter_count + 1}: the model as it is then is in "
+                f"{folder}"
+            )
         else:
             said = f"after step {self.iter_count}: the model is saved in {self._checkpoint()}"
         print(f"note: {kind.__name__} {said}", file=sys.stderr)
 
     def save_pretrained(self, directory: str | None = None, **options: Any) -> None:
-        """Write model and tokenizer as a Hugging Face folder; default: `hf_model` in the checkpoint folder.
+        """Write model and tokenizer as a Hugging Face folder; default: `hf_model` in the checkpoint
+        folder.
 
-        Of transformers' options `max_shard_size` applies. Any other that would change what is written raises
-        UserError, once the folder is there.
+        Of transformers' options `max_shard_size` applies. Any other that would change what is
+        written raises UserError, once the folder is there.
         """
         job = self.job
         folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
         if job.adapted is None and (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{folder} holds an adapter, which would be loaded over the model written there; name another folder, "
+                f"{folder} holds an adapter, which would be loaded over the model written there; "
+                "name another folder, "
                 "or delete adapter_config.json"
             )
         folder.mkdir(parents=True, exist_ok=True)
         training = job.loss.training
         self._serve(job)  # the saved configuration must not name our attention
-        card = f"Fine-tuned from {self.config.model.model_path} with sftx, {self.iter_count} steps.\n"
-        sizes = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
-        save_model(folder, self.model, self.tokenizer, [self.tokenizer.eos_token_id], card, torch.float32, **sizes)
+        card = (
+            f"Fine-tuned from {self.config.model.model_path} with sftx, {self.iter_count} steps.\n"
+        )
+        sizes = (
+            {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
+        )
+        save_model(
+            folder,
+            self.model,
+            self.tokenizer,
+            [self.tokenizer.eos_token_id],
+            card,
+            torch.float32,
+            **sizes,
+        )
         if training:
             job.loss.use_segments(True)
             job.loss.train()
@@ -263,15 +315,21 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         """Write weights, optimizer and step, to continue from; default: the checkpoint folder."""
         job, step = self.job, self.iter_count
         folder = Path(directory or self.config.train.checkpoint_dir)
-        for later in checkpoint.folders(folder):  # an earlier run went further here: its state is not this one's
+        for later in checkpoint.folders(
+            folder
+        ):  # an earlier run went further here: its state is not this one's
             if checkpoint.step_of(later) >= step:
                 shutil.rmtree(later)
-        state = checkpoint.State(step, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets)
+        state = checkpoint.State(
+            step, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets
+        )
         checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
         _refuse_options("save", folder, options)
 
     def load(self, directory: str | None = None, **options: Any) -> None:
-        """Continue from what `save` wrote: weights, optimizer and step; before training, when it begins."""
+        """Continue from what `save` wrote: weights, optimizer and step; before training, when it
+        begins.
+        """
         _refuse_options("load", None, options)
         self._resume_from = str(directory or self.config.train.checkpoint_dir)
         if self._job is not None:
@@ -301,16 +359,20 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         if self.config.train.save_optimizer:
             self.save(str(folder))
         model = folder / "hf_model"
-        for name in _OF_A_MODEL:  # those of an earlier run, which may have trained an adapter, or none
+        for (
+            name
+        ) in _OF_A_MODEL:  # those of an earlier run, which may have trained an adapter, or none
             for path in model.glob(name):
                 path.unlink()
         self.save_pretrained(str(model))
 
 
 class _Record(Run):
-    """The record of a run that begins anew or continues from a checkpoint, whatever stands in its folder.
+    """The record of a run that begins anew or continues from a checkpoint, whatever stands in its
+    folder.
 
-    Only the files of a record are written anew, and their lines stay up to the step that it begins at.
+    Only the files of a record are written anew, and their lines stay up to the step that it begins
+    at.
     """
 
     def __init__(self, config: Config, begin: int) -> None:
@@ -326,7 +388,9 @@ class _Record(Run):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             path = self.folder / name
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            lines = (
+                path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            )
             kept = [line for line in lines if self._is_early(line)]
             if kept or path.exists() or name == "metrics.jsonl":
                 write_text(path, "".join(kept))
@@ -337,14 +401,19 @@ class _Record(Run):
 
 
 def _refuse_foreign_folder(folder: Path) -> None:
-    """The record of the run goes into a folder that is empty, or that holds the record of such a run."""
-    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+    """The record of the run goes into a folder that is empty, or that holds the record of such a
+    run.
+    """
+    if not folder.exists() or (
+        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    ):
         return
     path = folder / "run.json"
     if path.is_file() and TRLX in read_json(path):
         return
     raise UserError(
-        f"train.checkpoint_dir: the record of the run would go to {folder}, which holds something else; choose another "
+        f"train.checkpoint_dir: the record of the run would go to {folder}, which holds something "
+        "else; choose another "
         "checkpoint_dir"
     )
 
@@ -357,7 +426,9 @@ def _step_saved_in(directory: Path) -> int:
 
 
 def _refuse_options(method: str, folder: Path | None, options: dict[str, Any]) -> None:
-    """Raise UserError for options that would change what was done; those that say what is done anyway are fine."""
+    """Raise UserError for options that would change what was done; those that say what is done
+    anyway are fine.
+    """
     for name, value in options.items():
         if name in _AS_IT_IS and value in _AS_IT_IS[name]:
             continue
@@ -366,11 +437,16 @@ def _refuse_options(method: str, folder: Path | None, options: dict[str, Any]) -
 
 
 def _rows(store: Any) -> list[dict[str, list[int]]]:
-    """A store's elements as rows of tokens; those in which nothing is a target are left out, with a note."""
+    """A store's elements as rows of tokens; those in which nothing is a target are left out, with a
+    note.
+    """
     loader = getattr(type(store), "create_loader", None)
     if loader is not None and loader.__module__ != PromptPipeline.__module__:
         name = f"{type(store).__name__}.create_loader"
-        print(f"note: {name} is not called: sftx shuffles and packs the store's elements itself", file=sys.stderr)
+        print(
+            f"note: {name} is not called: sftx shuffles and packs the store's elements itself",
+            file=sys.stderr,
+        )
     rows = []
     for i in range(len(store)):
         element = store[i]
@@ -379,7 +455,10 @@ def _rows(store: Any) -> list[dict[str, list[int]]]:
         if any(label != IGNORED for label in labels[1:]):
             rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
     if empty := len(store) - len(rows):
-        print(f"note: {empty} of {len(store)} samples have no target left and are not trained on", file=sys.stderr)
+        print(
+            f"note: {empty} of {len(store)} samples have no target left and are not trained on",
+            file=sys.stderr,
+        )
     if not rows:
         raise UserError("samples: no sample has a target left; is train.seq_length too small?")
     return rows

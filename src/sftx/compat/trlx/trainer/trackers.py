@@ -15,7 +15,9 @@ Log = Callable[[dict[str, Any], int], None]
 
 
 def tracker(config: TRLConfig) -> AbstractContextManager[Log]:
-    """The tracker that `config` names: entered, it starts and gives a function that logs numbers at a step."""
+    """The tracker that `config` names: entered, it starts and gives a function that logs numbers at
+    a step.
+    """
     name = config.train.tracker
     if name not in ("wandb", "tensorboard", None):
         raise UserError(f"train.tracker: found {name!r}; wandb, tensorboard or None")
@@ -24,9 +26,13 @@ def tracker(config: TRLConfig) -> AbstractContextManager[Log]:
     if find_spec(name) is not None:
         return _wandb(config) if name == "wandb" else _tensorboard(config)
     if name == "tensorboard":
-        raise UserError("train.tracker: tensorboard is not installed; install it, or set tracker to None")
+        raise UserError(
+            "train.tracker: tensorboard is not installed; install it, or set tracker to None"
+        )
     # The default of every configuration: that it is named does not mean that it is wanted.
-    warnings.warn("train.tracker is 'wandb', which is not installed: nothing is sent anywhere", stacklevel=2)
+    warnings.warn(
+        "train.tracker is 'wandb', which is not installed: nothing is sent anywhere", stacklevel=2
+    )
     return nullcontext(_nothing)
 
 
@@ -39,8 +45,15 @@ def _wandb(config: TRLConfig) -> Iterator[Log]:
     import wandb  # pyright: ignore[reportMissingImports]
 
     train = config.train
-    about = {"entity": train.entity_name, "group": train.group_name, "tags": train.tags, "dir": train.logging_dir}
-    with wandb.init(project=train.project_name, name=train.run_name, config=config.to_dict(), **about) as run:
+    about = {
+        "entity": train.entity_name,
+        "group": train.group_name,
+        "tags": train.tags,
+        "dir": train.logging_dir,
+    }
+    with wandb.init(
+        project=train.project_name, name=train.run_name, config=config.to_dict(), **about
+    ) as run:
         yield lambda numbers, step: run.log(numbers, step=step)
 
 

@@ -24,7 +24,13 @@ from typing import Any
 
 from tqdm import auto
 
-log_levels = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
+log_levels = {
+    "debug": DEBUG,
+    "info": INFO,
+    "warning": WARNING,
+    "error": ERROR,
+    "critical": CRITICAL,
+}
 EXPLICIT = "[%(asctime)s] [%(levelname)s] [%(filename)s:%(lineno)d:%(funcName)s] %(message)s"
 
 _root = getLogger("trlx")
@@ -33,12 +39,18 @@ _progress_bar = True
 
 
 class MultiProcessAdapter(LoggerAdapter[Logger]):
-    """A logger whose methods take `ranks`: the processes that log, as texts; default `["0"]`, `[]` for all."""
+    """A logger whose methods take `ranks`: the processes that log, as texts; default `["0"]`, `[]`
+    for all.
+    """
 
-    def log(self, level: int, msg: object, *args: Any, ranks: Sequence[str] = ("0",), **kwargs: Any) -> None:
+    def log(
+        self, level: int, msg: object, *args: Any, ranks: Sequence[str] = ("0",), **kwargs: Any
+    ) -> None:
         """Log where this process is among `ranks`."""
         if not ranks or os.environ.get("RANK", "0") in ranks:
-            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
+            kwargs["stacklevel"] = (
+                kwargs.get("stacklevel", 1) + 1
+            )  # the caller's line, not this one
             super().log(level, msg, *args, **kwargs)
 
     def warning_advice(self, *args: Any, **kwargs: Any) -> None:
@@ -138,7 +150,9 @@ def _configure() -> None:
     wanted = os.environ.get("TRLX_VERBOSITY", "").lower()
     set_verbosity(log_levels.get(wanted, INFO))
     if wanted and wanted not in log_levels:
-        _root.warning("TRLX_VERBOSITY: found %r; known: %s; info is used", wanted, ", ".join(log_levels))
+        _root.warning(
+            "TRLX_VERBOSITY: found %r; known: %s; info is used", wanted, ", ".join(log_levels)
+        )
 
 
 _configure()
