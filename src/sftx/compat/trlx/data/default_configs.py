@@ -12,7 +12,7 @@ from sftx.compat.trlx.data.configs import (
     TrainConfig,
     TRLConfig,
 )
-from sftx.compat.trlx.rl import by_name
+from sftx.compat.trlx.names import by_name
 from sftx.compat.trlx.trainer.accelerate_sft_trainer import SFTConfig
 
 __getattr__ = by_name  # NeMo's, by name alone
