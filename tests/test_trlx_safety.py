@@ -393,6 +393,20 @@ def test_a_stores_own_loader_is_said_not_to_be_called(
     assert "Store.create_loader is not called" in capsys.readouterr().err
 
 
+def test_brackets_in_a_text_are_no_markup(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trlx.train(
+        samples=SAMPLES,
+        eval_prompts=["a[/b]"],
+        metric_fn=lambda **_: {"[/m]": [1.5]},
+        config=config(model, tmp_path),
+    )
+    shown = capsys.readouterr().out
+    assert "a[/b]" in shown
+    assert "metrics/[/m]: 1.5" in shown
+
+
 # --- options of saving ------------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,14 @@
 """Names of trlx: what is found by name (`Registry`), what imports by name, and what is refused.
 
 Names of reinforcement learning and of NeMo have no trainer here. They import and construct, and
-training with them is refused. `INSTEAD` is the one table of them: what to do instead, by module of
-trlx (with a dot) and by name. A module in it exists by its line alone, and so does every name in
-such a module.
+training with them is refused. `INSTEAD` is the one table of them. A module in it exists by its line
+alone, and so does every name in such a module.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -30,45 +29,55 @@ NEMO = (
     "NeMo is not used here; set train.trainer to AccelerateSFTTrainer, model.model_path and "
     "tokenizer.tokenizer_path to a Hugging Face model"
 )
-INSTEAD = {
-    "data.accelerate_base_datatypes": RL,
-    "data.dpo_types": RL,
-    "data.ilql_types": RL,
-    "data.ppo_types": RL,
-    "models.modeling_base": RL,
-    "models.modeling_ilql": RL,
-    "models.modeling_nemo_ilql": NEMO,
-    "models.modeling_nemo_ppo": NEMO,
-    "models.modeling_nemo_sft": NEMO,
-    "models.modeling_ppo": RL,
-    "pipeline.ppo_pipeline": RL,
-    "trainer.accelerate_dpo_trainer": RL,
-    "trainer.accelerate_ilql_trainer": RL,
-    "trainer.accelerate_ppo_trainer": RL,
-    "trainer.accelerate_rft_trainer": RL,
-    "trainer.nemo_ilql_trainer": NEMO,
-    "trainer.nemo_ppo_trainer": NEMO,
-    "trainer.nemo_sft_trainer": NEMO,
-    "utils.modeling": RL,
-    # Names that are in other modules too, or in a configuration.
-    "AccelerateDPOTrainer": RL,
-    "AccelerateILQLTrainer": RL,
-    "AcceleratePPOTrainer": RL,
-    "AccelerateRFTTrainer": RL,
-    "BaseRLTrainer": RL,
-    "DPOConfig": RL,
-    "ILQLConfig": RL,
-    "ILQLRolloutStorage": RL,
-    "ILQLSeq2SeqRolloutStorage": RL,
-    "NeMoILQLTrainer": NEMO,
-    "NeMoPPOTrainer": NEMO,
-    "NeMoSFTTrainer": NEMO,
-    "PPOConfig": RL,
-    "RFTConfig": RL,
-    "default_nemo_1_3b_config": NEMO,
-    "default_nemo_20b_config": NEMO,
-    "default_nemo_2b_config": NEMO,
+INSTEAD: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "data.accelerate_base_datatypes",
+            "data.dpo_types",
+            "data.ilql_types",
+            "data.ppo_types",
+            "models.modeling_base",
+            "models.modeling_ilql",
+            "models.modeling_ppo",
+            "pipeline.ppo_pipeline",
+            "trainer.accelerate_dpo_trainer",
+            "trainer.accelerate_ilql_trainer",
+            "trainer.accelerate_ppo_trainer",
+            "trainer.accelerate_rft_trainer",
+            "utils.modeling",
+            "AccelerateDPOTrainer",
+            "AccelerateILQLTrainer",
+            "AcceleratePPOTrainer",
+            "AccelerateRFTTrainer",
+            "BaseRLTrainer",
+            "DPOConfig",
+            "ILQLConfig",
+            "ILQLRolloutStorage",
+            "ILQLSeq2SeqRolloutStorage",
+            "PPOConfig",
+            "RFTConfig",
+        ),
+        RL,
+    ),
+    **dict.fromkeys(
+        (
+            "models.modeling_nemo_ilql",
+            "models.modeling_nemo_ppo",
+            "models.modeling_nemo_sft",
+            "trainer.nemo_ilql_trainer",
+            "trainer.nemo_ppo_trainer",
+            "trainer.nemo_sft_trainer",
+            "NeMoILQLTrainer",
+            "NeMoPPOTrainer",
+            "NeMoSFTTrainer",
+            "default_nemo_1_3b_config",
+            "default_nemo_20b_config",
+            "default_nemo_2b_config",
+        ),
+        NEMO,
+    ),
 }
+"""What to do instead, by name of a module (with a dot) and of what scripts import from others."""
 
 
 class RefusedAttribute(UserError, AttributeError):
@@ -85,16 +94,16 @@ class StandIn:
 
     INSTEAD = RL
 
-    def __init__(self, *_: object, **values: Any) -> None:
+    def __init__(self, *_: object, **values: object) -> None:
         vars(self).update(values)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # Python looks for such names, and may not find them
             raise AttributeError(name)
         raise RefusedAttribute(f"{type(self).__name__}.{name}: {self.INSTEAD}.")
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, object]) -> Self:
         """Construct from the values in `config`, whatever they are called."""
         return cls(**config)
 
@@ -198,7 +207,7 @@ class _Finder(MetaPathFinder, Loader):
         module.__spec__ = own or module.__spec__
 
 
-def _name_in(path: str, name: str) -> Any:
+def _name_in(path: str, name: str) -> object:
     """The stand-in for a name of the module `path`."""
     if name.startswith("__"):
         raise AttributeError(name)

@@ -16,13 +16,17 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sftx.report.record import read_metrics
 from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
 
 _RUN = """import json, os, runpy, sys
 import sftx.compat.trlx
@@ -58,7 +62,7 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return tune, data
 
 
-def _problem_of(spec: dict[str, Any]) -> str:
+def _problem_of(spec: Mapping[str, Any]) -> str:
     """What is wrong with a parameter's strategy and values; empty if nothing."""
     strategy, values = spec.get("strategy"), spec.get("values")
     if strategy not in _STRATEGIES:
@@ -69,7 +73,7 @@ def _problem_of(spec: dict[str, Any]) -> str:
     return ""
 
 
-def suggest(trial: Any, name: str, strategy: str, values: list[Any]) -> Any:
+def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
     """A value for one parameter, drawn by optuna's `trial`. Upper bounds of plain integers are
     exclusive.
     """
@@ -94,7 +98,7 @@ def suggest(trial: Any, name: str, strategy: str, values: list[Any]) -> Any:
     return int(value) if strategy == "qlograndint" else value
 
 
-def make_study(tune: dict[str, Any], seed: int = 0) -> Any:
+def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
     try:
         import optuna
@@ -135,7 +139,7 @@ def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def run_trial(
-    trial: Any, script: str, hparams: dict[str, Any], folder: Path, metric: str
+    trial: Trial, script: str, hparams: Mapping[str, object], folder: Path, metric: str
 ) -> tuple[str, float | None]:
     """Run the script with `hparams`; ("COMPLETE" | "PRUNED" | "FAIL", the last value of the
     metric).
@@ -206,14 +210,14 @@ def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
     return result
 
 
-def _grid(space: dict[str, dict[str, Any]]) -> list[dict[str, int]]:
+def _grid(space: Mapping[str, Mapping[str, Any]]) -> list[dict[str, int]]:
     """Every combination of the parameters with the strategy `grid`, as numbers of their values."""
     grid = {name: spec["values"] for name, spec in space.items() if spec["strategy"] == "grid"}
     points = itertools.product(*[range(len(values)) for values in grid.values()])
     return [dict(zip(grid, point, strict=True)) for point in points]
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -152,7 +152,7 @@ def refuse_untranslatable(config: TRLConfig) -> None:
     learning_rate(config.scheduler, 1.0)
 
 
-def _refuse_others(section: str, given: dict[str, Any], known: set[str]) -> None:
+def _refuse_others(section: str, given: Mapping[str, object], known: set[str]) -> None:
     odd = sorted(set(given) - known)
     if odd:
         raise UserError(
@@ -160,7 +160,7 @@ def _refuse_others(section: str, given: dict[str, Any], known: set[str]) -> None
         )
 
 
-def trusted(extra: dict[str, Any]) -> bool:
+def trusted(extra: Mapping[str, object]) -> bool:
     """Whether code that comes with the model or the tokenizer may run."""
     return bool(extra.get("trust_remote_code"))
 
@@ -213,7 +213,7 @@ def _default_targets(config: TRLConfig) -> list[str]:
     return TARGETS[kind]
 
 
-def _name(given: Any) -> str:
+def _name(given: object) -> str:
     """The name that an enumeration's member or a text gives."""
     return str(getattr(given, "value", given))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.default_configs import default_sft_config
 from sftx.compat.trlx.names import StandIn, refuse
 from sftx.compat.trlx.pipeline.offline_pipeline import start_token
+from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer
 from sftx.compat.trlx.translate import refuse_several_processes
 from sftx.compat.trlx.utils import set_seed
 from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
@@ -20,13 +22,13 @@ from sftx.types import UserError
 
 def train(
     model_path: str | None = None,
-    reward_fn: Callable[..., Any] | None = None,
-    dataset: Any = None,
-    samples: Sequence[Any] | None = None,
+    reward_fn: Callable[..., object] | None = None,
+    dataset: object = None,
+    samples: Sequence[object] | None = None,
     rewards: Sequence[float] | None = None,
-    prompts: Any = None,
-    eval_prompts: Sequence[str] | Sequence[dict[str, Any]] | None = None,
-    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    prompts: object = None,
+    eval_prompts: Sequence[str | Mapping[str, object]] | None = None,
+    metric_fn: Callable[..., Mapping[str, object]] | None = None,
     config: TRLConfig | None = None,
     stop_sequences: Sequence[str] | None = None,
 ) -> Any:
@@ -65,7 +67,7 @@ def train(
     return trainer
 
 
-def _new_trainer(config: TRLConfig, **given: Any) -> Any:
+def _new_trainer(config: TRLConfig, **given: object) -> AccelerateSFTTrainer:
     trainer = get_trainer(config.train.trainer)(
         config=config, **given, **config.train.trainer_kwargs
     )
@@ -74,7 +76,11 @@ def _new_trainer(config: TRLConfig, **given: Any) -> Any:
     return trainer
 
 
-def _add_prompts(trainer: Any, config: TRLConfig, prompts: Sequence[Any] | None) -> None:
+def _add_prompts(
+    trainer: AccelerateRLTrainer,
+    config: TRLConfig,
+    prompts: Sequence[str | Mapping[str, object]] | None,
+) -> None:
     """Give the trainer its evaluation prompts, cut so that what is generated has room."""
     if prompts is None:
         prompts = [start_token(trainer.tokenizer)] * config.train.batch_size
@@ -88,7 +94,7 @@ def _add_prompts(trainer: Any, config: TRLConfig, prompts: Sequence[Any] | None)
     trainer.add_eval_pipeline(pipeline(prompts, room, trainer.tokenizer))
 
 
-def _resume(trainer: Any, folder: str | None) -> None:
+def _resume(trainer: AccelerateSFTTrainer, folder: str | None) -> None:
     """Continue from `folder` where one is named and there."""
     if folder and os.path.exists(folder):
         trainer.load(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers.tokenization_utils_base import BatchEncoding
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sftx.compat.trlx.names import by_name
 from sftx.compat.trlx.pipeline import BasePipeline, BaseRolloutStore, register_datapipeline
@@ -31,13 +31,13 @@ class DialogMessage:
     tokens: tuple[int, ...]
 
 
-def start_token(tokenizer: Any) -> str:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that stands before a text with no prompt: BOS, or EOS where there is no BOS."""
-    return tokenizer.bos_token or tokenizer.eos_token
+    return _text_of(tokenizer.bos_token or tokenizer.eos_token, "BOS or EOS")
 
 
 def tokenize_dialogue(
-    dialogue: str | Sequence[str], tokenizer: Any, max_length: int = 2048
+    dialogue: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
 ) -> list[DialogMessage]:
     """Tokenise (prompt, output, prompt, output, ...), each phrase alone, and cut it to `max_length`
     tokens.
@@ -49,8 +49,9 @@ def tokenize_dialogue(
     if isinstance(dialogue, str):
         dialogue = [start_token(tokenizer), dialogue]
     phrases = _phrases(dialogue)
-    if not phrases[-1].endswith(tokenizer.eos_token):
-        phrases[-1] += tokenizer.eos_token
+    eos = _text_of(tokenizer.eos_token, "EOS")
+    if not phrases[-1].endswith(eos):
+        phrases[-1] += eos
     tokens: list[tuple[int, int]] = []  # the number of the phrase, and a token of it
     for number, phrase in enumerate(phrases):
         ids = tokenizer(phrase, add_special_tokens=False).input_ids
@@ -60,6 +61,7 @@ def tokenize_dialogue(
     if tokens and tokens[0][0] % 2:
         tokens = _cut(tokens, max_length - 1, tokenizer.truncation_side)
         start_id = tokenizer.convert_tokens_to_ids(start_token(tokenizer))
+        assert isinstance(start_id, int), "one token has one id"
         start = [DialogMessage(False, (start_id,))]
     parts = groupby(tokens, key=lambda pair: pair[0])
     messages = [
@@ -68,7 +70,13 @@ def tokenize_dialogue(
     return start + messages
 
 
-def _phrases(dialogue: Any) -> list[str]:
+def _text_of(token: object, name: str) -> str:
+    if not isinstance(token, str):
+        raise UserError(f"the tokenizer has no {name} token")
+    return token
+
+
+def _phrases(dialogue: object) -> list[str]:
     """The texts of a dialogue."""
     if isinstance(dialogue, dict):
         keys = ", ".join(map(str, dialogue))
@@ -100,7 +108,9 @@ def _cut(tokens: list[tuple[int, int]], length: int, side: str) -> list[tuple[in
 class DialogStore(BaseRolloutStore):
     """Dialogues as `input_ids`, `attention_mask` and `labels`, of which prompts' are -100."""
 
-    def __init__(self, dialogs: Sequence[Sequence[DialogMessage]], tokenizer: Any) -> None:
+    def __init__(
+        self, dialogs: Sequence[Sequence[DialogMessage]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         for dialog in dialogs:
@@ -134,9 +144,9 @@ class PromptPipeline(BasePipeline):
 
     def __init__(
         self,
-        prompts: Sequence[str] | Sequence[dict[str, Any]],
+        prompts: Sequence[str | Mapping[str, object]],
         max_prompt_length: int,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         add_special_tokens: bool = False,
     ) -> None:
         super().__init__()
@@ -149,7 +159,7 @@ class PromptPipeline(BasePipeline):
         self.prompts: list[dict[str, Any]] = []
         texts: list[str] = []
         for i, prompt in enumerate(prompts):
-            extra = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+            extra = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
             text = extra.pop("prompt", None)
             if not isinstance(text, str):
                 raise UserError(
@@ -184,7 +194,9 @@ class PromptPipeline(BasePipeline):
         return DataLoader(self, batch_size, shuffle, collate_fn=collate, **options)
 
 
-def _collate(tokenizer: Any, more: dict[str, int], elements: list[dict[str, Any]]) -> BatchEncoding:
+def _collate(
+    tokenizer: PreTrainedTokenizerBase, more: dict[str, int], elements: list[dict[str, Any]]
+) -> BatchEncoding:
     """One batch: tokens, and the columns in `more`, padded with its values; others as lists."""
     pad = tokenizer.pad_token_id
     if pad is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.names import refuse
+from sftx.compat.trlx.pipeline import BasePipeline
 from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable, trusted
 from sftx.model.save import load_tokenizer
 from sftx.settings.schema import Model
@@ -39,9 +40,9 @@ class AccelerateRLTrainer:
     def __init__(
         self,
         config: TRLConfig,
-        reward_fn: Callable[..., Any] | None = None,
-        metric_fn: Callable[..., Any] | None = None,
-        logit_mask: Any = None,
+        reward_fn: Callable[..., object] | None = None,
+        metric_fn: Callable[..., Mapping[str, object]] | None = None,
+        logit_mask: object = None,
         stop_sequences: Iterable[str] | None = None,
         train_mode: bool = False,
     ) -> None:
@@ -65,11 +66,11 @@ class AccelerateRLTrainer:
         self.nth_evaluation = 0
         self._control = Control(exact=True, shared=True)
 
-    def push_to_store(self, data: Iterable[Any]) -> None:
+    def push_to_store(self, data: Iterable[object]) -> None:
         """Append training elements."""
         self.store.push(data)
 
-    def add_eval_pipeline(self, eval_pipeline: Any) -> None:
+    def add_eval_pipeline(self, eval_pipeline: BasePipeline) -> None:
         """Set the prompts of evaluation."""
         self.eval_pipeline = eval_pipeline
 
@@ -93,7 +94,7 @@ class AccelerateRLTrainer:
         return self._control.done
 
     @property
-    def generate_sweep_kwarg(self) -> tuple[str, list[Any]] | None:
+    def generate_sweep_kwarg(self) -> tuple[str, list[object]] | None:
         """The first argument of generation that is given as a list, to be swept over in evaluation."""
         for name, value in self.generate_kwargs.items():
             if isinstance(value, list) and name not in _LISTS_BY_NATURE:
@@ -152,7 +153,7 @@ class AccelerateRLTrainer:
             texts.append(asked[-1] + output)
         return texts, asked, outputs
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, float]:
         """Continue the evaluation prompts, show the first of them, and return the means of the
         metrics.
 
@@ -161,7 +162,7 @@ class AccelerateRLTrainer:
         """
         if self.eval_pipeline is None:
             return {}
-        stats: dict[str, Any] = {}
+        stats: dict[str, float] = {}
         began = perf_counter()
         if self.generate_sweep_kwarg is None:
             stats |= self._evaluate_with({}, "")
@@ -173,10 +174,10 @@ class AccelerateRLTrainer:
         self.nth_evaluation += 1
         return stats
 
-    def _evaluate_with(self, given: dict[str, Any], suffix: str) -> dict[str, float]:
+    def _evaluate_with(self, given: Mapping[str, object], suffix: str) -> dict[str, float]:
         """The means of the metrics with these arguments of generation."""
         columns = self._continued(given)
-        shown: dict[str, Sequence[Any]] = {
+        shown: dict[str, Sequence[object]] = {
             "prompt": columns["prompts"],
             "output": columns["outputs"],
         }
@@ -189,11 +190,11 @@ class AccelerateRLTrainer:
         self._show(means, shown)
         return means
 
-    def _continued(self, given: dict[str, Any]) -> dict[str, list[Any]]:
+    def _continued(self, given: Mapping[str, object]) -> dict[str, list[object]]:
         """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts'
         extra keys.
         """
-        columns: dict[str, list[Any]] = {"samples": [], "prompts": [], "outputs": []}
+        columns: dict[str, list[object]] = {"samples": [], "prompts": [], "outputs": []}
         for batch in self.eval_pipeline.create_loader(self.config.train.batch_size):
             found = dict(batch)
             ids = found.pop("input_ids")
@@ -204,24 +205,24 @@ class AccelerateRLTrainer:
                 columns.setdefault(key, []).extend(values)
         return columns
 
-    def _measured(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
+    def _measured(self, columns: dict[str, list[object]]) -> Mapping[str, object]:
         """What the metric function returns; it is given the tokenizer where it names such a
         parameter.
         """
         if self.metric_fn is None:
             return {}
-        arguments: dict[str, Any] = dict(columns)
+        arguments: dict[str, object] = dict(columns)
         if "tokenizer" in inspect.signature(self.metric_fn).parameters:
             arguments["tokenizer"] = self.tokenizer
         measured = self.metric_fn(**arguments)
-        if not isinstance(measured, dict):
+        if not isinstance(measured, Mapping):
             raise UserError(
                 "metric_fn: a dictionary of lists, by name, is needed; found "
                 f"{type(measured).__name__}"
             )
         return measured
 
-    def _show(self, means: dict[str, float], columns: dict[str, Sequence[Any]]) -> None:
+    def _show(self, means: dict[str, float], columns: dict[str, Sequence[object]]) -> None:
         title = [f"Evaluation #{self.nth_evaluation}"]
         title += [f"{name}: {_short(value)}" for name, value in means.items()]
         table = Table(*columns, title=" ".join(title), show_lines=True)
@@ -245,7 +246,7 @@ def _load_tokenizer(config: TRLConfig) -> Any:
     return tokenizer
 
 
-def _as_numbers(name: str, given: Any) -> Tensor:
+def _as_numbers(name: str, given: object) -> Tensor:
     """What a metric function gives under a name: a number, or one for each sample."""
     try:
         return torch.as_tensor(given, dtype=torch.float64)
@@ -253,6 +254,6 @@ def _as_numbers(name: str, given: Any) -> Tensor:
         raise UserError(f"metric_fn: {name} must be a number per sample: {error}") from error
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A number in three digits; a text as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

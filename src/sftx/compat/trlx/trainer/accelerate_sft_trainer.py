@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ _OWN_LOOP = (
 )
 """What trlx's own loop would call on a trainer, and sftx's does not."""
 _OF_A_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
-_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
+_DONE_ANYWAY: dict[str, tuple[object, ...]] = {
     "safe_serialization": (True,),
     "is_main_process": (True,),
     "push_to_hub": (False,),
@@ -115,12 +115,12 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def post_epoch_callback(self) -> None:
         """Called after every pass over the data; for subclasses."""
 
-    def learn(self) -> dict[str, Any]:
+    def learn(self) -> dict[str, float]:
         """Train to the end; returns the statistics of the last evaluation.
 
         What was trained is saved before it is evaluated, and whatever error ends the run.
         """
-        results: dict[str, Any] = {}
+        results: dict[str, float] = {}
         with ExitStack() as stack:
             stop = stack.enter_context(listening())
             progress = stack.enter_context(Progress(True))
@@ -178,7 +178,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def _end_update(self, *_: object) -> None:
         self._is_updating = False
 
-    def _after_step(self, record: StepRecord) -> dict[str, Any]:
+    def _after_step(self, record: StepRecord) -> dict[str, float]:
         """Call the callbacks of subclasses; save and evaluate where that is due. Returns the
         statistics of the evaluation.
         """
@@ -248,7 +248,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         )
         _refuse_options(f"save_pretrained: {folder} is written, but ", options)
 
-    def save(self, directory: str | None = None, **options: Any) -> None:
+    def save(self, directory: str | None = None, **options: object) -> None:
         """Write weights, optimizer and step, to continue from; default: the checkpoint folder."""
         job, step = self.job, self.iter_count
         folder = Path(directory) if directory else self._folder
@@ -262,7 +262,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
         _refuse_options(f"save: {folder} is written, but ", options)
 
-    def load(self, directory: str | None = None, **options: Any) -> None:
+    def load(self, directory: str | None = None, **options: object) -> None:
         """Continue from what `save` wrote: weights, optimizer and step; before training, when it
         begins.
         """
@@ -306,7 +306,7 @@ def _step_saved_in(folder: Path) -> int:
     return state.step
 
 
-def _refuse_options(what: str, options: dict[str, Any]) -> None:
+def _refuse_options(what: str, options: Mapping[str, object]) -> None:
     """Raise UserError for options that would change what was done; those that ask for what is done
     anyway are fine.
     """

@@ -16,7 +16,7 @@ from sftx.settings.schema import Config
 from sftx.training.export import TRLX
 from sftx.types import UserError
 
-Log = Callable[[dict[str, Any], int], None]
+Log = Callable[[Mapping[str, float | None], int], None]
 
 
 class TrlxRun(Run):
@@ -25,10 +25,10 @@ class TrlxRun(Run):
     The lines of earlier steps stay in it. `told` is the script's configuration.
     """
 
-    def __init__(self, config: Config, begin: int, told: dict[str, Any]) -> None:
+    def __init__(self, config: Config, begin: int, told: Mapping[str, object]) -> None:
         super().__init__(config)
         self.begin = begin
-        self.own: dict[str, Any] = {TRLX: told}
+        self.own: dict[str, object] = {TRLX: told}
         if begin and "eval_before" in self.facts:
             self.own["eval_before"] = self.facts["eval_before"]
         self.facts = {}  # an earlier run neither forbids this one nor finishes it
@@ -76,7 +76,7 @@ def tracker(config: TRLConfig) -> Iterator[Log]:
 
         with SummaryWriter(train.logging_dir or f"{train.checkpoint_dir}/tensorboard") as writer:
 
-            def log(numbers: dict[str, Any], step: int) -> None:
+            def log(numbers: Mapping[str, float | None], step: int) -> None:
                 for key, number in numbers.items():
                     if number is not None:
                         writer.add_scalar(key, number, step)

@@ -53,10 +53,10 @@ class MultiProcessAdapter(LoggerAdapter[Logger]):
             )  # the caller's line, not this one
             super().log(level, msg, *args, **kwargs)
 
-    def warning_advice(self, *args: Any, **kwargs: Any) -> None:
+    def warning_advice(self, message: object, *args: object, **kwargs: Any) -> None:
         """A warning, unless TRLX_NO_ADVISORY_WARNINGS is set."""
         if not os.environ.get("TRLX_NO_ADVISORY_WARNINGS"):
-            self.warning(*args, **kwargs)
+            self.warning(message, *args, **kwargs)
 
 
 def get_logger(name: str | None = None) -> MultiProcessAdapter:
