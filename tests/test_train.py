@@ -122,7 +122,8 @@ def test_a_killed_run_continues_to_the_bit(
         json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert lines[-1]["total_tokens"] == sum(line["tokens"] for line in lines)
+    for counted in ("tokens", "targets"):
+        assert lines[-1][f"total_{counted}"] == sum(line[counted] for line in lines)
     measured = json.loads((result.folder / "run.json").read_text())["measured"]
     assert measured["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
 

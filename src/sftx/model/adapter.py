@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from sftx.boundary import boundary
 from sftx.model import lora, mixture
 from sftx.model.checkpointing import decoder_layers
-from sftx.model_config import read_json
+from sftx.model_config import check_links, read_json
 from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
@@ -201,6 +201,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(
             f"adapter.path: {folder} has no adapter_model.safetensors; pickled weights are not read"
         )
+    check_links(folder)
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError(f"adapter.path: {folder} has no adapter_config.json")
