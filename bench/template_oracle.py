@@ -240,9 +240,9 @@ class Oracle:
                 leaf for leaf in arguments.values() if isinstance(leaf, str) and leaf.isalpha()
             ]
             found += [
-                f"{where}: {word!r} stands there more than once"
+                f"{where}: {word!r} stands there more often than in the calls"
                 for word in words
-                if output.count(word) > 1
+                if output.count(word) > sum(word in _leaves(_arguments(each)) for each in calls)
             ]
             found += [f"{where}: not as JSON" for key in arguments if f"'{key}':" in output]
         return found

@@ -162,6 +162,13 @@ CONVERSATIONS: dict[str, Talk] = {
         ],
         TOOLS,
     ),
+    "equal_calls": (
+        [
+            _user("Twice?"),
+            _model("", tool_calls=[_CALL, _call("get_weather", {"city": "Paris"}, 1)]),
+        ],
+        TOOLS,
+    ),
     "two_fns": (
         [
             _user("A trip?"),
@@ -306,10 +313,18 @@ def spans(example: Example) -> Iterator[tuple[int, int]]:
             begin = None
 
 
-def check(encoder: Encoder, theirs: Any, name: str) -> Result:
-    """Encode one conversation and hold every trained turn against what transformers renders."""
+def said(theirs: Any, example: Example, begin: int, end: int) -> str:
+    """The text of some tokens of an example, as it reads behind the tokens before them."""
+    before, whole = (theirs.decode(example.ids[:at]) for at in (begin, end))
+    return whole.removeprefix(before)
+
+
+def check(encoder: Encoder, theirs: Any, name: str, source: str = "") -> Result:
+    """Encode one conversation and hold every trained turn against what transformers renders with
+    the template `source`; default: the encoder's own.
+    """
     messages, tools = CONVERSATIONS[name]
-    oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)
+    oracle = Oracle(theirs, source or str(encoder.chat_template), messages, tools)
     encoded = encoder.encode([row_of(name)])[0]
     if isinstance(encoded, RowError):
         return Result("refused", str(encoded), oracle.refused_wrongly())
@@ -327,10 +342,9 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
             key: value == "True"
             for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)
         }
-        output = theirs.decode(example.ids[begin:end])
-        trained = Trained(
-            t, example.ids[:begin].tolist(), output, theirs.decode([example.ids[end - 1]])
-        )
+        output = said(theirs, example, begin, end)
+        last = theirs.decode([example.ids[end - 1]])
+        trained = Trained(t, example.ids[:begin].tolist(), output, last)
         result.wrong += oracle.wrongs(trained, switch, lost)
     return result
 

@@ -397,7 +397,7 @@ MUTANTS = [
            "                begin = None\n        if begin is None:\n            raise _unfaithful",
            "                pass\n        if begin is None:\n            raise _unfaithful", CHAT),
     Mutant("chat-answer-that-nobody-can-ask-for", "data/chat/turns.py",
-           "if not asks and prompt ==", "if False and prompt ==", CHAT),
+           "(not asks and prompt ==", "(False and prompt ==", CHAT),
     Mutant("chat-lost-thought-not-noted", "data/chat/turns.py",
            "if not thought or thought in turn.output:", "if True:", CHAT),
     Mutant("chat-open-thought-not-closed", "data/chat/turns.py",
