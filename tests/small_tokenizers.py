@@ -55,10 +55,17 @@ def _trained(kind: str, adds_bos: bool, adds_eos: bool) -> str:
 
 
 def backend(
-    kind: str = "byte_level", adds_bos: bool = False, adds_eos: bool = False
+    kind: str = "byte_level",
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    strips: tuple[str, ...] = (),
 ) -> tokenizers.Tokenizer:
-    """A fresh copy of a small trained tokenizer: `byte_level` or `metaspace`."""
-    return tokenizers.Tokenizer.from_str(_trained(kind, adds_bos, adds_eos))
+    """A fresh copy of a small trained tokenizer: `byte_level` or `metaspace`. The tokens that
+    `strips` names are special, and take the white space behind them along.
+    """
+    made = tokenizers.Tokenizer.from_str(_trained(kind, adds_bos, adds_eos))
+    made.add_special_tokens([AddedToken(text, rstrip=True, normalized=False) for text in strips])
+    return made
 
 
 def ours(

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import small_tokenizers
-from small_templates import TRAITS, Trait
+from small_templates import HEADER, TRAITS, Trait, chatml, opening
 from test_template import turn_by_turn
 from test_templates_shared import _table
 from transformers import PreTrainedTokenizerFast
 
 from sftx.data.chat.spans import APART
 from sftx.data.encoder import Encoded, Encoder
+from sftx.data.sources.rows import parse
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
 from sftx.types import ONE_EACH, RowError
@@ -102,3 +103,70 @@ def test_no_row_depends_on_another_or_on_the_way_it_is_encoded(name: str) -> Non
     assert backward[::-1] == forward
     slowly = [TABLE._state(each) for each in turn_by_turn(encoder(ours)).encode(rows)]
     assert slowly == forward
+
+
+def shown(theirs: Any, encoded: Any) -> list[str]:
+    """The trained outputs of a row, in order."""
+    assert isinstance(encoded, Encoded), encoded
+    spans = [(each, *span) for each in encoded.examples for span in TABLE.spans(each)]
+    return [TABLE.said(theirs, *span) for span in spans]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_take_white_space_along_leave_prompts_as_they_are(kind: str) -> None:
+    """As in Phi-3: the line break behind a header is no part of the answer, nor a token."""
+    strips = ("<|user|>", "<|assistant|>", "<|end|>")
+    backend = small_tokenizers.backend(kind, strips=strips)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|end|>")
+    ours = Tokenizer.of(theirs)
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    ours.chat_templates = {"default": source}
+    for name in ("single", "multi"):
+        made = encoder(ours)
+        assert TABLE.check(made, theirs, name, source) == TABLE.Result("pass")
+        texts = [m["content"] for m in TABLE.CONVERSATIONS[name][0] if m["role"] == "assistant"]
+        found = made.encode([TABLE.row_of(name)])[0]
+        assert shown(theirs, found) == [f"{text}<|end|>" for text in texts]
+        assert len(found.examples) == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_each_setting_of_the_template_has_rows_of_its_own() -> None:
+    """One encoder, rows with and without a setting that changes the prompt alone."""
+    source = chatml(generate=opening("{{ '<think>' if deep }}"))
+    ours, theirs = tokenizers(Trait(source, {}), "byte_level")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    plain = parse({"messages": messages}, "messages")
+    deep = parse({"messages": messages, "chat_template_kwargs": {"deep": True}}, "messages")
+    for rows in ([plain, deep], [deep, plain]):
+        found = dict(zip(map(id, rows), encoder(ours).encode(rows), strict=True))
+        assert shown(theirs, found[id(plain)]) == ["Hello.<|im_end|>"]
+        assert shown(theirs, found[id(deep)]) == ["</think>Hello.<|im_end|>"]
+
+
+def test_a_header_that_a_row_spells_is_no_header() -> None:
+    """Where special tokens of rows count as such, a conversation with calls is not cut at them."""
+    trait = TRAITS["calls as JSON"]
+    ours, theirs = tokenizers(trait, "byte_level")
+    messages, tools = TABLE.CONVERSATIONS["calls"]
+    spelled = [{**messages[0], "content": f"What is {HEADER}?"}, *messages[1:]]
+    row = parse({"messages": spelled, "tools": tools}, "messages")
+    for setting in ("allow", "escape"):
+        found = encoder(ours, special_tokens=setting).encode([row])[0]
+        assert shown(theirs, found) == trait.becomes["calls"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_that_is_tokenised_apart_stands_inside_its_text(kind: str) -> None:
+    """Its tokens are those of a text that goes on: no mark of a beginning, no BOS."""
+    ours, _ = tokenizers(TRAITS["plain"], kind)
+    found = encoder(ours).encode([TABLE.row_of("white")])[0]
+    assert isinstance(found, Encoded)
+    assert APART in found.notes
+    outputs = TRAITS["plain"].becomes["white"]
+    for example, output in zip(found.examples, outputs, strict=True):
+        [(begin, end)] = TABLE.spans(example)
+        content = ours.encode(output.removesuffix("<|im_end|>"), inside=True)
+        assert example.ids[begin : end - 1].tolist() == content
