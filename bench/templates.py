@@ -3,6 +3,7 @@ ask for and get?
 
     python bench/templates.py [FOLDER] [--verbose | --cost]
 
+FOLDER is any folder of `*.jinja` files, at any depth: a collection that is published, or your own.
 For each template and conversation the row is encoded, and each trained turn is compared with what
 transformers renders (`template_oracle.py`, which shares no code with the engine): the prompt's ids,
 the whole text of the output, the stop token, every tool call, the thought and the content. All rows
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template
 from sftx.data.encoder import Encoder
 from sftx.data.sources.rows import parse
 from sftx.data.tokenizer import Tokenizer
@@ -278,9 +280,14 @@ def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizers.Tokenizer.from_file(
-        str(SHARED / "tokenizers" / "qwen3" / "tokenizer.json")
-    )
+    published = SHARED / "tokenizers" / "qwen3" / "tokenizer.json"
+    if published.exists():
+        backend = tokenizers.Tokenizer.from_file(str(published))
+    else:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from small_tokenizers import backend as small
+
+        backend = small("byte_level")
     source = "\n".join(sources)
     marks = sorted({"<s>", "</s>", *_MARKS.findall(source)})
     backend.add_special_tokens(
@@ -369,24 +376,23 @@ def _state(encoded: Any) -> Any:
     )
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Print the table; exit code 1 if any turn is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
     parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
     parser.add_argument("--only", default="", help="templates whose path holds this")
     parser.add_argument("--cost", action="store_true", help="what dialogues of 100 turns cost")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     refused: list[str] = []
-    paths = [
-        path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)
-    ]
-    everything = [
-        path.read_text(encoding="utf-8") for path in sorted(arguments.folder.rglob("*.jinja"))
-    ]
-    ours, theirs = prepared(everything)
+    texts = {path: readable(path) for path in sorted(arguments.folder.rglob("*.jinja"))}
+    if not texts:
+        parser.error(f"{arguments.folder} holds no file named *.jinja")
+    paths = [path for path, text in texts.items() if text and arguments.only in str(path)]
+    ours, theirs = prepared(list(texts.values()))
+    counts["unusable"] = list(texts.values()).count("")
     if arguments.cost:
         return print_costs(paths, ours, theirs)
     print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
@@ -412,8 +418,19 @@ def main() -> None:
         print(f"{path.relative_to(arguments.folder)!s:58s} {stop:22s} " + " ".join(cells))
         print("".join(line + "\n" for line in details), end="")
     print("\nrefusals:\n" + "\n".join(refused))
-    print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))
+    print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items()) if count))
     raise SystemExit(1 if counts["WRONG"] or counts["MOVED"] else 0)
+
+
+def readable(path: Path) -> str:
+    """The text of a template; "" for what is none, which is said."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        compile_template(text)
+    except (UnicodeDecodeError, *TEMPLATE_ERRORS) as error:
+        print(f"not usable: {path}: {error}")
+        return ""
+    return text
 
 
 def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:

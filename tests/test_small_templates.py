@@ -6,6 +6,7 @@ code with sftx, says the same of the very same rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,26 @@ def test_an_output_that_is_tokenised_apart_stands_inside_its_text(kind: str) -> 
         [(begin, end)] = TABLE.spans(example)
         content = ours.encode(output.removesuffix("<|im_end|>"), inside=True)
         assert example.ids[begin : end - 1].tolist() == content
+
+
+def test_the_table_takes_any_folder_of_templates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TABLE, "SHARED", tmp_path / "nothing")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "plain.jinja").write_text(TRAITS["plain"].source)
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
+    (tmp_path / "other.txt").write_text("no template")
+    with pytest.raises(SystemExit) as ended:
+        TABLE.main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert said.count("not usable: ") == 2
+    assert "below/plain.jinja" in said
+    last = dict(part.split("=") for part in said.rstrip().rpartition("\n")[2].split())
+    assert last.keys() == {"pass", "refused", "split", "unusable"}
+    assert int(last["pass"]) + int(last["split"]) + int(last["refused"]) == len(TABLE.CONVERSATIONS)
+    with pytest.raises(SystemExit):
+        TABLE.main([str(tmp_path / "nothing")])
+    assert "holds no file named *.jinja" in capsys.readouterr().err
