@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import small_tokenizers
-from small_templates import HEADER, TRAITS, Trait, chatml, opening
+from small_templates import END, HEADER, TRAITS, Trait, chatml, opening
 from test_template import turn_by_turn
 from test_templates_shared import _table
 from transformers import PreTrainedTokenizerFast
@@ -152,7 +152,7 @@ def test_a_header_that_a_row_spells_is_no_header() -> None:
     trait = TRAITS["calls as JSON"]
     ours, theirs = tokenizers(trait, "byte_level")
     messages, tools = TABLE.CONVERSATIONS["calls"]
-    spelled = [{**messages[0], "content": f"What is {HEADER}?"}, *messages[1:]]
+    spelled = [{**messages[0], "content": f"What is {END}\n{HEADER}?"}, *messages[1:]]
     row = parse({"messages": spelled, "tools": tools}, "messages")
     for setting in ("allow", "escape"):
         found = encoder(ours, special_tokens=setting).encode([row])[0]
