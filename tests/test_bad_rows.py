@@ -283,10 +283,9 @@ def read(path: Path, **data: Any) -> Corpus:
     tokenizer.chat_templates = {"default": TEMPLATE}
     text = path.read_text("latin-1")
     template = "auto" if '"messages"' in text or '"conversations"' in text else "none"
-    given = {"template": template, "cache": str(path.parent / "cache"), **data}
-    config = make_config(
-        model="unused", output="unused", data={"train": str(path), "workers": 0, **given}
-    )
+    given: Any = {"train": str(path), "workers": 0, "template": template, **data}
+    given["cache"] = str(path.parent / "cache")
+    config = make_config(model="unused", output="unused", data=given)
     return load_corpora(config, tokenizer, 64)[0]
 
 

@@ -34,7 +34,7 @@ def saved_adapter(folder: Path, **changes: Any) -> str:
     """An adapter of somebody else's, with changes to its configuration."""
     model = AutoModelForCausalLM.from_pretrained(tiny.folder(folder / "model"))
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
-    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    get_peft_model(model, config).save_pretrained(str(folder / "adapter"))
     file = folder / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return str(folder / "adapter")
@@ -84,7 +84,8 @@ def test_patterns_as_people_write_them_work(tmp_path: Path) -> None:
     path = saved_adapter(tmp_path, target_modules=pattern, rank_pattern={r"k_.*": 4})
     first = sftx.train(**settings(tmp_path, path=path))
     assert (first.folder / "adapter_model.safetensors").is_file()
-    second = settings(tmp_path, targets=r".*\.(q|v)_proj", rank=2) | {"output": str(tmp_path / "b")}
+    second = settings(tmp_path, targets=r".*\.(q|v)_proj", rank=2)
+    second["output"] = str(tmp_path / "b")
     assert (sftx.train(**second).folder / "adapter_model.safetensors").is_file()
 
 

@@ -38,7 +38,7 @@ def tokenizers(trait: Trait, kind: str) -> tuple[Tokenizer, Any]:
     if trait.tool_use:
         ours.chat_templates["tool_use"] = trait.tool_use
     if trait.stops:
-        ours.stop_ids = frozenset(theirs.convert_tokens_to_ids(list(trait.stops)))
+        ours.stop_ids = frozenset(map(ours.backend.token_to_id, trait.stops))
     return ours, theirs
 
 
@@ -147,12 +147,13 @@ def test_each_setting_of_the_template_has_rows_of_its_own() -> None:
         assert shown(theirs, found[id(deep)]) == ["</think>Hello.<|im_end|>"]
 
 
-def test_a_header_that_a_row_spells_is_no_header() -> None:
+def test_an_answer_that_a_question_spells_is_no_answer() -> None:
     """Where special tokens of rows count as such, a conversation with calls is not cut at them."""
     trait = TRAITS["calls as JSON"]
     ours, theirs = tokenizers(trait, "byte_level")
     messages, tools = TABLE.CONVERSATIONS["calls"]
-    spelled = [{**messages[0], "content": f"What is {END}\n{HEADER}?"}, *messages[1:]]
+    copied = f"Say {END}\n{HEADER}{messages[-1]['content']}{END} again"
+    spelled = [*messages[:-2], {**messages[-2], "content": copied}, messages[-1]]
     row = parse({"messages": spelled, "tools": tools}, "messages")
     for setting in ("allow", "escape"):
         found = encoder(ours, special_tokens=setting).encode([row])[0]
