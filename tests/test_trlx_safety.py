@@ -124,7 +124,7 @@ def test_any_error_leaves_a_checkpoint(
         monkeypatch.setattr(f"{module}.tracker", lambda _: nullcontext(third_time))
     else:
         monkeypatch.setattr(
-            f"{module}.train_step", lambda *given: third_time() or train_step(*given)
+            "sftx.training.loop.train_step", lambda *given: third_time() or train_step(*given)
         )
     ours = config(model, tmp_path, train={"trainer": "Failing", "total_steps": 5, "batch_size": 2})
     with pytest.raises(Interrupt):
@@ -272,6 +272,34 @@ def test_an_adapter_of_an_earlier_run_is_not_loaded_over_a_whole_model(
         trainer.save_pretrained(str(tmp_path / "adapter"))
 
 
+# --- a damaged or hostile model folder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("[" * 100_000, "config.json"),
+        ('{"model_type": "nothing-known"}', "nothing-known"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "hidden_size"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000}', "num_hidden_layers"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}', "trust_remote_code"),
+    ],
+    ids=["cut", "unknown", "text", "huge", "code"],
+)
+def test_a_damaged_model_is_refused_where_the_adapter_asks_for_its_type(
+    model: str, tmp_path: Path, damage: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for leave to run code"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(damage)
+    (tmp_path / "model" / "code.py").write_text("raise SystemExit('it ran')")
+    peft = {"peft_type": "LORA", "r": 4}
+    ours = config(model, tmp_path / "run", model={"peft_config": peft})
+    ours.model.model_path = str(tmp_path / "model")
+    with pytest.raises(UserError, match=said):
+        trlx.train(samples=SAMPLES, config=ours)
+
+
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +391,20 @@ def test_a_stores_own_loader_is_said_not_to_be_called(
     register_trainer(WithStore)
     trlx.train(samples=SAMPLES, config=config(model, tmp_path, train={"trainer": "WithStore"}))
     assert "Store.create_loader is not called" in capsys.readouterr().err
+
+
+def test_brackets_in_a_text_are_no_markup(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trlx.train(
+        samples=SAMPLES,
+        eval_prompts=["a[/b]"],
+        metric_fn=lambda **_: {"[/m]": [1.5]},
+        config=config(model, tmp_path),
+    )
+    shown = capsys.readouterr().out
+    assert "a[/b]" in shown
+    assert "metrics/[/m]: 1.5" in shown
 
 
 # --- options of saving ------------------------------------------------------------------------------------------------

@@ -97,6 +97,14 @@ class Run:
                 found[name] = self._text(name)
         return found
 
+    def records_until(self, step: int) -> dict[str, str]:
+        """The records with the lines of steps up to `step` alone."""
+        found: dict[str, str] = {}
+        for name in RECORDS:
+            lines = [line for line in _lines(self._text(name)) if line["step"] <= step]
+            found[name] = "".join(json.dumps(line) + "\n" for line in lines)
+        return found
+
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
         """In words, a line for each, the records that are not as the checkpoint of `step` carries
         them.
@@ -165,7 +173,7 @@ class Run:
         """The steps recorded so far; what cannot be read, such as a half-written last line, is left
         out.
         """
-        return _lines(self._text("metrics.jsonl"))
+        return read_metrics(self.folder)
 
     def _text(self, name: str) -> str:
         path = self.folder / name
@@ -178,6 +186,12 @@ class Run:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The steps recorded in a run's folder, as `Run.metrics` reads them."""
+    path = folder / "metrics.jsonl"
+    return _lines(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
 
 
 def _lines(text: str) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def _train(
                 write_settings(run.folder, config)
             progress.time(job.facts["predicted"]["seconds"])
             _evaluate_first(job, stop, progress)
-            for record in _steps(job, stop, control):
+            for record in take_steps(job, stop, control):
                 progress.step(record)
                 yield run.write(record)
             _finish(job, stop, progress, control.done)
@@ -144,7 +144,7 @@ def _train(
         del job
 
 
-def _steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
+def take_steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
     """The steps from `job.start` on, with evaluation and checkpoints when due.
 
     Records come one step late, so that reading them never makes the device wait; where the caller

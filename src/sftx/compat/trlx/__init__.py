@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from sftx.compat.trlx.alias import install
+from sftx.compat.trlx.names import install
 
 if TYPE_CHECKING:
     from sftx.compat.trlx.trlx import train
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["logging", "train"]
 _PUBLIC = {"train": "sftx.compat.trlx.trlx", "logging": "sftx.compat.trlx.utils"}
 
-install(__name__)
+install()
 
 
 def __getattr__(name: str) -> Any:

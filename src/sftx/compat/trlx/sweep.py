@@ -16,12 +16,17 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sftx.report.record import read_metrics
 from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
 
 _RUN = """import json, os, runpy, sys
 import sftx.compat.trlx
@@ -44,80 +49,80 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     data = data if isinstance(data, dict) else {}
     tune = data.pop("tune_config", None) or {}
     for key in set(tune) - set(_TUNE_KEYS):
-        problems.append(
-            f"{places['tune_config', key]}: tune_config.{key}: not known; {', '.join(_TUNE_KEYS)} "
-            "are"
-        )
+        known = ", ".join(_TUNE_KEYS)
+        problems.append(f"{places['tune_config', key]}: tune_config.{key}: not known; {known} are")
     if "metric" not in tune or tune.get("mode") not in ("max", "min"):
         problems.append(f"{path}: tune_config: metric and mode (max or min) are needed")
-    for name, values in data.items():
-        strategy, given = (
-            (values.get("strategy"), values.get("values"))
-            if isinstance(values, dict)
-            else (None, None)
-        )
-        if strategy not in _STRATEGIES:
-            problems.append(
-                f"{places[(name,)]}: {name}: strategy {strategy!r}; known: {', '.join(_STRATEGIES)}"
-            )
-            continue
-        low, high = _STRATEGIES[strategy]
-        if not isinstance(given, list) or not low <= len(given) <= (high or len(given)):
-            problems.append(
-                f"{places[(name,)]}: {name}: {strategy} takes {low} to {high or 'many'} values, "
-                f"found {given}"
-            )
+    for name, spec in data.items():
+        problem = _problem_of(spec if isinstance(spec, dict) else {})
+        if problem:
+            problems.append(f"{places[(name,)]}: {name}: {problem}")
     if problems:
         raise UserError("\n".join(problems))
     return tune, data
 
 
-def suggest(trial: Any, name: str, strategy: str, values: list[Any]) -> Any:
+def _problem_of(spec: Mapping[str, Any]) -> str:
+    """What is wrong with a parameter's strategy and values; empty if nothing."""
+    strategy, values = spec.get("strategy"), spec.get("values")
+    if strategy not in _STRATEGIES:
+        return f"strategy {strategy!r}; known: {', '.join(_STRATEGIES)}"
+    low, high = _STRATEGIES[strategy]
+    if not isinstance(values, list) or not low <= len(values) <= (high or len(values)):
+        return f"{strategy} takes {low} to {high or 'many'} values, found {values}"
+    return ""
+
+
+def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
     """A value for one parameter, drawn by optuna's `trial`. Upper bounds of plain integers are
     exclusive.
     """
+    log = "log" in strategy
     match strategy:
         case "choice" | "grid":
             return values[trial.suggest_categorical(name, list(range(len(values))))]
-        case "randn" | "qrandn":
-            value = NormalDist(values[0], values[1]).inv_cdf(
-                trial.suggest_float(name, 1e-6, 1 - 1e-6)
-            )
-            return value if strategy == "randn" else round(value / values[2]) * values[2]
         case "randint" | "lograndint":
-            return trial.suggest_int(name, values[0], values[1] - 1, log=strategy.startswith("log"))
+            return trial.suggest_int(name, values[0], values[1] - 1, log=log)
         case "qrandint":
             return trial.suggest_int(name, values[0], values[1], step=values[2])
         case "quniform":
             return trial.suggest_float(name, values[0], values[1], step=values[2])
-        case "uniform" | "loguniform":
-            return trial.suggest_float(name, values[0], values[1], log=strategy.startswith("log"))
-        case _:  # quantised and on a logarithmic scale
-            value = (
-                round(trial.suggest_float(name, values[0], values[1], log=True) / values[2])
-                * values[2]
-            )
-            return int(value) if strategy == "qlograndint" else value
+        case "randn" | "qrandn":
+            share = trial.suggest_float(name, 1e-6, 1 - 1e-6)
+            value = NormalDist(values[0], values[1]).inv_cdf(share)
+        case _:
+            value = trial.suggest_float(name, values[0], values[1], log=log)
+    if not strategy.startswith("q"):
+        return value
+    value = round(value / values[2]) * values[2]
+    return int(value) if strategy == "qlograndint" else value
 
 
-def make_study(tune: dict[str, Any], seed: int = 0) -> Any:
+def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
     try:
         import optuna
     except ImportError:
         raise UserError("a sweep needs optuna: pip install 'sftx[sweep]'") from None
-    samplers = {"random": optuna.samplers.RandomSampler, "bayesopt": optuna.samplers.TPESampler}
-    samplers["bohb"] = optuna.samplers.TPESampler
-    pruners = {"fifo": optuna.pruners.NopPruner, "hyperband": optuna.pruners.HyperbandPruner}
-    pruners["hyperbandforbohb"] = optuna.pruners.HyperbandPruner
+    samplers = {
+        "random": optuna.samplers.RandomSampler,
+        "bayesopt": optuna.samplers.TPESampler,
+        "bohb": optuna.samplers.TPESampler,
+    }
+    pruners = {
+        "fifo": optuna.pruners.NopPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "hyperbandforbohb": optuna.pruners.HyperbandPruner,
+    }
     search, scheduler = tune.get("search_alg") or "random", tune.get("scheduler") or "fifo"
     for key, value, known in (("search_alg", search, samplers), ("scheduler", scheduler, pruners)):
         if value not in known:
             raise UserError(f"tune_config.{key}: found {value!r}; known: {', '.join(known)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = "maximize" if tune["mode"] == "max" else "minimize"
     return optuna.create_study(
-        direction=direction, sampler=samplers[search](seed=seed), pruner=pruners[scheduler]()
+        direction="maximize" if tune["mode"] == "max" else "minimize",
+        sampler=samplers[search](seed=seed),
+        pruner=pruners[scheduler](),
     )
 
 
@@ -125,61 +130,56 @@ def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of `metric` in the record of the run in `folder`: a statistic of evaluation, or
     `loss`.
     """
-    path = folder / "sftx" / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    records = [json.loads(line) for line in lines if line]
-    found = [
-        (record["step"], (record["eval"] or {}).get(metric, record.get(metric)))
-        for record in records
-    ]
-    return [(step, value) for step, value in found if value is not None]
+    found: list[tuple[int, float]] = []
+    for record in read_metrics(folder / "sftx"):
+        value = {**record, **(record["eval"] or {})}.get(metric)
+        if value is not None:
+            found.append((record["step"], value))
+    return found
 
 
 def run_trial(
-    trial: Any, script: str, hparams: dict[str, Any], folder: Path, metric: str
+    trial: Trial, script: str, hparams: Mapping[str, object], folder: Path, metric: str
 ) -> tuple[str, float | None]:
     """Run the script with `hparams`; ("COMPLETE" | "PRUNED" | "FAIL", the last value of the
     metric).
     """
     folder.mkdir(parents=True, exist_ok=True)
     hparams = {**hparams, "train.checkpoint_dir": str(folder)}
+    command = [sys.executable, "-c", _RUN, script, json.dumps(hparams)]
     with (folder / "output.txt").open("w") as output:
-        command = [sys.executable, "-c", _RUN, script, json.dumps(hparams)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        reported, running = -1, True
-        while running:
-            running = process.poll() is None
-            for step, value in measured(folder, metric):
-                if step > reported:
-                    reported = step
-                    trial.report(value, step)
-            if running and trial.should_prune():
-                process.terminate()
-                process.wait()
-                return "PRUNED", measured(folder, metric)[-1][1]
-            time.sleep(0.5 if running else 0)
-    values = measured(folder, metric)
-    return ("COMPLETE", values[-1][1]) if process.returncode == 0 and values else ("FAIL", None)
+    reported = -1
+    while True:
+        ended = process.poll() is not None
+        values = measured(folder, metric)
+        for step, value in values:
+            if step > reported:
+                reported = step
+                trial.report(value, step)
+        if ended:
+            break
+        if trial.should_prune():
+            process.terminate()
+            process.wait()
+            return "PRUNED", measured(folder, metric)[-1][1]
+        time.sleep(0.5)
+    if process.returncode == 0 and values:
+        return "COMPLETE", values[-1][1]
+    return "FAIL", None
 
 
 def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
     """Run all trials; returns the best one's {"value", "hparams", "folder"}. Raises UserError if
     none succeeded.
     """
+    tune, space = read_config(config)
+    metric = tune["metric"]
+    study = make_study(tune)
     from optuna.trial import TrialState
 
-    tune, space = read_config(config)
-    study = make_study(tune)
-    grid = {
-        name: range(len(spec["values"]))
-        for name, spec in space.items()
-        if spec["strategy"] == "grid"
-    }
-    combinations = [
-        dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())
-    ]
     rows: list[dict[str, Any]] = []
-    for number, point in enumerate(combinations * int(tune.get("num_samples", 1))):
+    for number, point in enumerate(_grid(space) * int(tune.get("num_samples", 1))):
         study.enqueue_trial(point)
         trial = study.ask()
         hparams = {
@@ -187,38 +187,41 @@ def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
             for name, spec in space.items()
         }
         folder = output / f"trial_{number}"
-        state, value = run_trial(trial, script, hparams, folder, tune["metric"])
+        state, value = run_trial(trial, script, hparams, folder, metric)
         study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
-        rows.append(
-            {
-                "trial": number,
-                "state": state,
-                tune["metric"]: value,
-                **hparams,
-                "folder": str(folder),
-            }
-        )
-        print(
-            f"trial {number} {state.lower()}: {tune['metric']}={value} {json.dumps(hparams)}",
-            flush=True,
-        )
-        with (output / "trials.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        row = {"trial": number, "state": state, metric: value, **hparams, "folder": str(folder)}
+        rows.append(row)
+        said = f"trial {number} {state.lower()}: {metric}={value} {json.dumps(hparams)}"
+        print(said, flush=True)
+        _write_rows(output / "trials.csv", rows)
     done = [row for row in rows if row["state"] == "COMPLETE"]
     if not done:
         raise UserError(
-            f"no trial succeeded with a value of {tune['metric']}; see {output}/trial_0/output.txt"
+            f"no trial succeeded with a value of {metric}; see {output}/trial_0/output.txt"
         )
-    best = (max if tune["mode"] == "max" else min)(done, key=lambda row: row[tune["metric"]])
+    choose = max if tune["mode"] == "max" else min
+    best = choose(done, key=lambda row: row[metric])
     result = {
-        "value": best[tune["metric"]],
+        "value": best[metric],
         "hparams": {name: best[name] for name in space},
         "folder": best["folder"],
     }
     (output / "best.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _grid(space: Mapping[str, Mapping[str, Any]]) -> list[dict[str, int]]:
+    """Every combination of the parameters with the strategy `grid`, as numbers of their values."""
+    grid = {name: spec["values"] for name, spec in space.items() if spec["strategy"] == "grid"}
+    points = itertools.product(*[range(len(values)) for values in grid.values()])
+    return [dict(zip(grid, point, strict=True)) for point in points]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,15 +236,12 @@ def main(arguments: list[str] | None = None) -> int:
         "-y", "--assume_yes", action="store_true", help="accepted; nothing is asked"
     )
     options = parser.parse_args(arguments)
+    output = Path(options.output or f"sweeps/{Path(options.script).stem}")
     try:
-        if not Path(options.script).exists() or not Path(options.config).exists():
-            missing = options.script if not Path(options.script).exists() else options.config
-            raise UserError(f"{missing}: no such file")
-        best = sweep(
-            options.config,
-            options.script,
-            Path(options.output or f"sweeps/{Path(options.script).stem}"),
-        )
+        for path in (options.script, options.config):
+            if not Path(path).exists():
+                raise UserError(f"{path}: no such file")
+        best = sweep(options.config, options.script, output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

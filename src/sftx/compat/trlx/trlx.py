@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.data.default_configs import default_sft_config
+from sftx.compat.trlx.names import StandIn, refuse
 from sftx.compat.trlx.pipeline.offline_pipeline import start_token
-from sftx.compat.trlx.rl import StandIn, refuse
+from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer
 from sftx.compat.trlx.translate import refuse_several_processes
 from sftx.compat.trlx.utils import set_seed
 from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
@@ -20,13 +22,13 @@ from sftx.types import UserError
 
 def train(
     model_path: str | None = None,
-    reward_fn: Callable[..., Any] | None = None,
-    dataset: Any = None,
-    samples: Sequence[Any] | None = None,
+    reward_fn: Callable[..., object] | None = None,
+    dataset: object = None,
+    samples: Sequence[object] | None = None,
     rewards: Sequence[float] | None = None,
-    prompts: Any = None,
-    eval_prompts: Sequence[str] | Sequence[dict[str, Any]] | None = None,
-    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    prompts: object = None,
+    eval_prompts: Sequence[str | Mapping[str, object]] | None = None,
+    metric_fn: Callable[..., Mapping[str, object]] | None = None,
     config: TRLConfig | None = None,
     stop_sequences: Sequence[str] | None = None,
 ) -> Any:
@@ -39,12 +41,8 @@ def train(
     `metric_fn(samples=..., prompts=..., outputs=..., **extra)`, which returns lists of numbers by
     name; one that names a parameter `tokenizer` is given that too.
     """
-    for name, value in (
-        ("reward_fn", reward_fn),
-        ("rewards", rewards),
-        ("dataset", dataset),
-        ("prompts", prompts),
-    ):
+    of_rl = {"reward_fn": reward_fn, "rewards": rewards, "dataset": dataset, "prompts": prompts}
+    for name, value in of_rl.items():
         if value is not None:
             refuse(name)
     refuse_several_processes()
@@ -60,35 +58,49 @@ def train(
         config = default_sft_config()
     if model_path:
         config = config.evolve(model={"model_path": model_path})
-    trainer_class = get_trainer(config.train.trainer)
-    if isinstance(trainer_class, type) and issubclass(trainer_class, StandIn):
-        refuse(f"train.trainer {config.train.trainer}", trainer_class.INSTEAD)
     set_seed(config.train.seed)
-
-    trainer = trainer_class(
-        config=config,
-        metric_fn=metric_fn,
-        stop_sequences=stop_sequences,
-        **config.train.trainer_kwargs,
-    )
+    trainer = _new_trainer(config, metric_fn=metric_fn, stop_sequences=stop_sequences)
     trainer.make_experience(samples, config.train.seq_length)
-    if eval_prompts is None:
-        eval_prompts = [start_token(trainer.tokenizer)] * config.train.batch_size
+    _add_prompts(trainer, config, eval_prompts)
+    _resume(trainer, config.train.resume_from_checkpoint)
+    trainer.learn()
+    return trainer
+
+
+def _new_trainer(config: TRLConfig, **given: object) -> AccelerateSFTTrainer:
+    trainer = get_trainer(config.train.trainer)(
+        config=config, **given, **config.train.trainer_kwargs
+    )
+    if isinstance(trainer, StandIn):
+        refuse(f"train.trainer {config.train.trainer}", trainer.INSTEAD)
+    return trainer
+
+
+def _add_prompts(
+    trainer: AccelerateRLTrainer,
+    config: TRLConfig,
+    prompts: Sequence[str | Mapping[str, object]] | None,
+) -> None:
+    """Give the trainer its evaluation prompts, cut so that what is generated has room."""
+    if prompts is None:
+        prompts = [start_token(trainer.tokenizer)] * config.train.batch_size
     longest = vars(config.method).get("gen_kwargs", {}).get("max_new_tokens")
     if longest is None:
         raise UserError("method.gen_kwargs: max_new_tokens is missing")
-    room = config.train.seq_length - (max(longest) if isinstance(longest, list) else longest)
-    trainer.add_eval_pipeline(
-        get_pipeline(config.train.pipeline)(eval_prompts, room, trainer.tokenizer)
-    )
-    resume = config.train.resume_from_checkpoint
-    if resume and os.path.exists(resume):
-        trainer.load(resume)
-    elif resume:
+    if isinstance(longest, list):
+        longest = max(longest)
+    pipeline = get_pipeline(config.train.pipeline)
+    room = config.train.seq_length - longest
+    trainer.add_eval_pipeline(pipeline(prompts, room, trainer.tokenizer))
+
+
+def _resume(trainer: AccelerateSFTTrainer, folder: str | None) -> None:
+    """Continue from `folder` where one is named and there."""
+    if folder and os.path.exists(folder):
+        trainer.load(folder)
+    elif folder:
         print(
-            f"note: train.resume_from_checkpoint: there is no {resume}; starting from the "
+            f"note: train.resume_from_checkpoint: there is no {folder}; starting from the "
             "beginning",
             file=sys.stderr,
         )
-    trainer.learn()
-    return trainer

@@ -6,17 +6,21 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from sftx.compat.trlx.data.method_configs import FromDict, MethodConfig, get_method
+from sftx.compat.trlx.data.method_configs import (
+    MethodConfig,
+    Section,
+    get_method,
+    refuse_unknown,
+)
 from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
 
 
 @dataclass
-class ModelConfig(FromDict):
+class ModelConfig(Section):
     """The model: its path, how many of its layers train (-1 = all), and an adapter if any."""
 
     SECTION = "model"
@@ -30,7 +34,7 @@ class ModelConfig(FromDict):
 
 
 @dataclass
-class TokenizerConfig(FromDict):
+class TokenizerConfig(Section):
     """The tokenizer, and the sides on which it pads prompts and cuts what is too long."""
 
     SECTION = "tokenizer"
@@ -42,7 +46,7 @@ class TokenizerConfig(FromDict):
 
 
 @dataclass
-class OptimizerConfig(FromDict):
+class OptimizerConfig(Section):
     """Name of the optimizer (adam, adamw, sgd) and its keyword arguments."""
 
     SECTION = "optimizer"
@@ -52,7 +56,7 @@ class OptimizerConfig(FromDict):
 
 
 @dataclass
-class SchedulerConfig(FromDict):
+class SchedulerConfig(Section):
     """Name of the learning-rate schedule (cosine_annealing, linear) and its keyword arguments."""
 
     SECTION = "scheduler"
@@ -62,7 +66,7 @@ class SchedulerConfig(FromDict):
 
 
 @dataclass
-class TrainConfig(FromDict):
+class TrainConfig(Section):
     """The training job; names and defaults are trlx's."""
 
     SECTION = "train"
@@ -131,24 +135,13 @@ class TRLConfig:
         is not known.
         """
         names = ["method", *_SECTIONS]
-        for name in config:
-            if name not in names:
-                close = get_close_matches(name, names, 1)
-                hint = (
-                    f"did you mean {close[0]}?" if close else f"known sections: {', '.join(names)}"
-                )
-                raise UserError(
-                    f"parameter {name} is not present in the config (typo or a wrong config); "
-                    f"{hint}"
-                )
+        refuse_unknown(config, names)
         for name in names:
             if not isinstance(config.get(name), Mapping):
                 raise UserError(f"section {name} is missing from the config")
-        method = dict(config["method"])
-        return cls(
-            method=get_method(str(method.get("name", ""))).from_dict(method),
-            **{name: section.from_dict(config[name]) for name, section in _SECTIONS.items()},
-        )
+        kind = get_method(str(config["method"].get("name", "")))
+        sections = {name: section.from_dict(config[name]) for name, section in _SECTIONS.items()}
+        return cls(method=kind.from_dict(config["method"]), **sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested dictionaries, independent of this object."""
@@ -167,17 +160,13 @@ class TRLConfig:
 
         Raises UserError for a key that the configuration does not have, at whatever depth.
         """
-        nested: dict[str, Any] = {}
+        merged = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
         for name, value in config.items():
-            *layers, last = name.split(".")
-            inner = nested
-            for layer in layers:
-                inner = inner.setdefault(layer, {})
-            inner[last] = (
-                _merged(inner.get(last, {}), value) if isinstance(value, Mapping) else value
-            )
-        base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
-        return cls.from_dict(_merged(base, nested))
+            nested = value
+            for key in reversed(name.split(".")):
+                nested = {key: nested}
+            merged = _merged(merged, nested)
+        return cls.from_dict(merged)
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), indent=4, default=str)
@@ -187,10 +176,9 @@ def _merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any
     """`base` with the values of `update` put in, recursively; neither is changed."""
     merged = deepcopy(dict(base))
     for key, value in update.items():
-        below = merged.get(key)
-        merged[key] = (
-            _merged(below, value)
-            if isinstance(value, Mapping) and isinstance(below, Mapping)
-            else value
-        )
+        inner = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            merged[key] = _merged(inner, value)
+        else:
+            merged[key] = value
     return merged

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers.tokenization_utils_base import BatchEncoding
 
-from sftx.compat.trlx.registry import Registry
-from sftx.compat.trlx.utils import logging
+from sftx.compat.trlx.names import Registry
 
 _DATAPIPELINE = Registry("train.pipeline")
 register_datapipeline = _DATAPIPELINE.register
-logger = logging.get_logger(__name__)
 
 
 @register_datapipeline
-class BasePipeline(Dataset):
+class BasePipeline(Dataset[Any]):
     """A data set that makes its own loader; subclasses give `__getitem__`, `__len__` and
     `create_loader`.
     """
@@ -28,7 +24,7 @@ class BasePipeline(Dataset):
         self.path = path
 
 
-class BaseRolloutStore(Dataset):
+class BaseRolloutStore(Dataset[Any]):
     """A list of training elements, `history`; subclasses may give `create_loader`."""
 
     def __init__(self, capacity: int = -1) -> None:
@@ -37,7 +33,7 @@ class BaseRolloutStore(Dataset):
 
     def push(self, exps: Iterable[Any]) -> None:
         """Append elements."""
-        self.history = [*self.history, *exps]
+        self.history.extend(exps)
 
     def __getitem__(self, index: int) -> Any:
         return self.history[index]
@@ -46,41 +42,22 @@ class BaseRolloutStore(Dataset):
         return len(self.history)
 
 
-class MiniBatchIterator:
-    """Cuts each batch of a loader into at most `num_mb` minibatches of `mb_size` elements; none is
-    empty.
+class MiniBatchIterator(Iterator[list[Any]]):
+    """Cuts each batch of a loader into at most `num_mb` minibatches of `mb_size` elements.
 
-    A last batch that is too small gives fewer or shorter minibatches, with a warning.
+    None is empty: a last batch that is too small gives fewer or shorter ones.
     """
 
     def __init__(self, data_loader: Iterable[Any], mb_size: int, num_mb: int) -> None:
-        self.data_loader = data_loader
-        self.data_loader_iter: Iterator[Any] = iter(data_loader)
+        self.batches = iter(data_loader)
         self.mb_size = mb_size
         self.num_mb = num_mb
 
-    def __iter__(self) -> MiniBatchIterator:
-        return self
-
     def __next__(self) -> list[Any]:
-        batch = next(self.data_loader_iter)
-        columns = dict(vars(batch)) if is_dataclass(batch) else dict(batch)
-        minibatches = []
-        for start in range(0, self.num_mb * self.mb_size, self.mb_size):
-            part = {key: value[start : start + self.mb_size] for key, value in columns.items()}
-            sizes = {len(value) for value in part.values()}
-            if self.num_mb > 1 and min(sizes) < self.mb_size:
-                logger.warning(
-                    "a minibatch has %d elements instead of %d: the batch is small",
-                    min(sizes),
-                    self.mb_size,
-                )
-            if min(sizes) == 0:
-                break
-            if isinstance(batch, BatchEncoding):
-                minibatches.append(BatchEncoding(part))
-            else:
-                minibatches.append(type(batch)(**part) if is_dataclass(batch) else part)
-        if not minibatches:
-            raise StopIteration
+        batch = next(self.batches)
+        size = min(len(column) for column in batch.values())
+        minibatches: list[Any] = []
+        for start in range(0, min(size, self.num_mb * self.mb_size), self.mb_size):
+            part = {key: column[start : start + self.mb_size] for key, column in batch.items()}
+            minibatches.append(type(batch)(part))
         return minibatches

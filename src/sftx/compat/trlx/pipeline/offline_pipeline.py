@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from transformers.tokenization_utils_base import BatchEncoding
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from sftx.compat.trlx.names import by_name
 from sftx.compat.trlx.pipeline import BasePipeline, BaseRolloutStore, register_datapipeline
-from sftx.compat.trlx.rl import by_name
 from sftx.types import UserError
 
 __getattr__ = by_name  # the stores of reinforcement learning
@@ -28,13 +31,13 @@ class DialogMessage:
     tokens: tuple[int, ...]
 
 
-def start_token(tokenizer: Any) -> str:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that stands before a text with no prompt: BOS, or EOS where there is no BOS."""
-    return tokenizer.bos_token or tokenizer.eos_token
+    return _text_of(tokenizer.bos_token or tokenizer.eos_token, "BOS or EOS")
 
 
 def tokenize_dialogue(
-    dialogue: str | Sequence[str], tokenizer: Any, max_length: int = 2048
+    dialogue: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
 ) -> list[DialogMessage]:
     """Tokenise (prompt, output, prompt, output, ...), each phrase alone, and cut it to `max_length`
     tokens.
@@ -43,28 +46,37 @@ def tokenize_dialogue(
     tokenizer's `truncation_side`; where that leaves an output at the front, BOS is put before it,
     within `max_length`. Raises UserError where the dialogue is anything else, such as a dictionary.
     """
-    phrases = (
-        [start_token(tokenizer), dialogue] if isinstance(dialogue, str) else _phrases(dialogue)
-    )
-    if not phrases[-1].endswith(tokenizer.eos_token):
-        phrases[-1] += tokenizer.eos_token
-    tokens = [tokenizer(phrase, add_special_tokens=False).input_ids for phrase in phrases]
-    kept = _cut(tokens, max_length, tokenizer.truncation_side == "left")
-    messages = [DialogMessage(i % 2 == 1, tuple(ids)) for i, ids in enumerate(kept) if ids]
-    if messages and messages[0].is_output:
-        if sum(len(message.tokens) for message in messages) >= max_length:
-            if tokenizer.truncation_side == "left":
-                messages[0].tokens = messages[0].tokens[1:]
-            else:
-                messages[-1].tokens = messages[-1].tokens[:-1]
-        start = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
-        messages.insert(0, DialogMessage(False, (start,)))
-    return messages
+    if isinstance(dialogue, str):
+        dialogue = [start_token(tokenizer), dialogue]
+    phrases = _phrases(dialogue)
+    eos = _text_of(tokenizer.eos_token, "EOS")
+    if not phrases[-1].endswith(eos):
+        phrases[-1] += eos
+    tokens: list[tuple[int, int]] = []  # the number of the phrase, and a token of it
+    for number, phrase in enumerate(phrases):
+        ids = tokenizer(phrase, add_special_tokens=False).input_ids
+        tokens += [(number, token) for token in ids]
+    tokens = _cut(tokens, max_length, tokenizer.truncation_side)
+    start: list[DialogMessage] = []
+    if tokens and tokens[0][0] % 2:
+        tokens = _cut(tokens, max_length - 1, tokenizer.truncation_side)
+        start_id = tokenizer.convert_tokens_to_ids(start_token(tokenizer))
+        assert isinstance(start_id, int), "one token has one id"
+        start = [DialogMessage(False, (start_id,))]
+    parts = groupby(tokens, key=lambda pair: pair[0])
+    messages = [
+        DialogMessage(number % 2 == 1, tuple(token for _, token in part)) for number, part in parts
+    ]
+    return start + messages
 
 
-def _phrases(dialogue: Any) -> list[str]:
+def _text_of(token: object, name: str) -> str:
+    if not isinstance(token, str):
+        raise UserError(f"the tokenizer has no {name} token")
+    return token
+
+
+def _phrases(dialogue: object) -> list[str]:
     """The texts of a dialogue."""
     if isinstance(dialogue, dict):
         keys = ", ".join(map(str, dialogue))
@@ -88,54 +100,38 @@ def _phrases(dialogue: Any) -> list[str]:
     return phrases
 
 
-def _cut(phrases: list[list[int]], max_length: int, from_left: bool) -> list[list[int]]:
-    """The first (or last) `max_length` tokens, phrase by phrase."""
-    room = max_length
-    kept: list[list[int]] = []
-    for ids in reversed(phrases) if from_left else phrases:
-        part = (ids[max(len(ids) - room, 0) :] if from_left else ids[:room]) if room > 0 else []
-        room -= len(part)
-        kept.append(part)
-    return kept[::-1] if from_left else kept
+def _cut(tokens: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:
+    """The last `length` tokens where the rest is cut on the left, else the first."""
+    return tokens[max(len(tokens) - length, 0) :] if side == "left" else tokens[:length]
 
 
 class DialogStore(BaseRolloutStore):
     """Dialogues as `input_ids`, `attention_mask` and `labels`, of which prompts' are -100."""
 
-    def __init__(self, dialogs: Sequence[Sequence[DialogMessage]], tokenizer: Any) -> None:
+    def __init__(
+        self, dialogs: Sequence[Sequence[DialogMessage]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         for dialog in dialogs:
-            ids = [token for message in dialog for token in message.tokens]
-            labels = [
-                token if message.is_output else IGNORED
-                for message in dialog
-                for token in message.tokens
-            ]
-            self.history.append(
-                {
-                    "input_ids": torch.tensor(ids, dtype=torch.long),
-                    "attention_mask": torch.ones(len(ids), dtype=torch.bool),
-                    "labels": torch.tensor(labels, dtype=torch.long),
-                }
-            )
+            ids: list[int] = []
+            labels: list[int] = []
+            for message in dialog:
+                ids += message.tokens
+                labels += message.tokens if message.is_output else [IGNORED] * len(message.tokens)
+            element = {
+                "input_ids": torch.tensor(ids, dtype=torch.long),
+                "attention_mask": torch.ones(len(ids), dtype=torch.bool),
+                "labels": torch.tensor(labels, dtype=torch.long),
+            }
+            self.history.append(element)
 
-    def create_loader(self, batch_size: int, shuffle: bool = False, **kwargs: Any) -> DataLoader:
+    def create_loader(
+        self, batch_size: int, shuffle: bool = False, **options: Any
+    ) -> DataLoader[Any]:
         """Batches padded on the tokenizer's `padding_side`; padding has label -100 and attention 0."""
-
-        def collate(elements: list[dict[str, Tensor]]) -> BatchEncoding:
-            fill = {"input_ids": _pad_id(self.tokenizer), "attention_mask": 0, "labels": IGNORED}
-            side = self.tokenizer.padding_side
-            return BatchEncoding(
-                {
-                    key: _padded([e[key] for e in elements], value, side)
-                    for key, value in fill.items()
-                }
-            )
-
-        return DataLoader(
-            self, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, **kwargs
-        )
+        collate = partial(_collate, self.tokenizer, {"labels": IGNORED})
+        return DataLoader(self, batch_size, shuffle, collate_fn=collate, **options)
 
 
 @register_datapipeline
@@ -148,9 +144,9 @@ class PromptPipeline(BasePipeline):
 
     def __init__(
         self,
-        prompts: Sequence[str] | Sequence[dict[str, Any]],
+        prompts: Sequence[str | Mapping[str, object]],
         max_prompt_length: int,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         add_special_tokens: bool = False,
     ) -> None:
         super().__init__()
@@ -159,16 +155,18 @@ class PromptPipeline(BasePipeline):
                 f"no room for a prompt: {max_prompt_length} tokens (train.seq_length - "
                 "max_new_tokens)"
             )
-        extra = [
-            {k: v for k, v in p.items() if k != "prompt"} if isinstance(p, dict) else {}
-            for p in prompts
-        ]
-        texts = [p.get("prompt") if isinstance(p, dict) else p for p in prompts]
-        for i, text in enumerate(texts):
+        self.tokenizer = tokenizer
+        self.prompts: list[dict[str, Any]] = []
+        texts: list[str] = []
+        for i, prompt in enumerate(prompts):
+            extra = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+            text = extra.pop("prompt", None)
             if not isinstance(text, str):
                 raise UserError(
                     f"prompts[{i}]: a text, or a dictionary with a text under `prompt`, is needed"
                 )
+            texts.append(text)
+            self.prompts.append(extra)
         encoded = tokenizer(
             texts,
             truncation=True,
@@ -176,13 +174,9 @@ class PromptPipeline(BasePipeline):
             max_length=max_prompt_length,
             add_special_tokens=add_special_tokens,
         )
-        self.tokenizer = tokenizer
-        self.prompts = [
-            {"input_ids": ids, "attention_mask": mask, **more}
-            for ids, mask, more in zip(
-                encoded["input_ids"], encoded["attention_mask"], extra, strict=True
-            )
-        ]
+        for i, extra in enumerate(self.prompts):
+            tokens = {key: encoded[key][i] for key in ("input_ids", "attention_mask")}
+            self.prompts[i] = {**tokens, **extra}
 
     def __getitem__(self, ix: int) -> dict[str, Any]:
         return self.prompts[ix]
@@ -191,46 +185,29 @@ class PromptPipeline(BasePipeline):
         return len(self.prompts)
 
     def create_loader(
-        self,
-        batch_size: int,
-        shuffle: bool = False,
-        sampler: Sampler | None = None,
-        drop_last: bool = False,
-        **_: Any,
-    ) -> DataLoader:
+        self, batch_size: int, shuffle: bool = False, **options: Any
+    ) -> DataLoader[Any]:
         """Batches of `input_ids` and `attention_mask`, padded on the tokenizer's `padding_side`,
-        and the extra keys.
+        and lists of the extra keys.
         """
+        collate = partial(_collate, self.tokenizer, {})
+        return DataLoader(self, batch_size, shuffle, collate_fn=collate, **options)
 
-        def collate(elements: list[dict[str, Any]]) -> BatchEncoding:
-            side = self.tokenizer.padding_side
-            ids = [torch.tensor(e["input_ids"], dtype=torch.long) for e in elements]
-            batch: dict[str, Any] = {
-                "input_ids": _padded(ids, _pad_id(self.tokenizer), side),
-                "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, side),
-            }
-            extra = [key for key in elements[0] if key not in batch]
-            return BatchEncoding(batch | {key: [e[key] for e in elements] for key in extra})
 
-        return DataLoader(
-            self,
-            batch_size=batch_size,
-            collate_fn=collate,
-            shuffle=shuffle,
-            sampler=sampler,
-            drop_last=drop_last,
+def _collate(
+    tokenizer: PreTrainedTokenizerBase, more: dict[str, int], elements: list[dict[str, Any]]
+) -> BatchEncoding:
+    """One batch: tokens, and the columns in `more`, padded with its values; others as lists."""
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
+    filled = {"input_ids": pad, "attention_mask": 0, **more}
+    batch: dict[str, list[Any] | Tensor] = {
+        key: [element[key] for element in elements] for key in elements[0]
+    }
+    for key, value in filled.items():
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in batch[key]]
+        batch[key] = pad_sequence(
+            rows, batch_first=True, padding_value=value, padding_side=tokenizer.padding_side
         )
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _padded(rows: list[Tensor], value: int, side: str) -> Tensor:
-    """[len(rows), longest], int64."""
-    out = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        out[i, slice(out.shape[1] - len(row), None) if side == "left" else slice(len(row))] = (
-            row.long()
-        )
-    return out
+    return BatchEncoding(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import Tensor
 
 from sftx.compat.trlx.data.configs import TRLConfig
-from sftx.compat.trlx.trainer import BaseRLTrainer
-from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable
-from sftx.compat.trlx.utils import significant
+from sftx.compat.trlx.names import refuse
+from sftx.compat.trlx.pipeline import BasePipeline
+from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable, trusted
 from sftx.model.save import load_tokenizer
 from sftx.settings.schema import Model
+from sftx.training.control import Control
 from sftx.training.prepare import Job
 from sftx.types import UserError
 
@@ -28,41 +29,59 @@ _LISTS_BY_NATURE = (
     "suppress_tokens",
     "stop_strings",
 )
+"""Arguments of generation whose lists are values, not sweeps."""
+_SHOWN = 3
+"""Rows of an evaluation that are printed."""
 
 
-class AccelerateRLTrainer(BaseRLTrainer):
+class AccelerateRLTrainer:
     """A tokenizer, arguments of generation and, once training begins, a model."""
 
-    def __init__(self, config: TRLConfig, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
+    def __init__(
+        self,
+        config: TRLConfig,
+        reward_fn: Callable[..., object] | None = None,
+        metric_fn: Callable[..., Mapping[str, object]] | None = None,
+        logit_mask: object = None,
+        stop_sequences: Iterable[str] | None = None,
+        train_mode: bool = False,
+    ) -> None:
+        if reward_fn is not None:
+            refuse("reward_fn")
+        if logit_mask is not None:
+            refuse("logit_mask")
         refuse_several_processes()
         refuse_untranslatable(config)
-        path, extra = config.tokenizer.tokenizer_path, config.tokenizer.tokenizer_extra_configs
-        trust = bool(extra.get("trust_remote_code", False))
-        self.tokenizer = load_tokenizer(Model(path=path, trust_remote_code=trust))
-        if self.tokenizer.eos_token is None:
-            raise UserError(f"tokenizer.tokenizer_path: {path} has no EOS token")
-        self.tokenizer.padding_side = config.tokenizer.padding_side
-        self.tokenizer.truncation_side = config.tokenizer.truncation_side
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        gen_kwargs = vars(config.method).get("gen_kwargs", {})
-        special = {
+        self.config = config
+        self.metric_fn = metric_fn
+        self.stop_sequences = list(stop_sequences or [])
+        self.store: Any = None
+        self.eval_pipeline: Any = None
+        self.tokenizer = _load_tokenizer(config)
+        self.generate_kwargs: dict[str, Any] = {
+            **vars(config.method).get("gen_kwargs", {}),
             "eos_token_id": self.tokenizer.eos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        self.generate_kwargs: dict[str, Any] = {**gen_kwargs, **special}
         self.nth_evaluation = 0
-        self._job: Job | None = None
+        self._control = Control(exact=True, shared=True)
+
+    def push_to_store(self, data: Iterable[object]) -> None:
+        """Append training elements."""
+        self.store.push(data)
+
+    def add_eval_pipeline(self, eval_pipeline: BasePipeline) -> None:
+        """Set the prompts of evaluation."""
+        self.eval_pipeline = eval_pipeline
 
     @property
     def job(self) -> Job:
         """The sftx run, once training has begun."""
-        if self._job is None:
+        if self._control.job is None:
             raise UserError(
                 "the model is loaded when training begins: call `learn` (or `trlx.train`) first"
             )
-        return self._job
+        return self._control.job
 
     @property
     def model(self) -> Any:
@@ -70,75 +89,71 @@ class AccelerateRLTrainer(BaseRLTrainer):
         return self.job.trained
 
     @property
-    def generate_sweep_kwarg(self) -> tuple[str, list[Any]] | None:
+    def iter_count(self) -> int:
+        """Steps that the model has taken."""
+        return self._control.done
+
+    @property
+    def generate_sweep_kwarg(self) -> tuple[str, list[object]] | None:
         """The first argument of generation that is given as a list, to be swept over in evaluation."""
-        swept = [
-            (k, v)
-            for k, v in self.generate_kwargs.items()
-            if isinstance(v, list) and k not in _LISTS_BY_NATURE
-        ]
-        return swept[0] if swept else None
+        for name, value in self.generate_kwargs.items():
+            if isinstance(value, list) and name not in _LISTS_BY_NATURE:
+                return name, value
+        return None
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """The model's `generate`, in evaluation mode; what it returns begins with the prompts. [B,
-        prompt + new].
+        """The model's `generate`, in evaluation mode; what it returns begins with the prompts.
+
+        [batch, prompt + new]. An argument that is swept over takes its first value.
         """
-        loss, device = self.job.loss, self.job.machine.device
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        one = {
-            key: value[0] if isinstance(value, list) and key not in _LISTS_BY_NATURE else value
-            for key, value in self.generate_kwargs.items()
-        }
-        training = loss.training
-        self._serve(self.job)
-        try:
-            with torch.no_grad():
-                arguments = {**one, **kwargs}
-                return self.model.generate(
-                    input_ids=input_ids.to(device), attention_mask=mask.to(device), **arguments
-                )
-        finally:
-            if training:
-                loss.use_segments(True)
-                loss.train()
+        device = self.job.machine.device
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        arguments = dict(self.generate_kwargs)
+        if self.generate_sweep_kwarg is not None:
+            name, values = self.generate_sweep_kwarg
+            arguments[name] = values[0]
+        arguments.update(kwargs)
+        self._control.hand_over()
+        with torch.no_grad():
+            return self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                **arguments,
+            )
 
     generate_eval = generate
 
-    @staticmethod
-    def _serve(job: Job) -> None:
-        """Put the model into the state in which any other code can use it."""
-        job.loss.use_segments(False)
-        job.loss.model.config.use_cache = True
-        job.loss.eval()
-
     def decode(
-        self, prompts: Any, samples: Any, prompt_sizes: Any = None, append_eos_token: bool = False
+        self,
+        prompts: Iterable[Any],
+        samples: Iterable[Any],
+        prompt_sizes: Iterable[int] | None = None,
+        append_eos_token: bool = False,
     ) -> tuple[list[str], list[str], list[str]]:
         """Token ids as texts: (samples, prompts, outputs), outputs cut, right-stripped, at the stop
         sequences.
         """
-        sizes = (
-            [len(prompt) for prompt in prompts]
-            if prompt_sizes is None
-            else [int(size) for size in prompt_sizes]
-        )
-        texts, asked, outputs = [], [], []
+        texts: list[str] = []
+        asked: list[str] = []
+        outputs: list[str] = []
+        sizes = [len(prompt) for prompt in prompts] if prompt_sizes is None else prompt_sizes
         for prompt, sample, size in zip(prompts, samples, sizes, strict=True):
             output = self.tokenizer.decode(sample[size:], skip_special_tokens=True)
-            stops = [place for stop in self.stop_sequences if (place := output.find(stop)) >= 0]
-            if stops:
-                output = output[: min(stops)].rstrip()
+            places = [output.find(stop) for stop in self.stop_sequences if stop in output]
+            if places:
+                output = output[: min(places)].rstrip()
             ended = int(sample[-1]) in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-            if append_eos_token and (stops or ended):
+            if append_eos_token and (places or ended):
                 output += self.tokenizer.eos_token
             asked.append(self.tokenizer.decode(prompt[:size], skip_special_tokens=True))
             outputs.append(output)
             texts.append(asked[-1] + output)
         return texts, asked, outputs
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, float]:
         """Continue the evaluation prompts, show the first of them, and return the means of the
         metrics.
 
@@ -147,80 +162,98 @@ class AccelerateRLTrainer(BaseRLTrainer):
         """
         if self.eval_pipeline is None:
             return {}
-        argument, values = self.generate_sweep_kwarg or ("", [None])
-        stats: dict[str, Any] = {}
-        shown: dict[str, list[Any]] = {}
+        stats: dict[str, float] = {}
         began = perf_counter()
-        for value in values:
-            texts, extra = self._continued({argument: value} if argument else {})
-            measured = (
-                {} if self.metric_fn is None else self._measured(self.metric_fn, {**texts, **extra})
-            )
-            if not isinstance(measured, dict):
-                raise UserError(
-                    "metric_fn: a dictionary of lists, by name, is needed; found "
-                    f"{type(measured).__name__}"
-                )
-            suffix = f"@{argument}={value}" if argument else ""
-            stats |= {
-                f"metrics/{name}{suffix}": _mean(name, numbers)
-                for name, numbers in measured.items()
-            }
-            count = len(texts["prompts"])
-            part = {argument: [value] * count} if argument else {}
-            part |= {"prompt": texts["prompts"], "output": texts["outputs"]}
-            part |= {
-                k: list(v) for k, v in measured.items() if hasattr(v, "__len__") and len(v) == count
-            }
-            shown = {name: shown.get(name, []) + column for name, column in part.items()}
+        if self.generate_sweep_kwarg is None:
+            stats |= self._evaluate_with({}, "")
+        else:
+            name, values = self.generate_sweep_kwarg
+            for value in values:
+                stats |= self._evaluate_with({name: value}, f"@{name}={value}")
         stats["time/generate"] = perf_counter() - began
-        self._show(stats, shown)
         self.nth_evaluation += 1
         return stats
 
-    def _measured(self, metric_fn: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """What the metric function returns; it is given the tokenizer where it names such a
-        parameter.
-        """
-        if "tokenizer" in inspect.signature(metric_fn).parameters:
-            arguments = {**arguments, "tokenizer": self.tokenizer}
-        return metric_fn(**arguments)
+    def _evaluate_with(self, given: Mapping[str, object], suffix: str) -> dict[str, float]:
+        """The means of the metrics with these arguments of generation."""
+        columns = self._continued(given)
+        shown: dict[str, Sequence[object]] = {
+            "prompt": columns["prompts"],
+            "output": columns["outputs"],
+        }
+        means: dict[str, float] = {}
+        for name, numbers in self._measured(columns).items():
+            values = _as_numbers(name, numbers)
+            means[f"metrics/{name}{suffix}"] = values.mean().item()
+            if values.shape == (len(columns["prompts"]),):
+                shown[name] = values.tolist()
+        self._show(means, shown)
+        return means
 
-    def _continued(
-        self, sweep: dict[str, Any]
-    ) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
+    def _continued(self, given: Mapping[str, object]) -> dict[str, list[object]]:
         """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts'
         extra keys.
         """
-        texts: dict[str, list[str]] = {"samples": [], "prompts": [], "outputs": []}
-        extra: dict[str, list[Any]] = {}
+        columns: dict[str, list[object]] = {"samples": [], "prompts": [], "outputs": []}
         for batch in self.eval_pipeline.create_loader(self.config.train.batch_size):
-            ids = batch["input_ids"]
-            generated = self.generate_eval(ids, batch["attention_mask"], **sweep)
-            for column, new in zip(texts.values(), self.decode(ids, generated), strict=True):
-                column += new
-            for key in set(batch) - {"input_ids", "attention_mask"}:
-                extra[key] = extra.get(key, []) + list(batch[key])
-        return texts, extra
+            found = dict(batch)
+            ids = found.pop("input_ids")
+            generated = self.generate_eval(ids, found.pop("attention_mask"), **given)
+            texts = self.decode(ids, generated)
+            found.update(zip(("samples", "prompts", "outputs"), texts, strict=True))
+            for key, values in found.items():
+                columns.setdefault(key, []).extend(values)
+        return columns
 
-    def _show(self, stats: dict[str, Any], columns: dict[str, list[Any]]) -> None:
-        means = [
-            f"{name}: {significant(value)}"
-            for name, value in stats.items()
-            if name.startswith("metrics/")
-        ]
-        table = Table(
-            *columns,
-            title=" ".join([f"Evaluation #{self.nth_evaluation}", *means]),
-            show_lines=True,
-        )
-        for row in list(zip(*columns.values(), strict=True))[:3]:
-            table.add_row(*[str(significant(value)) for value in row])
-        Console().print(table)
+    def _measured(self, columns: dict[str, list[object]]) -> Mapping[str, object]:
+        """What the metric function returns; it is given the tokenizer where it names such a
+        parameter.
+        """
+        if self.metric_fn is None:
+            return {}
+        arguments: dict[str, object] = dict(columns)
+        if "tokenizer" in inspect.signature(self.metric_fn).parameters:
+            arguments["tokenizer"] = self.tokenizer
+        measured = self.metric_fn(**arguments)
+        if not isinstance(measured, Mapping):
+            raise UserError(
+                "metric_fn: a dictionary of lists, by name, is needed; found "
+                f"{type(measured).__name__}"
+            )
+        return measured
+
+    def _show(self, means: dict[str, float], columns: dict[str, Sequence[object]]) -> None:
+        title = [f"Evaluation #{self.nth_evaluation}"]
+        title += [f"{name}: {_short(value)}" for name, value in means.items()]
+        table = Table(*columns, title=" ".join(title), show_lines=True)
+        for row in list(zip(*columns.values(), strict=True))[:_SHOWN]:
+            table.add_row(*map(_short, row))
+        Console(markup=False).print(table)  # what a model writes is no markup
 
 
-def _mean(name: str, numbers: Any) -> float:
+def _load_tokenizer(config: TRLConfig) -> Any:
+    """The tokenizer that the configuration names, with its sides; one without a pad token gets
+    EOS for it.
+    """
+    path, extra = config.tokenizer.tokenizer_path, config.tokenizer.tokenizer_extra_configs
+    tokenizer = load_tokenizer(Model(path=path, trust_remote_code=trusted(extra)))
+    if tokenizer.eos_token is None:
+        raise UserError(f"tokenizer.tokenizer_path: {path} has no EOS token")
+    tokenizer.padding_side = config.tokenizer.padding_side
+    tokenizer.truncation_side = config.tokenizer.truncation_side
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _as_numbers(name: str, given: object) -> Tensor:
+    """What a metric function gives under a name: a number, or one for each sample."""
     try:
-        return torch.as_tensor(numbers, dtype=torch.float64).mean().item()
+        return torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"metric_fn: {name} must be a number per sample: {error}") from error
+
+
+def _short(value: object) -> str:
+    """A number in three digits; a text as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

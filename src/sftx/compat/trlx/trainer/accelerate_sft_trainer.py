@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,25 +25,16 @@ from sftx.compat.trlx.pipeline.offline_pipeline import (
 )
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
-from sftx.compat.trlx.trainer.trackers import tracker
+from sftx.compat.trlx.trainer.record import TrlxRun, refuse_foreign_folder, tracker
 from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
-from sftx.data.pack import build_pack
-from sftx.data.tokenizer import read_json
-from sftx.files import write_text
-from sftx.model.load import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
-from sftx.report.record import Run
-from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.export import TRLX
-from sftx.training.metrics import StepMetrics
-from sftx.training.optim import build_optimizer
+from sftx.training.loop import take_steps
 from sftx.training.prepare import Job, prepare
-from sftx.training.signals import Stopped, listening
-from sftx.training.step import train_step
+from sftx.training.signals import StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
 _OWN_LOOP = (
@@ -57,7 +48,7 @@ _OWN_LOOP = (
 )
 """What trlx's own loop would call on a trainer, and sftx's does not."""
 _OF_A_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
-_AS_IT_IS = {
+_DONE_ANYWAY: dict[str, tuple[object, ...]] = {
     "safe_serialization": (True,),
     "is_main_process": (True,),
     "push_to_hub": (False,),
@@ -89,11 +80,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                     f"{type(self).__name__}.{name}: sftx's step computes the loss; nothing would "
                     "call this"
                 )
-        self.iter_count = 0
-        self._resume_from: str | None = None
-        self._saved = 0  # the step of the last checkpoint
-        self._epoch = 0  # passes over the data that have ended
-        self._updating = False
+        self._folder = Path(config.train.checkpoint_dir)
+        self._resume_from: Path | None = None
 
     def make_experience(self, samples: Sequence[Any], seq_length: int) -> None:
         """Tokenise: texts as they are, or lists as dialogues (among which a text is short for (BOS,
@@ -101,16 +89,15 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
         Raises UserError for a sample that is neither, or a list after a first text.
         """
-        _refuse_foreign_folder(self._record_folder)
+        refuse_foreign_folder(self._folder / translate.RUN_FOLDER)
         samples = list(samples)
         if isinstance(samples[0], str):
             for i, sample in enumerate(samples):
                 if not isinstance(sample, str):
                     raise UserError(
                         f"samples[{i}]: found {type(sample).__name__} where the first sample is a "
-                        "text, so that its "
-                        "prompt would be trained on too; give all samples as lists, a text as "
-                        "[bos_token, text]"
+                        "text, so that its prompt would be trained on too; give all samples as "
+                        "lists, a text as [bos_token, text]"
                     )
             self.store = PromptPipeline(samples, seq_length, self.tokenizer)
             return
@@ -128,131 +115,94 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def post_epoch_callback(self) -> None:
         """Called after every pass over the data; for subclasses."""
 
-    def learn(self) -> dict[str, Any]:
+    def learn(self) -> dict[str, float]:
         """Train to the end; returns the statistics of the last evaluation.
 
         What was trained is saved before it is evaluated, and whatever error ends the run.
         """
-        results: dict[str, Any] = {}
+        results: dict[str, float] = {}
         with ExitStack() as stack:
             stop = stack.enter_context(listening())
-            tracking = tracker(self.config)
             progress = stack.enter_context(Progress(True))
             job = self._prepare(progress, stack)
-            log = stack.enter_context(tracking)
+            log = stack.enter_context(tracker(self.config))
             stack.push(self._rescue)
             if self.iter_count == 0:
                 results = self.evaluate()
                 job.run.update(eval_before=results)
                 log(results, 0)
-            best = float("-inf")
-            for record in self._steps(job):
+            rate = translate.learning_rate(self.config.scheduler, job.peak)
+            job.peak = rate(job.start)
+            self._control.take_back()
+            # Signals are answered here: the loop sees none.
+            for record in take_steps(job, StopFlag(), self._control):
                 if is_progress_bar_enabled():
                     progress.step(record)
                 job.run.write(record)
-                self._call_back(record)
-                if self._due(record, self.config.train.checkpoint_interval):
-                    self._checkpoint()
-                if self._due(record, self.config.train.eval_interval):
-                    record.eval = results = self.evaluate()
-                    job.run.write_evaluation(record.step, record.num_steps, results)
+                results = self._after_step(record) or results
                 numbers = {"loss": record.loss, "learning_rate_group_0": record.learning_rate}
-                log(numbers | (record.eval or {}), self.iter_count)
-                best = self._keep_best(record, best)
+                log(numbers | (record.eval or {}), record.step)
                 if stop():
-                    self._checkpoint()
-                    job.run.update(status="stopped", stopped_at=self.iter_count)
-                    raise Stopped(
-                        f"stopped by signal {stop.signal} after step {self.iter_count}, which is "
-                        "saved"
-                    )
+                    self._stop(f"stopped by signal {stop.signal} after step {record.step}")
+                job.peak = rate(record.step)
+                self._control.take_back()
             job.run.update(status="finished")
-            self._serve(job)
+            self._control.hand_over()
         return results
 
-    def _call_back(self, record: StepRecord) -> None:
-        """The callbacks of subclasses: after every step, and when a pass over the data ends with
-        it.
+    def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
+        """Load everything; continue from what `load` named."""
+        folder = self._folder / translate.RUN_FOLDER
+        refuse_foreign_folder(folder)
+        stack.enter_context(owned(folder))
+        config = translate.to_config(self.config, _rows(self.store))
+        begin = 0 if self._resume_from is None else _step_saved_in(self._resume_from)
+        run = TrlxRun(config, begin, json.loads(str(self.config)))
+        here = stack.enter_context(machine(config.runtime))
+        job = prepare(config, here, run, progress, stack)
+        job.optimizer = translate.optimizer(self.config.optimizer, job.optimizer)
+        job.optimizer.register_step_pre_hook(self._begin_update)
+        job.optimizer.register_step_post_hook(self._end_update)
+        self._control.job, self._control.done = job, 0
+        self._saved = 0  # the step of the last checkpoint
+        self._epoch = 0  # passes over the data that have ended
+        self._best = float("-inf")  # the highest reward of an evaluation
+        self._is_updating = False
+        if self._resume_from is not None:
+            self._restore(job, self._resume_from)
+        return job
+
+    def _begin_update(self, *_: object) -> None:
+        self._is_updating = True
+
+    def _end_update(self, *_: object) -> None:
+        self._is_updating = False
+
+    def _after_step(self, record: StepRecord) -> dict[str, float]:
+        """Call the callbacks of subclasses; save and evaluate where that is due. Returns the
+        statistics of the evaluation.
         """
         self.post_backward_callback()
         if int(record.epoch) > self._epoch:
             self._epoch = int(record.epoch)
             self.post_epoch_callback()
+        train, last = self.config.train, record.step == record.num_steps
+        if last or record.step % train.checkpoint_interval == 0:
+            self._checkpoint()
+        if not last and record.step % train.eval_interval != 0:
+            return {}
+        record.eval = results = self.evaluate()
+        self.job.run.write_evaluation(record.step, record.num_steps, results)
+        reward = results.get("reward/mean", results.get("metrics/reward", float("-inf")))
+        if train.save_best and reward > self._best:
+            self._best = reward
+            self._write(self._folder / "best_checkpoint")
+        return results
 
-    @staticmethod
-    def _due(record: StepRecord, interval: int) -> bool:
-        return record.step == record.num_steps or record.step % interval == 0
-
-    def _keep_best(self, record: StepRecord, best: float) -> float:
-        """Save `best_checkpoint` where this evaluation has the highest reward so far, and return
-        that reward.
-        """
-        if not self.config.train.save_best or record.eval is None:
-            return best
-        reward = record.eval.get("reward/mean", record.eval.get("metrics/reward", float("-inf")))
-        if reward > best:
-            self._write(Path(self.config.train.checkpoint_dir) / "best_checkpoint")
-        return max(reward, best)
-
-    @property
-    def _record_folder(self) -> Path:
-        return Path(self.config.train.checkpoint_dir) / translate.RUN_FOLDER
-
-    def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
-        """Load everything; continue from what `load` named."""
-        _refuse_foreign_folder(self._record_folder)
-        stack.enter_context(owned(self._record_folder))
-        config = translate.to_config(self.config, _rows(self.store))
-        begin, earlier = 0, Run(config).facts
-        if self._resume_from is not None:
-            begin = _step_saved_in(Path(self._resume_from))
-        run = _Record(config, begin)
-        here = stack.enter_context(machine(config.runtime))
-        job = self._job = prepare(config, here, run, progress, stack)
-        job.optimizer = translate.optimizer(
-            self.config.optimizer, build_optimizer(job.loss, config.optim)
-        )
-        self._watch_updates(job.optimizer)
-        run.update(**{TRLX: json.loads(str(self.config))})
-        if self._resume_from is not None:
-            self._restore(job, self._resume_from)
-            if "eval_before" in earlier:
-                run.update(eval_before=earlier["eval_before"])
-        return job
-
-    def _watch_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        def begins(*_: Any) -> None:
-            self._updating = True
-
-        def ends(*_: Any) -> None:
-            self._updating = False
-
-        optimizer.register_step_pre_hook(begins)
-        optimizer.register_step_post_hook(ends)
-
-    def _steps(self, job: Job) -> Iterator[StepRecord]:
-        """sftx's steps, at trlx's learning rates; the model is as the record says when it is
-        yielded.
-        """
-        rate = translate.learning_rate(self.config.scheduler, job.peak)
-        meter, size = StepMetrics(job), job.machine.tokens_per_pack
-        for step in range(job.start, job.plan.num_steps):
-            job.peak = rate(
-                step
-            )  # the schedule of the translated settings is constant, so this is the rate
-            torch.manual_seed(
-                job.config.seed * 1_000_003 + step
-            )  # dropout has a stream of its own in every step
-            packs = [
-                build_pack([job.corpus.example(i) for i in pack], pack)
-                for pack in job.plan.packs(step, size)[0]
-            ]
-            tensors = [to_tensors(pack, job.machine.device) for pack in packs]
-            total, autocast = job.plan.total_weight(step), job.machine.autocast
-            result = train_step(job.loss, job.optimizer, tensors, total, job.peak, 0.0, autocast)
-            self.iter_count = step + 1
-            yield meter.read(step, result, None)
-            meter.restart()
+    def _stop(self, why: str) -> None:
+        self._checkpoint()
+        self.job.run.update(status="stopped", stopped_at=self.iter_count)
+        raise Stopped(f"{why}, which is saved")
 
     def _rescue(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -260,15 +210,12 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         """Where an error ends the run: save the steps that no checkpoint holds yet."""
         if kind is None or self.iter_count == self._saved:
             return
-        if (
-            self._updating
-        ):  # some weights have taken the step and others have not: no state to continue from
-            folder = Path(self.config.train.checkpoint_dir) / "interrupted"
+        if self._is_updating:
+            # Some weights have taken the step and others have not: no state to continue from.
+            folder = self._folder / "interrupted"
             self.save_pretrained(str(folder / "hf_model"))
-            said = (
-                f"in the midst of step {self.iter_count + 1}: the model as it is then is in "
-                f"{folder}"
-            )
+            step = self.iter_count + 1
+            said = f"in the midst of step {step}: the model as it is then is in {folder}"
         else:
             said = f"after step {self.iter_count}: the model is saved in {self._checkpoint()}"
         print(f"note: {kind.__name__} {said}", file=sys.stderr)
@@ -281,75 +228,61 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         written raises UserError, once the folder is there.
         """
         job = self.job
-        folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
+        folder = Path(directory) if directory else self._folder / "hf_model"
         if job.adapted is None and (folder / "adapter_config.json").exists():
             raise UserError(
                 f"{folder} holds an adapter, which would be loaded over the model written there; "
-                "name another folder, "
-                "or delete adapter_config.json"
+                "name another folder, or delete adapter_config.json"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        training = job.loss.training
-        self._serve(job)  # the saved configuration must not name our attention
-        card = (
-            f"Fine-tuned from {self.config.model.model_path} with sftx, {self.iter_count} steps.\n"
-        )
-        sizes = (
-            {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
-        )
+        self._control.hand_over()  # the saved configuration must not name our attention
+        source = self.config.model.model_path
         save_model(
             folder,
             self.model,
             self.tokenizer,
             [self.tokenizer.eos_token_id],
-            card,
+            f"Fine-tuned from {source} with sftx, {self.iter_count} steps.\n",
             torch.float32,
-            **sizes,
+            max_shard_size=options.pop("max_shard_size", "50GB"),
         )
-        if training:
-            job.loss.use_segments(True)
-            job.loss.train()
-        _refuse_options("save_pretrained", folder, options)
+        _refuse_options(f"save_pretrained: {folder} is written, but ", options)
 
-    def save(self, directory: str | None = None, **options: Any) -> None:
+    def save(self, directory: str | None = None, **options: object) -> None:
         """Write weights, optimizer and step, to continue from; default: the checkpoint folder."""
         job, step = self.job, self.iter_count
-        folder = Path(directory or self.config.train.checkpoint_dir)
-        for later in checkpoint.folders(
-            folder
-        ):  # an earlier run went further here: its state is not this one's
+        folder = Path(directory) if directory else self._folder
+        for later in checkpoint.folders(folder):
+            # An earlier run went further here: its state is not this one's.
             if checkpoint.step_of(later) >= step:
                 shutil.rmtree(later)
         state = checkpoint.State(
             step, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets
         )
         checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
-        _refuse_options("save", folder, options)
+        _refuse_options(f"save: {folder} is written, but ", options)
 
-    def load(self, directory: str | None = None, **options: Any) -> None:
+    def load(self, directory: str | None = None, **options: object) -> None:
         """Continue from what `save` wrote: weights, optimizer and step; before training, when it
         begins.
         """
-        _refuse_options("load", None, options)
-        self._resume_from = str(directory or self.config.train.checkpoint_dir)
-        if self._job is not None:
-            self._restore(self._job, self._resume_from)
+        _refuse_options("load: ", options)
+        self._resume_from = Path(directory) if directory else self._folder
+        if self._control.job is not None:
+            self._restore(self._control.job, self._resume_from)
 
-    def _restore(self, job: Job, directory: str) -> None:
-        _step_saved_in(Path(directory))
-        state = checkpoint.restore(Path(directory), job.loss, job.optimizer)
+    def _restore(self, job: Job, folder: Path) -> None:
+        _step_saved_in(folder)
+        state = checkpoint.restore(folder, job.loss, job.optimizer)
         assert state is not None, "a checkpoint was found there"
-        job.start = self.iter_count = self._saved = state.step
+        job.start = self._saved = self._control.done = state.step
         job.total_tokens, job.total_targets = state.total_tokens, state.total_targets
         self._epoch = int(job.plan.epoch(state.step - 1))
 
-    def _folder_of(self, step: int) -> Path:
-        digits = len(str(self.job.plan.num_steps))
-        return Path(self.config.train.checkpoint_dir) / f"checkpoint_{step:0{digits}d}"
-
     def _checkpoint(self) -> Path:
         """Save this step under its name, once."""
-        folder = self._folder_of(self.iter_count)
+        digits = len(str(self.job.plan.num_steps))
+        folder = self._folder / f"checkpoint_{self.iter_count:0{digits}d}"
         if self.iter_count != self._saved:
             self._write(folder)
             self._saved = self.iter_count
@@ -359,81 +292,27 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         if self.config.train.save_optimizer:
             self.save(str(folder))
         model = folder / "hf_model"
-        for (
-            name
-        ) in _OF_A_MODEL:  # those of an earlier run, which may have trained an adapter, or none
+        for name in _OF_A_MODEL:
+            # Those of an earlier run, which may have trained an adapter, or none.
             for path in model.glob(name):
                 path.unlink()
         self.save_pretrained(str(model))
 
 
-class _Record(Run):
-    """The record of a run that begins anew or continues from a checkpoint, whatever stands in its
-    folder.
-
-    Only the files of a record are written anew, and their lines stay up to the step that it begins
-    at.
-    """
-
-    def __init__(self, config: Config, begin: int) -> None:
-        super().__init__(config)
-        self.facts = {}  # an earlier run's: they neither forbid this one nor finish it
-        self.begin = begin
-
-    def start(self, *given: Any, **facts: Any) -> None:
-        """Begin the record, as `Run.start` does, at the step this run begins at."""
-        self.writes = False
-        super().start(*given, **facts)
-        self.writes = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "bad_steps.jsonl"):
-            path = self.folder / name
-            lines = (
-                path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            )
-            kept = [line for line in lines if self._is_early(line)]
-            if kept or path.exists() or name == "metrics.jsonl":
-                write_text(path, "".join(kept))
-        self.update()
-
-    def _is_early(self, line: str) -> bool:
-        return line.endswith("\n") and json.loads(line)["step"] <= self.begin
-
-
-def _refuse_foreign_folder(folder: Path) -> None:
-    """The record of the run goes into a folder that is empty, or that holds the record of such a
-    run.
-    """
-    if not folder.exists() or (
-        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
-    ):
-        return
-    path = folder / "run.json"
-    if path.is_file() and TRLX in read_json(path):
-        return
-    raise UserError(
-        f"train.checkpoint_dir: the record of the run would go to {folder}, which holds something "
-        "else; choose another "
-        "checkpoint_dir"
-    )
-
-
-def _step_saved_in(directory: Path) -> int:
-    state = checkpoint.newest(directory)
+def _step_saved_in(folder: Path) -> int:
+    state = checkpoint.newest(folder)
     if state is None:
-        raise UserError(f"{directory} holds no checkpoint written by `save` (train.save_optimizer)")
+        raise UserError(f"{folder} holds no checkpoint written by `save` (train.save_optimizer)")
     return state.step
 
 
-def _refuse_options(method: str, folder: Path | None, options: dict[str, Any]) -> None:
-    """Raise UserError for options that would change what was done; those that say what is done
+def _refuse_options(what: str, options: Mapping[str, object]) -> None:
+    """Raise UserError for options that would change what was done; those that ask for what is done
     anyway are fine.
     """
     for name, value in options.items():
-        if name in _AS_IT_IS and value in _AS_IT_IS[name]:
-            continue
-        written = f"{folder} is written, but " if folder is not None else ""
-        raise UserError(f"{method}: {written}{name}={value!r} is not understood; leave it out")
+        if value not in _DONE_ANYWAY.get(name, ()):
+            raise UserError(f"{what}{name}={value!r} is not understood; leave it out")
 
 
 def _rows(store: Any) -> list[dict[str, list[int]]]:
@@ -447,13 +326,13 @@ def _rows(store: Any) -> list[dict[str, list[int]]]:
             f"note: {name} is not called: sftx shuffles and packs the store's elements itself",
             file=sys.stderr,
         )
-    rows = []
+    rows: list[dict[str, list[int]]] = []
     for i in range(len(store)):
         element = store[i]
         ids = [int(token) for token in element["input_ids"]]
-        labels = [int(label) for label in element["labels"]] if "labels" in element else list(ids)
-        if any(label != IGNORED for label in labels[1:]):
-            rows.append({"input_ids": ids, "labels": [IGNORED, *labels[1:]]})
+        targets = [int(label) for label in element.get("labels", ids)[1:]]
+        if any(label != IGNORED for label in targets):
+            rows.append({"input_ids": ids, "labels": [IGNORED, *targets]})
     if empty := len(store) - len(rows):
         print(
             f"note: {empty} of {len(store)} samples have no target left and are not trained on",

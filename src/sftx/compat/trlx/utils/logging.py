@@ -53,10 +53,10 @@ class MultiProcessAdapter(LoggerAdapter[Logger]):
             )  # the caller's line, not this one
             super().log(level, msg, *args, **kwargs)
 
-    def warning_advice(self, *args: Any, **kwargs: Any) -> None:
+    def warning_advice(self, message: object, *args: object, **kwargs: Any) -> None:
         """A warning, unless TRLX_NO_ADVISORY_WARNINGS is set."""
         if not os.environ.get("TRLX_NO_ADVISORY_WARNINGS"):
-            self.warning(*args, **kwargs)
+            self.warning(message, *args, **kwargs)
 
 
 def get_logger(name: str | None = None) -> MultiProcessAdapter:
@@ -69,34 +69,18 @@ def get_log_levels_dict() -> dict[str, int]:
     return log_levels
 
 
-def get_verbosity() -> int:
-    """The level of all these loggers."""
-    return _root.getEffectiveLevel()
-
-
-def set_verbosity(verbosity: int) -> None:
-    """Set the level of all these loggers."""
-    _root.setLevel(verbosity)
+get_verbosity, set_verbosity = _root.getEffectiveLevel, _root.setLevel
+add_handler, remove_handler = _root.addHandler, _root.removeHandler
 
 
 def enable_default_handler() -> None:
     """Write to stderr, as these loggers do from the start."""
-    _root.addHandler(_handler)
+    add_handler(_handler)
 
 
 def disable_default_handler() -> None:
     """No longer write to stderr."""
-    _root.removeHandler(_handler)
-
-
-def add_handler(handler: Handler) -> None:
-    """Give what is logged to `handler` too."""
-    _root.addHandler(handler)
-
-
-def remove_handler(handler: Handler) -> None:
-    """Take a handler away again."""
-    _root.removeHandler(handler)
+    remove_handler(_handler)
 
 
 def enable_propagation() -> None:
