@@ -226,8 +226,9 @@ def line(figures: dict[str, Any], device: dict[str, Any], args: argparse.Namespa
     )
     figures["tokens_per_second"] = figures["tokens"] * per_second
     figures["targets_per_second"] = figures["targets"] * per_second
-    figures["mfu"] = flops(figures) * per_second / peak if peak else None
-    share = f"{100 * figures['mfu']:5.1f} %" if peak else "    - "
+    mfu = flops(figures) * per_second / peak if peak else None
+    figures["mfu"] = mfu
+    share = "    - " if mfu is None else f"{100 * mfu:5.1f} %"
     predicted = (
         f" ({figures['predicted'] / 2**30:.1f} predicted)" if figures.get("predicted") else ""
     )

@@ -115,7 +115,7 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
         x.requires_grad_()
     ours = [x.detach().to(where, getattr(torch, dtype)).requires_grad_() for x in exact]
     out, _ = segment_attention(
-        torch.nn.Module(), *ours, None, scaling=0.1, sliding_window=window or None, softcap=softcap,
+        torch.nn.Module(), ours[0], ours[1], ours[2], None, scaling=0.1, sliding_window=window or None, softcap=softcap,
         cu_seq_lens_q=cu_seqlens_cpu.to(where), max_length_q=1024, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
     q, k, v = exact

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,13 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
     runtime |= {name: job[name] for name in ("compile", "recompute", "parallel") if job.get(name)}
+    lora["runtime"] = runtime
     records, stamps = [], []
     steps = sftx.steps(
         model=job["model"], output=job["output"],
         data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
         batch={"examples_per_step": job["batch"], "steps": job["steps"], "shuffle": False},
-        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0}, runtime=runtime,
+        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0},
         checkpoint={"resume": "never"}, **lora,
     )  # fmt: skip
     for record in steps:
@@ -189,7 +190,6 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing
     off, fused AdamW.
     """
-    import datasets
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -206,6 +206,7 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step()
 
+    datasets = import_module("datasets")
     datasets.disable_progress_bars()
     cuda = torch.cuda.is_available()
     micro = job.get("micro_batch") or job["batch"]
@@ -229,26 +230,25 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     dataset = datasets.Dataset.from_list(data)
     peft_config = None
     if job["method"] == "lora":
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         peft_config = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     if job["system"].startswith("trl"):
-        from trl import SFTConfig, SFTTrainer
-
+        trl = import_module("trl")
         packing = job["system"] == "trl-packing"
         if (
             packing
         ):  # a pack holds several examples; as many packs per step as hold one step of the others
             common["per_device_train_batch_size"] = job.get("packs_per_batch", 1)
             common["gradient_accumulation_steps"] = job.get("pack_steps", 1)
-        settings = SFTConfig(
+        settings = trl.SFTConfig(
             **common,
             max_length=job["length"] if not packing else job["pack_length"],
             packing=packing,
         )
-        trainer = SFTTrainer(
+        trainer = trl.SFTTrainer(
             model=model,
             args=settings,
             train_dataset=dataset,
@@ -259,6 +259,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         from transformers import DataCollatorForSeq2Seq
 
         if peft_config is not None:
+            from peft import get_peft_model
+
             model = get_peft_model(model, peft_config)
         trainer = Trainer(
             model=model, args=TrainingArguments(**common), train_dataset=dataset,
@@ -269,7 +271,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     first = trainer.state.log_history[0]
     facts: dict[str, Any] = {"loss": first["loss"], "grad_norm": float(first["grad_norm"])}
     if job["system"] == "trl-packing":  # its steps hold packs, not the rows of the others' steps
-        packs = trainer.train_dataset[: job["steps"] * common["gradient_accumulation_steps"]]
+        packed: Any = trainer.train_dataset
+        packs = packed[: job["steps"] * common["gradient_accumulation_steps"]]
         facts["tokens"] = sum(map(len, packs["input_ids"])) / job["steps"]
         facts["targets"] = (
             sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
@@ -283,6 +286,8 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

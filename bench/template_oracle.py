@@ -127,7 +127,9 @@ class Oracle:
         if asked is None or told is None:
             return ""
         shared = commonprefix([asked, told])  # noqa: RUF071 (of letters)
-        shared = shared[: len(shared) - len(PARTIAL_TAG.search(shared).group())]
+        partial = PARTIAL_TAG.search(shared)
+        assert partial is not None
+        shared = shared[: len(shared) - len(partial.group())]
         return THOUGHT_TAG.split(asked[len(shared) :])[0]
 
     @cached_property

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def run_torchtune(
 ) -> dict[str, Any]:
     """The recipe of the job's method, over `data` once."""
     import torch
-    import torchtune
-    from omegaconf import OmegaConf
 
+    torchtune: Any = import_module("torchtune")
+    omegaconf: Any = import_module("omegaconf")
     torch.set_num_threads(job["threads"])
     file, name = RECIPES[job["method"]]
-    settings = OmegaConf.create(configuration(job, data))
+    settings = omegaconf.OmegaConf.create(configuration(job, data))
     # The folder of recipes is no package: torchtune itself starts them by path.
     recipe = runpy.run_path(str(Path(torchtune.__file__).parents[1] / "recipes" / file))[name](
         cfg=settings

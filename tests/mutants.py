@@ -182,7 +182,10 @@ def first_failure(log: Path, tests: str, code: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """Try the mutants that were asked for, and print a line for each."""
-    asked = dict(argument.partition("=")[::2] for argument in arguments)
+    asked: dict[str, str] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        asked[key] = value
     if strange := asked.keys() - {"only", "survivors"}:
         print(
             f"unknown: {', '.join(sorted(strange))}; known: only=WORD,WORD survivors=suite",

@@ -136,7 +136,7 @@ def complexity(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return branches
 
 
-def annotations(tree: ast.Module) -> list[str]:
+def annotation_texts(tree: ast.Module) -> list[str]:
     """The text of every annotation: parameters, returns, variables and fields."""
     found: list[ast.expr] = []
     for node in ast.walk(tree):
@@ -171,7 +171,7 @@ def report(package: Path) -> str:
     longest_function = max(functions, key=lambda item: (item[1].end_lineno or 0) - item[1].lineno)
     longest_file = max(library, key=lambda module: module.lines)
     complex_functions = [node.name for _, node in functions if complexity(node) > COMPLEX]
-    texts = [text for module in library for text in annotations(module.tree)]
+    texts = [text for module in library for text in annotation_texts(module.tree)]
     with_any = [text for text in texts if "Any" in text]
     by_package: Counter[str] = Counter()
     for module in library:

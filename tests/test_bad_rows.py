@@ -9,6 +9,7 @@ import pytest
 from small_tokenizers import ours
 
 from sftx.data.dataset import load_corpora
+from sftx.settings.keywords import DataSettings
 from sftx.settings.load import make_config
 from sftx.types import UserError
 
@@ -43,7 +44,12 @@ def test_a_bad_row_is_told_by_place_then_reason_then_what_to_do(
     )
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([good] * (at - 1) + [BAD_ROWS[kind], good]) + "\n")
-    data = {"train": str(path), "cache": str(tmp_path / "cache"), "workers": 0, "template": "none"}
+    data: DataSettings = {
+        "train": str(path),
+        "cache": str(tmp_path / "cache"),
+        "workers": 0,
+        "template": "none",
+    }
     with pytest.raises(UserError) as caught:
         load_corpora(make_config(model="unused", output="unused", data=data), ours(), 64)
     said = str(caught.value)

@@ -22,7 +22,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.lint.rules import lint
 from sftx.data.sources.rows import parse
 from sftx.settings.load import make_config
-from sftx.types import Row, RowError, UserError
+from sftx.types import RowError, UserError
 
 HEADER = "<|im_start|>assistant\n"
 GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -375,9 +375,7 @@ def test_another_thread_may_allocate_while_a_row_is_encoded(
     made = encoder(slow)
     started.set()
     while not done.is_set():
-        assert not isinstance(
-            made.encode([Row("messages", messages=(user("a"), model("b")))])[0], RowError
-        )  # type: ignore[arg-type]
+        assert not isinstance(made.encode([row([user("a"), model("b")])])[0], RowError)
     thread.join()
     assert failed == []
 

@@ -148,9 +148,9 @@ def test_the_page_stands_alone_and_holds_no_foreign_code(run: list[str], tmp_pat
         r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text
     )
     assert text.count("<script") == text.count("</script>") == 1
-    facts = json.loads(
-        re.search(r"^const facts = (.*);$", text, re.MULTILINE).group(1).replace("<\\/", "</")
-    )  # type: ignore[union-attr]
+    written = re.search(r"^const facts = (.*);$", text, re.MULTILINE)
+    assert written is not None
+    facts = json.loads(written[1].replace("<\\/", "</"))
     corpus, _ = load_corpora(load_config(None, [*run, "output=x"]), TOKENIZER, 128)
     assert facts["examples"] == len(corpus) == len(facts["rows"])
     assert sum(facts["lengths"]["counts"]) == len(corpus)
@@ -281,6 +281,7 @@ def test_the_ledger_counts_rows_with_spelled_special_tokens(
     model = tmp_path / "model"
     tiny.tokenizer().save_pretrained(model)
     data = {"rows": [row, row], "workers": 0, "cache": str(tmp_path / "cache"), **settings}
-    config = make_config(model=str(model), output=str(tmp_path / "out"), data=data)
+    sections: dict[str, Any] = {"data": data}
+    config = make_config(model=str(model), output=str(tmp_path / "out"), **sections)
     corpus, _ = load_corpora(config, Tokenizer.load(str(model)), 64)
     assert corpus.ledger.notes.get("special tokens kept as text", 0) == (2 if noted else 0)

@@ -197,7 +197,7 @@ PINNED = [  # settings, and the number of steps, the fingerprint and a hash of t
 def test_plans_stay_what_they_were(seed: int) -> None:
     """A run that was begun with an earlier version goes on in the same order."""
     rng = np.random.RandomState(5)
-    lengths, weights = rng.randint(2, 90, 97), rng.rand(97) * 9
+    lengths, weights = rng.randint(2, 90, 97).astype(np.int32), rng.rand(97) * 9
     batch, steps, fingerprint, order = PINNED[seed]
     plan = Plan(lengths, weights, Batch(**batch), seed)
     assert (plan.num_steps, plan.fingerprint) == (steps, fingerprint)

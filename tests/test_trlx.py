@@ -93,10 +93,10 @@ def test_tokenize_dialogue_is_a_cut_of_the_whole(
 ) -> None:
     tokenizer = tokenizers[name]
     tokenizer.truncation_side = side
-    start = tokenizer.bos_token or tokenizer.eos_token
+    start = str(tokenizer.bos_token or tokenizer.eos_token)
     dialogue = phrases if isinstance(phrases, str) else [text for pair in phrases for text in pair]
     whole = [start, dialogue] if isinstance(dialogue, str) else list(dialogue)
-    whole[-1] += tokenizer.eos_token
+    whole[-1] += str(tokenizer.eos_token)
     flat = [
         (token, i % 2 == 1)
         for i, text in enumerate(whole)
@@ -115,6 +115,8 @@ def test_tokenize_dialogue_is_a_cut_of_the_whole(
 def test_tokenize_dialogue_by_hand() -> None:
     tokenizer = tiny.tokenizer(chat=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(bos, int)
+    assert isinstance(eos, int)
     a, b = (tokenizer(letter).input_ids[0] for letter in "ab")
     tokenizer.truncation_side = "right"
     assert tokenize_dialogue("a", tokenizer) == [
@@ -150,7 +152,8 @@ def test_dialog_store_batches(side: str) -> None:
         [tokenize_dialogue(d, tokenizer) for d in (["ab", "c"], ["a", "bbb", "c", "d"])], tokenizer
     )
     batch = next(iter(store.create_loader(2)))
-    for row, element in enumerate(store):
+    for row in range(len(store)):
+        element = store[row]
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == element["input_ids"].tolist()
         assert batch.labels[row][real].tolist() == element["labels"].tolist()
@@ -290,10 +293,11 @@ def test_registries() -> None:
 
 @pytest.mark.parametrize("argument", ["reward_fn", "rewards", "dataset", "prompts"])
 def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> None:
+    wrong: dict[str, Any] = {argument: [1.0]}
     with pytest.raises(
         UserError, match=r"supervised fine-tuning, not reinforcement learning.*save_pretrained"
     ):
-        trlx.train(samples=["a"], **{argument: [1.0]})
+        trlx.train(samples=["a"], **wrong)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_dialogues_are_the_same_tokens(
         template="none",
         special_tokens="allow",
         max_length=length,
-        too_long=f"truncate_{side}",
+        too_long="truncate_left" if side == "left" else "truncate_right",
     )
     assert [(example.ids.tolist(), example.weights.tolist()) for example in native] == expected
 
@@ -129,7 +129,11 @@ def test_texts_are_the_same_tokens(parts: list[str], side: str, length: int) -> 
     tokenizer.truncation_side = side
     row = {"segments": [{"text": "".join(parts), "weight": 1}]}
     (native,) = encode(
-        row, tokenizer, special_tokens="allow", max_length=length, too_long=f"truncate_{side}"
+        row,
+        tokenizer,
+        special_tokens="allow",
+        max_length=length,
+        too_long="truncate_left" if side == "left" else "truncate_right",
     )
     expected = PromptPipeline(["".join(parts)], length, tokenizer)[0]["input_ids"]
     assert native.ids.tolist() == expected

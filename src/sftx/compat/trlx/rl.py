@@ -137,5 +137,5 @@ def module(fullname: str, path: str) -> ModuleType:
             raise AttributeError(name)
         return stand_in(name, INSTEAD.get(name, INSTEAD[path]))
 
-    made.__getattr__ = find  # pyright: ignore[reportAttributeAccessIssue]
+    made.__getattr__ = find
     return made
