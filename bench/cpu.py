@@ -112,12 +112,20 @@ def measure(args: argparse.Namespace, case: dict[str, str]) -> dict[str, Any]:
     for system in args.systems:
         with tempfile.TemporaryDirectory() as scratch:
             job = {
-                **case, "system": system.removesuffix(COMPILED), "model": folder(case["shape"], home),
-                "batch": args.batch, "steps": args.steps, "threads": args.threads, "length": PACK,
-                "pack_length": PACK, "pack_steps": packs, "tokens_per_pack": args.tokens_per_pack,
-                "output": f"{scratch}/run", "cache": f"{scratch}/cache",
+                **case,
+                "system": system.removesuffix(COMPILED),
+                "model": folder(case["shape"], home),
+                "batch": args.batch,
+                "steps": args.steps,
+                "threads": args.threads,
+                "length": PACK,
+                "pack_length": PACK,
+                "pack_steps": packs,
+                "tokens_per_pack": args.tokens_per_pack,
+                "output": f"{scratch}/run",
+                "cache": f"{scratch}/cache",
                 "compile": "on" if system.endswith(COMPILED) else "off",
-            }  # fmt: skip
+            }
             python, file = sys.executable, "peers.py"
             if system == "torchtune":
                 python, file = str(args.torchtune_python), "torchtune_peer.py"
@@ -202,8 +210,10 @@ def report(
     work = [flops(case["shape"], case["method"], r["tokens"], r["targets"]) for r in ours]
     used = [w / statistics.median(r["cpu"][1:]) / round_["limit"] for w, r, round_ in zip(work, ours, rounds, strict=True)]  # noqa: E501  # fmt: skip
     summary = {"speed": float("nan"), "matmul": statistics.median(used), "memory": float("nan")}
-    print(f"\n{mine}: {100 * summary['matmul']:.0f} % of the matmul limit, "
-          f"{statistics.median(r['limit'] for r in rounds) / 1e9:.0f} GFLOP per CPU-second")  # fmt: skip
+    print(
+        f"\n{mine}: {100 * summary['matmul']:.0f} % of the matmul limit, "
+        f"{statistics.median(r['limit'] for r in rounds) / 1e9:.0f} GFLOP per CPU-second"
+    )
     if best := best_of("trl", speed):
         summary["speed"] = statistics.median(
             a / b for a, b in zip(speed[mine], speed[best], strict=True)

@@ -20,36 +20,76 @@ import numpy as np
 
 SHAPES: dict[str, dict[str, Any]] = {
     "stories260K": {
-        "family": "Llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 512,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "family": "Llama",
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "vocab_size": 512,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
     "smollm2-135m": {
-        "family": "Llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+        "family": "Llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
     "qwen3-0.6b": {
-        "family": "Qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-        "max_position_embeddings": 40960, "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "family": "Llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-        "max_position_embeddings": 131072, "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "family": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-        "max_position_embeddings": 131072, "tie_word_embeddings": False,
-    },
-    "smoke": {
-        "family": "Llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
+        "family": "Qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
         "tie_word_embeddings": True,
     },
-}  # fmt: skip
+    "llama-3.2-1b": {
+        "family": "Llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "family": "Llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+    "smoke": {
+        "family": "Llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 # Logarithms of gpt2 token counts, mean and deviation: of the prompt (weight 0) and of the answer.
@@ -211,15 +251,28 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     cuda = torch.cuda.is_available()
     micro = job.get("micro_batch") or job["batch"]
     common: dict[str, Any] = {
-        "output_dir": job["output"], "max_steps": job["steps"], "learning_rate": 1e-5, "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": micro, "gradient_accumulation_steps": job["batch"] // micro,
-        "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "report_to": "none",
-        "logging_steps": 10**6 if clock.syncs else 1, "logging_first_step": True,  # a logged step waits for the device
-        "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
-        "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True,
-        "dataloader_pin_memory": cuda, "torch_compile": job.get("compile") == "on",
+        "output_dir": job["output"],
+        "max_steps": job["steps"],
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": job["batch"] // micro,
+        "bf16": job["precision"] == "bf16",
+        "use_cpu": not cuda,
+        "report_to": "none",
+        # A logged step waits for the device
+        "logging_steps": 10**6 if clock.syncs else 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": bool(job.get("checkpointing")),
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+        "torch_compile": job.get("compile") == "on",
         "use_liger_kernel": bool(job.get("liger")),
-    }  # fmt: skip
+    }
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],

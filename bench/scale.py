@@ -224,11 +224,13 @@ def part(scratch: Path) -> None:
             "precision": "fp32",
         }
         for _ in sftx.steps(
-            model=str(scratch / SMALL), output=str(run), data={"rows": data, "cache": str(scratch / "small")},
+            model=str(scratch / SMALL),
+            output=str(run),
+            data={"rows": data, "cache": str(scratch / "small")},
             batch={"examples_per_step": cell["examples"], "steps": STEPS},
             runtime=runtime,
             adapter={"method": "lora" if cell["method"] == "lora" else "none"},
-        ):  # fmt: skip
+        ):
             pass
         kinds = sorted({kind for step in counted for kind in step["sent"]})
         by = {

@@ -79,7 +79,8 @@ def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     example.ids[3:6], example.weights[3:6] = [264, 265, 5], 1.0
     loss(to_tensors(build_pack([example]), torch.device("cpu"))).backward()
     reference = tiny.naive_loss(twin.double(), [example]) * float(example.weights[1:].sum())
-    reference.backward()  # the adapter's B is 0 at the start, so the unadapted twin has the same gradients
+    # The adapter's B is 0 at the start, so the unadapted twin has the same gradients
+    reference.backward()
     matrices = [tiny.embeddings(twin).weight] + ([] if tied else [tiny.head(twin).weight])
     for ours, matrix in zip(
         sorted(rows.items(), key=lambda item: "lm_head" in item[0]), matrices, strict=True

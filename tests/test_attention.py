@@ -189,8 +189,19 @@ def test_the_arguments_of_the_cuda_kernel(
     for or repeated.
     """
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, scale: float,
-               window_size: tuple[int, int], **groups: bool) -> Tensor:  # fmt: skip
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        **groups: bool,
+    ) -> Tensor:
         assert groups == ({"enable_gqa": True} if has_groups else {})
         assert k.shape[1] == (2 if has_groups else 4)
         assert cu_q is cu_k is BORDERS

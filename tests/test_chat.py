@@ -58,7 +58,8 @@ SAFE = (
     "endif %}"
     """{{ '{"name": "' + c.function.name + '", "arguments": ' + a + '}' }}"""
 )
-PRINTED = "{{ c.function.name }} {{ c.function.arguments }};"  # an object would be written as Python writes it
+# An object would be written as Python writes it
+PRINTED = "{{ c.function.name }} {{ c.function.arguments }};"
 ESCAPES = """{{ '{"name": "' + c.function.name + '"}' ~ (c.function.arguments | tojson | e) }}"""
 
 

@@ -165,11 +165,16 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
 
     def run(wish: Literal["auto", "on", "off"]) -> tuple[float | None, float, list[str]]:
         result = train(
-            model=path, output=str(tmp_path / wish), batch={"steps": 2},
-            data={"rows": [[f"What is {i}?", "A number."] for i in range(8)], "cache": str(tmp_path / "cache"),
-                  "eval_split": 0.25},
+            model=path,
+            output=str(tmp_path / wish),
+            batch={"steps": 2},
+            data={
+                "rows": [[f"What is {i}?", "A number."] for i in range(8)],
+                "cache": str(tmp_path / "cache"),
+                "eval_split": 0.25,
+            },
             runtime={"progress": False, "device": "cpu", "threads": 1, "compile": wish},
-        )  # fmt: skip
+        )
         assert result.eval_after is not None
         facts = (tmp_path / wish / "run.json").read_text()
         return (

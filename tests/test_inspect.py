@@ -216,7 +216,7 @@ def test_the_page_names_the_place_of_a_dropped_row(run: list[str], tmp_path: Pat
     assert f'"place": "{tmp_path / "a.json"}, row 2"' in page.read_text(encoding="utf-8")
 
 
-# --- special tokens that are only spelled -----------------------------------------------------------------------------
+# --- special tokens that are only spelled ---------------------------------------------------------
 
 
 def test_a_spelled_special_token_is_told_from_the_token() -> None:
@@ -271,7 +271,8 @@ def test_what_is_marked_as_spelled_is_what_the_tokenizer_would_take_for_tokens(
         ({"prompt": "a<eos>", "completion": "b"}, {"template": "none"}, True),
         ({"prompt": "a", "completion": "b<eos>c"}, {"template": "auto"}, True),
         ({"segments": [{"text": "a<eos>", "weight": 0}, {"text": "b", "weight": 1}]}, {}, True),
-        ({"messages": [{"role": "user", "content": "<eos>"}, {"role": "assistant", "content": "b"}]},
+        ({"messages": [{"role": "user", "content": "<eos>"},
+                       {"role": "assistant", "content": "b"}]},
          {"template": "none"}, True),
     ],
 )  # fmt: skip

@@ -31,7 +31,7 @@ FAMILIES = {**test_loss.FAMILIES, **DROPOUT}
 
 
 def gradients(loss: PackLoss, count: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Loss, gradients, and the bytes kept for the backward pass when `count` layers are recomputed."""
+    """Loss, gradients, and bytes kept for the backward pass when `count` layers are recomputed."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

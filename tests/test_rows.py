@@ -436,7 +436,7 @@ def test_a_system_column_is_the_first_message() -> None:
 
 
 def test_alpaca_with_system_and_history() -> None:
-    """Empty ones are as if absent; filled ones are turns, and outputs in the history are targets."""
+    """Empty ones are as if absent; filled ones are turns, whose outputs are targets too."""
     plain = {"instruction": "Hi", "input": "", "output": "Hello"}
     assert row({**plain, "system": "", "history": []}) == Row("phrases", phrases=PAIR)
     assert row({**plain, "system": None, "history": None}) == Row("phrases", phrases=PAIR)
@@ -454,7 +454,7 @@ def test_alpaca_with_system_and_history() -> None:
 
 
 def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
-    """Nobody wrote them; those that it has, and those of tools whose arguments are not known, stay."""
+    """Nobody wrote them. Those that it has, and those of tools with unknown arguments, stay."""
 
     def arguments(given: Any, tools: Any) -> tuple[Any, tuple[str, ...]]:
         raw = {"messages": [USER, {**MODEL, "tool_calls": [call(given)]}], "tools": tools}

@@ -296,24 +296,34 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "not JSON": lambda path: path.write_text("{'status': 'finished'}"),
     "a list": lambda path: path.write_text("[]"),
     "an empty object": lambda path: path.write_text("{}"),
-    "nested deeply": lambda path: path.write_text('{"status": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "nested deeply": lambda path: path.write_text(
+        '{"status": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    ),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     **{
         f"{name} = {value!r}": lambda path, name=name, value=value: path.write_text(
             json.dumps(json.loads(path.read_text()) | {name: value})
         )
         for name, value in {
-            "status": "done", "config": None, "mathematics": "x", "precision": 3, "device": ["cpu"], "num_steps": "2",
-            "tokens_per_pack": -1, "started": "yesterday",
+            "status": "done",
+            "config": None,
+            "mathematics": "x",
+            "precision": 3,
+            "device": ["cpu"],
+            "num_steps": "2",
+            "tokens_per_pack": -1,
+            "started": "yesterday",
         }.items()
     },
     **{
         f"no {name}": lambda path, name=name: path.write_text(
-            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name})
+            json.dumps(
+                {key: value for key, value in json.loads(path.read_text()).items() if key != name}
+            )
         )
         for name in ("status", "config", "mathematics", "precision", "tokens_per_pack")
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -276,7 +276,8 @@ def test_headers_may_be_stop_tokens() -> None:
     template = (
         "{% for m in messages %}{{ {'user': '<s>', 'tool': '<unk>', 'assistant': "
         "'<|im_start|>'}[m.role] }}"
-        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+        "{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     tokenizer = ours()

@@ -48,10 +48,17 @@ def test_the_recipe_trains_what_the_script_trains(
     exec(block("python"), {"json": json, "samples": lists})
     (tmp_path / "run.yaml").write_text(block("yaml"))
     ours = config(
-        model, tmp_path / "ckpts",
-        train={"total_steps": 3, "batch_size": 8, "seq_length": 1024, "eval_interval": 100, "checkpoint_interval": 100},
+        model,
+        tmp_path / "ckpts",
+        train={
+            "total_steps": 3,
+            "batch_size": 8,
+            "seq_length": 1024,
+            "eval_interval": 100,
+            "checkpoint_interval": 100,
+        },
         tokenizer={"truncation_side": "right"},
-    )  # fmt: skip
+    )
     more = [
         f"data.cache={tmp_path / 'cache'}",
         "data.format=segments" if samples is TEXTS else "data.format=dialogue",
