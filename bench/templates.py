@@ -378,7 +378,7 @@ def _state(encoded: Any) -> Any:
 
 def main(given: list[str] | None = None) -> None:
     """Print the table; exit code 1 if any turn is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
     parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
     parser.add_argument("--only", default="", help="templates whose path holds this")
@@ -453,7 +453,7 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
     for path in paths:
         encoder = Encoder(ours, Data(template=str(path)), 1 << 20)
         for name, (messages, tools) in kinds.items():
-            row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+            row = Row("messages", messages=tuple(messages), tools=tuple(tools))
             if isinstance(encoder.encode([row])[0], RowError):
                 continue
             oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)

@@ -1,4 +1,4 @@
-"""Real tokenizers, built in a moment: one of each kind that treats the edges of texts differently."""
+"""Real tokenizers, built in a moment: one of each kind that treats edges of texts differently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _trained(kind: str, adds_bos: bool, adds_eos: bool) -> str:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:  # "metaspace": the first text gets a mark of its own, as in tokenizers of the SentencePiece family
+    # "metaspace": the first text gets a mark of its own, as in the SentencePiece family
+    else:
         backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         backend.decoder = decoders.Sequence(

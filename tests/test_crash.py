@@ -39,7 +39,7 @@ def unpredictable(*_: Any) -> None:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Six steps that save after the second and the fourth; one row is dropped, some are held out."""
+    """Six steps, saved after the second and the fourth; one row is dropped, some are held out."""
     return {
         "model": str(folder / "model"),
         "data": {
