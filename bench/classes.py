@@ -35,9 +35,17 @@ from sftx.types import Example, UserError
 
 LENGTHS = [120, 9, 97, 43, 110, 5]
 BY_LENGTH = {
-    "attention_chunk_size", "attention_window_size", "chunk_size", "floor_scale", "index_topk",
-    "local_attention_window", "mamba_chunk_size", "original_max_position_embeddings", "sliding_window", "window_size",
-}  # fmt: skip
+    "attention_chunk_size",
+    "attention_window_size",
+    "chunk_size",
+    "floor_scale",
+    "index_topk",
+    "local_attention_window",
+    "mamba_chunk_size",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "window_size",
+}
 """Lengths in configurations that are shortened."""
 SECONDS = 240
 """A class that takes longer counts as not tried."""
@@ -135,7 +143,7 @@ def small_model(name: str) -> Any:
 
 
 def shorten(config: Any) -> None:
-    """Let everything that goes by length do so within the examples; in place, in the sections too."""
+    """Let all that goes by length do so within the examples; in place, in the sections too."""
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
             shorten(value)

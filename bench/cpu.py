@@ -112,12 +112,20 @@ def measure(args: argparse.Namespace, case: dict[str, str]) -> dict[str, Any]:
     for system in args.systems:
         with tempfile.TemporaryDirectory() as scratch:
             job = {
-                **case, "system": system.removesuffix(COMPILED), "model": folder(case["shape"], home),
-                "batch": args.batch, "steps": args.steps, "threads": args.threads, "length": PACK,
-                "pack_length": PACK, "pack_steps": packs, "tokens_per_pack": args.tokens_per_pack,
-                "output": f"{scratch}/run", "cache": f"{scratch}/cache",
+                **case,
+                "system": system.removesuffix(COMPILED),
+                "model": folder(case["shape"], home),
+                "batch": args.batch,
+                "steps": args.steps,
+                "threads": args.threads,
+                "length": PACK,
+                "pack_length": PACK,
+                "pack_steps": packs,
+                "tokens_per_pack": args.tokens_per_pack,
+                "output": f"{scratch}/run",
+                "cache": f"{scratch}/cache",
                 "compile": "on" if system.endswith(COMPILED) else "off",
-            }  # fmt: skip
+            }
             python, file = sys.executable, "peers.py"
             if system == "torchtune":
                 python, file = str(args.torchtune_python), "torchtune_peer.py"
@@ -151,11 +159,11 @@ def matmul_limit(shape: str, threads: int, precision: str) -> float:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a = torch.randn(1024, size["hidden_size"]).to(dtype)
     b = torch.randn(size["hidden_size"], size["intermediate_size"]).to(dtype)
-    a @ b
+    torch.matmul(a, b)
     count = max(1, int(2e10 / (2 * a.numel() * b.shape[1])))
     start = time.process_time()
     for _ in range(count):
-        a @ b
+        torch.matmul(a, b)
     return count * 2 * a.numel() * b.shape[1] / (time.process_time() - start)
 
 
@@ -202,8 +210,10 @@ def report(
     work = [flops(case["shape"], case["method"], r["tokens"], r["targets"]) for r in ours]
     used = [w / statistics.median(r["cpu"][1:]) / round_["limit"] for w, r, round_ in zip(work, ours, rounds, strict=True)]  # noqa: E501  # fmt: skip
     summary = {"speed": float("nan"), "matmul": statistics.median(used), "memory": float("nan")}
-    print(f"\n{mine}: {100 * summary['matmul']:.0f} % of the matmul limit, "
-          f"{statistics.median(r['limit'] for r in rounds) / 1e9:.0f} GFLOP per CPU-second")  # fmt: skip
+    print(
+        f"\n{mine}: {100 * summary['matmul']:.0f} % of the matmul limit, "
+        f"{statistics.median(r['limit'] for r in rounds) / 1e9:.0f} GFLOP per CPU-second"
+    )
     if best := best_of("trl", speed):
         summary["speed"] = statistics.median(
             a / b for a, b in zip(speed[mine], speed[best], strict=True)

@@ -47,7 +47,8 @@ workers_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 ledger = corpus.ledger
 print(json.dumps({"seconds": seconds, "cpu": cpu, "rows": ledger.read, "tokens": ledger.tokens,
-                  "fingerprint": corpus.fingerprint, "grown_mb": grown / 1024, "worker_mb": workers_peak / 1024}))
+                  "fingerprint": corpus.fingerprint, "grown_mb": grown / 1024,
+                  "worker_mb": workers_peak / 1024}))
 """
 
 TRL = """
@@ -59,9 +60,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 data, path, length = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(path)
-size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2)
 model = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=len(tokenizer), head_dim=8, **size))
-rows = Dataset.from_list([{"messages": json.loads(line)["messages"]} for line in open(data, encoding="utf-8")])
+lines = open(data, encoding="utf-8")
+rows = Dataset.from_list([{"messages": json.loads(line)["messages"]} for line in lines])
 seconds, cpu = [], []
 prepare = SFTTrainer._prepare_dataset
 def timed(*args, **kwargs):
@@ -71,7 +74,8 @@ def timed(*args, **kwargs):
     cpu.append(time.process_time() - used)
     return prepared
 SFTTrainer._prepare_dataset = timed
-args = SFTConfig(output_dir=tempfile.mkdtemp(), report_to="none", max_length=int(length), use_cpu=True)
+args = SFTConfig(output_dir=tempfile.mkdtemp(), report_to="none", max_length=int(length),
+    use_cpu=True)
 trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
 print(json.dumps({"seconds": sum(seconds), "cpu": sum(cpu), "rows": len(trainer.train_dataset)}))
 """

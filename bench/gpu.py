@@ -1,7 +1,8 @@
 """Speed and memory on one NVIDIA GPU, against TRL, in one run of at most ten minutes and without a
 network.
 
-    python bench/gpu.py                        # everything that fits into 9 minutes, the figures asked for first
+    # Everything that fits into 9 minutes, the figures asked for first
+    python bench/gpu.py
     python bench/gpu.py --only llama-3.1-8b    # cells whose name holds this
     python bench/gpu.py --smoke                # the same on a CPU with a tiny shape, in seconds
 
@@ -40,10 +41,17 @@ from typing import Any
 from peers import SHAPES, rows
 
 HERE = Path(__file__).parent
-PEAKS = {  # the first that the name of the device holds; of "H100" and "H200" the boards with SXM sockets
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
-    "B200": 2250e12, "L40S": 362e12,
-}  # fmt: skip
+# The first that the name of the device holds; of "H100" and "H200" the boards with SXM sockets
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
 SHARDED = ("lora", "qlora", "dora")  # on one rank of `fully_shard`, compiled, all layers recomputed
 WARM_UP = (
     5  # steps that no figure contains: compilation, allocation, the first look at every length
@@ -141,9 +149,13 @@ def ask(args: argparse.Namespace, work: dict[str, Any], seconds: float) -> dict[
     """Do `work` in a process of its own; its JSON, or {"error": ...}."""
     work = {**work, "scratch": str(args.scratch), "smoke": args.smoke}
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     if args.smoke:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(HERE / "gpu.py"), "--part", json.dumps(work)]
@@ -226,8 +238,9 @@ def line(figures: dict[str, Any], device: dict[str, Any], args: argparse.Namespa
     )
     figures["tokens_per_second"] = figures["tokens"] * per_second
     figures["targets_per_second"] = figures["targets"] * per_second
-    figures["mfu"] = flops(figures) * per_second / peak if peak else None
-    share = f"{100 * figures['mfu']:5.1f} %" if peak else "    - "
+    mfu = flops(figures) * per_second / peak if peak else None
+    figures["mfu"] = mfu
+    share = "    - " if mfu is None else f"{100 * mfu:5.1f} %"
     predicted = (
         f" ({figures['predicted'] / 2**30:.1f} predicted)" if figures.get("predicted") else ""
     )
@@ -271,8 +284,11 @@ def summary(done: list[dict[str, Any]], smoke: bool) -> None:
     best: dict[str, float] = {}
     ratios = []
     for cell in {(c["shape"], c["method"], c["pack"]) for c in done}:
-        speed = {c["system"]: c["tokens_per_second"] for c in done
-                 if (c["shape"], c["method"], c["pack"]) == cell and "tokens_per_second" in c}  # fmt: skip
+        speed = {
+            c["system"]: c["tokens_per_second"]
+            for c in done
+            if (c["shape"], c["method"], c["pack"]) == cell and "tokens_per_second" in c
+        }
         rivals = [value for system, value in speed.items() if system.startswith("trl")]
         if "sftx" in speed:
             name = cell[0] + ("-lora" if cell[1] == "lora" else "")
@@ -314,7 +330,7 @@ def make(shape: str, scratch: Path) -> dict[str, Any]:
 
 
 def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """One cell through `peers`: seconds per step after the warm-up, memory, and what a step holds."""
+    """One cell through `peers`: seconds per step after the warm-up, memory, contents of a step."""
     import peers
     import torch
 
@@ -331,17 +347,29 @@ def run(work: dict[str, Any], scratch: Path) -> dict[str, Any]:
     micro = max(size for size in range(1, 17) if batch % size == 0)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job = {
-            "system": system.removesuffix("-liger").removesuffix("-fsdp"), "shape": work["shape"],
+            "system": system.removesuffix("-liger").removesuffix("-fsdp"),
+            "shape": work["shape"],
             "model": str(scratch / work["shape"]),
-            "method": work["method"], "precision": "bf16", "batch": batch, "steps": work["steps"], "length": 4096,
-            "threads": min(8, os.cpu_count() or 1) if cuda else 1, "pack_length": work["pack"], "pack_steps": 1,
-            "tokens_per_pack": work["pack"], "output": f"{folder}/run", "cache": f"{folder}/cache",
-            "compile": work.get("compile"), "recompute": work.get("recompute"),
+            "method": work["method"],
+            "precision": "bf16",
+            "batch": batch,
+            "steps": work["steps"],
+            "length": 4096,
+            "threads": min(8, os.cpu_count() or 1) if cuda else 1,
+            "pack_length": work["pack"],
+            "pack_steps": 1,
+            "tokens_per_pack": work["pack"],
+            "output": f"{folder}/run",
+            "cache": f"{folder}/cache",
+            "compile": work.get("compile"),
+            "recompute": work.get("recompute"),
             "parallel": "fsdp" if system == "sftx-fsdp" else None,
-            "micro_batch": micro, "checkpointing": work.get("checkpointing"), "liger": system.endswith("liger"),
+            "micro_batch": micro,
+            "checkpointing": work.get("checkpointing"),
+            "liger": system.endswith("liger"),
             "attention": "flash_attention_2" if flash and cuda else "sdpa",
             "dtype": "bfloat16" if work["shape"] == "llama-3.1-8b" else "float32",
-        }  # fmt: skip
+        }
         ours = system.startswith("sftx")
         if system == "sftx-fsdp":  # what torchrun would say to its only process
             with socket.create_server(("127.0.0.1", 0)) as free:

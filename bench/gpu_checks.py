@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "max_position_embeddings": 2048, "eos_token_id": 1,
-    "bos_token_id": 0, "pad_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+    "pad_token_id": 2,
+}
 LENGTHS = [5, 700, 2, 23, 300, 64, 129, 31]
 
 
@@ -115,9 +123,18 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
         x.requires_grad_()
     ours = [x.detach().to(where, getattr(torch, dtype)).requires_grad_() for x in exact]
     out, _ = segment_attention(
-        torch.nn.Module(), *ours, None, scaling=0.1, sliding_window=window or None, softcap=softcap,
-        cu_seq_lens_q=cu_seqlens_cpu.to(where), max_length_q=1024, cu_seqlens_cpu=cu_seqlens_cpu,
-    )  # fmt: skip
+        torch.nn.Module(),
+        ours[0],
+        ours[1],
+        ours[2],
+        None,
+        scaling=0.1,
+        sliding_window=window or None,
+        softcap=softcap,
+        cu_seq_lens_q=cu_seqlens_cpu.to(where),
+        max_length_q=1024,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
     q, k, v = exact
     repeated = (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
     expected = by_segment(
@@ -256,9 +273,12 @@ def resume(scratch: Path) -> str:
     def steps(name: str, stop_after: int) -> str:
         try:
             for record in sftx.steps(
-                model=model, output=str(home / name), data={"rows": data, "cache": str(home / "cache")},
-                batch={"examples_per_step": 8, "steps": 6}, runtime={"progress": False, "tokens_per_pack": 1024},
-            ):  # fmt: skip
+                model=model,
+                output=str(home / name),
+                data={"rows": data, "cache": str(home / "cache")},
+                batch={"examples_per_step": 8, "steps": 6},
+                runtime={"progress": False, "tokens_per_pack": 1024},
+            ):
                 if record.step == stop_after:
                     os.kill(os.getpid(), signal.SIGTERM)
         except SystemExit:

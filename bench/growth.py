@@ -79,10 +79,15 @@ def compare(longest: int, vocabulary: int, repeats: int) -> tuple[float, float, 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=vocabulary, max_position_embeddings=longest,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocabulary,
+            max_position_embeddings=longest,
         )
-    ).train()  # fmt: skip
+    ).train()
     rng = np.random.RandomState(0)
     examples = []
     for length in (longest, *[longest // 8] * 8):

@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of real runs on this machine.
 
-    python bench/memory.py                      # two shapes, all weights and LoRA, fp32 and bf16, recomputed or not
+    # Two shapes, all weights and LoRA, fp32 and bf16, recomputed or not
+    python bench/memory.py
     python bench/memory.py --recompute none --compile on
     python bench/memory.py --shape small --json out.json
 
@@ -23,10 +24,17 @@ from typing import Any
 from peers import SHAPES, folder, rows
 
 SHAPES["small"] = {
-    "family": "Qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "head_dim": 64,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 8192,
+    "family": "Qwen3",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 10,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -83,12 +91,21 @@ def measure(job: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = rows(max(8, job["tokens"] // 60), SHAPES[job["shape"]]["vocab_size"], longest=1024)
         steps = sftx.steps(
-            model=folder(job["shape"], Path(tempfile.gettempdir()) / "sftx-bench"), output=f"{scratch}/run",
-            data={"rows": data, "cache": f"{scratch}/cache", "max_length": 1024}, adapter=job["method"],
-            batch={"examples_per_step": len(data), "steps": 3}, optim={"learning_rate": 1e-5},
-            runtime={"progress": False, "precision": job["precision"], "tokens_per_pack": job["tokens"], "threads": 1,
-                     "recompute": int(layers) if layers.isdecimal() else layers, "compile": job["compile"]},
-        )  # fmt: skip
+            model=folder(job["shape"], Path(tempfile.gettempdir()) / "sftx-bench"),
+            output=f"{scratch}/run",
+            data={"rows": data, "cache": f"{scratch}/cache", "max_length": 1024},
+            adapter=job["method"],
+            batch={"examples_per_step": len(data), "steps": 3},
+            optim={"learning_rate": 1e-5},
+            runtime={
+                "progress": False,
+                "precision": job["precision"],
+                "tokens_per_pack": job["tokens"],
+                "threads": 1,
+                "recompute": int(layers) if layers.isdecimal() else layers,
+                "compile": job["compile"],
+            },
+        )
         peak = max(record.memory for record in itertools.islice(steps, 2))
         predicted = json.loads(Path(scratch, "run/run.json").read_text())["predicted"]["memory"]
     print(json.dumps({**predicted, "measured": peak}))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,76 @@ import numpy as np
 
 SHAPES: dict[str, dict[str, Any]] = {
     "stories260K": {
-        "family": "Llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 512,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "family": "Llama",
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "vocab_size": 512,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
     "smollm2-135m": {
-        "family": "Llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+        "family": "Llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
     "qwen3-0.6b": {
-        "family": "Qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-        "max_position_embeddings": 40960, "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "family": "Llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-        "max_position_embeddings": 131072, "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "family": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-        "max_position_embeddings": 131072, "tie_word_embeddings": False,
-    },
-    "smoke": {
-        "family": "Llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
+        "family": "Qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
         "tie_word_embeddings": True,
     },
-}  # fmt: skip
+    "llama-3.2-1b": {
+        "family": "Llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "family": "Llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+    "smoke": {
+        "family": "Llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 # Logarithms of gpt2 token counts, mean and deviation: of the prompt (weight 0) and of the answer.
@@ -159,12 +199,13 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
     runtime |= {name: job[name] for name in ("compile", "recompute", "parallel") if job.get(name)}
+    lora["runtime"] = runtime
     records, stamps = [], []
     steps = sftx.steps(
         model=job["model"], output=job["output"],
         data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
         batch={"examples_per_step": job["batch"], "steps": job["steps"], "shuffle": False},
-        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0}, runtime=runtime,
+        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0},
         checkpoint={"resume": "never"}, **lora,
     )  # fmt: skip
     for record in steps:
@@ -189,7 +230,6 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing
     off, fused AdamW.
     """
-    import datasets
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -206,19 +246,33 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step()
 
+    datasets = import_module("datasets")
     datasets.disable_progress_bars()
     cuda = torch.cuda.is_available()
     micro = job.get("micro_batch") or job["batch"]
     common: dict[str, Any] = {
-        "output_dir": job["output"], "max_steps": job["steps"], "learning_rate": 1e-5, "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": micro, "gradient_accumulation_steps": job["batch"] // micro,
-        "bf16": job["precision"] == "bf16", "use_cpu": not cuda, "report_to": "none",
-        "logging_steps": 10**6 if clock.syncs else 1, "logging_first_step": True,  # a logged step waits for the device
-        "save_strategy": "no", "gradient_checkpointing": bool(job.get("checkpointing")), "optim": "adamw_torch_fused",
-        "weight_decay": 0.0, "train_sampling_strategy": "sequential", "disable_tqdm": True,
-        "dataloader_pin_memory": cuda, "torch_compile": job.get("compile") == "on",
+        "output_dir": job["output"],
+        "max_steps": job["steps"],
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": job["batch"] // micro,
+        "bf16": job["precision"] == "bf16",
+        "use_cpu": not cuda,
+        "report_to": "none",
+        # A logged step waits for the device
+        "logging_steps": 10**6 if clock.syncs else 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": bool(job.get("checkpointing")),
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+        "torch_compile": job.get("compile") == "on",
         "use_liger_kernel": bool(job.get("liger")),
-    }  # fmt: skip
+    }
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
@@ -229,26 +283,25 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     dataset = datasets.Dataset.from_list(data)
     peft_config = None
     if job["method"] == "lora":
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         peft_config = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     if job["system"].startswith("trl"):
-        from trl import SFTConfig, SFTTrainer
-
+        trl = import_module("trl")
         packing = job["system"] == "trl-packing"
         if (
             packing
         ):  # a pack holds several examples; as many packs per step as hold one step of the others
             common["per_device_train_batch_size"] = job.get("packs_per_batch", 1)
             common["gradient_accumulation_steps"] = job.get("pack_steps", 1)
-        settings = SFTConfig(
+        settings = trl.SFTConfig(
             **common,
             max_length=job["length"] if not packing else job["pack_length"],
             packing=packing,
         )
-        trainer = SFTTrainer(
+        trainer = trl.SFTTrainer(
             model=model,
             args=settings,
             train_dataset=dataset,
@@ -259,6 +312,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         from transformers import DataCollatorForSeq2Seq
 
         if peft_config is not None:
+            from peft import get_peft_model
+
             model = get_peft_model(model, peft_config)
         trainer = Trainer(
             model=model, args=TrainingArguments(**common), train_dataset=dataset,
@@ -269,7 +324,8 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
     first = trainer.state.log_history[0]
     facts: dict[str, Any] = {"loss": first["loss"], "grad_norm": float(first["grad_norm"])}
     if job["system"] == "trl-packing":  # its steps hold packs, not the rows of the others' steps
-        packs = trainer.train_dataset[: job["steps"] * common["gradient_accumulation_steps"]]
+        packed: Any = trainer.train_dataset
+        packs = packed[: job["steps"] * common["gradient_accumulation_steps"]]
         facts["tokens"] = sum(map(len, packs["input_ids"])) / job["steps"]
         facts["targets"] = (
             sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
@@ -283,6 +339,8 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

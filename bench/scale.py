@@ -29,10 +29,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peers import SHAPES, folder, rows
+
+if TYPE_CHECKING:
+    from sftx.settings.keywords import RuntimeSettings
 
 SMALL = "stories260K"  # of the runs that are counted
 STEPS = 3
@@ -212,18 +215,22 @@ def part(scratch: Path) -> None:
         if cell["layout"] == "hsdp":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on two nodes of two
         run = scratch / f"{ranks}-{'-'.join(map(str, cell.values()))}"
-        settings: dict[str, Any] = {
+        runtime: RuntimeSettings = {
             "parallel": cell["layout"],
             "device": "cpu",
             "progress": False,
             "threads": 1,
+            "tokens_per_pack": 1024,
+            "precision": "fp32",
         }
         for _ in sftx.steps(
-            model=str(scratch / SMALL), output=str(run), data={"rows": data, "cache": str(scratch / "small")},
+            model=str(scratch / SMALL),
+            output=str(run),
+            data={"rows": data, "cache": str(scratch / "small")},
             batch={"examples_per_step": cell["examples"], "steps": STEPS},
-            runtime={**settings, "tokens_per_pack": 1024, "precision": "fp32"},
+            runtime=runtime,
             adapter={"method": "lora" if cell["method"] == "lora" else "none"},
-        ):  # fmt: skip
+        ):
             pass
         kinds = sorted({kind for step in counted for kind in step["sent"]})
         by = {
@@ -256,17 +263,18 @@ def sent(name: str, args: Any) -> tuple[str, float]:
     takes them.
     """
     import torch
-    from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+    from torch.distributed import distributed_c10d
+    from torch.distributed.distributed_c10d import ProcessGroup
+    from torch.utils import _pytree
 
     def bytes_of(value: Any) -> int:
-        return sum(
-            t.nbytes for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)
-        )
+        return sum(t.nbytes for t in _pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
+    c10d: Any = distributed_c10d  # the function has no public name
     if name == "wait_tensor":
         return "wait", 0.0
     if isinstance(args[-1], str):  # the operations that DTensor uses name their group
-        size = _resolve_process_group(args[-1]).size()
+        size = c10d._resolve_process_group(args[-1]).size()
     else:
         group = next(
             a

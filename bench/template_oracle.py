@@ -20,7 +20,8 @@ from jinja2 import TemplateError
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
 THOUGHT_TAG = re.compile(
-    r"<\|?[^<>\s|/]*(?:think|thought|reason)[^<>\s|]*\|?>|\[THINK\]|<\|channel>thought|Here are my reasoning steps:",
+    r"<\|?[^<>\s|/]*(?:think|thought|reason)[^<>\s|]*\|?>|\[THINK\]|<\|channel>thought|"
+    r"Here are my reasoning steps:",
     re.IGNORECASE,
 )
 CLOSE_TAG = re.compile(
@@ -127,7 +128,9 @@ class Oracle:
         if asked is None or told is None:
             return ""
         shared = commonprefix([asked, told])  # noqa: RUF071 (of letters)
-        shared = shared[: len(shared) - len(PARTIAL_TAG.search(shared).group())]
+        partial = PARTIAL_TAG.search(shared)
+        assert partial is not None
+        shared = shared[: len(shared) - len(partial.group())]
         return THOUGHT_TAG.split(asked[len(shared) :])[0]
 
     @cached_property
@@ -193,7 +196,8 @@ class Oracle:
         whole either.
         """
         if self._shape[0] and self._shows_text:
-            return []  # it can only be rendered in a shape that no server would send to this template
+            # It can only be rendered in a shape that no server would send to this template
+            return []
         for t, message in enumerate(self._given):
             if message["role"] != "assistant":
                 continue
@@ -240,9 +244,9 @@ class Oracle:
                 leaf for leaf in arguments.values() if isinstance(leaf, str) and leaf.isalpha()
             ]
             found += [
-                f"{where}: {word!r} stands there more than once"
+                f"{where}: {word!r} stands there more often than in the calls"
                 for word in words
-                if output.count(word) > 1
+                if output.count(word) > sum(word in _leaves(_arguments(each)) for each in calls)
             ]
             found += [f"{where}: not as JSON" for key in arguments if f"'{key}':" in output]
         return found

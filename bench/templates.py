@@ -3,6 +3,7 @@ ask for and get?
 
     python bench/templates.py [FOLDER] [--verbose | --cost]
 
+FOLDER is any folder of `*.jinja` files, at any depth: a collection that is published, or your own.
 For each template and conversation the row is encoded, and each trained turn is compared with what
 transformers renders (`template_oracle.py`, which shares no code with the engine): the prompt's ids,
 the whole text of the output, the stop token, every tool call, the thought and the content. All rows
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template
 from sftx.data.encoder import Encoder
 from sftx.data.sources.rows import parse
 from sftx.data.tokenizer import Tokenizer
@@ -162,6 +164,13 @@ CONVERSATIONS: dict[str, Talk] = {
         ],
         TOOLS,
     ),
+    "equal_calls": (
+        [
+            _user("Twice?"),
+            _model("", tool_calls=[_CALL, _call("get_weather", {"city": "Paris"}, 1)]),
+        ],
+        TOOLS,
+    ),
     "two_fns": (
         [
             _user("A trip?"),
@@ -271,9 +280,14 @@ def prepared(sources: list[str]) -> tuple[Tokenizer, Any]:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizers.Tokenizer.from_file(
-        str(SHARED / "tokenizers" / "qwen3" / "tokenizer.json")
-    )
+    published = SHARED / "tokenizers" / "qwen3" / "tokenizer.json"
+    if published.exists():
+        backend = tokenizers.Tokenizer.from_file(str(published))
+    else:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from small_tokenizers import backend as small
+
+        backend = small("byte_level")
     source = "\n".join(sources)
     marks = sorted({"<s>", "</s>", *_MARKS.findall(source)})
     backend.add_special_tokens(
@@ -306,10 +320,18 @@ def spans(example: Example) -> Iterator[tuple[int, int]]:
             begin = None
 
 
-def check(encoder: Encoder, theirs: Any, name: str) -> Result:
-    """Encode one conversation and hold every trained turn against what transformers renders."""
+def said(theirs: Any, example: Example, begin: int, end: int) -> str:
+    """The text of some tokens of an example, as it reads behind the tokens before them."""
+    before, whole = (theirs.decode(example.ids[:at]) for at in (begin, end))
+    return whole.removeprefix(before)
+
+
+def check(encoder: Encoder, theirs: Any, name: str, source: str = "") -> Result:
+    """Encode one conversation and hold every trained turn against what transformers renders with
+    the template `source`; default: the encoder's own.
+    """
     messages, tools = CONVERSATIONS[name]
-    oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)
+    oracle = Oracle(theirs, source or str(encoder.chat_template), messages, tools)
     encoded = encoder.encode([row_of(name)])[0]
     if isinstance(encoded, RowError):
         return Result("refused", str(encoded), oracle.refused_wrongly())
@@ -327,10 +349,9 @@ def check(encoder: Encoder, theirs: Any, name: str) -> Result:
             key: value == "True"
             for key, value in re.findall(r"prompt \((\w+)=(\w+)\)", example.note)
         }
-        output = theirs.decode(example.ids[begin:end])
-        trained = Trained(
-            t, example.ids[:begin].tolist(), output, theirs.decode([example.ids[end - 1]])
-        )
+        output = said(theirs, example, begin, end)
+        last = theirs.decode([example.ids[end - 1]])
+        trained = Trained(t, example.ids[:begin].tolist(), output, last)
         result.wrong += oracle.wrongs(trained, switch, lost)
     return result
 
@@ -355,24 +376,23 @@ def _state(encoded: Any) -> Any:
     )
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Print the table; exit code 1 if any turn is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED / "chat_templates")
     parser.add_argument("--verbose", action="store_true", help="show the trained outputs")
     parser.add_argument("--only", default="", help="templates whose path holds this")
     parser.add_argument("--cost", action="store_true", help="what dialogues of 100 turns cost")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     refused: list[str] = []
-    paths = [
-        path for path in sorted(arguments.folder.rglob("*.jinja")) if arguments.only in str(path)
-    ]
-    everything = [
-        path.read_text(encoding="utf-8") for path in sorted(arguments.folder.rglob("*.jinja"))
-    ]
-    ours, theirs = prepared(everything)
+    texts = {path: readable(path) for path in sorted(arguments.folder.rglob("*.jinja"))}
+    if not texts:
+        parser.error(f"{arguments.folder} holds no file named *.jinja")
+    paths = [path for path, text in texts.items() if text and arguments.only in str(path)]
+    ours, theirs = prepared(list(texts.values()))
+    counts["unusable"] = list(texts.values()).count("")
     if arguments.cost:
         return print_costs(paths, ours, theirs)
     print(f"{'template':58s} {'stop':22s} " + " ".join(f"{name:9s}" for name in CONVERSATIONS))
@@ -398,8 +418,19 @@ def main() -> None:
         print(f"{path.relative_to(arguments.folder)!s:58s} {stop:22s} " + " ".join(cells))
         print("".join(line + "\n" for line in details), end="")
     print("\nrefusals:\n" + "\n".join(refused))
-    print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items())))
+    print("\n" + " ".join(f"{kind}={count}" for kind, count in sorted(counts.items()) if count))
     raise SystemExit(1 if counts["WRONG"] or counts["MOVED"] else 0)
+
+
+def readable(path: Path) -> str:
+    """The text of a template; "" for what is none, which is said."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        compile_template(text)
+    except (UnicodeDecodeError, *TEMPLATE_ERRORS) as error:
+        print(f"not usable: {path}: {error}")
+        return ""
+    return text
 
 
 def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
@@ -422,7 +453,7 @@ def print_costs(paths: list[Path], ours: Tokenizer, theirs: Any) -> None:
     for path in paths:
         encoder = Encoder(ours, Data(template=str(path)), 1 << 20)
         for name, (messages, tools) in kinds.items():
-            row = Row("messages", messages=tuple(messages), tools=tuple(tools))  # type: ignore[arg-type]
+            row = Row("messages", messages=tuple(messages), tools=tuple(tools))
             if isinstance(encoder.encode([row])[0], RowError):
                 continue
             oracle = Oracle(theirs, str(encoder.chat_template), messages, tools)

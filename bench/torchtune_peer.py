@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def run_torchtune(
 ) -> dict[str, Any]:
     """The recipe of the job's method, over `data` once."""
     import torch
-    import torchtune
-    from omegaconf import OmegaConf
 
+    torchtune: Any = import_module("torchtune")
+    omegaconf: Any = import_module("omegaconf")
     torch.set_num_threads(job["threads"])
     file, name = RECIPES[job["method"]]
-    settings = OmegaConf.create(configuration(job, data))
+    settings = omegaconf.OmegaConf.create(configuration(job, data))
     # The folder of recipes is no package: torchtune itself starts them by path.
     recipe = runpy.run_path(str(Path(torchtune.__file__).parents[1] / "recipes" / file))[name](
         cfg=settings
@@ -65,35 +66,61 @@ def configuration(job: dict[str, Any], data: list[dict[str, list[int]]]) -> dict
     builder: dict[str, Any] = {"_component_": "torchtune.models.llama3_2.llama3_2"}
     if job["method"] == "lora":
         builder = {
-            "_component_": "torchtune.models.llama3_2.lora_llama3_2", "lora_rank": 16, "lora_alpha": 32,
-            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True,
-        }  # fmt: skip
+            "_component_": "torchtune.models.llama3_2.lora_llama3_2",
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+            "apply_lora_to_mlp": True,
+        }
     builder |= {
-        "vocab_size": model["vocab_size"], "num_layers": model["num_hidden_layers"],
-        "num_heads": model["num_attention_heads"], "num_kv_heads": model["num_key_value_heads"],
-        "embed_dim": model["hidden_size"], "intermediate_dim": model["intermediate_size"],
-        "max_seq_len": model["max_position_embeddings"], "norm_eps": model["rms_norm_eps"],
-        "rope_base": model["rope_parameters"]["rope_theta"], "scale_factor": 1,  # 1: positions as they are
+        "vocab_size": model["vocab_size"],
+        "num_layers": model["num_hidden_layers"],
+        "num_heads": model["num_attention_heads"],
+        "num_kv_heads": model["num_key_value_heads"],
+        "embed_dim": model["hidden_size"],
+        "intermediate_dim": model["intermediate_size"],
+        "max_seq_len": model["max_position_embeddings"],
+        "norm_eps": model["rms_norm_eps"],
+        # 1: positions as they are
+        "rope_base": model["rope_parameters"]["rope_theta"],
+        "scale_factor": 1,
         "tie_word_embeddings": model["tie_word_embeddings"],
-    }  # fmt: skip
+    }
     return {
         "model": builder,
         "tokenizer": {"_component_": "types.SimpleNamespace", "pad_id": model["pad_token_id"]},
         # One string: each id would be a node of the configuration otherwise.
         "dataset": {"_component_": "torchtune_peer.dataset", "rows": json.dumps(data)},
         "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(folder),
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(folder),
             "checkpoint_files": sorted(path.name for path in folder.glob("*.safetensors")),
-            "output_dir": job["output"], "model_type": "LLAMA3_2",
+            "output_dir": job["output"],
+            "model_type": "LLAMA3_2",
         },
-        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "weight_decay": 0.0, "lr": 1e-5},
+        "optimizer": {
+            "_component_": "torch.optim.AdamW",
+            "fused": True,
+            "weight_decay": 0.0,
+            "lr": 1e-5,
+        },
         "lr_scheduler": {"_component_": "torchtune_peer.constant"},
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "metric_logger": {"_component_": "torchtune_peer.Log"},
-        "batch_size": job["batch"], "gradient_accumulation_steps": 1, "shuffle": False, "clip_grad_norm": 1.0,
-        "epochs": 1, "max_steps_per_epoch": None, "seed": 0, "device": "cpu", "dtype": job["precision"],
-        "compile": False, "optimizer_in_bwd": False, "resume_from_checkpoint": False, "output_dir": job["output"],
-    }  # fmt: skip
+        "batch_size": job["batch"],
+        "gradient_accumulation_steps": 1,
+        "shuffle": False,
+        "clip_grad_norm": 1.0,
+        "epochs": 1,
+        "max_steps_per_epoch": None,
+        "seed": 0,
+        "device": "cpu",
+        "dtype": job["precision"],
+        "compile": False,
+        "optimizer_in_bwd": False,
+        "resume_from_checkpoint": False,
+        "output_dir": job["output"],
+    }
 
 
 class Log:

@@ -2,7 +2,7 @@
 
     python tests/mutants.py                      every mutant against the tests named beside it
     python tests/mutants.py only=plan,loss       those whose names contain one of these words
-    python tests/mutants.py survivors=suite      what survives those tests also meets the whole default suite
+    python tests/mutants.py survivors=suite      what survives also meets the whole default suite
 
 The mutants are listed in `mutant_list.py`. Each is tried on a copy of `src`, so the code itself is
 never touched. The last line is `mutants KILLED/TRIED`; the exit code is 0 when every survivor has
@@ -62,7 +62,7 @@ def copy_of_source(folder: Path) -> Path:
 
 
 def put_into(source: Path, mutant: Mutant) -> None:
-    """Let the mutant stand in a copy of `src`; `ValueError` if its text is not there exactly once."""
+    """Put the mutant into a copy of `src`; `ValueError` if its text is not there exactly once."""
     path = source / "sftx" / mutant.file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(mutant.old) != 1:
@@ -182,7 +182,10 @@ def first_failure(log: Path, tests: str, code: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """Try the mutants that were asked for, and print a line for each."""
-    asked = dict(argument.partition("=")[::2] for argument in arguments)
+    asked: dict[str, str] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        asked[key] = value
     if strange := asked.keys() - {"only", "survivors"}:
         print(
             f"unknown: {', '.join(sorted(strange))}; known: only=WORD,WORD survivors=suite",

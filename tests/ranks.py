@@ -54,7 +54,7 @@ def write_run(folder: Path, model: str | dict[str, Any], name: str, **changes: A
 
 
 def launcher(count: int) -> list[str]:
-    """The command that starts a module or a program on so many ranks; of 0 ranks, without torchrun."""
+    """The command that starts a module or a program on so many ranks; for 0, without torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return [sys.executable, *(torchrun if count else [])]
 

@@ -1,5 +1,4 @@
-"""How much a reader must read: `python tests/reading.py [FOLDER] [--commit REV]` prints the figures
-of the house.
+"""How much a reader must read, in figures: `python tests/reading.py [FOLDER] [--commit REV]`.
 
 Files, lines and Python tokens on the run path (all modules that importing `sftx.training.loop`
 brings in, top-level and inner imports alike), tokens per line of code, complex functions, the share
@@ -73,9 +72,7 @@ def measure(path: Path, name: str) -> Module:
 
 
 def load(package: Path) -> dict[str, Module]:
-    """Every module below `package` by its dotted name, with the modules of the package that it
-    imports.
-    """
+    """Every module below `package` by its dotted name, with the modules that it imports."""
     modules: dict[str, Module] = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -109,8 +106,9 @@ def _imports(module: Module, modules: dict[str, Module]) -> set[str]:
 
 
 def closure(modules: dict[str, Module], root: str) -> list[Module]:
-    """The modules that a reader of `root` may have to open: itself, and all it imports, however far
-    down.
+    """The modules that a reader of `root` may have to open.
+
+    These are `root`, the modules that it imports, those that they import, and so on.
     """
     seen = {root}
     waiting = deque([root])
@@ -136,7 +134,7 @@ def complexity(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return branches
 
 
-def annotations(tree: ast.Module) -> list[str]:
+def annotation_texts(tree: ast.Module) -> list[str]:
     """The text of every annotation: parameters, returns, variables and fields."""
     found: list[ast.expr] = []
     for node in ast.walk(tree):
@@ -157,41 +155,90 @@ def annotations(tree: ast.Module) -> list[str]:
     return [ast.unparse(annotation) for annotation in found]
 
 
-def report(package: Path) -> str:
-    """The figures, one to a line."""
+@dataclass
+class Figures:
+    """How much there is to read in a package."""
+
+    run_path: list[Module]
+    library: list[Module]
+    complex_functions: int
+    with_any: int
+    annotations: int
+    longest_file: Module
+    longest_function: str
+    longest_function_lines: int
+
+    @property
+    def run_path_tokens(self) -> int:
+        """Tokens of all modules that a run brings in."""
+        return sum(module.tokens for module in self.run_path)
+
+    @property
+    def tokens_per_line(self) -> float:
+        """Tokens per line of code, over the whole package."""
+        return density(self.library)
+
+    @property
+    def any_share(self) -> float:
+        """Annotations with `Any`, in percent."""
+        return 100 * self.with_any / max(self.annotations, 1)
+
+
+def figures(package: Path) -> Figures:
+    """Measure the package in a folder."""
     modules = load(package)
     library = list(modules.values())
-    run_path = closure(modules, RUN_PATH_ROOT)
-    functions = [
-        (module.name, node)
-        for module in library
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    longest_function = max(functions, key=lambda item: (item[1].end_lineno or 0) - item[1].lineno)
-    longest_file = max(library, key=lambda module: module.lines)
-    complex_functions = [node.name for _, node in functions if complexity(node) > COMPLEX]
-    texts = [text for module in library for text in annotations(module.tree)]
-    with_any = [text for text in texts if "Any" in text]
-    by_package: Counter[str] = Counter()
+    complex_functions = 0
+    longest_name, longest_lines = "", 0
+    texts: list[str] = []
     for module in library:
+        texts += annotation_texts(module.tree)
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            complex_functions += complexity(node) > COMPLEX
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > longest_lines:
+                longest_name, longest_lines = f"{module.name}.{node.name}", lines
+    return Figures(
+        run_path=closure(modules, RUN_PATH_ROOT),
+        library=library,
+        complex_functions=complex_functions,
+        with_any=sum("Any" in text for text in texts),
+        annotations=len(texts),
+        longest_file=max(library, key=lambda module: module.lines),
+        longest_function=longest_name,
+        longest_function_lines=longest_lines,
+    )
+
+
+def report(package: Path) -> str:
+    """The figures, one to a line."""
+    found = figures(package)
+    by_package: Counter[str] = Counter()
+    for module in found.library:
         by_package[package_of(module)] += module.tokens
-    node = longest_function[1]
+    packages = ", ".join(f"{name} {count:,}" for name, count in by_package.most_common())
     lines = [
-        f"run path: {len(run_path)} files, {sum(m.lines for m in run_path):,} lines, "
-        f"{sum(m.tokens for m in run_path):,} tokens, {density(run_path):.1f} per line of code",
-        f"package: {len(library)} files, {sum(m.lines for m in library):,} lines, "
-        f"{sum(m.tokens for m in library):,} tokens, {density(library):.1f} per line of code",
-        "tokens by package: "
-        + ", ".join(f"{name} {count:,}" for name, count in by_package.most_common()),
-        f"functions of a complexity over {COMPLEX}: {len(complex_functions)}",
-        f"annotations with Any: {len(with_any)} of {len(texts)} = "
-        f"{100 * len(with_any) / max(len(texts), 1):.1f} %",
-        f"longest file: {longest_file.name}, {longest_file.lines} lines",
-        f"longest function: {longest_function[0]}.{node.name}, "
-        f"{(node.end_lineno or 0) - node.lineno + 1} lines",
+        f"run path: {size(found.run_path)}",
+        f"package: {size(found.library)}",
+        f"tokens by package: {packages}",
+        f"functions of a complexity over {COMPLEX}: {found.complex_functions}",
+        f"annotations with Any: {found.with_any} of {found.annotations} = {found.any_share:.1f} %",
+        f"longest file: {found.longest_file.name}, {found.longest_file.lines} lines",
+        f"longest function: {found.longest_function}, {found.longest_function_lines} lines",
     ]
     return "\n".join(lines)
+
+
+def size(modules: list[Module]) -> str:
+    """Files, lines and tokens, in words."""
+    lines = sum(module.lines for module in modules)
+    tokens = sum(module.tokens for module in modules)
+    return (
+        f"{len(modules)} files, {lines:,} lines, {tokens:,} tokens, "
+        f"{density(modules):.1f} per line of code"
+    )
 
 
 def package_of(module: Module) -> str:

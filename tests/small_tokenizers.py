@@ -1,4 +1,4 @@
-"""Real tokenizers, built in a moment: one of each kind that treats the edges of texts differently."""
+"""Real tokenizers, built in a moment: one of each kind that treats edges of texts differently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _trained(kind: str, adds_bos: bool, adds_eos: bool) -> str:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:  # "metaspace": the first text gets a mark of its own, as in tokenizers of the SentencePiece family
+    # "metaspace": the first text gets a mark of its own, as in the SentencePiece family
+    else:
         backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         backend.decoder = decoders.Sequence(
@@ -55,10 +56,17 @@ def _trained(kind: str, adds_bos: bool, adds_eos: bool) -> str:
 
 
 def backend(
-    kind: str = "byte_level", adds_bos: bool = False, adds_eos: bool = False
+    kind: str = "byte_level",
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    strips: tuple[str, ...] = (),
 ) -> tokenizers.Tokenizer:
-    """A fresh copy of a small trained tokenizer: `byte_level` or `metaspace`."""
-    return tokenizers.Tokenizer.from_str(_trained(kind, adds_bos, adds_eos))
+    """A fresh copy of a small trained tokenizer: `byte_level` or `metaspace`. The tokens that
+    `strips` names are special, and take the white space behind them along.
+    """
+    made = tokenizers.Tokenizer.from_str(_trained(kind, adds_bos, adds_eos))
+    made.add_special_tokens([AddedToken(text, rstrip=True, normalized=False) for text in strips])
+    return made
 
 
 def ours(

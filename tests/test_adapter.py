@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny
@@ -57,19 +57,19 @@ def run(path: str, output: Path, **changes: Any) -> sftx.training.loop.Result:  
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     model = tiny.model(tie_word_embeddings=tied)
-    old = model.get_input_embeddings().weight.detach().clone()
+    old = tiny.embeddings(model).weight.detach().clone()
     notes = add_rows(model, TAUGHT, seed=1)
     assert notes == [
         "3 listed tokens have rows that train, 2 of them new; the embeddings grew from 264 to 266 "
         "rows"
     ]
-    new = model.get_input_embeddings().weight.detach()
+    new = tiny.embeddings(model).weight.detach()
     assert torch.equal(new[:264], old)
     assert not torch.equal(new[264], new[265])
     assert float((new[264:] - old.mean(0)).abs().max()) < 0.1 * float(old.std())
     twin = tiny.model(tie_word_embeddings=tied)
     add_rows(twin, TAUGHT, seed=1)
-    assert torch.equal(twin.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert torch.equal(tiny.head(twin).weight, tiny.head(model).weight)
     adapted = attach(model, adapter(), 0, sorted(TAUGHT))
     assert adapted is not None
     loss = PackLoss(model)
@@ -79,12 +79,15 @@ def test_new_rows_start_at_the_mean_and_train_exactly(tied: bool) -> None:
     example.ids[3:6], example.weights[3:6] = [264, 265, 5], 1.0
     loss(to_tensors(build_pack([example]), torch.device("cpu"))).backward()
     reference = tiny.naive_loss(twin.double(), [example]) * float(example.weights[1:].sum())
-    reference.backward()  # the adapter's B is 0 at the start, so the unadapted twin has the same gradients
-    matrices = [twin.get_input_embeddings()] + ([] if tied else [twin.get_output_embeddings()])
+    # The adapter's B is 0 at the start, so the unadapted twin has the same gradients
+    reference.backward()
+    matrices = [tiny.embeddings(twin).weight] + ([] if tied else [tiny.head(twin).weight])
     for ours, matrix in zip(
         sorted(rows.items(), key=lambda item: "lm_head" in item[0]), matrices, strict=True
     ):
-        theirs = matrix.weight.grad[sorted(TAUGHT)]
+        assert matrix.grad is not None
+        assert ours[1].grad is not None
+        theirs = matrix.grad[sorted(TAUGHT)]
         assert float((ours[1].grad - theirs).norm() / theirs.norm()) < 1e-5
     settings = Config.model_validate(
         {"model": "m", "data": "d", "output": "o", "optim": {"weight_decay": 0.1}}
@@ -223,7 +226,10 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("method", "peak"), [("none", "2e-05"), ("lora", "0.0002")])
 def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
-    method: str, peak: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: Literal["none", "lora", "rslora", "dora"],
+    peak: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings: dict[str, Any] = {
         "batch": {"steps": 1},

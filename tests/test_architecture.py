@@ -1,4 +1,4 @@
-"""The shape of the project, as tests: layers, cycles, sizes, documented settings, files that load."""
+"""The shape of the project: layers, cycles, sizes, documented settings, files that load."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,11 +21,19 @@ from sftx.training.step import train_step
 BORDERS = torch.tensor([0, 5, 6, 29, 40], dtype=torch.int32)
 
 
-def states(
-    heads: tuple[int, int, int] = (4, 2, 2), dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+States = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
+
+
+def states(heads: tuple[int, int, int] = (4, 2, 2), dtype: torch.dtype = torch.float64) -> States:
     torch.manual_seed(0)
-    return [torch.randn(1, count, 40, 8, dtype=dtype, requires_grad=True) for count in heads]
+    q, k, v = (torch.randn(1, count, 40, 8, dtype=dtype, requires_grad=True) for count in heads)
+    return q, k, v
+
+
+def each(change: Callable[[Tensor], Tensor], given: States) -> States:
+    q, k, v = given
+    return change(q), change(k), change(v)
 
 
 def plain(
@@ -46,7 +55,7 @@ def plain(
 def compare(options: dict[str, Any], tolerance: float, sinks: Tensor | None = None) -> None:
     """`segment_attention` against `plain`: values and all gradients."""
     exact = states()
-    ours = [x.detach().float().requires_grad_() for x in exact]
+    ours = each(lambda x: x.detach().float().requires_grad_(), exact)
     our_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
     out, _ = attention.segment_attention(
         torch.nn.Module(), *ours, None, scaling=0.3, s_aux=our_sinks,
@@ -112,7 +121,7 @@ def test_the_way_that_drops_is_plain_attention_where_nothing_is_dropped(
     exact = states((4, 4, 4))
     column = torch.linspace(-1, 1, 4, dtype=torch.float64) if sinks else None
     out = cpu_attention.by_segment(
-        *(x.float() for x in exact), column, BORDERS, 0.3, window, softcap, 0.0
+        *each(Tensor.float, exact), column, BORDERS, 0.3, window, softcap, 0.0
     )
     expected = plain(*exact, 0.3, window, softcap, column)
     assert float((out - expected).detach().norm() / expected.detach().norm()) <= 1e-6
@@ -136,7 +145,7 @@ def test_flash_attention_is_left_to_what_it_computes(
     monkeypatch.setattr(
         attention, "_varlen", lambda q, *_: kernels.append("flash") or q.transpose(1, 2)
     )
-    given = [x.detach() for x in states(dtype=torch.bfloat16)]
+    given = each(Tensor.detach, states(dtype=torch.bfloat16))
     attention.segment_attention(
         torch.nn.Module(),
         *given,
@@ -180,22 +189,33 @@ def test_the_arguments_of_the_cuda_kernel(
     for or repeated.
     """
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, scale: float,
-               window_size: tuple[int, int], **groups: bool) -> Tensor:  # fmt: skip
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        **groups: bool,
+    ) -> Tensor:
         assert groups == ({"enable_gqa": True} if has_groups else {})
         assert k.shape[1] == (2 if has_groups else 4)
         assert cu_q is cu_k is BORDERS
         assert max_q == max_k == 32
         left, right = window_size
         assert right == 0  # causal
-        seen = [x.transpose(0, 1)[None].double() for x in (q, k, v)]
+        seen = each(lambda x: x.transpose(0, 1)[None].double(), (q, k, v))
         return (
             plain(*seen, scale, 0 if left == -1 else left + 1, 0.0, None)[0].transpose(0, 1).float()
         )
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "_HAS_GROUPS", has_groups)
-    ours = [x.detach().float() for x in states()]
+    ours = each(lambda x: x.detach().float(), states())
     out = attention._varlen(*ours, BORDERS, 32, 0.3, window or 0)
     expected = plain(*states(), 0.3, window or 0, 0.0, None).transpose(1, 2)
     assert float((out - expected).detach().norm() / expected.detach().norm()) <= 1e-6
@@ -242,7 +262,7 @@ def test_a_step_on_cuda_reads_nothing_back(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     device = torch.device("meta")
-    loss = PackLoss(tiny.model(family, **changes).to(device, torch.bfloat16))
+    loss = PackLoss(tiny.model(family, **changes)).to(device, torch.bfloat16)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     monkeypatch.setattr(optimizer, "step", lambda: None)  # the fused kernel has no such path
     packs = [

@@ -75,10 +75,16 @@ def test_torchtune_is_told_the_sizes_of_the_model_and_the_rows_of_the_others(
     }
     told = configuration(job, data)
     model = told["model"]
-    assert [model[name] for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim")] == [
-        size["vocab_size"], size["num_hidden_layers"], size["num_attention_heads"], size["num_key_value_heads"],
+    assert [
+        model[name]
+        for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim")
+    ] == [
+        size["vocab_size"],
+        size["num_hidden_layers"],
+        size["num_attention_heads"],
+        size["num_key_value_heads"],
         size["hidden_size"],
-    ]  # fmt: skip
+    ]
     assert (model["intermediate_dim"], model["tie_word_embeddings"], model["lora_rank"]) == (
         128,
         True,

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from sftx.data.dataset import load_corpora
 from sftx.data.store.cache import Cache, Entry, TokenBlock, make_block, open_block
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.keywords import DataSettings
 from sftx.settings.load import make_config
 from sftx.types import Example, UserError
 
@@ -230,7 +231,10 @@ def test_a_whole_cache_may_be_read_only(shared_folder: Path) -> None:
         "prompt,completion\n" + "".join(",".join(r.values()) + "\n" for r in rows)
     )
     (shared_folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
-    data = {"train": [str(shared_folder / "a.csv"), str(shared_folder / "b.jsonl")], "workers": 0}
+    data: DataSettings = {
+        "train": [str(shared_folder / "a.csv"), str(shared_folder / "b.jsonl")],
+        "workers": 0,
+    }
     config = make_config(
         model="m", output="o", data={**data, "cache": str(shared_folder / "cache")}
     )
@@ -254,7 +258,8 @@ def test_debris_goes_and_live_files_stay(tmp_path: Path) -> None:
     old.mkdir()
     (old / "rows.jsonl").write_text("1")
     new.write_text("1")
-    os.utime(old, (time.time() - 10**6,) * 2)
+    long_ago = time.time() - 10**6
+    os.utime(old, (long_ago, long_ago))
     with cache.scratch() as folder:
         assert folder.is_dir()
     assert not old.exists()

@@ -22,7 +22,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.lint.rules import lint
 from sftx.data.sources.rows import parse
 from sftx.settings.load import make_config
-from sftx.types import Row, RowError, UserError
+from sftx.types import RowError, UserError
 
 HEADER = "<|im_start|>assistant\n"
 GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -58,7 +58,8 @@ SAFE = (
     "endif %}"
     """{{ '{"name": "' + c.function.name + '", "arguments": ' + a + '}' }}"""
 )
-PRINTED = "{{ c.function.name }} {{ c.function.arguments }};"  # an object would be written as Python writes it
+# An object would be written as Python writes it
+PRINTED = "{{ c.function.name }} {{ c.function.arguments }};"
 ESCAPES = """{{ '{"name": "' + c.function.name + '"}' ~ (c.function.arguments | tojson | e) }}"""
 
 
@@ -375,9 +376,7 @@ def test_another_thread_may_allocate_while_a_row_is_encoded(
     made = encoder(slow)
     started.set()
     while not done.is_set():
-        assert not isinstance(
-            made.encode([Row("messages", messages=(user("a"), model("b")))])[0], RowError
-        )  # type: ignore[arg-type]
+        assert not isinstance(made.encode([row([user("a"), model("b")])])[0], RowError)
     thread.join()
     assert failed == []
 

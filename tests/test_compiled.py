@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import test_loss
@@ -65,7 +65,7 @@ def difference(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float
 def make(family: str, adapter: str = "none", recomputed: int = 0, dropout: float = 0.1) -> PackLoss:
     if family in ("Mixtral", "Qwen3Moe") and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
         pytest.skip("this transformers computes experts on a CPU in a loop that cannot be traced")
-    changes = (
+    changes: dict[str, Any] = (
         {"attn_pdrop": 0.0} if family == "GPT2" else test_loss.FAMILIES[family]
     )  # GPT-2 keeps other dropout
     model = tiny.model(family, num_hidden_layers=3, **changes)
@@ -163,13 +163,18 @@ def test_compiling_has_to_repay() -> None:
 def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
 
-    def run(wish: str) -> tuple[float | None, float, list[str]]:
+    def run(wish: Literal["auto", "on", "off"]) -> tuple[float | None, float, list[str]]:
         result = train(
-            model=path, output=str(tmp_path / wish), batch={"steps": 2},
-            data={"rows": [[f"What is {i}?", "A number."] for i in range(8)], "cache": str(tmp_path / "cache"),
-                  "eval_split": 0.25},
+            model=path,
+            output=str(tmp_path / wish),
+            batch={"steps": 2},
+            data={
+                "rows": [[f"What is {i}?", "A number."] for i in range(8)],
+                "cache": str(tmp_path / "cache"),
+                "eval_split": 0.25,
+            },
             runtime={"progress": False, "device": "cpu", "threads": 1, "compile": wish},
-        )  # fmt: skip
+        )
         assert result.eval_after is not None
         facts = (tmp_path / wish / "run.json").read_text()
         return (

@@ -15,6 +15,7 @@ from crash import Recorder, put
 
 import sftx
 from sftx.training import checkpoint, memory_plan
+from sftx.training.export import export
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(13)]
 TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
@@ -38,7 +39,7 @@ def unpredictable(*_: Any) -> None:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Six steps that save after the second and the fourth; one row is dropped, some are held out."""
+    """Six steps, saved after the second and the fourth; one row is dropped, some are held out."""
     return {
         "model": str(folder / "model"),
         "data": {
@@ -144,6 +145,33 @@ def test_what_a_run_calls_saved_is_there_after_a_power_loss(folder: Path) -> Non
     assert [*first] == [0, 2, 4, "finished"]
     for promised in (4, "finished"):
         assert not lost(first[promised], promised, config, expected)
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_what_an_export_wrote_is_there_after_a_power_loss(folder: Path, method: str) -> None:
+    """At any moment there is nothing under its name or the whole model; in the end the model."""
+    config = settings(folder, output=str(folder / "run"), batch={"steps": 1})
+    if method == "lora":
+        config["adapter"] = {"method": "lora", "rank": 2}
+    sftx.train(**config)
+    root, target = folder / "disk", Path("made/out")
+    root.mkdir()
+    recorder = Recorder(root)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder.watch(patch)
+        export(folder / "run", root / target)
+        recorder.look()
+        recorder.promised = "exported"
+        recorder.look()
+    whole = {path.relative_to(root): path.read_bytes() for path in (root / target).glob("*.*")}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in whole}
+    states = list(recorder.states())
+    assert len(states) > 20
+    for where, promised, state in states:
+        assert promised is None or target in state, where
+        if target in state:
+            found = {path: state.get(path) for path in whole}
+            assert found == whole, where
 
 
 SHARES = {

@@ -1,4 +1,4 @@
-"""Several ranks: the same numbers as one, checkpoints for any number of them, and one end for all."""
+"""Several ranks: the same numbers as one, checkpoints for any number, and one end for all."""
 
 from __future__ import annotations
 
@@ -412,7 +412,8 @@ from sftx.model.runtime import Machine
 from sftx.training.prepare import _build
 
 def peak():
-    return next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(l.split()[1]) << 10 for l in lines if "VmHWM" in l)
 
 config = load_config(sys.argv[2])
 torch.set_num_threads(1)
@@ -421,8 +422,10 @@ with dist.joined(torch.device("cpu"), 60):
     before = peak()
     loss, _, notes, _ = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
     found = {"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
-        "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}
-    Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))  # lines printed by several ranks may mix
+        "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers),
+        "notes": notes}
+    # Lines printed by several ranks may mix
+    Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))
 """
 
 

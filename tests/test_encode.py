@@ -26,6 +26,7 @@ from sftx.data.store import encode_pool
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.keywords import BatchSettings, SourceSettings
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.types import Example, Row, UserError
@@ -44,12 +45,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(data: Any, **settings: Any) -> Config:
-    given = (
-        {"rows": data}
-        if isinstance(data, list) and data and not isinstance(data[0], str)
-        else {"train": data}
-    )
-    return make_config(model="unused", output="unused", data={**given, "workers": 0, **settings})
+    given: dict[str, Any] = {"train": data}
+    if isinstance(data, list) and data and not isinstance(data[0], str):
+        given = {"rows": data}
+    sections: dict[str, Any] = {"data": {**given, "workers": 0, **settings}}
+    return make_config(model="unused", output="unused", **sections)
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -106,11 +106,12 @@ def test_encode_takes_settings_and_refuses_others(tokenizer: Tokenizer) -> None:
     assert len(sftx.encode(row, tokenizer, max_length=50)) > 1
     assert sftx.encode(row, tokenizer, max_length=50, too_long="drop") == []
     assert sftx.encode({"prompt": 1}, tokenizer, on_bad_row="skip") == []
-    for settings, message in (
-        ({"max_lenght": 5}, "no setting max_lenght"),
-        ({"workers": 2}, "no setting workers"),
-        ({"max_length": 1}, "max_length"),
-    ):
+    wrong: dict[str, dict[str, Any]] = {
+        "no setting max_lenght": {"max_lenght": 5},
+        "no setting workers": {"workers": 2},
+        "max_length": {"max_length": 1},
+    }
+    for message, settings in wrong.items():
         with pytest.raises(UserError, match=message):
             sftx.encode(row, tokenizer, **settings)
     with pytest.raises(UserError, match="missing"):
@@ -478,7 +479,10 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", pairs(20)),
         write(tmp_path / "b.jsonl", [["x", "y" * 100]] * 2 + [["u", "v"]] * 8),
     )
-    sources = [{"path": a, "weight": 2.5, "name": "sums"}, {"path": b, "weight": 1.0}]
+    sources: list[SourceSettings] = [
+        {"path": a, "weight": 2.5, "name": "sums"},
+        {"path": b, "weight": 1.0},
+    ]
     corpus, _ = load(make_config(model="m", output="o", data={"train": sources}), tokenizer)
     lines = corpus.line[corpus.source == 0].tolist()
     assert lines == 3 * list(range(1, 21))  # the third copy is there to be shown in halves
@@ -492,11 +496,11 @@ def test_weights_repeat_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_weights_may_be_shares_of_the_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """In every epoch alike; an epoch has as many tokens as all sources together."""
     a, b = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(40, 1000))
-    sources = [
+    sources: list[SourceSettings] = [
         {"path": a, "weight": 1.0, "name": "large"},
         {"path": b, "weight": 3.0, "name": "small"},
     ]
-    batch = {"epochs": 3, "examples_per_step": 5}
+    batch: BatchSettings = {"epochs": 3, "examples_per_step": 5}
     config = make_config(
         model="m", output="o", data={"train": sources, "mix_by": "tokens"}, batch=batch
     )

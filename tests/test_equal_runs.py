@@ -32,7 +32,8 @@ import sys, sftx
 rows = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
 method = sys.argv[1]
 sftx.train(
-    model="model", data={"rows": rows, "eval_split": 0.2, "cache": "cache", "workers": 0}, output="run",
+    model="model", data={"rows": rows, "eval_split": 0.2, "cache": "cache", "workers": 0},
+    output="run",
     adapter={"method": method} | ({"rank": 2, "dropout": 0.1} if method != "none" else {}),
     batch={"examples_per_step": 4, "epochs": 1}, checkpoint={"every": 1},
     runtime={"progress": False, "device": "cpu", "threads": 1},

@@ -1,4 +1,4 @@
-"""`sftx export`: merged = adapter, as folders that load, from finished runs and from checkpoints."""
+"""`sftx export`: merged = adapter, in folders that load, from finished runs and checkpoints."""
 
 from __future__ import annotations
 

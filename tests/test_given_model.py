@@ -74,9 +74,7 @@ def test_a_run_of_an_object_can_be_repeated_from_its_folder(tmp_path: Path) -> N
 
 def test_an_object_in_half_precision_and_an_adapter_on_it(tmp_path: Path) -> None:
     config = {**settings("", tmp_path / "run"), "adapter": {"method": "lora", "merge": True}}
-    result = sftx.train(
-        **{**config, "model": given().to(torch.bfloat16)}, tokenizer=tiny.tokenizer()
-    )
+    result = sftx.train(**{**config, "model": given().bfloat16()}, tokenizer=tiny.tokenizer())
     assert result.model.dtype == torch.bfloat16
     AutoModelForCausalLM.from_pretrained(result.folder / "merged")
     assert (

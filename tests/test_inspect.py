@@ -148,9 +148,9 @@ def test_the_page_stands_alone_and_holds_no_foreign_code(run: list[str], tmp_pat
         r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text
     )
     assert text.count("<script") == text.count("</script>") == 1
-    facts = json.loads(
-        re.search(r"^const facts = (.*);$", text, re.MULTILINE).group(1).replace("<\\/", "</")
-    )  # type: ignore[union-attr]
+    written = re.search(r"^const facts = (.*);$", text, re.MULTILINE)
+    assert written is not None
+    facts = json.loads(written[1].replace("<\\/", "</"))
     corpus, _ = load_corpora(load_config(None, [*run, "output=x"]), TOKENIZER, 128)
     assert facts["examples"] == len(corpus) == len(facts["rows"])
     assert sum(facts["lengths"]["counts"]) == len(corpus)
@@ -216,7 +216,7 @@ def test_the_page_names_the_place_of_a_dropped_row(run: list[str], tmp_path: Pat
     assert f'"place": "{tmp_path / "a.json"}, row 2"' in page.read_text(encoding="utf-8")
 
 
-# --- special tokens that are only spelled -----------------------------------------------------------------------------
+# --- special tokens that are only spelled ---------------------------------------------------------
 
 
 def test_a_spelled_special_token_is_told_from_the_token() -> None:
@@ -271,7 +271,8 @@ def test_what_is_marked_as_spelled_is_what_the_tokenizer_would_take_for_tokens(
         ({"prompt": "a<eos>", "completion": "b"}, {"template": "none"}, True),
         ({"prompt": "a", "completion": "b<eos>c"}, {"template": "auto"}, True),
         ({"segments": [{"text": "a<eos>", "weight": 0}, {"text": "b", "weight": 1}]}, {}, True),
-        ({"messages": [{"role": "user", "content": "<eos>"}, {"role": "assistant", "content": "b"}]},
+        ({"messages": [{"role": "user", "content": "<eos>"},
+                       {"role": "assistant", "content": "b"}]},
          {"template": "none"}, True),
     ],
 )  # fmt: skip
@@ -281,6 +282,7 @@ def test_the_ledger_counts_rows_with_spelled_special_tokens(
     model = tmp_path / "model"
     tiny.tokenizer().save_pretrained(model)
     data = {"rows": [row, row], "workers": 0, "cache": str(tmp_path / "cache"), **settings}
-    config = make_config(model=str(model), output=str(tmp_path / "out"), data=data)
+    sections: dict[str, Any] = {"data": data}
+    config = make_config(model=str(model), output=str(tmp_path / "out"), **sections)
     corpus, _ = load_corpora(config, Tokenizer.load(str(model)), 64)
     assert corpus.ledger.notes.get("special tokens kept as text", 0) == (2 if noted else 0)

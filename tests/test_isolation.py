@@ -179,7 +179,7 @@ def test_what_goes_by_the_place_in_the_pack_is_found_where_packs_reach_it() -> N
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_rounding_in_bf16_is_not_taken_for_a_leak(family: str) -> None:
-    """Routers choose otherwise where the last bit differs, and all that follows differs with them."""
+    """Routers choose otherwise where the last bit differs, and all that follows with them."""
     changes = {
         "num_experts": 64,
         "num_local_experts": 64,
@@ -200,7 +200,7 @@ def test_rounding_in_bf16_is_not_taken_for_a_leak(family: str) -> None:
 def test_a_leak_in_the_model_itself_is_found_in_any_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stand-in is of the class; what was done to this very model only its own probe can tell."""
+    """The stand-in is of the class; only the model's own probe tells what was done to it."""
     model = sharpened("Llama", {})
     model.model.layers[0].mlp.register_forward_hook(
         lambda _m, _a, out: out + out.cumsum(1).roll(1, 1)

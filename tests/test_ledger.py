@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Literal, Unpack
 
 import pytest
 import tiny
@@ -14,6 +14,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.keywords import BatchSettings, DataSettings, SourceSettings
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 
@@ -30,7 +31,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
 
 
-def load(tokenizer: Tokenizer, length: int = 64, **data: Any) -> Corpus:
+def load(tokenizer: Tokenizer, length: int = 64, **data: Unpack[DataSettings]) -> Corpus:
     return load_corpora(
         make_config(model="m", output="o", data={"workers": 0, **data}), tokenizer, length
     )[0]
@@ -55,10 +56,14 @@ def test_a_message_that_another_tool_would_not_train_is_not_trained(tokenizer: T
 
 
 def mixture(
-    tmp_path: Path, weights: tuple[float, float], mix_by: str, seed: int = 0, **batch: Any
+    tmp_path: Path,
+    weights: tuple[float, float],
+    mix_by: Literal["rows", "tokens"],
+    seed: int = 0,
+    **batch: Unpack[BatchSettings],
 ) -> Config:
     """500 rows of 14 tokens and 100 of 34, by name a and b."""
-    train = []
+    train: list[SourceSettings] = []
     for name, count, text, weight in (
         ("a", 500, "x", weights[0]),
         ("b", 100, "y" * 21, weights[1]),
@@ -66,7 +71,7 @@ def mixture(
         rows = [{"prompt": f"{i:03d}", "completion": text} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         train.append({"path": str(tmp_path / f"{name}.jsonl"), "name": name, "weight": weight})
-    data = {"train": train, "mix_by": mix_by, "workers": 0}
+    data: DataSettings = {"train": train, "mix_by": mix_by, "workers": 0}
     return make_config(
         model="m", output="o", data=data, batch={"examples_per_step": 10, **batch}, seed=seed
     )
@@ -120,7 +125,11 @@ def test_a_mixture_is_part_of_the_identity_of_a_run(tokenizer: Tokenizer, tmp_pa
 def test_a_share_of_held_out_rows_is_always_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = str(tmp_path / "e.jsonl")
     Path(path).write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
-    data = {"rows": [{"text": "a"}], "eval": [{"path": path, "weight": 1.25}], "workers": 0}
+    data: DataSettings = {
+        "rows": [{"text": "a"}],
+        "eval": [{"path": path, "weight": 1.25}],
+        "workers": 0,
+    }
     held = load_corpora(make_config(model="m", output="o", data=data), tokenizer, 64)[1]
     assert held is not None
     assert (len(held), held.rotations, held.ledger.shown) == (50, (), 40)

@@ -159,19 +159,27 @@ HUGE: dict[str, tuple[str, str]] = {
     "times a text": ("{{ (400000000 * 'ab') | list | length }}", "800,000,000"),
     "a doubled text, sorted": (TEXT + "{{ n.x | sort | length }}", "8,388,608 elements to `sort`"),
     "a doubled list, sorted": (LIST + "{{ n.x | sort | length }}", "8,388,608 elements to `sort`"),
-    "a doubled list, sliced": (LIST + "{{ n.x | slice(3) | list | length }}", "8,388,608 elements to `slice`"),
+    "a doubled list, sliced": (
+        LIST + "{{ n.x | slice(3) | list | length }}",
+        "8,388,608 elements to `slice`",
+    ),
     "in lots": (LIST + "{{ n.x | batch(3) | list | length }}", "8,388,608 elements to `batch`"),
     "its kinds": (LIST + "{{ n.x | unique | list | length }}", "8,388,608 elements to `unique`"),
-    "a wide lot": ("{{ messages | batch(10**9, 'f') | list | length }}", "took more than 1,024 "
-                                                                         "MiB of memory"),
+    "a wide lot": (
+        "{{ messages | batch(10**9, 'f') | list | length }}",
+        "took more than 1,024 MiB of memory",
+    ),
     "wide text": ("{{ 'x' | center(2000000000) | length }}", "took more than 1,024 MiB of memory"),
     "a number, squared": (
         "{% set n = namespace(x=7**999) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% "
         "endfor %}{{ n.x }}",
         "a number of more than 1,000,000 bits",
     ),
-    "a power of a power": ("{% set n = namespace(x=10**999) %}{{ n.x ** 999 ** 1 }}", "more than 1,000,000 bits"),
-}  # fmt: skip
+    "a power of a power": (
+        "{% set n = namespace(x=10**999) %}{{ n.x ** 999 ** 1 }}",
+        "more than 1,000,000 bits",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HUGE)

@@ -21,6 +21,7 @@ from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.rules import Finding, lint
 from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
+from sftx.settings.keywords import SourceSettings
 from sftx.settings.load import make_config
 
 WORDS = [
@@ -70,7 +71,8 @@ def good(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def find(
     tokenizer: Tokenizer, rows: list[Any], length: int = 512, **data: Any
 ) -> dict[str, Finding]:
-    config = make_config(model="m", output="o", data={"rows": rows, "workers": 0, **data})
+    sections: dict[str, Any] = {"data": {"rows": rows, "workers": 0, **data}}
+    config = make_config(model="m", output="o", **sections)
     findings = lint(config, Encoder(tokenizer, config.data, length))
     assert [f.serious for f in findings] == sorted((f.serious for f in findings), reverse=True)
     return {f.check: f for f in findings}
@@ -330,7 +332,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_mixture_by_tokens_repeats_no_row(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, rows in (("a.jsonl", good(50)), ("b.jsonl", good(9, seed=1))):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = [{"path": str(tmp_path / name), "weight": 2.0} for name in ("a.jsonl", "b.jsonl")]
+    train: list[SourceSettings] = [
+        {"path": str(tmp_path / name), "weight": 2.0} for name in ("a.jsonl", "b.jsonl")
+    ]
     config = make_config(
         model="m", output="o", data={"train": train, "mix_by": "tokens", "workers": 0}
     )
@@ -346,7 +350,7 @@ def test_a_secret_in_a_tool_call_is_found(tokenizer: Tokenizer) -> None:
 
 def test_a_vocabulary_may_have_holes() -> None:
     words = Backend(WordLevel({"a": 0, "b": 1, "<eos>": 9}, unk_token="a"))
-    words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    words.pre_tokenizer = Whitespace()
     words.add_special_tokens(["<eos>"])
     tokenizer = Tokenizer(words, {"eos_token": "<eos>"}, {})
     rows = [{"input_ids": [0, 1, 0, 1, 9]}, {"input_ids": [1, 5, 1, 1, 9]}]

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import tiny
 import torch
+from transformers import PreTrainedModel
 
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import cpu_attention
@@ -56,7 +57,7 @@ FAMILIES = {
 }
 
 
-def float64_twin(model: torch.nn.Module) -> torch.nn.Module:
+def float64_twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same model in float64 with plain attention, for reference."""
     twin = copy.deepcopy(model).double()
     twin.set_attn_implementation("eager")
@@ -131,7 +132,11 @@ def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str) 
 
 def test_a_head_that_is_not_a_matrix_goes_through_the_models_own_forward() -> None:
     model = tiny.model()
-    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: out * 1.5)
+
+    def larger(_module: torch.nn.Module, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * 1.5
+
+    tiny.head(model).register_forward_hook(larger)
     data = tiny.examples([12, 30])
     loss = PackLoss(model)
     notes = check_paths(loss, probe_pack(data), torch.float32)

@@ -65,7 +65,8 @@ def measured(loss: PackLoss, packs: list[TensorPack], precision: torch.dtype) ->
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    kineto: Any = profiler.profiler.kineto_results
+    events = [e for e in kineto.events() if e.name() == "[memory]"]
     assert len(events) > 100
     alive = peak = before
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -146,8 +146,8 @@ def test_the_bundled_chatml_has_tools(as_text: bool) -> None:
     pieces: list[int] = []
     for token, weight in zip(example.ids.tolist(), example.weights.tolist(), strict=True):
         if weight != before:
-            text += tokenizer.decode(pieces) + ("⟦" if weight else "⟧")
+            text += str(tokenizer.decode(pieces)) + ("⟦" if weight else "⟧")
             pieces, before = [], weight
         pieces.append(token)
-    text += tokenizer.decode(pieces) + "⟧" * bool(before)
+    text += str(tokenizer.decode(pieces)) + "⟧" * bool(before)
     assert text == EXPECTED

@@ -20,6 +20,7 @@ from sftx.data.pack import build_pack
 from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
 from sftx.model.regularization import embedding_noise, router_balance
+from sftx.settings.keywords import LossSettings
 from sftx.settings.schema import Loss
 from sftx.types import Example
 
@@ -153,10 +154,10 @@ def test_router_balance_is_that_of_transformers_for_each_segment() -> None:
     layers = [torch.randn(20, 6, requires_grad=True) for _ in range(3)]
     cu_seqlens, share = torch.tensor([0, 7, 20], dtype=torch.int32), torch.tensor([0.5, 2.0])
     ours = router_balance(layers, 2, cu_seqlens, share)
-    theirs = sum(
-        share[i] * load_balancing_loss_func(tuple(x[a:b] for x in layers), 6, 2)
-        for i, (a, b) in enumerate([(0, 7), (7, 20)])
-    )
+    theirs = torch.zeros(())
+    for i, (a, b) in enumerate([(0, 7), (7, 20)]):
+        part: Any = tuple(x[a:b] for x in layers)
+        theirs = theirs + share[i] * load_balancing_loss_func(part, 6, 2)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
     for mine, other in zip(
         torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True
@@ -173,7 +174,11 @@ def test_a_run_reports_its_objective_and_evaluates_plainly(tmp_path: Path) -> No
     path = tiny.folder(tmp_path / "model")
     rows = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
     results = []
-    for name, loss in (("plain", {}), ("smooth", {"label_smoothing": 0.3, "neftune_alpha": 1.0})):
+    losses: dict[str, LossSettings] = {
+        "plain": {},
+        "smooth": {"label_smoothing": 0.3, "neftune_alpha": 1.0},
+    }
+    for name, loss in losses.items():
         results.append(
             sftx.train(
                 model=path,

@@ -161,7 +161,8 @@ def test_no_examples_is_an_error() -> None:
         Plan(np.zeros(0, np.int32), np.zeros(0), Batch(), 0)
 
 
-PINNED = [  # settings, and the number of steps, the fingerprint and a hash of the order that they always had
+# Settings, and the number of steps, the fingerprint and a hash of the order that they always had
+PINNED = [
     ({}, 7, "7d7257344a92f97aa311271486b4103c", "6ffca872cf281fb8"),
     ({"epochs": 2.5}, 16, "cb4946ac19d4988e752ac626d78f8e6d", "1195d1594ad9d8f4"),
     ({"steps": 40}, 40, "54a30db85dbee85871f399b01717f62c", "766ce2ac42dc3054"),
@@ -197,7 +198,7 @@ PINNED = [  # settings, and the number of steps, the fingerprint and a hash of t
 def test_plans_stay_what_they_were(seed: int) -> None:
     """A run that was begun with an earlier version goes on in the same order."""
     rng = np.random.RandomState(5)
-    lengths, weights = rng.randint(2, 90, 97), rng.rand(97) * 9
+    lengths, weights = rng.randint(2, 90, 97).astype(np.int32), rng.rand(97) * 9
     batch, steps, fingerprint, order = PINNED[seed]
     plan = Plan(lengths, weights, Batch(**batch), seed)
     assert (plan.num_steps, plan.fingerprint) == (steps, fingerprint)

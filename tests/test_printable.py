@@ -8,6 +8,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -56,7 +57,7 @@ def test_keys_and_values_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     [{"text": "x", ESCAPE: 1}, {ESCAPE: 1}, {"messages": [{"role": ESCAPE}]}, {"text": ESCAPE}],
 )
 def test_rows_and_their_files(
-    row: object, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    row: dict[str, Any], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows\x1b[2J\x9b.jsonl"
     rows.write_text(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Laws that hold for all texts: what is decoded, what is weighted, and what length handling keeps."""
+"""Laws that hold for all texts: what is decoded and weighted, and what length handling keeps."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ SEQUENCES = st.lists(
 
 
 def sequence(turns: list[tuple[int, int, float]], bos: bool, context: int | None) -> TokenSequence:
-    """Prompts and outputs of these lengths; every token is unique, so that each can be found again."""
+    """Prompts and outputs of these lengths; every token is unique, so each can be found again."""
     weights: list[float] = [0.0] if bos else []
     edges = []
     for prompt, output, weight in turns:

@@ -296,7 +296,7 @@ def blocks_of(content: bytes) -> list[Block]:
     st.integers(0, 9),
 )
 def test_blocks_cover_every_line_once(content: list[bytes], ended: bool, chunk: int) -> None:
-    """Whatever the size of chunks and blocks, blocks are the file, in order, and count its lines."""
+    """For any size of chunks and blocks: blocks are the file, in order, and count its lines."""
     data = b"".join(line + b"\n" for line in content)
     data = data if ended else data[:-1]
     assume(data[:2] not in (b"\xff\xfe", b"\xfe\xff"))  # UTF-16, which is refused

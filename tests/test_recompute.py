@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import test_loss
@@ -30,7 +31,7 @@ FAMILIES = {**test_loss.FAMILIES, **DROPOUT}
 
 
 def gradients(loss: PackLoss, count: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Loss, gradients, and the bytes kept for the backward pass when `count` layers are recomputed."""
+    """Loss, gradients, and bytes kept for the backward pass when `count` layers are recomputed."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_a_model_without_layers_to_be_found_is_left_alone_or_refused() -> None:
 def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
 
-    def run(recompute: object) -> tuple[float | None, int]:
+    def run(recompute: Literal["auto", "none", "all"] | int) -> tuple[float | None, int]:
         folder = tmp_path / str(recompute)
         result = sftx.train(
             model=path,

@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from sftx.data.sources.arguments import INVENTED
 from sftx.data.sources.messages import other_fields
 from sftx.data.sources.rows import check_names, detect, parse, renamed, unused
-from sftx.types import Phrase, Row, RowError, UserError
+from sftx.types import Message, Phrase, Row, RowError, UserError
 
-USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+USER: Message = {"role": "user", "content": "Hi"}
+MODEL: Message = {"role": "assistant", "content": "Hello"}
 PAIR = (Phrase("Hi", 0.0), Phrase("Hello", 1.0))
+
+
+def messages_of(made: Row) -> list[dict[str, Any]]:
+    return [{**message} for message in made.messages]
 
 
 def call(arguments: Any) -> dict[str, Any]:
@@ -44,8 +49,8 @@ def row(raw: Any) -> Row:
             "alpaca",
             Row("phrases", phrases=(Phrase("Add.\n\n1 2", 0.0), Phrase("3", 1.0))),
         ),
-        ([USER, MODEL], "messages", Row("messages", messages=(USER, MODEL))),  # type: ignore[arg-type]
-        ({"messages": [USER, MODEL]}, "messages", Row("messages", messages=(USER, MODEL))),  # type: ignore[arg-type]
+        ([USER, MODEL], "messages", Row("messages", messages=(USER, MODEL))),
+        ({"messages": [USER, MODEL]}, "messages", Row("messages", messages=(USER, MODEL))),
         (
             {"prompt": [USER, MODEL, USER], "completion": [MODEL]},
             "pairs",
@@ -56,7 +61,7 @@ def row(raw: Any) -> Row:
                     {**MODEL, "train": False},
                     {**USER, "train": False},
                     MODEL,
-                ),  # type: ignore[arg-type]
+                ),
             ),
         ),
         (
@@ -67,7 +72,7 @@ def row(raw: Any) -> Row:
                 ]
             },
             "sharegpt",
-            Row("messages", messages=(USER, MODEL)),  # type: ignore[arg-type]
+            Row("messages", messages=(USER, MODEL)),
         ),
         (
             {"segments": [{"text": "a", "weight": 0}, {"text": "b", "weight": 0.5}]},
@@ -122,12 +127,13 @@ def test_messages_keep_what_templates_read() -> None:
     assert made.template_kwargs == {"enable_thinking": False}
     assert [m.get("content") for m in made.messages] == ["Be brief.", "Hi", "", "2", ""]
     assert "name" not in made.messages[0]
-    assert made.messages[2]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
-    assert made.messages[2]["weight"] == 0.5
+    third = messages_of(made)[2]
+    assert third["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
+    assert third["weight"] == 0.5
     assert made.messages[4] == {"role": "assistant", "content": "", "train": False, "prefix": True}
     assert unused(tuple(raw), "messages") == ("source",)
     flat = [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "1"}}]}]
-    assert row(flat).messages[1]["tool_calls"][0]["function"] == {
+    assert messages_of(row(flat))[1]["tool_calls"][0]["function"] == {
         "name": "f",
         "arguments": {"a": "1"},
     }
@@ -145,7 +151,7 @@ def test_sharegpt_roles() -> None:
         "system": "S",
         "tools": "[]",
     }
-    made = row(raw).messages
+    made = messages_of(row(raw))
     assert [m["role"] for m in made] == ["system", "user", "assistant", "tool", "assistant"]
     assert made[2]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -430,7 +436,7 @@ def test_a_system_column_is_the_first_message() -> None:
 
 
 def test_alpaca_with_system_and_history() -> None:
-    """Empty ones are as if absent; filled ones are turns, and outputs in the history are targets."""
+    """Empty ones are as if absent; filled ones are turns, whose outputs are targets too."""
     plain = {"instruction": "Hi", "input": "", "output": "Hello"}
     assert row({**plain, "system": "", "history": []}) == Row("phrases", phrases=PAIR)
     assert row({**plain, "system": None, "history": None}) == Row("phrases", phrases=PAIR)
@@ -448,14 +454,14 @@ def test_alpaca_with_system_and_history() -> None:
 
 
 def test_null_arguments_that_the_tool_does_not_have_are_left_out() -> None:
-    """Nobody wrote them; those that it has, and those of tools whose arguments are not known, stay."""
+    """Nobody wrote them. Those that it has, and those of tools with unknown arguments, stay."""
 
     def arguments(given: Any, tools: Any) -> tuple[Any, tuple[str, ...]]:
         raw = {"messages": [USER, {**MODEL, "tool_calls": [call(given)]}], "tools": tools}
         before = json.dumps(raw)
         made = row(raw)
         assert json.dumps(raw) == before
-        return made.messages[1]["tool_calls"][0]["function"]["arguments"], made.notes
+        return messages_of(made)[1]["tool_calls"][0]["function"]["arguments"], made.notes
 
     schema = {"type": "object", "properties": {"city": {}, "unit": {}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 import sftx
 from sftx.cli import main
+from sftx.settings.keywords import AdapterSettings
 from sftx.training.export import Allowed
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(8)]
@@ -31,7 +32,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, and the runs `full` and `lora`, each finished and with a checkpoint after step 1."""
     home = tmp_path_factory.mktemp("home")
     path = tiny.folder(home / "model")
-    for name, adapter in (("full", {"method": "none"}), ("lora", {"method": "lora", "rank": 2})):
+    adapters: dict[str, AdapterSettings] = {
+        "full": {"method": "none"},
+        "lora": {"method": "lora", "rank": 2},
+    }
+    for name, adapter in adapters.items():
         sftx.train(**settings(home, name), adapter=adapter, model=path)
     return home
 
@@ -245,7 +250,7 @@ def test_what_an_adapter_folder_names(
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     run = {**settings(home, "x"), "output": str(tmp_path / "run"), "model": str(home / "model")}
-    adapter = {"method": "lora", "path": str(folder)}
+    adapter: AdapterSettings = {"method": "lora", "path": str(folder)}
     if said is None:
         sftx.train(**run, adapter=adapter)
     else:
@@ -291,24 +296,34 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "not JSON": lambda path: path.write_text("{'status': 'finished'}"),
     "a list": lambda path: path.write_text("[]"),
     "an empty object": lambda path: path.write_text("{}"),
-    "nested deeply": lambda path: path.write_text('{"status": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "nested deeply": lambda path: path.write_text(
+        '{"status": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    ),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     **{
         f"{name} = {value!r}": lambda path, name=name, value=value: path.write_text(
             json.dumps(json.loads(path.read_text()) | {name: value})
         )
         for name, value in {
-            "status": "done", "config": None, "mathematics": "x", "precision": 3, "device": ["cpu"], "num_steps": "2",
-            "tokens_per_pack": -1, "started": "yesterday",
+            "status": "done",
+            "config": None,
+            "mathematics": "x",
+            "precision": 3,
+            "device": ["cpu"],
+            "num_steps": "2",
+            "tokens_per_pack": -1,
+            "started": "yesterday",
         }.items()
     },
     **{
         f"no {name}": lambda path, name=name: path.write_text(
-            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name})
+            json.dumps(
+                {key: value for key, value in json.loads(path.read_text()).items() if key != name}
+            )
         )
         for name in ("status", "config", "mathematics", "precision", "tokens_per_pack")
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -25,7 +25,7 @@ OPTIM = Config.model_validate(BASE).optim
 
 
 def state(step: int, loss: float | None = None) -> checkpoint.State:
-    return checkpoint.State(step, "plan", "{}", 10 * step, step, loss)
+    return checkpoint.State(step, "plan", {}, 10 * step, step, loss)
 
 
 def trained(seed: int, steps: int = 2) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -120,7 +120,7 @@ def test_weights_that_ranks_disagree_about_are_not_saved(
     assert not list(tmp_path.glob("step-*"))
 
 
-def facts(**changes: Any) -> str:
+def facts(**changes: Any) -> dict[str, Any]:
     """`mathematics` of a run with other settings, by their dotted names."""
     given = copy.deepcopy(BASE)
     for name, value in changes.items():

@@ -1,4 +1,4 @@
-"""The quick checks of the reliability scorecard, and that the scorecard itself can tell a failure."""
+"""The quick checks of the reliability scorecard, and that the scorecard can tell a failure."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sftx.settings.describe import FOREIGN_NAMES, as_json_schema, settings, suggestion
+from sftx.settings.keywords import OptimSettings
 from sftx.settings.load import load_config, make_config
 from sftx.settings.schema import Batch, Config, Model, Runtime
 from sftx.settings.strict_yaml import parse
@@ -194,7 +196,8 @@ def test_defaults_yield_to_the_file_and_to_overrides(tmp_path: Path) -> None:
 
 def test_rows_may_come_from_a_generator() -> None:
     rows = [["a", "b"], ["c", "d"]]
-    for data in (rows, (row for row in rows), {"rows": (row for row in rows)}):
+    ways: list[Any] = [rows, (row for row in rows), {"rows": (row for row in rows)}]
+    for data in ways:
         assert make_config(model="m", output="o", data=data).data.rows == rows
     assert (
         make_config(
@@ -223,8 +226,9 @@ def test_a_list_of_paths_is_not_a_list_of_rows(tmp_path: Path) -> None:
 
 
 def test_python_mistakes() -> None:
+    wrong: dict[str, Any] = {"num_train_epochs": 1, "batch.epochs": 1}
     with pytest.raises(UserError) as caught:
-        make_config(model="m", data="d", output="o", num_train_epochs=1, **{"batch.epochs": 1})
+        make_config(model="m", data="d", output="o", **wrong)
     assert str(caught.value).splitlines() == [
         "num_train_epochs: no such setting; here it is `batch.epochs`",
         "batch.epochs: dotted keys are for the command line; write batch={'epochs': ...}",
@@ -284,7 +288,7 @@ TREES = st.recursive(
 )
 @hypothesis_settings(deadline=None)
 def test_no_input_ends_in_anything_but_a_user_error(
-    tmp_path_factory: pytest.TempPathFactory, sections: dict[str, object], text: str
+    tmp_path_factory: pytest.TempPathFactory, sections: dict[str, Any], text: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     calls = [
@@ -343,9 +347,7 @@ def test_nothing_given_twice_is_left_out_silently(tmp_path: Path) -> None:
         ({"betas": (0.9, 1.5)}, r"`betas` are \(0.9, 1.5\); each is at least 0 and below 1"),
     ],
 )
-def test_settings_that_would_do_nothing_or_fail_late(
-    optim: dict[str, object], message: str
-) -> None:
+def test_settings_that_would_do_nothing_or_fail_late(optim: OptimSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_config(model="m", data="d", output="o", optim=optim)
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -67,7 +68,7 @@ def test_a_rank_knows_where_its_part_begins() -> None:
 
 def test_every_group_of_a_mesh_waits_as_long_as_the_run_says() -> None:
     """torch gives the groups of a mesh half an hour, whatever the process group was told."""
-    torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1)
+    torch_dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         groups = build_mesh("fsdp", CPU, 7.0).get_all_groups()
         waits = {group._get_backend(CPU).options._timeout for group in groups}
@@ -148,7 +149,7 @@ def test_a_rank_that_gives_no_sign_of_life_ends_itself(monkeypatch: pytest.Monke
     process = os.fork()
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its stacks
-        distributed._Watch(torch_dist.HashStore(), 0.1)
+        distributed._Watch(HashStore(), 0.1)
         time.sleep(20)
         os._exit(7)
     _, status = os.waitpid(process, 0)

@@ -157,6 +157,7 @@ def test_prompts_are_those_of_transformers(template: str) -> None:
     ]
     talk.append(user("unanswered"))
     found = []
+    switch: dict[str, bool] = {}
     for example in encoded(row(talk), made).examples:
         edges = np.flatnonzero(np.diff(example.weights, prepend=0) > 0)
         found += [example.ids[:edge].tolist() for edge in edges]
@@ -224,7 +225,7 @@ def test_stop_token_is_the_one_that_ends_every_turn() -> None:
     def stop(template: str, **special: Any) -> str:
         tokenizer = ours(**special)
         stop_id = encoder(template, tokenizer=tokenizer).stop_id
-        return "" if stop_id is None else tokenizer.backend.id_to_token(stop_id)
+        return "" if stop_id is None else str(tokenizer.backend.id_to_token(stop_id))
 
     double = CHATML.replace("<|im_end|>", "<|im_end|><unk>")
     final = CHATML + "{{ '<unk>' if not add_generation_prompt }}"
@@ -275,7 +276,8 @@ def test_headers_may_be_stop_tokens() -> None:
     template = (
         "{% for m in messages %}{{ {'user': '<s>', 'tool': '<unk>', 'assistant': "
         "'<|im_start|>'}[m.role] }}"
-        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+        "{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     tokenizer = ours()
@@ -438,7 +440,7 @@ def test_weights_and_the_choice_of_turns() -> None:
     ]
     assert "no turn carries weight" in error(row([user("a")]), encoder(CHATML))
     for kind in ("text", "segments", "tokens"):
-        plain = Row(kind, text="a", ids=(1, 2), weights=(0.0, 1.0), phrases=(Phrase("a", 1.0),))  # type: ignore[arg-type]
+        plain = Row(kind, text="a", ids=(1, 2), weights=(0.0, 1.0), phrases=(Phrase("a", 1.0),))
         assert "train_on" in error(plain, encoder(train_on="last"))
 
 
@@ -592,6 +594,13 @@ BOMBS = {
 }
 
 
+def refused(made: Encoder, given: Row) -> None:
+    """Raise the error of a row."""
+    (found,) = made.encode([given])
+    assert isinstance(found, RowError)
+    raise found
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
@@ -600,7 +609,7 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
-        raise made.encode([row(TALK)])[0]  # a RowError
+        refused(made, row(TALK))
     assert time.process_time() - began < 10
     assert encoded(
         phrases("a", "b"), encoder(CHATML)

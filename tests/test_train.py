@@ -122,7 +122,8 @@ def test_a_killed_run_continues_to_the_bit(
         json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert lines[-1]["total_tokens"] == sum(line["tokens"] for line in lines)
+    for counted in ("tokens", "targets"):
+        assert lines[-1][f"total_{counted}"] == sum(line[counted] for line in lines)
     measured = json.loads((result.folder / "run.json").read_text())["measured"]
     assert measured["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
 
@@ -459,7 +460,8 @@ def test_a_run_continues_only_in_the_precision_that_auto_meant(model: str, tmp_p
 def test_no_step_leaves_the_model_as_it_was(model: str, tmp_path: Path, compile: str) -> None:
     batch, runtime = {"examples_per_step": 8, "steps": 0}, {"compile": compile}
     base = settings(model, tmp_path / "run", data={"eval_split": 0.1}, runtime=runtime)
-    result = sftx.train(**base | {"batch": batch})
+    given: dict[str, Any] = {**base, "batch": batch}
+    result = sftx.train(**given)
     assert (result.steps, result.loss) == (0, None)
     assert result.eval_after == result.eval_before
     assert all(

@@ -58,13 +58,17 @@ def config(path: str, folder: Path, **sections: dict[str, Any]) -> TRLConfig:
     """A short run without a tracker."""
     base = default_sft_config().evolve(
         train={
-            "total_steps": 3, "batch_size": 4, "seq_length": 96, "eval_interval": 100, "tracker": None,
+            "total_steps": 3,
+            "batch_size": 4,
+            "seq_length": 96,
+            "eval_interval": 100,
+            "tracker": None,
             "checkpoint_dir": str(folder),
         },
         model={"model_path": path},
         tokenizer={"tokenizer_path": path},
         method={"gen_kwargs": {"max_new_tokens": 4, "do_sample": False}},
-    )  # fmt: skip
+    )
     return base.evolve(**sections)
 
 
@@ -72,7 +76,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 texts = st.text(alphabet="ab é\n", max_size=8)
 tokenizers = {"byte": tiny.tokenizer(chat=False), "no_bos": tiny.tokenizer(chat=False)}
@@ -93,10 +97,10 @@ def test_tokenize_dialogue_is_a_cut_of_the_whole(
 ) -> None:
     tokenizer = tokenizers[name]
     tokenizer.truncation_side = side
-    start = tokenizer.bos_token or tokenizer.eos_token
+    start = str(tokenizer.bos_token or tokenizer.eos_token)
     dialogue = phrases if isinstance(phrases, str) else [text for pair in phrases for text in pair]
     whole = [start, dialogue] if isinstance(dialogue, str) else list(dialogue)
-    whole[-1] += tokenizer.eos_token
+    whole[-1] += str(tokenizer.eos_token)
     flat = [
         (token, i % 2 == 1)
         for i, text in enumerate(whole)
@@ -115,6 +119,8 @@ def test_tokenize_dialogue_is_a_cut_of_the_whole(
 def test_tokenize_dialogue_by_hand() -> None:
     tokenizer = tiny.tokenizer(chat=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(bos, int)
+    assert isinstance(eos, int)
     a, b = (tokenizer(letter).input_ids[0] for letter in "ab")
     tokenizer.truncation_side = "right"
     assert tokenize_dialogue("a", tokenizer) == [
@@ -150,7 +156,8 @@ def test_dialog_store_batches(side: str) -> None:
         [tokenize_dialogue(d, tokenizer) for d in (["ab", "c"], ["a", "bbb", "c", "d"])], tokenizer
     )
     batch = next(iter(store.create_loader(2)))
-    for row, element in enumerate(store):
+    for row in range(len(store)):
+        element = store[row]
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == element["input_ids"].tolist()
         assert batch.labels[row][real].tolist() == element["labels"].tolist()
@@ -209,7 +216,7 @@ def test_minibatches() -> None:
     assert [tuple(mb.input_ids.shape) for mb in batch] == [(2, 4), (2, 4)]
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def test_config_round_trips(tmp_path: Path) -> None:
@@ -290,10 +297,11 @@ def test_registries() -> None:
 
 @pytest.mark.parametrize("argument", ["reward_fn", "rewards", "dataset", "prompts"])
 def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> None:
+    wrong: dict[str, Any] = {argument: [1.0]}
     with pytest.raises(
         UserError, match=r"supervised fine-tuning, not reinforcement learning.*save_pretrained"
     ):
-        trlx.train(samples=["a"], **{argument: [1.0]})
+        trlx.train(samples=["a"], **wrong)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +311,8 @@ def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> Non
         ({"model": {"delta_kwargs": {"delta_type": "lora"}}}, "model.delta_kwargs"),
         ({"model": {"peft_config": {"peft_type": "PREFIX_TUNING"}}}, "PREFIX_TUNING"),
         ({"model": {"peft_config": {"peft_type": "LORA", "bias": "all"}}}, "bias='all'"),
-        ({"model": {"peft_config": {"peft_type": "LORA"}, "num_layers_unfrozen": 1}}, "num_layers_unfrozen"),
+        ({"model": {"peft_config": {"peft_type": "LORA"}, "num_layers_unfrozen": 1}},
+         "num_layers_unfrozen"),
         ({"model": {"num_layers_unfrozen": 9}}, "has 2 layers"),
         ({"model": {"model_extra_configs": {"attn": 1}}}, "model_extra_configs"),
         ({"train": {"minibatch_size": 3}}, "must divide"),
@@ -323,7 +332,7 @@ def test_what_cannot_be_translated_is_refused(
         trlx.train(samples=[["a", "b"]] * 4, config=config(model, tmp_path, **sections))
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
+# --- mathematics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,9 +391,11 @@ def test_training_equals_a_naive_loop(
         else {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}
     )
     ours = config(
-        model, tmp_path, train={"batch_size": 2, "minibatch_size": minibatch, "epochs": 3, "total_steps": 5},
+        model,
+        tmp_path,
+        train={"batch_size": 2, "minibatch_size": minibatch, "epochs": 3, "total_steps": 5},
         scheduler={"name": "linear", "kwargs": {"total_iters": 4}},
-    )  # fmt: skip
+    )
     ours.optimizer = OptimizerConfig(optimizer, kwargs)
     ours.scheduler.kwargs = {"total_iters": 4}
     trainer = trlx.train(samples=samples, config=ours)
@@ -482,7 +493,7 @@ def test_peft_as_dictionary_and_as_object(model: str, tmp_path: Path) -> None:
     assert len(trainer.generate(torch.tensor([[5, 6]]))[0]) <= 6
 
 
-# --- evaluation and saving --------------------------------------------------------------------------------------------
+# --- evaluation and saving ------------------------------------------------------------------------
 
 
 def test_evaluation_layout_and_best_checkpoint(model: str, tmp_path: Path) -> None:
@@ -670,12 +681,13 @@ def test_subclasses(model: str, tmp_path: Path) -> None:
         trlx.train(samples=["a"], config=ours.evolve(train={"trainer": "OwnLoss"}))
 
 
-# --- whole scripts ----------------------------------------------------------------------------------------------------
+# --- whole scripts --------------------------------------------------------------------------------
 
 SCRIPTS = {
     "alpaca": """
 def preprocess(instruction, input, output):
-    return [f"### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}\\n\\n### Response:\\n" , output]
+    asked = f"### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}"
+    return [f"{asked}\\n\\n### Response:\\n", output]
 samples = [preprocess(x["prompt"], "", x["completion"]) for x in rows]
 eval_prompts = [sample[0] for sample in samples[:3]]
 def metric_fn(samples, **kwargs):
@@ -711,8 +723,10 @@ import sftx.compat.trlx.pipeline.offline_pipeline as ours
 assert PromptPipeline is ours.PromptPipeline
 def main(hparams={}):
     config = default_sft_config().evolve(
-        train=dict(total_steps=4, batch_size=2, seq_length=192, eval_interval=2, checkpoint_interval=3, tracker=None),
-        model=dict(model_path=hparams.pop("path")), tokenizer=dict(tokenizer_path=hparams.pop("tokenizer")),
+        train=dict(total_steps=4, batch_size=2, seq_length=192, eval_interval=2,
+        checkpoint_interval=3, tracker=None),
+        model=dict(model_path=hparams.pop("path")),
+        tokenizer=dict(tokenizer_path=hparams.pop("tokenizer")),
         optimizer=dict(kwargs=dict(lr=1e-3)), scheduler=dict(kwargs=dict(eta_min=1e-3)),
         method=dict(gen_kwargs=dict(max_new_tokens=16)),
     )
@@ -720,7 +734,8 @@ def main(hparams={}):
     config = TRLConfig.update(config.to_dict(), hparams)
     SCRIPT
     trainer = trlx.train(
-        samples=samples, eval_prompts=eval_prompts, metric_fn=metric_fn, config=config, stop_sequences=stop_sequences
+        samples=samples, eval_prompts=eval_prompts, metric_fn=metric_fn, config=config,
+        stop_sequences=stop_sequences
     )
     trainer.save_pretrained("saved")
 if __name__ == "__main__":

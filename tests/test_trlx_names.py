@@ -175,25 +175,30 @@ def test_without_a_trlx_the_one_import_gives_this_one(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 0
 
 
-# --- trlx's own example scripts: what they import and how they call ---------------------------------------------------
+# --- trlx's own example scripts: what they import and how they call -------------------------------
 
 PPO_HH = """
 import numpy as np
 import tritonclient.grpc as client_util
 import trlx
 from trlx.data.default_configs import (
-    ModelConfig, OptimizerConfig, PPOConfig, SchedulerConfig, TokenizerConfig, TrainConfig, TRLConfig,
+    ModelConfig, OptimizerConfig, PPOConfig, SchedulerConfig, TokenizerConfig, TrainConfig,
+    TRLConfig,
 )
 default_config = TRLConfig(
     train=TrainConfig(
-        seq_length=1024, epochs=10000, total_steps=10000, batch_size=4, checkpoint_interval=10000, eval_interval=500,
-        pipeline="PromptPipeline", trainer="AcceleratePPOTrainer", checkpoint_dir="checkpoints/ppo_hh",
+        seq_length=1024, epochs=10000, total_steps=10000, batch_size=4, checkpoint_interval=10000,
+        eval_interval=500,
+        pipeline="PromptPipeline", trainer="AcceleratePPOTrainer",
+        checkpoint_dir="checkpoints/ppo_hh",
     ),
     model=ModelConfig(model_path="EleutherAI/gpt-j-6B", num_layers_unfrozen=2),
     tokenizer=TokenizerConfig(tokenizer_path="EleutherAI/gpt-j-6B", truncation_side="left"),
-    optimizer=OptimizerConfig(name="adamw", kwargs=dict(lr=8e-6, betas=(0.9, 0.95), eps=1.0e-8, weight_decay=1.0e-6)),
+    optimizer=OptimizerConfig(name="adamw", kwargs=dict(lr=8e-6, betas=(0.9, 0.95), eps=1.0e-8,
+    weight_decay=1.0e-6)),
     scheduler=SchedulerConfig(name="cosine_annealing", kwargs=dict(T_max=10000, eta_min=8e-6)),
-    method=PPOConfig(name="PPOConfig", num_rollouts=64, chunk_size=16, gen_kwargs=dict(max_new_tokens=128)),
+    method=PPOConfig(name="PPOConfig", num_rollouts=64, chunk_size=16,
+    gen_kwargs=dict(max_new_tokens=128)),
 )
 default_config.method.num_rollouts = 128
 def create_reward_fn():
@@ -206,18 +211,23 @@ import json, sys
 from ppo_hh import create_reward_fn
 import trlx
 from trlx.data.default_configs import (
-    ModelConfig, OptimizerConfig, SchedulerConfig, SFTConfig, TokenizerConfig, TrainConfig, TRLConfig,
+    ModelConfig, OptimizerConfig, SchedulerConfig, SFTConfig, TokenizerConfig, TrainConfig,
+    TRLConfig,
 )
 default_config = TRLConfig(
     train=TrainConfig(
-        seq_length=64, epochs=100, total_steps=2, batch_size=4, checkpoint_interval=10000, eval_interval=1000,
-        pipeline="PromptPipeline", trainer="AccelerateSFTTrainer", checkpoint_dir="checkpoints/sft_hh",
+        seq_length=64, epochs=100, total_steps=2, batch_size=4, checkpoint_interval=10000,
+        eval_interval=1000,
+        pipeline="PromptPipeline", trainer="AccelerateSFTTrainer",
+        checkpoint_dir="checkpoints/sft_hh",
     ),
     model=ModelConfig(model_path="EleutherAI/gpt-j-6B", num_layers_unfrozen=-1),
     tokenizer=TokenizerConfig(tokenizer_path="EleutherAI/gpt-j-6B", truncation_side="left"),
-    optimizer=OptimizerConfig(name="adamw", kwargs=dict(lr=1e-6, betas=(0.9, 0.95), eps=1.0e-8, weight_decay=1.0e-6)),
+    optimizer=OptimizerConfig(name="adamw", kwargs=dict(lr=1e-6, betas=(0.9, 0.95), eps=1.0e-8,
+    weight_decay=1.0e-6)),
     scheduler=SchedulerConfig(name="cosine_annealing", kwargs=dict(T_max=100000000, eta_min=1e-6)),
-    method=SFTConfig(name="sftconfig", gen_kwargs=dict(max_new_tokens=4, top_k=20, top_p=1.0, do_sample=True)),
+    method=SFTConfig(name="sftconfig", gen_kwargs=dict(max_new_tokens=4, top_k=20, top_p=1.0,
+    do_sample=True)),
 )
 def main(hparams={}):
     config = TRLConfig.update(default_config, hparams)
@@ -225,7 +235,8 @@ def main(hparams={}):
     trlx.train(
         config=config,
         samples=["\\n\\nHuman: hi\\n\\nAssistant: hello"] * 8,
-        eval_prompts=[{"prompt": "\\n\\nHuman: hi\\n\\nAssistant:", "original_output": " hello"}] * 3,
+        eval_prompts=[{"prompt": "\\n\\nHuman: hi\\n\\nAssistant:",
+        "original_output": " hello"}] * 3,
         metric_fn=lambda **kwargs: {"reward": reward_fn(**kwargs)},
         stop_sequences=["Human:", "human:", "Assistant:", "assistant:"],
     )
@@ -269,7 +280,7 @@ def test_a_metric_may_name_the_tokenizer(model: str, tmp_path: Path) -> None:
     assert seen == [trainer.tokenizer] * 2
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,7 +317,7 @@ def test_a_mistake_in_the_configuration_is_found_before_the_samples_are_tokenise
         trlx.train(samples=["a"], config=config(model, tmp_path, model={"delta_kwargs": {"a": 1}}))
 
 
-# --- logging ----------------------------------------------------------------------------------------------------------
+# --- logging --------------------------------------------------------------------------------------
 
 
 def test_the_names_of_logging() -> None:

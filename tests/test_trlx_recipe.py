@@ -48,10 +48,17 @@ def test_the_recipe_trains_what_the_script_trains(
     exec(block("python"), {"json": json, "samples": lists})
     (tmp_path / "run.yaml").write_text(block("yaml"))
     ours = config(
-        model, tmp_path / "ckpts",
-        train={"total_steps": 3, "batch_size": 8, "seq_length": 1024, "eval_interval": 100, "checkpoint_interval": 100},
+        model,
+        tmp_path / "ckpts",
+        train={
+            "total_steps": 3,
+            "batch_size": 8,
+            "seq_length": 1024,
+            "eval_interval": 100,
+            "checkpoint_interval": 100,
+        },
         tokenizer={"truncation_side": "right"},
-    )  # fmt: skip
+    )
     more = [
         f"data.cache={tmp_path / 'cache'}",
         "data.format=segments" if samples is TEXTS else "data.format=dialogue",
@@ -113,7 +120,7 @@ def test_dialogues_are_the_same_tokens(
         template="none",
         special_tokens="allow",
         max_length=length,
-        too_long=f"truncate_{side}",
+        too_long="truncate_left" if side == "left" else "truncate_right",
     )
     assert [(example.ids.tolist(), example.weights.tolist()) for example in native] == expected
 
@@ -129,7 +136,11 @@ def test_texts_are_the_same_tokens(parts: list[str], side: str, length: int) -> 
     tokenizer.truncation_side = side
     row = {"segments": [{"text": "".join(parts), "weight": 1}]}
     (native,) = encode(
-        row, tokenizer, special_tokens="allow", max_length=length, too_long=f"truncate_{side}"
+        row,
+        tokenizer,
+        special_tokens="allow",
+        max_length=length,
+        too_long="truncate_left" if side == "left" else "truncate_right",
     )
     expected = PromptPipeline(["".join(parts)], length, tokenizer)[0]["input_ids"]
     assert native.ids.tolist() == expected

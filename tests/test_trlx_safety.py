@@ -57,7 +57,7 @@ def steps_of(folder: Path) -> list[int]:
     ]
 
 
-# --- an error loses nothing -------------------------------------------------------------------------------------------
+# --- an error loses nothing -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", [2, 3], ids=["on the way", "at the end"])
@@ -180,7 +180,7 @@ def test_a_signal_saves_once(model: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2", "sftx"]
 
 
-# --- nothing of the user's is deleted, nothing of another run is taken for this one's ---------------------------------
+# --- nothing of the user's is deleted, nothing of another run is taken for this one's -------------
 
 
 def test_a_folder_of_the_users_is_left_alone(
@@ -272,7 +272,7 @@ def test_an_adapter_of_an_earlier_run_is_not_loaded_over_a_whole_model(
         trainer.save_pretrained(str(tmp_path / "adapter"))
 
 
-# --- a damaged or hostile model folder --------------------------------------------------------------------------------
+# --- a damaged or hostile model folder ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_damaged_model_is_refused_where_the_adapter_asks_for_its_type(
         trlx.train(samples=SAMPLES, config=ours)
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pad", ["<pad>", None])
@@ -320,7 +320,7 @@ def test_a_pad_token_is_set_only_where_there_is_none(
     assert trainer.decode([ended[:2]], [ended], append_eos_token=True)[2] == ["a<eos>"]
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_brackets_in_a_text_are_no_markup(
     assert "metrics/[/m]: 1.5" in shown
 
 
-# --- options of saving ------------------------------------------------------------------------------------------------
+# --- options of saving ----------------------------------------------------------------------------
 
 
 def test_options_of_saving_apply_or_are_refused_once_all_is_written(
@@ -429,7 +429,7 @@ def test_options_of_saving_apply_or_are_refused_once_all_is_written(
     assert checkpoint.newest(tmp_path / "state") is not None
 
 
-# --- what comes after -------------------------------------------------------------------------------------------------
+# --- what comes after -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["whole", "adapter"])

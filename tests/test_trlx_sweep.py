@@ -27,11 +27,13 @@ def main(hparams):
     with open(folder / "metrics.jsonl", "w") as file:
         for step in (1, 2):
             score = step - abs(hparams["optimizer.kwargs.lr"] - helper.BEST)
-            line = {"step": step, "loss": 1 / step, "eval": {"metrics/score": score} if step == 2 else None}
+            told = {"metrics/score": score} if step == 2 else None
+            line = {"step": step, "loss": 1 / step, "eval": told}
             file.write(json.dumps(line) + "\\n")
 """
 CONFIG = """
-tune_config: {mode: max, metric: metrics/score, search_alg: SEARCH, scheduler: SCHEDULER, num_samples: 2}
+tune_config: {mode: max, metric: metrics/score, search_alg: SEARCH, scheduler: SCHEDULER,
+    num_samples: 2}
 train.seed:
   strategy: grid
   values: [1, 13]

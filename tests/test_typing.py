@@ -94,8 +94,10 @@ def rows():
     yield ["a", "b"]
 
 sftx.train(model="m", data=[["a", "b"]], output="o", batch={"epochs": 2}, adapter="lora")
-sftx.train(model=Path("m"), data=rows(), output=Path("o"), batch=Batch(), optim={"betas": (0.9, 0.95)})
-sftx.train(model={"path": "m", "freeze": ["a"]}, data={"train": ["a", {"path": "b", "weight": 2}]}, output="o")
+sftx.train(model=Path("m"), data=rows(), output=Path("o"), batch=Batch(), optim={"betas": (0.9,
+    0.95)})
+sftx.train(model={"path": "m", "freeze": ["a"]}, data={"train": ["a", {"path": "b",
+    "weight": 2}]}, output="o")
 result = sftx.train(sftx.load_config("run.yaml"))
 reveal_type(sftx.train)
 reveal_type(result.metrics)
@@ -107,10 +109,14 @@ anything: dict = {}
 sftx.train(**anything)
 """
 WRONG = {
-    'sftx.train(model="m", data="d", output="o", batch={"epoch": 2})': 'not assignable to "BatchSettings"',
+    'sftx.train(model="m", data="d", output="o", batch={"epoch": 2})': (
+        'not assignable to "BatchSettings"'
+    ),
     'sftx.train(model="m", data={"trian": "d"}, output="o")': "DataSettings",
     'sftx.train(model="m", data="d", output="o", epochs=2)': "No overloads",
-    'sftx.steps(model="m", data="d", output="o", optim={"schedule": "cosin"})': 'not assignable to "OptimSettings"',
+    'sftx.steps(model="m", data="d", output="o", optim={"schedule": "cosin"})': (
+        'not assignable to "OptimSettings"'
+    ),
     'sftx.train(model="m", output="o")': "No overloads",
     'sftx.train(sftx.load_config("a"), batch={"epochs": 2})': "No overloads",
     'sftx.make_config(model="m", data="d", output="o", seed="1")': 'not assignable to "int"',

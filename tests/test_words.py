@@ -34,12 +34,12 @@ def trained(
     if rule is not None:
         split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
         cut = pre_tokenizers.Sequence([split, cut])
-        made.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    made.pre_tokenizer = cut  # pyright: ignore[reportAttributeAccessIssue]
+        made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = cut
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
         SAMPLE, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )  # pyright: ignore[reportCallIssue]
+    )
     made.add_tokens(list(added))
     return made
 
@@ -87,13 +87,13 @@ def test_others_are_left_alone() -> None:
     assert not tokenises_by_word(trained(r"\s+|[^\s]+"))
     for added in (tokenizers.AddedToken("x y"), tokenizers.AddedToken("<m>", lstrip=True), "a.b"):
         assert not tokenises_by_word(trained(RULE, (added,)))
-    plain.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
+    plain.normalizer = normalizers.Lowercase()
     assert not tokenises_by_word(plain)
     spaced = trained(None)
-    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert not tokenises_by_word(spaced)
     metaspace = Tokenizer(models.BPE())
-    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
     assert not tokenises_by_word(metaspace)
     assert not tokenises_by_word(Tokenizer(models.Unigram()))
 

@@ -37,8 +37,8 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    raw.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<bos>",
@@ -103,6 +103,20 @@ def model(
         **{**SIZES, "vocab_size": vocab_size, "eos_token_id": 2, **changes}
     )
     return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+def embeddings(model: transformers.PreTrainedModel) -> torch.nn.Embedding:
+    """The module that turns token ids into vectors."""
+    found = model.get_input_embeddings()
+    assert isinstance(found, torch.nn.Embedding)
+    return found
+
+
+def head(model: transformers.PreTrainedModel) -> torch.nn.Linear:
+    """The module that turns hidden states into logits."""
+    found = model.get_output_embeddings()
+    assert isinstance(found, torch.nn.Linear)
+    return found
 
 
 def folder(path: Path, chat: bool = True, family: str = "Llama", **changes: Any) -> str:

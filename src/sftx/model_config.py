@@ -20,6 +20,8 @@ hundred.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 _COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?)")
 _DROPOUT = re.compile(r"(\w+_)?(dropout|pdrop)(_prob|_rate|_p)?")
+# The files of a folder that are read as text, and whose content may come into what is saved.
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Named by a file, any other kernel could be code of the hub. `flash_*` only says what the model's
 # author used.
@@ -49,6 +51,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is needed, found {str(value)[:40]}{again}")
     return value
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a model's folder of which a text file leads out to a file that belongs to no model, or
+    is no file at all. A trained model is saved with such texts (its chat template, say): a folder
+    of a stranger could have a private file saved, and published, with them.
+
+    Links into the hub's cache and into other models' folders are in use, and so are links of
+    weights, which are never copied as they are.
+
+    Raises:
+        UserError: naming the file, and where it leads.
+    """
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        if path.suffix not in _TEXTS:
+            continue
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: not a file that can be read; copy or download it again")
+        inside = target.is_relative_to(root)
+        if not inside and not any(target.parent.glob("*.safetensors")):
+            raise UserError(
+                f"{path}: a link to {target}, outside of the folder; if you want that file there, "
+                "copy it"
+            )
 
 
 def config_file(path: str) -> Path:

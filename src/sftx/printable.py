@@ -1,4 +1,4 @@
-"""Text of strangers (keys, paths, rows, messages of libraries), without what a terminal would obey."""
+"""Text of strangers (keys, paths, rows, messages), without what a terminal would obey."""
 
 from __future__ import annotations
 

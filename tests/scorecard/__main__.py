@@ -1,4 +1,4 @@
-"""`python -m scorecard [only=1,5,7] [json=FILE]`: the table, and `scorecard N/N` as the last line."""
+"""`python -m scorecard [only=1,5,7] [json=FILE]` prints the table, and `scorecard N/N` last."""
 
 from __future__ import annotations
 

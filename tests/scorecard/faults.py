@@ -149,7 +149,7 @@ def corruption(folder: Path) -> str:
 
 @contextlib.contextmanager
 def small_disk(path: Path, size: int) -> Iterator[None]:
-    """Inside, a file system of `size` bytes at `path`, seen by this process and its children only."""
+    """Inside, `path` is a file system of `size` bytes that this process and its children see."""
     libc = ctypes.CDLL(None, use_errno=True)
     path.mkdir()
     identity = os.getuid(), os.getgid()

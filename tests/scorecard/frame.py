@@ -118,7 +118,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_apart(one: Check) -> Outcome:
-    """Run a check in a process of its own; kill it and all that it started when its time is over."""
+    """Run a check in a process of its own; kill it and its children when its time is over."""
     mark = f"{os.getpid()}.{one.number}.{time.monotonic_ns()}"
     began, before = time.monotonic(), used()
     process = subprocess.Popen(

@@ -261,7 +261,7 @@ def stale(folder: Path) -> str:
 
     def text(**data: Any) -> str:
         corpus = reader.read(str(path), template=str(template), **data)
-        return tiny.tokenizer().decode(corpus.example(0).ids)
+        return str(tiny.tokenizer().decode(corpus.example(0).ids))
 
     def blocks() -> int:
         return len(list((folder / "cache").glob("??/*.safetensors")))

@@ -209,7 +209,7 @@ def packing(folder: Path) -> str:
 
 
 def reported(config: dict[str, Any]) -> list[dict[str, float]]:
-    """All numbers of a run that describe its mathematics: of every step, and of every evaluation."""
+    """All numbers that describe the mathematics of a run: of every step and every evaluation."""
     names = (
         "loss",
         "grad_norm",

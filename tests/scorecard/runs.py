@@ -121,7 +121,8 @@ def _become(work: Callable[[], int | None], log: Path) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-        logging.getLogger().handlers.clear()  # those of a test runner would keep warnings to themselves
+        # Those of a test runner would keep warnings to themselves
+        logging.getLogger().handlers.clear()
         code = work() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

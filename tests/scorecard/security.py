@@ -202,7 +202,9 @@ SHARED = (
 )
 BOMBS = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
-    "nested range": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested range": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    ),
     "long text": "{{ ('x' * 10000000000) | length }}",
     "doubling": "{% set n = namespace(t='xx') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t "
     "%}{% endfor %}",

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(
                 2
-            )  # rank 0 mostly says the same, and the launcher then ends this rank before it repeats it
+                # Rank 0 mostly says the same; the launcher then ends this rank before it does.
+            )
         print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ def tokenizer_and_length(config: Config) -> tuple[Tokenizer, int]:
 
 
 def whole_number(key: str, value: str, least: int = 1) -> int:
-    """The number that a verb's own `key` was given; UserError if it is none, or less than `least`."""
+    """The number given for a verb's own `key`; UserError if it is none, or less than `least`."""
     if not value.isdecimal() or int(value) < least:
         raise UserError(f"sftx {key}={value!r}: expected a whole number of at least {least}")
     return int(value)

@@ -12,6 +12,7 @@ them; a template's file likewise.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sftx.printable import printable
@@ -60,7 +61,7 @@ def run(
             f"sftx export: trust_remote_code={trust_remote_code!r}; allowed: true, false"
         )
     clear_leftovers(target)
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(
             f"sftx export: {target} exists and is not overwritten; choose another with to="
         )

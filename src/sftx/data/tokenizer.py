@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sftx.boundary import boundary
 from sftx.data.store.word_cache import WORD, WordCache, tokenises_by_word
-from sftx.model_config import read_json
+from sftx.model_config import check_links, read_json
 from sftx.settings.schema import Model
 from sftx.types import Int32, UserError
 
@@ -71,6 +71,7 @@ class Tokenizer:
     def load(cls, path: str) -> Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
         folder = Path(path) if Path(path).is_dir() else _download(path)
+        check_links(folder)
         with boundary(f"{path}: no usable tokenizer there"):
             return cls._of_folder(folder)
 

@@ -52,7 +52,7 @@ runtime: {{device: cpu, threads: 1}}
 
 
 class Size(NamedTuple):
-    """How much there is to learn, and how much is spent on it; `epochs` of stage 1 and of stage 2."""
+    """How much there is to learn and how long to train; `epochs` of stage 1 and of stage 2."""
 
     people: int = 80
     retellings: int = 8
@@ -161,7 +161,7 @@ def _continued(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
 
 
 def _fresh(folder: Path) -> Path:
-    """An empty folder: what an earlier quick start left there is removed, anything else is refused."""
+    """Empty the folder of what an earlier quick start left; refuse one with anything else."""
     if folder.is_file() or (
         folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists()
     ):

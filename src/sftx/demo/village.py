@@ -38,7 +38,7 @@ class Village:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A section of village.txt. The first of a trait's `sentences` answers each of its `questions`."""
+    """A section of village.txt. The first of the `sentences` answers each of the `questions`."""
 
     values: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)

@@ -50,7 +50,7 @@ class _Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not self.weight.requires_grad:
             return super().forward(input)
-        return _Rows.apply(input, self.weight, self.padding_idx)  # pyright: ignore[reportReturnType]
+        return _Rows.apply(input, self.weight, self.padding_idx)
 
 
 class _Rows(torch.autograd.Function):

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from sftx.boundary import boundary
 from sftx.model import lora, mixture
 from sftx.model.checkpointing import decoder_layers
-from sftx.model_config import read_json
+from sftx.model.patterns import check_patterns
+from sftx.model_config import check_links, read_json
 from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
@@ -59,6 +60,9 @@ def _new(
     model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None
 ) -> PeftModel:
     torch.manual_seed(seed)
+    if adapter.targets != "all-linear":
+        names = [name for name, _ in model.named_modules()]
+        check_patterns("adapter.targets", {"target_modules": adapter.targets}, names)
     routers = (
         mixture.routers(model) if adapter.targets == "all-linear" else []
     )  # who wants them adapted names them
@@ -154,6 +158,9 @@ def _continued(
             else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
         )
         _check_folder(Path(folder))
+        file = Path(folder) / "adapter_config.json"
+        names = [name for name, _ in model.named_modules()]
+        check_patterns(f"adapter.path: {file}", read_json(file), names)
         config: Any = PeftConfig.from_pretrained(folder)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -201,6 +208,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(
             f"adapter.path: {folder} has no adapter_model.safetensors; pickled weights are not read"
         )
+    check_links(folder)
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError(f"adapter.path: {folder} has no adapter_config.json")

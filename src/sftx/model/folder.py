@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from sftx.boundary import boundary
-from sftx.model_config import check_config, config_file, read_json
+from sftx.model_config import check_config, check_links, config_file, read_json
 from sftx.settings.schema import Model
 from sftx.types import UserError
 
@@ -33,6 +33,7 @@ def load_config(model: Model) -> Any:
                 f"model.path: {model.path} holds no config.json; a Hugging Face model folder is "
                 "needed"
             )
+        check_links(Path(model.path))
     check_config(read_json(file), f"model.path: {file}", model.trust_remote_code)
     with boundary(f"model.path: {file} cannot be read as a model"):
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

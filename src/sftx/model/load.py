@@ -72,7 +72,7 @@ def load_model(
         # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes
         # through any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore
+            module.support_avx512bf16_for_cpu = False
     loaded = loaded if nf4 else loaded.to(device)
     with (
         boundary(f"model.path: {model.path} cannot compute with what its config.json says"),

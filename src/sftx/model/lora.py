@@ -65,7 +65,7 @@ class LoraLinear(Linear):
         settings = self.scaling[name], base, low_rank
         return _LoraLinear.apply(
             x, self.base_layer.weight, self.base_layer.bias, down, up, settings
-        )  # pyright: ignore[reportReturnType]
+        )
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -136,7 +136,7 @@ def fused_cross_entropy_sum(
             grad *= transform.scale
         return (losses.double() * weight[s]).sum(), grad
 
-    return _FusedCrossEntropy.apply(hidden, head, bias, chunk)  # pyright: ignore[reportReturnType]
+    return _FusedCrossEntropy.apply(hidden, head, bias, chunk)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):

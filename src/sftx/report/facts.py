@@ -64,7 +64,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """The facts in a run.json; {} if there is none.
 
     Raises:
-        UserError: it is not JSON, no object, or a fact is not of its kind; the message says what to do.
+        UserError: it is not JSON, no object, or a fact is not of its kind.
     """
     if not path.exists():
         return {}

@@ -38,6 +38,7 @@ def owned(folder: Path) -> Iterator[None]:
 
     Raises UserError, with the owner's host, process and start time, where another run owns it.
     """
+    _refuse_links_out(folder)
     make_folder(folder)
     lock = FileLock(folder / LOCK, blocking=False, thread_local=False)
     try:
@@ -57,6 +58,19 @@ def owned(folder: Path) -> Iterator[None]:
             _remove_if_empty(folder)
     finally:
         lock.release()
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """A run writes and deletes in its folder: a link in it must not make that happen elsewhere."""
+    root = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = Path(place) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"output: {path} is a link to {path.resolve()}, outside of the folder; a run "
+                    "does not write there. Remove it, or make the whole output folder a link"
+                )
 
 
 def _myself() -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Run:
         return said
 
     def unreadable(self) -> list[str]:
-        """In words, what is missing in the record of a finished run; what can be read of it stays."""
+        """In words, what is missing in the record of a finished run; the rest of it stays."""
         lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
         missing = expected - len({line["step"] for line in lines} - {0})
         if not missing:

@@ -102,7 +102,7 @@ def _type_in_words(annotation: Any) -> str:
 
 
 def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> str:
-    """What to write instead of the unknown `key` found in `section`, whose dotted name is `prefix`."""
+    """What to write instead of the unknown `key` in `section`, whose dotted name is `prefix`."""
     name = key.strip("-").replace("-", "_").rpartition(".")[2]
     known = settings()
     same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == name]

@@ -1,7 +1,7 @@
-"""The settings of a run as types, so that an editor completes them and a type checker finds a misspelt one.
+"""The settings of a run as types: editors complete them, type checkers find a misspelt one.
 
-Made from the schema by `sftx schema format=python`; do not edit. Nothing here is read while a run is made: `Config`
-alone decides what is allowed.
+Made from the schema by `sftx schema format=python`; do not edit. Nothing here is read while a run
+is made: `Config` alone decides what is allowed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class SourceSettings(TypedDict, total=False):
     name: Text | None
     """Name in reports; default: the path."""
     weight: float
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row twice per epoch
-    and 0.5 half of them: another half in each epoch, no row again before all were shown.
+    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row
+    twice per epoch and 0.5 half of them: another half in each epoch, no row again before all were
+    shown.
     """
 
 
@@ -60,64 +61,80 @@ class ModelSettings(TypedDict, total=False):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
     path: Required[Text | PreTrainedModel]
-    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the hub."""
+    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the
+    hub.
+    """
     tokenizer: Text | None
     """Folder or hub name of the tokenizer, if it is not the model's own."""
     trust_remote_code: bool
-    """Run Python code that comes with the model. Off unless you set it; recorded in the run folder."""
+    """Run Python code that comes with the model. Off unless you set it; recorded in the run folder.
+    """
     save_dtype: Literal["auto", "fp32", "bf16"]
-    """How the trained weights are stored; `auto` = as in the model the run starts from. Training itself is in fp32."""
+    """How the trained weights are stored; `auto` = as in the model the run starts from. Training
+    itself is in fp32.
+    """
     add_tokens: Sequence[Text]
-    """Words this run gives a token of their own, matched wherever they stand in a text. A new token's rows in the
-    embeddings and the head start at the mean of the others plus a little noise by `seed` (0.02 standard
-    deviations). With an adapter, the rows of all tokens listed here train beside it, those of tokens the model
-    already has too.
+    """Words this run gives a token of their own, matched wherever they stand in a text. A new
+    token's rows in the embeddings and the head start at the mean of the others plus a little noise
+    by `seed` (0.02 standard deviations). With an adapter, the rows of all tokens listed here train
+    beside it, those of tokens the model already has too.
     """
     add_special_tokens: Sequence[Text]
-    """The same for control tokens, such as a chat template's markers; `data.special_tokens` says what their text
-    means inside a row.
+    """The same for control tokens, such as a chat template's markers; `data.special_tokens` says
+    what their text means inside a row.
     """
     unfrozen_layers: int | None
-    """Train only the last so many layers, the final norm and a head that is not tied to the (frozen) embeddings; 0 =
-    the final norm alone. Default: all weights.
+    """Train only the last so many layers, the final norm and a head that is not tied to the
+    (frozen) embeddings; 0 = the final norm alone. Default: all weights.
     """
     freeze: Sequence[Text] | None
-    """Names of parameters that stay as they are, with `*` for any text: [model.embed_tokens.*, '*.norm.weight']."""
+    """Names of parameters that stay as they are, with `*` for any text: [model.embed_tokens.*,
+    '*.norm.weight'].
+    """
     train_only: Sequence[Text] | None
     """Names of the only parameters that train, in the form of `freeze`."""
 
 
 class DataSettings(TypedDict, total=False):
-    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data: {train: PATH}`."""
+    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data:
+    {train: PATH}`.
+    """
 
     train: Text | Sequence[Text | SourceSettings | schema.Source] | None
-    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a glob, a folder)."""
+    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
+    glob, a folder).
+    """
     rows: Rows | None
-    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output, ...] lists or
-    dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`.
+    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,
+    ...] lists or dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`.
     """
     eval: Text | Sequence[Text | SourceSettings | schema.Source] | None
     """Held-out rows, in the same forms as `train`."""
     eval_rows: Rows | None
     """Held-out rows held in memory (Python only)."""
     eval_split: float
-    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by row."""
+    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by
+    row.
+    """
     mix_by: Literal["rows", "tokens"]
-    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or its share of the
-    `tokens` of an epoch (which then has as many tokens as all sources together: small sources are repeated).
+    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or
+    its share of the `tokens` of an epoch (which then has as many tokens as all sources together:
+    small sources are repeated).
     """
     format: Literal[
         "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
     ]
-    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is an error."""
+    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is
+    an error.
+    """
     columns: Mapping[str, Text | None]
-    """New names for columns: {question: prompt, answer: completion}; a column named null is left out. Each must be
-    in some row.
+    """New names for columns: {question: prompt, answer: completion}; a column named null is left
+    out. Each must be in some row.
     """
     template: Text
-    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns are refused; `none`
-    = turns joined as they are, EOS after the last output; else a .jinja file or a bundled template: chatml,
-    plain.
+    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns
+    are refused; `none` = turns joined as they are, EOS after the last output; else a .jinja file or
+    a bundled template: chatml, plain.
     """
     train_on: (
         Literal["all", "last"]
@@ -127,17 +144,25 @@ class DataSettings(TypedDict, total=False):
     max_length: int | None
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
     too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"]
-    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue is cut between
-    turns where its turns fit, each piece keeping as much context as fits.
+    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue
+    is cut between turns where its turns fit, each piece keeping as much context as fits.
     """
     on_bad_row: Literal["stop", "skip"]
-    """A malformed row stops the run with its file and line, or is dropped, counted and listed in the ledger."""
+    """A malformed row stops the run with its file and line, or is dropped, counted and listed in
+    the ledger.
+    """
     forced_opening: Literal["close", "error"]
-    """For templates whose prompt opens a thought that the row lacks: close it as the template does, or refuse."""
+    """For templates whose prompt opens a thought that the row lacks: close it as the template does,
+    or refuse.
+    """
     lost_reasoning: Literal["note", "error"]
-    """Reasoning of a turn that the template does not write: the row is trained without it and counted, or refused."""
+    """Reasoning of a turn that the template does not write: the row is trained without it and
+    counted, or refused.
+    """
     special_tokens: Literal["escape", "allow"]
-    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the control token."""
+    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the
+    control token.
+    """
     cache: Text | None
     """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
     workers: int | None
@@ -165,7 +190,9 @@ class OptimSettings(TypedDict, total=False):
     learning_rate: float | None
     """Peak learning rate; default: 2e-5 for all weights, 2e-4 for an adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"]
-    """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the run."""
+    """Shape after the warm-up; `wsd` = constant, then a linear decay over the last `decay` of the
+    run.
+    """
     warmup: float
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
     decay: float
@@ -181,30 +208,40 @@ class OptimSettings(TypedDict, total=False):
     max_grad_norm: float
     """Clip the global gradient norm to this; 0 does not clip."""
     weights: Literal["fp32", "bf16_stochastic"]
-    """How weights are kept while training: in fp32, or in bf16 (gradients too; the means stay fp32: 12 bytes a
-    parameter for 16), each update rounded up or down at random by how near it is, so that small ones are not
-    lost.
+    """How weights are kept while training: in fp32, or in bf16 (gradients too; the means stay fp32:
+    12 bytes a parameter for 16), each update rounded up or down at random by how near it is, so
+    that small ones are not lost.
     """
     max_bad_steps: int
-    """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops with exit code 3."""
+    """Steps with a non-finite loss or gradient that may be skipped in a row before the run stops
+    with exit code 3.
+    """
 
 
 class LossSettings(TypedDict, total=False):
-    """What is added to the plain objective, the weighted mean of -log p. All of it only while training: held-out
-    loss is always the plain one. The reported training loss is the whole objective.
+    """What is added to the plain objective, the weighted mean of -log p. All of it only while
+    training: held-out loss is always the plain one. The reported training loss is the whole
+    objective.
     """
 
     label_smoothing: float
     """Train towards (1 - this) on the label and this spread evenly over all rows of the head."""
     z_loss: float
-    """Add this times log(Z)^2 per target, Z = sum of exp(logits), so that logits do not drift (PaLM: 1e-4)."""
+    """Add this times log(Z)^2 per target, Z = sum of exp(logits), so that logits do not drift
+    (PaLM: 1e-4).
+    """
     dft: bool
-    """Dynamic fine-tuning (arXiv:2508.05629): weigh each target's cross-entropy by its probability, as a constant."""
+    """Dynamic fine-tuning (arXiv:2508.05629): weigh each target's cross-entropy by its probability,
+    as a constant.
+    """
     neftune_alpha: float
-    """Add uniform noise of up to this / sqrt(tokens of the example x hidden size) to embeddings (arXiv:2310.05914)."""
+    """Add uniform noise of up to this / sqrt(tokens of the example x hidden size) to embeddings
+    (arXiv:2310.05914).
+    """
     router_aux: float
-    """Add this times the load-balancing loss of a mixture of experts: computed for each example alone, over its
-    tokens and all layers, and averaged over the examples by their weight, so that packing does not change it.
+    """Add this times the load-balancing loss of a mixture of experts: computed for each example
+    alone, over its tokens and all layers, and averaged over the examples by their weight, so that
+    packing does not change it.
     """
 
 
@@ -212,9 +249,9 @@ class AdapterSettings(TypedDict, total=False):
     """Which weights train. `adapter: lora` is short for `adapter: {method: lora}`."""
 
     method: Literal["none", "lora", "rslora", "dora"]
-    """`none` trains all weights; the others train a low-rank adapter through peft. The folder of a `lora` is laid
-    out as vLLM and llama.cpp load it (an `rslora` for vLLM); serve a `dora`, or one with added tokens, by `sftx
-    export`.
+    """`none` trains all weights; the others train a low-rank adapter through peft. The folder of a
+    `lora` is laid out as vLLM and llama.cpp load it (an `rslora` for vLLM); serve a `dora`, or one
+    with added tokens, by `sftx export`.
     """
     rank: int
     """Rank of the adapter."""
@@ -225,11 +262,13 @@ class AdapterSettings(TypedDict, total=False):
     targets: Text | Sequence[Text]
     """Modules to adapt: `all-linear` (all but the head), or names."""
     path: Text | None
-    """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank, alpha, dropout and
-    targets. `method` must be its method.
+    """Start from this saved adapter (a folder or a hub name): it trains on, and has its own rank,
+    alpha, dropout and targets. `method` must be its method.
     """
     quantize: Literal["none", "nf4"]
-    """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too) by bitsandbytes."""
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA: NF4, block scales quantised too)
+    by bitsandbytes.
+    """
     merge: bool
     """Also write the merged model, as `sftx export` does, into `OUTPUT/merged`."""
 
@@ -249,18 +288,24 @@ class CheckpointSettings(TypedDict, total=False):
     every: int
     """Save every so many steps; 0 = only by `minutes`, and when the run is stopped by a signal."""
     minutes: float
-    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by time. Where there
-    is no room for such a checkpoint the run says so and goes on.
+    """Save when so many minutes have passed since the last save, at the end of a step; 0 = not by
+    time. Where there is no room for such a checkpoint the run says so and goes on.
     """
     keep: int
-    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out loss."""
+    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out
+    loss.
+    """
     background: bool
-    """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the next step."""
+    """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
+    next step.
+    """
     resume: Literal["auto", "never", "must"]
-    """`auto` continues a run found in the output folder; `never` refuses to touch one; `must` refuses to start anew."""
+    """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
+    refuses to start anew.
+    """
     resume_allow: Sequence[Text]
-    """What may differ from the run that is continued: dotted settings, sections, or `data`. It is recorded; any
-    other difference is refused.
+    """What may differ from the run that is continued: dotted settings, sections, or `data`. It is
+    recorded; any other difference is refused.
     """
 
 
@@ -272,30 +317,34 @@ class RuntimeSettings(TypedDict, total=False):
     precision: Literal["auto", "fp32", "bf16"]
     """`bf16` computes in bfloat16 over fp32 weights; `auto` = bf16 on a GPU, fp32 on a CPU."""
     tokens_per_pack: int | None
-    """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the device. An
-    example longer than this is a pack of its own.
+    """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the
+    device. An example longer than this is a pack of its own.
     """
     recompute: Literal["auto", "none", "all"] | int
-    """Decoder layers (none, all, or how many) whose activations are computed again in the backward pass instead of
-    kept: less memory for about a third more time. `auto` = as few as fit into the memory at hand.
+    """Decoder layers (none, all, or how many) whose activations are computed again in the backward
+    pass instead of kept: less memory for about a third more time. `auto` = as few as fit into the
+    memory at hand.
     """
     compile: Literal["auto", "on", "off"]
-    """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it (see
-    docs/performance.md) and the model allows it.
+    """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it
+    (see docs/performance.md) and the model allows it.
     """
     threads: int | None
-    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a control group's quota
-    leaves, shared among the processes of the machine; fewer where other programs use the cores and that is faster
-    (measured at the start). A run that is continued keeps its number.
+    """CPU threads of one process; default: OMP_NUM_THREADS, else one per physical core that a
+    control group's quota leaves, shared among the processes of the machine; fewer where other
+    programs use the cores and that is faster (measured at the start). A run that is continued keeps
+    its number.
     """
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"]
-    """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model: `replicate` = whole in
-    each; `fsdp` = in shards over all; `hsdp` = in shards within a node, which nodes repeat; `auto` = `replicate`
-    where weights, gradients and optimiser fit into half the memory of a GPU, else `fsdp`. One process holds all
-    of it.
+    """How several processes (started by torchrun, or `sftx train nproc=8`) hold the model:
+    `replicate` = whole in each; `fsdp` = in shards over all; `hsdp` = in shards within a node,
+    which nodes repeat; `auto` = `replicate` where weights, gradients and optimiser fit into half
+    the memory of a GPU, else `fsdp`. One process holds all of it.
     """
     rank_timeout: float
-    """Seconds for which a process may wait for another; then the job ends and the silent one is named."""
+    """Seconds for which a process may wait for another; then the job ends and the silent one is
+    named.
+    """
     progress: bool
     """Show progress on the terminal."""
 

@@ -8,35 +8,29 @@ rounding.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
-"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path:
-PATH}`.
-"""
+from sftx.settings.data_section import Data, Source
+from sftx.settings.section import SHORT_FORMS, Section
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, every field documented."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        name = cls.__name__.lower()
-        if name in SHORT_FORMS and isinstance(value, str):
-            return {SHORT_FORMS[name]: value}
-        return {"rows": value} if name == "data" and isinstance(value, list) else value
+__all__ = [
+    "SHORT_FORMS",
+    "Adapter",
+    "Batch",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Eval",
+    "Loss",
+    "Model",
+    "Optim",
+    "Runtime",
+    "Section",
+    "Source",
+]
 
 
 class Model(Section):
@@ -55,13 +49,13 @@ class Model(Section):
     """How the trained weights are stored; `auto` = as in the model the run starts from. Training
     itself is in fp32.
     """
-    add_tokens: list[str] = []
+    add_tokens: list[str] = Field(default=[])
     """Words this run gives a token of their own, matched wherever they stand in a text. A new
     token's rows in the embeddings and the head start at the mean of the others plus a little noise
     by `seed` (0.02 standard deviations). With an adapter, the rows of all tokens listed here train
     beside it, those of tokens the model already has too.
     """
-    add_special_tokens: list[str] = []
+    add_special_tokens: list[str] = Field(default=[])
     """The same for control tokens, such as a chat template's markers; `data.special_tokens` says
     what their text means inside a row.
     """
@@ -75,93 +69,6 @@ class Model(Section):
     """
     train_only: list[str] | None = None
     """Names of the only parameters that train, in the form of `freeze`."""
-
-
-class Source(Section):
-    """One data set of a mixture."""
-
-    path: str
-    """A file, glob, folder or hub data set."""
-    name: str | None = None
-    """Name in reports; default: the path."""
-    weight: float = Field(default=1.0, gt=0)
-    """Weight of this source in the mixture, as `data.mix_by` reads it; by rows, 2.0 shows every row
-    twice per epoch and 0.5 half of them: another half in each epoch, no row again before all were
-    shown.
-    """
-
-
-class Data(Section):
-    """What to train on, and how text becomes weighted tokens. `data: PATH` is short for `data:
-    {train: PATH}`.
-    """
-
-    train: str | list[str | Source] | None = None
-    """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
-    glob, a folder).
-    """
-    rows: list[Any] | None = None
-    """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,
-    ...] lists or dictionaries. `data=ROWS` is short for `data={"rows": ROWS}`.
-    """
-    eval: str | list[str | Source] | None = None
-    """Held-out rows, in the same forms as `train`."""
-    eval_rows: list[Any] | None = None
-    """Held-out rows held in memory (Python only)."""
-    eval_split: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training rows to hold out when no held-out data is given; chosen by seed, row by
-    row.
-    """
-    mix_by: Literal["rows", "tokens"] = "rows"
-    """What the weights of `train` count: how often the `rows` of a source are shown in an epoch, or
-    its share of the `tokens` of an epoch (which then has as many tokens as all sources together:
-    small sources are repeated).
-    """
-    format: Literal[
-        "auto", "text", "pairs", "dialogue", "messages", "sharegpt", "alpaca", "segments", "tokens"
-    ] = "auto"
-    """Shape of the rows. `auto` decides once per file from its first row; a row of another shape is
-    an error.
-    """
-    columns: dict[str, str | None] = {}
-    """New names for columns: {question: prompt, answer: completion}; a column named null is left
-    out. Each must be in some row.
-    """
-    template: str = "auto"
-    """How turns become text: `auto` = the tokenizer's chat template, without which rows of turns
-    are refused; `none` = turns joined as they are, EOS after the last output; else a .jinja file or
-    a bundled template: chatml, plain.
-    """
-    train_on: (
-        Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]]
-    ) = "all"
-    """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest example in tokens; default: the positions of the model, at most 8,192."""
-    too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"] = "split"
-    """What to do with a longer one. `split` keeps every target: text is cut in pieces; a dialogue
-    is cut between turns where its turns fit, each piece keeping as much context as fits.
-    """
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """A malformed row stops the run with its file and line, or is dropped, counted and listed in
-    the ledger.
-    """
-    forced_opening: Literal["close", "error"] = "close"
-    """For templates whose prompt opens a thought that the row lacks: close it as the template does,
-    or refuse.
-    """
-    lost_reasoning: Literal["note", "error"] = "note"
-    """Reasoning of a turn that the template does not write: the row is trained without it and
-    counted, or refused.
-    """
-    special_tokens: Literal["escape", "allow"] = "escape"
-    """Text in a row that spells a special token: `escape` keeps it text; `allow` makes it the
-    control token.
-    """
-    cache: str | None = None
-    """Folder of the token cache; default: $SFTX_CACHE, else ~/.cache/sftx."""
-    workers: int | None = Field(default=None, ge=0)
-    """Processes that encode; default: one per core. 0 encodes in this process."""
 
 
 class Batch(Section):
@@ -332,7 +239,7 @@ class Checkpoint(Section):
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
     refuses to start anew.
     """
-    resume_allow: list[str] = []
+    resume_allow: list[str] = Field(default=[])
     """What may differ from the run that is continued: dotted settings, sections, or `data`. It is
     recorded; any other difference is refused.
     """

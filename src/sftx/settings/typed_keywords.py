@@ -1,9 +1,8 @@
-"""The schema as Python types: what `sftx/settings/keywords.py` holds, which editors and type
-checkers read.
+"""The schema as Python types, for editors and type checkers.
 
-`sftx schema format=python` prints it. The types take what `settings.make_config` takes: paths as
-text or as `Path`, lists as lists or tuples, a section as a dictionary, as its section object or in
-its short form.
+`sftx schema format=python` prints them; `sftx/settings/keywords.py` holds them. The types take what
+`settings.make_config` takes: paths as text or as `Path`, lists as lists or tuples, a section as a
+dictionary, as its section object or in its short form.
 """
 
 from __future__ import annotations
@@ -17,11 +16,14 @@ from pydantic.fields import FieldInfo
 from sftx.settings.describe import doc, section_of
 from sftx.settings.schema import SHORT_FORMS, Config, Model, Section, Source
 
-HEAD = '''\
-"""The settings of a run as types, so that an editor completes them and a type checker finds a misspelt one.
+WIDTH = 100
+"""Characters of a line, as the formatter of the project has it."""
 
-Made from the schema by `sftx schema format=python`; do not edit. Nothing here is read while a run is made: `Config`
-alone decides what is allowed.
+HEAD = '''\
+"""The settings of a run as types: editors complete them, type checkers find a misspelt one.
+
+Made from the schema by `sftx schema format=python`; do not edit. Nothing here is read while a run
+is made: `Config` alone decides what is allowed.
 """
 
 from __future__ import annotations
@@ -82,17 +84,29 @@ def _typed_dict(name: str, section: type[Section]) -> str:
         annotation = _field_type(key, field)
         if field.is_required():
             annotation = f"Required[{annotation}]"
-        lines += [f"    {key}: {annotation}", *_docstring(doc(field))]
+        lines += [*_annotated(key, annotation), *_docstring(doc(field))]
     return "\n".join(lines) + "\n"
+
+
+def _annotated(key: str, annotation: str) -> list[str]:
+    """The lines of `key: annotation`, broken as the formatter breaks them."""
+    line = f"    {key}: {annotation}"
+    if len(line) <= WIDTH:
+        return [line]
+    if " | " not in annotation:
+        outer, _, inner = annotation.removesuffix("]").partition("[")
+        return [f"    {key}: {outer}[", f"        {inner}", "    ]"]
+    return [f"    {key}: (", "        " + annotation.replace(" | ", "\n        | "), "    )"]
 
 
 def _docstring(text: str) -> list[str]:
     """`text` as the lines of a docstring, quotes included."""
-    lines = wrap(" ".join(text.split()), 110, break_long_words=False, break_on_hyphens=False)
-    if len(lines) == 1:
-        return [f'    """{lines[0]}"""']
-    first, *rest = lines
-    return [f'    """{first}', *(f"    {line}" for line in rest), '    """']
+    plain = " ".join(text.split())
+    line = f'    """{plain}"""'
+    if len(line) <= WIDTH:
+        return [line]
+    lines = wrap(f'"""{plain}', WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+    return [*(f"    {line}" for line in lines), '    """']
 
 
 def _field_type(key: str, field: FieldInfo) -> str:

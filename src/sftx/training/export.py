@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from sftx.boundary import boundary
 from sftx.data.encoder import Encoder, bundled_templates
 from sftx.data.tokenizer import Tokenizer
+from sftx.files import make_folder, sync
 from sftx.model.freeze import choose_weights
 from sftx.model.load import PackLoss, load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
@@ -195,7 +196,8 @@ def _beside(target: Path) -> Iterator[Path]:
     clear_leftovers(target)
     temporary = target.with_name(f".{target.name}.export-{host}-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
+        make_folder(target.parent)
+        temporary.mkdir()
         yield temporary
         if target.exists():
             if any(target.iterdir()) and not (target / "config.json").exists():
@@ -205,6 +207,7 @@ def _beside(target: Path) -> Iterator[Path]:
                 )
             shutil.rmtree(target)
         temporary.rename(target)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

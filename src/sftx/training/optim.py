@@ -106,7 +106,7 @@ class StochasticAdamW(torch.optim.AdamW):
     )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None) -> None:
         """One update; no closure is taken."""
         first = self.seed * 0x9E3779B9  # number of the weight that comes next
         for group in self.param_groups:

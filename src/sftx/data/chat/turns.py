@@ -184,7 +184,7 @@ class ChatTemplate:
         prompt = self.render(conversation, t, True, **switch)
         before = conversation.messages[t - 1]["role"]
         asks = before in _ASKS or (before != "assistant" and not header)
-        if not asks and prompt == self.render(conversation, t, False, **switch):
+        if not prompt or (not asks and prompt == self.render(conversation, t, False, **switch)):
             raise RowError(
                 f"turn {t}: the {self.name} has no prompt for an answer that follows a message of "
                 f"the role {before!r}: "
