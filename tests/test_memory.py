@@ -103,6 +103,90 @@ def test_the_peak_of_a_real_step_is_predicted(
     )  # 15 % would do; the rehearsal is nearer
 
 
+SSM = {"mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
+HYBRIDS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "DeepSeek-V3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+        0.1,
+    ),
+    "Bamba": ("Bamba", {"attn_layer_indices": [1, 3], "mamba_chunk_size": 64, **SSM}, 0.06),
+    "Falcon-H1": ("FalconH1", {"mamba_d_ssm": 128, "mamba_chunk_size": 64, **SSM}, 0.06),
+    "Mamba": ("Mamba", {"state_size": 8}, 0.06),
+    "Jamba": (
+        "Jamba",
+        {**JAMBA, "expert_layer_period": 2, "expert_layer_offset": 1, **EXPERTS},
+        0.06,
+    ),
+    "Jamba without experts": ("Jamba", {**JAMBA, "num_experts": 1, "num_experts_per_tok": 1}, 0.06),
+    "Qwen3-Next": (
+        "Qwen3Next",
+        {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 48,
+            **EXPERTS,
+        },
+        0.06,
+    ),
+    "Nemotron-H": (
+        "NemotronH",
+        {
+            "hybrid_override_pattern": "M*M-",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "chunk_size": 64,
+        },
+        0.2,
+    ),
+}
+"""Models of layers of several kinds, and how far the prediction may be off."""
+ONE_BY_ONE = {"Mamba", "Qwen3-Next"}
+
+
+@pytest.mark.parametrize("recomputed", [0, 4])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind == "DeepSeek-V3" else pytest.mark.long)
+        for kind in HYBRIDS
+    ],
+)
+def test_the_peak_of_a_hybrid_is_predicted(kind: str, recomputed: int) -> None:
+    family, changes, tolerance = HYBRIDS[kind]
+    shape = {**SHAPE, "num_hidden_layers": 4, "num_key_value_heads": 2, **changes}
+    loss = PackLoss(tiny.model(family, vocab_size=1000, **shape)).train()
+    if kind in ONE_BY_ONE:  # as the start-up checks decide
+        loss.run_one_by_one()
+    pack = blank_pack(96, 48, 0.5)
+    machine = Machine(torch.device("cpu"), torch.float32, 0)
+    predicted = MemoryEstimator(loss, machine, base=0).predict(pack, recomputed)
+    real = copy.deepcopy(loss)
+    recompute(real.model, recomputed)
+    peak = measured(real, [to_tensors(pack, torch.device("cpu"))] * 2, torch.float32)
+    assert predicted.peak - predicted.allocator == pytest.approx(peak, rel=tolerance)
+
+
 def test_a_model_that_has_just_run_can_be_predicted() -> None:
     loss = PackLoss(tiny.model()).train()
     pack = blank_pack(256, 100, 0.5)
