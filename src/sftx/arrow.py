@@ -1,9 +1,9 @@
-"""Rows that come from Arrow, whose structs give every row the keys of all rows: which nulls did
-somebody write?
+"""Rows that come from Arrow, whose structs give every row the keys of all rows.
 
-A struct whose fields are each filled in all rows, or in none, was not put together from different
-keys: its nulls are real. In any other struct a null may stand for a key that a row did not have,
-and is left out. The keys of a map are always those that were written.
+The question is which nulls somebody wrote. A struct whose fields are each filled in all rows, or in
+none, was not put together from different keys: its nulls are real. In any other struct a null may
+stand for a key that a row did not have, and is left out. The keys of a map are always those that
+were written.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ class Shape:
     fields: dict[str, Shape] = field(default_factory=dict)  # of a struct
     item: Shape | None = None  # of a list
     structs: int = 0  # how many structs stand here
-    filled: dict[str, int] = field(
-        default_factory=dict
-    )  # and in how many of them each field is not null
+    # In how many of them each field is not null.
+    filled: dict[str, int] = field(default_factory=dict)
 
     def invents(self) -> bool:
         """Whether some struct here may have keys that its row did not have."""
@@ -57,7 +56,7 @@ def _count(shape: Shape, values: Any) -> None:
         _count(shape.item, values.flatten())
 
 
-def as_written(row: Any, shape: Shape | None = None) -> Any:
+def as_written(row: object, shape: Shape | None = None) -> object:
     """A row without the null keys that Arrow may have invented; its columns all stay.
 
     Without a `shape`, no null key inside a column is taken for real.
@@ -69,28 +68,28 @@ def as_written(row: Any, shape: Shape | None = None) -> Any:
     return {name: _clean(value, shape.fields.get(name)) for name, value in row.items()}
 
 
-def rows_of(dataset: Any) -> Iterator[Any]:
+def rows_of(dataset: Any) -> Iterator[object]:
     """The rows of a data set of `datasets`, which keeps them in Arrow."""
-    table = getattr(
-        getattr(dataset, "data", None), "table", None
-    )  # a data set that streams has none
+    # A data set that streams has no table.
+    table = getattr(getattr(dataset, "data", None), "table", None)
     shape = None if table is None else shape_of(table.to_batches())
     for row in dataset:
         yield as_written(row, shape)
 
 
-def from_numpy(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a DataFrame. What pandas read from Arrow it holds as arrays, in whose structs no
-    null is certain.
+def from_numpy(row: dict[str, object]) -> dict[str, object]:
+    """A row of a DataFrame.
+
+    What pandas read from Arrow it holds as arrays, in whose structs no null is certain.
     """
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name, value in row.items():
         is_array = getattr(value, "ndim", 0) > 0
         made[name] = _without_nulls(_plain(value)) if is_array else value
     return made
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     """Arrays as lists, all the way down."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -99,7 +98,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _clean(value: Any, shape: Shape | None) -> Any:
+def _clean(value: Any, shape: Shape | None) -> object:
     if shape is None or value is None:
         return value
     if shape.item is not None:
@@ -111,7 +110,7 @@ def _clean(value: Any, shape: Shape | None) -> Any:
     return {name: _clean(item, shape.fields.get(name)) for name, item in kept}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,6 +1,4 @@
-"""Reading run.json: a record that may come from a stranger or a damaged disk, checked before it is
-used.
-"""
+"""Reading run.json, which may come from a stranger or a damaged disk: it is checked first."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ STATUS = ("running", "stopped", "diverged", "finished")
 AGAIN = "; put a copy of it back, or move the folder away and start the run anew in an empty one"
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
 
 
-def _is_settings(value: Any) -> bool:
+def _is_settings(value: object) -> bool:
     """JSON of an object, as text or as it is."""
     if isinstance(value, str):
         try:
@@ -33,13 +31,13 @@ def _is_settings(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is(kind: type) -> Callable[[Any], bool]:
+def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
 # What is read again from a run.json, and what each must be. Other facts are for people and programs
 # beside sftx.
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "status": (lambda value: value in STATUS, f"one of {', '.join(STATUS)}"),
     "config": (_is(dict), "an object"),
     "mathematics": (_is_settings, "JSON of an object"),
@@ -50,7 +48,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "notes": (_is(list), "a list"),
     "num_steps": (_is_count, "a whole number"),
     "tokens_per_pack": (
-        lambda value: _is_count(value) and 1 <= value < 2**31,
+        lambda value: _is_count(value, least=1) and not _is_count(value, least=2**31),
         "a whole number of at least 1",
     ),
     "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
@@ -78,9 +76,10 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def check_needed(facts: dict[str, Any], path: Path) -> None:
-    """UserError where the facts of `path` lack one of `NEEDED`; where they lack all, another
-    program wrote them.
+def check_needed(facts: dict[str, object], path: Path) -> None:
+    """UserError where the facts of `path` lack one of `NEEDED`.
+
+    Where they lack all of them, another program wrote the file.
     """
     if not facts.keys() & set(NEEDED):
         raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
@@ -88,7 +87,7 @@ def check_needed(facts: dict[str, Any], path: Path) -> None:
         raise damaged(path, f"{', '.join(missing)} is missing")
 
 
-def section(kind: type[_Section], values: Any, path: Path, name: str) -> _Section:
+def section(kind: type[_Section], values: object, path: Path, name: str) -> _Section:
     """A section of the settings that a run.json records; UserError where it does not fit."""
     try:
         return kind.model_validate(values)

@@ -68,10 +68,8 @@ class Run:
         if self.exists:
             check_needed(self.facts, self.folder / "run.json")
 
-    def start(self, step: int, carried: Mapping[str, str], **facts: Any) -> None:
-        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step`
-        carries.
-        """
+    def start(self, step: int, carried: Mapping[str, str], **facts: object) -> None:
+        """Begin at `step`: write run.json; the records are those that its checkpoint carries."""
         earlier = self.facts.get("started", []) if step else []
         self.facts = {
             "status": "running",
@@ -106,9 +104,7 @@ class Run:
         return found
 
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
-        """In words, a line for each, the records that are not as the checkpoint of `step` carries
-        them.
-        """
+        """In words, a line for each record that is not as the checkpoint of `step` carries it."""
         said = []
         for name in RECORDS:
             kept = [line["step"] for line in _lines(carried.get(name, ""))]
@@ -143,22 +139,18 @@ class Run:
         return record
 
     def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
-        """Append a step whose loss or gradient was not finite, with the rows it was made of, to
-        bad_steps.jsonl.
-        """
+        """Append a step that was not finite, with its rows, to bad_steps.jsonl."""
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
         self._append("bad_steps.jsonl", line)
 
-    def update(self, **facts: Any) -> None:
+    def update(self, **facts: object) -> None:
         """Add facts to run.json."""
         self.facts.update(facts)
         if self.writes:
             write_json(self.folder / "run.json", self.facts)
 
     def write_evaluation(self, step: int, num_steps: int, numbers: dict[str, float]) -> None:
-        """Put held-out numbers beside the record of `step`; step 0, of which nothing else is
-        recorded, gets one.
-        """
+        """Put held-out numbers beside the record of `step`; step 0 gets a record for them."""
         if not self.writes:
             return
         lines = self.metrics()
@@ -170,19 +162,17 @@ class Run:
         self._rewrite("metrics.jsonl", lines)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The steps recorded so far; what cannot be read, such as a half-written last line, is left
-        out.
-        """
+        """The steps recorded so far, without lines that cannot be read."""
         return read_metrics(self.folder)
 
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
+    def _rewrite(self, name: str, lines: list[dict[str, object]]) -> None:
         write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
+    def _append(self, name: str, line: dict[str, object]) -> None:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

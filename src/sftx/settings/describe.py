@@ -1,5 +1,4 @@
-"""The schema as data: every setting with its dotted key, what it allows, its default and its
-documentation.
+"""The schema as data: each setting with its dotted key, what it allows, its default and its text.
 
 Help, documentation, the JSON schema for editors and the "did you mean" of error messages are all
 made from here, and `Config` is the only list of settings they read.
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -26,9 +25,7 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     for entry in yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
     for name in entry["names"]
 }
-"""The names other tools use for the same idea: our dotted key, and a sentence where the meaning
-differs.
-"""
+"""The names other tools use: our dotted key, and a sentence where the meaning differs."""
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -64,10 +61,10 @@ def allowed(field: FieldInfo) -> str:
     return words + _limits(field.metadata) + null
 
 
-def _limits(metadata: Sequence[Any]) -> str:
-    signs = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
+def _limits(metadata: Sequence[object]) -> str:
+    signs: dict[type, str] = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
     limits = [signs[type(limit)].format(limit) for limit in metadata if type(limit) in signs]
-    return " " * bool(limits) + " and ".join(limits)
+    return " " + " and ".join(limits) if limits else ""
 
 
 def _type_in_words(annotation: Any) -> str:
@@ -98,7 +95,8 @@ def _type_in_words(annotation: Any) -> str:
             return "{name: " + _type_in_words(arguments[1]).replace(", or null", " or null") + "}"
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
-    return "{" + ", ".join(annotation.model_fields) + "}"
+        case _:
+            return "{" + ", ".join(annotation.model_fields) + "}"
 
 
 def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> str:
@@ -126,25 +124,19 @@ def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> s
     return f"known here: {', '.join(section.model_fields)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as YAML would show it, for help and messages; long ones are cut."""
-    match value:
-        case None | bool():
-            text = json.dumps(value)
-        case list() | tuple():
-            text = (
-                "["
-                + ", ".join(shown(item) for item in value[:8])
-                + (", ...]" if len(value) > 8 else "]")
-            )
-        case dict():
-            text = (
-                "{"
-                + ", ".join(f"{name}: {shown(item)}" for name, item in list(value.items())[:8])
-                + "}"
-            )
-        case _:
-            text = repr(value)
+    if value is None or isinstance(value, bool):
+        text = json.dumps(value)
+    elif isinstance(value, list | tuple):
+        items = cast("Sequence[object]", value)
+        more = ", ..." if len(items) > 8 else ""
+        text = "[" + ", ".join(map(shown, items[:8])) + more + "]"
+    elif isinstance(value, dict):
+        pairs = list(cast("dict[object, object]", value).items())[:8]
+        text = "{" + ", ".join(f"{name}: {shown(item)}" for name, item in pairs) + "}"
+    else:
+        text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

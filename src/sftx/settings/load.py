@@ -1,5 +1,6 @@
-"""From YAML, the command line and Python to a `Config`, with every mistake found at once and named
-by its place.
+"""From YAML, the command line and Python to a `Config`.
+
+Every mistake is found at once and named by its place.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, get_origin
+from typing import TYPE_CHECKING, Any, Unpack, cast, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sftx.arrow import from_numpy, rows_of
 from sftx.settings.describe import allowed, doc, section_of, shown, suggestion
@@ -31,18 +33,18 @@ _DATA_FILE = re.compile(r"[^\n]+\.(jsonl|ndjson|json|txt|csv|tsv|parquet|arrow)(
 def load_config(
     path: str | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
 ) -> Config:
-    """Read the YAML file at `path` (or none), apply overrides such as `batch.epochs=2`, and check
-    the whole.
+    """Read the YAML file at `path` (or none), apply overrides, and check the whole.
 
-    `defaults` look like overrides and stand for top-level keys that neither the file nor an
-    override names. Relative paths are relative to the working directory. Raises `UserError` with
-    every problem found, one per line, each with its file and line and its dotted key.
+    Overrides look like `batch.epochs=2`. `defaults` look the same and stand for top-level keys that
+    neither the file nor an override names. Relative paths are relative to the working directory.
+    Raises `UserError` with every problem found, one per line, each with its file and line and its
+    dotted key.
     """
     problems: list[str] = []
-    data, places = parse("" if path is None else _read(path), path or "", problems)
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: found {shown(data)}; a run is a mapping such as `model: PATH`")
+    value, places = parse("" if path is None else _read(path), path or "", problems)
+    data = {} if value is None else _mapping(value)
+    if data is None:
+        raise UserError(f"{path}: found {shown(value)}; a run is a mapping such as `model: PATH`")
     given = {re.split("[.=]", override)[0] for override in overrides} | set(data)
     absent = [default for default in defaults if re.split("[.=]", default)[0] not in given]
     for override in (*absent, *overrides):
@@ -51,9 +53,9 @@ def load_config(
 
 
 def make_config(**sections: Unpack[Sections]) -> Config:
-    """Make a `Config` from Python: `make_config(model="gpt2", data=rows, output="runs/a",
-    batch={"epochs": 2})`.
+    """Make a `Config` from Python.
 
+    For example `make_config(model="gpt2", data=rows, output="runs/a", batch={"epochs": 2})`.
     Sections are nested dictionaries, their short forms, or section objects of
     `sftx.settings.schema`. Raises `UserError` with every problem found, one per line.
     """
@@ -76,34 +78,47 @@ def _read(path: str) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def _long_form(name: str, value: Any) -> Any:
+def _mapping(value: object) -> dict[str, object] | None:
+    """`value` if it is a dictionary, else None."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else None
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _long_form(name: str, value: object) -> object:
     """A section's value with its short form written out; an empty section is an empty mapping."""
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if value is None:
         return {}
-    if name in SHORT_FORMS and isinstance(value, str | os.PathLike):
+    if name in SHORT_FORMS and _is_path(value):
         return {SHORT_FORMS[name]: value}
-    return {"rows": value} if name == "data" and _holds_rows(value) else value
+    if name == "data" and _holds_rows(value):
+        return {"rows": value}
+    return value
 
 
-def _holds_rows(value: Any) -> bool:
+def _holds_rows(value: object) -> bool:
     """Whether rows can be taken out of a value: a list, a generator, a data set held in memory."""
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
-def _rows(value: Any) -> list[Any]:
+def _rows(value: Any) -> list[object]:
     """The rows in such a value."""
-    if hasattr(
-        value, "itertuples"
-    ):  # a DataFrame of pandas, whose iterator gives the names of its columns
+    if hasattr(value, "itertuples"):
+        # A DataFrame of pandas: its iterator gives the names of its columns.
         return [from_numpy(row) for row in value.to_dict("records")]
-    return list(rows_of(value)) if hasattr(value, "features") else list(value)  # of `datasets`
+    if hasattr(value, "features"):  # a data set of `datasets`
+        return list(rows_of(value))
+    return list(value)
 
 
-def _override(data: dict[str, Any], override: str, places: Places, problems: list[str]) -> None:
-    """Put `a.b=c` into `data`. A section given whole is merged into what stands there; a setting is
-    replaced.
+def _override(data: dict[str, object], override: str, places: Places, problems: list[str]) -> None:
+    """Put `a.b=c` into `data`.
+
+    A section given whole is merged into what stands there; a setting is replaced.
     """
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -115,29 +130,45 @@ def _override(data: dict[str, Any], override: str, places: Places, problems: lis
         )
         return
     value, below = parse(text, f"{_COMMAND_LINE}: {key}", problems, numbered=False)
-    given = {path: value}
+    given: dict[tuple[str, ...], object] = {path: value}
     field = Config.model_fields.get(key)
-    if field and section_of(field) and isinstance(section := _long_form(key, value), dict):
+    section = _mapping(_long_form(key, value)) if field and section_of(field) else None
+    if section is not None:
         data[key] = _long_form(key, data.get(key))
         given = {(key, name): item for name, item in section.items()}
     for at, item in given.items():
-        inner = data
-        for depth, part in enumerate(at[:-1]):
-            inner[part] = _long_form(part, inner.get(part)) if depth == 0 else inner.get(part, {})
-            places.setdefault(at[: depth + 1], _COMMAND_LINE)
-            inner = inner[part]
-            if not isinstance(inner, dict):
-                problems.append(
-                    f"{_COMMAND_LINE}: {key}: {dotted(at[: depth + 1])} is not a section"
-                )
-                return
+        inner = _holder(data, at, places)
+        if isinstance(inner, str):
+            problems.append(f"{_COMMAND_LINE}: {key}: {inner} is not a section")
+            return
         if places.get(at) == _COMMAND_LINE:
             problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
         inner[at[-1]] = item
     places.update(dict.fromkeys([path, *given, *((*path, *rest) for rest in below)], _COMMAND_LINE))
 
 
-def _checked(data: dict[str, Any], places: Places, problems: list[str], *, source: str) -> Config:
+def _holder(
+    data: dict[str, object], at: tuple[str, ...], places: Places
+) -> dict[str, object] | str:
+    """The dictionary that holds the setting `at`, or the name of what stands there instead.
+
+    Dictionaries that are missing on the way are made.
+    """
+    inner = data
+    for depth, part in enumerate(at[:-1], 1):
+        below = _long_form(part, inner.get(part)) if depth == 1 else inner.get(part, {})
+        inner[part] = below
+        places.setdefault(at[:depth], _COMMAND_LINE)
+        found = _mapping(below)
+        if found is None:
+            return dotted(at[:depth])
+        inner = found
+    return inner
+
+
+def _checked(
+    data: dict[str, object], places: Places, problems: list[str], *, source: str
+) -> Config:
     known = _known(data, Config, (), places, problems)
     try:
         config = Config.model_validate(known, strict=True)
@@ -151,8 +182,9 @@ def _checked(data: dict[str, Any], places: Places, problems: list[str], *, sourc
 
 
 def _place(path: KeyPath, places: Places) -> str:
-    """`run.yaml:12: ` for the value at `path` or the nearest above it that was written; empty for
-    Python.
+    """`run.yaml:12: ` for the value at `path`, or for the nearest above it that was written.
+
+    Empty for Python.
     """
     while path not in places and path:
         path = path[:-1]
@@ -160,62 +192,67 @@ def _place(path: KeyPath, places: Places) -> str:
 
 
 def _known(
-    data: dict[str, Any], section: type[Section], at: KeyPath, places: Places, problems: list[str]
-) -> Any:
+    data: dict[str, object],
+    section: type[Section],
+    at: KeyPath,
+    places: Places,
+    problems: list[str],
+) -> dict[str, object]:
     """`data` with short forms written out and unknown keys taken out, each of them reported."""
-    known: dict[str, Any] = {}
+    known: dict[str, object] = {}
     for key, value in data.items():
         path = (*at, key)
         field = section.model_fields.get(key)
-        value = _rows(value) if key in ("rows", "eval_rows") and _holds_rows(value) else value
+        if key in ("rows", "eval_rows") and _holds_rows(value):
+            value = _rows(value)
         if field is None and len(problems) > _SHOWN:  # looking for what was meant takes longest
             problems.append(f"{dotted(path)}: no such setting")
         elif field is None:
             problems += _unknown(path, value, section, places)
         elif inner := section_of(field):
             value = _long_form(key, value)
-            known[key] = (
-                _known(value, inner, path, places, problems) if isinstance(value, dict) else value
-            )
+            below = _mapping(value)
+            known[key] = value if below is None else _known(below, inner, path, places, problems)
         else:
             known[key] = _plain(value, as_tuple=get_origin(field.annotation) is tuple)
-            place = _place(path, places)
-            if key == "rows" and (paths := _as_paths(value, bool(place))):
-                short = (
-                    f"{place}{dotted(at)}: found a list of paths; a list here means rows in "
-                    "memory; "
-                )
-                problems.append(
-                    f"{short}for files write `data: {{train: [{', '.join(paths[:3])}]}}`"
-                )
+            if key == "rows":
+                problems += _paths_for_rows(value, at, _place(path, places))
     return known
 
 
-def _plain(value: Any, *, as_tuple: bool) -> Any:
+def _plain(value: object, *, as_tuple: bool) -> object:
     """Paths as text, and lists and tuples as the one the schema wants."""
-    if isinstance(value, list | tuple):
-        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-        return tuple(items) if as_tuple else items
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, list | tuple):
+        return _as_text(value)
+    items = [_as_text(item) for item in cast("Sequence[object]", value)]
+    return tuple(items) if as_tuple else items
 
 
-def _as_paths(value: Any, written: bool) -> list[str]:
-    """The texts of a list that holds names of data files alone; where it is `written` down in YAML,
-    any text is one.
-    """
-    if not isinstance(value, list) or not all(
-        isinstance(item, str | os.PathLike) for item in value
-    ):
+def _as_text(value: object) -> object:
+    """A path as text, anything else as it is."""
+    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+
+
+def _paths_for_rows(value: object, at: KeyPath, place: str) -> list[str]:
+    """What to say of rows that are a list of paths: nothing, or one line."""
+    if not isinstance(value, list):
         return []
-    texts = [os.fspath(item) for item in value]
-    found = (
-        written or _DATA_FILE.fullmatch(text) or (0 < len(text) < 250 and Path(text).exists())
-        for text in texts
-    )
-    return texts if all(found) else []
+    items = cast("list[object]", value)
+    texts = [str(_as_text(item)) for item in items if _is_path(item)]
+    # Where the list is written down in YAML, any text is a path.
+    if not texts or len(texts) < len(items) or not (place or all(map(_names_a_file, texts))):
+        return []
+    return [
+        f"{place}{dotted(at)}: found a list of paths; a list here means rows in memory; for files "
+        f"write `data: {{train: [{', '.join(texts[:3])}]}}`"
+    ]
 
 
-def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) -> list[str]:
+def _names_a_file(text: str) -> bool:
+    return bool(_DATA_FILE.fullmatch(text)) or (0 < len(text) < 250 and Path(text).exists())
+
+
+def _unknown(path: KeyPath, value: object, section: type[Section], places: Places) -> list[str]:
     """What to say of a key that the schema does not have: one line, or one for each key of a
     foreign section.
     """
@@ -226,55 +263,63 @@ def _unknown(path: KeyPath, value: Any, section: type[Section], places: Places) 
         nested = f"`{head}:` with `{tail}:` beneath it" if place else f"{head}={{{tail!r}: ...}}"
         return [f"{place}{dotted(path)}: dotted keys are for the command line; write {nested}"]
     prefix = "".join(f"{part}." for part in at)
-    if (
-        isinstance(value, dict)
-        and value
-        and not get_close_matches(key, section.model_fields, 1, 0.75)
-    ):
-        inner = [(*path, name) for name in value]
-        return [
-            f"{_place(at, places)}{dotted(at)}: no such setting; {suggestion(str(at[-1]))}"
-            for at in inner
-        ]
+    inner = _mapping(value)
+    if inner and not get_close_matches(key, section.model_fields, 1, 0.75):
+        lines: list[str] = []
+        for name in inner:
+            where = f"{_place((*path, name), places)}{dotted((*path, name))}"
+            lines.append(f"{where}: no such setting; {suggestion(name)}")
+        return lines
     return [f"{place}{dotted(path)}: no such setting; {suggestion(key, section, prefix)}"]
 
 
 def _translated(
-    error: ValidationError, data: dict[str, Any], places: Places, source: str
+    error: ValidationError, data: dict[str, object], places: Places, source: str
 ) -> list[str]:
-    """One line in our words for each setting that pydantic refused, or for each key inside it where
-    that is known.
+    """One line in our words for each setting that pydantic refused.
+
+    Where it is known, the line is about the key inside the setting.
     """
     whole: dict[KeyPath, str] = {}
     inside: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False):
-        section, path, field, found = Config, (), None, data
-        for part in problem["loc"]:
-            if section is None or part not in section.model_fields:
-                break
-            field = section.model_fields[str(part)]
-            section, path = section_of(field), (*path, part)
-            found = found.get(part) if isinstance(found, dict) else found
+        kind = problem["type"]
+        path, field, found = _refused(problem["loc"], data)
         rest = problem["loc"][len(path) :]
         name = f"{_place(path, places)}{dotted(path)}"
-        if problem["type"] == "value_error":
+        if kind == "value_error":
             whole[path] = f"{name}: {problem.get('ctx', {})['error']}".removeprefix(": ")
         elif field is None:
             whole[path] = f"{source}: found {shown(data)}"
-        elif problem["type"] == "missing" and not rest:
+        elif kind == "missing" and not rest:
             first = f"{source}: " if source else ""
             whole[path] = f"{first}{dotted(path)}: missing: {doc(field)}"
-        elif problem["type"] in ("missing", "extra_forbidden"):
+        elif kind in ("missing", "extra_forbidden"):
             keys = (*path, *(part for part in rest if isinstance(part, int) or part == rest[-1]))
-            what = "missing" if problem["type"] == "missing" else "no such setting"
-            inside[keys] = (
-                f"{_place(keys, places)}{dotted(keys)}: {what}; allowed: {allowed(field)}"
-            )
+            what = "missing" if kind == "missing" else "no such setting"
+            where = f"{_place(keys, places)}{dotted(keys)}"
+            inside[keys] = f"{where}: {what}; allowed: {allowed(field)}"
         else:
             whole.setdefault(path, f"{name}: found {shown(found)}; allowed: {allowed(field)}")
-    outer = {
-        path: line
-        for path, line in whole.items()
-        if not any(keys[: len(path)] == path for keys in inside)
-    }
-    return [*outer.values(), *inside.values()]
+    for keys in inside:
+        for length in range(len(keys) + 1):
+            whole.pop(keys[:length], None)
+    return [*whole.values(), *inside.values()]
+
+
+def _refused(
+    location: KeyPath, data: dict[str, object]
+) -> tuple[KeyPath, FieldInfo | None, object]:
+    """The setting that a location of pydantic lies in: its path, its field, and its value."""
+    section: type[Section] | None = Config
+    path: KeyPath = ()
+    field: FieldInfo | None = None
+    found: object = data
+    for part in location:
+        if section is None or part not in section.model_fields:
+            break
+        field = section.model_fields[str(part)]
+        section, path = section_of(field), (*path, part)
+        inner = _mapping(found)
+        found = found if inner is None else inner.get(str(part))
+    return path, field, found

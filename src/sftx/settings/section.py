@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 SHORT_FORMS = {"model": "path", "data": "train", "adapter": "method"}
-"""Sections that may be written as their main setting alone: `model: PATH` for `model: {path:
-PATH}`.
+"""Sections that may be written as their main setting alone.
+
+`model: PATH` is short for `model: {path: PATH}`.
 """
 
 
@@ -25,8 +26,10 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
+    def _short_form(cls, value: object) -> object:
         name = cls.__name__.lower()
         if name in SHORT_FORMS and isinstance(value, str):
             return {SHORT_FORMS[name]: value}
-        return {"rows": value} if name == "data" and isinstance(value, list) else value
+        if name == "data" and isinstance(value, list):
+            return {"rows": cast("list[object]", value)}
+        return value

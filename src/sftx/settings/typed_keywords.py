@@ -153,4 +153,5 @@ def _source_of(annotation: Any) -> str:
         case origin if origin is tuple:
             items = ", ".join(_source_of(part) for part in arguments)
             return f"tuple[{items}] | list[{_source_of(arguments[0])}]"
-    return f"{annotation.__name__}Settings | schema.{annotation.__name__}"
+        case _:
+            return f"{annotation.__name__}Settings | schema.{annotation.__name__}"
