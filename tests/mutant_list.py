@@ -49,9 +49,7 @@ MUTANTS = [
     Mutant("loss-softcap-slope", "model/loss.py", "grad *= slope\n", "grad *= 1\n", LOSS),
     Mutant("loss-bias-of-last-chunk", "model/loss.py", "d_bias += grad.sum(0)", "d_bias = grad.sum(0)", LOSS),
     Mutant("loss-head-of-last-chunk", "model/loss.py", "first=a == 0)", "first=True)", LOSS),
-    Mutant("loss-head-without-divisor", "model/loss.py", "d_head.mul_(grad)\n", "d_head\n", LOSS),
-    Mutant("loss-head-of-last-pack", "model/loss.py", "ctx.head.grad.addcmul_(d_head, grad)",
-           "ctx.head.grad.copy_(d_head * grad)", LOSS),
+    Mutant("loss-gradient-without-divisor", "model/loss.py", "d.mul_(grad) for d in gradients", "d for d in gradients", LOSS),
     Mutant("loss-bf16-head-of-last-chunk", "model/loss.py", "total += grad.t() @ hidden",
            "total.copy_(grad.t() @ hidden)", LOSS),
     Mutant("loss-total-in-fp32", "model/loss.py", "total = torch.zeros((), dtype=torch.float64",
@@ -70,7 +68,6 @@ MUTANTS = [
            "pack.label[mine], pack.weight[: len(at)], objective", LOSS),
     Mutant("loss-noise-by-place", "model/load.py", "in pack.examples or range(len(lengths))",
            "in range(len(lengths))", LOSS),
-    Mutant("loss-padding-row-trains", "model/accumulate.py", "if ctx.padding is not None:", "if False:", LOSS),
     # --- the step
     Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / "
                                                          "total_weight",

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
 from sftx.model import attention
-from sftx.model.accumulate import accumulate_in_place
 from sftx.model.adapter import bare, head_weights
 from sftx.model.checks.forward_state import ForwardState
 from sftx.model.folder import check_weights, load_config
@@ -197,7 +196,6 @@ class PackLoss(nn.Module):
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.isolate = True
         self.forgets: ForwardState | None = None
-        accumulate_in_place(model.get_input_embeddings())
         self.transform: LogitTransform | None = LogitTransform()
         self.compiled: list[
             tuple[nn.Module, Any, Any]
