@@ -61,12 +61,12 @@ MUTANTS = [
     Mutant("loss-weight-ignored", "model/loss.py", "return (losses.double() * weight[s]).sum(), "
                                                    "grad",
            "return losses.double().sum(), grad", LOSS),
-    Mutant("loss-noise-in-evaluation", "model/load.py", "objective = self.objective if "
+    Mutant("loss-noise-in-evaluation", "model/pack_loss.py", "objective = self.objective if "
                                                         "self.training else PLAIN",
            "objective = self.objective", LOSS),
-    Mutant("loss-one-by-one-index", "model/load.py", "pack.label[mine], pack.weight[mine], objective",
-           "pack.label[mine], pack.weight[: len(at)], objective", LOSS),
-    Mutant("loss-noise-by-place", "model/load.py", "in pack.examples or range(len(lengths))",
+    Mutant("loss-one-by-one-index", "model/pack_loss.py", "label, weight = pack.label[mine], pack.weight[mine]",
+           "label, weight = pack.label[mine], pack.weight[: len(at)]", LOSS),
+    Mutant("loss-noise-by-place", "model/pack_loss.py", "in pack.examples or range(len(lengths))",
            "in range(len(lengths))", LOSS),
     # --- the step
     Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / "

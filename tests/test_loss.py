@@ -19,8 +19,8 @@ import torch
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import cpu_attention
 from sftx.model.checks.start import check_paths, check_sizes
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import machine
 from sftx.settings.schema import Runtime
 from sftx.training.step import train_step
@@ -154,7 +154,7 @@ def test_a_fused_loss_that_is_not_the_models_own_is_refused(
             1.01 if hidden.dtype == torch.float32 else 1.0
         )
 
-    monkeypatch.setattr("sftx.model.load.fused_cross_entropy_sum", wrong)
+    monkeypatch.setattr("sftx.model.pack_loss.fused_cross_entropy_sum", wrong)
     with pytest.raises(UserError, match=r"the trainer's loss .* is not the model's own"):
         check_paths(PackLoss(tiny.model()), probe_pack(tiny.examples([12, 30])), torch.float32)
 
