@@ -188,7 +188,7 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
         reference = reference + (nll * torch.as_tensor(example.weights[1:]).double()).sum()
     reference.backward()
     loss = PackLoss(model.to(where)).train()
-    pack, machine = build_pack(data), Machine(where, getattr(torch, dtype), 2048)
+    pack, machine = build_pack(data), Machine(where, getattr(torch, dtype))
     if compiled:
         compile_layers(loss, pack, machine, "on")
     with machine.autocast():

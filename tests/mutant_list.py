@@ -66,8 +66,8 @@ MUTANTS = [
            "objective = self.objective", LOSS),
     Mutant("loss-one-by-one-index", "model/pack_loss.py", "label, weight = pack.label[mine], pack.weight[mine]",
            "label, weight = pack.label[mine], pack.weight[: len(at)]", LOSS),
-    Mutant("loss-noise-by-place", "model/pack_loss.py", "in pack.examples or range(len(lengths))",
-           "in range(len(lengths))", LOSS),
+    Mutant("loss-noise-by-place", "model/pack_loss.py", "numbers = pack.examples or range(len(lengths))",
+           "numbers = range(len(lengths))", LOSS),
     # --- the step
     Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / "
                                                          "total_weight",
@@ -277,11 +277,10 @@ MUTANTS = [
            '    facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant '
            'here\n', "", SAVED),
     Mutant("resume-without-data", "training/run_identity.py", '"fingerprint": fingerprint, ', "", SAVED),
-    Mutant("resume-one-step-late", "training/prepare.py",
-           "                state.step,\n                state.total_tokens,",
-           "                state.step + 1,\n                state.total_tokens,", CONTINUED),
-    Mutant("resume-counts-anew", "training/prepare.py", "                state.total_targets,\n",
-           "                0,\n", CONTINUED),
+    Mutant("resume-one-step-late", "training/run_identity.py", "replace(state, plan=now.plan,",
+           "replace(state, step=state.step + 1, plan=now.plan,", CONTINUED),
+    Mutant("resume-counts-anew", "training/run_identity.py", "replace(state, plan=now.plan,",
+           "replace(state, total_targets=0, plan=now.plan,", CONTINUED),
     # --- the loop
     Mutant("loop-dropout-alike-in-every-step", "training/loop.py",
            "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63",
@@ -290,22 +289,20 @@ MUTANTS = [
            "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63", "job.loss.noise_seed = step", RANDOM),
     Mutant("loop-dropout-alike-on-every-rank", "training/loop.py",
            "(job.loss.noise_seed + (distributed.rank() << 40)) % 2**63", "job.loss.noise_seed", RANDOM),
-    Mutant("loop-rate-of-next-step", "training/loop.py", "learning_rate(step, job.plan.num_steps, "
-                                                         "job.config.optim",
-           "learning_rate(step + 1, job.plan.num_steps, job.config.optim", LOOP),
+    Mutant("loop-rate-of-next-step", "training/loop.py", "job.learning_rate(step)",
+           "job.learning_rate(step + 1)", LOOP),
     Mutant("loop-rounding-alike-in-every-step", "training/loop.py", "job.optimizer.seed = "
                                                                     "job.loss.noise_seed",
            "job.optimizer.seed = 0", RANDOM),
     Mutant("loop-saves-every-other", "training/loop.py", "return every > 0 and done % every == 0",
            "return every > 0 and done % every == 1", CONTINUED),
-    Mutant("loop-packs-of-rank-0", "training/loop.py", "[\n        distributed.rank()\n    ]", "[0]",
-           RANKS),
-    Mutant("loop-stop-is-not-saved", "training/loop.py", "if save_due or stopping or by_time:",
-           "if save_due or by_time:", ("test_train.py -k whenever_a_signal",)),
-    Mutant("loop-bad-steps-for-ever", "training/metrics.py", "job.bad_steps + 1 if bad else 0", "0",
+    Mutant("loop-packs-of-rank-0", "training/job.py", "ranks[distributed.rank()]", "ranks[0]", RANKS),
+    Mutant("loop-stop-is-not-saved", "training/loop.py", "_save_due(job, record.step) or stopping",
+           "_save_due(job, record.step)", ("test_train.py -k whenever_a_signal",)),
+    Mutant("loop-bad-steps-for-ever", "training/metrics.py", "state.bad_steps + 1 if bad else 0", "0",
            ("test_train.py -k finite",)),
-    Mutant("loop-bad-steps-never-forgiven", "training/metrics.py", "job.bad_steps + 1 if bad else 0",
-           "job.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k "
+    Mutant("loop-bad-steps-never-forgiven", "training/metrics.py", "state.bad_steps + 1 if bad else 0",
+           "state.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k "
                                                                  "bad_steps")),
     # --- files and folders after a crash
     Mutant("files-never-synced", "files.py", "        os.fsync(descriptor)\n", "        pass\n", CRASH),
@@ -316,8 +313,8 @@ MUTANTS = [
     Mutant("files-manifest-not-synced", "training/checkpoint.py", "    sync(temporary / "
                                                                   "MANIFEST)\n", "", CRASH),
     Mutant("files-run-json-not-synced", "files.py", "        sync(temporary)\n", "", CRASH),
-    Mutant("files-records-not-carried", "training/prepare.py",
-           "carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}", "carried = {}", CRASH),
+    Mutant("files-records-not-carried", "training/run_identity.py",
+           "found.carried = checkpoint.records(folder, state.step)", "found.carried = {}", CRASH),
     Mutant("files-model-not-synced", "model/save.py", "            sync(path)\n", "", CRASH),
     Mutant("lock-not-taken", "report/lock.py", "        lock.acquire()\n", "        pass\n", OWNER),
     Mutant("lock-of-the-dead-holds", "report/lock.py",

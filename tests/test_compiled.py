@@ -27,7 +27,7 @@ from sftx.training.loop import train
 from sftx.types import UserError
 
 CPU = torch.device("cpu")
-MACHINE = Machine(CPU, torch.float32, 2048)
+MACHINE = Machine(CPU, torch.float32)
 PACKS = [
     build_pack(tiny.examples(lengths)) for lengths in ([5, 20, 9], [31], [7, 8, 9, 10, 40], [3, 2])
 ]

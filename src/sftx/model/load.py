@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
@@ -14,11 +19,13 @@ from sftx.settings.schema import Model
 from sftx.types import UserError
 
 
-def stored_dtype(model: Model) -> torch.dtype:
-    """`model.save_dtype`; `auto` = that of the folder the run started from."""
+def stored_dtype(model: Model, config: PreTrainedConfig | None = None) -> torch.dtype:
+    """`model.save_dtype`; `auto` = that of the folder the run started from, whose configuration is
+    read where it is not given.
+    """
     if model.save_dtype != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[model.save_dtype]
-    stored = load_config(model).dtype
+    stored = (config or load_config(model)).dtype
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
@@ -27,6 +34,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     nf4: torch.dtype | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `dtype` on `device`; UserError if weights are missing or do not
     fit.
@@ -34,7 +42,7 @@ def load_model(
     With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype
     that it names.
     """
-    config = load_config(model)
+    config = config or load_config(model)
     check_weights(model.path)
     quantised = (
         {} if nf4 is None else {"quantization_config": _nf4(nf4), "device_map": {"": device}}

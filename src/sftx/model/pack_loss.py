@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ class Paths:
     """
 
     isolate: bool = True
-    transform: LogitTransform | None = LogitTransform()
+    transform: LogitTransform | None = field(default_factory=LogitTransform)
     forgets: ForwardState | None = None
     compiled: tuple[CompiledLayer, ...] = ()
 

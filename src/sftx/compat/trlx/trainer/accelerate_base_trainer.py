@@ -18,7 +18,7 @@ from sftx.compat.trlx.translate import refuse_several_processes, refuse_untransl
 from sftx.compat.trlx.utils import significant
 from sftx.model.save import load_tokenizer
 from sftx.settings.schema import Model
-from sftx.training.prepare import Job
+from sftx.training.job import Job
 from sftx.types import UserError
 
 _LISTS_BY_NATURE = (

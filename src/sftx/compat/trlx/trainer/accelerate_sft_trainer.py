@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,10 +27,8 @@ from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from sftx.compat.trlx.trainer.trackers import tracker
 from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
-from sftx.data.pack import build_pack
 from sftx.data.tokenizer import read_json
 from sftx.files import write_text
-from sftx.model.pack_loss import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.report.lock import owned
@@ -38,11 +36,12 @@ from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
+from sftx.training.build import prepare
 from sftx.training.export import TRLX
+from sftx.training.job import Job
 from sftx.training.metrics import StepMetrics
-from sftx.training.optim import build_optimizer
-from sftx.training.prepare import Job, prepare
-from sftx.training.signals import Stopped, listening
+from sftx.training.optim import build_optimizer, peak_learning_rate
+from sftx.training.signals import StopFlag, Stopped, listening
 from sftx.training.step import train_step
 from sftx.types import StepRecord, UserError
 
@@ -138,7 +137,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             stop = stack.enter_context(listening())
             tracking = tracker(self.config)
             progress = stack.enter_context(Progress(True))
-            job = self._prepare(progress, stack)
+            job = self._prepare(progress, stack, stop)
             log = stack.enter_context(tracking)
             stack.push(self._rescue)
             if self.iter_count == 0:
@@ -198,7 +197,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def _record_folder(self) -> Path:
         return Path(self.config.train.checkpoint_dir) / translate.RUN_FOLDER
 
-    def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
+    def _prepare(self, progress: Progress, stack: ExitStack, stop: StopFlag) -> Job:
         """Load everything; continue from what `load` named."""
         _refuse_foreign_folder(self._record_folder)
         stack.enter_context(owned(self._record_folder))
@@ -208,7 +207,9 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             begin = _step_saved_in(Path(self._resume_from))
         run = _Record(config, begin)
         here = stack.enter_context(machine(config.runtime))
-        job = self._job = prepare(config, here, run, progress, stack)
+        peak = peak_learning_rate(config.optim, config.adapter)
+        rate = translate.learning_rate(self.config.scheduler, peak)
+        job = self._job = prepare(config, here, run, progress, stack, stop, rate)
         job.optimizer = translate.optimizer(
             self.config.optimizer, build_optimizer(job.loss, config.optim)
         )
@@ -234,25 +235,17 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         """sftx's steps, at trlx's learning rates; the model is as the record says when it is
         yielded.
         """
-        rate = translate.learning_rate(self.config.scheduler, job.peak)
-        meter, size = StepMetrics(job), job.machine.tokens_per_pack
-        for step in range(job.start, job.plan.num_steps):
-            job.peak = rate(
-                step
-            )  # the schedule of the translated settings is constant, so this is the rate
+        metrics = StepMetrics(job)
+        for step in range(job.state.step, job.plan.num_steps):
             torch.manual_seed(
                 job.config.seed * 1_000_003 + step
             )  # dropout has a stream of its own in every step
-            packs = [
-                build_pack([job.corpus.example(i) for i in pack], pack)
-                for pack in job.plan.packs(step, size)[0]
-            ]
-            tensors = [to_tensors(pack, job.machine.device) for pack in packs]
-            total, autocast = job.plan.total_weight(step), job.machine.autocast
-            result = train_step(job.loss, job.optimizer, tensors, total, job.peak, 0.0, autocast)
+            packs, total = job.packs(step), job.plan.total_weight(step)
+            rate, autocast = job.learning_rate(step), job.machine.autocast
+            result = train_step(job.loss, job.optimizer, packs.own, total, rate, 0.0, autocast)
             self.iter_count = step + 1
-            yield meter.read(step, result, None)
-            meter.restart()
+            yield metrics.read(step, packs.count, result, None)
+            metrics.restart()
 
     def _rescue(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -320,9 +313,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         ):  # an earlier run went further here: its state is not this one's
             if checkpoint.step_of(later) >= step:
                 shutil.rmtree(later)
-        state = checkpoint.State(
-            step, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets
-        )
+        state = replace(job.state, step=step)
         checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
         _refuse_options("save", folder, options)
 
@@ -339,8 +330,13 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         _step_saved_in(Path(directory))
         state = checkpoint.restore(Path(directory), job.loss, job.optimizer)
         assert state is not None, "a checkpoint was found there"
-        job.start = self.iter_count = self._saved = state.step
-        job.total_tokens, job.total_targets = state.total_tokens, state.total_targets
+        job.state = replace(
+            job.state,
+            step=state.step,
+            total_tokens=state.total_tokens,
+            total_targets=state.total_targets,
+        )
+        self.iter_count = self._saved = state.step
         self._epoch = int(job.plan.epoch(state.step - 1))
 
     def _folder_of(self, step: int) -> Path:
