@@ -49,7 +49,8 @@ MUTANTS = [
     Mutant("loss-softcap-slope", "model/loss.py", "grad *= slope\n", "grad *= 1\n", LOSS),
     Mutant("loss-bias-of-last-chunk", "model/loss.py", "d_bias += grad.sum(0)", "d_bias = grad.sum(0)", LOSS),
     Mutant("loss-head-of-last-chunk", "model/loss.py", "first=a == 0)", "first=True)", LOSS),
-    Mutant("loss-gradient-without-divisor", "model/loss.py", "d.mul_(grad) for d in gradients", "d for d in gradients", LOSS),
+    Mutant("loss-gradient-without-divisor", "model/loss.py",
+           "d.mul_(grad) for d in gradients", "d for d in gradients", LOSS),
     Mutant("loss-bf16-head-of-last-chunk", "model/loss.py", "total += grad.t() @ hidden",
            "total.copy_(grad.t() @ hidden)", LOSS),
     Mutant("loss-total-in-fp32", "model/loss.py", "total = torch.zeros((), dtype=torch.float64",
@@ -221,7 +222,7 @@ MUTANTS = [
                                                       "  cast",
            "        cast", RANKS),
     Mutant("ranks-replicas-not-compared", "model/shard.py",
-           "if found != next(other for shard, other in held if shard == place):", "if False:",
+           "if found != next(other for shard, other in gathered if shard == place):", "if False:",
            (*RANKS, "scorecard 16")),
     Mutant("ranks-signal-of-all", "distributed.py", "torch_dist.ReduceOp.MAX", "torch_dist.ReduceOp.MIN",
            (*RANKS, "scorecard 15")),
@@ -264,7 +265,7 @@ MUTANTS = [
     Mutant("checkpoint-state-not-required", "training/checkpoint.py", 'sorted({"state.json", '
                                                                       '*sums})', "sorted(sums)",
            (*SAVED, "test_train.py -k 'damaged or killed'", "scorecard 12")),
-    Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", "        check_replicas(parameters)\n", "",
+    Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", '    check_replicas(tensors["weights"])\n', "",
            SAVED),
     # --- what a continued run must have in common
     Mutant("resume-without-seed", "training/run_identity.py", '"adapter", "seed"}', '"adapter"}', SAVED),

@@ -22,7 +22,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
 from sftx.model.folder import load_config
 from sftx.model.pack_loss import PackLoss, to_tensors
-from sftx.model.tokens import add_rows
+from sftx.model.trainable import add_rows
 from sftx.settings.schema import Config, Model
 from sftx.training.memory_plan import meta_model
 from sftx.training.optim import build_optimizer

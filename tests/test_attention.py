@@ -132,7 +132,7 @@ def test_flash_attention_is_left_to_what_it_computes(
 ) -> None:
     """It knows neither soft-capping nor sinks nor dropout: on a GPU these go another way."""
     kernels: list[str] = []
-    monkeypatch.setattr(attention, "rehearsing_gpu", True)
+    monkeypatch.setattr(attention, "estimating_gpu", True)
     monkeypatch.setattr(
         attention, "_varlen", lambda q, *_: kernels.append("flash") or q.transpose(1, 2)
     )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import sftx
 from sftx import distributed
-from sftx.training import checkpoint, loop, memory_plan
+from sftx.training import checkpoint, finish, memory_plan
 from sftx.training.signals import SaveClock, StopFlag, listening
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
@@ -356,7 +356,7 @@ def test_where_no_model_can_be_written_the_state_is_kept(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "save_model", fails)
+        broken.setattr(finish, "save_model", fails)
         with pytest.raises(
             sftx.UserError, match=r"No space left.*the state after the last step is saved"
         ):

@@ -223,9 +223,9 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
         for t in sharded
         if t.to_local().numel()
     ]
-    held = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
-    for rank, (place, found) in enumerate(held):
-        if found != next(other for shard, other in held if shard == place):
+    gathered = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
+    for rank, (place, found) in enumerate(gathered):
+        if found != next(other for shard, other in gathered if shard == place):
             more = (
                 "its processor or memory may be at fault. Run the same command to continue "
                 "from the last checkpoint"
@@ -256,7 +256,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, sharing its memory, and the number of its first element in
+    """The part of a tensor that is on this rank, sharing its memory, and the number of its first element in
     the whole.
     """
     if not isinstance(tensor, DTensor):

@@ -1,4 +1,4 @@
-"""How many CPU threads compute: what is asked for, else the cores at hand, else what is fastest
+"""How many CPU threads compute: what is asked for, else the available cores, else what is fastest
 beside other work.
 
 With as many threads as cores, each product waits for the thread that the system ran last: where

@@ -138,8 +138,8 @@ class Progress:
         """Where the result is."""
         if self._bar is not None:
             self._bar.stop()
-        predicted, measured = run.facts["predicted"], run.facts["measured"]
-        if measured and predicted["memory"]:
+        predicted, measured = run.facts.predicted, run.facts.measured
+        if measured and predicted and predicted["memory"]:
             peaks = (
                 f"{measured['memory'] / 2**30:.2f} GiB "
                 f"({predicted['memory']['peak'] / 2**30:.2f} predicted)"

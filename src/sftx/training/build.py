@@ -23,7 +23,6 @@ from sftx.model.checkpointing import recompute
 from sftx.model.checks.start import check_paths, check_sizes
 from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
-from sftx.model.freeze import choose_weights
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.pack_loss import PackLoss, Paths
@@ -31,6 +30,8 @@ from sftx.model.runtime import Machine, name_of
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import choose_threads
+from sftx.model.trainable import choose_weights
+from sftx.report.facts import RunFacts
 from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
@@ -104,7 +105,7 @@ def prepare(
     until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
     run.facts = distributed.broadcast(run.facts)
 
-    threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.get("threads"))
+    threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.threads)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_same_tokens(data.tokenizer, tokenizer, data.corpus)
@@ -286,8 +287,8 @@ def _choose_packing(
     estimator.compiled = not run.finished and planned(
         wish, machine.device, parameters, profile.tokens
     )
-    same_device = run.facts.get("device", "").partition(":")[0] == machine.device.type
-    earlier = run.facts["tokens_per_pack"] if same_device else None
+    same_device = run.facts.device.partition(":")[0] == machine.device.type
+    earlier = run.facts.tokens_per_pack if same_device else None
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
     seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
@@ -321,9 +322,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         notes += run.unreadable() + _write_ledger(job, again=True)
         return
     again = run.exists and not found.changed
-    run.start(
-        job.state.step,
-        found.carried,
+    facts = RunFacts(
         mathematics=decides,
         plan=job.plan.fingerprint,
         num_steps=job.plan.num_steps,
@@ -337,8 +336,10 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         threads=threads,
         recomputed_layers=packing.recomputed,
         predicted={"memory": packing.parts(), "seconds": job.predicted_seconds},
-        **found.facts,
+        eval_before=found.eval_before,
+        changed=found.changes,
     )
+    run.start(job.state.step, found.carried, facts)
     notes += _write_ledger(job, again)
 
 

@@ -141,16 +141,16 @@ class Steps(Iterator[StepRecord]):
     def result(self) -> Result:
         """The finished run; UserError before its end."""
         facts = Run(self.config).facts
-        if not self._over or facts.get("status") != "finished":
+        if not self._over or facts.status != "finished":
             raise UserError("steps.result: the run has not come to its end")
         return Result(
             config=self.config,
             folder=Path(self.config.output),
-            steps=facts.get("ended_at", facts["num_steps"]),
+            steps=facts.num_steps if facts.ended_at is None else facts.ended_at,
             seconds=time.perf_counter() - self._began,
             loss=self._loss,
-            eval_before=facts.get("eval_before"),
-            eval_after=facts.get("eval_after"),
+            eval_before=facts.eval_before,
+            eval_after=facts.eval_after,
         )
 
     def _start(self) -> None:

@@ -110,7 +110,7 @@ def _run(
             yield from _train(control.job, control, progress)
             control.job = None  # the model is no longer needed
         # The other ranks need not wait for this.
-        if config.adapter.merge and "merged" not in run.facts and distributed.is_main():
+        if config.adapter.merge and run.facts.merged is None and distributed.is_main():
             moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
             run.update(merged=moved)
 
@@ -150,7 +150,7 @@ def _steps(job: Job, control: Control) -> Iterator[StepRecord]:
         pending = (step, packs.count, result, time.perf_counter())
         job.writer.check()
         asked, time_due = job.stop.or_save(distributed.is_main() and clock.due())
-        if not (control.exact or asked or time_due or _something_due(job, step + 1)):
+        if not (control.exact or asked or time_due or _must_read(job, step + 1)):
             continue
         record = metrics.read(step, packs.count, result, None)
         pending = None
@@ -195,7 +195,7 @@ def _save_due(job: Job, done: int) -> bool:
     return done < job.plan.num_steps and _due(job.config.checkpoint.every, done)
 
 
-def _something_due(job: Job, done: int) -> bool:
+def _must_read(job: Job, done: int) -> bool:
     """Whether the record of the step after which `done` are taken must be read before the next."""
     return done == job.plan.num_steps or _eval_due(job, done) or _save_due(job, done)
 

@@ -91,16 +91,10 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     differ.
     """
     now, allowed = dotted(mathematics), config.checkpoint.resume_allow
-    for name in allowed:
-        if not any(_within(key, [name]) for key in now):
-            close = difflib.get_close_matches(name, now, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(
-                f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}"
-            )
+    _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    then = dotted(run.facts["mathematics"]) | {"runtime.precision": run.facts["precision"]}
+    then = dotted(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not _within(key, allowed)]:
         lines = [f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused]
@@ -109,6 +103,16 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
             "folder, or allow the difference with checkpoint.resume_allow.\n" + "\n".join(lines)
         )
     return {key: [then.get(key), now.get(key)] for key in keys}
+
+
+def _refuse_unknown(names: list[str], settings: dict[str, Any]) -> None:
+    for name in names:
+        if not any(_within(key, [name]) for key in settings):
+            close = difflib.get_close_matches(name, settings, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"checkpoint.resume_allow: {name!r} is no setting that decides the result{hint}"
+            )
 
 
 def _within(key: str, names: list[str]) -> bool:
@@ -122,9 +126,10 @@ class Beginning:
 
     state: checkpoint.State
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)  # of the earlier run, that still hold
+    eval_before: dict[str, float] | None = None  # of the earlier run
     carried: dict[str, str] = field(default_factory=dict)  # records up to the checkpoint
-    changed: bool = False
+    changed: bool = False  # whether settings differ from those of the earlier run
+    changes: list[dict[str, Any]] | None = None  # now and before, for run.json
 
 
 def find_beginning(
@@ -156,8 +161,7 @@ def find_beginning(
             f"from step {step + 1:,} on, {key} is {new!r} (was {old!r})"
             for key, (old, new) in changed.items()
         ]
-        earlier = found.facts.get("changed", [])
-        found.facts["changed"] = [*earlier, {"step": step, **changed}]
+        found.changes = [*(found.changes or []), {"step": step, **changed}]
     return found
 
 
@@ -169,7 +173,7 @@ def _restore(found: Beginning, run: Run, model: PackLoss, optimizer: torch.optim
         return
     assert found.changed or state.plan == now.plan, "equal settings and data give an equal plan"
     found.state = replace(state, plan=now.plan, mathematics=now.mathematics, held_out_loss=None)
-    found.facts = {key: run.facts[key] for key in ("eval_before", "changed") if key in run.facts}
+    found.eval_before, found.changes = run.facts.eval_before, run.facts.changed
     if run.writes:
         found.carried = checkpoint.records(folder, state.step)
         found.notes += run.unlike(state.step, found.carried)

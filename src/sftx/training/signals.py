@@ -50,9 +50,11 @@ class StopFlag:
 
         One question answers both, so that the ranks wait for each other once.
         """
-        agreed, save = divmod(distributed.all_reduce_max(2 * (self.signal or 0) + due), 2)
-        self.signal = agreed or self.signal  # one that has come meanwhile is for the next time
-        return agreed != 0, save == 1
+        signal_of_all, save = divmod(distributed.all_reduce_max(2 * (self.signal or 0) + due), 2)
+        self.signal = (
+            signal_of_all or self.signal
+        )  # one that has come meanwhile is for the next time
+        return signal_of_all != 0, save == 1
 
     def set(self, number: int, _: FrameType | None) -> None:
         """The signal handler."""

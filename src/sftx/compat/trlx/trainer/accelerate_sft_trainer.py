@@ -31,6 +31,7 @@ from sftx.data.tokenizer import read_json
 from sftx.files import write_text
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
+from sftx.report.facts import RunFacts
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.report.record import Run
@@ -217,8 +218,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         run.update(**{TRLX: json.loads(str(self.config))})
         if self._resume_from is not None:
             self._restore(job, self._resume_from)
-            if "eval_before" in earlier:
-                run.update(eval_before=earlier["eval_before"])
+            if earlier.eval_before is not None:
+                run.update(eval_before=earlier.eval_before)
         return job
 
     def _watch_updates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -373,7 +374,7 @@ class _Record(Run):
 
     def __init__(self, config: Config, begin: int) -> None:
         super().__init__(config)
-        self.facts = {}  # an earlier run's: they neither forbid this one nor finish it
+        self.facts = RunFacts()  # an earlier run's: they neither forbid this one nor finish it
         self.begin = begin
 
     def start(self, *given: Any, **facts: Any) -> None:
