@@ -50,9 +50,8 @@ MUTANTS = [
     Mutant("loss-softcap-slope", "model/loss.py", "grad *= slope\n", "grad *= 1\n", LOSS),
     Mutant("loss-bias-of-last-chunk", "model/loss.py", "d_bias += grad.sum(0)", "d_bias = grad.sum(0)", LOSS),
     Mutant("loss-head-of-last-chunk", "model/loss.py", "first=a == 0)", "first=True)", LOSS),
-    Mutant("loss-head-without-divisor", "model/loss.py", "d_head.mul_(grad)\n", "d_head\n", LOSS),
-    Mutant("loss-head-of-last-pack", "model/loss.py", "ctx.head.grad.addcmul_(d_head, grad)",
-           "ctx.head.grad.copy_(d_head * grad)", LOSS),
+    Mutant("loss-gradient-without-divisor", "model/loss.py",
+           "d.mul_(grad) for d in gradients", "d for d in gradients", LOSS),
     Mutant("loss-bf16-head-of-last-chunk", "model/loss.py", "total += grad.t() @ hidden",
            "total.copy_(grad.t() @ hidden)", LOSS),
     Mutant("loss-total-in-fp32", "model/loss.py", "total = torch.zeros((), dtype=torch.float64",
@@ -64,14 +63,13 @@ MUTANTS = [
     Mutant("loss-weight-ignored", "model/loss.py", "return (losses.double() * weight[s]).sum(), "
                                                    "grad",
            "return losses.double().sum(), grad", LOSS),
-    Mutant("loss-noise-in-evaluation", "model/load.py", "objective = self.objective if "
+    Mutant("loss-noise-in-evaluation", "model/pack_loss.py", "objective = self.objective if "
                                                         "self.training else PLAIN",
            "objective = self.objective", LOSS),
-    Mutant("loss-one-by-one-index", "model/load.py", "pack.label[mine], pack.weight[mine], objective",
-           "pack.label[mine], pack.weight[: len(at)], objective", LOSS),
-    Mutant("loss-noise-by-place", "model/load.py", "in pack.examples or range(len(lengths))",
-           "in range(len(lengths))", LOSS),
-    Mutant("loss-padding-row-trains", "model/accumulate.py", "if ctx.padding is not None:", "if False:", LOSS),
+    Mutant("loss-one-by-one-index", "model/pack_loss.py", "label, weight = pack.label[mine], pack.weight[mine]",
+           "label, weight = pack.label[mine], pack.weight[: len(at)]", LOSS),
+    Mutant("loss-noise-by-place", "model/pack_loss.py", "numbers = pack.examples or range(len(lengths))",
+           "numbers = range(len(lengths))", LOSS),
     # --- the step
     Mutant("step-loss-of-last-pack", "training/step.py", "loss += pack_loss.detach() / "
                                                          "total_weight",
@@ -225,7 +223,7 @@ MUTANTS = [
                                                       "  cast",
            "        cast", RANKS),
     Mutant("ranks-replicas-not-compared", "model/shard.py",
-           "if found != next(other for shard, other in held if shard == place):", "if False:",
+           "if found != next(other for shard, other in gathered if shard == place):", "if False:",
            (*RANKS, "scorecard 16")),
     Mutant("ranks-signal-of-all", "distributed.py", "torch_dist.ReduceOp.MAX", "torch_dist.ReduceOp.MIN",
            (*RANKS, "scorecard 15")),
@@ -268,7 +266,7 @@ MUTANTS = [
     Mutant("checkpoint-state-not-required", "training/checkpoint.py", 'sorted({"state.json", '
                                                                       '*sums})', "sorted(sums)",
            (*SAVED, "test_train.py -k 'damaged or killed'", "scorecard 12")),
-    Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", "        check_replicas(parameters)\n", "",
+    Mutant("checkpoint-replicas-not-compared", "training/checkpoint.py", '    check_replicas(tensors["weights"])\n', "",
            SAVED),
     # --- what a continued run must have in common
     Mutant("resume-without-seed", "training/run_identity.py", '"adapter", "seed"}', '"adapter"}', SAVED),
@@ -281,11 +279,10 @@ MUTANTS = [
            '    facts["runtime"] = {"precision": name_of(precision)}  # what `auto` meant '
            'here\n', "", SAVED),
     Mutant("resume-without-data", "training/run_identity.py", '"fingerprint": fingerprint, ', "", SAVED),
-    Mutant("resume-one-step-late", "training/prepare.py",
-           "                state.step,\n                state.total_tokens,",
-           "                state.step + 1,\n                state.total_tokens,", CONTINUED),
-    Mutant("resume-counts-anew", "training/prepare.py", "                state.total_targets,\n",
-           "                0,\n", CONTINUED),
+    Mutant("resume-one-step-late", "training/run_identity.py", "replace(state, plan=now.plan,",
+           "replace(state, step=state.step + 1, plan=now.plan,", CONTINUED),
+    Mutant("resume-counts-anew", "training/run_identity.py", "replace(state, plan=now.plan,",
+           "replace(state, total_targets=0, plan=now.plan,", CONTINUED),
     # --- the loop
     Mutant("loop-dropout-alike-in-every-step", "training/loop.py",
            "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63",
@@ -294,22 +291,20 @@ MUTANTS = [
            "job.loss.noise_seed = (job.config.seed * 1_000_003 + step) % 2**63", "job.loss.noise_seed = step", RANDOM),
     Mutant("loop-dropout-alike-on-every-rank", "training/loop.py",
            "(job.loss.noise_seed + (distributed.rank() << 40)) % 2**63", "job.loss.noise_seed", RANDOM),
-    Mutant("loop-rate-of-next-step", "training/loop.py", "learning_rate(step, job.plan.num_steps, "
-                                                         "job.config.optim",
-           "learning_rate(step + 1, job.plan.num_steps, job.config.optim", LOOP),
+    Mutant("loop-rate-of-next-step", "training/loop.py", "job.learning_rate(step)",
+           "job.learning_rate(step + 1)", LOOP),
     Mutant("loop-rounding-alike-in-every-step", "training/loop.py", "job.optimizer.seed = "
                                                                     "job.loss.noise_seed",
            "job.optimizer.seed = 0", RANDOM),
     Mutant("loop-saves-every-other", "training/loop.py", "return every > 0 and done % every == 0",
            "return every > 0 and done % every == 1", CONTINUED),
-    Mutant("loop-packs-of-rank-0", "training/loop.py", "[\n        distributed.rank()\n    ]", "[0]",
-           RANKS),
-    Mutant("loop-stop-is-not-saved", "training/loop.py", "if save_due or stopping or by_time:",
-           "if save_due or by_time:", ("test_train.py -k whenever_a_signal",)),
-    Mutant("loop-bad-steps-for-ever", "training/metrics.py", "job.bad_steps + 1 if bad else 0", "0",
+    Mutant("loop-packs-of-rank-0", "training/job.py", "ranks[distributed.rank()]", "ranks[0]", RANKS),
+    Mutant("loop-stop-is-not-saved", "training/loop.py", "_save_due(job, record.step) or stopping",
+           "_save_due(job, record.step)", ("test_train.py -k whenever_a_signal",)),
+    Mutant("loop-bad-steps-for-ever", "training/metrics.py", "state.bad_steps + 1 if bad else 0", "0",
            ("test_train.py -k finite",)),
-    Mutant("loop-bad-steps-never-forgiven", "training/metrics.py", "job.bad_steps + 1 if bad else 0",
-           "job.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k "
+    Mutant("loop-bad-steps-never-forgiven", "training/metrics.py", "state.bad_steps + 1 if bad else 0",
+           "state.bad_steps + bad", ("test_train.py -k bad_steps", "test_run_folder.py -k "
                                                                  "bad_steps")),
     # --- files and folders after a crash
     Mutant("files-never-synced", "files.py", "        os.fsync(descriptor)\n", "        pass\n", CRASH),
@@ -320,8 +315,8 @@ MUTANTS = [
     Mutant("files-manifest-not-synced", "training/checkpoint.py", "    sync(temporary / "
                                                                   "MANIFEST)\n", "", CRASH),
     Mutant("files-run-json-not-synced", "files.py", "        sync(temporary)\n", "", CRASH),
-    Mutant("files-records-not-carried", "training/prepare.py",
-           "carried = checkpoint.records(job.checkpoints, state.step) if run.writes else {}", "carried = {}", CRASH),
+    Mutant("files-records-not-carried", "training/run_identity.py",
+           "found.carried = checkpoint.records(folder, state.step)", "found.carried = {}", CRASH),
     Mutant("files-model-not-synced", "model/save.py", "            sync(path)\n", "", CRASH),
     Mutant("files-model-folder-not-synced", "model/save.py",
            "            sync(final.parent)\n", "", CRASH),

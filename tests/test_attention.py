@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sftx.data.pack import build_pack
 from sftx.model import attention, cpu_attention
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.training.step import train_step
 
 BORDERS = torch.tensor([0, 5, 6, 29, 40], dtype=torch.int32)
@@ -141,7 +141,7 @@ def test_flash_attention_is_left_to_what_it_computes(
 ) -> None:
     """It knows neither soft-capping nor sinks nor dropout: on a GPU these go another way."""
     kernels: list[str] = []
-    monkeypatch.setattr(attention, "rehearsing_gpu", True)
+    monkeypatch.setattr(attention, "estimating_gpu", True)
     monkeypatch.setattr(
         attention, "_varlen", lambda q, *_: kernels.append("flash") or q.transpose(1, 2)
     )

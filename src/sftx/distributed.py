@@ -182,7 +182,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def broadcast(value: Value, saving: bool = False) -> Value:
-    """What rank 0 holds, on every rank; `saving` = in the group for it."""
+    """The value of rank 0, on every rank; `saving` = in the group for it."""
     if not is_joined():
         return value
     holder: list[Any] = [value]
@@ -193,11 +193,11 @@ def broadcast(value: Value, saving: bool = False) -> Value:
 
 
 def all_gather(value: Value) -> list[Value]:
-    """What every rank holds, by rank; in the group for saving, so not while something is saved."""
-    held = [value] * world_size()
+    """The values of all ranks, by rank; in the group for saving, so not while something is saved."""
+    values = [value] * world_size()
     if is_joined():
-        torch_dist.all_gather_object(held, value, group=_saving)
-    return held
+        torch_dist.all_gather_object(values, value, group=_saving)
+    return values
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

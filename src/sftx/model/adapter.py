@@ -123,12 +123,12 @@ def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:
     On a CPU the rest is copied: any tensor that is read from the file's mapping keeps all of it,
     and what was read of it, in memory.
     """
-    held = [
+    adapted = [
         module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)
     ]
-    for module in held:
+    for module in adapted:
         module.base_layer.to(precision)
-    for p in model.parameters() if held and precision != torch.float32 else ():
+    for p in model.parameters() if adapted and precision != torch.float32 else ():
         p.data = p.data.clone() if p.device.type == "cpu" else p.data
 
 

@@ -5,11 +5,11 @@ segment. No mask of T x T is ever built: transformers builds none for an attenti
 and here segments are cut by `cu_seqlens`. Callers never choose a kernel:
 
 * CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`, flash attention as a custom op;
-* CPU, soft-capping, sinks: `blocks`, the formula as large products;
+* CPU, soft-capping, sinks: `cpu_attention`, the formula as large products;
 * the rest (fp32 on CUDA, dropout, a head size that flash attention does not have): one segment at a time through
   PyTorch's own attention.
 
-Whatever cuts segments on the host reads `borders`, a copy of `cu_seqlens` that never left it: no
+Whatever cuts segments on the host reads `cu_seqlens_cpu`, a copy of `cu_seqlens` that never left it: no
 layer waits for the device.
 """
 
@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from sftx.model.cpu_attention import by_segment, segments
 
 NAME = "sftx_segments"
-rehearsing_gpu = (
+estimating_gpu = (
     False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
 )
 
@@ -54,7 +54,8 @@ def segment_attention(
     """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D],
     `key` and `value` [1, H_kv, T, D] -> ([1, T, H, D], None).
 
-    `cu_seq_lens_q` int32[n + 1] are the segments' borders, `borders` the same on the host;
+    `cu_seq_lens_q` int32[n + 1] are where segments begin and end, `cu_seqlens_cpu` the same on the
+    host;
     `max_length_q` is at least the longest segment. Raises ValueError when called without them, so
     that no code path attends across segments unnoticed.
     """
@@ -72,7 +73,7 @@ def segment_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
     plain = not softcap and s_aux is None and dropout == 0.0
-    on_host = query.device.type == "cpu" and not rehearsing_gpu
+    on_host = query.device.type == "cpu" and not estimating_gpu
     if not on_host and torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels
         # cast here as well.

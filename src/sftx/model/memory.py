@@ -1,9 +1,9 @@
-"""Peak memory of a step, predicted before the first one by a rehearsal without contents.
+"""Peak memory of a step, predicted before the first one on tensors without contents.
 
 The very module that trains runs forward and backward on fake tensors (PyTorch's FakeTensorMode:
 shapes and dtypes, no data), while a dispatch mode counts the bytes that are alive. So every family,
 adapter and precision is predicted by what it does, and no formula has to follow it. Equal layers
-are rehearsed two and three deep, and extended linearly.
+are measured two and three deep, and extended linearly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,14 @@ from torch.utils._pytree import tree_leaves
 from sftx.model import attention
 from sftx.model.checkpointing import decoder_layers, recompute
 from sftx.model.compile import KEPT
-from sftx.model.load import PackLoss, to_tensors
-from sftx.model.rehearse_experts import stand_in_for_experts
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.types import Pack
 
 HEAP = 400 << 20
 """Bytes that kernels of a CPU and the gaps of its heap take on top (from the smaller shape of
-bench/memory.py; a model that is smaller than that takes no more than it holds itself). Not on a
-GPU, where the peak of what is allocated is predicted, and the margin of `training.fit` is for the
-rest.
+bench/memory.py; a model that is smaller than that takes no more than its own size). Not on a
+GPU, where the peak of what is allocated is predicted, and `memory_plan.MARGIN` is for the rest.
 """
 FIRST_USE = 60 << 20
 """Bytes that libraries and the start-up checks take after `base` was measured: 58 to 66 MiB where
@@ -59,7 +58,7 @@ last layer, and of the rest.
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one process at the peak of a step, by what holds them."""
+    """Bytes of one process at the peak of a step, by what takes them."""
 
     weights: int
     gradients: int
@@ -67,7 +66,7 @@ class Memory:
     activations: int  # kept by the layers for the backward pass
     workspace: int  # loss, temporary tensors, gathered shards
     allocator: int  # beside all tensors
-    base: int  # what the process holds without a model
+    base: int  # what the process takes without a model
 
     @property
     def peak(self) -> int:
@@ -78,8 +77,8 @@ class Memory:
 class MemoryEstimator:
     """Predicts the memory of `loss`, whose parameters may be on the meta device and stay untouched.
 
-    `machine` = where it will run, which need not be here; `base` = bytes held there without a
-    model. `shards` says over how many processes `fully_shard` spreads weights, gradients and
+    `machine` = where it will run, which need not be here; `base` = bytes reserved there
+    before a model. `shards` says over how many processes `fully_shard` spreads weights, gradients and
     optimiser; None = not in use. `nf4`: the layers' frozen matrices, which `loss` has as they are,
     will hold 4 bits a weight, be made whole one at a time, and be the same on every process.
     `compiled` is to be set where the layers will be.
@@ -200,7 +199,7 @@ class MemoryEstimator:
         tensors = to_tensors(pack, torch.device("cpu"))
         with _quiet(type(self.loss.model).__name__), FakeTensorMode(allow_non_fake_inputs=True):
             loss, layers = self.shadow(depth)
-            stand_in_for_experts(loss.model)
+            _choose_no_experts(loss.model)
             recompute(loss.model, depth if every else 0)
             sharded = {id(p) for p in layers.parameters()} if self.shards else set()
             for p in _trained(loss):
@@ -221,7 +220,7 @@ class MemoryEstimator:
             if depth:
                 layers[-1].register_forward_pre_hook(entering_the_last_layer)
             loss.model.base_model.register_forward_hook(leaving_the_layers)
-            attention.rehearsing_gpu = self.on_gpu
+            attention.estimating_gpu = self.on_gpu
             try:
                 with count:
                     with torch.autocast(
@@ -232,7 +231,7 @@ class MemoryEstimator:
                     value.backward()
                     count.cut(3)
             finally:
-                attention.rehearsing_gpu = False
+                attention.estimating_gpu = False
         return count.marks
 
     def shadow(self, depth: int) -> tuple[PackLoss, nn.ModuleList]:
@@ -257,6 +256,48 @@ class MemoryEstimator:
         layers = memo[id(self.layers)] if depth else nn.ModuleList()
         del layers[depth:]
         return shadow.train(), layers
+
+
+def _choose_no_experts(model: nn.Module) -> None:
+    """Let the experts that transformers computes by its grouped products compute without a choice.
+
+    Which tokens an expert gets depends on data that fake tensors do not have. How much memory the
+    experts take does not: every token goes to as many of them as the router chooses. Here all go
+    through the weights of the first one; its gradient has the shape of all.
+    """
+    for module in model.modules():
+        if "_is_expert_parallel" in vars(
+            module
+        ):  # the mark of transformers' `use_experts_implementation`
+            module.forward = partial(_experts_forward, module)
+
+
+def _experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """`hidden` [N, h], `chosen` and `weights` [N, K] -> [N, h]; as transformers'
+    `grouped_mm_experts_experts_forward`.
+    """
+    tokens, each = chosen.shape
+    order = chosen.reshape(-1).sort()[1]
+    pairs = hidden[order // each]
+    inner = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    out = _first_expert(experts, pairs, inner)
+    if experts.has_bias:
+        bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        out = out + bias[chosen.reshape(-1)]
+    out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
+    out = _first_expert(experts, out, experts.down_proj)
+    if experts.has_bias:
+        out = out + experts.down_proj_bias[chosen.reshape(-1)]
+    weighted = (out * weights.reshape(-1)[order, None])[order]
+    return weighted.view(tokens, each, -1).sum(1).to(hidden.dtype)
+
+
+def _first_expert(experts: Any, rows: Tensor, matrices: Tensor) -> Tensor:
+    """Rows times the matrix of the first expert, of `matrices` [E, out, in], or [E, in, out] where
+    transposed.
+    """
+    first = matrices[0].to(rows.dtype)
+    return rows @ (first if experts.is_transposed else first.t())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Names, in transformers, of the modules that choose experts or weigh them."""
+"""Names, in transformers, of the modules that choose experts or their weights."""
 
 
 def routers(model: nn.Module) -> list[str]:

@@ -38,7 +38,6 @@ class Machine:
 
     device: torch.device
     precision: torch.dtype
-    tokens_per_pack: int = 0  # chosen by `training.fit`, once the model is known
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in `precision` over fp32 weights."""
@@ -63,15 +62,21 @@ class Machine:
             host_memory.forget_resident_peak()
 
     def available_memory(self) -> tuple[int, int]:
-        """Bytes: (all that this process may hold, what it holds already and cannot use for a
-        model).
+        """Bytes: (all that this process may take, what it has reserved and cannot use for a model).
 
         Of several ranks the least and the most: they must choose alike.
         """
         on_gpu = self.device.type == "cuda"
-        held = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
-        available = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
-        return -distributed.all_reduce_max(-available), distributed.all_reduce_max(held)
+        reserved = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
+        available = (
+            torch.cuda.mem_get_info(self.device)[0] if on_gpu else reserved + host_memory.free()
+        )
+        return -distributed.all_reduce_max(-available), distributed.all_reduce_max(reserved)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32`, `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ the weight of the whole step already.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,13 +32,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from sftx import distributed
 from sftx.boundary import boundary
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Model, Runtime
 from sftx.types import UserError
 
@@ -123,12 +129,14 @@ class Unread:
         )
 
 
-def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
+def unread_model(
+    settings: Model, dtype: torch.dtype, config: PreTrainedConfig | None = None
+) -> Unread:
     """The model without its weights."""
     folder = Path(settings.path)
     if not folder.is_dir():
         folder = Path(snapshot_download(settings.path, allow_patterns=["*.safetensors", "*.json"]))
-    config = load_config(settings)
+    config = copy.deepcopy(config or load_config(settings))
     check_weights(str(folder))
     with boundary(f"model.path: {settings.path} cannot be built from its files"):
         with init_empty_weights(
@@ -215,9 +223,9 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
         for t in sharded
         if t.to_local().numel()
     ]
-    held = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
-    for rank, (place, found) in enumerate(held):
-        if found != next(other for shard, other in held if shard == place):
+    gathered = distributed.all_gather((sharded[0].device_mesh.get_local_rank("shard"), sums))
+    for rank, (place, found) in enumerate(gathered):
+        if found != next(other for shard, other in gathered if shard == place):
             more = (
                 "its processor or memory may be at fault. Run the same command to continue "
                 "from the last checkpoint"
@@ -248,7 +256,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, sharing its memory, and the number of its first element in
+    """The part of a tensor that is on this rank, sharing its memory, and the number of its first element in
     the whole.
     """
     if not isinstance(tensor, DTensor):

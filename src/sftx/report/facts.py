@@ -1,9 +1,10 @@
-"""Reading run.json, which may come from a stranger or a damaged disk: it is checked first."""
+"""run.json: what it says of a run, and the checks of one that may come from a stranger."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,58 @@ from sftx.types import UserError
 _Section = TypeVar("_Section", bound=BaseModel)
 STATUS = ("running", "stopped", "diverged", "finished")
 AGAIN = "; put a copy of it back, or move the folder away and start the run anew in an empty one"
+
+
+@dataclass
+class RunFacts:
+    """What run.json says of a run, in its order; None and empty where it does not say it.
+
+    `changed`: settings that were changed on the way. `merged`: how far merging moved a logit.
+    """
+
+    status: str = ""
+    started: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    mathematics: dict[str, Any] = field(default_factory=dict)
+    plan: str = ""
+    num_steps: int = 0
+    device: str = ""
+    precision: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)
+    tokens_per_pack: int = 0
+    notes: list[str] | None = None
+    peak_learning_rate: float | None = None
+    stop_id: int | None = None
+    threads: int | None = None
+    recomputed_layers: int | None = None
+    predicted: dict[str, Any] | None = None
+    trlx: dict[str, Any] | None = None
+    eval_before: dict[str, float] | None = None
+    changed: list[dict[str, Any]] | None = None
+    ended_at: int | None = None
+    stopped_at: int | None = None
+    eval_after: dict[str, float] | None = None
+    measured: dict[str, float] | None = None
+    total_tokens: int | None = None
+    total_targets: int | None = None
+    merged: float | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> RunFacts:
+        """The facts in a run.json; those of other programs stay as they are."""
+        names = {each.name for each in fields(cls)} - {"others"}
+        known = {name: value for name, value in values.items() if name in names}
+        others = {name: value for name, value in values.items() if name not in names}
+        return cls(**known, others=others)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of run.json."""
+        values = asdict(self)
+        others = values.pop("others")
+        said = {k: v for k, v in values.items() if v is not None or k == "stop_id"}
+        return said | others
 
 
 def _is_count(value: object, least: int = 0) -> bool:

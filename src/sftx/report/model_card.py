@@ -26,13 +26,13 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
     ):  # a folder here is nothing that others could find
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {run.folder.resolve().name}", ""]
-    taken = f"{facts['ended_at']:,} of " if "ended_at" in facts else ""
+    taken = f"{facts.ended_at:,} of " if facts.ended_at is not None else ""
     kind = (
         "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
     )
     lines += [
-        f"`{base}`, fine-tuned with sftx ({kind}, {taken}{facts['num_steps']:,} steps, "
-        f"peak learning rate {facts['peak_learning_rate']:g}, {facts['precision']}).",
+        f"`{base}`, fine-tuned with sftx ({kind}, {taken}{facts.num_steps:,} steps, "
+        f"peak learning rate {facts.peak_learning_rate:g}, {facts.precision}).",
         "",
         "## Data",
         "",
@@ -41,7 +41,7 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         ledger.summary() + ".",
         "",
     ]
-    before, after = facts.get("eval_before"), facts.get("eval_after")
+    before, after = facts.eval_before, facts.eval_after
     if after:
         lines += ["## Held-out loss", "", "| | nats per token | perplexity |", "|---|---|---|"]
         lines += [
@@ -50,7 +50,7 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
             if numbers
         ]
         lines.append("")
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     lines += [
         "## How to repeat it",
         "",

@@ -15,13 +15,13 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sftx.files import make_folder, sync, write_json, write_text
-from sftx.report.facts import check_needed, read_facts
+from sftx.report.facts import RunFacts, check_needed, read_facts
 from sftx.settings.schema import Config
 from sftx.types import StepRecord, UserError, untrained
 
@@ -51,35 +51,38 @@ class Run:
         self.config = config
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; a folder is needed")
-        self.facts: dict[str, Any] = read_facts(self.folder / "run.json")
+        self.facts = RunFacts.of_json(read_facts(self.folder / "run.json"))
 
     @property
     def exists(self) -> bool:
         """Whether a run was started in this folder before."""
-        return bool(self.facts)
+        return self.facts != RunFacts()
 
     @property
     def finished(self) -> bool:
         """Whether that run reached its end."""
-        return self.facts.get("status") == "finished"
+        return self.facts.status == "finished"
 
     def check(self) -> None:
         """UserError where the record of the run in this folder lacks what continuing it needs."""
         if self.exists:
-            check_needed(self.facts, self.folder / "run.json")
+            path = self.folder / "run.json"
+            check_needed(read_facts(path), path)
 
-    def start(self, step: int, carried: Mapping[str, str], **facts: object) -> None:
-        """Begin at `step`: write run.json; the records are those that its checkpoint carries."""
-        earlier = self.facts.get("started", []) if step else []
-        self.facts = {
-            "status": "running",
-            "started": [*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
-            "config": self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
-            "versions": _versions(),
-        }
+    def start(self, step: int, carried: Mapping[str, str], facts: RunFacts) -> None:
+        """Begin at `step`: write run.json, and make the records those that the checkpoint of `step`
+        carries.
+        """
+        earlier = self.facts.started if step else []
+        self.facts = facts
         if self.writes:
             make_folder(self.folder)
-        self.update(**facts)  # first of all files: what holds run.json is known to be a run
+        self.update(  # first of all files: what has a run.json is known to be a run
+            status="running",
+            started=[*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            config=self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
+            versions=_versions(),
+        )
         if self.writes:
             for name in RECORDS:
                 kept = carried.get(name, "")
@@ -121,8 +124,9 @@ class Run:
         return said
 
     def unreadable(self) -> list[str]:
-        """In words, what is missing in the record of a finished run; the rest of it stays."""
-        lines, expected = self.metrics(), self.facts.get("ended_at", self.facts["num_steps"])
+        """In words, what is missing in the record of a finished run; what can be read of it stays."""
+        lines = self.metrics()
+        expected = self.facts.ended_at or self.facts.num_steps
         missing = expected - len({line["step"] for line in lines} - {0})
         if not missing:
             return []
@@ -145,9 +149,9 @@ class Run:
 
     def update(self, **facts: object) -> None:
         """Add facts to run.json."""
-        self.facts.update(facts)
+        self.facts = replace(self.facts, **facts)
         if self.writes:
-            write_json(self.folder / "run.json", self.facts)
+            write_json(self.folder / "run.json", self.facts.to_json())
 
     def write_evaluation(self, step: int, num_steps: int, numbers: dict[str, float]) -> None:
         """Put held-out numbers beside the record of `step`; step 0 gets a record for them."""

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,23 @@ from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_
 from sftx.printable import printable
 from sftx.report.record import RECORDS
 from sftx.training.async_writer import AsyncWriter
-from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
 MANIFEST = "MANIFEST.json"
+SPARE = 1.2
+"""Times what the tensors take: beside them there are names, a manifest, a tokenizer."""
 _NAME = "step-" + "[0-9]" * 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class State:
-    """Everything a run needs, beside its tensors, to continue: where it is, and which run it is."""
+    """Where a run stands, and which run it is: all it needs, beside its tensors, to continue."""
 
     step: int  # optimiser steps done
     plan: str  # fingerprint of the plan
     mathematics: dict[str, Any]  # the settings that change results
-    total_tokens: int
-    total_targets: int
+    total_tokens: int = 0
+    total_targets: int = 0
     held_out_loss: float | None = None  # of these very weights, where they were evaluated
     bad_steps: int = 0  # in a row, up to this one
     seconds: float = 0.0  # of all steps so far
@@ -60,49 +62,60 @@ def save(
     records: Mapping[str, str] | None = None,
     optional: bool = False,
 ) -> Path:
-    """Write `folder/step-N`; of the others stay the newest `keep`, this one included, and the best.
+    """Write `folder/step-N`, and delete the others but the newest `keep`, this one included, and
+    the best.
 
     With `background` only a copy is made here, and written there. `records` = the texts of the
     run's records so far, by the names of their files. Where there is no room, raises UserError, or,
     where the checkpoint is `optional`, writes none and says so.
     """
     final = folder / f"step-{state.step:08d}"
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {"weights": trained, "optimizer": _moments(model, optimizer)}
     copied = background is not None
-    parameters = {n: _held(p, copied) for n, p in model.named_parameters() if p.requires_grad}
-    moments = {name: _held(moment, copied) for name, moment in _moments(model, optimizer).items()}
+    on_host = {
+        name: {key: _on_host(tensor, copied) for key, tensor in some.items()}
+        for name, some in tensors.items()
+    }
     texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
-    needed = sum(t.nbytes for t in (*parameters.values(), *moments.values())) + sum(
-        map(len, texts.values())
-    )
-
-    def write() -> None:
-        if distributed.broadcast(
-            distributed.is_main() and final.exists() and not _verify(final), saving=True
-        ):
-            return  # a state is saved twice where a signal comes twice: the first is as good
-        if problem := distributed.broadcast(
-            _shortage(folder, needed) if distributed.is_main() else "", saving=True
-        ):
-            if not optional:
-                raise UserError(problem)
-            if distributed.is_main():
-                print(
-                    f"warning: nothing was saved after step {state.step}: {problem}",
-                    file=sys.stderr,
-                )
-            return
-        check_replicas(parameters)
-        temporary = folder / f"{final.name}.tmp"
-        try:
-            _write(temporary, final, texts, {"weights": parameters, "optimizer": moments})
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{_no_room(folder, needed)} ({error})") from error
-        if distributed.is_main():
-            _prune(folder, keep)
-
-    write() if background is None else background.start(write)
+    work = partial(_save, final, texts, on_host, keep, optional)
+    if background is None:
+        work()
+    else:
+        background.start(work)
     return final
+
+
+def _save(
+    final: Path,
+    texts: dict[str, str],
+    tensors: dict[str, dict[str, Tensor]],
+    keep: int,
+    optional: bool,
+) -> None:
+    folder, main = final.parent, distributed.is_main()
+    # A state is saved twice where a signal comes twice: the first is as good.
+    if distributed.broadcast(main and final.exists() and not _verify(final), saving=True):
+        return
+    needed = sum(len(text) for text in texts.values())
+    needed += sum(tensor.nbytes for some in tensors.values() for tensor in some.values())
+    problem = distributed.broadcast(_shortage(folder, needed) if main else "", saving=True)
+    if problem and not optional:
+        raise UserError(problem)
+    if problem:
+        if main:
+            step = step_of(final)
+            print(f"warning: nothing was saved after step {step}: {problem}", file=sys.stderr)
+        return
+    check_replicas(tensors["weights"])
+    temporary = folder / f"{final.name}.tmp"
+    try:
+        _write(temporary, final, texts, tensors)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{_no_room(folder, needed)} ({error})") from error
+    if main:
+        _delete_old(folder, keep)
 
 
 def _write(
@@ -114,12 +127,9 @@ def _write(
         temporary.mkdir()
     distributed.barrier(saving=True)
     if distributed.is_joined():
-        save_tensors(
-            temporary, {name: tensor for some in tensors.values() for name, tensor in some.items()}
-        )
-        for path in (
-            temporary.iterdir()
-        ):  # each rank its own: another machine's memory cannot be synced from here
+        save_tensors(temporary, tensors["weights"] | tensors["optimizer"])
+        # Each rank its own: another machine's memory cannot be synced from here.
+        for path in temporary.iterdir():
             sync(path)
     else:
         for name, some in tensors.items():
@@ -146,23 +156,23 @@ def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
     sync(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete what is not among the newest `keep` or the best, damaged ones and what killed
-    processes left included.
+def _delete_old(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the best one; damaged ones, and what killed
+    processes left, too.
     """
     sound = [path for path in folders(folder) if not _verify(path, read=False)]
-    judged = [
-        (loss, p)
-        for p in sound
-        if (loss := _state(p).held_out_loss) is not None and math.isfinite(loss)
-    ]
+    judged: list[tuple[float, Path]] = []
+    for path in sound:
+        loss = _state(path).held_out_loss
+        if loss is not None and math.isfinite(loss):
+            judged.append((loss, path))
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
     for path in [*folders(folder), *folder.glob(f"{_NAME}.tmp")]:
         if path not in kept:
             shutil.rmtree(path)
 
 
-def _held(tensor: Tensor, copied: bool) -> Tensor:
+def _on_host(tensor: Tensor, copied: bool) -> Tensor:
     """A tensor as it is written; a copy of its own where training goes on meanwhile."""
     return tensor.detach().to("cpu", copy=copied).contiguous()
 
@@ -209,11 +219,10 @@ def _newest_good(folder: Path) -> Path | None:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """The weights alone of the checkpoint `path`, into `model`; UserError if it is damaged or none."""
-    if (
-        problem := _verify(path)
-        if path.exists()
-        else f"there are {sorted(p.name for p in path.parent.glob('step-*'))}"
-    ):
+    problem = f"there are {sorted(p.name for p in path.parent.glob('step-*'))}"
+    if path.exists():
+        problem = _verify(path)
+    if problem:
         raise UserError(f"checkpoint {path} cannot be used: {problem}")
     _load(path, model)
 
@@ -284,11 +293,28 @@ def _shortage(folder: Path, needed: int) -> str:
 def _no_room(folder: Path, needed: int) -> str:
     return (
         f"{folder}: the checkpoint cannot be written: {numbers(folder, needed)}. Those written "
-        "before are whole: make "
-        "room, then run the same command to continue"
+        "before are whole: make room, then run the same command to continue"
     )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shortage(folder: Path, needed: int) -> bool:
+    """Whether the disk of `folder`, which need not be there yet, lacks room for tensors of `needed`
+    bytes.
+    """
+    return _free(folder) < SPARE * needed
+
+
+def numbers(folder: Path, needed: int) -> str:
+    """Needed and free, in words."""
+    return f"{SPARE * needed / 2**20:,.1f} MiB needed, {_free(folder) / 2**20:,.1f} MiB free"
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""A model that the caller holds as an object: written into the run's folder first, then trained as
+"""A model that the caller gives as an object: written into the run's folder first, then trained as
 any folder is.
 
 So the run can be checked, continued, exported and repeated like every other. The folder is named
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sftx import distributed
+from sftx.files import sync
 from sftx.types import UserError
 
 
@@ -61,9 +62,9 @@ class GivenModel:
             self.model.save_pretrained(str(temporary))
             self.tokenizer.save_pretrained(str(temporary))
             for path in temporary.rglob("*"):
-                _sync(path)
+                sync(path)
             temporary.rename(self.folder)
-            _sync(self.folder.parent)
+            sync(self.folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
             raise UserError(
@@ -131,17 +132,22 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
             f"model: {len(frozen)} parameters of the object are frozen ({frozen[0]}); use "
             "model.freeze"
         )
+    _refuse_changed_modules(model)
+
+
+def _refuse_changed_modules(model: PreTrainedModel) -> None:
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config)
+        twin: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
     expected = {key: type(module) for key, module in twin.named_modules()}
     for key, module in model.named_modules():
-        changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if expected.get(key) is not type(module) or changed:
-            what = f"{key or 'the model'} is {type(module).__name__}" + (
-                " with a changed forward" if changed else ""
-            )
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
+        changed = ""
+        if hooks or "forward" in vars(module):
+            changed = " with a changed forward"
+        if changed or expected.get(key) is not type(module):
             raise UserError(
-                f"model: {what}, which no folder of a {type(twin).__name__} would bring back"
+                f"model: {key or 'the model'} is {type(module).__name__}{changed}, which no folder "
+                f"of a {type(twin).__name__} would bring back"
             )
 
 
@@ -159,11 +165,3 @@ def _digest(model: PreTrainedModel, tokenizer: Any) -> str:
         else b""
     )
     return state.hexdigest()[:16]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

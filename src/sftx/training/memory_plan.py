@@ -1,26 +1,25 @@
-"""How large a pack may be and how many layers must be recomputed, chosen from the predicted memory
-and that at hand.
+"""How large a pack may be and how many layers are checkpointed, chosen by the predicted and the
+available memory.
 """
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
 from sftx.model.flops import flops, reached_speed
-from sftx.model.folder import load_config
-from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss
 from sftx.model.memory import Memory, MemoryEstimator
+from sftx.model.pack_loss import PackLoss
+from sftx.model.trainable import choose_weights
 from sftx.settings.schema import Config, Runtime
 from sftx.types import Int32, UserError
 
@@ -29,7 +28,7 @@ GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 10
 layers keep half as much of every token.
 """
 MARGIN = 0.92
-"""Share of the memory at hand that a prediction may take: allocators cannot use the rest to the
+"""Share of the available memory that a prediction may take: allocators cannot use the rest to the
 last byte.
 """
 
@@ -69,8 +68,8 @@ class StepProfile:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The choice, and what it is predicted to take; `memory` is None where the model could not be
-    rehearsed.
+    """The choice, and what it is predicted to take; `memory` is None where it could not be
+    predicted.
     """
 
     tokens_per_pack: int
@@ -86,18 +85,21 @@ class Packing:
         return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
 
 
-def meta_model(config: Config, added_token_ids: dict[int, bool]) -> PackLoss:
+def meta_model(
+    config: Config, model_config: PreTrainedConfig, added_token_ids: dict[int, bool]
+) -> PackLoss:
     """The model as it will train, adapter and frozen weights included, on the meta device: shapes
     without contents.
 
-    `taught` = the tokens that the run adds; see `Tokenizer.taught`.
+    `added_token_ids` = the tokens that the run adds, see `Tokenizer`.
     """
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
-    settings = load_config(config.model)
     with torch.device("meta"):
         with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
             model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, trust_remote_code=config.model.trust_remote_code
+                copy.deepcopy(model_config),
+                dtype=dtype,
+                trust_remote_code=config.model.trust_remote_code,
             )
         assert isinstance(model, PreTrainedModel)
         choose_weights(model, config.model, config.adapter, config.seed, added_token_ids)
@@ -113,7 +115,7 @@ def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
 
 
 def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> int:
-    """The most tokens that a pack may get, whatever `fit` chooses."""
+    """The most tokens that a pack may get, whatever is chosen."""
     sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
     return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 
@@ -206,21 +208,26 @@ def predict(
     )
 
 
-def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> Iterator[tuple[int, int]]:
-    """(tokens per pack, recomputed layers), in the order of preference."""
-    layers, on_cpu = len(estimator.layers), COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
-    good = GPU_SIZES if estimator.on_gpu else on_cpu
+def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int, int]]:
+    """(tokens per pack, checkpointed layers), in the order of preference."""
+    layers = len(estimator.layers)
+    good = COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
+    if estimator.on_gpu:
+        good = GPU_SIZES
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     if runtime.tokens_per_pack is not None:
         good, small = [runtime.tokens_per_pack], []
     match runtime.recompute:
         case "auto":
-            yield from ((size, 0) for size in good)
-            yield from ((size, layers) for size in (good[-1], *small))
-        case "all":  # a model without layers to be found is refused, not passed over
-            yield from ((size, max(layers, 1)) for size in (*good, *small))
-        case count:
-            yield from ((size, 0 if count == "none" else count) for size in (*good, *small))
+            whole = [(size, 0) for size in good]
+            return whole + [(size, layers) for size in (good[-1], *small)]
+        case "all":
+            count = max(layers, 1)  # a model whose layers are not found is refused, not passed over
+        case "none":
+            count = 0
+        case number:
+            count = number
+    return [(size, count) for size in (*good, *small)]
 
 
 def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:

@@ -119,8 +119,8 @@ class StochasticAdamW(torch.optim.AdamW):
                     for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")
                 }
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-                held, start = local_shard(p)
-                weight, grad = held.float(), local_shard(p.grad)[0].float()
+                shard, start = local_shard(p)
+                weight, grad = shard.float(), local_shard(p.grad)[0].float()
                 means = [local_shard(state["exp_avg"])[0]], [local_shard(state["exp_avg_sq"])[0]]
                 adamw(
                     [weight],
@@ -135,7 +135,7 @@ class StochasticAdamW(torch.optim.AdamW):
                 bits = random_bits(first - p.numel() + start, weight.numel(), p.device).view(
                     weight.shape
                 )
-                held.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
+                shard.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
 
 
 def random_bits(first: int, count: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.save import load_tokenizer
-from sftx.model.tokens import add_rows
+from sftx.model.trainable import add_rows
 from sftx.report.record import Run
 from sftx.settings.schema import Config, Model
 from sftx.types import StepRecord

@@ -11,22 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 from sftx import distributed
+from sftx.types import Ended
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
 STOPPING = "\nstopping after this step; again = quit without saving\n"
 NOTHING_TO_SAVE = (
     "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
 )
-
-
-class Ended(SystemExit):
-    """A run that ends early, for a reason it can say."""
-
-    exit_code: int
-
-    def __init__(self, message: str) -> None:
-        super().__init__(self.exit_code)
-        self.message = message
 
 
 class Stopped(Ended):
@@ -59,9 +50,11 @@ class StopFlag:
 
         One question answers both, so that the ranks wait for each other once.
         """
-        agreed, save = divmod(distributed.all_reduce_max(2 * (self.signal or 0) + due), 2)
-        self.signal = agreed or self.signal  # one that has come meanwhile is for the next time
-        return agreed != 0, save == 1
+        signal_of_all, save = divmod(distributed.all_reduce_max(2 * (self.signal or 0) + due), 2)
+        self.signal = (
+            signal_of_all or self.signal
+        )  # one that has come meanwhile is for the next time
+        return signal_of_all != 0, save == 1
 
     def set(self, number: int, _: FrameType | None) -> None:
         """The signal handler."""

@@ -19,7 +19,7 @@ from sftx.compat.trlx.translate import refuse_several_processes, refuse_untransl
 from sftx.model.save import load_tokenizer
 from sftx.settings.schema import Model
 from sftx.training.control import Control
-from sftx.training.prepare import Job
+from sftx.training.job import Job
 from sftx.types import UserError
 
 _LISTS_BY_NATURE = (
@@ -91,7 +91,8 @@ class AccelerateRLTrainer:
     @property
     def iter_count(self) -> int:
         """Steps that the model has taken."""
-        return self._control.done
+        job = self._control.job
+        return 0 if job is None else job.state.step
 
     @property
     def generate_sweep_kwarg(self) -> tuple[str, list[object]] | None:

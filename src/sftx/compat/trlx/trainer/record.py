@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.model_config import read_json
+from sftx.report.facts import RunFacts
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training.export import TRLX
@@ -28,14 +29,14 @@ class TrlxRun(Run):
     def __init__(self, config: Config, begin: int, told: Mapping[str, object]) -> None:
         super().__init__(config)
         self.begin = begin
-        self.own: dict[str, object] = {TRLX: told}
-        if begin and "eval_before" in self.facts:
-            self.own["eval_before"] = self.facts["eval_before"]
-        self.facts = {}  # an earlier run neither forbids this one nor finishes it
+        self.told = dict(told)
+        self.eval_before = self.facts.eval_before if begin else None
+        self.facts = RunFacts()  # an earlier run neither forbids this one nor finishes it
 
-    def start(self, step: int, carried: Mapping[str, str], **facts: Any) -> None:
+    def start(self, step: int, carried: Mapping[str, str], facts: RunFacts) -> None:
         """Begin the record with the lines that are in the folder up to the step `begin`."""
-        super().start(step, self.records_until(self.begin), **facts, **self.own)
+        own = replace(facts, trlx=self.told, eval_before=self.eval_before)
+        super().start(step, self.records_until(self.begin), own)
 
 
 def refuse_foreign_folder(folder: Path) -> None:

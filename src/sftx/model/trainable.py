@@ -1,19 +1,26 @@
-"""Which weights train: an adapter; or all, the last layers, or those whose names match."""
+"""Which weights train: an adapter; or all, the last layers, or those whose names match. Rows for the
+tokens that a run adds.
+"""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sftx.model.adapter import attach
 from sftx.model.mixture import describe_adapter
-from sftx.model.tokens import add_rows
 from sftx.settings.schema import Adapter, Model
 from sftx.types import UserError
+
+NOISE = 0.02
+"""Deviation of a new row from the mean of the others, relative to theirs: enough to tell new tokens
+apart.
+"""
 
 
 def choose_weights(
@@ -23,8 +30,7 @@ def choose_weights(
     seed: int,
     added_token_ids: dict[int, bool],
 ) -> tuple[PeftModel | None, list[str]]:
-    """Make rows for the tokens that `model` is taught, freeze what is to stay, put the adapter in;
-    all in place.
+    """Add rows for `added_token_ids`, freeze what is to stay, put the adapter in; all in place.
 
     Returns the adapter around the model (None where there is none), and what was done, in words.
     """
@@ -102,3 +108,46 @@ def _freeze_lower_layers(model: PreTrainedModel, unfrozen: int) -> None:
         modules.append(model.get_output_embeddings())
     for module in modules:
         module.requires_grad_(False)
+
+
+def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int) -> list[str]:
+    """Give every id of `added_token_ids` (id -> whether it is new) a row, growing the matrices where needed
+    (in place).
+
+    New rows are mean + NOISE * std * N(0, 1) of the rows of known tokens, dimension by dimension,
+    drawn by `seed`. Returns what was done, in words. Raises UserError when rows would be needed for
+    tokens that are not listed.
+    """
+    if not added_token_ids:
+        return []
+    rows, needed = _matrices(model)[0].shape[0], max(added_token_ids) + 1
+    if unlisted := sorted(set(range(rows, needed)) - set(added_token_ids)):
+        raise UserError(
+            f"model.add_tokens: tokens beyond the model's {rows} embeddings are not listed: ids "
+            f"{unlisted[:8]} ..."
+        )
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    new = sorted(i for i, is_new in added_token_ids.items() if is_new or i >= rows)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for tensor in _matrices(model) if new else []:
+        known = tensor[: min(new[0], rows)].float()
+        noise = torch.randn(len(new), *tensor.shape[1:], generator=generator, device="cpu").to(
+            tensor.device
+        )
+        tensor[new] = (known.mean(0) + NOISE * known.std(0) * noise).to(tensor.dtype)
+    grown = f"; the embeddings grew from {rows:,} to {needed:,} rows" if needed > rows else ""
+    return [
+        f"{len(added_token_ids)} listed tokens have rows that train, {len(new)} of them new{grown}"
+    ]
+
+
+def _matrices(model: Any) -> list[Tensor]:
+    """The embeddings, and where they are not tied the head's matrix and bias; without gradients."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = (
+        []
+        if head is None or head.weight is embeddings.weight
+        else [head.weight, getattr(head, "bias", None)]
+    )
+    return [tensor.detach() for tensor in (embeddings.weight, *own) if tensor is not None]
