@@ -20,7 +20,8 @@ import sftx
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.folder import load_config
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.tokens import add_rows
 from sftx.settings.schema import Config, Model
 from sftx.training.memory_plan import meta_model
@@ -292,5 +293,6 @@ def test_the_outline_of_a_run_that_continues_an_adapter_warns_of_nothing(tmp_pat
     path = tiny.folder(tmp_path / "model")
     first = run(path, tmp_path / "first")
     sections = {"model": path, "adapter": {"method": "lora", "path": str(first.folder)}}
-    outlined = meta_model(Config.model_validate({"data": "d", "output": "o", **sections}), {})
+    config = Config.model_validate({"data": "d", "output": "o", **sections})
+    outlined = meta_model(config, load_config(config.model), {})
     assert {p.device.type for p in outlined.parameters()} == {"meta"}

@@ -409,17 +409,20 @@ import torch
 from sftx import distributed
 from sftx.settings.load import load_config
 from sftx.model.runtime import Machine
-from sftx.training.prepare import _build
+from sftx.model.folder import load_config as model_config
+from sftx.training.build import build_model
 
 def peak():
     return next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
 
 config = load_config(sys.argv[2])
 torch.set_num_threads(1)
-with dist.joined(torch.device("cpu"), 60):
+with distributed.joined(torch.device("cpu"), 60):
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = peak()
-    loss, _, notes, _ = _build(config, Machine(torch.device("cpu"), torch.float32, 64), {})
+    machine = Machine(torch.device("cpu"), torch.float32)
+    built = build_model(config, model_config(config.model), machine, {})
+    loss, notes = built.loss, built.notes
     found = {"grew": peak() - before, "model": sum(p.nbytes for p in loss.parameters()),
         "unit": max(sum(p.nbytes for p in layer.parameters()) for layer in loss.model.model.layers), "notes": notes}
     Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))  # lines printed by several ranks may mix

@@ -11,7 +11,7 @@ from rich.console import Console
 from sftx.data.plan import Plan
 from sftx.report.progress import Progress, _duration
 from sftx.settings.schema import Batch
-from sftx.training.eta import Eta
+from sftx.training.metrics import Eta
 from sftx.types import StepRecord, untrained
 
 

@@ -15,13 +15,13 @@ import torch
 import sftx
 from sftx.model import host_memory
 from sftx.model.compile import KEPT
-from sftx.model.load import PackLoss
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Runtime
 from sftx.training.memory_plan import MARGIN, StepProfile, choose_packing, predict
 
-CPU = Machine(torch.device("cpu"), torch.float32, 0)
+CPU = Machine(torch.device("cpu"), torch.float32)
 LOAD = StepProfile(longest=300, step_tokens=8192, target_share=0.5)
 
 

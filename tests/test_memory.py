@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import recompute
-from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Config
 from sftx.training.optim import build_optimizer
@@ -91,7 +91,7 @@ def test_the_peak_of_a_real_step_is_predicted(
     precision = torch.float32 if bits == 32 else torch.bfloat16
     loss = loss_of(family, changes, method)
     pack = blank_pack(256, 100, 0.5)
-    predicted = MemoryEstimator(loss, Machine(torch.device("cpu"), precision, 0), base=0).predict(
+    predicted = MemoryEstimator(loss, Machine(torch.device("cpu"), precision), base=0).predict(
         pack, recomputed
     )
     real = copy.deepcopy(loss)
@@ -105,7 +105,7 @@ def test_the_peak_of_a_real_step_is_predicted(
 def test_a_model_that_has_just_run_can_be_predicted() -> None:
     loss = PackLoss(tiny.model()).train()
     pack = blank_pack(256, 100, 0.5)
-    machine = Machine(torch.device("cpu"), torch.float32, 0)
+    machine = Machine(torch.device("cpu"), torch.float32)
     before = MemoryEstimator(loss, machine, base=0).predict(pack, 0)
     with torch.no_grad():
         loss(to_tensors(pack, torch.device("cpu")))

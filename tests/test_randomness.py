@@ -48,7 +48,6 @@ def test_dropout_goes_by_seed_step_and_rank_and_noise_by_seed_and_step(
     dropout: dict[tuple[int, int, int], int] = {}
     noise: dict[tuple[int, int], set[int]] = {}
     monkeypatch.setattr(loop, "train_step", lambda *_: None)
-    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)
     for rank, step, job.config.seed in itertools.product(range(3), (0, 1, 7), (0, 1)):
         monkeypatch.setenv("RANK", str(rank))
         loop._step(job, step, [])

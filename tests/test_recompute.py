@@ -17,8 +17,8 @@ import sftx
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import decoder_layers, recompute
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Runtime
 from sftx.training.memory_plan import StepProfile, choose_packing
@@ -108,7 +108,7 @@ def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> N
 def test_recomputing_layers_that_are_not_shown_is_refused_in_words(count: str | int) -> None:
     model = tiny.model("CTRL", n_embd=32, dff=64, n_layer=2, n_head=4, n_positions=256)
     estimator = MemoryEstimator(
-        PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32, 1024), 0
+        PackLoss(model).train(), Machine(torch.device("cpu"), torch.float32), 0
     )
     chosen = choose_packing(Runtime(recompute=count), estimator, StepProfile(40, 100, 0.5), 1 << 34)  # pyright: ignore
     with pytest.raises(

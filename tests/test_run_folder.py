@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import sftx
 from sftx import distributed
-from sftx.training import checkpoint, loop, memory_plan, room
+from sftx.training import checkpoint, loop, memory_plan
 from sftx.training.signals import SaveClock, StopFlag, listening
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
@@ -220,7 +220,7 @@ def test_a_save_that_nobody_asked_for_does_not_end_a_run_on_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(checkpoint, "shortage", lambda folder, needed: True)
+    monkeypatch.setattr(checkpoint, "_shortage", checkpoint._no_room)
     result = sftx.train(**settings(model, tmp_path / "run", checkpoint={"minutes": 1e-9}))
     assert_equal(result.folder, whole)
     assert "warning: nothing was saved after step 1: " in capfd.readouterr().err
@@ -323,7 +323,7 @@ def test_bad_steps_in_a_row_are_counted_across_a_stop(
 
 
 def full(monkeypatch: pytest.MonkeyPatch, free: int = 1000) -> None:
-    monkeypatch.setattr(room, "_free", lambda folder: free)
+    monkeypatch.setattr(checkpoint, "_free", lambda folder: free)
 
 
 def test_room_for_the_model_is_asked_for_before_the_first_step(
@@ -336,7 +336,7 @@ def test_room_for_the_model_is_asked_for_before_the_first_step(
         sftx.train(**settings(model, tmp_path / "run"))
     assert not numbers(tmp_path / "run")
     monkeypatch.setattr(
-        room, "_free", lambda folder: 90_000
+        checkpoint, "_free", lambda folder: 90_000
     )  # enough for the adapter, and not for a merged model
     sftx.train(**settings(model, tmp_path / "lora", adapter={"method": "lora", "rank": 1}))
     with pytest.raises(sftx.UserError, match="no room for the trained model"):

@@ -58,7 +58,7 @@ NAMES = {
 @pytest.fixture(autouse=True)
 def _no_prediction_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing a layer takes longer than these runs."""
-    monkeypatch.setattr("sftx.training.prepare.seconds_of", lambda *_: None, raising=False)
+    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None, raising=False)
 
 
 @pytest.fixture(scope="module")

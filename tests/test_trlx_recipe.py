@@ -39,7 +39,7 @@ def block(language: str, number: int = 0) -> str:
 def test_the_recipe_trains_what_the_script_trains(
     model: str, tmp_path: Path, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftx.training.prepare.seconds_of", lambda *_: None, raising=False)
+    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None, raising=False)
     monkeypatch.chdir(tmp_path)
     lists = [
         ["", sample] if isinstance(sample, str) and samples is SAMPLES else sample

@@ -31,6 +31,16 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class Ended(SystemExit):
+    """A run that ends early, for a reason it can say."""
+
+    exit_code: int
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.exit_code)
+        self.message = message
+
+
 class RowError(UserError):
     """A mistake in one row. The message names the field; whoever knows the row's place puts
     `file:line: ` before it.

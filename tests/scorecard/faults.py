@@ -37,8 +37,8 @@ from scorecard.runs import (
     write_rows,
 )
 from sftx import cli
-from sftx.model.load import PackLoss
-from sftx.training import checkpoint, loop, prepare
+from sftx.model.pack_loss import PackLoss
+from sftx.training import build, checkpoint, finish, job, loop
 
 
 @check(11, "50 x SIGKILL inside a save", limit=600)
@@ -197,7 +197,7 @@ def disk_full(folder: Path) -> str:
                     (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - size))
 
                 if case == "the model":
-                    on_call(loop, "save_model", lambda: leave(50_000))
+                    on_call(finish, "save_model", lambda: leave(50_000))
                 else:
                     on_call(checkpoint, "save", lambda: leave(200_000), calls=2)
                 if case == "while writing":
@@ -238,12 +238,12 @@ def stop(folder: Path) -> str:
     whole = settings(folder, "whole", **more)
     run(whole)
     points: dict[str, Callable[[Callable[[], None]], Any]] = {
-        "preparation": lambda act: on_call(prepare, "load_model", act),
-        "first evaluation": lambda act: on_call(loop, "held_out_loss", act),
+        "preparation": lambda act: on_call(build, "load_model", act),
+        "first evaluation": lambda act: on_call(job, "held_out_loss", act),
         "step": lambda act: on_step(5, act)(),
-        "evaluation": lambda act: on_call(loop, "held_out_loss", act, calls=3),
+        "evaluation": lambda act: on_call(job, "held_out_loss", act, calls=3),
         "save": lambda act: on_call(checkpoint, "sync", act, calls=2),
-        "last evaluation": lambda act: on_call(loop, "held_out_loss", act, calls=5),
+        "last evaluation": lambda act: on_call(job, "held_out_loss", act, calls=5),
     }
     for number in (signal.SIGTERM, signal.SIGUSR1):
         for point, plant in points.items():

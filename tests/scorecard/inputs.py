@@ -21,7 +21,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.load import make_config
-from sftx.training import prepare
+from sftx.training import build
 from sftx.types import UserError
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -127,9 +127,7 @@ def malformed(folder: Path) -> str:
     message = reader.refusal(str(path))
     expect(message.startswith(f"{path}:120000: "), f"in a big file: {message[:200]}")
     config = settings(folder, data={"train": str(folder / "4.jsonl")})
-    text = run(
-        config, lambda: on_call(prepare, "load_model", lambda: print("MODEL LOADED")), code=2
-    )
+    text = run(config, lambda: on_call(build, "load_model", lambda: print("MODEL LOADED")), code=2)
     expect(
         "MODEL LOADED" not in text and "4.jsonl:4: " in text and "Traceback" not in text,
         text[-300:],

@@ -21,12 +21,14 @@ from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
-from sftx.model.load import PackLoss
+from sftx.model.folder import load_config
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
-from sftx.model.runtime import CUBLAS_WORKSPACE, machine
+from sftx.model.pack_loss import PackLoss
+from sftx.model.runtime import CUBLAS_WORKSPACE, machine, name_of
 from sftx.printable import printable
 from sftx.settings.schema import Config
+from sftx.training.build import longest_example
 from sftx.training.memory_plan import (
     StepProfile,
     choose_packing,
@@ -35,8 +37,6 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
-from sftx.training.prepare import longest_example
-from sftx.training.run_identity import name_of
 from sftx.types import UserError
 
 EXTRA = {
@@ -56,7 +56,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
     count = whole_number("plan: gpus", gpus) if gpus else 1
     added = config.model.add_tokens or config.model.add_special_tokens
-    loss = meta_model(config, Tokenizer.of_model(config.model).added_token_ids if added else {})
+    tokens = Tokenizer.of_model(config.model).added_token_ids if added else {}
+    loss = meta_model(config, load_config(config.model), tokens)
     plan, load = _load(config, loss, count)
     with machine(config.runtime) as here:
         available, held = (

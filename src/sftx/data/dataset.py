@@ -118,9 +118,15 @@ def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
 
 
 def load_corpora(
-    config: Config, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    max_length: int,
+    progress: Progress | None = None,
+    encoder: Encoder | None = None,
 ) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out corpus of a run, encoded now or taken from the cache.
+
+    `encoder` is made of the rest where it is not given.
 
     Rows of `data.eval_split` are chosen by their content and the seed: a row keeps its side when
     others are added, and equal rows share a side.
@@ -136,7 +142,7 @@ def load_corpora(
         raise UserError(
             "data.eval_split and data.eval are both set; held-out rows come from one of them"
         )
-    cache, encoder = Cache(data.cache), Encoder(tokenizer, data, max_length)
+    cache, encoder = Cache(data.cache), encoder or Encoder(tokenizer, data, max_length)
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)

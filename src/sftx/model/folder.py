@@ -5,12 +5,11 @@ before any is loaded.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sftx.boundary import boundary
 from sftx.model_config import check_config, config_file, read_json
@@ -21,7 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def load_config(model: Model) -> Any:
+def load_config(model: Model) -> PreTrainedConfig:
     """The model's Hugging Face configuration; UserError, with the file, if there is none that sftx
     can use.
     """

@@ -38,7 +38,6 @@ class Machine:
 
     device: torch.device
     precision: torch.dtype
-    tokens_per_pack: int = 0  # chosen by `training.fit`, once the model is known
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in `precision` over fp32 weights."""
@@ -72,6 +71,11 @@ class Machine:
         held = CUBLAS_WORKSPACE if on_gpu else host_memory.resident()
         available = torch.cuda.mem_get_info(self.device)[0] if on_gpu else held + host_memory.free()
         return -distributed.all_reduce_max(-available), distributed.all_reduce_max(held)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32`, `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

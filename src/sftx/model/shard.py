@@ -8,6 +8,7 @@ the weight of the whole step already.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,13 +32,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from sftx import distributed
 from sftx.boundary import boundary
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Model, Runtime
 from sftx.types import UserError
 
@@ -123,12 +129,14 @@ class Unread:
         )
 
 
-def unread_model(settings: Model, dtype: torch.dtype) -> Unread:
+def unread_model(
+    settings: Model, dtype: torch.dtype, config: PreTrainedConfig | None = None
+) -> Unread:
     """The model without its weights."""
     folder = Path(settings.path)
     if not folder.is_dir():
         folder = Path(snapshot_download(settings.path, allow_patterns=["*.safetensors", "*.json"]))
-    config = load_config(settings)
+    config = copy.deepcopy(config or load_config(settings))
     check_weights(str(folder))
     with boundary(f"model.path: {settings.path} cannot be built from its files"):
         with init_empty_weights(

@@ -36,10 +36,10 @@ def default_threads(runtime: Runtime) -> int:
     return asked_threads(runtime) or max(1, usable_cores(physical=True) // distributed.local_size())
 
 
-def settle_threads(
+def choose_threads(
     runtime: Runtime, device: torch.device, earlier: int | None
 ) -> tuple[int, list[str]]:
-    """Set and return the number of threads for a run, and what is to be said of it, the same on
+    """Set and return the number of threads for a run, and what to say of it, the same on
     every rank.
 
     A run that is continued keeps its `earlier` number where it can, because sums in another order

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -14,9 +13,7 @@ from rich.progress import Progress as Bar
 
 from sftx.printable import printable
 from sftx.report.record import Run
-from sftx.training.run_identity import name_of
-from sftx.training.signals import Ended
-from sftx.types import Ledger, StepRecord
+from sftx.types import Ended, Ledger, StepRecord
 
 PLAIN_EVERY = 10.0
 """Seconds between lines where the output is not a terminal."""
@@ -72,22 +69,9 @@ class Progress:
                 self.say(f"warning  of the held-out rows, {warning}")
         self.say(f"plan     {num_steps:,} steps")
 
-    def model(
-        self,
-        name: str,
-        parameters: tuple[int, int],
-        machine: Any,
-        peak: float,
-        notes: list[str],
-        start: int,
-    ) -> None:
-        """The model and the machine, after the checks."""
-        self.say(
-            f"model    {name}: {parameters[0]:,} of {parameters[1]:,} parameters train, "
-            f"{name_of(machine.precision)} "
-            f"on {machine.device}, {machine.tokens_per_pack:,} tokens per pack, peak learning "
-            f"rate {peak:g}"
-        )
+    def model(self, summary: str, notes: list[str], start: int) -> None:
+        """The model and where it trains, after the checks."""
+        self.say(f"model    {summary}")
         for note in notes:
             self.say(f"note     {note}")
         if start:

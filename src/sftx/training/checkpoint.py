@@ -29,22 +29,23 @@ from sftx.model.shard import check_replicas, load_tensors, save_tensors, tensor_
 from sftx.printable import printable
 from sftx.report.record import RECORDS
 from sftx.training.async_writer import AsyncWriter
-from sftx.training.room import numbers, shortage
 from sftx.types import UserError
 
 MANIFEST = "MANIFEST.json"
+SPARE = 1.2
+"""Times what the tensors take: beside them there are names, a manifest, a tokenizer."""
 _NAME = "step-" + "[0-9]" * 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class State:
-    """Everything a run needs, beside its tensors, to continue: where it is, and which run it is."""
+    """Where a run stands, and which run it is: all it needs, beside its tensors, to continue."""
 
     step: int  # optimiser steps done
     plan: str  # fingerprint of the plan
     mathematics: dict[str, Any]  # the settings that change results
-    total_tokens: int
-    total_targets: int
+    total_tokens: int = 0
+    total_targets: int = 0
     held_out_loss: float | None = None  # of these very weights, where they were evaluated
     bad_steps: int = 0  # in a row, up to this one
     seconds: float = 0.0  # of all steps so far
@@ -292,3 +293,21 @@ def _no_room(folder: Path, needed: int) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shortage(folder: Path, needed: int) -> bool:
+    """Whether the disk of `folder`, which need not be there yet, lacks room for tensors of `needed`
+    bytes.
+    """
+    return _free(folder) < SPARE * needed
+
+
+def numbers(folder: Path, needed: int) -> str:
+    """Needed and free, in words."""
+    return f"{SPARE * needed / 2**20:,.1f} MiB needed, {_free(folder) / 2**20:,.1f} MiB free"
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from sftx import distributed
 from sftx.report.record import Run
 from sftx.settings.schema import Config
-from sftx.training.prepare import Job
+from sftx.training.job import Job
 from sftx.training.result import Result
 from sftx.types import StepRecord, UserError
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -28,40 +30,12 @@ class Control:
     """
 
     exact: bool
-    job: Job | None = None
-    done: int = 0  # steps that the model has taken
-    loss: float | None = None  # of the last of them
+    job: Job | None = None  # once the run is prepared, until its end
     end_asked: bool = False
-    shared: bool = False  # the caller holds the model
-    evaluate: Callable[[], dict[str, float]] = field(default=dict)
-    save: Callable[[], Path] = field(default=Path)
-
-    def begin(
-        self, job: Job, evaluate: Callable[[], dict[str, float]], save: Callable[[], Path]
-    ) -> None:
-        """The run is prepared, and stands at `job.start`."""
-        self.job, self.done = job, job.start
-        self.evaluate, self.save = evaluate, save
 
     def must_end(self) -> bool:
         """Whether the caller asked for the end, on any rank; every rank must ask equally often."""
         return self.exact and bool(distributed.all_reduce_max(int(self.end_asked)))
-
-    def hand_over(self) -> None:
-        """Where the caller holds the model: make it one that answers, with its own attention and
-        without dropout.
-        """
-        if self.job is not None and self.shared:
-            self.job.loss.use_segments(False)
-            self.job.loss.eval()
-            self.job.loss.model.config.use_cache = True
-
-    def take_back(self) -> None:
-        """Make it one that trains again."""
-        if self.job is not None and self.shared:
-            self.job.loss.model.config.use_cache = False
-            self.job.loss.train()
-            self.job.loss.use_segments(True)
 
 
 class Steps(Iterator[StepRecord]):
@@ -82,25 +56,27 @@ class Steps(Iterator[StepRecord]):
         self._records = records
         self._began = time.perf_counter()
         self._started = self._over = False
+        self._shared = False  # the caller has the model
+        self._loss: float | None = None  # of the last step
 
     def __next__(self) -> StepRecord:
         self._start()
-        self._control.take_back()
+        self._take_back()
         try:
             record = next(self._records)
         except StopIteration:
             self._over = True
             raise
         assert record is not None
-        self._control.loss = record.loss
-        self._control.hand_over()
+        self._loss = record.loss
+        self._hand_over()
         return record
 
     @property
     def step(self) -> int:
         """Optimiser steps that the model has taken."""
         self._start()
-        return self._control.done
+        return self._state.step
 
     @property
     def num_steps(self) -> int:
@@ -119,8 +95,8 @@ class Steps(Iterator[StepRecord]):
             raise UserError(
                 "steps.model: several processes share the model; save() it and read the checkpoint"
             )
-        self._control.shared = True
-        self._control.hand_over()
+        self._shared = True
+        self._hand_over()
         return job.trained
 
     @property
@@ -139,12 +115,12 @@ class Steps(Iterator[StepRecord]):
                 "steps.evaluate(): there are no held-out rows; set data.eval, data.eval_rows or "
                 "eval_split"
             )
-        return self._between(self._control.evaluate)
+        return self._between(self._evaluate)
 
     def save(self) -> Path:
         """Write a checkpoint of this step, from which the same run continues; returns its folder."""
         self._job()
-        return self._between(self._control.save)
+        return self._between(self._save)
 
     def stop(self) -> None:
         """Take no further step: the next one asked for ends the run as the last step would,
@@ -172,7 +148,7 @@ class Steps(Iterator[StepRecord]):
             folder=Path(self.config.output),
             steps=facts.get("ended_at", facts["num_steps"]),
             seconds=time.perf_counter() - self._began,
-            loss=self._control.loss,
+            loss=self._loss,
             eval_before=facts.get("eval_before"),
             eval_after=facts.get("eval_after"),
         )
@@ -184,6 +160,8 @@ class Steps(Iterator[StepRecord]):
         self._started = True
         ready = next(self._records)
         assert ready is None
+        assert self._control.job is not None
+        self._state = self._control.job.state
 
     def _job(self) -> Job:
         self._start()
@@ -191,10 +169,32 @@ class Steps(Iterator[StepRecord]):
             raise UserError("the run is over: its model is in `steps.result.model`")
         return self._control.job
 
-    def _between(self, action: Callable[[], Any]) -> Any:
+    def _evaluate(self) -> dict[str, float]:
+        job = self._job()
+        numbers = job.evaluate()
+        if numbers:  # else a signal cut it short
+            job.run.write_evaluation(job.state.step, job.plan.num_steps, numbers)
+        return numbers
+
+    def _save(self) -> Path:
+        job = self._job()
+        lines = job.run.metrics()
+        return job.save(lines[-1]["eval"] if lines else None, in_background=True)
+
+    def _between(self, action: Callable[[], Answer]) -> Answer:
         """`action` on the model in the state in which it trains."""
-        self._control.take_back()
+        self._take_back()
         try:
             return action()
         finally:
-            self._control.hand_over()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Where the caller has the model: make it one that answers."""
+        if self._control.job is not None and self._shared:
+            self._control.job.hand_over()
+
+    def _take_back(self) -> None:
+        """Make it one that trains again."""
+        if self._control.job is not None and self._shared:
+            self._control.job.take_back()

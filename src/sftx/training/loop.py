@@ -5,39 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from sftx import distributed
-from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
-from sftx.eval.loss import held_out_loss
-from sftx.model.load import TensorPack, stored_dtype, to_tensors
+from sftx.model.pack_loss import TensorPack
 from sftx.model.runtime import machine
-from sftx.model.save import save_model
-from sftx.model.shard import check_replicas, whole_state
 from sftx.report.lock import owned
-from sftx.report.model_card import model_card
 from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
-from sftx.training import checkpoint
-from sftx.training.async_writer import AsyncWriter
+from sftx.training.build import prepare
 from sftx.training.control import Control, Steps
 from sftx.training.export import Allowed, export
+from sftx.training.finish import finish, leave
 from sftx.training.given_model import GivenModel, without_object
+from sftx.training.job import Job
 from sftx.training.metrics import StepMetrics
-from sftx.training.optim import StochasticAdamW, learning_rate
-from sftx.training.prepare import Job, prepare, refuse_strangers
+from sftx.training.optim import StochasticAdamW
 from sftx.training.repeat import write_settings
 from sftx.training.result import Result
-from sftx.training.signals import NOTHING_TO_SAVE, SaveClock, StopFlag, Stopped, listening
+from sftx.training.run_identity import refuse_other_files
+from sftx.training.signals import NOTHING_TO_SAVE, SaveClock, Stopped, listening
 from sftx.training.step import StepResult, train_step
 from sftx.types import StepRecord, UserError
 
@@ -100,104 +93,73 @@ def _run(
     config: Config, given: GivenModel | None, control: Control
 ) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
-    refuse_strangers(config)
+    refuse_other_files(config)
     with owned(Path(config.output)) if distributed.is_main() else nullcontext():
         run = Run(config, writes=distributed.is_main())
-        yield from _train(config, given, run, control)
-        if (
-            config.adapter.merge and "merged" not in run.facts and distributed.is_main()
-        ):  # the others need not wait
-            moved, _ = export(
-                run.folder, run.folder / "merged", allowed=Allowed.of(config)
-            )  # the base, anew and whole
+        with ExitStack() as stack:
+            here = stack.enter_context(machine(config.runtime))
+            stop = stack.enter_context(listening())
+            shown = config.runtime.progress and distributed.is_main()
+            progress = stack.enter_context(Progress(shown))
+            stop.at_once = True
+            if given is not None:
+                given.write()
+            control.job = prepare(config, here, run, progress, stack, stop)
+            stop.at_once = False
+            yield None
+            yield from _train(control.job, control, progress)
+            control.job = None  # the model is no longer needed
+        # The other ranks need not wait for this.
+        if config.adapter.merge and "merged" not in run.facts and distributed.is_main():
+            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
             run.update(merged=moved)
 
 
-def _train(
-    config: Config, given: GivenModel | None, run: Run, control: Control
-) -> Generator[StepRecord | None]:
-    with ExitStack() as stack:
-        here = stack.enter_context(machine(config.runtime))
-        stop = stack.enter_context(listening())
-        progress = stack.enter_context(Progress(config.runtime.progress and distributed.is_main()))
-        stop.at_once = True
-        if given is not None:
-            given.write()
-        job = prepare(config, here, run, progress, stack)
-        stop.at_once = False
-        control.begin(
-            job, partial(_evaluate_now, job, stop, control), partial(_save_now, job, control)
-        )
-        yield None
-        if run.finished:
-            progress.say(f"done     {run.folder} is finished already: no step was taken")
-        else:
-            if run.writes:
-                write_settings(run.folder, config)
-            progress.time(job.facts["predicted"]["seconds"])
-            _evaluate_first(job, stop, progress)
-            for record in take_steps(job, stop, control):
-                progress.step(record)
-                yield run.write(record)
-            _finish(job, stop, progress, control.done)
-        control.job = None
-        del job
+def _train(job: Job, control: Control, progress: Progress) -> Iterator[StepRecord]:
+    """The records of a prepared run, from its first evaluation to the model in its folder."""
+    run = job.run
+    if run.finished:
+        progress.say(f"done     {run.folder} is finished already: no step was taken")
+        return
+    if run.writes:
+        write_settings(run.folder, job.config)
+    progress.time(job.predicted_seconds)
+    _evaluate_first(job, progress)
+    for record in take_steps(job, control):
+        progress.step(record)
+        yield run.write(record)
+    finish(job, progress)
 
 
-def take_steps(job: Job, stop: StopFlag, control: Control) -> Iterator[StepRecord]:
-    """The steps from `job.start` on, with evaluation and checkpoints when due.
+def take_steps(job: Job, control: Control) -> Iterator[StepRecord]:
+    """The steps that are left, with evaluation and checkpoints when due.
 
     Records come one step late, so that reading them never makes the device wait; where the caller
     has control, at once.
     """
-    config, plan = job.config, job.plan
-    meter, clock = StepMetrics(job), SaveClock(config.checkpoint.minutes)
-    pending: tuple[int, StepResult, float] | None = None
-    for step, packs in prefetched(range(job.start, plan.num_steps), lambda step: _packs(job, step)):
+    num_steps = job.plan.num_steps
+    metrics, clock = StepMetrics(job), SaveClock(job.config.checkpoint.minutes)
+    pending: tuple[int, int, StepResult, float] | None = None
+    for step, packs in prefetched(range(job.state.step, num_steps), job.packs):
         if control.must_end():
             return
         distributed.heartbeat(f"step {step + 1}")
-        result = _step(job, step, packs)
-        control.done = step + 1
+        result = _step(job, step, packs.own)
         if pending is not None:
-            yield meter.read(*pending)
-        pending = (step, result, time.perf_counter())
-        job.background.check()
-        last, done = step + 1 == plan.num_steps, step + 1
-        eval_due = _eval_due(job, done)
-        save_due = not last and _due(config.checkpoint.every, done)
-        asked, time_due = stop.or_save(distributed.is_main() and clock.due())
-        if not (eval_due or save_due or last or control.exact or asked or time_due):
+            yield metrics.read(*pending)
+        pending = (step, packs.count, result, time.perf_counter())
+        job.writer.check()
+        asked, time_due = job.stop.or_save(distributed.is_main() and clock.due())
+        if not (control.exact or asked or time_due or _something_due(job, step + 1)):
             continue
-        record = meter.read(step, result, None)
+        record = metrics.read(step, packs.count, result, None)
         pending = None
-        if eval_due:
-            record.eval = _evaluate(job, stop) or None
+        if _eval_due(job, step + 1):
+            record.eval = job.evaluate() or None
         yield record
-        stopping = stop()
-        by_time = time_due and not last
-        if save_due or stopping or by_time:
-            background = job.background if config.checkpoint.background else None
-            _save(
-                job, done, record.eval, background, optional=by_time and not (save_due or stopping)
-            )
+        if _save_if_due(job, record, time_due):
             clock.restart()
-        if stopping:
-            _leave(job, stop, done)
-        meter.restart()
-
-
-def _packs(job: Job, step: int) -> list[TensorPack]:
-    """The packs of `step` on their way to the device."""
-    bins = job.plan.packs(step, job.machine.tokens_per_pack, distributed.world_size())[
-        distributed.rank()
-    ]
-    return [
-        to_tensors(
-            build_pack([job.corpus.example(i) for i in members], members), job.machine.device
-        )
-        for members in bins
-    ]
+        metrics.restart()
 
 
 def _step(job: Job, step: int, packs: list[TensorPack]) -> StepResult:
@@ -213,7 +175,7 @@ def _step(job: Job, step: int, packs: list[TensorPack]) -> StepResult:
         job.optimizer,
         packs,
         job.plan.total_weight(step),
-        learning_rate(step, job.plan.num_steps, job.config.optim, job.peak),
+        job.learning_rate(step),
         job.config.optim.max_grad_norm,
         job.machine.autocast,
     )
@@ -229,165 +191,49 @@ def _eval_due(job: Job, done: int) -> bool:
     )
 
 
-def _evaluate_first(job: Job, stop: StopFlag, progress: Progress) -> None:
+def _save_due(job: Job, done: int) -> bool:
+    return done < job.plan.num_steps and _due(job.config.checkpoint.every, done)
+
+
+def _something_due(job: Job, done: int) -> bool:
+    """Whether the record of the step after which `done` are taken must be read before the next."""
+    return done == job.plan.num_steps or _eval_due(job, done) or _save_due(job, done)
+
+
+def _save_if_due(job: Job, record: StepRecord, time_due: bool) -> bool:
+    """Save after the step of `record` where that is due; end the run where a signal asks for it.
+    Returns whether there was a save.
+    """
+    stopping = job.stop()
+    needed = _save_due(job, record.step) or stopping
+    by_time = time_due and record.step < job.plan.num_steps
+    if needed or by_time:
+        job.save(record.eval, in_background=True, optional=not needed)
+    if stopping:
+        leave(job)
+    return needed or by_time
+
+
+def _evaluate_first(job: Job, progress: Progress) -> None:
     """The evaluation before the first step: that of the model as it came, or one that a signal cut
     short.
     """
-    run = job.run
-    missed = job.start > 0 and _eval_due(job, job.start)
+    run, step = job.run, job.state.step
+    missed = step > 0 and _eval_due(job, step)
     missed = distributed.broadcast(
         missed and distributed.is_main() and run.metrics()[-1]["eval"] is None
     )
-    if not missed and not (
-        job.start == 0 and job.config.eval.at_start and job.held_out is not None
-    ):
+    at_start = step == 0 and job.config.eval.at_start and job.held_out is not None
+    if not missed and not at_start:
         return
-    numbers = _evaluate(job, stop)
-    if stop():
-        run.update(status="stopped", stopped_at=job.start)
-        raise Stopped(NOTHING_TO_SAVE.format(stop.signal))
-    run.write_evaluation(job.start, job.plan.num_steps, numbers)
+    numbers = job.evaluate()
+    if job.stop():
+        run.update(status="stopped", stopped_at=step)
+        raise Stopped(NOTHING_TO_SAVE.format(job.stop.signal))
+    run.write_evaluation(step, job.plan.num_steps, numbers)
     if not missed:
         run.update(eval_before=numbers)
-    progress.evaluated(job.start, numbers)
-
-
-def _evaluate(job: Job, stop: StopFlag) -> dict[str, float]:
-    assert job.held_out is not None
-    return held_out_loss(
-        job.loss, job.held_out, job.machine.tokens_per_pack, job.machine.autocast, stop
-    )
-
-
-def _evaluate_now(job: Job, stop: StopFlag, control: Control) -> dict[str, float]:
-    """The held-out loss between two steps, at the caller's wish."""
-    numbers = _evaluate(job, stop)
-    if numbers:  # else a signal cut it short
-        job.run.write_evaluation(control.done, job.plan.num_steps, numbers)
-    return numbers
-
-
-def _save_now(job: Job, control: Control) -> Path:
-    """A checkpoint between two steps, at the caller's wish."""
-    lines = job.run.metrics()
-    background = job.background if job.config.checkpoint.background else None
-    return _save(job, control.done, lines[-1]["eval"] if lines else None, background)
-
-
-def _save(
-    job: Job,
-    done: int,
-    evaluated: dict[str, float] | None,
-    background: AsyncWriter | None = None,
-    optional: bool = False,
-) -> Path:
-    state = checkpoint.State(
-        step=done,
-        plan=job.plan.fingerprint,
-        mathematics=job.mathematics,
-        total_tokens=job.total_tokens,
-        total_targets=job.total_targets,
-        held_out_loss=evaluated["loss"] if evaluated else None,
-        bad_steps=job.bad_steps,
-        seconds=job.seconds,
-    )
-    keep, records = job.config.checkpoint.keep, job.run.records()
-    return checkpoint.save(
-        job.checkpoints, state, job.loss, job.optimizer, keep, background, records, optional
-    )
-
-
-def _leave(job: Job, stop: StopFlag, done: int) -> NoReturn:
-    job.background.wait()
-    job.run.update(status="stopped", stopped_at=done)
-    raise Stopped(
-        f"stopped by signal {stop.signal} after step {done}; saved. Run the same command to "
-        "continue."
-    )
-
-
-def _finish(job: Job, stop: StopFlag, progress: Progress, done: int) -> None:
-    """Last evaluation, the model in its folder, and the run, which took `done` steps, marked
-    finished.
-    """
-    job.background.wait()
-    if done < job.plan.num_steps:
-        job.run.update(ended_at=done)
-    if job.held_out is not None:
-        after = _evaluate(job, stop)
-        if stop():
-            _save(job, done, None)
-            _leave(job, stop, done)
-        job.run.update(eval_after=after)
-        job.run.write_evaluation(done, job.plan.num_steps, after)
-        progress.evaluated(done, after)
-    state = None
-    if distributed.is_joined():
-        check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
-        adapted = job.adapted is not None
-        state = whole_state(
-            job.trained, None if adapted else stored_dtype(job.config.model), trained_only=adapted
-        )
-    problem = job.no_room()
-    try:
-        if distributed.is_main() and not problem:
-            _write_model(job, state)
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    if problem := distributed.broadcast(problem):
-        raise UserError(
-            f"{job.run.folder}: the model cannot be written ({problem}); {_rescue(job, done)}"
-        )
-    job.run.records()  # a finished run has all of them
-    job.run.update(
-        status="finished",
-        measured=job.measured,
-        total_tokens=job.total_tokens,
-        total_targets=job.total_targets,
-    )
-    progress.finished(job.run)
-
-
-def _rescue(job: Job, done: int) -> str:
-    """Save the state, for there is no model; returns what there is to continue from."""
-    try:
-        _save(job, done, None)
-        return (
-            "the state after the last step is saved: make room, then run the same command to "
-            "write the model"
-        )
-    except UserError:
-        good = distributed.broadcast(
-            checkpoint.newest(job.checkpoints) if distributed.is_main() else None
-        )
-    if good is None:
-        return (
-            "there is no room for its state either, and no checkpoint: make room, then run the "
-            "same command again"
-        )
-    return (
-        f"the newest checkpoint is that of step {good.step:,}: make room, then run the same "
-        "command to continue"
-    )
-
-
-def _write_model(job: Job, state: dict[str, Tensor] | None) -> None:
-    """The trained model as a folder that serves; `state` = its tensors, where they were sharded."""
-    job.loss.use_segments(False)  # the saved configuration must not name our attention
-    job.loss.model.config.use_cache = True
-    if job.encoder.chat_template is not None:
-        job.tokenizer.chat_template = job.encoder.chat_template
-    stop_ids = sorted(job.encoder.stop_ids, key=lambda stop: (stop != job.encoder.stop_id, stop))
-    card = model_card(job.run, job.corpus.sources, job.corpus.ledger)
-    save_model(
-        job.run.folder,
-        job.trained,
-        job.tokenizer,
-        stop_ids,
-        card,
-        stored_dtype(job.config.model),
-        state,
-    )
+    progress.evaluated(step, numbers)
 
 
 def _one_config(

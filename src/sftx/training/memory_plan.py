@@ -4,23 +4,23 @@ and that at hand.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
 from sftx.model.flops import flops, reached_speed
-from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss
 from sftx.model.memory import Memory, MemoryEstimator
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Config, Runtime
 from sftx.types import Int32, UserError
 
@@ -86,18 +86,21 @@ class Packing:
         return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
 
 
-def meta_model(config: Config, added_token_ids: dict[int, bool]) -> PackLoss:
+def meta_model(
+    config: Config, model_config: PreTrainedConfig, added_token_ids: dict[int, bool]
+) -> PackLoss:
     """The model as it will train, adapter and frozen weights included, on the meta device: shapes
     without contents.
 
-    `taught` = the tokens that the run adds; see `Tokenizer.taught`.
+    `added_token_ids` = the tokens that the run adds, see `Tokenizer`.
     """
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
-    settings = load_config(config.model)
     with torch.device("meta"):
         with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
             model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, trust_remote_code=config.model.trust_remote_code
+                copy.deepcopy(model_config),
+                dtype=dtype,
+                trust_remote_code=config.model.trust_remote_code,
             )
         assert isinstance(model, PreTrainedModel)
         choose_weights(model, config.model, config.adapter, config.seed, added_token_ids)
@@ -113,7 +116,7 @@ def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
 
 
 def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> int:
-    """The most tokens that a pack may get, whatever `fit` chooses."""
+    """The most tokens that a pack may get, whatever is chosen."""
     sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
     return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 

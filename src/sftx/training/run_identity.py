@@ -1,23 +1,72 @@
-"""What a run may not change when it is continued: the settings and data that decide its result."""
+"""What a run may not change when it is continued, and where it begins.
+
+The settings and data that decide its result are recorded in run.json; a run in the same folder is
+continued only under the same ones, or with the differences that the user allows.
+"""
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sftx import distributed
+from sftx.data.plan import Plan
+from sftx.model.pack_loss import PackLoss
+from sftx.model.runtime import name_of
+from sftx.report.lock import LOCK, OWNER
 from sftx.report.record import Run
 from sftx.settings.schema import Config
+from sftx.training import checkpoint
 from sftx.types import UserError
+
+OWN = {LOCK, OWNER, "base", "run.json"}
+"""What a run may leave in its folder that ended before its record was begun."""
+
+
+def refuse_other_files(config: Config) -> None:
+    """UserError where the output folder holds files and no run: some would be overwritten."""
+    source, target = Path(config.model.path), Path(config.output)
+    if not target.is_dir():
+        return
+    if source.exists() and source.resolve() == target.resolve():
+        raise UserError(
+            f"output: {target} is the folder of the model itself; choose another, it would be "
+            "overwritten"
+        )
+    if (target / "run.json").exists():
+        return
+    names = [path.name for path in target.iterdir()]
+    others = sorted(name for name in names if name.removesuffix(".tmp") not in OWN)
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(
+            f"output: {target} holds {shown} and no run of sftx; its files could be overwritten. "
+            "Choose a folder that is empty or not there yet"
+        )
+
+
+def refuse_wrong_folder(config: Config, run: Run) -> None:
+    """UserError where the folder holds other files or a damaged record, or a run against
+    `checkpoint.resume`.
+    """
+    refuse_other_files(config)
+    run.check()
+    if config.checkpoint.resume == "must" and not run.exists:
+        raise UserError(f"checkpoint.resume: must, but there is no run in {run.folder}")
+    if config.checkpoint.resume == "never" and run.exists:
+        raise UserError(
+            f"checkpoint.resume: never, but {run.folder} holds a run; choose another output folder"
+        )
 
 
 def mathematics(
     config: Config, fingerprint: str, max_length: int, precision: torch.dtype
 ) -> dict[str, Any]:
-    """The settings that decide the result, as plain values: what a run may not change when it is
-    continued.
-    """
+    """The settings that decide the result, as plain values."""
     facts = config.model_dump(
         mode="json", include={"model", "batch", "optim", "loss", "adapter", "seed"}
     )
@@ -26,9 +75,15 @@ def mathematics(
     return facts
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """`float32`, `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, list[Any]]:
@@ -37,7 +92,7 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     """
     now, allowed = dotted(mathematics), config.checkpoint.resume_allow
     for name in allowed:
-        if not any(f"{key}.".startswith(f"{name}.") for key in now):
+        if not any(_within(key, [name]) for key in now):
             close = difflib.get_close_matches(name, now, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(
@@ -47,25 +102,95 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
         return {}
     then = dotted(run.facts["mathematics"]) | {"runtime.precision": run.facts["precision"]}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if refused := [
-        key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)
-    ]:
-        diff = "\n".join(
-            f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused
-        )
+    if refused := [key for key in keys if not _within(key, allowed)]:
+        lines = [f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused]
         raise UserError(
             f"output: {run.folder} holds a run with other settings or data; choose another "
-            "folder, or allow the "
-            f"difference with checkpoint.resume_allow.\n{diff}"
+            "folder, or allow the difference with checkpoint.resume_allow.\n" + "\n".join(lines)
         )
     return {key: [then.get(key), now.get(key)] for key in keys}
 
 
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+def _within(key: str, names: list[str]) -> bool:
+    """Whether a dotted key is one of the names, or in a section that is."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+@dataclass
+class Beginning:
+    """Where a run begins: at step 0, after a checkpoint, or at the end of a finished run."""
+
+    state: checkpoint.State
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # of the earlier run, that still hold
+    carried: dict[str, str] = field(default_factory=dict)  # records up to the checkpoint
+    changed: bool = False
+
+
+def find_beginning(
+    config: Config,
+    run: Run,
+    plan: Plan,
+    mathematics: dict[str, Any],
+    model: PackLoss,
+    optimizer: torch.optim.Optimizer,
+) -> Beginning:
+    """Load the newest good checkpoint of the run in the folder, if there is one, into `model` and
+    `optimizer`.
+
+    Raises UserError where the run there is another one, or cannot be continued as it is allowed to.
+    """
+    distributed.heartbeat("looking for a checkpoint")
+    changed = changes(config, run, mathematics)
+    found = Beginning(checkpoint.State(0, plan.fingerprint, mathematics), changed=bool(changed))
+    if run.finished and not changed:
+        found.state.step = plan.num_steps
+        return found
+    if run.exists:
+        _restore(found, run, model, optimizer)
+        _refuse_no_checkpoint(found, run, plan)
+        found.notes += _lost_steps(found, run)
+    if changed:
+        step = found.state.step
+        found.notes += [
+            f"from step {step + 1:,} on, {key} is {new!r} (was {old!r})"
+            for key, (old, new) in changed.items()
+        ]
+        earlier = found.facts.get("changed", [])
+        found.facts["changed"] = [*earlier, {"step": step, **changed}]
+    return found
+
+
+def _restore(found: Beginning, run: Run, model: PackLoss, optimizer: torch.optim.Optimizer) -> None:
+    folder = run.folder / "checkpoints"
+    now = found.state
+    state = checkpoint.restore(folder, model, optimizer)
+    if state is None:
+        return
+    assert found.changed or state.plan == now.plan, "equal settings and data give an equal plan"
+    found.state = replace(state, plan=now.plan, mathematics=now.mathematics, held_out_loss=None)
+    found.facts = {key: run.facts[key] for key in ("eval_before", "changed") if key in run.facts}
+    if run.writes:
+        found.carried = checkpoint.records(folder, state.step)
+        found.notes += run.unlike(state.step, found.carried)
+
+
+def _refuse_no_checkpoint(found: Beginning, run: Run, plan: Plan) -> None:
+    step = found.state.step
+    if found.changed and not 0 < step <= plan.num_steps:
+        there = f"the one of step {step}" if step else "none"
+        raise UserError(
+            f"checkpoint.resume_allow: {run.folder} has no checkpoint to continue "
+            f"{plan.num_steps} steps from (found: {there}); choose another folder for a new run"
         )
-    return flat
+
+
+def _lost_steps(found: Beginning, run: Run) -> list[str]:
+    """What to say of steps that an earlier run took and no checkpoint holds."""
+    lost = [line["step"] for line in run.metrics() if line["step"]]
+    if found.state.step or not lost:
+        return []
+    saved = "saved nothing"
+    if any((run.folder / "checkpoints").glob("step-*")):
+        saved = "left no checkpoint that can be used"
+    return [f"an earlier run stopped after step {lost[-1]:,} and {saved}: starting over"]

@@ -11,22 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 from sftx import distributed
+from sftx.types import Ended
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
 STOPPING = "\nstopping after this step; again = quit without saving\n"
 NOTHING_TO_SAVE = (
     "stopped by signal {} before a step was taken: nothing to save. Run the same command to go on."
 )
-
-
-class Ended(SystemExit):
-    """A run that ends early, for a reason it can say."""
-
-    exit_code: int
-
-    def __init__(self, message: str) -> None:
-        super().__init__(self.exit_code)
-        self.message = message
 
 
 class Stopped(Ended):

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,8 +32,11 @@ from sftx.model.save import save_model
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.training import checkpoint
+from sftx.training.build import prepare
+from sftx.training.control import Control
+from sftx.training.job import Job
 from sftx.training.loop import take_steps
-from sftx.training.prepare import Job, prepare
+from sftx.training.optim import peak_learning_rate
 from sftx.training.signals import StopFlag, Stopped, listening
 from sftx.types import StepRecord, UserError
 
@@ -131,11 +134,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 results = self.evaluate()
                 job.run.update(eval_before=results)
                 log(results, 0)
-            rate = translate.learning_rate(self.config.scheduler, job.peak)
-            job.peak = rate(job.start)
-            self._control.take_back()
-            # Signals are answered here: the loop sees none.
-            for record in take_steps(job, StopFlag(), self._control):
+            job.take_back()
+            for record in take_steps(job, Control(exact=True)):
                 if is_progress_bar_enabled():
                     progress.step(record)
                 job.run.write(record)
@@ -144,10 +144,9 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 log(numbers | (record.eval or {}), record.step)
                 if stop():
                     self._stop(f"stopped by signal {stop.signal} after step {record.step}")
-                job.peak = rate(record.step)
-                self._control.take_back()
+                job.take_back()
             job.run.update(status="finished")
-            self._control.hand_over()
+            job.hand_over()
         return results
 
     def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
@@ -159,11 +158,14 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         begin = 0 if self._resume_from is None else _step_saved_in(self._resume_from)
         run = TrlxRun(config, begin, json.loads(str(self.config)))
         here = stack.enter_context(machine(config.runtime))
-        job = prepare(config, here, run, progress, stack)
+        peak = peak_learning_rate(config.optim, config.adapter)
+        rate = translate.learning_rate(self.config.scheduler, peak)
+        # Signals are answered by `learn`: the loop sees none.
+        job = self._job = prepare(config, here, run, progress, stack, StopFlag(), rate)
         job.optimizer = translate.optimizer(self.config.optimizer, job.optimizer)
         job.optimizer.register_step_pre_hook(self._begin_update)
         job.optimizer.register_step_post_hook(self._end_update)
-        self._control.job, self._control.done = job, 0
+        self.iter_count = 0
         self._saved = 0  # the step of the last checkpoint
         self._epoch = 0  # passes over the data that have ended
         self._best = float("-inf")  # the highest reward of an evaluation
@@ -177,6 +179,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def _end_update(self, *_: object) -> None:
         self._is_updating = False
+        self.iter_count += 1
 
     def _after_step(self, record: StepRecord) -> dict[str, float]:
         """Call the callbacks of subclasses; save and evaluate where that is due. Returns the
@@ -235,7 +238,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 "name another folder, or delete adapter_config.json"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._control.hand_over()  # the saved configuration must not name our attention
+        job.hand_over()  # the saved configuration must not name our attention
         source = self.config.model.model_path
         save_model(
             folder,
@@ -256,9 +259,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             # An earlier run went further here: its state is not this one's.
             if checkpoint.step_of(later) >= step:
                 shutil.rmtree(later)
-        state = checkpoint.State(
-            step, job.plan.fingerprint, job.mathematics, job.total_tokens, job.total_targets
-        )
+        state = replace(job.state, step=step)
         checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
         _refuse_options(f"save: {folder} is written, but ", options)
 
@@ -268,15 +269,20 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         """
         _refuse_options("load: ", options)
         self._resume_from = Path(directory) if directory else self._folder
-        if self._control.job is not None:
-            self._restore(self._control.job, self._resume_from)
+        if self._job is not None:
+            self._restore(self._job, self._resume_from)
 
     def _restore(self, job: Job, folder: Path) -> None:
         _step_saved_in(folder)
         state = checkpoint.restore(folder, job.loss, job.optimizer)
         assert state is not None, "a checkpoint was found there"
-        job.start = self._saved = self._control.done = state.step
-        job.total_tokens, job.total_targets = state.total_tokens, state.total_targets
+        self.iter_count = self._saved = state.step
+        job.state = replace(
+            job.state,
+            step=state.step,
+            total_tokens=state.total_tokens,
+            total_targets=state.total_targets,
+        )
         self._epoch = int(job.plan.epoch(state.step - 1))
 
     def _checkpoint(self) -> Path:
