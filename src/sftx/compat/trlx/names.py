@@ -90,7 +90,7 @@ def refuse(what: str, instead: str = RL) -> NoReturn:
 
 
 class StandIn:
-    """A class of trlx that exists here by name: it keeps the values it is given, and does nothing."""
+    """A class of trlx that is here by name: it keeps the values it is given, and does nothing."""
 
     INSTEAD = RL
 
@@ -128,9 +128,7 @@ def stand_in(name: str, instead: str) -> Any:
 
 
 def by_name(name: str) -> Any:
-    """The stand-in for a name in the table, in any case of letters. Raises AttributeError for any
-    other name.
-    """
+    """The stand-in for a name in the table, in any case of letters; AttributeError for others."""
     for known, instead in INSTEAD.items():
         if known.lower() == name.lower() and "." not in known:
             return stand_in(known, instead)
@@ -138,18 +136,14 @@ def by_name(name: str) -> Any:
 
 
 class Registry:
-    """Classes by name, in any case of letters: configurations name their method, trainer and
-    pipeline.
-    """
+    """The classes that configurations name (method, trainer, pipeline), in any case of letters."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.classes: dict[str, Any] = {}
 
     def register(self, name: Any) -> Any:
-        """A class decorator, with a name (`@register_method("mine")`) or without one
-        (`@register_method`).
-        """
+        """A class decorator: `@register_method("mine")`, or without a name `@register_method`."""
         if not isinstance(name, str):
             return self.register(name.__name__)(name)
 
@@ -160,9 +154,7 @@ class Registry:
         return add
 
     def get(self, name: str) -> Any:
-        """The class registered under `name`, or the stand-in of that name. Raises UserError if
-        there is none.
-        """
+        """The class registered under `name`, or its stand-in; UserError if there is none."""
         if name.lower() in self.classes:
             return self.classes[name.lower()]
         try:
@@ -173,9 +165,7 @@ class Registry:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds `trlx.X` as this package's X, the same module under a second name, and the modules in
-    the table.
-    """
+    """Finds `trlx.X` as this package's X, under a second name, and the modules in the table."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -200,9 +190,7 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run. The import system has put the alias's spec into the module; its
-        own comes back.
-        """
+        """Put the module's own spec back: the import system has put the alias's into it."""
         own = module.__spec__ and module.__spec__.loader_state
         module.__spec__ = own or module.__spec__
 

@@ -1,10 +1,10 @@
-"""Hyper-parameter search over a trlx script: `python -m sftx.compat.trlx.sweep --config sweep.yml
-script.py`.
+"""Hyper-parameter search over a trlx script.
 
-The YAML is trlx's: `tune_config` (mode, metric, search_alg, scheduler, num_samples) and, by dotted
-name, parameters with a `strategy` and its `values`. Every trial is a process of its own that calls
-the script's `main(hparams)`; the metric is read from the record of its run. Results are in
-`sweeps/SCRIPT/`: `trials.csv` and `best.json`.
+`python -m sftx.compat.trlx.sweep --config sweep.yml script.py` runs it. The YAML is trlx's:
+`tune_config` (mode, metric, search_alg, scheduler, num_samples) and, by dotted name, parameters
+with a `strategy` and its `values`. Every trial is a process of its own that calls the script's
+`main(hparams)`; the metric is read from the record of its run. Results are in `sweeps/SCRIPT/`:
+`trials.csv` and `best.json`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TUNE_KEYS = ("mode", "metric", "search_alg", "scheduler", "num_samples")
 
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(tune_config, parameters by dotted name). Raises UserError with everything wrong in the file."""
+    """(tune_config, parameters by dotted name); UserError with everything wrong in the file."""
     problems: list[str] = []
     data, places = parse(Path(path).read_text(encoding="utf-8"), path, problems)
     data = data if isinstance(data, dict) else {}
@@ -74,9 +74,7 @@ def _problem_of(spec: Mapping[str, Any]) -> str:
 
 
 def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
-    """A value for one parameter, drawn by optuna's `trial`. Upper bounds of plain integers are
-    exclusive.
-    """
+    """A value for one parameter, drawn by `trial`; upper bounds of plain integers are exclusive."""
     log = "log" in strategy
     match strategy:
         case "choice" | "grid":
@@ -127,9 +125,7 @@ def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
 
 
 def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of `metric` in the record of the run in `folder`: a statistic of evaluation, or
-    `loss`.
-    """
+    """(step, value) of `metric`, a statistic of evaluation or `loss`, of the run in `folder`."""
     found: list[tuple[int, float]] = []
     for record in read_metrics(folder / "sftx"):
         value = {**record, **(record["eval"] or {})}.get(metric)
@@ -141,9 +137,7 @@ def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
 def run_trial(
     trial: Trial, script: str, hparams: Mapping[str, object], folder: Path, metric: str
 ) -> tuple[str, float | None]:
-    """Run the script with `hparams`; ("COMPLETE" | "PRUNED" | "FAIL", the last value of the
-    metric).
-    """
+    """Run the script; ("COMPLETE" | "PRUNED" | "FAIL", the last value of the metric)."""
     folder.mkdir(parents=True, exist_ok=True)
     hparams = {**hparams, "train.checkpoint_dir": str(folder)}
     command = [sys.executable, "-c", _RUN, script, json.dumps(hparams)]
@@ -170,8 +164,9 @@ def run_trial(
 
 
 def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
-    """Run all trials; returns the best one's {"value", "hparams", "folder"}. Raises UserError if
-    none succeeded.
+    """Run all trials; returns the best one's value, hparams and folder.
+
+    Raises UserError if none succeeded.
     """
     tune, space = read_config(config)
     metric = tune["metric"]

@@ -1,5 +1,7 @@
-"""From trlx's configuration to sftx's, and two things that sftx's settings do not have: other
-optimizers, and trlx's learning rates.
+"""From trlx's configuration to sftx's.
+
+Two things are functions here, as sftx's settings do not have them: other optimizers, and trlx's
+learning rates.
 """
 
 from __future__ import annotations
@@ -219,9 +221,7 @@ def _name(given: object) -> str:
 
 
 def learning_rate(scheduler: SchedulerConfig, peak: float) -> Callable[[int], float]:
-    """The learning rate of update `step` (0-based), as torch's schedulers of these names compute
-    it.
-    """
+    """The learning rate of update `step` (0-based), as torch's scheduler of this name has it."""
     known: dict[str, dict[str, float]] = {
         "cosine_annealing": {"T_max": 0, "eta_min": 0},
         "linear": {"start_factor": 1 / 3, "end_factor": 1, "total_iters": 5},
@@ -249,8 +249,9 @@ def learning_rate(scheduler: SchedulerConfig, peak: float) -> Callable[[int], fl
 
 
 def optimizer(config: OptimizerConfig, ours: torch.optim.AdamW) -> torch.optim.AdamW:
-    """`ours` for adamw; for adam and sgd, theirs over the same groups of parameters (weight decay
-    on matrices only).
+    """`ours` for adamw, else torch's adam or sgd over the same groups of parameters.
+
+    The groups have weight decay on matrices only.
     """
     name = _name(config.name)
     if name not in _OPTIMIZERS:

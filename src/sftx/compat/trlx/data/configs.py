@@ -131,9 +131,7 @@ class TRLConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """Construct from nested dictionaries. Raises UserError naming a section or parameter that
-        is not known.
-        """
+        """Construct from nested dictionaries; UserError for a name that is not known."""
         names = ["method", *_SECTIONS]
         refuse_unknown(config, names)
         for name in names:
@@ -148,17 +146,15 @@ class TRLConfig:
         return {name: deepcopy(vars(getattr(self, name))) for name in ("method", *_SECTIONS)}
 
     def evolve(self, **kwargs: Any) -> TRLConfig:
-        """A new configuration with nested parameters replaced:
-        `config.evolve(train=dict(batch_size=4))`.
-        """
+        """A new one with other parameters: `config.evolve(train=dict(batch_size=4))`."""
         return TRLConfig.from_dict(_merged(self.to_dict(), kwargs))
 
     @classmethod
     def update(cls, baseconfig: TRLConfig | dict[str, Any], config: Mapping[str, Any]) -> TRLConfig:
-        """`baseconfig` with parameters replaced by dotted key (`{"train.batch_size": 4}`) or by
-        nested dictionary.
+        """`baseconfig` with other parameters, by dotted keys or nested dictionaries.
 
-        Raises UserError for a key that the configuration does not have, at whatever depth.
+        `{"train.batch_size": 4}` is the same as `{"train": {"batch_size": 4}}`. Raises UserError
+        for a key that the configuration does not have, at whatever depth.
         """
         merged = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
         for name, value in config.items():

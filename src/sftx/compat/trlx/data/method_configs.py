@@ -23,7 +23,7 @@ class Section:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Construct from `config`. Raises UserError naming a key that is unknown or missing."""
-        known = {field.name: field for field in fields(cls)}  # pyright: ignore[reportArgumentType] - all are dataclasses
+        known = {field.name: field for field in fields(cls)}  # pyright: ignore[reportArgumentType]
         refuse_unknown(config, known, f"{cls.SECTION}.")
         for name, field in known.items():
             if name not in config and field.default is field.default_factory is MISSING:

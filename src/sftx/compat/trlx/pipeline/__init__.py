@@ -15,9 +15,7 @@ register_datapipeline = _DATAPIPELINE.register
 
 @register_datapipeline
 class BasePipeline(Dataset[Any]):
-    """A data set that makes its own loader; subclasses give `__getitem__`, `__len__` and
-    `create_loader`.
-    """
+    """A data set; subclasses give `__getitem__`, `__len__` and `create_loader`."""
 
     def __init__(self, path: str = "dataset") -> None:
         super().__init__()

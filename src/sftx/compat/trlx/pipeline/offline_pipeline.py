@@ -39,8 +39,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenize_dialogue(
     dialogue: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
 ) -> list[DialogMessage]:
-    """Tokenise (prompt, output, prompt, output, ...), each phrase alone, and cut it to `max_length`
-    tokens.
+    """Tokenise (prompt, output, prompt, output, ...), each phrase alone, up to `max_length` tokens.
 
     A string is short for (BOS, string). EOS is added to the last output. Tokens are cut away on the
     tokenizer's `truncation_side`; where that leaves an output at the front, BOS is put before it,
@@ -129,7 +128,7 @@ class DialogStore(BaseRolloutStore):
     def create_loader(
         self, batch_size: int, shuffle: bool = False, **options: Any
     ) -> DataLoader[Any]:
-        """Batches padded on the tokenizer's `padding_side`; padding has label -100 and attention 0."""
+        """Batches padded on the tokenizer's `padding_side`, with label -100 and attention 0."""
         collate = partial(_collate, self.tokenizer, {"labels": IGNORED})
         return DataLoader(self, batch_size, shuffle, collate_fn=collate, **options)
 
@@ -187,9 +186,7 @@ class PromptPipeline(BasePipeline):
     def create_loader(
         self, batch_size: int, shuffle: bool = False, **options: Any
     ) -> DataLoader[Any]:
-        """Batches of `input_ids` and `attention_mask`, padded on the tokenizer's `padding_side`,
-        and lists of the extra keys.
-        """
+        """Batches of tokens, padded on the tokenizer's `padding_side`; extra keys as lists."""
         collate = partial(_collate, self.tokenizer, {})
         return DataLoader(self, batch_size, shuffle, collate_fn=collate, **options)
 

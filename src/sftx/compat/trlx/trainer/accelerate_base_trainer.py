@@ -90,7 +90,7 @@ class AccelerateRLTrainer:
 
     @property
     def generate_sweep_kwarg(self) -> tuple[str, list[object]] | None:
-        """The first argument of generation that is given as a list, to be swept over in evaluation."""
+        """The first argument of generation that is a list: evaluation sweeps over it."""
         for name, value in self.generate_kwargs.items():
             if isinstance(value, list) and name not in _LISTS_BY_NATURE:
                 return name, value
@@ -129,8 +129,9 @@ class AccelerateRLTrainer:
         prompt_sizes: Iterable[int] | None = None,
         append_eos_token: bool = False,
     ) -> tuple[list[str], list[str], list[str]]:
-        """Token ids as texts: (samples, prompts, outputs), outputs cut, right-stripped, at the stop
-        sequences.
+        """Token ids as texts: (samples, prompts, outputs).
+
+        Outputs are cut at the first stop sequence, and then stripped on the right.
         """
         texts: list[str] = []
         asked: list[str] = []
@@ -150,8 +151,7 @@ class AccelerateRLTrainer:
         return texts, asked, outputs
 
     def evaluate(self) -> dict[str, float]:
-        """Continue the evaluation prompts, show the first of them, and return the means of the
-        metrics.
+        """Continue the prompts, show the first of them, and return the means of the metrics.
 
         They are named `metrics/NAME` or, where an argument of generation is swept,
         `metrics/NAME@ARGUMENT=VALUE`.
@@ -187,9 +187,7 @@ class AccelerateRLTrainer:
         return means
 
     def _continued(self, given: Mapping[str, object]) -> dict[str, list[object]]:
-        """The arguments of the metric function: `samples`, `prompts`, `outputs`, and the prompts'
-        extra keys.
-        """
+        """The metric function's arguments: samples, prompts, outputs and the extra keys."""
         columns: dict[str, list[object]] = {"samples": [], "prompts": [], "outputs": []}
         for batch in self.eval_pipeline.create_loader(self.config.train.batch_size):
             found = dict(batch)
@@ -202,9 +200,7 @@ class AccelerateRLTrainer:
         return columns
 
     def _measured(self, columns: dict[str, list[object]]) -> Mapping[str, object]:
-        """What the metric function returns; it is given the tokenizer where it names such a
-        parameter.
-        """
+        """What the metric function returns; one with a parameter `tokenizer` is given that too."""
         if self.metric_fn is None:
             return {}
         arguments: dict[str, object] = dict(columns)
@@ -228,9 +224,7 @@ class AccelerateRLTrainer:
 
 
 def _load_tokenizer(config: TRLConfig) -> Any:
-    """The tokenizer that the configuration names, with its sides; one without a pad token gets
-    EOS for it.
-    """
+    """The tokenizer that the configuration names; without a pad token it gets EOS for it."""
     path, extra = config.tokenizer.tokenizer_path, config.tokenizer.tokenizer_extra_configs
     tokenizer = load_tokenizer(Model(path=path, trust_remote_code=trusted(extra)))
     if tokenizer.eos_token is None:

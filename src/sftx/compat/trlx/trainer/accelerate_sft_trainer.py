@@ -64,9 +64,7 @@ _DONE_ANYWAY: dict[str, tuple[object, ...]] = {
 @register_method
 @dataclass
 class SFTConfig(MethodConfig):
-    """Supervised fine-tuning: arguments of generation, one of which may be a list for evaluation to
-    sweep over.
-    """
+    """Supervised fine-tuning: arguments of generation, one of which may be a list to sweep over."""
 
     gen_kwargs: dict[str, Any]
 
@@ -87,10 +85,10 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         self._resume_from: Path | None = None
 
     def make_experience(self, samples: Sequence[Any], seq_length: int) -> None:
-        """Tokenise: texts as they are, or lists as dialogues (among which a text is short for (BOS,
-        text)).
+        """Tokenise: texts as they are, or lists as dialogues.
 
-        Raises UserError for a sample that is neither, or a list after a first text.
+        Among dialogues, a text is short for (BOS, text). Raises UserError for a sample that is
+        neither, or a list after a first text.
         """
         refuse_foreign_folder(self._folder / translate.RUN_FOLDER)
         samples = list(samples)
@@ -182,9 +180,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         self.iter_count += 1
 
     def _after_step(self, record: StepRecord) -> dict[str, float]:
-        """Call the callbacks of subclasses; save and evaluate where that is due. Returns the
-        statistics of the evaluation.
-        """
+        """Call back; save and evaluate where that is due. Returns the evaluation's statistics."""
         self.post_backward_callback()
         if int(record.epoch) > self._epoch:
             self._epoch = int(record.epoch)
@@ -224,11 +220,11 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         print(f"note: {kind.__name__} {said}", file=sys.stderr)
 
     def save_pretrained(self, directory: str | None = None, **options: Any) -> None:
-        """Write model and tokenizer as a Hugging Face folder; default: `hf_model` in the checkpoint
-        folder.
+        """Write model and tokenizer as a Hugging Face folder.
 
-        Of transformers' options `max_shard_size` applies. Any other that would change what is
-        written raises UserError, once the folder is there.
+        Default: `hf_model` in the checkpoint folder. Of transformers' options `max_shard_size`
+        applies. Any other that would change what is written raises UserError, once the folder is
+        there.
         """
         job = self.job
         folder = Path(directory) if directory else self._folder / "hf_model"
@@ -264,9 +260,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         _refuse_options(f"save: {folder} is written, but ", options)
 
     def load(self, directory: str | None = None, **options: object) -> None:
-        """Continue from what `save` wrote: weights, optimizer and step; before training, when it
-        begins.
-        """
+        """Continue from what `save` wrote; before training, this is done when it begins."""
         _refuse_options("load: ", options)
         self._resume_from = Path(directory) if directory else self._folder
         if self._job is not None:
@@ -313,18 +307,14 @@ def _step_saved_in(folder: Path) -> int:
 
 
 def _refuse_options(what: str, options: Mapping[str, object]) -> None:
-    """Raise UserError for options that would change what was done; those that ask for what is done
-    anyway are fine.
-    """
+    """Raise UserError for options that ask for anything else than what is done anyway."""
     for name, value in options.items():
         if value not in _DONE_ANYWAY.get(name, ()):
             raise UserError(f"{what}{name}={value!r} is not understood; leave it out")
 
 
 def _rows(store: Any) -> list[dict[str, list[int]]]:
-    """A store's elements as rows of tokens; those in which nothing is a target are left out, with a
-    note.
-    """
+    """A store's elements as rows of tokens; a note counts those without a target, left out here."""
     loader = getattr(type(store), "create_loader", None)
     if loader is not None and loader.__module__ != PromptPipeline.__module__:
         name = f"{type(store).__name__}.create_loader"

@@ -39,9 +39,7 @@ class TrlxRun(Run):
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """The record of the run goes into a folder that is empty, or that holds the record of such a
-    run.
-    """
+    """UserError unless the folder is empty, or holds the record of a trlx script's run."""
     path = folder / "run.json"
     if path.is_file() and TRLX in read_json(path):
         return

@@ -39,18 +39,14 @@ _progress_bar = True
 
 
 class MultiProcessAdapter(LoggerAdapter[Logger]):
-    """A logger whose methods take `ranks`: the processes that log, as texts; default `["0"]`, `[]`
-    for all.
-    """
+    """A logger whose methods take `ranks`: which processes log; default `["0"]`, `[]` for all."""
 
     def log(
         self, level: int, msg: object, *args: Any, ranks: Sequence[str] = ("0",), **kwargs: Any
     ) -> None:
         """Log where this process is among `ranks`."""
         if not ranks or os.environ.get("RANK", "0") in ranks:
-            kwargs["stacklevel"] = (
-                kwargs.get("stacklevel", 1) + 1
-            )  # the caller's line, not this one
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line
             super().log(level, msg, *args, **kwargs)
 
     def warning_advice(self, message: object, *args: object, **kwargs: Any) -> None:
