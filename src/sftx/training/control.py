@@ -23,36 +23,19 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class Control:
-    """What the loop and its caller tell each other.
+    """What the loop and `Steps` tell each other.
 
     `exact`: the record of a step is read before the next one is launched, so that the model is as
-    the record says. `shared`: the caller has the model between steps.
+    the record says.
     """
 
     exact: bool
-    shared: bool = False
     job: Job | None = None  # once the run is prepared, until its end
     end_asked: bool = False
 
     def must_end(self) -> bool:
         """Whether the caller asked for the end, on any rank; every rank must ask equally often."""
         return self.exact and bool(distributed.all_reduce_max(int(self.end_asked)))
-
-    def hand_over(self) -> None:
-        """Where the caller has the model: make it one that answers, with its own attention and
-        without dropout.
-        """
-        if self.job is not None and self.shared:
-            self.job.loss.use_segments(False)
-            self.job.loss.eval()
-            self.job.loss.model.config.use_cache = True
-
-    def take_back(self) -> None:
-        """Make it one that trains again."""
-        if self.job is not None and self.shared:
-            self.job.loss.model.config.use_cache = False
-            self.job.loss.train()
-            self.job.loss.use_segments(True)
 
 
 class Steps(Iterator[StepRecord]):
@@ -73,11 +56,12 @@ class Steps(Iterator[StepRecord]):
         self._records = records
         self._began = time.perf_counter()
         self._started = self._over = False
+        self._shared = False  # the caller has the model
         self._loss: float | None = None  # of the last step
 
     def __next__(self) -> StepRecord:
         self._start()
-        self._control.take_back()
+        self._take_back()
         try:
             record = next(self._records)
         except StopIteration:
@@ -85,7 +69,7 @@ class Steps(Iterator[StepRecord]):
             raise
         assert record is not None
         self._loss = record.loss
-        self._control.hand_over()
+        self._hand_over()
         return record
 
     @property
@@ -111,8 +95,8 @@ class Steps(Iterator[StepRecord]):
             raise UserError(
                 "steps.model: several processes share the model; save() it and read the checkpoint"
             )
-        self._control.shared = True
-        self._control.hand_over()
+        self._shared = True
+        self._hand_over()
         return job.trained
 
     @property
@@ -199,8 +183,18 @@ class Steps(Iterator[StepRecord]):
 
     def _between(self, action: Callable[[], Answer]) -> Answer:
         """`action` on the model in the state in which it trains."""
-        self._control.take_back()
+        self._take_back()
         try:
             return action()
         finally:
-            self._control.hand_over()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Where the caller has the model: make it one that answers."""
+        if self._control.job is not None and self._shared:
+            self._control.job.hand_over()
+
+    def _take_back(self) -> None:
+        """Make it one that trains again."""
+        if self._control.job is not None and self._shared:
+            self._control.job.take_back()

@@ -69,6 +69,18 @@ class Job:
         """Folder of the checkpoints."""
         return self.run.folder / "checkpoints"
 
+    def hand_over(self) -> None:
+        """Make the model one that answers, with its own attention and without dropout."""
+        self.loss.use_segments(False)
+        self.loss.eval()
+        self.loss.model.config.use_cache = True
+
+    def take_back(self) -> None:
+        """Make it one that trains again."""
+        self.loss.model.config.use_cache = False
+        self.loss.train()
+        self.loss.use_segments(True)
+
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
         ranks = self.plan.packs(step, self.tokens_per_pack, distributed.world_size())

@@ -18,7 +18,6 @@ from sftx.compat.trlx.pipeline import BasePipeline
 from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable, trusted
 from sftx.model.save import load_tokenizer
 from sftx.settings.schema import Model
-from sftx.training.control import Control
 from sftx.training.job import Job
 from sftx.types import UserError
 
@@ -64,7 +63,8 @@ class AccelerateRLTrainer:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         self.nth_evaluation = 0
-        self._control = Control(exact=True, shared=True)
+        self.iter_count = 0  # steps that the model has taken
+        self._job: Job | None = None
 
     def push_to_store(self, data: Iterable[object]) -> None:
         """Append training elements."""
@@ -77,22 +77,16 @@ class AccelerateRLTrainer:
     @property
     def job(self) -> Job:
         """The sftx run, once training has begun."""
-        if self._control.job is None:
+        if self._job is None:
             raise UserError(
                 "the model is loaded when training begins: call `learn` (or `trlx.train`) first"
             )
-        return self._control.job
+        return self._job
 
     @property
     def model(self) -> Any:
         """The Hugging Face model, or the peft model around it."""
         return self.job.trained
-
-    @property
-    def iter_count(self) -> int:
-        """Steps that the model has taken."""
-        job = self._control.job
-        return 0 if job is None else job.state.step
 
     @property
     def generate_sweep_kwarg(self) -> tuple[str, list[object]] | None:
@@ -109,7 +103,8 @@ class AccelerateRLTrainer:
 
         [batch, prompt + new]. An argument that is swept over takes its first value.
         """
-        device = self.job.machine.device
+        job = self.job
+        device = job.machine.device
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         arguments = dict(self.generate_kwargs)
@@ -117,7 +112,7 @@ class AccelerateRLTrainer:
             name, values = self.generate_sweep_kwarg
             arguments[name] = values[0]
         arguments.update(kwargs)
-        self._control.hand_over()
+        job.hand_over()
         with torch.no_grad():
             return self.model.generate(
                 input_ids=input_ids.to(device),

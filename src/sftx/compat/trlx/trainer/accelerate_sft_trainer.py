@@ -33,6 +33,7 @@ from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.training import checkpoint
 from sftx.training.build import prepare
+from sftx.training.control import Control
 from sftx.training.job import Job
 from sftx.training.loop import take_steps
 from sftx.training.optim import peak_learning_rate
@@ -131,8 +132,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 results = self.evaluate()
                 job.run.update(eval_before=results)
                 log(results, 0)
-            self._control.take_back()
-            for record in take_steps(job, self._control):
+            job.take_back()
+            for record in take_steps(job, Control(exact=True)):
                 if is_progress_bar_enabled():
                     progress.step(record)
                 job.run.write(record)
@@ -141,9 +142,9 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 log(numbers | (record.eval or {}), record.step)
                 if stop():
                     self._stop(f"stopped by signal {stop.signal} after step {record.step}")
-                self._control.take_back()
+                job.take_back()
             job.run.update(status="finished")
-            self._control.hand_over()
+            job.hand_over()
         return results
 
     def _prepare(self, progress: Progress, stack: ExitStack) -> Job:
@@ -157,12 +158,12 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         here = stack.enter_context(machine(config.runtime))
         peak = peak_learning_rate(config.optim, config.adapter)
         rate = translate.learning_rate(self.config.scheduler, peak)
-        # Signals are answered in `learn`: the loop sees none.
-        job = prepare(config, here, run, progress, stack, StopFlag(), rate)
+        # Signals are answered by `learn`: the loop sees none.
+        job = self._job = prepare(config, here, run, progress, stack, StopFlag(), rate)
         job.optimizer = translate.optimizer(self.config.optimizer, job.optimizer)
         job.optimizer.register_step_pre_hook(self._begin_update)
         job.optimizer.register_step_post_hook(self._end_update)
-        self._control.job = job
+        self.iter_count = 0
         self._saved = 0  # the step of the last checkpoint
         self._epoch = 0  # passes over the data that have ended
         self._best = float("-inf")  # the highest reward of an evaluation
@@ -176,6 +177,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def _end_update(self, *_: object) -> None:
         self._is_updating = False
+        self.iter_count += 1
 
     def _after_step(self, record: StepRecord) -> dict[str, float]:
         """Call back; save and evaluate where that is due. Returns the evaluation's statistics."""
@@ -232,7 +234,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
                 "name another folder, or delete adapter_config.json"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._control.hand_over()  # the saved configuration must not name our attention
+        job.hand_over()  # the saved configuration must not name our attention
         source = self.config.model.model_path
         save_model(
             folder,
@@ -253,21 +255,22 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             # An earlier run went further here: its state is not this one's.
             if checkpoint.step_of(later) >= step:
                 shutil.rmtree(later)
-        checkpoint.save(folder, job.state, job.loss, job.optimizer, keep=1)
+        state = replace(job.state, step=step)
+        checkpoint.save(folder, state, job.loss, job.optimizer, keep=1)
         _refuse_options(f"save: {folder} is written, but ", options)
 
     def load(self, directory: str | None = None, **options: object) -> None:
         """Continue from what `save` wrote; before training, this is done when it begins."""
         _refuse_options("load: ", options)
         self._resume_from = Path(directory) if directory else self._folder
-        if self._control.job is not None:
-            self._restore(self._control.job, self._resume_from)
+        if self._job is not None:
+            self._restore(self._job, self._resume_from)
 
     def _restore(self, job: Job, folder: Path) -> None:
         _step_saved_in(folder)
         state = checkpoint.restore(folder, job.loss, job.optimizer)
         assert state is not None, "a checkpoint was found there"
-        self._saved = state.step
+        self.iter_count = self._saved = state.step
         job.state = replace(
             job.state,
             step=state.step,
