@@ -35,7 +35,7 @@ DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens
 _USED = ("default", "tool_use")  # of the templates of a tokenizer
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
-VERSION = 5  # raise it when the same rows and settings become other tokens
+VERSION = 6  # raise it when the same rows and settings become other tokens
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
 
 
