@@ -68,7 +68,7 @@ def as_written(row: object, shape: Shape | None = None) -> object:
     return {name: _clean(value, shape.fields.get(name)) for name, value in row.items()}
 
 
-def rows_of(dataset: Any) -> Iterator[object]:
+def rows_of(dataset: Any) -> Iterator[Any]:
     """The rows of a data set of `datasets`, which keeps them in Arrow."""
     # A data set that streams has no table.
     table = getattr(getattr(dataset, "data", None), "table", None)
