@@ -16,7 +16,8 @@ from small_tokenizers import ours
 from sftx.data import oversize
 from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template, watched
 from sftx.data.encoder import Encoder
-from sftx.data.sources.rows import detect, parse
+from sftx.data.sources.formats import detect
+from sftx.data.sources.rows import parse
 from sftx.data.store import word_cache
 from sftx.data.store.encode_worker import encode_block
 from sftx.data.truncation import TokenSequence, fit

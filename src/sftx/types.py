@@ -6,7 +6,7 @@ Numpy only, so that everything that looks at data works without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from sftx.printable import printable
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+"""A value as it stands in a file of JSON."""
 ONE_EACH = "one sequence per turn"
 """The ledger's note for rows whose turns cannot share a sequence: the template writes earlier ones
 otherwise then.
@@ -73,8 +75,8 @@ class Row:
     text: str = ""
     phrases: tuple[Phrase, ...] = ()  # also holds the segments
     messages: tuple[Message, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Json], ...] = ()
+    template_kwargs: dict[str, Json] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what was changed while reading, for the ledger

@@ -17,7 +17,8 @@ from hypothesis import strategies as some
 from scorecard.frame import expect
 from scorecard.good_rows import GOOD
 from sftx.data.encoder import Encoder
-from sftx.data.sources.rows import REQUIRED, parse
+from sftx.data.sources.formats import REQUIRED
+from sftx.data.sources.rows import parse
 from sftx.data.sources.to_jsonl import convert
 from sftx.data.store.encode_worker import encode_block
 from sftx.data.tokenizer import Tokenizer

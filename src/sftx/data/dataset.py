@@ -21,7 +21,8 @@ from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.encoder import DECIDES, Encoder
 from sftx.data.mixture import choose, weighted, weighted_held_out
 from sftx.data.oversize import check_size
-from sftx.data.sources.rows import check_names, detect, parse, renamed
+from sftx.data.sources.formats import check_names, detect, renamed
+from sftx.data.sources.rows import parse
 from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
 from sftx.data.store.cache import VERSION, Cache
 from sftx.data.store.corpus import Corpus, Part

@@ -14,8 +14,8 @@ from typing import Any
 
 from sftx.arrow import rows_of
 from sftx.data.sources import to_jsonl
+from sftx.data.sources.formats import check_names, detect, renamed
 from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
-from sftx.data.sources.rows import check_names, detect, renamed
 from sftx.data.store.cache import Cache
 from sftx.data.store.corpus import Origin
 from sftx.settings.schema import Data, Source

@@ -18,9 +18,10 @@ from typing import Any
 from sftx.data.chat.sandbox import limit_this_process
 from sftx.data.encoder import KEPT_AS_TEXT, Encoded, Encoder
 from sftx.data.oversize import AT_ONCE, check_size
+from sftx.data.sources.formats import renamed, unused
 from sftx.data.sources.messages import other_fields
 from sftx.data.sources.read import rows_in
-from sftx.data.sources.rows import parse, renamed, unused
+from sftx.data.sources.rows import parse
 from sftx.data.store.cache import Cache, Entry, TokenBlock, make_block
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
