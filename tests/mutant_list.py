@@ -348,7 +348,7 @@ MUTANTS = [
     Mutant("sandbox-underscores-of-loops", "data/chat/sandbox.py", ' and not attribute.startswith("_"):', ":", BOX),
     Mutant("sandbox-row-can-be-changed", "data/chat/sandbox.py", "class _Environment(ImmutableSandboxedEnvironment):",
            "class _Environment(ImmutableSandboxedEnvironment.__base__):", BOX),
-    Mutant("sandbox-late-interruption-escapes", "data/chat/sandbox.py",
+    Mutant("sandbox-late-interruption-escapes", "data/chat/limits.py",
            "if fired and not isinstance(sys.exc_info()[1], _Interruption):", "if False:", BOX),
 ]
 # fmt: on

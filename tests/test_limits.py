@@ -14,7 +14,8 @@ import pytest
 from small_tokenizers import ours
 
 from sftx.data import oversize
-from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template, watched
+from sftx.data.chat.limits import watched
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.data.encoder import Encoder
 from sftx.data.sources.formats import detect
 from sftx.data.sources.rows import parse
@@ -180,7 +181,7 @@ def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sftx.data.chat.sandbox._own_process", True
+        "sftx.data.chat.limits._own_process", True
     )  # limits of the whole process act too
     source, expected = HUGE[name]
 
@@ -212,21 +213,21 @@ def test_an_interruption_beside_another_error_has_a_message(
     """The watchdog fires while memory runs out: one error comes after the other, and neither is
     called `None`.
     """
-    from sftx.data.chat import sandbox
+    from sftx.data.chat import limits
 
     def run_out_of_memory(watch: Any) -> None:
         with watch.deadline():
             watch.fired = True
             target, kind = (
-                sandbox.ctypes.c_ulong(watch.target),
-                sandbox.ctypes.py_object(sandbox._Interruption),
+                limits.ctypes.c_ulong(watch.target),
+                limits.ctypes.py_object(limits._Interruption),
             )
-            sandbox.ctypes.pythonapi.PyThreadState_SetAsyncExc(target, kind)
+            limits.ctypes.pythonapi.PyThreadState_SetAsyncExc(target, kind)
             raise MemoryError
 
     with watched():
-        watch = sandbox._local.watch
-        with pytest.raises(sandbox.LimitError, match="took more than 1,024 MiB"):
+        watch = limits._local.watch
+        with pytest.raises(limits.LimitError, match="took more than 1,024 MiB"):
             run_out_of_memory(watch)
         with watch.deadline():  # the next rendering is watched again
             assert not watch.fired

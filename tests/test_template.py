@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_tokenizers import ours, theirs
 
-from sftx.data.chat import sandbox
+from sftx.data.chat import limits, sandbox
 from sftx.data.encoder import Encoded, Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
@@ -594,9 +594,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
-    monkeypatch.setattr(sandbox, "MEMORY", 200 << 20)
-    monkeypatch.setattr(sandbox, "_own_process", True)
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "MEMORY", 200 << 20)
+    monkeypatch.setattr(limits, "_own_process", True)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
@@ -608,7 +608,7 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
     made = encoder(
         "{% if 'bomb' in messages[0].content %}" + BOMBS["loops"] + "{% endif %}" + CHATML
     )
@@ -623,9 +623,9 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data.chat import sandbox\nsandbox.LAST = "
-        "0.5\nsandbox.limit_this_process()\n"
-        "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
+        "import sys; from sftx.data.chat import limits, sandbox\nlimits.LAST = "
+        "0.5\nlimits.limit_this_process()\n"
+        "with limits.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

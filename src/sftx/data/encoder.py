@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
-from sftx.data.chat.sandbox import watched
+from sftx.data.chat.limits import watched
 from sftx.data.chat.skeleton import Skeleton, learn_skeleton
 from sftx.data.chat.spans import APART, SpanTokenizer, TextSequence, text_sequences
 from sftx.data.chat.turns import ChatTemplate, Turn

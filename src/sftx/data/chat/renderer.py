@@ -10,7 +10,8 @@ from typing import Any
 
 from sftx.data.chat.calls import has_new_escapes
 from sftx.data.chat.conversation import Conversation
-from sftx.data.chat.sandbox import TEMPLATE_ERRORS, LimitError, compile_template, run_template
+from sftx.data.chat.limits import LimitError
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.types import RowError, UserError
 
 # Words of probes: no template and no row holds them.

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from sftx.data.chat.sandbox import limit_this_process
+from sftx.data.chat.limits import limit_this_process
 from sftx.data.encoder import KEPT_AS_TEXT, Encoded, Encoder
 from sftx.data.oversize import AT_ONCE, check_size
 from sftx.data.sources.formats import renamed, unused
