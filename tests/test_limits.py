@@ -124,9 +124,9 @@ def test_a_text_too_long_for_one_go_is_refused_with_its_size(
     lines = [{"text": "before"}, {"text": text}, {"text": "after"}]
     block = encode_block("\n".join(map(json.dumps, lines)).encode(), "text", encoder)
     if not why:
-        assert block.meta["bad"] == []
+        assert block.facts.bad == []
         return
-    [(line, said)] = block.meta["bad"]
+    [(line, said)] = block.facts.bad
     assert line == 1
     assert said.startswith("field 'text' holds ")
     assert why in said
@@ -137,7 +137,9 @@ def test_splitting_takes_time_in_proportion_to_the_text() -> None:
     def split(count: int) -> None:
         weights = np.ones(count, np.float32)
         weights[0] = 0
-        fitted = fit(TokenSequence(np.zeros(count, np.int32), weights, ((0, count),)), 32, "split")
+        fitted = fit(
+            TokenSequence(np.zeros(count, np.int32), weights, spans=((0, count),)), 32, "split"
+        )
         assert sum(piece.targets for piece in fitted.pieces) == count - 1
 
     split(10_000)

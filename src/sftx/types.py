@@ -98,6 +98,12 @@ class Example:
     part: int = 0
     shortened: bool = False
 
+    def __post_init__(self) -> None:
+        if self.weights[:1].any():  # nothing stands before the first token
+            weights = self.weights.copy()
+            weights[0] = 0
+            object.__setattr__(self, "weights", weights)
+
     @property
     def targets(self) -> int:
         """How many tokens carry weight."""

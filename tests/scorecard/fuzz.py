@@ -83,10 +83,10 @@ def rows(folder: Path, examples: int) -> int:
 
     def verdicts(lines: list[bytes], form: str) -> dict[int, str]:
         block = encode_block(b"\n".join(lines), form, encoder)
-        found = {int(line): "trained" for line in block.line}
+        found = {int(line): "trained" for line in block.table["line"]}
         return {
             **found,
-            **{line: why for kind in ("bad", "dropped") for line, why in block.meta[kind]},
+            **{line: why for kind in (block.facts.bad, block.facts.dropped) for line, why in kind},
         }
 
     def judge(form: str, data: Any) -> None:

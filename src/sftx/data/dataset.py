@@ -26,7 +26,8 @@ from sftx.data.sources.rows import parse
 from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
 from sftx.data.store.cache import VERSION, Cache
 from sftx.data.store.corpus import Corpus, Part
-from sftx.data.store.encode_pool import Job, Progress, encode_jobs
+from sftx.data.store.encode_pool import Progress, encode_jobs
+from sftx.data.store.encode_worker import Job
 from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, write_text
 from sftx.printable import printable
@@ -144,7 +145,7 @@ def load_corpora(
         _require_template(encoder, [*tables, *held_tables])
         fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
         jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
-        encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
+        encode_jobs(jobs, encoder, cache, scratch, progress)
         corpus = _assemble(train, tables, fingerprint, cache)
         held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
@@ -177,7 +178,9 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
             key = block_key(block.digest, table.form, fingerprint)
             if key not in jobs and cache.load(key) is None:
                 path, place = table.open_lines(scratch), table.origin.place(block.line)
-                jobs[key] = Job(key, path, block.start, block.stop, table.form, block.lines, place)
+                jobs[key] = Job(
+                    key, str(path), block.start, block.stop, table.form, block.lines, place
+                )
     return list(jobs.values())
 
 
@@ -248,9 +251,8 @@ def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    held_out = choose(
-        corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1
-    )
+    everything = np.ones(len(corpus), np.bool_)
+    held_out = choose(corpus.table, everything, share, f"eval_split {seed}", least=1)
     if held_out.all():
         raise UserError("data.eval_split: too few different rows to hold some out")
     return corpus.divide(held_out)

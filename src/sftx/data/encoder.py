@@ -222,8 +222,7 @@ class Encoder:
                 f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens"
             )
         weights = np.array(row.weights, dtype=np.float32)
-        weights[:1] = 0  # nothing stands before the first token
-        return TokenSequence(ids.astype(np.int32), weights, runs(weights))
+        return TokenSequence(ids.astype(np.int32), weights, spans=runs(weights))
 
     def _joined(self, row: Row, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first

@@ -73,7 +73,6 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([example.ids for example in examples]).astype(np.int32)
     weights = np.concatenate([example.weights for example in examples]).astype(np.float32)
-    weights[cu_seqlens[:-1]] = 0.0  # nothing stands before a segment's first token
     label_at = np.flatnonzero(weights)
     return Pack(
         ids=ids,

@@ -265,7 +265,7 @@ class SpanTokenizer:
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
         bos = self._tokenizer.bos_id if begins else None
         targets, spans = _targets([border // 4 for border in borders], weights)
-        return TokenSequence(ids, targets, spans, bos=bos, begins_with_bos=begins, note=note)
+        return TokenSequence(ids, targets, note, spans=spans, bos=bos, begins_with_bos=begins)
 
     def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the sequence says."""
@@ -281,13 +281,15 @@ class SpanTokenizer:
         ids = np.concatenate(chunks)
         borders = [0, *itertools.accumulate(map(len, chunks))]
         bos = None if sequence.bos is False else bos
+        targets, spans = _targets(borders, weights)
         return TokenSequence(
             ids,
-            *_targets(borders, weights),
-            bos,
-            bool(sequence.bos),
-            sequence.context,
+            targets,
             sequence.note,
+            spans=spans,
+            bos=bos,
+            begins_with_bos=bool(sequence.bos),
+            context=sequence.context,
         )
 
 
@@ -304,5 +306,4 @@ def _targets(
         if weight and begin < end:
             array[begin:end] = weight
             spans.append((begin, end))
-    array[:1] = 0  # nothing stands before the first token
     return array, tuple(spans)

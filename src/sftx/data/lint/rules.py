@@ -113,8 +113,8 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     is_special = np.isin(
         np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids)
     )
-    columns = corpus.columns
-    last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
+    table = corpus.table
+    last_of_row = np.append(table["part"][1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
     empty, single, endless = [], [], []
     thoughtless: dict[int, None] = {}  # the first example of each row
     first = 0
@@ -128,16 +128,16 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
             content = int((~is_special[example.ids[start:stop]]).sum())
             if ends and content < 2:
                 (single if content else empty).append(index)
-            whole = last_of_row[index] or not columns.split[index]
+            whole = last_of_row[index] or not table["split"][index]
             if not ends and whole:
                 endless.append(index)
     typical = float(np.median(corpus.lengths)) if len(corpus) else 0.0
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
-    lost = np.flatnonzero(columns.cut_targets > 0)
-    cut = np.flatnonzero((columns.cut_tokens > 0) & (columns.cut_targets == 0))
-    behind = np.flatnonzero(columns.shortened != 0)
+    lost = np.flatnonzero(table["cut_targets"] > 0)
+    cut = np.flatnonzero((table["cut_tokens"] > 0) & (table["cut_targets"] == 0))
+    behind = np.flatnonzero(table["shortened"])
     many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
-    split = np.flatnonzero((columns.split != 0) & (columns.part == 0))
+    split = np.flatnonzero(table["split"] & (table["part"] == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
     reasoning = "rows whose reasoning the template leaves out"
     if thoughtless:
@@ -205,7 +205,7 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
 def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
     """uint64[rows]: a hash of all examples of each row."""
     starts = np.flatnonzero(corpus.part == 0)
-    mixed = corpus.columns.digest * (corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+    mixed = corpus.table["digest"] * (corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1))
     return np.add.reduceat(mixed, starts) if len(starts) else mixed
 
 
