@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from sftx.cli import main
-from sftx.data.dataset import encode
+from sftx.data.encoder import encode
 from sftx.data.encoder import Encoder
 from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.rules import Finding, lint

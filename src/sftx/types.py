@@ -23,6 +23,11 @@ otherwise then.
 """
 
 
+def joined_notes(*notes: str) -> str:
+    """What was done, one note after another, without those that say nothing."""
+    return "; ".join(filter(None, notes))
+
+
 class UserError(ValueError):
     """A mistake in the user's input: shown as one message, without a traceback, exit code 2.
 

@@ -12,9 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
@@ -28,6 +29,7 @@ from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_adapted: WeakKeyDictionary[Any, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
 _FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 
 
@@ -167,17 +169,15 @@ class Tokenizer:
         """Matches the added tokens (special or not) at which text falls into independently
         tokenised parts.
         """
-        return _pattern(self._added[i].content for i in self._splitting_ids)
+        return _pattern(self._added[i].content for i in self.splitting_ids)
 
     @cached_property
-    def is_splitting(self) -> NDArray[np.bool_]:
-        """bool[vocab_size]: whether an id is one of those that `splitting` matches."""
-        return np.isin(np.arange(self.vocab_size), self._splitting_ids)
+    def splitting_ids(self) -> list[int]:
+        """Ids of the tokens that `splitting` matches.
 
-    @cached_property
-    def _splitting_ids(self) -> list[int]:
-        # Tokens matched after normalisation, or only as whole words, do not cut text wherever their
-        # letters stand.
+        A token that is matched after normalisation, or only as a whole word, does not cut text
+        wherever its letters stand.
+        """
         return [
             i for i, token in self._added.items() if not token.normalized and not token.single_word
         ]
@@ -213,26 +213,6 @@ class Tokenizer:
     def encode(self, text: str, *, plain: bool = False, inside: bool = False) -> list[int]:
         """`encode_batch` of one text."""
         return self.encode_batch([text], plain=plain, inside=inside)[0].tolist()
-
-    def encode_escaped(self, text: str, mark: str, inside: bool = False) -> list[int]:
-        """Ids of a text in which `mark` stands inside each special token that is meant as ordinary
-        text.
-        """
-        ids: list[int] = []
-        position = 0
-        swallow = False
-        for match in [*self.control.finditer(text), None]:
-            part = text[position : match.start() if match else len(text)].replace(mark, "")
-            token_id: Any = self.backend.token_to_id(match.group()) if match else None
-            token = self._added.get(token_id)
-            part = part.lstrip() if swallow else part
-            part = part.rstrip() if token and token.lstrip else part
-            if part:
-                ids += self.encode(part, plain=True, inside=inside or position > 0)
-            if match and token:
-                ids.append(token_id)
-                position, swallow = match.end(), token.rstrip
-        return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of ids, special tokens included."""
@@ -372,3 +352,19 @@ def _stop_ids(folder: Path) -> list[int]:
             f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed"
         )
     return found
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A `Tokenizer` from what users have: one, a transformers tokenizer (adapted once), or a path."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return _load_tokenizer(str(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
+    known = _adapted.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
+    return known[1]
+
+
+_load_tokenizer = lru_cache(4)(Tokenizer.load)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
+from sftx.data.chat.answer import Turn, last_added
 from sftx.data.chat.calls import has_new_escapes, lost_call
 from sftx.data.chat.conversation import REASONING, Conversation
 from sftx.data.chat.renderer import MODEL, NEXT, TOOLS, USER, calls, result, says
 from sftx.data.chat.thoughts import may_think
-from sftx.data.chat.turns import ChatTemplate, Turn, last_added
+from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftx.data.chat.turns import Turn
+from sftx.data.chat.answer import Turn
 from sftx.data.tokenizer import Tokenizer
 from sftx.data.truncation import TokenSequence
-from sftx.types import Float32, Int32
+from sftx.types import Float32, Int32, joined_notes
 
 APART = "prompt and output tokenised apart"
 _REMEMBERED, _SHORT = (
@@ -64,7 +64,7 @@ def text_sequences(
         sequence.chunks.append((turn.output, weight))
         sequence.eos = not turn.ends
         if turn.note and turn.note not in sequence.note:
-            sequence.note = "; ".join(filter(None, [sequence.note, turn.note]))
+            sequence.note = joined_notes(sequence.note, turn.note)
         text = turn.prompt + turn.output
     return found
 
@@ -242,7 +242,7 @@ class SpanTokenizer:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
         sequences = []
         text = ""
-        note = "; ".join(filter(None, [sequence.note, APART]))
+        note = joined_notes(sequence.note, APART)
         for i, (chunk, weight) in enumerate(sequence.chunks):
             if weight:
                 prompt = self._ids_of(text, sequence.mark, inside=False)

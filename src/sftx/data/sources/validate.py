@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
+
+import numpy as np
 
 from sftx.types import Json, RowError
 
@@ -32,6 +35,19 @@ def from_json(text: str, at: str = "") -> Json:
         problem = "a number of thousands of digits"
     where = f"{at} is " if at else ""
     raise RowError(f"{where}not valid JSON: {problem}")
+
+
+def as_json(value: Any) -> Json:
+    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
+    match value:
+        case dict():
+            return {key: as_json(item) for key, item in cast("dict[str, Any]", value).items()}
+        case list() | tuple():
+            return [as_json(item) for item in cast("list[Any]", value)]
+        case np.ndarray() | np.generic():
+            return value.tolist()
+        case _:
+            return value
 
 
 def checked_text(value: Json, field: str) -> str:
