@@ -4,13 +4,13 @@ comparing all pairs.
 
 from __future__ import annotations
 
-from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+from typing import Any
+
+from sftx.types import UserError
 
 GRAM = 5  # words
-HASHES, BANDS = (
-    128,
-    16,
-)  # two texts that share s of their grams meet in some band with probability 1 - (1 - s**8)**16
+# Two texts that share s of their grams meet in some band with probability 1 - (1 - s**8)**16.
+HASHES, BANDS = 128, 16
 
 
 class NearDuplicates:
@@ -21,10 +21,17 @@ class NearDuplicates:
         estimate.
         """
         self._similarity = similarity
-        self._index = RMinHashLSH(similarity, HASHES, BANDS)
-        self._originals: dict[
-            int, RMinHash
-        ] = {}  # copies are not kept: many equal texts would all find each other
+        try:
+            import rensa
+        except ImportError:
+            raise UserError(
+                'finding near duplicates needs one more package: pip install "sftx[lint]"'
+            ) from None
+        library: Any = rensa  # compiled, and without types
+        self._new_sketch: Any = library.RMinHash
+        self._index: Any = library.RMinHashLSH(similarity, HASHES, BANDS)
+        # Copies are not kept: many equal texts would all find each other.
+        self._originals: dict[int, Any] = {}
         self._count = 0
 
     def add(self, text: str, prompt: str = "") -> int | None:
@@ -33,12 +40,11 @@ class NearDuplicates:
 
         With a `prompt`, both must be alike: they count half each, however long they are.
         """
-        sketch = RMinHash(HASHES, 20)
-        sketch.update(
-            _balanced(_grams(text), [f"{gram}\0" for gram in _grams(prompt)])
-            if prompt
-            else _grams(text)
-        )
+        grams = _grams(text)
+        if prompt:
+            grams = _balanced(grams, [f"{gram}\0" for gram in _grams(prompt)])
+        sketch = self._new_sketch(HASHES, 20)
+        sketch.update(grams)
         number, self._count = self._count, self._count + 1
         for other in sorted(self._index.query(sketch)):
             if self._originals[other].jaccard(sketch) >= self._similarity:

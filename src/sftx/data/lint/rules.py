@@ -20,7 +20,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.truncation import runs
 from sftx.settings.schema import Config, Data
-from sftx.types import Row, RowError
+from sftx.types import Int32, Row, RowError
 
 FEW = 5  # calls; fewer are no pattern
 Place = Callable[[int], str]
@@ -55,14 +55,15 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
     """All findings in the training and held-out data of a run, serious ones first.
 
     Raises:
-        UserError: a file cannot be read at all.
+        UserError: a file cannot be read at all, or a package is not installed.
     """
+    seen = NearDuplicates()
     once = config.model_copy(update={"data": _once(config.data)})
     corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length)
     found = _of_drops(corpus) + _of_tokens(corpus, encoder) + _of_copies(corpus, held_out)
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)
-    found += _of_texts(once, encoder)
+    found += _of_texts(once, encoder, seen)
     return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
 
 
@@ -109,28 +110,8 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     """Findings in the encoded examples: outputs without content or end, lost targets, extreme
     lengths.
     """
-    stops = set(encoder.tokenizer.stop_ids) | {encoder.stop_id}
-    is_special = np.isin(
-        np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids)
-    )
     table = corpus.table
-    last_of_row = np.append(table["part"][1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
-    empty, single, endless = [], [], []
-    thoughtless: dict[int, None] = {}  # the first example of each row
-    first = 0
-    for index in range(len(corpus)):
-        example = corpus.example(index)
-        first = index if example.part == 0 else first
-        if LOST_REASONING in example.note:
-            thoughtless[first] = None
-        for start, stop in runs(example.weights):
-            ends = int(example.ids[stop - 1]) in stops
-            content = int((~is_special[example.ids[start:stop]]).sum())
-            if ends and content < 2:
-                (single if content else empty).append(index)
-            whole = last_of_row[index] or not table["split"][index]
-            if not ends and whole:
-                endless.append(index)
+    outputs = _Outputs(corpus, encoder)
     typical = float(np.median(corpus.lengths)) if len(corpus) else 0.0
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
     lost = np.flatnonzero(table["cut_targets"] > 0)
@@ -140,16 +121,22 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     split = np.flatnonzero(table["split"] & (table["part"] == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
     reasoning = "rows whose reasoning the template leaves out"
-    if thoughtless:
+    if outputs.thoughtless:
         reasoning += f"; {encoder.how_to_keep_reasoning()}"
     return [
-        _finding("lost reasoning", True, reasoning, thoughtless, place),
+        _finding("lost reasoning", True, reasoning, outputs.thoughtless, place),
         _finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
         _finding(
-            "endless outputs", True, "outputs that do not end in a stop token", endless, place
+            "endless outputs",
+            True,
+            "outputs that do not end in a stop token",
+            outputs.endless,
+            place,
         ),
-        _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),
-        _finding("short outputs", False, "outputs of one token", single, place),
+        _finding(
+            "empty outputs", True, "outputs of nothing but a stop token", outputs.empty, place
+        ),
+        _finding("short outputs", False, "outputs of one token", outputs.single, place),
         _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
         _finding(
             "shortened prompts",
@@ -167,6 +154,42 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
             place,
         ),
     ]
+
+
+class _Outputs:
+    """The examples whose outputs hold nothing, hold one token, never end, or lost their thought."""
+
+    def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
+        self.empty: list[int] = []
+        self.single: list[int] = []
+        self.endless: list[int] = []
+        self.thoughtless: dict[int, None] = {}  # the first example of each row
+        self._stops = {*encoder.tokenizer.stop_ids, encoder.stop_id}
+        every_id = np.arange(encoder.tokenizer.vocab_size)
+        self._is_content = ~np.isin(every_id, list(encoder.tokenizer.control_ids))
+        split = corpus.table["split"]
+        last_of_row = np.append(corpus.part[1:] == 0, True)
+        first = 0
+        for index in range(len(corpus)):
+            example = corpus.example(index)
+            first = index if example.part == 0 else first
+            if LOST_REASONING in example.note:
+                self.thoughtless[first] = None
+            whole = bool(last_of_row[index]) or not split[index]
+            for start, stop in runs(example.weights):
+                self._look(index, example.ids[start:stop], whole)
+
+    def _look(self, index: int, output: Int32, whole: bool) -> None:
+        """Look at one output; `whole`: its end is not in another example."""
+        if int(output[-1]) not in self._stops:
+            if whole:
+                self.endless.append(index)
+            return
+        content = int(self._is_content[output].sum())
+        if content == 0:
+            self.empty.append(index)
+        elif content == 1:
+            self.single.append(index)
 
 
 def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
@@ -209,7 +232,7 @@ def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
     return np.add.reduceat(mixed, starts) if len(starts) else mixed
 
 
-def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
+def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Finding]:
     """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets,
     odd arguments.
     """
@@ -217,7 +240,7 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
     hashes: list[int] = []
     like: dict[int, int] = {}
     hits: dict[str, list[int]] = defaultdict(list)
-    seen, calls, trained = NearDuplicates(), _Calls(), 0
+    calls, trained = _Calls(), 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
