@@ -183,7 +183,7 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
         "all": asdict(corpus.ledger),
         "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
     }
-    dropped = []
+    dropped: list[str] = []
     for drop in corpus.drops:
         origin = corpus.origins[drop.origin]
         file = origin.names[drop.line - 1] if origin.names else origin.name
@@ -194,7 +194,7 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
         "dropped.jsonl": "".join(dropped),
     }
     make_folder(Path(folder))
-    new = []
+    new: list[str] = []
     for name, text in texts.items():
         path = Path(folder) / name
         if not path.exists() or path.read_bytes() != text.encode():

@@ -112,9 +112,10 @@ class Encoder:
         """All tokens that end trained outputs: `stop_id`, and what ends a tool call where that is
         another token.
         """
+        if not self._templates:
+            return frozenset() if self.stop_id is None else frozenset([self.stop_id])
         with watched():
-            calls = self._templates["default"].stop_ids if self._templates else frozenset()
-        return calls if self.stop_id is None else calls | {self.stop_id}
+            return self._templates["default"].stop_ids
 
     @property
     def fingerprint(self) -> str:

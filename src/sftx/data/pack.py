@@ -39,7 +39,7 @@ def balanced(
     for b in np.argsort(-load, kind="stable"):
         open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
         rank = min(open_ranks, key=lambda r: (total[r], r))
-        ranks[rank].append(bins[b])
+        ranks[rank].append(bins[int(b)])
         total[rank] += float(load[b])
     return ranks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
@@ -40,7 +40,7 @@ class View:
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns.
     """
-    spelled: list[bool] = field(default_factory=list)
+    spelled: list[bool] = field(default_factory=list[bool])
     """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`).
     """
 
@@ -88,14 +88,14 @@ def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> lis
     inside = np.zeros(len(text), np.bool_)
     for match in tokenizer.control.finditer(text):
         inside[match.start() : match.end()] = True
-    spelled = []
+    spelled: list[bool] = []
     for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
         spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
     return spelled
 
 
 @contextmanager
-def raw_tables(config: Config) -> Iterator[list[Table]]:
+def raw_tables(config: Config) -> Generator[list[Table]]:
     """All files of the run, training and held out, read but not encoded."""
     data, cache = config.data, Cache(config.data.cache)
     train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)

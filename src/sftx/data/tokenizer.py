@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -62,7 +63,9 @@ class Tokenizer:
         named = {name: backend.token_to_id(text) for name, text in special.items()}
         self.bos_id: int | None = named.get("bos_token")
         self.eos_id: int | None = named.get("eos_token")
-        self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
+        self.stop_ids = frozenset(stop_ids)
+        if self.eos_id is not None:
+            self.stop_ids |= {self.eos_id}
         self._added = backend.get_added_tokens_decoder()
         self._words = {plain: WordCache(backend) for plain in (False, True)}
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [
@@ -79,13 +82,9 @@ class Tokenizer:
     @classmethod
     def _of_folder(cls, folder: Path) -> Tokenizer:
         if not (folder / "tokenizer.json").is_file():
-            from transformers import (
-                AutoTokenizer,
-            )  # the slow road: a folder with only sentencepiece or vocab files
-
-            return cls.of(
-                AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder)
-            )
+            # The slow way: a folder with only sentencepiece or vocab files.
+            auto = import_module("transformers").AutoTokenizer
+            return cls.of(auto.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
         file = folder / "tokenizer_config.json"
         config = read_json(file)
         with boundary(folder / "special_tokens_map.json"):
@@ -112,7 +111,8 @@ class Tokenizer:
         if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
         known = made.vocab_size
-        made.backend.add_tokens(
+        backend: Any = made.backend
+        backend.add_tokens(
             [tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts]
         )
         ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
@@ -255,21 +255,25 @@ def _alternatives(texts: list[str]) -> str:
     """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like
     [control_8].
     """
-    branches = []
+    branches: list[str] = []
     for _, group in itertools.groupby(texts, key=lambda text: text[0]):
         words = list(group)
         begin = os.path.commonprefix(words)  # noqa: RUF071 (of letters, not of folders)
         rest = [word[len(begin) :] for word in words]
         inner = _alternatives([word for word in rest if word])
-        branches.append(re.escape(begin) + (f"(?:{inner})" + "?" * ("" in rest) if inner else ""))
+        branch = re.escape(begin)
+        if inner:
+            branch += f"(?:{inner})"
+            if "" in rest:
+                branch += "?"
+        branches.append(branch)
     return "|".join(branches)
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+    download = import_module("huggingface_hub").snapshot_download
     with boundary(f"{name}: neither a folder here nor a tokenizer that could be fetched"):
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(download(name, allow_patterns=_FILES))
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
@@ -281,16 +285,14 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
         value = config.get(name)
         if not value:
             continue
-        text = value.get("content") if isinstance(value, dict) else value
+        text = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a text, found {value!r}")
         texts[name] = text
     return texts
 
 
-def _add_missing(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
-) -> None:
+def _add_missing(backend: Any, config: dict[str, Any], special: dict[str, str]) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
     for _, token in sorted(
         config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
@@ -346,8 +348,9 @@ def _stop_ids(folder: Path) -> list[int]:
     eos = read_json(file).get("eos_token_id")
     if eos is None:
         return []
-    found = eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int for i in found):
+    given = cast("list[Any]", eos) if isinstance(eos, list) else [eos]
+    found = [i for i in given if type(i) is int]
+    if len(found) < len(given):
         raise UserError(
             f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed"
         )

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class _Watch(threading.Thread):
                     )
 
     @contextmanager
-    def deadline(self) -> Iterator[None]:
+    def deadline(self) -> Generator[None]:
         with self.guard:
             self.started, self.fired, self.reason = time.monotonic(), False, TOO_LARGE
         try:
@@ -133,7 +133,7 @@ _local = _Local()
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watched() -> Generator[None]:
     """Inside, every `run_template` of this thread is interrupted when it runs too long or, in a
     process of our own, takes too much memory.
     """
@@ -154,7 +154,7 @@ def watched() -> Iterator[None]:
 
 
 @contextmanager
-def _process_limits() -> Iterator[None]:
+def _process_limits() -> Generator[None]:
     """Inside, the process gets no more than `MEMORY` further bytes, and is ended by an operation
     longer than `LAST`.
     """

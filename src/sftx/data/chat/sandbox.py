@@ -8,10 +8,10 @@ takes minutes. `limits` ends those that take long in many small operations.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from datetime import datetime
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -102,11 +102,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
         # answers are known.
-        if type(obj) is dict and attribute not in _DICT_METHODS:
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if type(obj) is str and attribute in _TEXT_METHODS:
+        if kind is str and attribute in _TEXT_METHODS:
             return getattr(obj, attribute)
-        if type(obj) in (Namespace, LoopContext) and not attribute.startswith("_"):
+        if kind in (Namespace, LoopContext) and not attribute.startswith("_"):
             try:
                 return getattr(obj, attribute)
             except AttributeError:
@@ -134,7 +135,7 @@ def _check_product(left: Any, right: Any) -> None:
         return
     for series, times in ((left, right), (right, left)):
         if isinstance(series, str | list | tuple) and isinstance(times, int):
-            size = len(series) * times
+            size = len(cast("Sized", series)) * times
             if size > CHARACTERS:
                 raise LimitError(
                     f"the template makes a text or list of {size:,}; {CHARACTERS:,} are allowed"
@@ -165,17 +166,18 @@ _WHOLE = (
 
 def _limited(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that refuses an input of more than `ELEMENTS`."""
-    place = (
-        0 if getattr(original, "jinja_pass_arg", None) is None else 1
-    )  # the environment may come first
+    # The environment may come first.
+    place = 0 if getattr(original, "jinja_pass_arg", None) is None else 1
 
     @wraps(original)
     def limited(*args: Any, **kwargs: Any) -> Any:
         value = args[place] if len(args) > place else None
-        if isinstance(value, str | list | tuple | dict) and len(value) > ELEMENTS:
-            raise LimitError(
-                f"the template gives {len(value):,} elements to `{name}`; {ELEMENTS:,} are allowed"
-            )
+        if isinstance(value, str | list | tuple | dict):
+            size = len(cast("Sized", value))
+            if size > ELEMENTS:
+                raise LimitError(
+                    f"the template gives {size:,} elements to `{name}`; {ELEMENTS:,} are allowed"
+                )
         return original(*args, **kwargs)
 
     return limited
@@ -198,25 +200,30 @@ def _to_json(
     )
 
 
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
 def compile_template(source: str) -> jinja2.Template:
     """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
-    environment = _Environment(
+    environment: Any = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters.update(tojson=_to_json, round=_round)
-    environment.filters.update({name: _limited(name, environment.filters[name]) for name in _WHOLE})
-    environment.globals.update(
-        raise_exception=_raise,
-        strftime_now=lambda form: datetime.now().strftime(form),
-        dict=_dict,
-        namespace=_namespace,
-    )
+    environment.filters |= {"tojson": _to_json, "round": _round}
+    for name in _WHOLE:
+        environment.filters[name] = _limited(name, environment.filters[name])
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": _now,
+        "dict": _dict,
+        "namespace": _namespace,
+    }
     with watched(), deadline():  # jinja2 computes constant expressions here
-        template = environment.from_string(source)
+        template: jinja2.Template = environment.from_string(source)
     template.globals = dict(template.globals)
     return template
 

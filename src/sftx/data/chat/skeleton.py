@@ -122,7 +122,7 @@ class Skeleton:
         at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
         if at < 0:
             return None
-        found = []
+        found: list[Turn] = []
         for i, (user, answer) in enumerate(pairs):
             newest = i == len(pairs) - 1
             gap, close = (self.last_gap, self.last_close) if newest else (self.gap, self.between)
@@ -178,7 +178,7 @@ class Skeleton:
         begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
         if len(begins) != len(answers):
             return None
-        found = []
+        found: list[Turn] = []
         for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
             ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
             end, stop = min(ends, default=(begin, ""))

@@ -113,7 +113,7 @@ class SpanTokenizer:
         self._tokenise(rows, cut)
         alone = [chunk for row in rows for each in row if each.alone for chunk, _ in each.chunks]
         ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
-        results = []
+        results: list[list[TokenSequence]] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
             sequences: list[TokenSequence] = []
             pieces = iter(pieces_of_row)
@@ -145,7 +145,7 @@ class SpanTokenizer:
         """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in
         one call.
         """
-        texts = []
+        texts: list[_Pieces] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
             if any(sequence.mark for sequence in row):  # marks are rare
                 for pieces in pieces_of_row:
@@ -174,7 +174,7 @@ class SpanTokenizer:
         """The tokens of pieces in which `mark` stands inside each special token that is meant as
         ordinary text.
         """
-        ids = []
+        ids: list[bytes] = []
         for k, piece in enumerate(pieces):
             if k % 2:
                 ids.append(self._added[piece])
@@ -240,7 +240,7 @@ class SpanTokenizer:
 
     def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
-        sequences = []
+        sequences: list[TokenSequence] = []
         text = ""
         note = joined_notes(sequence.note, APART)
         for i, (chunk, weight) in enumerate(sequence.chunks):
@@ -301,7 +301,8 @@ def _targets(
     borders: list[int], weights: list[float]
 ) -> tuple[Float32, tuple[tuple[int, int], ...]]:
     """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
-    array, spans = np.zeros(borders[-1], np.float32), []
+    array = np.zeros(borders[-1], np.float32)
+    spans: list[tuple[int, int]] = []
     for begin, end, weight in zip(borders, borders[1:], weights, strict=False):
         if weight and begin < end:
             array[begin:end] = weight

@@ -4,6 +4,7 @@ comparing all pairs.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from sftx.types import UserError
@@ -22,14 +23,13 @@ class NearDuplicates:
         """
         self._similarity = similarity
         try:
-            import rensa
+            rensa = import_module("rensa")
         except ImportError:
             raise UserError(
                 'finding near duplicates needs one more package: pip install "sftx[lint]"'
             ) from None
-        library: Any = rensa  # compiled, and without types
-        self._new_sketch: Any = library.RMinHash
-        self._index: Any = library.RMinHashLSH(similarity, HASHES, BANDS)
+        self._new_sketch = rensa.RMinHash
+        self._index = rensa.RMinHashLSH(similarity, HASHES, BANDS)
         # Copies are not kept: many equal texts would all find each other.
         self._originals: dict[int, Any] = {}
         self._count = 0

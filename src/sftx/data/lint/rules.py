@@ -70,15 +70,14 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
 def _once(data: Data) -> Data:
     """The same data with every row once, bad rows left out."""
 
-    def unweighted(given: Any) -> Any:
-        if not isinstance(given, list):
-            return given
-        return [s if isinstance(s, str) else s.model_copy(update={"weight": 1.0}) for s in given]
-
-    plain = {"on_bad_row": "skip", "mix_by": "rows"}
-    return data.model_copy(
-        update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)}
-    )
+    changes: dict[str, Any] = {"on_bad_row": "skip", "mix_by": "rows"}
+    for name, given in (("train", data.train), ("eval", data.eval)):
+        if isinstance(given, list):
+            changes[name] = [
+                source if isinstance(source, str) else source.model_copy(update={"weight": 1.0})
+                for source in given
+            ]
+    return data.model_copy(update=changes)
 
 
 def _finding(

@@ -84,7 +84,7 @@ class MessageReader:
         if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
             return cast(Message, raw)  # nothing can be wrong with most messages
         _check_role(role, at)
-        message = {key: value for key, value in raw.items() if value is not None}
+        message: dict[str, Json] = {k: value for k, value in raw.items() if value is not None}
         foreign.own_marks(message, at)
         _check_names(message, at)
         if "tool_calls" in message:

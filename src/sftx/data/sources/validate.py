@@ -45,7 +45,7 @@ def as_json(value: Any) -> Json:
         case list() | tuple():
             return [as_json(item) for item in cast("list[Any]", value)]
         case np.ndarray() | np.generic():
-            return value.tolist()
+            return cast(Any, value).tolist()
         case _:
             return value
 
@@ -90,7 +90,7 @@ def checked_weight(value: Json, field: str) -> float:
 
 def kind_name(value: object) -> str:
     """What a JSON value is, in words."""
-    names = {
+    names: dict[type, str] = {
         dict: "an object",
         list: "a list",
         str: "text",

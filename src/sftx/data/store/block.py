@@ -100,7 +100,7 @@ class Block:
             raise UserError(
                 "a file of the token cache is damaged; delete the cache folder and start again"
             )
-        note = self.facts.notes[entry["note"]]
+        note = self.facts.notes[int(entry["note"])]
         return Example(ids, weights, note, int(entry["part"]), bool(entry["shortened"]))
 
 

@@ -15,15 +15,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sftx.data.store.block import Block, block_bytes, open_block
-from sftx.types import Json, UserError
+from sftx.types import UserError
 
 VERSION = "5"
 """Raise it when the same rows must be encoded anew: the layout of blocks, or the parsing of rows,
@@ -81,13 +82,13 @@ class Cache:
                 f"{path}: the token cache cannot be written ({error}); set data.cache"
             ) from None
 
-    def write_note(self, path: Path, value: Json) -> None:
+    def write_note(self, path: Path, value: object) -> None:
         """Put a JSON value at `path` with its hash; nothing where the cache may not be written."""
         if self.writable:
             text = json.dumps(value)
             self.write(path, f"{_digest(text)} {text}".encode())
 
-    def read_note(self, path: Path) -> Json:
+    def read_note(self, path: Path) -> dict[str, Any] | None:
         """What `write_note` wrote; None if nothing is there, or something else."""
         try:
             digest, _, text = path.read_text(encoding="utf-8").partition(" ")
@@ -96,7 +97,7 @@ class Cache:
         return json.loads(text) if digest == _digest(text) else None
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
+    def turn(self, name: str) -> Generator[None]:
         """The first process of those that call the same `name` goes on; the others wait until it is
         done.
 
@@ -119,7 +120,7 @@ class Cache:
             lock.release()
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> Generator[Path]:
         """A folder for files that live as long as the block of code; what killed processes left
         long ago goes too.
         """

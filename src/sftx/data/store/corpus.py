@@ -161,7 +161,7 @@ class Corpus:
     def place(self, index: int) -> str:
         """`file:line` of the row that example `index` came from."""
         entry = self.table[index]
-        return self.origins[entry["origin"]].place(int(entry["line"]))
+        return self.origins[int(entry["origin"])].place(int(entry["line"]))
 
     def subset(self, indices: ArrayLike) -> Corpus:
         """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the
