@@ -332,7 +332,11 @@ class Encoder:
                 )
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)
-        longest = max(len(sequence.ids) for sequence in sequences)
+        self._judge(encoded, fits, max(len(sequence.ids) for sequence in sequences))
+        return encoded
+
+    def _judge(self, encoded: Encoded, fits: list[Fitted], longest: int) -> None:
+        """Say what became of a row, whose longest sequence had so many tokens."""
         if not encoded.examples:
             encoded.action = "dropped"
             encoded.reason = f"{longest:,} tokens, longer than data.max_length {self.max_length:,}"
@@ -341,7 +345,6 @@ class Encoder:
             encoded.reason = f"{longest:,} tokens cut in {len(encoded.examples)} pieces"
         elif encoded.tokens_truncated:
             encoded.reason = f"{longest:,} tokens cut to data.max_length {self.max_length:,}"
-        return encoded
 
 
 def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:

@@ -358,7 +358,7 @@ def _stop_ids(folder: Path) -> list[int]:
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer:
-    """A `Tokenizer` from what users have: one, a transformers tokenizer (adapted once), or a path."""
+    """A `Tokenizer` from one, from a transformers tokenizer (adapted once), or from a path."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if isinstance(tokenizer, str | Path):

@@ -133,7 +133,7 @@ class Renderer:
 
     @cached_property
     def _content_as_parts(self) -> bool:
-        """Whether contents must be lists of parts: the template fails on text, or does not show it."""
+        """Whether contents must be lists of parts: the template fails on text or leaves it out."""
 
         def shows(messages: list[dict[str, Any]]) -> bool:
             text = self._try(messages) or ""

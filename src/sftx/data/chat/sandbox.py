@@ -102,7 +102,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
         # answers are known.
-        kind = type(obj)
+        kind: type[object] = type(obj)
         if kind is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if kind is str and attribute in _TEXT_METHODS:

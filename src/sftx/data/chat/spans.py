@@ -300,7 +300,7 @@ def _bytes(ids: Sequence[int]) -> bytes:
 def _targets(
     borders: list[int], weights: list[float]
 ) -> tuple[Float32, tuple[tuple[int, int], ...]]:
-    """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
+    """The weight of each token, and the spans of the outputs; chunks end at the `borders`."""
     array = np.zeros(borders[-1], np.float32)
     spans: list[tuple[int, int]] = []
     for begin, end, weight in zip(borders, borders[1:], weights, strict=False):

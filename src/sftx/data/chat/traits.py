@@ -153,7 +153,7 @@ class Traits:
         return {}
 
     def closing(self, tag: str) -> str:
-        """The text between a thought and the answer: as the template writes it, else the usual one."""
+        """The text between a thought and the answer: the template's own, else the usual one."""
         full = self._probe(_QUESTION, _THOUGHTFUL) or ""
         closing = close_tag(tag)
         between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
@@ -189,7 +189,7 @@ class Traits:
 
 
 def _without_header(between: str, before: str) -> str:
-    """The text between two turns without what stands `before` every user's turn; whole tags only."""
+    """The text between two turns without the text `before` every user's turn; whole tags only."""
     end = len(between) - common_length(between[::-1], before[::-1])
     if ends_in_tag(between[:end]):
         rest = re.search(r"[>\]]", between[end:])

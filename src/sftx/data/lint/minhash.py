@@ -60,7 +60,7 @@ def _grams(text: str) -> list[str]:
 
 
 def _balanced(some: list[str], others: list[str]) -> list[str]:
-    """Both sets of grams, the smaller one so many times over that it counts as much as the larger."""
+    """Both sets of grams, the smaller one as often as makes it count as much as the larger."""
     times = round(max(len(some), len(others)) / min(len(some), len(others)))
     few, many = sorted((some, others), key=len)
     return [*many, *(f"{gram}\0{copy}" for gram in few for copy in range(times))]

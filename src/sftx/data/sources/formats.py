@@ -1,4 +1,4 @@
-"""The eight shapes that a row may have: how they are told apart, and which columns each of them has.
+"""The eight shapes that a row may have: how they are told apart, and the columns of each.
 
 The shape is decided once per file, from its first row. A later row of another shape is an error,
 not a guess.
@@ -35,7 +35,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "segments": (),
     "tokens": ("labels", "weights"),
 }
-"""The columns that a format may have besides. Any other column is not read, and the ledger says so."""
+"""The columns that a format may have besides. The ledger names all others as not read."""
 _PREFERENCE = "; this is preference data: to train on what was chosen, data.columns: {chosen: %s}"
 _OF_OTHER_TOOLS = {
     ("question", "answer"): "; set data.columns: {question: prompt, answer: completion}",

@@ -123,7 +123,7 @@ def _alpaca(raw: dict[str, Json]) -> Row:
 
 
 def _history(raw: dict[str, Json]) -> list[Phrase]:
-    """The earlier turns in a row's `history`, a list of [prompt, output]. Its outputs are trained."""
+    """The earlier turns in a row's `history`, a list of [prompt, output]. They are trained too."""
     phrases: list[Phrase] = []
     given = raw.get("history") or []
     if not isinstance(given, list):

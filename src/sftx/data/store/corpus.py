@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One encoded block in its place: from which source and file, and the number of its first line."""
+    """One encoded block in its place: its source, its file, and the number of its first line."""
 
     block: Path | Block
     source: int
@@ -107,7 +107,7 @@ class Corpus:
         self.source, self.line, self.part = table["source"], table["line"], table["part"]
 
     def _collected(self, number: int) -> Table:
-        """The table of a part, with its place in the data; what is known of its rows is added up."""
+        """The table of a part, with its place in the data; the facts of its rows are added up."""
         part = self._parts[number]
         block = self._load(number)  # not kept: a large corpus has more blocks than may be open
         facts = block.facts

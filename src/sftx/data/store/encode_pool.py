@@ -40,7 +40,7 @@ def encode_jobs(
     scratch: Path,
     progress: Progress | None = None,
 ) -> None:
-    """Encode all `jobs` into the cache, here and in other processes. Whoever is free takes the next.
+    """Encode all `jobs` into the cache, here and in other processes; who is free takes the next.
 
     Raises:
         UserError: encoding cannot go on (a template that fails for every row, a full disk), or a

@@ -52,7 +52,7 @@ def encode_job(job: Job, encoder: Encoder, cache: Cache) -> None:
 
 
 def encode_block(data: bytes, form: str, encoder: Encoder) -> Block:
-    """Encode the rows in the lines of `data`. What is wrong with a row stands in the block's facts."""
+    """Encode the rows in the lines of `data`. The block's facts say what is wrong with a row."""
     thresholds = gc.get_threshold()
     # What a block needs lives until its end, and would be searched in vain.
     gc.set_threshold(50_000, 20, 100)
