@@ -235,34 +235,15 @@ def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Fi
     """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets,
     odd arguments.
     """
-    places: list[str] = []
-    hashes: list[int] = []
-    like: dict[int, int] = {}
-    hits: dict[str, list[int]] = defaultdict(list)
-    calls, trained = _Calls(), 0
+    said = _Texts(encoder, seen)
+    trained = 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
-                if isinstance(row, RowError):
-                    continue
-                number = len(places)
-                places.append(table.origin.place(line))
-                said = list(texts(row))
-                text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
-                hashes.append(hash(text))
-                answer = "\n".join(text for text, role in said if role == "assistant")
-                asked = "\n".join(
-                    text for text, role in said if role not in ("assistant", "system", "developer")
-                )
-                earlier = seen.add(answer or text, asked)
-                if (
-                    earlier is not None and hashes[earlier] != hashes[number]
-                ):  # exact copies are another finding
-                    like[number] = earlier
-                for name in problems(row, text, encoder.tokenizer.control):
-                    hits[name].append(number)
-                calls.add(number, row)
-            trained = trained if table.held_out else len(places)
+                if not isinstance(row, RowError):
+                    said.add(row, table.origin.place(line))
+            trained = trained if table.held_out else len(said.places)
+    places, like, hits = said.places, said.like, said.hits
     across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
     place = places.__getitem__
@@ -281,7 +262,38 @@ def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Fi
             check == "template mismatch" and len(hits[name]) > 0.01 * len(places)
         )
         found.append(_finding(check, serious, message, hits[name], place))
-    return found + calls.findings(place)
+    return found + said.calls.findings(place)
+
+
+class _Texts:
+    """What was found in the text of rows: their problems, and which earlier row each is like."""
+
+    def __init__(self, encoder: Encoder, seen: NearDuplicates) -> None:
+        self.places: list[str] = []
+        self.like: dict[int, int] = {}
+        self.hits: dict[str, list[int]] = defaultdict(list)
+        self.calls = _Calls()
+        self._seen = seen
+        self._control = encoder.tokenizer.control
+        self._hashes: list[int] = []
+
+    def add(self, row: Row, place: str) -> None:
+        """Look at one more row."""
+        number = len(self.places)
+        self.places.append(place)
+        said = list(texts(row))
+        text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
+        self._hashes.append(hash(text))
+        answers = [text for text, role in said if role == "assistant"]
+        others = ("assistant", "system", "developer")
+        asked = "\n".join(text for text, role in said if role not in others)
+        earlier = self._seen.add("\n".join(answers) or text, asked)
+        # Exact copies are another finding.
+        if earlier is not None and self._hashes[earlier] != self._hashes[number]:
+            self.like[number] = earlier
+        for name in problems(row, text, self._control):
+            self.hits[name].append(number)
+        self.calls.add(number, row)
 
 
 class _Calls:

@@ -120,17 +120,7 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     examples = [example for _, _, encoded in rows for example in encoded.examples]
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)])
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)])
-    table = np.zeros(len(examples), EXAMPLE)
-    table["length"] = [len(e.ids) for e in examples]
-    table["start"] = np.cumsum(table["length"]) - table["length"]
-    table["targets"] = [e.targets for e in examples]
-    table["weight"] = [e.weights.sum(dtype=np.float64) for e in examples]
-    table["part"] = [e.part for e in examples]
-    table["shortened"] = [e.shortened for e in examples]
-    digests = [example_digest(e.ids, e.weights) for e in examples]
-    table["digest"] = np.array(digests, np.uint64)
-    notes: dict[str, int] = {}
-    table["note"] = [notes.setdefault(e.note, len(notes)) for e in examples]
+    table = _table_of(examples, facts)
     abouts: dict[tuple[str, ...], int] = {}
     end = 0
     for line, digest, encoded in rows:
@@ -142,10 +132,27 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
         of_row["about"] = abouts.setdefault(tuple(encoded.notes), len(abouts))
         of_row["cut_tokens"][:1] = encoded.tokens_truncated
         of_row["cut_targets"][:1] = encoded.targets_truncated
-    facts.notes, facts.abouts = list(notes), [list(about) for about in abouts]
+    facts.abouts = [list(about) for about in abouts]
     facts.largest_id = int(ids.max(initial=-1))
     plain = bool(((weights == 0) | (weights == 1)).all())
     return Block(table, ids, weights.astype(np.uint8) if plain else weights, facts)
+
+
+def _table_of(examples: list[Example], facts: Facts) -> Table:
+    """All that the examples say of themselves; their notes go into `facts`."""
+    table = np.zeros(len(examples), EXAMPLE)
+    notes: dict[str, int] = {}
+    for entry, example in zip(table, examples, strict=True):
+        entry["length"] = len(example.ids)
+        entry["targets"] = example.targets
+        entry["weight"] = example.weights.sum(dtype=np.float64)
+        entry["part"] = example.part
+        entry["shortened"] = example.shortened
+        entry["digest"] = example_digest(example.ids, example.weights)
+        entry["note"] = notes.setdefault(example.note, len(notes))
+    table["start"] = np.cumsum(table["length"]) - table["length"]
+    facts.notes = list(notes)
+    return table
 
 
 def block_bytes(block: Block) -> bytes:
