@@ -166,7 +166,7 @@ def _outside(node: ast.AST) -> list[str]:
 
 
 POSIX_ONLY = ("fcntl", "grp", "pwd", "resource", "termios")
-NEED_POSIX = {"sftx.data.chat.sandbox imports resource", "sftx.data.store.cache imports fcntl"}
+NEED_POSIX: set[str] = set()
 """Modules that do not load on Windows yet."""
 
 

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from sftx.data.chat import sandbox
-from sftx.data.chat.sandbox import LimitError, compile_template, run_template
+from sftx.data.chat import limits, sandbox
+from sftx.data.chat.limits import LimitError
+from sftx.data.chat.sandbox import compile_template, run_template
 
 
 def test_a_text_longer_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,8 +33,8 @@ def test_an_interruption_that_comes_late_ends_the_text_that_it_was_meant_for() -
     """The watch has fired, and the rendering ends before the interruption is there: nothing after
     it may be hit.
     """
-    watch = sandbox._Watch()
-    target, interruption = ctypes.c_ulong(watch.target), ctypes.py_object(sandbox._Interruption)
+    watch = limits._Watch()
+    target, interruption = ctypes.c_ulong(watch.target), ctypes.py_object(limits._Interruption)
     late = threading.Timer(0.1, ctypes.pythonapi.PyThreadState_SetAsyncExc, (target, interruption))
 
     def rendered() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,10 +16,11 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from sftx.data.dataset import load_corpora
-from sftx.data.store.cache import Cache, Entry, TokenBlock, make_block, open_block
+from sftx.data.encoder import Encoded
+from sftx.data.store.block import Facts, make_block, open_block
+from sftx.data.store.cache import Cache
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import DataSettings
 from sftx.settings.load import make_config
@@ -58,30 +59,35 @@ def test_what_is_read_is_what_was_written(
     written = [
         example([i for i, _ in s], [w for _, w in s], f"note {len(s)}", len(s)) for s in sequences
     ]
-    cache.save("ab12", make_block([Entry(e, i, i) for i, e in enumerate(written)], {}))
+    cache.save("ab12", make_block([(i, i, Encoded([e])) for i, e in enumerate(written)]))
     block = cache.load("ab12")
     assert block is not None
-    assert len(block.line) == len(written)
-    assert all(same(block.example(i), e) for i, e in enumerate(written))
-    assert block.sums.tolist() == [float(e.weights.sum(dtype=np.float64)) for e in written]
+    assert len(block.table) == len(written)
+    assert all(same(block.example(block.table[i]), e) for i, e in enumerate(written))
+    assert block.table["weight"].tolist() == [
+        float(e.weights.sum(dtype=np.float64)) for e in written
+    ]
 
 
-def test_blocks_are_safetensors_files(tmp_path: Path) -> None:
+def test_blocks_are_arrays_of_numpy(tmp_path: Path) -> None:
     """The files can be opened by other tools; weights of 0 and 1 take a byte."""
     cache = Cache(str(tmp_path))
-    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
-    arrays = load_file(cache.path("k1"))
-    assert arrays["ids"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert arrays["weights"].dtype == np.uint8
-    assert arrays["starts"].tolist() == [0, 3, 4, 6]
-    cache.save("k2", make_block([Entry(example([1, 2], [0, 0.5]), 0)], {}))
-    assert load_file(cache.path("k2"))["weights"].dtype == np.float32
+    cache.save("k1", make_block([(0, 0, Encoded([e])) for e in EXAMPLES]))
+    with cache.path("k1").open("rb") as file:
+        table, ids, weights = (np.load(file) for _ in range(3))
+    assert ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert weights.dtype == np.uint8
+    assert table["start"].tolist() == [0, 3, 4]
+    cache.save("k2", make_block([(0, 0, Encoded([example([1, 2], [0, 0.5])]))]))
+    with cache.path("k2").open("rb") as file:
+        table, ids, weights = (np.load(file) for _ in range(3))
+    assert weights.dtype == np.float32
 
 
 def test_a_torn_file_is_no_block(tmp_path: Path) -> None:
     """Cut anywhere, a file is taken for absent, so its rows are encoded again."""
     cache = Cache(str(tmp_path))
-    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    cache.save("k1", make_block([(0, 0, Encoded([e])) for e in EXAMPLES]))
     path = cache.path("k1")
     whole = path.read_bytes()
     for size in reversed(range(len(whole))):
@@ -113,7 +119,7 @@ def test_a_block_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(os, "replace", watched_replace)
     cache = Cache(str(tmp_path))
-    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    cache.save("k1", make_block([(0, 0, Encoded([e])) for e in EXAMPLES]))
     size = cache.path("k1").stat().st_size
     assert named == [(size, size)]
 
@@ -121,7 +127,7 @@ def test_a_block_is_on_the_disk_before_it_has_its_name(
 def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
     """Every bit of every token and weight is under the hash of its example."""
     cache = Cache(str(tmp_path))
-    cache.save("k1", make_block([Entry(e, 0) for e in EXAMPLES], {}))
+    cache.save("k1", make_block([(0, 0, Encoded([e])) for e in EXAMPLES]))
     path = cache.path("k1")
     whole = bytearray(path.read_bytes())
     block = open_block(path)
@@ -137,7 +143,7 @@ def test_changed_tokens_are_noticed(tmp_path: Path) -> None:
         broken = open_block(path)
         assert broken is not None
         with pytest.raises(UserError, match="damaged"):
-            [broken.example(i) for i in range(3)]
+            [broken.example(entry) for entry in broken.table]
 
 
 def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_path: Path) -> None:
@@ -145,17 +151,13 @@ def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_pat
     to be damaged.
     """
     cache = Cache(str(tmp_path))
-    meta = {"dropped": [(7, "too long")], "unused": {"id": 3}}
-    cache.save("k1", make_block([Entry(e, i, i) for i, e in enumerate(EXAMPLES)], meta))
+    facts = Facts(dropped=[(7, "too long")], unused=Counter(id=3))
+    cache.save("k1", make_block([(i, i, Encoded([e])) for i, e in enumerate(EXAMPLES)], facts))
     path = cache.path("k1")
     whole = path.read_bytes()
     good = open_block(path)
     assert good is not None
-    expected = {
-        f.name: np.array(getattr(good, f.name)).tolist()
-        for f in fields(TokenBlock)
-        if f.name != "meta"
-    }
+    expected = good.table.tolist()
     found = {"no block": 0, "damaged example": 0, "the same": 0}
     for place in range(len(whole)):
         for bit in (0, 5):
@@ -165,11 +167,10 @@ def test_every_bit_but_those_of_tokens_is_checked_when_a_block_is_opened(tmp_pat
             if block is None:
                 found["no block"] += 1
                 continue
-            assert block.meta == good.meta
-            for name in expected.keys() - {"ids", "weights"}:
-                assert np.array(getattr(block, name)).tolist() == expected[name], (place, bit, name)
+            assert block.facts == good.facts
+            assert block.table.tolist() == expected, (place, bit)
             try:
-                assert all(same(block.example(i), e) for i, e in enumerate(EXAMPLES))
+                assert all(same(block.example(block.table[i]), e) for i, e in enumerate(EXAMPLES))
                 found["the same"] += 1
             except UserError:
                 found["damaged example"] += 1

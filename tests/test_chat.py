@@ -16,7 +16,7 @@ from small_tokenizers import ours
 from test_template import CALLS, CHATML, encoded, encoder, error, model, row, shown, user
 
 import sftx
-from sftx.data.chat import sandbox
+from sftx.data.chat import limits
 from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.data.lint.rules import lint
@@ -337,16 +337,16 @@ def test_nothing_of_the_callers_process_is_touched(monkeypatch: pytest.MonkeyPat
         (resource, "setrlimit"),
         (signal, "setitimer"),
         (signal, "signal"),
-        (sandbox.faulthandler, "register"),
+        (limits.faulthandler, "register"),
     ):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: touched.append(name))
     tokenizer = ours()
     tokenizer.chat_templates = {"default": CHATML}
-    monkeypatch.setattr(sandbox, "_own_process", False, raising=False)
+    monkeypatch.setattr(limits, "_own_process", False, raising=False)
     assert sftx.encode({"messages": [user("a"), model("b")]}, tokenizer, max_length=100)
     assert encoder(CHATML).stop_ids
     assert touched == []
-    monkeypatch.setattr(sandbox, "_own_process", True, raising=False)
+    monkeypatch.setattr(limits, "_own_process", True, raising=False)
     assert sftx.encode({"messages": [user("a"), model("c")]}, tokenizer, max_length=101)
     assert {"setrlimit", "setitimer"} <= set(touched)
 
@@ -354,8 +354,8 @@ def test_nothing_of_the_callers_process_is_touched(monkeypatch: pytest.MonkeyPat
 def test_another_thread_may_allocate_while_a_row_is_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sandbox, "MEMORY", 50 << 20)
-    monkeypatch.setattr(sandbox, "_own_process", False, raising=False)
+    monkeypatch.setattr(limits, "MEMORY", 50 << 20)
+    monkeypatch.setattr(limits, "_own_process", False, raising=False)
     failed: list[BaseException] = []
     started, done = threading.Event(), threading.Event()
 

@@ -171,8 +171,7 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
     assert seen == sorted(seen)
     assert together.ledger == alone.ledger
     names = [
-        {p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")}
-        for d in ("1", "2")
+        {p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.npy")} for d in ("1", "2")
     ]
     assert names[0] == names[1]
     assert all(
@@ -207,7 +206,7 @@ def test_only_new_rows_are_encoded(tokenizer: Tokenizer, tmp_path: Path) -> None
     edited, changed = encoded()
     assert 0 < edited < 1500
     assert changed.fingerprint != corpus.fingerprint
-    for torn in list((tmp_path / "cache").rglob("*.safetensors"))[:2]:
+    for torn in list((tmp_path / "cache").rglob("*.npy"))[:2]:
         torn.write_bytes(torn.read_bytes()[:-1])
     again, repaired = encoded()
     assert 0 < again < 3000
@@ -560,7 +559,7 @@ def test_processes_share_a_cache_and_survive_a_kill(tmp_path: Path) -> None:
 
     killed = start()
     blocks = tmp_path / "cache"
-    while not any(blocks.rglob("*.safetensors")) and killed.poll() is None:
+    while not any(blocks.rglob("*.npy")) and killed.poll() is None:
         pass
     killed.kill()
     killed.wait()

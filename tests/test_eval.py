@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sftx.data.store.cache import Entry, make_block
+from sftx.data.encoder import Encoded
+from sftx.data.store.block import make_block
 from sftx.data.store.corpus import Corpus, Origin, Part
 from sftx.eval.loss import held_out_loss
 from sftx.model.pack_loss import PackLoss
@@ -35,7 +36,7 @@ def test_sources_count_by_their_weight_and_are_told_apart() -> None:
     sources = {"short": tiny.examples([5, 7]), "long": tiny.examples([60, 50, 40], seed=1)}
     parts = [
         Part(
-            make_block([Entry(example, i, row=i) for i, example in enumerate(data)], {}),
+            make_block([(i, i, Encoded([example])) for i, example in enumerate(data)]),
             number,
             0,
             1,

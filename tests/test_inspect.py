@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from sftx.cli import main
 from sftx.cli.inspect import paint
-from sftx.data.dataset import encode, load_corpora
+from sftx.data.dataset import load_corpora
+from sftx.data.encoder import encode
 from sftx.data.plan import Plan
 from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer

@@ -14,9 +14,11 @@ import pytest
 from small_tokenizers import ours
 
 from sftx.data import oversize
-from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template, watched
+from sftx.data.chat.limits import watched
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template
 from sftx.data.encoder import Encoder
-from sftx.data.sources.rows import detect, parse
+from sftx.data.sources.formats import detect
+from sftx.data.sources.rows import parse
 from sftx.data.store import word_cache
 from sftx.data.store.encode_worker import encode_block
 from sftx.data.truncation import TokenSequence, fit
@@ -122,9 +124,9 @@ def test_a_text_too_long_for_one_go_is_refused_with_its_size(
     lines = [{"text": "before"}, {"text": text}, {"text": "after"}]
     block = encode_block("\n".join(map(json.dumps, lines)).encode(), "text", encoder)
     if not why:
-        assert block.meta["bad"] == []
+        assert block.facts.bad == []
         return
-    [(line, said)] = block.meta["bad"]
+    [(line, said)] = block.facts.bad
     assert line == 1
     assert said.startswith("field 'text' holds ")
     assert why in said
@@ -135,7 +137,9 @@ def test_splitting_takes_time_in_proportion_to_the_text() -> None:
     def split(count: int) -> None:
         weights = np.ones(count, np.float32)
         weights[0] = 0
-        fitted = fit(TokenSequence(np.zeros(count, np.int32), weights, ((0, count),)), 32, "split")
+        fitted = fit(
+            TokenSequence(np.zeros(count, np.int32), weights, spans=((0, count),)), 32, "split"
+        )
         assert sum(piece.targets for piece in fitted.pieces) == count - 1
 
     split(10_000)
@@ -187,7 +191,7 @@ def test_what_cannot_be_interrupted_is_refused_by_size_and_names_the_limit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sftx.data.chat.sandbox._own_process", True
+        "sftx.data.chat.limits._own_process", True
     )  # limits of the whole process act too
     source, expected = HUGE[name]
 
@@ -219,21 +223,22 @@ def test_an_interruption_beside_another_error_has_a_message(
     """The watchdog fires while memory runs out: one error comes after the other, and neither is
     called `None`.
     """
-    from sftx.data.chat import sandbox
+    from sftx.data.chat import limits
 
     def run_out_of_memory(watch: Any) -> None:
         with watch.deadline():
             watch.fired = True
             target, kind = (
-                sandbox.ctypes.c_ulong(watch.target),
-                sandbox.ctypes.py_object(sandbox._Interruption),
+                limits.ctypes.c_ulong(watch.target),
+                limits.ctypes.py_object(limits._Interruption),
             )
-            sandbox.ctypes.pythonapi.PyThreadState_SetAsyncExc(target, kind)
+            limits.ctypes.pythonapi.PyThreadState_SetAsyncExc(target, kind)
             raise MemoryError
 
     with watched():
-        watch = sandbox._local.watch
-        with pytest.raises(sandbox.LimitError, match="took more than 1,024 MiB"):
+        watch = limits._local.watch
+        assert watch is not None
+        with pytest.raises(limits.LimitError, match="took more than 1,024 MiB"):
             run_out_of_memory(watch)
         with watch.deadline():  # the next rendering is watched again
             assert not watch.fired

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from sftx.cli import main
-from sftx.data.dataset import encode
-from sftx.data.encoder import Encoder
+from sftx.data.encoder import Encoder, encode
 from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.rules import Finding, lint
 from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import SourceSettings
 from sftx.settings.load import make_config
+from sftx.types import UserError
 
 WORDS = [
     "apple",
@@ -305,6 +306,12 @@ def test_near_duplicates_finds_planted_pairs() -> None:
         None,
         0,
     ]
+
+
+def test_without_its_package_lint_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(UserError, match=r'pip install "sftx\[lint\]"'):
+        NearDuplicates()
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import recompute
 from sftx.model.memory import MemoryEstimator
-from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
+from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Config
 from sftx.training.optim import build_optimizer
@@ -177,9 +177,9 @@ def test_the_peak_of_a_hybrid_is_predicted(kind: str, recomputed: int) -> None:
     shape = {**SHAPE, "num_hidden_layers": 4, "num_key_value_heads": 2, **changes}
     loss = PackLoss(tiny.model(family, vocab_size=1000, **shape)).train()
     if kind in ONE_BY_ONE:  # as the start-up checks decide
-        loss.run_one_by_one()
+        loss.take(Paths(isolate=False))
     pack = blank_pack(96, 48, 0.5)
-    machine = Machine(torch.device("cpu"), torch.float32, 0)
+    machine = Machine(torch.device("cpu"), torch.float32)
     predicted = MemoryEstimator(loss, machine, base=0).predict(pack, recomputed)
     real = copy.deepcopy(loss)
     recompute(real.model, recomputed)

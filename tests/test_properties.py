@@ -212,7 +212,8 @@ def sequence(turns: list[tuple[int, int, float]], bos: bool, context: int | None
     ids = np.arange(100, 100 + len(array), dtype=np.int32)
     ids[:1] = 1 if bos else ids[:1]
     kept = tuple(edge for edge, turn in zip(edges, turns, strict=True) if turn[2] and turn[1])
-    return TokenSequence(ids, array, kept, 1 if bos else None, bos, context)
+    bos_id = 1 if bos else None
+    return TokenSequence(ids, array, spans=kept, bos=bos_id, begins_with_bos=bos, context=context)
 
 
 @ROUNDS

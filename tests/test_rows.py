@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftx.data.sources.arguments import INVENTED
+from sftx.data.sources.formats import check_names, detect, renamed, unused
 from sftx.data.sources.messages import other_fields
-from sftx.data.sources.rows import check_names, detect, parse, renamed, unused
+from sftx.data.sources.rows import parse
 from sftx.types import Message, Phrase, Row, RowError, UserError
 
 USER: Message = {"role": "user", "content": "Hi"}

@@ -38,7 +38,8 @@ def tokenizers(trait: Trait, kind: str) -> tuple[Tokenizer, Any]:
     if trait.tool_use:
         ours.chat_templates["tool_use"] = trait.tool_use
     if trait.stops:
-        ours.stop_ids = frozenset(map(ours.backend.token_to_id, trait.stops))
+        ids = map(ours.backend.token_to_id, trait.stops)
+        ours.stop_ids = frozenset(i for i in ids if i is not None)
     return ours, theirs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_tokenizers import ours, theirs
 
-from sftx.data.chat import sandbox
+from sftx.data.chat import limits, sandbox
 from sftx.data.encoder import Encoded, Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
@@ -281,9 +281,8 @@ def test_headers_may_be_stop_tokens() -> None:
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     tokenizer = ours()
-    tokenizer.stop_ids = frozenset(
-        tokenizer.backend.token_to_id(token) for token in ("<s>", "<unk>", "</s>")
-    )
+    ids = map(tokenizer.backend.token_to_id, ("<s>", "<unk>", "</s>"))
+    tokenizer.stop_ids = frozenset(i for i in ids if i is not None)
     made = encoder(template, tokenizer=tokenizer)
     assert {tokenizer.backend.id_to_token(i) for i in made.stop_ids} == {"<s>", "<unk>"}
     assert shown(encoded(row(TALK), made), tokenizer) == [
@@ -603,9 +602,9 @@ def refused(made: Encoder, given: Row) -> None:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
-    monkeypatch.setattr(sandbox, "MEMORY", 200 << 20)
-    monkeypatch.setattr(sandbox, "_own_process", True)
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "MEMORY", 200 << 20)
+    monkeypatch.setattr(limits, "_own_process", True)
     made = encoder(BOMBS[name])
     began = time.process_time()
     with pytest.raises(UserError, match=r"refuses|cannot be used: for two or three short messages"):
@@ -617,7 +616,7 @@ def test_templates_run_within_limits(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
     made = encoder(
         "{% if 'bomb' in messages[0].content %}" + BOMBS["loops"] + "{% endif %}" + CHATML
     )
@@ -632,9 +631,9 @@ def test_a_row_over_the_limits_leaves_the_others_alone(monkeypatch: pytest.Monke
 def test_an_operation_without_end_ends_the_process() -> None:
     source = SHARED + "{% set a = n.t %}" + SHARED + "{{ a == n.t }}"
     script = (
-        "import sys; from sftx.data.chat import sandbox\nsandbox.LAST = "
-        "0.5\nsandbox.limit_this_process()\n"
-        "with sandbox.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
+        "import sys; from sftx.data.chat import limits, sandbox\nlimits.LAST = "
+        "0.5\nlimits.limit_this_process()\n"
+        "with limits.watched(): sandbox.run_template(sandbox.compile_template(sys.argv[1]), {})\n"
     )
     command = [sys.executable, "-c", script, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

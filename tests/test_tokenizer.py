@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import backend, ours, theirs
 
+from sftx.data.chat.spans import SpanTokenizer, TextSequence
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import UserError
 
@@ -112,7 +113,8 @@ def test_text_inside_another_is_not_marked_as_a_beginning(kind: str) -> None:
     tokenizer = ours(kind)
     whole = tokenizer.encode("<|im_start|>hello there<|im_end|>")
     assert whole[1:-1] == tokenizer.encode("hello there", inside=True)
-    marked = tokenizer.encode_escaped("<|im_start|>say <\ufdd0/s> twice<|im_end|>", "\ufdd0")
+    text = TextSequence([("<|im_start|>say <\ufdd0/s> twice<|im_end|>", 0.0)], mark="\ufdd0")
+    marked = SpanTokenizer(tokenizer, True).sequences([[text]])[0][0].ids.tolist()
     assert (marked[0], marked[-1]) == (whole[0], whole[-1])
     assert tokenizer.eos_id not in marked
     assert tokenizer.decode(marked) == "<|im_start|>say </s> twice<|im_end|>"
@@ -124,7 +126,7 @@ def test_added_tokens_are_found_where_the_tokenizer_finds_them() -> None:
     tokenizer = Tokenizer(raw, {}, {})
     for text in ("<|a|>b[x]", "<|a|> <|a[x <|a|>bb]", "<|", "x<|im_end|><s>[[x]]", ""):
         matched = [match.group() for match in tokenizer.splitting.finditer(text)]
-        ids = [i for i in tokenizer.encode(text) if tokenizer.is_splitting[i]]
+        ids = [i for i in tokenizer.encode(text) if i in tokenizer.splitting_ids]
         assert [tokenizer.backend.id_to_token(i) for i in ids] == matched
 
 

@@ -118,7 +118,7 @@ def test_any_error_leaves_a_checkpoint(
 
     module = "sftx.compat.trlx.trainer.accelerate_sft_trainer"
     if where == "callback":
-        Failing.post_backward_callback = third_time  # pyright: ignore[reportAttributeAccessIssue]
+        Failing.post_backward_callback = third_time
     elif where == "log":
         count[0] = -1  # the evaluation before training is logged too
         monkeypatch.setattr(f"{module}.tracker", lambda _: nullcontext(third_time))
@@ -360,7 +360,7 @@ def test_dictionaries_are_no_dialogues_anywhere() -> None:
     with pytest.raises(UserError, match="dictionary"):
         tokenize_dialogue({"prompt": "a", "completion": "b"}, tokenizer)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"prompts\[1\]"):
-        PromptPipeline(["a", ["b", "c"]], 9, tokenizer)  # pyright: ignore[reportArgumentType]
+        PromptPipeline(["a", ["b", "c"]], 9, tokenizer)
     with pytest.raises(UserError, match=r"prompts\[0\]"):
         PromptPipeline([{"question": "b"}], 9, tokenizer)
 
@@ -378,7 +378,7 @@ def test_methods_that_nothing_would_call_are_refused(model: str, tmp_path: Path,
 def test_a_stores_own_loader_is_said_not_to_be_called(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Store(trlx.pipeline.offline_pipeline.DialogStore):  # pyright: ignore[reportAttributeAccessIssue]
+    class Store(trlx.pipeline.offline_pipeline.DialogStore):
         def create_loader(self, batch_size: int, **_: Any) -> Any:
             raise AssertionError
 

@@ -12,7 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sftx.data.store.cache import Entry, make_block
+from sftx.data.encoder import Encoded
+from sftx.data.store.block import make_block
 from sftx.data.store.corpus import Corpus, Origin, Part
 from sftx.types import Example
 
@@ -165,5 +166,5 @@ def gradient_difference(model: torch.nn.Module, reference: torch.nn.Module) -> f
 
 def corpus(examples: list[Example]) -> Corpus:
     """A corpus held in memory, one row per example."""
-    block = make_block([Entry(example, i, row=i) for i, example in enumerate(examples)], {})
+    block = make_block([(i, i, Encoded([example])) for i, example in enumerate(examples)])
     return Corpus([Part(block, 0, 0, 1)], ["memory"], [Origin("memory", "row")])

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in `_PUBLIC`, for editors and type checkers
-    from sftx.data.dataset import encode
+    from sftx.data.encoder import encode
     from sftx.data.tokenizer import Tokenizer
     from sftx.settings.load import load_config, make_config
     from sftx.settings.schema import Config
@@ -36,7 +36,7 @@ __all__ = [
 
 _PUBLIC = {
     "Config": "sftx.settings.schema",
-    "encode": "sftx.data.dataset",
+    "encode": "sftx.data.encoder",
     "Tokenizer": "sftx.data.tokenizer",
     "load_config": "sftx.settings.load",
     "make_config": "sftx.settings.load",

@@ -6,7 +6,7 @@ Numpy only, so that everything that looks at data works without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,17 @@ from sftx.printable import printable
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+"""A value as it stands in a file of JSON."""
 ONE_EACH = "one sequence per turn"
 """The ledger's note for rows whose turns cannot share a sequence: the template writes earlier ones
 otherwise then.
 """
+
+
+def joined_notes(*notes: str) -> str:
+    """What was done, one note after another, without those that say nothing."""
+    return "; ".join(filter(None, notes))
 
 
 class UserError(ValueError):
@@ -83,8 +90,8 @@ class Row:
     text: str = ""
     phrases: tuple[Phrase, ...] = ()  # also holds the segments
     messages: tuple[Message, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Json], ...] = ()
+    template_kwargs: dict[str, Json] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what was changed while reading, for the ledger
@@ -105,6 +112,12 @@ class Example:
     note: str = ""
     part: int = 0
     shortened: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights[:1].any():  # nothing stands before the first token
+            weights = self.weights.copy()
+            weights[0] = 0
+            object.__setattr__(self, "weights", weights)
 
     @property
     def targets(self) -> int:

@@ -17,7 +17,8 @@ from hypothesis import strategies as some
 from scorecard.frame import expect
 from scorecard.good_rows import GOOD
 from sftx.data.encoder import Encoder
-from sftx.data.sources.rows import REQUIRED, parse
+from sftx.data.sources.formats import REQUIRED
+from sftx.data.sources.rows import parse
 from sftx.data.sources.to_jsonl import convert
 from sftx.data.store.encode_worker import encode_block
 from sftx.data.tokenizer import Tokenizer
@@ -82,10 +83,10 @@ def rows(folder: Path, examples: int) -> int:
 
     def verdicts(lines: list[bytes], form: str) -> dict[int, str]:
         block = encode_block(b"\n".join(lines), form, encoder)
-        found = {int(line): "trained" for line in block.line}
+        found = {int(line): "trained" for line in block.table["line"]}
         return {
             **found,
-            **{line: why for kind in ("bad", "dropped") for line, why in block.meta[kind]},
+            **{line: why for kind in (block.facts.bad, block.facts.dropped) for line, why in kind},
         }
 
     def judge(form: str, data: Any) -> None:

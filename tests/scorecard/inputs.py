@@ -262,7 +262,7 @@ def stale(folder: Path) -> str:
         return str(tiny.tokenizer().decode(corpus.example(0).ids))
 
     def blocks() -> int:
-        return len(list((folder / "cache").glob("??/*.safetensors")))
+        return len(list((folder / "cache").glob("??/*.npy")))
 
     write("old")
     first, one = text(), blocks()

@@ -25,8 +25,8 @@ from scorecard.frame import check, expect
 from scorecard.inputs import Reader
 from scorecard.runs import Child, checkpoints, die, facts, on_step, run, settings, write_rows
 from sftx.cli import main
-from sftx.data.chat import sandbox
-from sftx.data.chat.sandbox import SECONDS
+from sftx.data.chat import limits
+from sftx.data.chat.limits import SECONDS
 from sftx.settings.load import load_config
 from sftx.types import UserError
 
@@ -218,7 +218,7 @@ def templates(folder: Path) -> str:
     """Templates cannot escape or go on without end; names and rows cannot reach files outside the
     data.
     """
-    sandbox.limit_this_process()
+    limits.limit_this_process()
     reader = Reader(folder)
     rows = write_rows(folder / "rows.jsonl", [good_rows.GOOD["messages"]])
     slowest = 0.0
@@ -290,8 +290,8 @@ def bombs_in_runs(folder: Path) -> None:
 
 def _limited(last: float) -> None:
     """Limit this process as the command line limits its own."""
-    sandbox.LAST = last
-    sandbox.limit_this_process()
+    limits.LAST = last
+    limits.limit_this_process()
 
 
 def listening() -> list[str]:

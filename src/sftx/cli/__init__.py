@@ -136,7 +136,7 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
         _sign_of_life(verb, arguments)
         return import_module(f"sftx.cli.{verb}").run(**extra)
 
-    from sftx.data.chat.sandbox import limit_this_process
+    from sftx.data.chat.limits import limit_this_process
     from sftx.settings.load import load_config
 
     if own_process:

@@ -4,7 +4,7 @@ loading it.
 
 from __future__ import annotations
 
-from sftx.data.dataset import DEFAULT_LENGTH
+from sftx.data.encoder import DEFAULT_LENGTH
 from sftx.data.tokenizer import Tokenizer
 from sftx.model_config import positions
 from sftx.settings.schema import Config

@@ -38,7 +38,7 @@ def write_page(
         length = int(corpus.lengths[index])
         if (corpus.place(index), int(corpus.part[index])) not in seen and tokens + length <= TOKENS:
             tokens += length
-            lost = int(corpus.columns.cut_tokens[index])
+            lost = int(corpus.table["cut_tokens"][index])
             views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index), lost))
     page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
@@ -75,8 +75,8 @@ def _chosen(corpus: Corpus) -> list[int]:
     """Indices of examples worth a look: longest, cut, with least and most targets, then evenly over
     the data.
     """
-    columns, each = corpus.columns, SHOWN // 6
-    cut = np.flatnonzero((columns.split != 0) | (columns.cut_tokens > 0))
+    table, each = corpus.table, SHOWN // 6
+    cut = np.flatnonzero(table["split"] | (table["cut_tokens"] > 0))
     share = corpus.targets / np.maximum(corpus.lengths, 1)
     picks = [
         np.argsort(-corpus.lengths, kind="stable")[:each],

@@ -16,7 +16,8 @@ import torch
 
 from sftx.cli._inputs import tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
-from sftx.data.dataset import DEFAULT_LENGTH, load_corpora
+from sftx.data.dataset import load_corpora
+from sftx.data.encoder import DEFAULT_LENGTH
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable

@@ -8,113 +8,28 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from pydantic import ValidationError
 
 from sftx.data.chat.turns import LOST_REASONING
-from sftx.data.encoder import DECIDES, Encoder
+from sftx.data.encoder import Encoder
 from sftx.data.mixture import choose, weighted, weighted_held_out
-from sftx.data.oversize import check_size
-from sftx.data.sources.rows import check_names, detect, parse, renamed
 from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
 from sftx.data.store.cache import VERSION, Cache
 from sftx.data.store.corpus import Corpus, Part
-from sftx.data.store.encode_pool import Job, Progress, encode_jobs
+from sftx.data.store.encode_pool import Progress, encode_jobs
+from sftx.data.store.encode_worker import Job
 from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, write_text
 from sftx.printable import printable
 from sftx.settings.schema import Config, Data, Source
-from sftx.types import Example, RowError, UserError
-
-if TYPE_CHECKING:
-    from sftx.settings.keywords import DataSettings
+from sftx.types import UserError
 
 log = logging.getLogger("sftx")
-ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
 TURNS = ("dialogue", "pairs", "messages", "sharegpt", "alpaca")
 """Formats whose rows are turns, which a chat template writes."""
-DEFAULT_LENGTH = 8192  # where no model says how many positions it has
-_adapted: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Tokenizer]] = WeakKeyDictionary()
-
-
-def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
-    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights`
-    float32[T].
-
-    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast
-    transformers tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data`
-    that decide how a row is encoded (`max_length`, `template`, `train_on`, ...). More than one
-    example comes back where a row was split, or where its turns cannot share one sequence; none
-    where it was dropped.
-
-    Raises:
-        UserError: the row or a setting is wrong; the message names the field.
-    """
-    if strange := settings.keys() - ENCODING:
-        raise UserError(
-            f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}"
-        )
-    try:
-        data = Data.model_validate(settings)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError("encode: " + "; ".join(problems)) from None
-    encoder = _encoder(
-        as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH
-    )
-    try:
-        check_names(data.columns)
-        plain = renamed(_plain(row), data.columns)
-        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
-        check_size(parsed, encoder.tokenizer)
-        encoded = encoder.encode([parsed])[0]
-        if isinstance(encoded, RowError):
-            raise encoded
-    except RowError:
-        if data.on_bad_row == "skip":
-            return []
-        raise
-    return list(encoded.examples)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
-    match value:
-        case dict():
-            return {key: _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case np.ndarray() | np.generic():
-            return value.tolist()
-        case _:
-            return value
-
-
-def as_tokenizer(tokenizer: Any) -> Tokenizer:
-    """A `Tokenizer` from what users have: one, a transformers tokenizer (adapted once), or a path."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if isinstance(tokenizer, str | Path):
-        return _load_tokenizer(str(tokenizer))
-    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
-    known = _adapted.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
-    return known[1]
-
-
-_load_tokenizer = lru_cache(4)(Tokenizer.load)
-
-
-@lru_cache(16)
-def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
-    return Encoder(tokenizer, Data.model_validate_json(settings), max_length)
 
 
 def load_corpora(
@@ -149,7 +64,7 @@ def load_corpora(
         _require_template(encoder, [*tables, *held_tables])
         fingerprint = f"{encoder.fingerprint} {json.dumps(data.columns, sort_keys=True)}"
         jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
-        encode_jobs(jobs, encoder, tokenizer, data, max_length, cache, scratch, progress)
+        encode_jobs(jobs, encoder, cache, scratch, progress)
         corpus = _assemble(train, tables, fingerprint, cache)
         held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
@@ -182,7 +97,9 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
             key = block_key(block.digest, table.form, fingerprint)
             if key not in jobs and cache.load(key) is None:
                 path, place = table.open_lines(scratch), table.origin.place(block.line)
-                jobs[key] = Job(key, path, block.start, block.stop, table.form, block.lines, place)
+                jobs[key] = Job(
+                    key, str(path), block.start, block.stop, table.form, block.lines, place
+                )
     return list(jobs.values())
 
 
@@ -253,9 +170,8 @@ def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
 
 
 def _split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    held_out = choose(
-        corpus.columns, np.ones(len(corpus), np.bool_), share, f"eval_split {seed}", least=1
-    )
+    everything = np.ones(len(corpus), np.bool_)
+    held_out = choose(corpus.table, everything, share, f"eval_split {seed}", least=1)
     if held_out.all():
         raise UserError("data.eval_split: too few different rows to hold some out")
     return corpus.divide(held_out)
@@ -273,7 +189,7 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
         "all": asdict(corpus.ledger),
         "sources": {name: asdict(ledger) for name, ledger in corpus.ledgers.items()},
     }
-    dropped = []
+    dropped: list[str] = []
     for drop in corpus.drops:
         origin = corpus.origins[drop.origin]
         file = origin.names[drop.line - 1] if origin.names else origin.name
@@ -284,7 +200,7 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
         "dropped.jsonl": "".join(dropped),
     }
     make_folder(Path(folder))
-    new = []
+    new: list[str] = []
     for name, text in texts.items():
         path = Path(folder) / name
         if not path.exists() or path.read_bytes() != text.encode():

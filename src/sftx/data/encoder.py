@@ -10,32 +10,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from importlib import resources
-from pathlib import Path
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
+from pydantic import ValidationError
 
+from sftx.data.chat.answer import Turn
 from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
-from sftx.data.chat.sandbox import watched
+from sftx.data.chat.limits import watched
 from sftx.data.chat.skeleton import Skeleton, learn_skeleton
 from sftx.data.chat.spans import APART, SpanTokenizer, TextSequence, text_sequences
-from sftx.data.chat.turns import ChatTemplate, Turn
+from sftx.data.chat.template_files import template_texts
+from sftx.data.chat.turns import ChatTemplate
+from sftx.data.oversize import check_size
 from sftx.data.shorten import shorten
-from sftx.data.tokenizer import Tokenizer
+from sftx.data.sources.formats import check_names, detect, renamed
+from sftx.data.sources.rows import parse
+from sftx.data.sources.validate import as_json
+from sftx.data.tokenizer import Tokenizer, as_tokenizer
 from sftx.data.truncation import Fitted, TokenSequence, fit, runs
 from sftx.settings.schema import Data
-from sftx.types import ONE_EACH, Example, Row, RowError, UserError
+from sftx.types import ONE_EACH, Example, Row, RowError, UserError, joined_notes
+
+if TYPE_CHECKING:
+    from sftx.settings.keywords import DataSettings
 
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens", "lost_reasoning")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
-_USED = ("default", "tool_use")  # of the templates of a tokenizer
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
 VERSION = 6  # raise it when the same rows and settings become other tokens
+ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
+"""The settings of `data` that `encode` takes."""
+DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
 
 
@@ -50,19 +60,17 @@ class Encoded:
     reason: str = ""
     tokens_truncated: int = 0
     targets_truncated: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
 
 
 @dataclass(slots=True)
 class _Plan:
     """A row on its way: its texts, or its tokens if it came with them, and what was done to it."""
 
-    texts: list[TextSequence] = field(default_factory=list)
+    texts: list[TextSequence] = field(default_factory=list[TextSequence])
     tokens: TokenSequence | None = None
-    notes: list[str] = field(default_factory=list)
-    shorten: Callable[[list[TokenSequence]], list[Fitted]] | None = (
-        None  # cuts a conversation between its turns
-    )
+    notes: list[str] = field(default_factory=list[str])
+    conversation: Conversation | None = None
 
 
 class Encoder:
@@ -79,8 +87,8 @@ class Encoder:
         self.data = data
         self.max_length = max_length
         self._templates = {
-            name: ChatTemplate(source, tokenizer, data.forced_opening, label, data.lost_reasoning)
-            for name, (source, label) in _resolve_template(data.template, tokenizer).items()
+            name: ChatTemplate(text, tokenizer, data.forced_opening, label, data.lost_reasoning)
+            for name, (text, label) in template_texts(data.template, tokenizer).items()
         }
         self._escape = data.special_tokens == "escape"
         self._spans = SpanTokenizer(tokenizer, self._escape)
@@ -104,9 +112,10 @@ class Encoder:
         """All tokens that end trained outputs: `stop_id`, and what ends a tool call where that is
         another token.
         """
+        if not self._templates:
+            return frozenset() if self.stop_id is None else frozenset([self.stop_id])
         with watched():
-            calls = self._templates["default"].stop_ids if self._templates else frozenset()
-        return calls if self.stop_id is None else calls | {self.stop_id}
+            return self._templates["default"].stop_ids
 
     @property
     def fingerprint(self) -> str:
@@ -171,39 +180,46 @@ class Encoder:
         )
 
     def _plan(self, row: Row) -> _Plan | RowError:
-        idle = (
-            []
-            if self.data.template in ("auto", "none")
-            else ["no turns: data.template is not used"]
-        )
         try:
-            match row.kind:
-                case "text" | "segments" | "tokens" if self.data.train_on != "all":
-                    raise RowError(
-                        f"data.train_on: {self.data.train_on} needs turns; a row of {row.kind} "
-                        "has none"
-                    )
-                case "text":
-                    return _Plan([self._text(row.text)], notes=idle)
-                case "segments":
-                    chunks = [(part.text, part.weight) for part in row.phrases]
-                    return _Plan([TextSequence(chunks, alone=True)], notes=idle)
-                case "tokens":
-                    return _Plan(tokens=self._tokens(row), notes=idle)
-            conversation = conversation_of(row, self.data.train_on)
-            if not conversation.trained:
-                raise RowError("row has no token to learn: no turn carries weight")
-            render = self._rendered if self._templates else partial(self._joined, row)
-            plan = render(conversation)
-            if self.data.too_long == "split":
-                plan.shorten = partial(self._shortened, conversation, render)
-            if not conversation.weights[-1]:
-                plan.notes.append("turns after the last output left out")
-            return plan
+            if row.kind in ("messages", "phrases"):
+                return self._plan_of_turns(row)
+            return self._plan_without_turns(row)
         except RowError as error:
             return error
         except RecursionError:
             return RowError("the row is nested too deeply")
+
+    def _plan_without_turns(self, row: Row) -> _Plan:
+        if self.data.train_on != "all":
+            raise RowError(
+                f"data.train_on: {self.data.train_on} needs turns; a row of {row.kind} has none"
+            )
+        plan = _Plan()
+        if self.data.template not in ("auto", "none"):
+            plan.notes.append("no turns: data.template is not used")
+        if row.kind == "text":
+            plan.texts = [self._text(row.text)]
+        elif row.kind == "segments":
+            chunks = [(part.text, part.weight) for part in row.phrases]
+            plan.texts = [TextSequence(chunks, alone=True)]
+        else:
+            plan.tokens = self._tokens(row)
+        return plan
+
+    def _plan_of_turns(self, row: Row) -> _Plan:
+        conversation = conversation_of(row, self.data.train_on)
+        if not conversation.trained:
+            raise RowError("row has no token to learn: no turn carries weight")
+        plan = self._rendered(conversation)
+        plan.conversation = conversation
+        if not conversation.weights[-1]:
+            plan.notes.append("turns after the last output left out")
+        return plan
+
+    def _rendered(self, conversation: Conversation) -> _Plan:
+        if self._templates:
+            return self._with_template(conversation)
+        return self._joined(conversation)
 
     def _text(self, text: str) -> TextSequence:
         """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor
@@ -222,34 +238,30 @@ class Encoder:
                 f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens"
             )
         weights = np.array(row.weights, dtype=np.float32)
-        weights[:1] = 0  # nothing stands before the first token
-        return TokenSequence(ids.astype(np.int32), weights, runs(weights))
+        return TokenSequence(ids.astype(np.int32), weights, spans=runs(weights))
 
-    def _joined(self, row: Row, conversation: Conversation) -> _Plan:
+    def _joined(self, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first
         output.
         """
         if problem := self.missing_template():
             raise RowError(problem)
-        if (
-            conversation.tools
-            or conversation.kwargs
-            or any("tool_calls" in m for m in conversation.messages)
-        ):
+        has_calls = any("tool_calls" in message for message in conversation.messages)
+        if conversation.tools or conversation.kwargs or has_calls:
             raise RowError(
                 "data.template: none cannot render tools, tool calls or chat_template_kwargs"
             )
-        last = conversation.trained[-1]
-        chunks = [
-            (m["content"], w)
-            for m, w in zip(conversation.messages, conversation.weights, strict=True)
-        ]
-        text, weight = chunks[last]
-        chunks[last] = (text.removesuffix(self.tokenizer.special.get("eos_token", "")), weight)
-        return _Plan([TextSequence(chunks[: last + 1], eos=True, alone=True, bos=None)])
+        texts = [message["content"] for message in conversation.messages]
+        chunks = list(zip(texts, conversation.weights, strict=True))
+        del chunks[conversation.trained[-1] + 1 :]
+        text, weight = chunks.pop()
+        eos = self.tokenizer.special.get("eos_token", "")
+        chunks.append((text.removesuffix(eos), weight))
+        return _Plan([TextSequence(chunks, eos=True, alone=True, bos=None)])
 
-    def _rendered(self, conversation: Conversation) -> _Plan:
-        mark, notes = "", []
+    def _with_template(self, conversation: Conversation) -> _Plan:
+        mark = ""
+        notes: list[str] = []
         if self._escape and spells(
             conversation, self.tokenizer.control, self.tokenizer.control_as_json
         ):
@@ -267,35 +279,33 @@ class Encoder:
         one by one.
         """
         template = self.template(conversation.tools is not None)
-        kind = (
-            template,
-            json.dumps(conversation.kwargs, sort_keys=True) if conversation.kwargs else "",
-        )
+        kwargs = conversation.kwargs
+        kind = (template, json.dumps(kwargs, sort_keys=True) if kwargs else "")
         if kind not in self._skeletons:
-            few = len(self._skeletons) < _KINDS
-            self._skeletons[kind] = (
-                learn_skeleton(template, self.tokenizer, conversation.kwargs) if few else None
-            )
+            self._skeletons[kind] = None
+            if len(self._skeletons) <= _KINDS:
+                self._skeletons[kind] = learn_skeleton(template, self.tokenizer, kwargs)
         skeleton = self._skeletons[kind]
         turns = skeleton.turns(template, conversation) if skeleton else None
         if turns is None:
             return [template.turn(conversation, t) for t in conversation.trained]
         return turns
 
-    def _shortened(
-        self,
-        conversation: Conversation,
-        render: Callable[[Conversation], _Plan],
-        sequences: list[TokenSequence],
-    ) -> list[Fitted]:
+    def _fitted(self, plan: _Plan, sequences: list[TokenSequence]) -> list[Fitted]:
+        """The sequences at most `max_length` tokens long."""
+        too_long = self.data.too_long
+        is_long = any(len(sequence.ids) > self.max_length for sequence in sequences)
+        if plan.conversation is None or too_long != "split" or not is_long:
+            return [fit(sequence, self.max_length, too_long) for sequence in sequences]
+
         def again(shorter: Conversation) -> list[TokenSequence]:
-            return self._spans.sequences([render(shorter).texts])[0]
+            return self._spans.sequences([self._rendered(shorter).texts])[0]
 
         def count(texts: Sequence[str]) -> list[int]:
             return [len(ids) for ids in self.tokenizer.encode_batch(texts)]
 
         with watched():
-            return shorten(sequences, conversation, again, count, self.max_length)
+            return shorten(sequences, plan.conversation, again, count, self.max_length)
 
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
         sequences = sequences if plan.tokens is None else [plan.tokens]
@@ -304,29 +314,29 @@ class Encoder:
                 "row has no token to learn: each target is empty, has weight 0 or has nothing "
                 "before it"
             )
-        encoded = Encoded([], notes=plan.notes)
         try:
-            if plan.shorten and any(len(sequence.ids) > self.max_length for sequence in sequences):
-                fits = plan.shorten(sequences)
-            else:
-                fits = [
-                    fit(sequence, self.max_length, self.data.too_long) for sequence in sequences
-                ]
+            fits = self._fitted(plan, sequences)
         except RowError as error:
             return error
+        encoded = Encoded([], notes=plan.notes)
         for fitted in fits:
             encoded.tokens_truncated += fitted.tokens_lost
             encoded.targets_truncated += fitted.targets_lost
             for k, piece in enumerate(fitted.pieces, 1):
-                part = f"split {k} of {len(fitted.pieces)}" if len(fitted.pieces) > 1 else ""
-                note = "; ".join(filter(None, [piece.note, part]))
-                number = len(encoded.examples)
+                note = piece.note
+                if len(fitted.pieces) > 1:
+                    note = joined_notes(note, f"split {k} of {len(fitted.pieces)}")
+                part = len(encoded.examples)
                 encoded.examples.append(
-                    Example(piece.ids, piece.weights, note, number, piece.shortened)
+                    Example(piece.ids, piece.weights, note, part, piece.shortened)
                 )
-        longest = max(len(sequence.ids) for sequence in sequences)
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)
+        self._judge(encoded, fits, max(len(sequence.ids) for sequence in sequences))
+        return encoded
+
+    def _judge(self, encoded: Encoded, fits: list[Fitted], longest: int) -> None:
+        """Say what became of a row, whose longest sequence had so many tokens."""
         if not encoded.examples:
             encoded.action = "dropped"
             encoded.reason = f"{longest:,} tokens, longer than data.max_length {self.max_length:,}"
@@ -335,51 +345,48 @@ class Encoder:
             encoded.reason = f"{longest:,} tokens cut in {len(encoded.examples)} pieces"
         elif encoded.tokens_truncated:
             encoded.reason = f"{longest:,} tokens cut to data.max_length {self.max_length:,}"
-        return encoded
 
 
-def bundled_templates() -> list[str]:
-    """Names of the templates that come with sftx."""
-    folder = resources.files("sftx.data") / "templates"
-    return sorted(
-        entry.name.removesuffix(".jinja")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".jinja")
-    )
+def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
+    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights`
+    float32[T].
 
+    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast
+    transformers tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data`
+    that decide how a row is encoded (`max_length`, `template`, `train_on`, ...). More than one
+    example comes back where a row was split, or where its turns cannot share one sequence; none
+    where it was dropped.
 
-def _resolve_template(setting: str, tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
-    """The templates by name ("default", maybe "tool_use") as (text, what to call it in messages);
-    {} for none.
+    Raises:
+        UserError: the row or a setting is wrong; the message names the field.
     """
-    if setting == "none":
-        return {}
-    if setting == "auto":
-        return {
-            name: (text, "chat template")
-            for name, text in tokenizer.chat_templates.items()
-            if name in _USED
-        }
-    if setting in bundled_templates():
-        text = (resources.files("sftx.data") / "templates" / f"{setting}.jinja").read_text(
-            encoding="utf-8"
-        )
-        # A bundled template does not know the tokenizer: one that begins every text with BOS begins
-        # this one so too.
-        return {
-            "default": (
-                ("{{- bos_token -}}\n" if tokenizer.adds_bos else "") + text,
-                f"template {setting}",
-            )
-        }
-    if not Path(setting).is_file():
+    if strange := settings.keys() - ENCODING:
         raise UserError(
-            f"data.template: {setting!r} is neither a file nor one of auto, none, "
-            f"{', '.join(bundled_templates())}"
+            f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}"
         )
     try:
-        return {"default": (Path(setting).read_text(encoding="utf-8"), f"template {setting}")}
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.template: {setting}: cannot be read as UTF-8 text: {error}"
-        ) from None
+        data = Data.model_validate(settings)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError("encode: " + "; ".join(problems)) from None
+    encoder = _encoder(
+        as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH
+    )
+    try:
+        check_names(data.columns)
+        plain = renamed(as_json(row), data.columns)
+        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        check_size(parsed, encoder.tokenizer)
+        encoded = encoder.encode([parsed])[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+    except RowError:
+        if data.on_bad_row == "skip":
+            return []
+        raise
+    return list(encoded.examples)
+
+
+@lru_cache(16)
+def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
+    return Encoder(tokenizer, Data.model_validate_json(settings), max_length)

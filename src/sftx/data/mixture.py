@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.data.rotation import Rotation
-from sftx.data.store.corpus import Columns, Corpus
+from sftx.data.store.block import Table
+from sftx.data.store.corpus import Corpus
 from sftx.settings.schema import Source
 
 Indices = NDArray[np.intp]
@@ -35,7 +36,7 @@ def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) 
         order += [mine] * int(copies)
         if fraction and len(mine):
             per_epoch = fraction * len(starts) if copies else max(fraction * len(starts), 1.0)
-            keys = _keys(corpus.columns.row[mine[starts]], f"{source.name} {seed}")
+            keys = _keys(corpus.table["row"][mine[starts]], f"{source.name} {seed}")
             begin = sum(len(part) for part in order)
             rotations.append(_circle(keys, np.append(starts, len(mine)), begin, per_epoch))
             order.append(mine)
@@ -58,7 +59,7 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
     for number, source in enumerate(sources):
         mine = corpus.source == number
         copies, fraction = divmod(source.weight, 1)
-        some = choose(corpus.columns, mine, fraction, f"{source.name} {seed}")
+        some = choose(corpus.table, mine, fraction, f"{source.name} {seed}")
         order += [np.flatnonzero(mine)] * int(copies) + [np.flatnonzero(some)]
     mixed = corpus.subset(np.concatenate(order))
     mixed.count_shown(np.ones(len(mixed), np.bool_))
@@ -66,16 +67,17 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
 
 
 def choose(
-    columns: Columns, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0
+    table: Table, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0
 ) -> NDArray[np.bool_]:
     """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row
     and salt.
     """
-    number = max(least, round(share * int((mask & (columns.part == 0)).sum())))
+    first = mask & (table["part"] == 0)
+    number = max(least, round(share * int(first.sum())))
     if not number:
         return np.zeros(len(mask), np.bool_)
-    keys = _keys(columns.row, salt)
-    last = np.partition(keys[mask & (columns.part == 0)], number - 1)[number - 1]
+    keys = _keys(table["row"], salt)
+    last = np.partition(keys[first], number - 1)[number - 1]
     return mask & (keys <= last)
 
 

@@ -39,7 +39,7 @@ def balanced(
     for b in np.argsort(-load, kind="stable"):
         open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
         rank = min(open_ranks, key=lambda r: (total[r], r))
-        ranks[rank].append(bins[b])
+        ranks[rank].append(bins[int(b)])
         total[rank] += float(load[b])
     return ranks
 
@@ -73,7 +73,6 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([example.ids for example in examples]).astype(np.int32)
     weights = np.concatenate([example.weights for example in examples]).astype(np.float32)
-    weights[cu_seqlens[:-1]] = 0.0  # nothing stands before a segment's first token
     label_at = np.flatnonzero(weights)
     return Pack(
         ids=ids,

@@ -1,4 +1,4 @@
-"""A share of a source for each epoch: another one every time, no row twice before all were shown."""
+"""A share of a source for each epoch: another every time, no row twice before all were shown."""
 
 from __future__ import annotations
 

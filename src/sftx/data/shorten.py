@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from sftx.data.chat.conversation import REASONING, Conversation
 from sftx.data.truncation import Fitted, TokenSequence, fit
-from sftx.types import RowError
+from sftx.types import RowError, joined_notes
 
 Render = Callable[[Conversation], list[TokenSequence]]
 """The token sequences of a conversation; `RowError` if it cannot be rendered."""
@@ -233,7 +233,7 @@ class _Cut:
         dropped = kept[-1] + 1 - len(kept)
         if not dropped:
             return sequence
-        note = "; ".join(filter(None, [sequence.note, f"without {dropped} earlier messages"]))
+        note = joined_notes(sequence.note, f"without {dropped} earlier messages")
         return replace(sequence, note=note, shortened=True)
 
 

@@ -1,8 +1,8 @@
-"""Examples as a person reads them: every token with its text, its weight, and where its row stands."""
+"""Examples as a person reads them: every token with its text, its weight, and its row's place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
@@ -40,7 +40,7 @@ class View:
     prompt: str = ""
     """What a server would send to get the last output of the row; empty where there are no turns.
     """
-    spelled: list[bool] = field(default_factory=list)
+    spelled: list[bool] = field(default_factory=list[bool])
     """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`).
     """
 
@@ -88,14 +88,14 @@ def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> lis
     inside = np.zeros(len(text), np.bool_)
     for match in tokenizer.control.finditer(text):
         inside[match.start() : match.end()] = True
-    spelled = []
+    spelled: list[bool] = []
     for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
         spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
     return spelled
 
 
 @contextmanager
-def raw_tables(config: Config) -> Iterator[list[Table]]:
+def raw_tables(config: Config) -> Generator[list[Table]]:
     """All files of the run, training and held out, read but not encoded."""
     data, cache = config.data, Cache(config.data.cache)
     train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
@@ -134,18 +134,7 @@ def views_of_rows(
     Raises:
         UserError: there is no such file or row, or a row of them is wrong.
     """
-    if not tables:
-        raise UserError("data.train: nothing to train on is given")
-    table = next(
-        (table for table in tables if not file or file in (table.origin.name, *table.origin.names)),
-        None,
-    )
-    if table is None:
-        known = ", ".join(table.origin.name for table in tables[:5])
-        raise UserError(
-            f"no file called {file!r} in the data; known: "
-            f"{known}{', ...' if len(tables) > 5 else ''}"
-        )
+    table = _table_of(tables, file)
     start = line or 1
     if file in table.origin.names:  # plain texts, each of them one row of the table
         start += table.origin.names.index(file)
@@ -154,24 +143,36 @@ def views_of_rows(
         raise UserError(f"{table.origin.place(start)}: there is no row here")
     views: list[View] = []
     for number, row in found:
-        place = table.origin.place(number)
-        try:
-            if isinstance(row, RowError):
-                raise row
-            check_size(row, encoder.tokenizer)
-        except RowError as error:
-            raise UserError(f"{place}: {error}") from None
+        views += _views_of_row(row, encoder, table.origin.place(number))
+    return views
+
+
+def _table_of(tables: Sequence[Table], file: str) -> Table:
+    """The table of the file of this name, or the first one."""
+    if not tables:
+        raise UserError("data.train: nothing to train on is given")
+    for table in tables:
+        if not file or file in (table.origin.name, *table.origin.names):
+            return table
+    known = ", ".join(table.origin.name for table in tables[:5])
+    more = ", ..." if len(tables) > 5 else ""
+    raise UserError(f"no file called {file!r} in the data; known: {known}{more}")
+
+
+def _views_of_row(row: Row | RowError, encoder: Encoder, place: str) -> list[View]:
+    try:
+        if isinstance(row, RowError):
+            raise row
+        check_size(row, encoder.tokenizer)
         encoded = encoder.encode([row])[0]
         if isinstance(encoded, RowError):
-            raise UserError(f"{place}: {encoded}")
-        if not encoded.examples:
-            raise UserError(f"{place}: the row is dropped: {encoded.reason}")
-        prompt = _served_prompt(row, encoder)
-        lost = encoded.tokens_truncated
-        views += [
-            view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples
-        ]
-    return views
+            raise encoded
+    except RowError as error:
+        raise UserError(f"{place}: {error}") from None
+    if not encoded.examples:
+        raise UserError(f"{place}: the row is dropped: {encoded.reason}")
+    prompt, lost = _served_prompt(row, encoder), encoded.tokens_truncated
+    return [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
 
 
 def _served_prompt(row: Row, encoder: Encoder) -> str:

@@ -12,9 +12,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
@@ -28,6 +30,7 @@ from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_adapted: WeakKeyDictionary[Any, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
 _FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 
 
@@ -60,7 +63,9 @@ class Tokenizer:
         named = {name: backend.token_to_id(text) for name, text in special.items()}
         self.bos_id: int | None = named.get("bos_token")
         self.eos_id: int | None = named.get("eos_token")
-        self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
+        self.stop_ids = frozenset(stop_ids)
+        if self.eos_id is not None:
+            self.stop_ids |= {self.eos_id}
         self._added = backend.get_added_tokens_decoder()
         self._words = {plain: WordCache(backend) for plain in (False, True)}
         self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [
@@ -78,13 +83,9 @@ class Tokenizer:
     @classmethod
     def _of_folder(cls, folder: Path) -> Tokenizer:
         if not (folder / "tokenizer.json").is_file():
-            from transformers import (
-                AutoTokenizer,
-            )  # the slow road: a folder with only sentencepiece or vocab files
-
-            return cls.of(
-                AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder)
-            )
+            # The slow way: a folder with only sentencepiece or vocab files.
+            auto = import_module("transformers").AutoTokenizer
+            return cls.of(auto.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
         file = folder / "tokenizer_config.json"
         config = read_json(file)
         with boundary(folder / "special_tokens_map.json"):
@@ -111,7 +112,8 @@ class Tokenizer:
         if not all(text for text, _ in texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
         known = made.vocab_size
-        made.backend.add_tokens(
+        backend: Any = made.backend
+        backend.add_tokens(
             [tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts]
         )
         ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
@@ -168,17 +170,15 @@ class Tokenizer:
         """Matches the added tokens (special or not) at which text falls into independently
         tokenised parts.
         """
-        return _pattern(self._added[i].content for i in self._splitting_ids)
+        return _pattern(self._added[i].content for i in self.splitting_ids)
 
     @cached_property
-    def is_splitting(self) -> NDArray[np.bool_]:
-        """bool[vocab_size]: whether an id is one of those that `splitting` matches."""
-        return np.isin(np.arange(self.vocab_size), self._splitting_ids)
+    def splitting_ids(self) -> list[int]:
+        """Ids of the tokens that `splitting` matches.
 
-    @cached_property
-    def _splitting_ids(self) -> list[int]:
-        # Tokens matched after normalisation, or only as whole words, do not cut text wherever their
-        # letters stand.
+        A token that is matched after normalisation, or only as a whole word, does not cut text
+        wherever its letters stand.
+        """
         return [
             i for i, token in self._added.items() if not token.normalized and not token.single_word
         ]
@@ -214,26 +214,6 @@ class Tokenizer:
     def encode(self, text: str, *, plain: bool = False, inside: bool = False) -> list[int]:
         """`encode_batch` of one text."""
         return self.encode_batch([text], plain=plain, inside=inside)[0].tolist()
-
-    def encode_escaped(self, text: str, mark: str, inside: bool = False) -> list[int]:
-        """Ids of a text in which `mark` stands inside each special token that is meant as ordinary
-        text.
-        """
-        ids: list[int] = []
-        position = 0
-        swallow = False
-        for match in [*self.control.finditer(text), None]:
-            part = text[position : match.start() if match else len(text)].replace(mark, "")
-            token_id: Any = self.backend.token_to_id(match.group()) if match else None
-            token = self._added.get(token_id)
-            part = part.lstrip() if swallow else part
-            part = part.rstrip() if token and token.lstrip else part
-            if part:
-                ids += self.encode(part, plain=True, inside=inside or position > 0)
-            if match and token:
-                ids.append(token_id)
-                position, swallow = match.end(), token.rstrip
-        return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of ids, special tokens included."""
@@ -276,21 +256,25 @@ def _alternatives(texts: list[str]) -> str:
     """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like
     [control_8].
     """
-    branches = []
+    branches: list[str] = []
     for _, group in itertools.groupby(texts, key=lambda text: text[0]):
         words = list(group)
         begin = os.path.commonprefix(words)  # noqa: RUF071 (of letters, not of folders)
         rest = [word[len(begin) :] for word in words]
         inner = _alternatives([word for word in rest if word])
-        branches.append(re.escape(begin) + (f"(?:{inner})" + "?" * ("" in rest) if inner else ""))
+        branch = re.escape(begin)
+        if inner:
+            branch += f"(?:{inner})"
+            if "" in rest:
+                branch += "?"
+        branches.append(branch)
     return "|".join(branches)
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+    download = import_module("huggingface_hub").snapshot_download
     with boundary(f"{name}: neither a folder here nor a tokenizer that could be fetched"):
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(download(name, allow_patterns=_FILES))
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
@@ -302,16 +286,14 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
         value = config.get(name)
         if not value:
             continue
-        text = value.get("content") if isinstance(value, dict) else value
+        text = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a text, found {value!r}")
         texts[name] = text
     return texts
 
 
-def _add_missing(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
-) -> None:
+def _add_missing(backend: Any, config: dict[str, Any], special: dict[str, str]) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
     for _, token in sorted(
         config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
@@ -367,9 +349,26 @@ def _stop_ids(folder: Path) -> list[int]:
     eos = read_json(file).get("eos_token_id")
     if eos is None:
         return []
-    found = eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int for i in found):
+    given = cast("list[Any]", eos) if isinstance(eos, list) else [eos]
+    found = [i for i in given if type(i) is int]
+    if len(found) < len(given):
         raise UserError(
             f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed"
         )
     return found
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A `Tokenizer` from one, from a transformers tokenizer (adapted once), or from a path."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return _load_tokenizer(str(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
+    known = _adapted.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
+    return known[1]
+
+
+_load_tokenizer = lru_cache(4)(Tokenizer.load)

@@ -10,37 +10,25 @@ from typing import Literal
 
 import numpy as np
 
-from sftx.types import Float32, Int32, RowError
+from sftx.types import Example, Float32, RowError
 
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
 
-@dataclass(
-    slots=True, eq=False
-)  # not frozen: there are very many, and it takes three times as long to make one
-class TokenSequence:
-    """Tokens of one sequence, of any length.
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence(Example):
+    """An example of any length, with what has to be known to cut it.
 
     `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put
     before a piece whose first token would otherwise be a target, and, if the sequence
     `begins_with_bos`, before every piece. `context` limits how many tokens without weight a split
-    repeats before a piece; None = as many as fit. `shortened`: something of the prompt that stood
-    before the targets is not here.
+    repeats before a piece; None = as many as fit.
     """
 
-    ids: Int32
-    weights: Float32
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...] = ()
     bos: int | None = None
     begins_with_bos: bool = False
     context: int | None = None
-    note: str = ""
-    shortened: bool = False
-
-    @property
-    def targets(self) -> int:
-        """How many tokens carry weight."""
-        return int(np.count_nonzero(self.weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +93,6 @@ def _piece(
     head = [sequence.bos] if wants_bos else []
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
-    piece_weights[:1] = 0  # nothing stands before it
     gone = weights[
         max(1, sequence.begins_with_bos) : begin
     ]  # a first token without weight may have no place before it

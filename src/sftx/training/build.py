@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from sftx import distributed
-from sftx.data.dataset import DEFAULT_LENGTH, load_corpora, write_ledger
-from sftx.data.encoder import Encoder
+from sftx.data.dataset import load_corpora, write_ledger
+from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan, plan_of
 from sftx.data.store.corpus import Corpus

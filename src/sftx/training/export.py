@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 
 from sftx.boundary import boundary
-from sftx.data.encoder import Encoder, bundled_templates
+from sftx.data.chat.template_files import bundled_templates
+from sftx.data.encoder import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, sync
 from sftx.model.load import load_model, stored_dtype

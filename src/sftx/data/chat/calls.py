@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from sftx.types import Json
+
 _TELLING = 10  # characters; shorter arguments may also stand in a text that is no call
 HTML_ESCAPE = re.compile(r"&#\d+;|&(?:quot|amp|lt|gt|apos);")
 
@@ -62,7 +64,7 @@ def _forms(text: str) -> tuple[str, ...]:
     return (text, *inside, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in inside))
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: Json) -> Iterator[Json]:
     """The keys, texts, numbers and truth values in a value of JSON."""
     if isinstance(value, dict):
         for key, item in value.items():

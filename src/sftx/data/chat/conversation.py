@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from sftx.types import Row, RowError
+from sftx.types import Json, Row, RowError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
 _MARKS = [
@@ -27,9 +27,9 @@ class Conversation:
     messages: list[dict[str, Any]]
     weights: list[float]
     tools: list[dict[str, Any]] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Json] = field(default_factory=dict[str, Json])
     renderings: dict[tuple[Any, ...], str] = field(
-        default_factory=dict, compare=False
+        default_factory=dict[tuple[Any, ...], str], compare=False
     )  # those made so far
     trained: list[int] = field(init=False)  # the turns that carry weight
 
@@ -114,8 +114,11 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
         if isinstance(value, str):
             return control.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
         if isinstance(value, dict):
-            return {broken(key): broken(item) for key, item in value.items()}
-        return [broken(item) for item in value] if isinstance(value, list) else value
+            items = cast("dict[str, Any]", value).items()
+            return {broken(key): broken(item) for key, item in items}
+        if isinstance(value, list):
+            return [broken(item) for item in cast("list[Any]", value)]
+        return value
 
     messages, tools, kwargs = (broken(value) for value in everything)
     return Conversation(messages, conversation.weights, tools, kwargs), mark

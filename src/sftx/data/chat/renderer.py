@@ -10,17 +10,18 @@ from typing import Any
 
 from sftx.data.chat.calls import has_new_escapes
 from sftx.data.chat.conversation import Conversation
-from sftx.data.chat.sandbox import TEMPLATE_ERRORS, LimitError, compile_template, run_template
-from sftx.types import RowError, UserError
+from sftx.data.chat.limits import LimitError
+from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template
+from sftx.types import Json, RowError, UserError
 
 # Words of probes: no template and no row holds them.
 USER, MODEL, THOUGHT, NEXT = "qzuserqz", "qzmodelqz", "qzthoughtqz", "qznextqz"
-TOOL = {
+TOOL: dict[str, Json] = {
     "name": "qztool",
     "description": "qz",
     "parameters": {"type": "object", "properties": {}, "required": []},
 }
-TOOLS = [{"type": "function", "function": TOOL}]
+TOOLS: list[dict[str, Json]] = [{"type": "function", "function": TOOL}]
 _MAX_OVER_LIMITS = 5  # rows; each took seconds
 
 
@@ -31,7 +32,7 @@ def says(role: str, content: Any) -> dict[str, Any]:
 
 def calls(arguments: Any) -> dict[str, Any]:
     """An answer that calls the tool of the probes."""
-    call = {
+    call: dict[str, Json] = {
         "type": "function",
         "id": "call00000",
         "function": {"name": TOOL["name"], "arguments": arguments},
@@ -132,7 +133,7 @@ class Renderer:
 
     @cached_property
     def _content_as_parts(self) -> bool:
-        """Whether contents must be lists of parts: the template fails on text, or does not show it."""
+        """Whether contents must be lists of parts: the template fails on text or leaves it out."""
 
         def shows(messages: list[dict[str, Any]]) -> bool:
             text = self._try(messages) or ""
@@ -152,7 +153,7 @@ class Renderer:
         question = says("user", USER)
         if self._content_as_parts:
             question, call = _with_parts(question), _with_parts(call)
-        texts = []
+        texts: list[str | None] = []
         for message in (call, _with_arguments_as_text(call)):
             text = self._try([question, message], TOOLS)
             texts.append(text)
@@ -168,7 +169,7 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    written = []
+    written: list[dict[str, Any]] = []
     for call in message["tool_calls"]:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         written.append({**call, "function": {**call["function"], "arguments": arguments}})

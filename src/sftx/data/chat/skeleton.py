@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
+from sftx.data.chat.answer import Turn, last_added
 from sftx.data.chat.calls import has_new_escapes, lost_call
 from sftx.data.chat.conversation import REASONING, Conversation
 from sftx.data.chat.renderer import MODEL, NEXT, TOOLS, USER, calls, result, says
 from sftx.data.chat.thoughts import may_think
-from sftx.data.chat.turns import ChatTemplate, Turn, last_added
+from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
 from sftx.types import RowError
 
@@ -90,25 +91,24 @@ class Skeleton:
 
     def _pairs(self, messages: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
         """The (user, answer) contents, if all is plain."""
-        if any(message.keys() != _PLAIN for message in messages):
-            return None
         if messages[0]["role"] == "system":
+            if messages[0].keys() != _PLAIN:
+                return None
             messages = messages[1:]
-        users, answers = messages[::2], messages[1::2]
-        if len(users) != len(answers) or not users:
+        if not messages or len(messages) % 2:
             return None
-        if any(m["role"] != "user" for m in users) or any(
-            m["role"] != "assistant" for m in answers
-        ):
-            return None
-        pairs = [
-            (user["content"], answer["content"])
-            for user, answer in zip(users, answers, strict=True)
-        ]
-        if any(may_think(answer) or not answer.strip() for _, answer in pairs):
-            return None
-        if len(pairs) > 1 and any(answer != answer.strip() for _, answer in pairs):
-            return None  # the newest answer may be trimmed otherwise than earlier ones
+        for number, message in enumerate(messages):
+            role = "assistant" if number % 2 else "user"
+            if message.keys() != _PLAIN or message["role"] != role:
+                return None
+        pairs: list[tuple[str, str]] = []
+        for user, answer in zip(messages[::2], messages[1::2], strict=True):
+            content = answer["content"]
+            if may_think(content) or not content.strip():
+                return None
+            if len(messages) > 2 and content != content.strip():
+                return None  # the newest answer may be trimmed otherwise than earlier ones
+            pairs.append((user["content"], content))
         return pairs
 
     def _take_apart(
@@ -121,7 +121,7 @@ class Skeleton:
         at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
         if at < 0:
             return None
-        found = []
+        found: list[Turn] = []
         for i, (user, answer) in enumerate(pairs):
             newest = i == len(pairs) - 1
             gap, close = (self.last_gap, self.last_close) if newest else (self.gap, self.between)
@@ -177,7 +177,7 @@ class Skeleton:
         begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
         if len(begins) != len(answers):
             return None
-        found = []
+        found: list[Turn] = []
         for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
             ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
             end, stop = min(ends, default=(begin, ""))

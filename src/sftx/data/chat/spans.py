@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftx.data.chat.turns import Turn
+from sftx.data.chat.answer import Turn
 from sftx.data.tokenizer import Tokenizer
 from sftx.data.truncation import TokenSequence
-from sftx.types import Float32, Int32
+from sftx.types import Float32, Int32, joined_notes
 
 APART = "prompt and output tokenised apart"
 _REMEMBERED, _SHORT = (
@@ -64,7 +64,7 @@ def text_sequences(
         sequence.chunks.append((turn.output, weight))
         sequence.eos = not turn.ends
         if turn.note and turn.note not in sequence.note:
-            sequence.note = "; ".join(filter(None, [sequence.note, turn.note]))
+            sequence.note = joined_notes(sequence.note, turn.note)
         text = turn.prompt + turn.output
     return found
 
@@ -113,7 +113,7 @@ class SpanTokenizer:
         self._tokenise(rows, cut)
         alone = [chunk for row in rows for each in row if each.alone for chunk, _ in each.chunks]
         ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
-        results = []
+        results: list[list[TokenSequence]] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
             sequences: list[TokenSequence] = []
             pieces = iter(pieces_of_row)
@@ -145,7 +145,7 @@ class SpanTokenizer:
         """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in
         one call.
         """
-        texts = []
+        texts: list[_Pieces] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
             if any(sequence.mark for sequence in row):  # marks are rare
                 for pieces in pieces_of_row:
@@ -174,7 +174,7 @@ class SpanTokenizer:
         """The tokens of pieces in which `mark` stands inside each special token that is meant as
         ordinary text.
         """
-        ids = []
+        ids: list[bytes] = []
         for k, piece in enumerate(pieces):
             if k % 2:
                 ids.append(self._added[piece])
@@ -240,9 +240,9 @@ class SpanTokenizer:
 
     def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
-        sequences = []
+        sequences: list[TokenSequence] = []
         text = ""
-        note = "; ".join(filter(None, [sequence.note, APART]))
+        note = joined_notes(sequence.note, APART)
         for i, (chunk, weight) in enumerate(sequence.chunks):
             if weight:
                 prompt = self._ids_of(text, sequence.mark, inside=False)
@@ -265,7 +265,7 @@ class SpanTokenizer:
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
         bos = self._tokenizer.bos_id if begins else None
         targets, spans = _targets([border // 4 for border in borders], weights)
-        return TokenSequence(ids, targets, spans, bos=bos, begins_with_bos=begins, note=note)
+        return TokenSequence(ids, targets, note, spans=spans, bos=bos, begins_with_bos=begins)
 
     def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the sequence says."""
@@ -281,13 +281,15 @@ class SpanTokenizer:
         ids = np.concatenate(chunks)
         borders = [0, *itertools.accumulate(map(len, chunks))]
         bos = None if sequence.bos is False else bos
+        targets, spans = _targets(borders, weights)
         return TokenSequence(
             ids,
-            *_targets(borders, weights),
-            bos,
-            bool(sequence.bos),
-            sequence.context,
+            targets,
             sequence.note,
+            spans=spans,
+            bos=bos,
+            begins_with_bos=bool(sequence.bos),
+            context=sequence.context,
         )
 
 
@@ -298,11 +300,11 @@ def _bytes(ids: Sequence[int]) -> bytes:
 def _targets(
     borders: list[int], weights: list[float]
 ) -> tuple[Float32, tuple[tuple[int, int], ...]]:
-    """The weight of each token, and the spans of the outputs, of chunks that end at these borders."""
-    array, spans = np.zeros(borders[-1], np.float32), []
+    """The weight of each token, and the spans of the outputs; chunks end at the `borders`."""
+    array = np.zeros(borders[-1], np.float32)
+    spans: list[tuple[int, int]] = []
     for begin, end, weight in zip(borders, borders[1:], weights, strict=False):
         if weight and begin < end:
             array[begin:end] = weight
             spans.append((begin, end))
-    array[:1] = 0  # nothing stands before the first token
     return array, tuple(spans)

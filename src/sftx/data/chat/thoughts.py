@@ -64,7 +64,7 @@ def thought_in(content: str, tag: str) -> str:
 
 
 def may_think(content: str) -> bool:
-    """Whether a template may see a thought in a content; most hold no character that marks a tag."""
+    """Whether a template may see a thought in a content; most hold no character of a tag."""
     return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(
         content
     ) is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from sftx.data.chat.conversation import REASONING
 from sftx.data.chat.renderer import (
@@ -27,6 +26,8 @@ from sftx.data.chat.renderer import (
 from sftx.data.chat.thoughts import close_tag, open_tag, opening_of
 from sftx.data.tokenizer import Tokenizer
 
+Switch = dict[str, bool]
+"""A setting of a template that turns thoughts on or off; {} for none."""
 _BEGINS = re.compile(
     "start|begin|user|assistant|chatbot|system", re.IGNORECASE
 )  # in names of tokens that open a turn
@@ -53,9 +54,10 @@ class Traits:
     """
 
     def __init__(self, renderer: Renderer, tokenizer: Tokenizer):
+        self.renderer = renderer
+        self.tokenizer = tokenizer
         self._probe = renderer.probe
         self._source = renderer.source
-        self._tokenizer = tokenizer
 
     @cached_property
     def _prompt(self) -> str:
@@ -95,7 +97,7 @@ class Traits:
             return Ending(stop, written)
         closing = _without_header(between, self._full[: self._full.find(USER)])
         stop = self._stop(closing, closing)
-        first = self._tokenizer.control.search(between)
+        first = self.tokenizer.control.search(between)
         if stop is None and first and self._stops(first.group()):
             stop, closing = first.group(), between
         if stop is not None:
@@ -109,17 +111,17 @@ class Traits:
         newest = (self._probe(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
         later = (self._probe(*turns, result(NEXT), tools=TOOLS) or "").rpartition(MODEL)[2]
         if later.startswith(newest):
-            first = self._tokenizer.control.search(later, len(newest))
+            first = self.tokenizer.control.search(later, len(newest))
             if first and self._stops(first.group()):
                 return later[len(newest) : first.end()]
         return self.ending.unwritten
 
     def _stops(self, token: str) -> bool:
-        return self._tokenizer.backend.token_to_id(token) in self._tokenizer.stop_ids
+        return self.tokenizer.backend.token_to_id(token) in self.tokenizer.stop_ids
 
     def _stop(self, text: str, between: str) -> str | None:
         run: list[re.Match[str]] = []
-        for match in self._tokenizer.control.finditer(text):
+        for match in self.tokenizer.control.finditer(text):
             if run and (match.start() > run[-1].end() or _BEGINS.search(match.group())):
                 break
             run.append(match)
@@ -136,13 +138,13 @@ class Traits:
         return open_tag(self._prompt)
 
     @cached_property
-    def switches(self) -> dict[bool, dict[str, Any]]:
+    def switches(self) -> dict[bool, Switch]:
         """The template's own setting that lets an answer begin with a thought (True) or not
         (False); {} if none.
         """
         return {thinking: self._switch(thinking) for thinking in (True, False)}
 
-    def _switch(self, thinking: bool) -> dict[str, Any]:
+    def _switch(self, thinking: bool) -> Switch:
         for key in _SWITCHES:
             if re.search(rf"\b{key}\b", self._source):
                 prompt = self._probe(_QUESTION, generate=True, **{key: thinking}) or self._prompt
@@ -151,7 +153,7 @@ class Traits:
         return {}
 
     def closing(self, tag: str) -> str:
-        """The text between a thought and the answer: as the template writes it, else the usual one."""
+        """The text between a thought and the answer: the template's own, else the usual one."""
         full = self._probe(_QUESTION, _THOUGHTFUL) or ""
         closing = close_tag(tag)
         between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
@@ -175,7 +177,7 @@ class Traits:
         return self.closing(tag)
 
     @cached_property
-    def keeps_thoughts(self) -> dict[str, Any]:
+    def keeps_thoughts(self) -> Switch:
         """A setting of the template with which it writes the thought of an answer; {} if it has
         none.
         """
@@ -187,7 +189,7 @@ class Traits:
 
 
 def _without_header(between: str, before: str) -> str:
-    """The text between two turns without what stands `before` every user's turn; whole tags only."""
+    """The text between two turns without the text `before` every user's turn; whole tags only."""
     end = len(between) - common_length(between[::-1], before[::-1])
     if ends_in_tag(between[:end]):
         rest = re.search(r"[>\]]", between[end:])

@@ -4,13 +4,14 @@ comparing all pairs.
 
 from __future__ import annotations
 
-from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+from importlib import import_module
+from typing import Any
+
+from sftx.types import UserError
 
 GRAM = 5  # words
-HASHES, BANDS = (
-    128,
-    16,
-)  # two texts that share s of their grams meet in some band with probability 1 - (1 - s**8)**16
+# Two texts that share s of their grams meet in some band with probability 1 - (1 - s**8)**16.
+HASHES, BANDS = 128, 16
 
 
 class NearDuplicates:
@@ -21,10 +22,16 @@ class NearDuplicates:
         estimate.
         """
         self._similarity = similarity
-        self._index = RMinHashLSH(similarity, HASHES, BANDS)
-        self._originals: dict[
-            int, RMinHash
-        ] = {}  # copies are not kept: many equal texts would all find each other
+        try:
+            rensa = import_module("rensa")
+        except ImportError:
+            raise UserError(
+                'finding near duplicates needs one more package: pip install "sftx[lint]"'
+            ) from None
+        self._new_sketch = rensa.RMinHash
+        self._index = rensa.RMinHashLSH(similarity, HASHES, BANDS)
+        # Copies are not kept: many equal texts would all find each other.
+        self._originals: dict[int, Any] = {}
         self._count = 0
 
     def add(self, text: str, prompt: str = "") -> int | None:
@@ -33,12 +40,11 @@ class NearDuplicates:
 
         With a `prompt`, both must be alike: they count half each, however long they are.
         """
-        sketch = RMinHash(HASHES, 20)
-        sketch.update(
-            _balanced(_grams(text), [f"{gram}\0" for gram in _grams(prompt)])
-            if prompt
-            else _grams(text)
-        )
+        grams = _grams(text)
+        if prompt:
+            grams = _balanced(grams, [f"{gram}\0" for gram in _grams(prompt)])
+        sketch = self._new_sketch(HASHES, 20)
+        sketch.update(grams)
         number, self._count = self._count, self._count + 1
         for other in sorted(self._index.query(sketch)):
             if self._originals[other].jaccard(sketch) >= self._similarity:
@@ -54,7 +60,7 @@ def _grams(text: str) -> list[str]:
 
 
 def _balanced(some: list[str], others: list[str]) -> list[str]:
-    """Both sets of grams, the smaller one so many times over that it counts as much as the larger."""
+    """Both sets of grams, the smaller one as often as makes it count as much as the larger."""
     times = round(max(len(some), len(others)) / min(len(some), len(others)))
     few, many = sorted((some, others), key=len)
     return [*many, *(f"{gram}\0{copy}" for gram in few for copy in range(times))]

@@ -20,7 +20,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.truncation import runs
 from sftx.settings.schema import Config, Data
-from sftx.types import Row, RowError
+from sftx.types import Int32, Row, RowError
 
 FEW = 5  # calls; fewer are no pattern
 Place = Callable[[int], str]
@@ -55,29 +55,29 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
     """All findings in the training and held-out data of a run, serious ones first.
 
     Raises:
-        UserError: a file cannot be read at all.
+        UserError: a file cannot be read at all, or a package is not installed.
     """
+    seen = NearDuplicates()
     once = config.model_copy(update={"data": _once(config.data)})
     corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length)
     found = _of_drops(corpus) + _of_tokens(corpus, encoder) + _of_copies(corpus, held_out)
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)
-    found += _of_texts(once, encoder)
+    found += _of_texts(once, encoder, seen)
     return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
 
 
 def _once(data: Data) -> Data:
     """The same data with every row once, bad rows left out."""
 
-    def unweighted(given: Any) -> Any:
-        if not isinstance(given, list):
-            return given
-        return [s if isinstance(s, str) else s.model_copy(update={"weight": 1.0}) for s in given]
-
-    plain = {"on_bad_row": "skip", "mix_by": "rows"}
-    return data.model_copy(
-        update={**plain, "train": unweighted(data.train), "eval": unweighted(data.eval)}
-    )
+    changes: dict[str, Any] = {"on_bad_row": "skip", "mix_by": "rows"}
+    for name, given in (("train", data.train), ("eval", data.eval)):
+        if isinstance(given, list):
+            changes[name] = [
+                source if isinstance(source, str) else source.model_copy(update={"weight": 1.0})
+                for source in given
+            ]
+    return data.model_copy(update=changes)
 
 
 def _finding(
@@ -109,47 +109,33 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     """Findings in the encoded examples: outputs without content or end, lost targets, extreme
     lengths.
     """
-    stops = set(encoder.tokenizer.stop_ids) | {encoder.stop_id}
-    is_special = np.isin(
-        np.arange(encoder.tokenizer.vocab_size), list(encoder.tokenizer.control_ids)
-    )
-    columns = corpus.columns
-    last_of_row = np.append(columns.part[1:] == 0, True) if len(corpus) else np.zeros(0, np.bool_)
-    empty, single, endless = [], [], []
-    thoughtless: dict[int, None] = {}  # the first example of each row
-    first = 0
-    for index in range(len(corpus)):
-        example = corpus.example(index)
-        first = index if example.part == 0 else first
-        if LOST_REASONING in example.note:
-            thoughtless[first] = None
-        for start, stop in runs(example.weights):
-            ends = int(example.ids[stop - 1]) in stops
-            content = int((~is_special[example.ids[start:stop]]).sum())
-            if ends and content < 2:
-                (single if content else empty).append(index)
-            whole = last_of_row[index] or not columns.split[index]
-            if not ends and whole:
-                endless.append(index)
+    table = corpus.table
+    outputs = _Outputs(corpus, encoder)
     typical = float(np.median(corpus.lengths)) if len(corpus) else 0.0
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
-    lost = np.flatnonzero(columns.cut_targets > 0)
-    cut = np.flatnonzero((columns.cut_tokens > 0) & (columns.cut_targets == 0))
-    behind = np.flatnonzero(columns.shortened != 0)
+    lost = np.flatnonzero(table["cut_targets"] > 0)
+    cut = np.flatnonzero((table["cut_tokens"] > 0) & (table["cut_targets"] == 0))
+    behind = np.flatnonzero(table["shortened"])
     many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
-    split = np.flatnonzero((columns.split != 0) & (columns.part == 0))
+    split = np.flatnonzero(table["split"] & (table["part"] == 0))
     limit, place = f"max_length {encoder.max_length:,}", corpus.place
     reasoning = "rows whose reasoning the template leaves out"
-    if thoughtless:
+    if outputs.thoughtless:
         reasoning += f"; {encoder.how_to_keep_reasoning()}"
     return [
-        _finding("lost reasoning", True, reasoning, thoughtless, place),
+        _finding("lost reasoning", True, reasoning, outputs.thoughtless, place),
         _finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
         _finding(
-            "endless outputs", True, "outputs that do not end in a stop token", endless, place
+            "endless outputs",
+            True,
+            "outputs that do not end in a stop token",
+            outputs.endless,
+            place,
         ),
-        _finding("empty outputs", True, "outputs of nothing but a stop token", empty, place),
-        _finding("short outputs", False, "outputs of one token", single, place),
+        _finding(
+            "empty outputs", True, "outputs of nothing but a stop token", outputs.empty, place
+        ),
+        _finding("short outputs", False, "outputs of one token", outputs.single, place),
         _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
         _finding(
             "shortened prompts",
@@ -167,6 +153,42 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
             place,
         ),
     ]
+
+
+class _Outputs:
+    """The examples whose outputs hold nothing, hold one token, never end, or lost their thought."""
+
+    def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
+        self.empty: list[int] = []
+        self.single: list[int] = []
+        self.endless: list[int] = []
+        self.thoughtless: dict[int, None] = {}  # the first example of each row
+        self._stops = {*encoder.tokenizer.stop_ids, encoder.stop_id}
+        every_id = np.arange(encoder.tokenizer.vocab_size)
+        self._is_content = ~np.isin(every_id, list(encoder.tokenizer.control_ids))
+        split = corpus.table["split"]
+        last_of_row = np.append(corpus.part[1:] == 0, True)
+        first = 0
+        for index in range(len(corpus)):
+            example = corpus.example(index)
+            first = index if example.part == 0 else first
+            if LOST_REASONING in example.note:
+                self.thoughtless[first] = None
+            whole = bool(last_of_row[index]) or not split[index]
+            for start, stop in runs(example.weights):
+                self._look(index, example.ids[start:stop], whole)
+
+    def _look(self, index: int, output: Int32, whole: bool) -> None:
+        """Look at one output; `whole`: its end is not in another example."""
+        if int(output[-1]) not in self._stops:
+            if whole:
+                self.endless.append(index)
+            return
+        content = int(self._is_content[output].sum())
+        if content == 0:
+            self.empty.append(index)
+        elif content == 1:
+            self.single.append(index)
 
 
 def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
@@ -205,42 +227,23 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
 def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
     """uint64[rows]: a hash of all examples of each row."""
     starts = np.flatnonzero(corpus.part == 0)
-    mixed = corpus.columns.digest * (corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+    mixed = corpus.table["digest"] * (corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1))
     return np.add.reduceat(mixed, starts) if len(starts) else mixed
 
 
-def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
+def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Finding]:
     """Findings in the rows' own text: near duplicates, roles, foreign markers, refusals, secrets,
     odd arguments.
     """
-    places: list[str] = []
-    hashes: list[int] = []
-    like: dict[int, int] = {}
-    hits: dict[str, list[int]] = defaultdict(list)
-    seen, calls, trained = NearDuplicates(), _Calls(), 0
+    said = _Texts(encoder, seen)
+    trained = 0
     with raw_tables(config) as tables:
         for table in tables:
             for line, row in read_rows(table):
-                if isinstance(row, RowError):
-                    continue
-                number = len(places)
-                places.append(table.origin.place(line))
-                said = list(texts(row))
-                text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
-                hashes.append(hash(text))
-                answer = "\n".join(text for text, role in said if role == "assistant")
-                asked = "\n".join(
-                    text for text, role in said if role not in ("assistant", "system", "developer")
-                )
-                earlier = seen.add(answer or text, asked)
-                if (
-                    earlier is not None and hashes[earlier] != hashes[number]
-                ):  # exact copies are another finding
-                    like[number] = earlier
-                for name in problems(row, text, encoder.tokenizer.control):
-                    hits[name].append(number)
-                calls.add(number, row)
-            trained = trained if table.held_out else len(places)
+                if not isinstance(row, RowError):
+                    said.add(row, table.origin.place(line))
+            trained = trained if table.held_out else len(said.places)
+    places, like, hits = said.places, said.like, said.hits
     across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
     place = places.__getitem__
@@ -259,7 +262,38 @@ def _of_texts(config: Config, encoder: Encoder) -> list[Finding]:
             check == "template mismatch" and len(hits[name]) > 0.01 * len(places)
         )
         found.append(_finding(check, serious, message, hits[name], place))
-    return found + calls.findings(place)
+    return found + said.calls.findings(place)
+
+
+class _Texts:
+    """What was found in the text of rows: their problems, and which earlier row each is like."""
+
+    def __init__(self, encoder: Encoder, seen: NearDuplicates) -> None:
+        self.places: list[str] = []
+        self.like: dict[int, int] = {}
+        self.hits: dict[str, list[int]] = defaultdict(list)
+        self.calls = _Calls()
+        self._seen = seen
+        self._control = encoder.tokenizer.control
+        self._hashes: list[int] = []
+
+    def add(self, row: Row, place: str) -> None:
+        """Look at one more row."""
+        number = len(self.places)
+        self.places.append(place)
+        said = list(texts(row))
+        text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
+        self._hashes.append(hash(text))
+        answers = [text for text, role in said if role == "assistant"]
+        others = ("assistant", "system", "developer")
+        asked = "\n".join(text for text, role in said if role not in others)
+        earlier = self._seen.add("\n".join(answers) or text, asked)
+        # Exact copies are another finding.
+        if earlier is not None and self._hashes[earlier] != self._hashes[number]:
+            self.like[number] = earlier
+        for name in problems(row, text, self._control):
+            self.hits[name].append(number)
+        self.calls.add(number, row)
 
 
 class _Calls:

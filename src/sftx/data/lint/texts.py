@@ -51,7 +51,7 @@ ECHO = 4  # words that a prompt must have for its repetition to count
 
 
 def texts(row: Row) -> Iterator[tuple[str, str]]:
-    """(text, role of who says it) of all that a row says, in order; plain text is the assistant's."""
+    """(text, role of its speaker) of all that a row says, in order; plain text is the assistant's."""
     if row.text:
         yield row.text, "assistant"
     yield from ((phrase.text, "assistant" if phrase.weight else "user") for phrase in row.phrases)

@@ -7,10 +7,9 @@ What stands here would otherwise be read over, and the row trained as if it were
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from sftx.data.sources.validate import kind_name
-from sftx.types import RowError
+from sftx.types import Json, RowError
 
 _TRAIN = {"training": "Axolotl", "loss": "ms-swift", "trainable": "Tinker"}
 """Names of our `train`: true or false on a message."""
@@ -38,11 +37,15 @@ _COLUMN = {
 """Columns of a row that are refused unless they are empty, and what to do."""
 
 _LABELS = ("label", "kto_tag")
+_BAD_ANSWER = "KTO marks an answer that is not wanted by false; leave such rows out"
+_PREFERENCE = (
+    "this is preference data, whose turns end before the answer; put the chosen answer behind them"
+)
 _WITH_ANSWERS = ("pairs", "dialogue", "messages", "sharegpt", "alpaca")
 _LOOKED_AT = {*_COLUMN, *_LABELS, "objects", "chosen"}
 
 
-def own_marks(message: dict[str, Any], at: str) -> None:
+def own_marks(message: dict[str, Json], at: str) -> None:
     """Rename the marks of other tools in a message to ours, in place.
 
     Raises:
@@ -69,14 +72,14 @@ def own_marks(message: dict[str, Any], at: str) -> None:
             raise RowError(f"{at} says train: {message['train']!r} and {field}: {value!r}")
 
 
-def check_part(part: dict[str, Any], at: str) -> None:
+def check_part(part: dict[str, Json], at: str) -> None:
     """`RowError` if a part of a content has a mark of its own."""
     for field in _PART:
         if part.get(field) is not None:
             raise RowError(f"{at}.{field} is not read: {_MESSAGE['train_detail']}")
 
 
-def check_columns(raw: dict[str, Any], form: str) -> None:
+def check_columns(raw: dict[str, Json], form: str) -> None:
     """`RowError` if a column that the format does not read says that the row should be trained
     otherwise.
     """
@@ -89,41 +92,31 @@ def check_columns(raw: dict[str, Any], form: str) -> None:
 
 
 @lru_cache(1024)
-def _looked_at(columns: tuple[Any, ...]) -> tuple[str, ...]:
+def _looked_at(columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(column for column in columns if column in _LOOKED_AT)
 
 
-def _objection(raw: dict[str, Any], column: str, form: str) -> str:
+def _objection(raw: dict[str, Json], column: str, form: str) -> str:
     """Why a column may not be left unread, and what to do; "" if it may."""
     value = raw[column]
     if column in _LABELS:
-        is_bad_answer = form in _WITH_ANSWERS and (
-            value is False or value in ("false", "False", "FALSE")
-        )
-        return (
-            "KTO marks an answer that is not wanted by false; leave such rows out"
-            if is_bad_answer
-            else ""
-        )
+        is_false = value is False or value in ("false", "False", "FALSE")
+        return _BAD_ANSWER if is_false and form in _WITH_ANSWERS else ""
     if _is_empty(value) or value is False:
         return ""
     if column == "objects":
         is_grounding = isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref"})
         return _NO_MEDIA if is_grounding else ""
     if column == "chosen":
-        advice = (
-            "this is preference data, whose turns end before the answer; put the chosen "
-            "answer behind them"
-        )
-        return advice if _ends_unanswered(raw, form) else ""
+        return _PREFERENCE if _ends_unanswered(raw, form) else ""
     return _COLUMN[column]
 
 
-def _ends_unanswered(raw: dict[str, Any], form: str) -> bool:
+def _ends_unanswered(raw: dict[str, Json], form: str) -> bool:
     turns = {"messages": raw.get("messages"), "sharegpt": raw.get("conversations")}.get(form)
     last = turns[-1] if isinstance(turns, list) and turns else None
     return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: Json) -> bool:
     return value is None or value in ("", [], {})

@@ -24,6 +24,7 @@ CHUNK = 4 << 20
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 PACKED = ("", ".gz", ".zst")
+_KINDS = f"{', '.join(SUFFIXES)}, also .gz and .zst of them"
 BESIDE_ROWS = re.compile(
     r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
 )
@@ -58,38 +59,42 @@ def find_files(path: str) -> list[Path]:
         UserError: nothing is there, or what is there is not a data file.
     """
     target = Path(path).expanduser()
-    kinds = f"{', '.join(SUFFIXES)}, also .gz and .zst of them"
     if target.is_file():
         if _is_data(target):
             return [target]
-        raise UserError(f"{path}: unknown kind of file; expected {kinds}")
+        raise UserError(f"{path}: unknown kind of file; expected {_KINDS}")
     if target.is_dir():
-        found = [
-            f
-            for f in sorted(target.rglob("*"))
-            if f.is_file() and _is_data(f) and not _is_beside(f, target)
-        ]
-        # What a folder holds may come from strangers; the hub's cache alone links out of its
-        # folders, to its own blobs.
-        root = target.resolve()
-        root = root.parents[1] if root.parent.name == "snapshots" else root
-        if outside := next((f for f in found if not f.resolve().is_relative_to(root)), None):
-            raise UserError(
-                f"{outside}: a link to a file outside of {path}; name that file itself in "
-                "data.train"
-            )
-        if files := [f for f in found if kind_of(f) != ".txt"] or found:
-            return files
-        raise UserError(f"{path}: the folder holds no data file ({kinds})")
+        return _files_of_folder(target, path)
     if glob.has_magic(path):
         paths = map(Path, sorted(glob.glob(str(target), recursive=True)))
-        if files := [f for f in paths if f.is_file() and _is_data(f)]:
+        if files := [file for file in paths if file.is_file() and _is_data(file)]:
             return files
         raise UserError(f"{path}: no data file matches this pattern")
-    names = [f.name for f in target.parent.iterdir()] if target.parent.is_dir() else []
+    names = [file.name for file in target.parent.iterdir()] if target.parent.is_dir() else []
     close = difflib.get_close_matches(target.name, names, 1)
     hint = f"; did you mean {target.with_name(close[0])}?" if close else ""
     raise UserError(f"{path}: no such file or folder{hint}")
+
+
+def _files_of_folder(target: Path, path: str) -> list[Path]:
+    """The data files in a folder, which messages call `path`."""
+    found: list[Path] = []
+    for file in sorted(target.rglob("*")):
+        if file.is_file() and _is_data(file) and not _is_beside(file, target):
+            found.append(file)
+    # What a folder holds may come from strangers. Only the hub's cache links out of its folders,
+    # to its own blobs.
+    root = target.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parents[1]
+    for file in found:
+        if not file.resolve().is_relative_to(root):
+            raise UserError(
+                f"{file}: a link to a file outside of {path}; name that file itself in data.train"
+            )
+    if not found:
+        raise UserError(f"{path}: the folder holds no data file ({_KINDS})")
+    return [file for file in found if kind_of(file) != ".txt"] or found
 
 
 def _is_beside(file: Path, folder: Path) -> bool:
@@ -115,7 +120,7 @@ def is_hub_name(path: str) -> bool:
 
 
 def kind_of(file: Path) -> str:
-    """The format of a file by its name, without what it is compressed with: `.jsonl`, `.csv`, ..."""
+    """The format of a file by its name, compressed or not: `.jsonl`, `.csv`, ..."""
     name = file.name.lower()
     for packed in PACKED[1:]:
         name = name.removesuffix(packed)

@@ -8,14 +8,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from sftx.arrow import rows_of
 from sftx.data.sources import to_jsonl
+from sftx.data.sources.formats import check_names, detect, renamed
 from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
-from sftx.data.sources.rows import check_names, detect, renamed
 from sftx.data.store.cache import Cache
 from sftx.data.store.corpus import Origin
 from sftx.settings.schema import Data, Source
@@ -40,7 +41,7 @@ class Table:
     form: str
     lines: Path | None
     held_out: bool = False
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
 
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
@@ -94,7 +95,7 @@ def open_tables(
         UserError: a file is missing or unreadable, or its first row has no known format.
     """
     check_names(data.columns)
-    tables = []
+    tables: list[Table] = []
     for number, source in enumerate(sources):
         name = source.name or source.path
         in_memory = (
@@ -211,7 +212,7 @@ def _hub_rows(name: str) -> Iterator[Any]:
     named.
     """
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        datasets = import_module("datasets")
     except ImportError:
         raise UserError(
             f"{name}: no such file or folder. If this is a data set on the hub: pip install "

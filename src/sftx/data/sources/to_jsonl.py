@@ -13,6 +13,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,11 +33,9 @@ def dump(value: Any) -> bytes:
     """
 
     def plain(item: Any) -> Any:
-        return (
-            item.tolist()
-            if isinstance(item, np.ndarray | np.generic)
-            else {"unreadable": type(item).__name__}
-        )
+        if isinstance(item, np.ndarray | np.generic):
+            return cast(Any, item).tolist()
+        return {"unreadable": type(item).__name__}
 
     try:
         return json.dumps(value, default=plain).encode()
@@ -219,8 +218,7 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
 def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     """Parquet, and Arrow as a file or as a stream."""
     try:
-        import pyarrow as arrow
-        from pyarrow import ipc, parquet
+        arrow, ipc, parquet = map(import_module, ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"))
     except ImportError:
         reason = "reading .parquet and .arrow needs one more package: pip install 'sftx[parquet]'"
         raise UserError(f"{name}: {reason}") from None

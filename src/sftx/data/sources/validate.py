@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
-from sftx.types import RowError
+import numpy as np
+
+from sftx.types import Json, RowError
 
 _LARGEST = 3.4e38  # weights are kept as float32
 
 
-def from_json(text: str, at: str = "") -> Any:
+def from_json(text: str, at: str = "") -> Json:
     """The value that a text of JSON stands for.
 
     Raises:
-        RowError: it is not JSON; the message says where it stops being that, after `at`, the name of the field.
+        RowError: the text is not JSON. The message says where it stops being JSON, after `at`, the
+            name of the field.
     """
     try:
         return json.loads(text)
@@ -30,10 +33,24 @@ def from_json(text: str, at: str = "") -> Any:
         problem = "nested too deeply"
     except ValueError:
         problem = "a number of thousands of digits"
-    raise RowError(f"{at}{' is ' * bool(at)}not valid JSON: {problem}")
+    where = f"{at} is " if at else ""
+    raise RowError(f"{where}not valid JSON: {problem}")
 
 
-def checked_text(value: Any, field: str) -> str:
+def as_json(value: Any) -> Json:
+    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
+    match value:
+        case dict():
+            return {key: as_json(item) for key, item in cast("dict[str, Any]", value).items()}
+        case list() | tuple():
+            return [as_json(item) for item in cast("list[Any]", value)]
+        case np.ndarray() | np.generic():
+            return cast(Any, value).tolist()
+        case _:
+            return value
+
+
+def checked_text(value: Json, field: str) -> str:
     """`value`, if it is text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise RowError(f"field {field!r} must be text, not {kind_name(value)}")
@@ -47,7 +64,14 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def check_spelling(value: Any, field: str) -> None:
+def checked_list(value: Json, field: str, items: str) -> list[Json]:
+    """`value`, if it is a list that is not empty; `items` says what it must hold."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {field!r} must be a list of {items}, not {kind_name(value)}")
+    return value
+
+
+def check_spelling(value: object, field: str) -> None:
     """`RowError` if a text anywhere inside `value` (any JSON) cannot be written as UTF-8."""
     try:
         checked_text(json.dumps(value, ensure_ascii=False), field)
@@ -55,7 +79,7 @@ def check_spelling(value: Any, field: str) -> None:
         raise RowError(f"field {field!r} is nested too deeply") from None
 
 
-def checked_weight(value: Any, field: str) -> float:
+def checked_weight(value: Json, field: str) -> float:
     """`value`, if it is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
         raise RowError(
@@ -64,16 +88,17 @@ def checked_weight(value: Any, field: str) -> float:
     return float(value)
 
 
-def kind_name(value: Any) -> str:
+def kind_name(value: object) -> str:
     """What a JSON value is, in words."""
-    names = {
+    names: dict[type, str] = {
         dict: "an object",
         list: "a list",
         str: "text",
         int: "a number",
         float: "a number",
         bool: "true or false",
+        type(None): "null",
     }
-    if value is None or value == []:
-        return "null" if value is None else "an empty list"
+    if value == []:
+        return "an empty list"
     return names.get(type(value), type(value).__name__)

@@ -4,21 +4,20 @@ every row went.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.rotation import Rotation
-from sftx.data.store.cache import TokenBlock, make_block, open_block
-from sftx.types import ONE_EACH, Example, Int32, Ledger, UserError
+from sftx.data.store.block import EXAMPLE, Block, Facts, Table, open_block
+from sftx.types import ONE_EACH, Example, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
@@ -42,9 +41,9 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One encoded block in its place: from which source and file, and the number of its first line."""
+    """One encoded block in its place: its source, its file, and the number of its first line."""
 
-    block: Path | TokenBlock
+    block: Path | Block
     source: int
     origin: int
     line: int
@@ -61,43 +60,17 @@ class Drop:
     bad: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Columns:
-    """What is known of every example without reading its tokens; each field is an array of N."""
-
-    lengths: Int32
-    weights: NDArray[np.float64]
-    targets: Int32
-    source: NDArray[np.int16]
-    origin: Int32
-    line: NDArray[np.int64]
-    part: Int32
-    split: NDArray[np.uint8]
-    shortened: NDArray[np.uint8]
-    cut_tokens: Int32
-    cut_targets: Int32
-    digest: NDArray[np.uint64]
-    row: NDArray[np.uint64]
-    about: Int32
-    block: Int32
-    index: Int32
-
-    def take(self, indices: NDArray[np.intp]) -> Columns:
-        """The columns of some examples, in the order given."""
-        return Columns(*(getattr(self, name)[indices] for name in self.__slots__))
-
-
 class Corpus:
     """Examples that can be indexed, larger than memory if need be.
 
     Attributes:
+        table: EXAMPLE[N], all that is known of the examples without reading tokens.
         lengths: int32[N], tokens of each example.
         weights: float64[N], sum of the weights of each example.
         targets: int32[N], tokens of each example that carry weight.
         source: int16[N], index into `sources`.
         line: int64[N], 1-based line (or row) in the file; `place` names the file too.
         part: int32[N], number of the example among those of its row.
-        columns: all that is known of the examples without reading tokens.
         sources: names of the sources.
         ledgers: where every row of each source went.
         largest_id: largest token id of all (-1 if there is none).
@@ -109,32 +82,64 @@ class Corpus:
         self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]
     ) -> None:
         self.sources, self.origins = list(sources), list(origins)
-        self._parts = list(parts) or [
-            Part(make_block([], {}), 0, 0, 0)
-        ]  # so that arrays of nothing have their dtypes
-        self._open = lru_cache(OPEN_BLOCKS)(self._load)
         self.largest_id = -1
         self.renamed: Counter[str] = Counter()
-        columns, self.drops, self._notes = self._collect()
-        self._use(columns)
+        self.drops: list[Drop] = []
+        self._parts = list(parts)
+        self._open = lru_cache(OPEN_BLOCKS)(self._load)
+        self._notes: list[Counter[str]] = [Counter() for _ in sources]
+        self._abouts: dict[tuple[str, ...], int] = {}
+        tables = [self._collected(number) for number in range(len(parts))]
+        self._use(np.concatenate(tables or [np.zeros(0, EXAMPLE)]))
         self.ledgers = self._ledgers(self.drops, self._notes)
 
     def __len__(self) -> int:
-        return len(self.columns.lengths)
+        return len(self.table)
 
-    def _use(self, columns: Columns) -> None:
-        self.columns = columns
+    def _use(self, table: Table) -> None:
+        self.table = table
         self.rotations: tuple[Rotation, ...] = ()
-        self.lengths, self.weights, self.targets = columns.lengths, columns.weights, columns.targets
-        self.source, self.line, self.part = columns.source, columns.line, columns.part
+        self.lengths, self.weights, self.targets = (
+            table["length"],
+            table["weight"],
+            table["targets"],
+        )
+        self.source, self.line, self.part = table["source"], table["line"], table["part"]
+
+    def _collected(self, number: int) -> Table:
+        """The table of a part, with its place in the data; the facts of its rows are added up."""
+        part = self._parts[number]
+        block = self._load(number)  # not kept: a large corpus has more blocks than may be open
+        facts = block.facts
+        self.largest_id = max(self.largest_id, facts.largest_id)
+        self.renamed.update(facts.renamed)
+        for column, rows in facts.unused.items():
+            self._notes[part.source][f"column {column!r} not used"] += rows
+        self._notes[part.source].update(facts.noted)
+        self._add_drops(part, facts)
+        table = block.table.copy()
+        table["block"] = number
+        table["source"] = part.source
+        table["origin"] = part.origin
+        table["line"] += part.line
+        codes = [self._abouts.setdefault(tuple(about), len(self._abouts)) for about in facts.abouts]
+        if codes:
+            table["about"] = np.array(codes)[table["about"]]
+        return table
+
+    def _add_drops(self, part: Part, facts: Facts) -> None:
+        here = [(line, reason, False) for line, reason in facts.dropped]
+        here += [(line, reason, True) for line, reason in facts.bad]
+        for line, reason, bad in sorted(here):
+            self.drops.append(Drop(part.source, part.origin, part.line + line, reason, bad))
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all tokens and weights, in order, and of what an epoch shows of them."""
-        states = [rotation.state() for rotation in self.rotations]
-        return blake2b(
-            b"".join([self.columns.digest.tobytes(), *states]), digest_size=16
-        ).hexdigest()
+        content = blake2b(self.table["digest"].tobytes(), digest_size=16)
+        for rotation in self.rotations:
+            content.update(rotation.state())
+        return content.hexdigest()
 
     @property
     def ledger(self) -> Ledger:
@@ -150,11 +155,13 @@ class Corpus:
         Raises:
             UserError: the cache was damaged after it was written.
         """
-        return self._open(int(self.columns.block[index])).example(int(self.columns.index[index]))
+        entry = self.table[index]
+        return self._open(int(entry["block"])).example(entry)
 
     def place(self, index: int) -> str:
         """`file:line` of the row that example `index` came from."""
-        return self.origins[int(self.columns.origin[index])].place(int(self.columns.line[index]))
+        entry = self.table[index]
+        return self.origins[int(entry["origin"])].place(int(entry["line"]))
 
     def subset(self, indices: ArrayLike) -> Corpus:
         """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the
@@ -162,17 +169,16 @@ class Corpus:
         """
         chosen = copy(self)
         chosen.__dict__.pop("fingerprint", None)  # cached, and of other examples
-        chosen._use(self.columns.take(np.asarray(indices, np.intp)))
+        chosen._use(self.table[np.asarray(indices, np.intp)])
         return chosen
 
     def count_shown(self, shown: NDArray[np.bool_]) -> None:
         """Write into the ledgers how many different rows a run shows, of whose examples it shows
         those in `shown`.
         """
-        columns = self.columns
-        rows = columns.origin.astype(np.int64) << 40 | columns.line
+        rows = self.table["origin"].astype(np.int64) << 40 | self.line
         for number, name in enumerate(self.sources):
-            mine = (columns.source == number) & shown
+            mine = (self.source == number) & shown
             self.ledgers[name].shown = len(np.unique(rows[mine]))
 
     def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
@@ -181,12 +187,13 @@ class Corpus:
         """
         rest, held = self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
         rest.ledgers = rest._ledgers(self.drops, self._notes)
-        held.ledgers, held.drops = held._ledgers([], {}), []
+        held.drops = []
+        held.ledgers = held._ledgers([], [Counter() for _ in self.sources])
         return rest, held
 
-    def _load(self, index: int) -> TokenBlock:
-        block = self._parts[index].block
-        if isinstance(block, TokenBlock):
+    def _load(self, number: int) -> Block:
+        block = self._parts[number].block
+        if isinstance(block, Block):
             return block
         opened = open_block(block)
         if opened is None:
@@ -196,91 +203,51 @@ class Corpus:
             )
         return opened
 
-    def _collect(self) -> tuple[Columns, list[Drop], dict[int, Counter[str]]]:
-        """Columns of all examples, dropped rows in the order of the data, and per source the counts
-        of notes.
+    def _ledgers(self, drops: list[Drop], notes: list[Counter[str]]) -> dict[str, Ledger]:
+        """The ledger of each source. `notes` counts what is not known by example: columns that are
+        not read.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in Columns.__slots__}
-        drops: list[Drop] = []
-        notes: dict[int, Counter[str]] = defaultdict(Counter)
-        codes: dict[tuple[str, ...], int] = {}
-        for number, part in enumerate(self._parts):
-            block = self._load(number)  # not kept: a large corpus has more blocks than may be open
-            count = len(block.line)
-            about = [codes.setdefault(tuple(a), len(codes)) for a in block.meta["abouts"]]
-            self.largest_id = max(self.largest_id, block.meta["largest_id"])
-            given = {
-                "lengths": np.diff(block.starts).astype(np.int32),
-                "weights": np.array(
-                    block.sums
-                ),  # a copy, as of all others: a view would keep the file mapped
-                "source": np.full(count, part.source, np.int16),
-                "origin": np.full(count, part.origin, np.int32),
-                "line": block.line + np.int64(part.line),
-                "about": np.array(about or [0], np.int32)[block.about],
-                "block": np.full(count, number, np.int32),
-                "index": np.arange(count, dtype=np.int32),
-            }
-            for name, arrays in columns.items():
-                arrays.append(given[name] if name in given else np.array(getattr(block, name)))
-            here = [(*row, False) for row in block.meta["dropped"]] + [
-                (*row, True) for row in block.meta["bad"]
-            ]
-            drops += [
-                Drop(part.source, part.origin, part.line + at, why, bad)
-                for at, why, bad in sorted(here)
-            ]
-            self.renamed.update(block.meta["renamed"])
-            unread = {f"column {c!r} not used": rows for c, rows in block.meta["unused"].items()}
-            notes[part.source].update(unread | block.meta["noted"])
-        self._abouts = list(codes)
-        return (
-            Columns(**{name: np.concatenate(arrays) for name, arrays in columns.items()}),
-            drops,
-            notes,
-        )
+        ledgers: dict[str, Ledger] = {}
+        for number, name in enumerate(self.sources):
+            mine = self.table[self.source == number]
+            first = mine[mine["part"] == 0]
+            dropped = sum(drop.source == number for drop in drops)
+            split = int(first["split"].sum())
+            ledgers[name] = Ledger(
+                read=len(first) + dropped,
+                trained=len(first) - split,
+                split=split,
+                dropped=dropped,
+                shown=len(first),
+                truncated=int((first["cut_tokens"] > 0).sum()),
+                examples=len(mine),
+                tokens=int(mine["length"].sum()),
+                targets=int(mine["targets"].sum()),
+                tokens_truncated=int(first["cut_tokens"].sum()),
+                targets_truncated=int(first["cut_targets"].sum()),
+                targets_shortened=int(mine["targets"][mine["shortened"]].sum()),
+                tokens_repeated=self._repeated(mine),
+                notes=dict(notes[number] + self._notes_of(first)),
+            )
+        return ledgers
 
-    def _repeated(self, mine: NDArray[np.bool_]) -> int:
+    def _notes_of(self, first: Table) -> Counter[str]:
+        """How many rows have each note; `first` are their first examples."""
+        found: Counter[str] = Counter()
+        rows = np.bincount(first["about"], minlength=len(self._abouts)).tolist()
+        for about, count in zip(self._abouts, rows, strict=True):
+            for note in dict.fromkeys(about):
+                found[note] += count
+        return found
+
+    def _repeated(self, mine: Table) -> int:
         """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each
         row.
         """
-        several = np.array([ONE_EACH in about for about in self._abouts], np.bool_)
-        chosen = np.flatnonzero(mine & several[self.columns.about])
+        several = [code for about, code in self._abouts.items() if ONE_EACH in about]
+        chosen = mine[np.isin(mine["about"], several)]
         if not len(chosen):
             return 0
-        starts = np.flatnonzero(self.columns.part[chosen] == 0)
-        lengths = self.columns.lengths[chosen].astype(np.int64)
+        starts = np.flatnonzero(chosen["part"] == 0)
+        lengths = chosen["length"].astype(np.int64)
         return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
-
-    def _ledgers(self, drops: list[Drop], notes: dict[int, Counter[str]]) -> dict[str, Ledger]:
-        """The ledger of each source. `notes` counts what is not known by example: fields that are
-        not read.
-        """
-        columns, ledgers = self.columns, {}
-        for number, name in enumerate(self.sources):
-            mine = columns.source == number
-            first = mine & (columns.part == 0)
-            dropped = [drop for drop in drops if drop.source == number]
-            split = int((first & (columns.split != 0)).sum())
-            rows = int(first.sum())
-            counts = Counter(notes.get(number))
-            found = np.bincount(columns.about[first], minlength=len(self._abouts)).tolist()
-            for about, times in zip(self._abouts, found, strict=True):
-                counts.update(dict.fromkeys(about, times) if times else {})
-            ledgers[name] = Ledger(
-                read=rows + len(dropped),
-                trained=rows - split,
-                split=split,
-                dropped=len(dropped),
-                shown=rows,
-                truncated=int((columns.cut_tokens[first] > 0).sum()),
-                examples=int(mine.sum()),
-                tokens=int(columns.lengths[mine].sum()),
-                targets=int(columns.targets[mine].sum()),
-                tokens_truncated=int(columns.cut_tokens[first].sum()),
-                targets_truncated=int(columns.cut_targets[first].sum()),
-                targets_shortened=int(columns.targets[mine & (columns.shortened != 0)].sum()),
-                tokens_repeated=self._repeated(mine),
-                notes=dict(counts),
-            )
-        return ledgers

@@ -15,32 +15,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import NamedTuple
 
 import sftx
 from sftx.cores import usable_cores
 from sftx.data.encoder import Encoder
 from sftx.data.store.cache import Cache
-from sftx.data.store.encode_worker import encode_block, read_block, tokenizer_state
-from sftx.data.tokenizer import Tokenizer
-from sftx.settings.schema import Data
+from sftx.data.store.encode_worker import Job, encode_job, tokenizer_state
 from sftx.types import UserError
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
 WORTH_A_PROCESS = 2 << 20  # bytes; starting one costs about a second
-
-
-class Job(NamedTuple):
-    """One block to encode and the name of its file in the cache."""
-
-    key: str
-    path: Path
-    start: int
-    stop: int
-    form: str
-    lines: int
-    place: str
 
 
 def cores() -> int:
@@ -51,81 +36,57 @@ def cores() -> int:
 def encode_jobs(
     jobs: Sequence[Job],
     encoder: Encoder,
-    tokenizer: Tokenizer,
-    data: Data,
-    max_length: int,
     cache: Cache,
     scratch: Path,
     progress: Progress | None = None,
 ) -> None:
-    """Encode all `jobs` into the cache.
+    """Encode all `jobs` into the cache, here and in other processes; who is free takes the next.
 
     Raises:
-        UserError: encoding cannot go on (a template that fails for every row, a full disk), or a process died.
+        UserError: encoding cannot go on (a template that fails for every row, a full disk), or a
+            process died.
     """
-    done, total = 0, sum(job.lines for job in jobs)
-
-    def report(job: Job) -> None:
-        nonlocal done
-        done += job.lines
-        if progress:
-            progress(done, total)
-
-    workers = cores() if data.workers is None else data.workers
+    wanted = cores() if encoder.data.workers is None else encoder.data.workers
     size = sum(job.stop - job.start for job in jobs)
-    workers = min(workers, len(jobs), 1 + size // WORTH_A_PROCESS)
-    ordered = sorted(
-        jobs, key=lambda job: job.start - job.stop
-    )  # large ones first: all processes end together
-
-    def setup() -> str:
-        asked = {
-            "tokenizer": tokenizer_state(tokenizer, scratch),
-            "data": data.model_dump(exclude={"rows", "eval_rows"}),
-            "max_length": max_length,
-            "fingerprint": encoder.fingerprint,
-            "cache": str(cache.folder),
-        }
-        return json.dumps(asked)
-
-    def encode_here(job: Job) -> None:
-        if cache.load(job.key) is None:
-            cache.save(
-                job.key, encode_block(read_block(job.path, job.start, job.stop), job.form, encoder)
-            )
-
-    _share(ordered, max(workers, 1) - 1, setup, encode_here, report)
-
-
-def _share(
-    jobs: Sequence[Job],
-    processes: int,
-    setup: Callable[[], str],
-    encode_here: Callable[[Job], None],
-    report: Callable[[Job], None],
-) -> None:
-    """Do all jobs, here and in so many further processes; whoever is free takes the next one."""
-    waiting, left = deque(jobs), len(jobs)
+    workers = min(wanted, len(jobs), 1 + size // WORTH_A_PROCESS)
+    # Large ones first, so that all processes end together.
+    waiting = deque(sorted(jobs, key=lambda job: job.start - job.stop))
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
+    total, left = sum(job.lines for job in jobs), len(jobs)
+    done = 0
     with ExitStack() as stack:
         others: list[subprocess.Popen[str]] = []
-        for _ in range(processes):
+        for _ in range(workers - 1):
             others.append(_start())
             stack.callback(_end, others[-1])
-        asked = setup() if others else ""  # made while they start
+        setup = _setup(encoder, cache, scratch) if others else ""  # made while they start
         for process in others:
-            Thread(target=_serve, args=(process, asked, waiting, answers), daemon=True).start()
+            Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
         while left:
             job = _take(waiting)
             if job:
-                encode_here(job)
+                encode_job(job, encoder, cache)
                 answers.put(job)
             while left and (job is None or not answers.empty()):
                 answer = answers.get()
                 if isinstance(answer, UserError):
                     raise answer
-                report(answer)
                 left -= 1
+                done += answer.lines
+                if progress:
+                    progress(done, total)
+
+
+def _setup(encoder: Encoder, cache: Cache, scratch: Path) -> str:
+    """What another process needs to make the same encoder."""
+    asked = {
+        "tokenizer": tokenizer_state(encoder.tokenizer, scratch),
+        "data": encoder.data.model_dump(exclude={"rows", "eval_rows"}),
+        "max_length": encoder.max_length,
+        "fingerprint": encoder.fingerprint,
+        "cache": str(cache.folder),
+    }
+    return json.dumps(asked)
 
 
 def _take(waiting: deque[Job]) -> Job | None:
@@ -138,13 +99,10 @@ def _take(waiting: deque[Job]) -> Job | None:
 def _start() -> subprocess.Popen[str]:
     home = str(Path(sftx.__file__).parents[1])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    # -P: the user's folder shadows no module
+    command = [sys.executable, "-P", "-m", "sftx.data.store.encode_worker"]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "sftx.data.store.encode_worker",
-        ],  # -P: the user's folder shadows no module
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -155,8 +113,9 @@ def _start() -> subprocess.Popen[str]:
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()  # it has answered all its jobs, or its answers are no longer wanted
     for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
         with suppress(BrokenPipeError):
-            pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+            pipe.close()
     process.wait()
 
 
@@ -178,18 +137,7 @@ def _serve(
         except (BrokenPipeError, ValueError):
             answer = ""
         if not answer:
-            where, code = f" at {job.place}" if job else "", process.wait()
-            endless = (
-                "the chat template was in an endless operation; the stacks above show its line"
-            )
-            why = (
-                endless
-                if code == -signal.SIGVTALRM
-                else "if memory ran out, set data.workers to fewer processes"
-            )
-            answers.put(
-                UserError(f"a process that encodes rows ended{where} with code {code}; {why}")
-            )
+            answers.put(_ended(process.wait(), job))
             return
         if job:
             error = json.loads(answer).get("error")
@@ -198,12 +146,12 @@ def _serve(
         if job is None:
             process.stdin.close()
             return
-        message = json.dumps(
-            {
-                "key": job.key,
-                "path": str(job.path),
-                "start": job.start,
-                "stop": job.stop,
-                "form": job.form,
-            }
-        )
+        message = json.dumps(job._asdict())
+
+
+def _ended(code: int, job: Job | None) -> UserError:
+    where = f" at {job.place}" if job else ""
+    why = "if memory ran out, set data.workers to fewer processes"
+    if code == -signal.SIGVTALRM:
+        why = "the chat template was in an endless operation; the stacks above show its line"
+    return UserError(f"a process that encodes rows ended{where} with code {code}; {why}")

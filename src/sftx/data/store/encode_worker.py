@@ -13,87 +13,108 @@ import signal
 import sys
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sftx.data.chat.sandbox import limit_this_process
+from sftx.data.chat.limits import limit_this_process
 from sftx.data.encoder import KEPT_AS_TEXT, Encoded, Encoder
 from sftx.data.oversize import AT_ONCE, check_size
+from sftx.data.sources.formats import renamed, unused
 from sftx.data.sources.messages import other_fields
 from sftx.data.sources.read import rows_in
-from sftx.data.sources.rows import parse, renamed, unused
-from sftx.data.store.cache import Cache, Entry, TokenBlock, make_block
+from sftx.data.sources.rows import parse
+from sftx.data.store.block import Block, Facts, make_block
+from sftx.data.store.cache import Cache
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
-from sftx.types import Row, RowError, UserError
+from sftx.types import Json, Row, RowError, UserError
 
 
-def encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
-    """Encode the rows in the lines of `data`. What is wrong with a row is kept in the block's
-    `bad`.
-    """
+class Job(NamedTuple):
+    """One block of lines to encode: its name in the cache, and where it stands."""
+
+    key: str
+    path: str
+    start: int
+    stop: int
+    form: str
+    lines: int
+    place: str
+
+
+def encode_job(job: Job, encoder: Encoder, cache: Cache) -> None:
+    """Encode a block into the cache, unless another run was faster."""
+    if cache.load(job.key) is not None:
+        return
+    with Path(job.path).open("rb") as file:
+        file.seek(job.start)
+        data = file.read(job.stop - job.start)
+    cache.save(job.key, encode_block(data, job.form, encoder))
+
+
+def encode_block(data: bytes, form: str, encoder: Encoder) -> Block:
+    """Encode the rows in the lines of `data`. The block's facts say what is wrong with a row."""
     thresholds = gc.get_threshold()
-    gc.set_threshold(
-        50_000, 20, 100
-    )  # what a block needs lives until its end, and would be searched in vain
+    # What a block needs lives until its end, and would be searched in vain.
+    gc.set_threshold(50_000, 20, 100)
     try:
         return _encode_block(data, form, encoder)
     finally:
         gc.set_threshold(*thresholds)
 
 
-def _encode_block(data: bytes, form: str, encoder: Encoder) -> TokenBlock:
-    rows: list[tuple[int, int, Row]] = []
-    meta: dict[str, Any] = {"dropped": [], "bad": [], "unused": {}, "noted": {}, "renamed": {}}
-    columns = encoder.data.columns
+def _encode_block(data: bytes, form: str, encoder: Encoder) -> Block:
+    facts = Facts()
+    lines: list[tuple[int, int]] = []  # number and hash
+    rows: list[Row] = []
     for line, raw, given in rows_in(data, 0):
         try:
-            if isinstance(given, RowError):
-                raise given
-            for column in columns.keys() & given.keys() if isinstance(given, dict) else ():
-                meta["renamed"][column] = meta["renamed"].get(column, 0) + 1
-            value = renamed(given, columns)
-            row = parse(value, form)
-            if len(raw) > AT_ONCE:
-                check_size(row, encoder.tokenizer)
+            row = _read(given, len(raw), form, encoder, facts)
         except RowError as error:
-            meta["bad"].append((line, str(error)))
+            facts.bad.append((line, str(error)))
             continue
-        rows.append((line, row_hash(raw), row))
-        for column in unused(tuple(value), form) if isinstance(value, dict) else ():
-            meta["unused"][column] = meta["unused"].get(column, 0) + 1
-        passed = [
-            f"message field {name!r} left to the template"
-            for name in sorted(other_fields(row.messages))
-        ]
-        for note in (*passed, *row.notes):
-            meta["noted"][note] = meta["noted"].get(note, 0) + 1
-    entries: list[Entry] = []
-    for (line, digest, row), encoded in zip(
-        rows, encoder.encode([row for _, _, row in rows]), strict=True
-    ):
+        lines.append((line, row_hash(raw)))
+        rows.append(row)
+    made: list[tuple[int, int, Encoded]] = []
+    for (line, digest), row, encoded in zip(lines, rows, encoder.encode(rows), strict=True):
         if isinstance(encoded, RowError):
-            meta["bad"].append((line, str(encoded)))
+            facts.bad.append((line, str(encoded)))
         elif encoded.action == "dropped":
-            meta["dropped"].append((line, encoded.reason))
+            facts.dropped.append((line, encoded.reason))
         else:
-            cut = (encoded.action == "split", encoded.tokens_truncated, encoded.targets_truncated)
-            notes = _notes(row, encoded, encoder)
-            entries += [Entry(example, line, digest, *cut, notes) for example in encoded.examples]
-    return make_block(entries, meta)
+            if _keeps_special_tokens(row, encoder):
+                encoded.notes.append(KEPT_AS_TEXT)
+            made.append((line, digest, encoded))
+    return make_block(made, facts)
 
 
-def _notes(row: Row, encoded: Encoded, encoder: Encoder) -> tuple[str, ...]:
-    """What was done to a row, its spelled special tokens included: where a template renders it, the
-    encoder says so.
+def _read(given: Json | RowError, size: int, form: str, encoder: Encoder, facts: Facts) -> Row:
+    """A value of JSON as a row; what it holds beside is counted in `facts`."""
+    if isinstance(given, RowError):
+        raise given
+    columns = encoder.data.columns
+    if isinstance(given, dict):
+        facts.renamed.update(columns.keys() & given.keys())
+    value = renamed(given, columns)
+    row = parse(value, form)
+    if size > AT_ONCE:
+        check_size(row, encoder.tokenizer)
+    if isinstance(value, dict):
+        facts.unused.update(unused(tuple(value), form))
+    for name in sorted(other_fields(row.messages)):
+        facts.noted[f"message field {name!r} left to the template"] += 1
+    facts.noted.update(row.notes)
+    return row
+
+
+def _keeps_special_tokens(row: Row, encoder: Encoder) -> bool:
+    """Whether special tokens that a row spells were kept as text, and the encoder has not said so,
+    as it does of rows that a template renders.
     """
-    rendered = row.kind in ("messages", "phrases") and encoder.chat_template is not None
-    if (
-        rendered
-        or encoder.data.special_tokens == "allow"
-        or not _spells_special(row, encoder.tokenizer)
-    ):
-        return tuple(encoded.notes)
-    return (*encoded.notes, KEPT_AS_TEXT)
+    if encoder.data.special_tokens == "allow":
+        return False
+    if row.kind in ("messages", "phrases") and encoder.chat_template is not None:
+        return False
+    return _spells_special(row, encoder.tokenizer)
 
 
 def _spells_special(row: Row, tokenizer: Tokenizer) -> bool:
@@ -114,13 +135,6 @@ def _spells_special(row: Row, tokenizer: Tokenizer) -> bool:
 def row_hash(raw: bytes) -> int:
     """64-bit hash of a row as it stands in its file."""
     return int.from_bytes(blake2b(raw.strip(), digest_size=8).digest(), "little")
-
-
-def read_block(path: Path, start: int, stop: int) -> bytes:
-    """Bytes `start:stop` of a file."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(stop - start)
 
 
 def tokenizer_state(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
@@ -156,14 +170,10 @@ def main() -> None:
     cache = Cache(setup["cache"])
     gc.freeze()
     for line in sys.stdin:
-        job = json.loads(line)
-        answer: dict[str, Any] = {"key": job["key"]}
+        job = Job(**json.loads(line))
+        answer = {"key": job.key}
         try:
-            if cache.load(job["key"]) is None:  # another run may have been faster
-                block = encode_block(
-                    read_block(Path(job["path"]), job["start"], job["stop"]), job["form"], encoder
-                )
-                cache.save(job["key"], block)
+            encode_job(job, encoder, cache)
         except UserError as error:
             answer["error"] = str(error)
         print(json.dumps(answer), flush=True)

@@ -79,7 +79,8 @@ def _known_rule(cutting: dict[str, Any] | None) -> bool:
             ],
         }:
             return re.sub(r"\\p\{N\}(\{1,3\})?\|", r"\\p{N}N|", rule) in _RULES
-    return False
+        case _:
+            return False
 
 
 class WordCache(dict[str, bytes]):

@@ -1,0 +1,201 @@
+"""A block: the encoded examples of consecutive rows, in memory and as one file.
+
+All that is known of an example without its tokens is one entry of a table. A file holds four arrays
+in numpy's own format (.npy), one behind the other: the table, the ids, the weights, and what is
+known of the rows. `numpy.load` reads them in this order.
+
+Every example carries a hash of its tokens and weights, checked when it is read. All else in a file
+is under a hash that is checked when it is opened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import tokenize
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from sftx.data.encoder import Encoded
+from sftx.types import Example, Float32, Int32, UserError
+
+EXAMPLE = np.dtype(
+    [
+        ("weight", np.float64),  # sum of its weights
+        ("line", np.int64),  # of its row: in a block counted from 0, in a corpus from 1
+        ("start", np.int64),  # where its tokens begin in the block
+        ("digest", np.uint64),  # hash of its tokens and weights
+        ("row", np.uint64),  # hash of its row as it stood in the file
+        ("length", np.int32),  # tokens
+        ("targets", np.int32),  # tokens with weight
+        ("part", np.int32),  # its number among the examples of its row
+        ("note", np.int32),  # index into `Facts.notes`
+        ("about", np.int32),  # index into `Facts.abouts`, or of a corpus
+        # What truncation took from the row: at its first example; 0 at the others.
+        ("cut_tokens", np.int32),
+        ("cut_targets", np.int32),
+        ("origin", np.int32),  # the file; known to a corpus, as are the next two
+        ("block", np.int32),
+        ("source", np.int16),
+        ("split", np.bool_),  # the row was too long, and cut in pieces
+        ("shortened", np.bool_),  # the row was too long, and some of its prompt is gone
+    ]
+)
+"""What is known of an example without its tokens."""
+Table = NDArray[np.void]
+_HASH = 16  # bytes
+
+
+@dataclass
+class Facts:
+    """What is known of the rows of a block beside their examples."""
+
+    notes: list[str] = field(default_factory=list[str])
+    """What was done to examples."""
+    abouts: list[list[str]] = field(default_factory=list[list[str]])
+    """What was done to rows."""
+    dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """(line, reason) of rows that the settings drop."""
+    bad: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """(line, reason) of rows that are wrong."""
+    unused: Counter[str] = field(default_factory=Counter[str])
+    """How many rows have each column that is not read."""
+    renamed: Counter[str] = field(default_factory=Counter[str])
+    """How many rows have each column of `data.columns`."""
+    noted: Counter[str] = field(default_factory=Counter[str])
+    """How many rows have each remark that was made while they were read."""
+    largest_id: int = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The encoded rows of one block: its examples' tokens laid end to end.
+
+    `weights` is uint8 where every weight is 0 or 1, else float32.
+    """
+
+    table: Table
+    ids: Int32
+    weights: NDArray[Any]
+    facts: Facts
+
+    def example(self, entry: np.void) -> Example:
+        """The example with this entry in the table, its ids a view.
+
+        Raises:
+            UserError: the tokens are not those that were written.
+        """
+        span = slice(int(entry["start"]), int(entry["start"] + entry["length"]))
+        ids, weights = self.ids[span], self.weights[span].astype(np.float32, copy=False)
+        if example_digest(ids, weights) != int(entry["digest"]):
+            raise UserError(
+                "a file of the token cache is damaged; delete the cache folder and start again"
+            )
+        note = self.facts.notes[int(entry["note"])]
+        return Example(ids, weights, note, int(entry["part"]), bool(entry["shortened"]))
+
+
+def example_digest(ids: Int32, weights: Float32) -> int:
+    """64-bit hash of one example's tokens and weights."""
+    content = blake2b(ids.data if len(ids) else b"", digest_size=8)
+    content.update(weights.data if len(weights) else b"")
+    return int.from_bytes(content.digest(), "little")
+
+
+def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = None) -> Block:
+    """Lay the examples of rows end to end.
+
+    A row is its line (counted from the first of the block), its hash, and what became of it.
+    """
+    facts = facts or Facts()
+    examples = [example for _, _, encoded in rows for example in encoded.examples]
+    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)])
+    weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)])
+    table = _table_of(examples, facts)
+    abouts: dict[tuple[str, ...], int] = {}
+    end = 0
+    for line, digest, encoded in rows:
+        begin, end = end, end + len(encoded.examples)
+        of_row = table[begin:end]
+        of_row["line"] = line
+        of_row["row"] = digest
+        of_row["split"] = encoded.action == "split"
+        of_row["about"] = abouts.setdefault(tuple(encoded.notes), len(abouts))
+        of_row["cut_tokens"][:1] = encoded.tokens_truncated
+        of_row["cut_targets"][:1] = encoded.targets_truncated
+    facts.abouts = [list(about) for about in abouts]
+    facts.largest_id = int(ids.max(initial=-1))
+    plain = bool(((weights == 0) | (weights == 1)).all())
+    return Block(table, ids, weights.astype(np.uint8) if plain else weights, facts)
+
+
+def _table_of(examples: list[Example], facts: Facts) -> Table:
+    """All that the examples say of themselves; their notes go into `facts`."""
+    table = np.zeros(len(examples), EXAMPLE)
+    notes: dict[str, int] = {}
+    for entry, example in zip(table, examples, strict=True):
+        entry["length"] = len(example.ids)
+        entry["targets"] = example.targets
+        entry["weight"] = example.weights.sum(dtype=np.float64)
+        entry["part"] = example.part
+        entry["shortened"] = example.shortened
+        entry["digest"] = example_digest(example.ids, example.weights)
+        entry["note"] = notes.setdefault(example.note, len(notes))
+    table["start"] = np.cumsum(table["length"]) - table["length"]
+    facts.notes = list(notes)
+    return table
+
+
+def block_bytes(block: Block) -> bytes:
+    """The content of a block's file."""
+    text = json.dumps(vars(block.facts)).encode()
+    said = np.frombuffer(_digest(block.table, block.ids, block.weights, text) + text, np.uint8)
+    file = io.BytesIO()
+    for array in (block.table, block.ids, block.weights, said):
+        npy.write_array(file, array)
+    return file.getvalue()
+
+
+def open_block(path: Path) -> Block | None:
+    """The block in a file, mapped into memory; None if the file is absent, cut off or damaged."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table, ids, weights, said = (_next_array(mapped) for _ in range(4))
+    except (FileNotFoundError, PermissionError):
+        return None
+    except (ValueError, OverflowError, SyntaxError, tokenize.TokenError):  # a damaged header
+        return None
+    digest, text = said[:_HASH].tobytes(), said[_HASH:].tobytes()
+    if table.dtype != EXAMPLE or digest != _digest(table, ids, weights, text):
+        return None
+    facts = json.loads(text)
+    for name in ("unused", "renamed", "noted"):
+        facts[name] = Counter(facts[name])
+    return Block(table, ids, weights, Facts(**facts))
+
+
+def _next_array(mapped: mmap.mmap) -> NDArray[Any]:
+    """The array in .npy format at the position of a file, which moves behind it."""
+    npy.read_magic(mapped)
+    shape, _, dtype = npy.read_array_header_1_0(mapped)
+    array = np.frombuffer(mapped, dtype, shape[0], mapped.tell())
+    mapped.seek(mapped.tell() + array.nbytes)
+    return array
+
+
+def _digest(table: Table, ids: Int32, weights: NDArray[Any], text: bytes) -> bytes:
+    """Hash of all but the tokens and weights, which are under the hashes of their examples."""
+    content = blake2b(table.tobytes(), digest_size=_HASH)
+    content.update(f"{ids.dtype} {ids.shape} {weights.dtype} {weights.shape}".encode())
+    content.update(text)
+    return content.digest()
