@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks.stand_in import stand_in
 from sftx.model.checks.start import check_paths
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.types import Example, UserError
 
 LENGTHS = [120, 9, 97, 43, 110, 5]
@@ -112,7 +112,7 @@ def try_class(name: str) -> dict[str, Any]:
     # Routers in fp32 choose otherwise than in float64 here and there: some classes are 1e-3 off
     # when all runs alone.
     right = errors["loss"] < 1e-4 and errors["gradient"] < 5e-3
-    verdict = "packed" if loss.isolate else "one at a time"
+    verdict = "packed" if loss.paths.isolate else "one at a time"
     return {
         "verdict": verdict if right else "wrong",
         **{k: f"{v:.1e}" for k, v in errors.items()},

@@ -174,7 +174,7 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
 
     from sftx.data.pack import build_pack
     from sftx.model.compile import compile_layers
-    from sftx.model.load import PackLoss, to_tensors
+    from sftx.model.pack_loss import PackLoss, to_tensors
     from sftx.model.runtime import Machine
 
     where, data = _device(), _examples()
@@ -212,7 +212,7 @@ def no_sync() -> str:
     import torch
 
     from sftx.data.pack import build_pack
-    from sftx.model.load import PackLoss, to_tensors
+    from sftx.model.pack_loss import PackLoss, to_tensors
     from sftx.training.step import train_step
 
     where = _device()

@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftx.data.pack import build_pack
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import machine
 from sftx.settings.schema import Runtime
 from sftx.types import Example

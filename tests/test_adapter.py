@@ -20,7 +20,7 @@ import sftx
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import attach
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.tokens import add_rows
 from sftx.settings.schema import Config, Model
 from sftx.training.memory_plan import meta_model

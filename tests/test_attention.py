@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sftx.data.pack import build_pack
 from sftx.model import attention, cpu_attention
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.training.step import train_step
 
 BORDERS = torch.tensor([0, 5, 6, 29, 40], dtype=torch.int32)

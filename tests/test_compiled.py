@@ -20,7 +20,7 @@ from sftx.model import compile
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import recompute
 from sftx.model.compile import compile_layers, planned
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter
 from sftx.training.loop import train
@@ -138,7 +138,7 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert said.startswith("the layers of LlamaForCausalLM do not compile: ")
     assert said.endswith("; they run as they are")
     assert difference(gradients(loss), reference) == 0
-    loss.isolate = False
+    loss.take(Paths(isolate=False))
     with pytest.raises(UserError, match=r"runtime\.compile: .*segments that are kept apart"):
         compile_layers(loss, PACKS[0], MACHINE, "on")
 

@@ -12,7 +12,7 @@ import tiny
 from sftx.data.store.cache import Entry, make_block
 from sftx.data.store.corpus import Corpus, Origin, Part
 from sftx.eval.loss import held_out_loss
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 
 
 def test_held_out_loss_is_the_naive_one_for_any_pack_size() -> None:

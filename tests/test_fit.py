@@ -15,8 +15,8 @@ import torch
 import sftx
 from sftx.model import host_memory
 from sftx.model.compile import KEPT
-from sftx.model.load import PackLoss
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Runtime
 from sftx.training.memory_plan import MARGIN, StepProfile, choose_packing, predict

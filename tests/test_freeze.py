@@ -11,7 +11,7 @@ from torch import nn
 
 from sftx.data.pack import build_pack
 from sftx.model.freeze import freeze
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.settings.schema import Config, Model
 from sftx.types import UserError
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks.probe import reach, segment_lengths
 from sftx.model.checks.start import check_paths
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 
 CPU = torch.device("cpu")
 LENGTHS = [120, 9, 97, 43, 110, 5]
@@ -161,7 +161,7 @@ def test_what_is_exact_when_packed_stays_packed(what: str) -> None:
     value, kept = alone_in_float64(model, data)
     loss = PackLoss(model)
     said = check_paths(loss, probe_pack(data), torch.float32, longest=120, largest_pack=2048)
-    assert loss.isolate, said
+    assert loss.paths.isolate, said
     assert trained(loss, data, [0, 1, 2, 3, 4, 5]) == pytest.approx(value, rel=3e-6)
     assert tiny.gradient_difference(model, kept) <= 5e-6
 
@@ -172,9 +172,9 @@ def test_what_goes_by_the_place_in_the_pack_is_found_where_packs_reach_it() -> N
     loss = PackLoss(sharpened("Llama4Text", {**changes, "intermediate_size_mlp": 64}))
     data = tiny.examples([20, 20, 20])
     check_paths(loss, probe_pack(data), torch.float32, longest=20, largest_pack=90)
-    assert loss.isolate
+    assert loss.paths.isolate
     check_paths(loss, probe_pack(data), torch.float32, longest=20, largest_pack=300)
-    assert not loss.isolate
+    assert not loss.paths.isolate
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
@@ -193,7 +193,7 @@ def test_rounding_in_bf16_is_not_taken_for_a_leak(family: str) -> None:
     loss = PackLoss(model)
     data = tiny.examples([60, 60, 60])
     assert check_paths(loss, probe_pack(data), torch.bfloat16, longest=60) == []
-    assert loss.isolate
+    assert loss.paths.isolate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,7 +231,7 @@ def test_a_leak_of_gradients_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     loss = PackLoss(sharpened("Llama", {}))
     (said,) = check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), torch.float32, longest=60)
     assert "one at a time" in said
-    assert not loss.isolate
+    assert not loss.paths.isolate
 
 
 def test_the_probe_is_longer_than_every_length_that_is_named() -> None:

@@ -22,8 +22,9 @@ from sftx.data.pack import probe_pack
 from sftx.model import lora
 from sftx.model.adapter import attach, cast_frozen_weights
 from sftx.model.checks.start import check_paths
-from sftx.model.load import PackLoss, load_model
+from sftx.model.load import load_model
 from sftx.model.lora import LoraLinear, fuse
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Adapter, Model
 
 

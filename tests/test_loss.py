@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.model import cpu_attention
 from sftx.model.checks.start import check_paths, check_sizes
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, _add_outer, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import machine
 from sftx.settings.schema import Runtime
 from sftx.training.step import train_step
@@ -154,7 +154,7 @@ def test_a_fused_loss_that_is_not_the_models_own_is_refused(
             1.01 if hidden.dtype == torch.float32 else 1.0
         )
 
-    monkeypatch.setattr("sftx.model.load.fused_cross_entropy_sum", wrong)
+    monkeypatch.setattr("sftx.model.pack_loss.fused_cross_entropy_sum", wrong)
     with pytest.raises(UserError, match=r"the trainer's loss .* is not the model's own"):
         check_paths(PackLoss(tiny.model()), probe_pack(tiny.examples([12, 30])), torch.float32)
 
@@ -236,30 +236,6 @@ def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.Monke
     expected = (2**25 + 200) * math.log(50)
     assert float(fused) == pytest.approx(expected, rel=1e-7)
     assert float(plain) == pytest.approx(expected, rel=1e-7)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_are_added_where_they_lie_unless_somebody_watches(tied: bool) -> None:
-    data, packs = tiny.examples(LENGTHS), [(0, 1, 2), (3, 4), (5, 6)]
-    model, watched = (
-        tiny.model("Qwen2", pad_token_id=5, tie_word_embeddings=tied) for _ in range(2)
-    )
-    seen = {"plain": 0, "watched": 0}
-
-    def count(name: str) -> Callable[[torch.Tensor], None]:
-        return lambda _: seen.update({name: seen[name] + 1})
-
-    step_gradient(PackLoss(model), data, packs[:1])
-    inner, other = (m.model.embed_tokens.weight for m in (model, watched))
-    node = inner.expand_as(inner).grad_fn.next_functions[0][0]  # what adds to `.grad` the usual way
-    node.register_hook(
-        lambda _, gradients: seen.update(plain=seen["plain"] + (gradients[0] is not None))
-    )
-    other.register_hook(count("watched"))
-    for one in (model, watched):
-        step_gradient(PackLoss(one), data, packs)
-    assert seen == {"plain": 0 if tied else 1, "watched": 3}  # the first of an embedding of its own
-    assert tiny.gradient_difference(model, watched) <= 1e-6
 
 
 def test_the_row_of_a_padding_token_does_not_train() -> None:

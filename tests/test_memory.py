@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import recompute
-from sftx.model.load import PackLoss, TensorPack, to_tensors
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Config
 from sftx.training.optim import build_optimizer

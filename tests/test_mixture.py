@@ -12,9 +12,9 @@ import torch
 
 from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach, trainable
-from sftx.model.load import PackLoss
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
+from sftx.model.pack_loss import PackLoss, Paths
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter
 from sftx.types import UserError
@@ -101,7 +101,7 @@ def test_the_memory_of_experts_is_predicted_without_a_word(
 ) -> None:
     loss = PackLoss(tiny.model("Mixtral", **MIXTURES["Mixtral"])).train()
     if alone:
-        loss.run_one_by_one()
+        loss.take(Paths(isolate=False))
     predicted = MemoryEstimator(
         loss, Machine(torch.device("cpu"), torch.float32, 0), base=0
     ).predict(blank_pack(64, 32, 0.5))

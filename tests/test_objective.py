@@ -17,8 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import sftx
 from sftx.data.pack import build_pack
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.loss import LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.regularization import embedding_noise, router_balance
 from sftx.settings.schema import Loss
 from sftx.types import Example
@@ -110,10 +110,9 @@ def test_all_together_whatever_the_packing_and_the_path() -> None:
     first = gradients(loss, data, PACKINGS[0])
     for packs in PACKINGS[1:]:
         assert close(gradients(loss, data, packs), first)
-    loss.transform = None
+    loss.take(Paths(transform=None))
     assert close(gradients(loss, data, PACKINGS[1]), first)
-    loss.isolate = False
-    loss.use_segments(False)
+    loss.take(Paths(isolate=False))
     assert close(gradients(loss, data, PACKINGS[1]), first)
     loss.noise_seed = 8
     assert gradients(loss, data, PACKINGS[0])[0] != pytest.approx(first[0], rel=1e-5)

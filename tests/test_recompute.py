@@ -17,8 +17,8 @@ import sftx
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import decoder_layers, recompute
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter, Runtime
 from sftx.training.memory_plan import StepProfile, choose_packing

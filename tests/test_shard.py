@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sftx import distributed
 from sftx.model import shard as shard_module
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 from sftx.model.shard import build_mesh, check_replicas, local_shard, shard
 from sftx.types import UserError
 

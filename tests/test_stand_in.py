@@ -16,7 +16,7 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.checks.stand_in import kinds_of_layers, stand_in
 from sftx.model.checks.start import check_paths
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.types import Example
 
 TEXT: dict[str, Any] = {

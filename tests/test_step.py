@@ -15,7 +15,7 @@ import torch
 
 import sftx
 from sftx.data.pack import build_pack
-from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.settings.schema import Config
 from sftx.training import loop
 from sftx.training.optim import build_optimizer

@@ -17,7 +17,8 @@ import sftx
 from sftx.cli import main
 from sftx.data.pack import build_pack
 from sftx.model.adapter import attach
-from sftx.model.load import PackLoss, load_model, to_tensors
+from sftx.model.load import load_model
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.settings.schema import Config, Model
 from sftx.training.optim import StochasticAdamW, random_bits, with_moments
 

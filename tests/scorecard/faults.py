@@ -37,7 +37,7 @@ from scorecard.runs import (
     write_rows,
 )
 from sftx import cli
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 from sftx.training import checkpoint, loop, prepare
 
 

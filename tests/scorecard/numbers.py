@@ -17,7 +17,7 @@ import sftx
 from scorecard.frame import check, expect
 from scorecard.runs import digest, facts, records, run, run_ranks, settings, shape, write_rows
 from sftx.data.pack import build_pack
-from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.training import loop
 from sftx.types import Example
 

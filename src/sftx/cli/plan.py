@@ -21,9 +21,9 @@ from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
-from sftx.model.load import PackLoss
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
+from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine
 from sftx.printable import printable
 from sftx.settings.schema import Config

@@ -16,7 +16,7 @@ from sftx import distributed
 from sftx.data.pack import balanced, build_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.checks.start import evaluating
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 
 
 def held_out_loss(

@@ -9,13 +9,15 @@ up to a fixed size. Random numbers are drawn as without compiling; results diffe
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from sftx import distributed
 from sftx.model.checkpointing import decoder_layers
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import CompiledLayer, PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.types import Pack, UserError
 
@@ -56,7 +58,7 @@ def compile_layers(
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    began = time.perf_counter()
+    began, paths = time.perf_counter(), loss.paths
     # A layer with hooks inside stays as it is: what they do is not part of a graph. Those on the
     # layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
     hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
@@ -65,7 +67,6 @@ def compile_layers(
         for m in decoder_layers(loss.model)
         if not hooked & {id(part) for part in [*m.modules()][1:]}
     ]
-    own = [layer.forward for layer in layers]
     inductor.fallback_random = True
     # The backward pass computes again whatever needs no product, also where products then wait for
     # it. On a CPU that is as fast, and keeps a third less; on a GPU it was not measured.
@@ -74,16 +75,11 @@ def compile_layers(
     # 8 graphs of it.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     try:
-        if not layers or not loss.isolate or loss.objective.router_aux:
+        if not layers or not loss.paths.isolate or loss.objective.router_aux:
             raise RuntimeError(
                 "it takes layers without hooks, segments that are kept apart and no loss.router_aux"
             )
-        calls = [
-            torch.compile(forward, backend=COMPILER, fullgraph=True, dynamic=True)
-            for forward in own
-        ]
-        loss.compiled = list(zip(layers, calls, own, strict=True))
-        loss.use_segments(True)
+        loss.take(replace(paths, compiled=tuple(map(_compiled, layers))))
         with machine.autocast():
             value = loss(to_tensors(pack, machine.device))
         value.backward()
@@ -92,9 +88,8 @@ def compile_layers(
         RuntimeError,
         AssertionError,
     ) as error:  # the last: generated code checks strides
-        for layer, forward in zip(layers, own, strict=True):
-            layer.forward = forward
-        loss.compiled = []
+        loss.use_segments(False)  # with layers as they were
+        loss.take(paths)
         reason = str(error).strip().split("\n")[0]
         found = f"the layers of {type(loss.model).__name__} do not compile: {reason}"
         if wish == "on":
@@ -103,3 +98,10 @@ def compile_layers(
     finally:
         loss.zero_grad(set_to_none=True)
     return f"{len(layers)} layers compiled in {time.perf_counter() - began:.0f} s"
+
+
+def _compiled(layer: nn.Module) -> CompiledLayer:
+    """The layer with a compiled `forward` beside its own; nothing is compiled before it is called."""
+    own = layer.forward
+    compiled = torch.compile(own, backend=COMPILER, fullgraph=True, dynamic=True)
+    return CompiledLayer(layer, compiled, own)

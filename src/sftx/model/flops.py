@@ -12,8 +12,8 @@ import torch
 
 from sftx.model.adapter import bare
 from sftx.model.checkpointing import decoder_layers
-from sftx.model.load import PackLoss, to_tensors
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.types import Pack
 
 
@@ -49,7 +49,7 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
     the model's layers cannot be told.
     """
     best = [float("inf")] * 2
-    for depth in (1, 2) if len(estimator.layers) > 1 and estimator.loss.isolate else ():
+    for depth in (1, 2) if len(estimator.layers) > 1 and estimator.loss.paths.isolate else ():
         loss, layers = estimator.shadow(depth)
         for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
             tensor.detach().normal_(std=0.02)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftx.model.accumulate import accumulates
 from sftx.settings.schema import Loss
 
 PLAIN = Loss()
@@ -172,23 +171,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     _add_outer(d_head, grad, hidden[s], first=a == 0)
         # Not `save_for_backward`: nobody else may hold them, so that autograd takes them over
         # without a copy.
-        ctx.gradients, ctx.head = (d_hidden, d_head, d_bias), head
+        ctx.gradients = (d_hidden, d_head, d_bias)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_hidden, d_head, d_bias = ctx.gradients
+        gradients = ctx.gradients
         ctx.gradients = None
-        if d_head is not None and accumulates(ctx.head):
-            if (
-                ctx.head.grad is None
-            ):  # an embedding that shares the weight then adds its few rows to it
-                ctx.head.grad = d_head.mul_(grad)
-            else:
-                ctx.head.grad.addcmul_(d_head, grad)
-            d_head = None
         # Autograd casts each to the dtype of its input.
-        return *(None if d is None else d.mul_(grad) for d in (d_hidden, d_head, d_bias)), None
+        return *(None if d is None else d.mul_(grad) for d in gradients), None
 
 
 def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from sftx.model import attention
 from sftx.model.checkpointing import decoder_layers, recompute
 from sftx.model.compile import KEPT
-from sftx.model.load import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.rehearse_experts import stand_in_for_experts
 from sftx.model.runtime import Machine
 from sftx.types import Pack

@@ -37,7 +37,7 @@ from sftx import distributed
 from sftx.boundary import boundary
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
-from sftx.model.load import PackLoss
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Model, Runtime
 from sftx.types import UserError
 

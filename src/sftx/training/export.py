@@ -18,7 +18,8 @@ from sftx.boundary import boundary
 from sftx.data.encoder import Encoder, bundled_templates
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_model, stored_dtype
+from sftx.model.load import load_model, stored_dtype
+from sftx.model.pack_loss import PackLoss
 from sftx.model.save import load_tokenizer, save_model
 from sftx.report.facts import check_needed, damaged, read_facts, section
 from sftx.report.model_card import public_name

@@ -17,7 +17,8 @@ from sftx import distributed
 from sftx.data.pack import build_pack
 from sftx.data.prefetch import prefetched
 from sftx.eval.loss import held_out_loss
-from sftx.model.load import TensorPack, stored_dtype, to_tensors
+from sftx.model.load import stored_dtype
+from sftx.model.pack_loss import TensorPack, to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.model.shard import check_replicas, whole_state

@@ -19,8 +19,8 @@ from sftx.data.plan import Plan
 from sftx.model.flops import flops, reached_speed
 from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss
 from sftx.model.memory import Memory, MemoryEstimator
+from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Config, Runtime
 from sftx.types import Int32, UserError
 

@@ -27,8 +27,9 @@ from sftx.model.checks.start import check_paths, check_sizes
 from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
-from sftx.model.load import PackLoss, load_model, stored_dtype
+from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
+from sftx.model.pack_loss import PackLoss, Paths
 from sftx.model.runtime import Machine
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import build_mesh, choose_layout, shard, unread_model
@@ -161,7 +162,7 @@ def prepare(
     chosen, seconds = _choose_packing(config, run, corpus, plan, load, loss, estimator, available)
     notes += chosen.notes
     one_each = (
-        distributed.is_joined() and not loss.isolate
+        distributed.is_joined() and not loss.paths.isolate
     )  # ranks must agree on the number of forward passes
     machine = replace(machine, tokens_per_pack=1 if one_each else chosen.tokens_per_pack)
     facts = {
@@ -214,7 +215,7 @@ def _choose_packing(
         said = compile_layers(
             loss, build_pack([corpus.example(i) for i in members], members), machine, wish
         )
-        if not loss.compiled:  # layers as they are hold more
+        if not loss.paths.compiled:  # layers as they are hold more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, load, available, earlier)
             recompute(loss.model, chosen.recomputed)
@@ -233,8 +234,7 @@ def _estimator(
     shape = loss.train()
     if shards is not None:  # what is in shards cannot be rehearsed
         shape = meta_model(config, added_token_ids)
-        shape.isolate, shape.transform = loss.isolate, loss.transform
-        shape.use_segments(True)
+        shape.take(Paths(loss.paths.isolate, loss.paths.transform))
     return MemoryEstimator(
         shape, machine, held, shards, config.adapter.quantize == "nf4" and shape is not loss
     )

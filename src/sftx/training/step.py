@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sftx import distributed
-from sftx.model.load import PackLoss, TensorPack
+from sftx.model.pack_loss import PackLoss, TensorPack
 from sftx.model.shard import full_tensor
 
 

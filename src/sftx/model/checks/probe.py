@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sftx.model.checks.stand_in import WIDTHS
-from sftx.model.load import TensorPack
+from sftx.model.pack_loss import TensorPack
 
 SHORT = 256
 """Tokens of the longest segment where a configuration names no length: enough for what stands in

@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sftx.model.adapter import bare, trainable
-from sftx.model.checks.forward_state import ForwardState
-from sftx.model.checks.isolation import Isolation, measure_isolation
+from sftx.model.checks.isolation import Isolation, matching_transform, measure_isolation
 from sftx.model.checks.probe import part
 from sftx.model.checks.stand_in import FOREIGN_ERRORS
-from sftx.model.load import PackLoss, TensorPack, to_tensors
+from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
-from sftx.model.shortcuts import choose_shortcuts
+from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
 from sftx.types import Pack, UserError
 
 
@@ -65,7 +64,7 @@ def check_paths(
     name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
     longest = max(longest, pack.longest)
     found = measure_isolation(loss.model, longest, max(longest, largest_pack))
-    loss.forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
+    forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = torch.autocast(pack.ids.device.type, precision, enabled=precision != torch.float32)
     with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
@@ -78,16 +77,16 @@ def check_paths(
         if not found.packs or not _isolated(
             loss, pack, reference, tolerance * scale, longest, found.tried > 0
         ):
-            loss.run_one_by_one()
+            loss.take(Paths(isolate=False, forgets=forgets))
             return [_one_at_a_time(name, found)]
-        choose_shortcuts(loss, pack, tolerance)
+        loss.take(Paths(transform=matching_transform(loss, pack, tolerance)))
         fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
         if abs(fused - own) > tolerance * abs(own):
             raise UserError(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
                 "probe"
             )
-    if loss.transform is None:
+    if loss.paths.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
         return [f"the head of {name} is not a plain matrix (measured): {how}"]
     return []

@@ -30,7 +30,7 @@ from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
 from sftx.data.pack import build_pack
 from sftx.data.tokenizer import read_json
 from sftx.files import write_text
-from sftx.model.load import to_tensors
+from sftx.model.pack_loss import to_tensors
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
 from sftx.report.lock import owned

@@ -1,0 +1,249 @@
+"""The module that turns a pack into its loss, and the paths by which it may do so."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sftx.model import attention
+from sftx.model.adapter import bare, head_weights
+from sftx.model.forward_state import ForwardState
+from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.regularization import embedding_noise, router_balance
+from sftx.settings.schema import Loss
+from sftx.types import Pack, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPack:
+    """A `Pack` as tensors on the device; `cu_seqlens_cpu` stays on the host."""
+
+    ids: Tensor  # int64[T]
+    positions: Tensor  # int64[T]
+    cu_seqlens_cpu: Tensor  # int32[n + 1]
+    index: Tensor  # int64[M]
+    label: Tensor  # int64[M]
+    weight: Tensor  # float32[M]
+    longest: int  # tokens of the longest segment
+    counts: tuple[int, ...]  # targets of each segment
+    examples: tuple[int, ...]  # their numbers, by which noise is drawn
+
+    def segments(self) -> dict[str, Any]:
+        """What `attention` needs, under the names that transformers passes on to its kernels."""
+        cu_seqlens = self.cu_seqlens_cpu.to(self.ids.device, non_blocking=True)
+        return {
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+            "cu_seqlens_cpu": self.cu_seqlens_cpu,
+        }
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
+        """Of every segment: (first token, one past the last, places of its targets in it, which
+        targets of the pack they are).
+        """
+        first = 0
+        bounds = itertools.pairwise(self.cu_seqlens_cpu.tolist())
+        for (a, b), count in zip(bounds, self.counts, strict=True):
+            mine = slice(first, first + count)
+            first += count
+            yield a, b, self.index[mine] - a, mine
+
+
+def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
+    """The pack as `PackLoss` takes it.
+
+    Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be
+    ordered.
+    """
+
+    def pinned(array: Any, dtype: torch.dtype) -> Tensor:
+        tensor = torch.as_tensor(array).to(dtype)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    def move(array: Any, dtype: torch.dtype) -> Tensor:
+        return pinned(array, dtype).to(device, non_blocking=True)
+
+    targets_before = np.searchsorted(pack.index, pack.cu_seqlens)
+    return TensorPack(
+        ids=move(pack.ids, torch.int64),
+        positions=move(pack.positions, torch.int64),
+        cu_seqlens_cpu=pinned(pack.cu_seqlens, torch.int32),
+        index=move(pack.index, torch.int64),
+        label=move(pack.label, torch.int64),
+        weight=move(pack.weight, torch.float32),
+        longest=int(np.diff(pack.cu_seqlens).max()),
+        counts=tuple(np.diff(targets_before).tolist()),
+        examples=pack.examples,
+    )
+
+
+class CompiledLayer(NamedTuple):
+    """A decoder layer and its two `forward` methods."""
+
+    layer: nn.Module
+    compiled: Callable[..., Any]
+    own: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """How a pack is computed: by the fast paths, unless the start-up checks measured a difference.
+
+    `isolate`: all segments at once, kept apart by `attention`; else one segment at a time, by the
+    model's own attention. `forgets` is put back before every segment that runs alone: a model may
+    remember something of the one before. `transform`: from the head's matrix product to the
+    logits; None = logits come from the model's own forward. `compiled`: the layers that are.
+    """
+
+    isolate: bool = True
+    transform: LogitTransform | None = LogitTransform()
+    forgets: ForwardState | None = None
+    compiled: tuple[CompiledLayer, ...] = ()
+
+
+class PackLoss(nn.Module):
+    """A causal language model as the trainer sees it: a pack goes in, the weighted sum of its
+    losses comes out.
+
+    `model` may carry an adapter. `objective` holds while training; in evaluation the sum is the
+    plain one. `noise_seed` is that of the step.
+    """
+
+    def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.noise_seed = 0
+        self._noise: Tensor | None = None
+        self._router_logits: tuple[Tensor, ...] = ()
+        text = model.config.get_text_config()
+        self._experts_per_token: int = getattr(text, "num_experts_per_tok", None) or 0
+        if objective.router_aux and not self._experts_per_token:
+            raise UserError(
+                f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out"
+            )
+        if objective.neftune_alpha:
+            model.get_input_embeddings().register_forward_hook(self._add_noise)
+        self._own_attention = model.config._attn_implementation or "eager"
+        self.paths = Paths()
+        self.use_segments(True)
+
+    def take(self, paths: Paths) -> None:
+        """Compute by `paths` from now on."""
+        self.paths = paths
+        self.use_segments(True)
+
+    def use_segments(self, on: bool) -> None:
+        """Compute as `paths` says (training), or as the model does by itself (generation,
+        reference): with its own attention, and not compiled, as a graph for every length that is
+        generated would not pay.
+        """
+        by_segments = on and self.paths.isolate
+        self.model.set_attn_implementation(attention.NAME if by_segments else self._own_attention)
+        for layer, compiled, own in self.paths.compiled:
+            layer.forward = compiled if on else own
+
+    def forward(self, pack: TensorPack) -> Tensor:
+        """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for
+        every weight.
+        """
+        objective = self.objective if self.training else PLAIN
+        if objective.neftune_alpha:
+            self._noise = self._draw_noise(pack)
+        if not self.paths.isolate:
+            return self._one_by_one(pack, objective)
+        if self.paths.transform is None:
+            total = cross_entropy_sum(self.own_logits(pack), pack.label, pack.weight, objective)
+        else:
+            hidden = self.hidden(pack).index_select(0, pack.index)
+            head, bias = head_weights(self.model)
+            total = fused_cross_entropy_sum(
+                hidden, head, bias, pack.label, pack.weight, self.paths.transform, objective
+            )
+        if objective.router_aux:
+            total = total + self._balance(pack.cu_seqlens_cpu, pack.index, pack.weight)
+        return total
+
+    def hidden(self, pack: TensorPack) -> Tensor:
+        """Hidden states after the final norm, [T, h]."""
+        positions = pack.positions[None]
+        out = self._run(self.model.base_model, pack.ids, position_ids=positions, **pack.segments())
+        return out.last_hidden_state[0]
+
+    def own_logits(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the
+        head.
+        """
+        more = {"position_ids": pack.positions[None], "logits_to_keep": pack.index}
+        logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
+        # Some models ignore `logits_to_keep`.
+        return logits if len(logits) == len(pack.index) else logits[pack.index]
+
+    def logits_one_by_one(self, pack: TensorPack) -> Tensor:
+        """Logits [M, V] at `pack.index`, segments one at a time."""
+        return torch.cat([self._logits_alone(pack.ids[a:b])[at] for a, b, at, _ in pack.parts()])
+
+    def _logits_alone(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] of one segment, whatever ran before it."""
+        if self.paths.forgets is not None:
+            self.paths.forgets.put_back()
+        return self._run(self.model, ids).logits[0]
+
+    def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
+        total = torch.zeros((), device=pack.ids.device)
+        noise = self._noise
+        for a, b, at, mine in pack.parts():
+            # A pack of nothing still passes through all weights, see `forward`.
+            if not len(at) and len(pack.index):
+                continue
+            self._noise = None if noise is None else noise[a:b]
+            logits = self._logits_alone(pack.ids[a:b])[at]
+            label, weight = pack.label[mine], pack.weight[mine]
+            total = total + cross_entropy_sum(logits, label, weight, objective)
+            if objective.router_aux:
+                total = total + self._balance(torch.tensor([0, b - a]), at, weight)
+        return total
+
+    def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:
+        """The module's output; its routers' logits are kept where the objective needs them."""
+        if not (self.training and self.objective.router_aux):
+            return module(input_ids=ids[None], use_cache=False, **inputs)
+        out = module(input_ids=ids[None], use_cache=False, output_router_logits=True, **inputs)
+        self._router_logits = getattr(out, "router_logits", None) or ()
+        if not self._router_logits:
+            raise UserError(
+                f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits"
+            )
+        return out
+
+    def _balance(self, cu_seqlens_cpu: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The experts' balance of each segment times the weight of its targets, summed."""
+        cu_seqlens = cu_seqlens_cpu.to(index.device, non_blocking=True)
+        segment = torch.bucketize(index, cu_seqlens[1:], right=True)
+        share = torch.zeros(len(cu_seqlens) - 1, device=weight.device)
+        share.index_add_(0, segment, weight)
+        balance = router_balance(self._router_logits, self._experts_per_token, cu_seqlens, share)
+        self._router_logits = ()
+        return self.objective.router_aux * balance
+
+    def _draw_noise(self, pack: TensorPack) -> Tensor:
+        """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
+        lengths = pack.cu_seqlens_cpu.diff().tolist()
+        width = int(bare(self.model.get_input_embeddings()).weight.shape[1])
+        numbers = pack.examples or range(len(lengths))
+        seeds = [self.noise_seed * 1_000_003 + example for example in numbers]
+        return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
+
+    def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        # Once: whatever runs the model next is not this training pack.
+        noise, self._noise = self._noise, None
+        return out if noise is None else out + noise.to(out)
