@@ -44,7 +44,7 @@ def test_batches_answer_as_one_prompt_at_a_time_does(
     assert model.training
     assert torch.equal(random_numbers, torch.get_rng_state())
     assert [sample.prompt for sample in samples] == PROMPTS
-    assert [sample.tokens for sample in samples] == [len(new) for new in expected]
+    assert [sample.ids for sample in samples] == expected
     for sample, new in zip(samples, expected, strict=True):
         assert sample.ended == (new[-1] == stop)
         assert sample.output == tokenizer.decode([i for i in new if i != stop])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,11 +43,18 @@ class Sample:
     output: str
     reference: str
     ended: bool  # by a stop token of its own; False = cut at the length limit
-    tokens: int  # generated, the stop token included
+    ids: list[int]  # of the tokens generated, the stop token included
 
     def as_record(self, step: int) -> dict[str, object]:
         """A line of samples.jsonl."""
-        return {"step": step, **asdict(self)}
+        return {
+            "step": step,
+            "prompt": self.prompt,
+            "output": self.output,
+            "reference": self.reference,
+            "ended": self.ended,
+            "tokens": len(self.ids),
+        }
 
 
 def prompt_of(example: Example, tokenizer: Tokenizer) -> Prompt | None:
@@ -165,4 +172,4 @@ def _sample(
 ) -> Sample:
     ended = bool(new) and new[-1] in set(config.eos_token_id or ())
     said = new[:-1] if ended else new
-    return Sample(prompt.text, tokenizer.decode(said), prompt.reference, ended, len(new))
+    return Sample(prompt.text, tokenizer.decode(said), prompt.reference, ended, new)
