@@ -97,7 +97,7 @@ def test_the_prompt_is_what_a_server_sends(
 ) -> None:
     fast = tiny.tokenizer()
     example = encode(row, fast)[-1]
-    found = prompt_of(example, Tokenizer.of(fast, [tiny.SPECIAL.index("<|end|>")]))
+    found = prompt_of(example, Tokenizer.of(fast), {tiny.SPECIAL.index("<|end|>")})
     assert found is not None
     assert (found.text, found.reference) == (prompt, reference)
     assert found.ids == fast(prompt, add_special_tokens=False)["input_ids"]

@@ -88,7 +88,7 @@ def run(
             max_length,
             lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
         )
-    found = prompts_of(corpus, tokenizer, count)
+    found = prompts_of(corpus, tokenizer, encoder.stop_ids, count)
     console.print(f"data     {corpus.ledger.summary()}; {len(found):,} prompts")
     asked = Asked(
         corpus, tokenizer, encoder.stop_ids, found, names, longest_answer, seed=config.seed
@@ -96,7 +96,7 @@ def run(
     judged: dict[str, Judgement] = {}
     with machine(config.runtime) as here:
         with console.status("loading and measuring the model"):
-            served = load_served(model, adapter, here)
+            served = load_served(model, adapter, corpus, here)
             judged["model"] = judge(served, asked, here)
         tuned = judged["model"]
         if served.adapter is not None:
@@ -105,7 +105,7 @@ def run(
             tuned.numbers["kl"] = _distance_of_adapter(served, asked, tuned)
         elif base:
             with console.status("measuring the base"):
-                other = load_served(_model(config, base), None, here)
+                other = load_served(_model(config, base), None, corpus, here)
                 judged["base"] = judge(other, asked, here)
                 tuned.numbers["kl"] = distance(served.forward, other.forward, found, tuned.samples)
         del served

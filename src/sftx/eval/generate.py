@@ -8,7 +8,7 @@ those of the model's generation_config.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,29 +57,24 @@ class Sample:
         }
 
 
-def prompt_of(example: Example, tokenizer: Tokenizer) -> Prompt | None:
-    """The prompt before the last output of an example, and that output without its stop token.
+def prompt_of(example: Example, tokenizer: Tokenizer, stop_ids: Set[int]) -> Prompt | None:
+    """The prompt before the last output of an example, and that output without the token of
+    `stop_ids` that ends it.
 
-    None where nothing stands before the last output: a plain text has no prompt.
+    None where fewer than two tokens stand before that output: they are no question (the first token
+    of a plain text carries no weight, since nothing stands before it).
     """
     targets = np.flatnonzero(example.weights)
-    if not len(targets):
-        return None
     last = int(targets[-1])
     context = np.flatnonzero(example.weights[:last] == 0)
     begin = int(context[-1]) + 1 if len(context) else 0
-    ids = [int(i) for i in example.ids[:begin]]
-    if begin < 2 and not _is_prompt(ids, tokenizer):
+    if begin < 2:
         return None
+    ids = [int(i) for i in example.ids[:begin]]
     output = [int(i) for i in example.ids[begin : last + 1]]
-    while output and output[-1] in tokenizer.stop_ids:
+    while output and output[-1] in stop_ids:
         output.pop()
     return Prompt(ids, tokenizer.decode(ids), tokenizer.decode(output))
-
-
-def _is_prompt(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether there is more in a prompt than the token that begins every text."""
-    return any(i != tokenizer.bos_id for i in ids)
 
 
 def answer(

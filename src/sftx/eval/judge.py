@@ -60,10 +60,15 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model on its device; `adapter` is the same with the adapter that its folder holds."""
+    """A model on its device, checked; `adapter` is the same with the adapter of its folder."""
 
-    model: PreTrainedModel
+    loss: PackLoss
     adapter: PeftModel | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, which answers."""
+        return self.loss.model
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [1, T, V] of ids int64[1, T]."""
@@ -93,25 +98,36 @@ def base_of(folder: str) -> str | None:
     return name
 
 
-def load_served(model: Model, adapter: str | None, machine: Machine) -> Served:
-    """`model`, and the adapter of the folder `adapter` in it, ready to answer."""
+def load_served(model: Model, adapter: str | None, corpus: Corpus, machine: Machine) -> Served:
+    """`model`, with the adapter of the folder `adapter` in it, and the checks of its loss behind it.
+
+    Raises:
+        UserError: the files are damaged or do not fit each other, or the data does not fit them.
+    """
     loaded = load_model(model, machine.device)
     wrapped = None
     if adapter is not None:
         with boundary(f"the adapter in {adapter} cannot be loaded"):
             wrapped = load_adapter(loaded, adapter)
-    loaded.eval()
-    return Served(loaded, wrapped)
+    loss = PackLoss(loaded).eval()
+    longest = int(corpus.lengths.max(initial=1))
+    check_sizes(loss, longest, corpus.largest_id)
+    probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
+    check_paths(loss, probe, machine.precision, longest, TOKENS_PER_PACK)
+    loss.use_segments(False)
+    return Served(loss, wrapped)
 
 
-def prompts_of(corpus: Corpus, tokenizer: Tokenizer, count: int) -> list[Prompt]:
+def prompts_of(
+    corpus: Corpus, tokenizer: Tokenizer, stop_ids: frozenset[int], count: int
+) -> list[Prompt]:
     """The prompts of up to `count` examples, taken evenly over the corpus; plain texts have none."""
     found: list[Prompt] = []
     stride = max(len(corpus) // max(count, 1), 1)
     for number in range(0, len(corpus), stride):
         if len(found) == count:
             break
-        prompt = prompt_of(corpus.example(number), tokenizer)
+        prompt = prompt_of(corpus.example(number), tokenizer, stop_ids)
         if prompt is not None:
             found.append(prompt)
     return found
@@ -119,7 +135,12 @@ def prompts_of(corpus: Corpus, tokenizer: Tokenizer, count: int) -> list[Prompt]
 
 def judge(served: Served, asked: Asked, machine: Machine) -> Judgement:
     """Loss over all rows, answers to the prompts and their metrics."""
-    judgement = Judgement(_loss(served.model, asked.corpus, machine))
+    served.loss.use_segments(True)
+    try:
+        numbers = held_out_loss(served.loss, asked.corpus, TOKENS_PER_PACK, machine.autocast)
+    finally:
+        served.loss.use_segments(False)
+    judgement = Judgement(numbers)
     if not asked.prompts:
         return judgement
     with machine.autocast():
@@ -150,15 +171,3 @@ def distance(
         if sample.ids
     ]
     return divergence(tuned, base, said)
-
-
-def _loss(model: PreTrainedModel, corpus: Corpus, machine: Machine) -> dict[str, float]:
-    loss = PackLoss(model)
-    try:
-        probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
-        longest = int(corpus.lengths.max(initial=1))
-        check_sizes(loss, longest, corpus.largest_id)
-        check_paths(loss, probe, machine.precision, longest, TOKENS_PER_PACK)
-        return held_out_loss(loss, corpus, TOKENS_PER_PACK, machine.autocast)
-    finally:
-        loss.use_segments(False)

@@ -184,6 +184,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     _check_folder(Path(folder))
     kind = PeftConfig.from_pretrained(folder).peft_type
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         # Of a model that is only to be measured.
         warnings.filterwarnings("ignore", ".* to a meta parameter")
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)

@@ -23,7 +23,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
-from sftx.model.checks.start import check_paths, check_sizes
+from sftx.model.checks.start import check_paths, check_sizes, check_trainable
 from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
 from sftx.model.freeze import choose_weights
@@ -151,6 +151,7 @@ def prepare(
     notes += said
     corpora = [some for some in (corpus, held_out) if some is not None]
     check_sizes(loss, max_length, max(some.largest_id for some in corpora))
+    check_trainable(loss)
     probe = probe_pack([corpus.example(i) for i in range(min(len(corpus), 3))])
     longest = max(int(some.lengths.max(initial=1)) for some in corpora)
     set_example_cost(plan, loss, corpus.targets)
