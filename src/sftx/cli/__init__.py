@@ -1,8 +1,10 @@
 """The command line: `sftx VERB [file.yaml] key=value ...`.
 
 Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes
-besides the settings of a run (their values stay text), and `DEFAULTS`, overrides such as
-`output=unused` for settings that this verb can do without; both are literals, read from the file. A
+besides the settings of a run (their values stay text; those that begin with a key ending in a dot
+come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
+this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
+are literals, read from the file. A
 verb whose `run` takes no `config` reads no settings at all; one that takes `path` is given the
 argument without `=`. A module is imported last, after mistakes in the settings were named and a
 first line was shown: it may bring torch along, which takes seconds.
@@ -94,6 +96,7 @@ class Declared(NamedTuple):
     doc: str
     extra: dict[str, str]
     defaults: tuple[str, ...]
+    positional: tuple[str, ...]  # settings that arguments without `=` stand for
     takes: tuple[str, ...]  # parameters of its `run`
 
 
@@ -106,6 +109,7 @@ def declared(verb: str) -> Declared:
             (module.__doc__ or "").strip(),
             known.get("EXTRA", {}),
             tuple(known.get("DEFAULTS", ())),
+            tuple(known.get("POSITIONAL", ())),
             takes,
         )
     tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
@@ -113,18 +117,22 @@ def declared(verb: str) -> Declared:
     takes: tuple[str, ...] = ()
     for node in tree.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id="EXTRA" | "DEFAULTS" as name)]):
+            case ast.Assign(targets=[ast.Name(id="EXTRA" | "DEFAULTS" | "POSITIONAL" as name)]):
                 found[name] = ast.literal_eval(node.value)
             case ast.FunctionDef(name="run"):
                 takes = tuple(argument.arg for argument in node.args.args)
     return Declared(
-        ast.get_docstring(tree) or "", found.get("EXTRA", {}), found.get("DEFAULTS", ()), takes
+        ast.get_docstring(tree) or "",
+        found.get("EXTRA", {}),
+        found.get("DEFAULTS", ()),
+        found.get("POSITIONAL", ()),
+        takes,
     )
 
 
 def _call(verb: str, arguments: list[str], own_process: bool) -> int:
     told = declared(verb)
-    path, overrides, extra = _split(verb, arguments, told.extra)
+    path, overrides, extra = _split(verb, arguments, told)
     if "config" not in told.takes:
         if path is not None and "path" in told.takes:
             extra, path = {**extra, "path": path}, None
@@ -157,12 +165,13 @@ def _sign_of_life(verb: str, arguments: list[str]) -> None:
 
 
 def _split(
-    verb: str, arguments: list[str], extra_keys: dict[str, str]
-) -> tuple[str | None, list[str], dict[str, str]]:
+    verb: str, arguments: list[str], told: Declared
+) -> tuple[str | None, list[str], dict[str, Any]]:
     """The YAML file, the settings, and the verb's own keys."""
     path: str | None = None
     overrides: list[str] = []
-    extra: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    waiting = list(told.positional)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
@@ -170,15 +179,21 @@ def _split(
                 f"sftx {verb}: {argument!r}: settings are written key=value, for example "
                 "batch.epochs=2"
             )
+        prefix = key[: key.find(".") + 1]
         if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
+            if waiting and not argument.endswith((".yaml", ".yml")):
+                overrides.append(f"{waiting.pop(0)}={argument}")
+                continue
             if path is not None:
                 raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
             path = argument
         elif key in extra:
             raise UserError(f"sftx {verb}: {key}: given twice")
-        elif key in extra_keys:
+        elif prefix and prefix in told.extra:
+            extra.setdefault("bounds", {})[key] = value
+        elif key in told.extra:
             extra[key] = value
-        elif close := [] if "." in key else get_close_matches(key, extra_keys, 1, 0.75):
+        elif close := [] if "." in key else get_close_matches(key, told.extra, 1, 0.75):
             raise UserError(f"sftx {verb}: no key {key!r}; did you mean `{close[0]}`?")
         else:
             overrides.append(argument)
@@ -208,10 +223,12 @@ def _verb_help(verb: str, told: Declared) -> str:
             *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts),
         ]
 
-    where = "[file.yaml] " if "config" in told.takes else "PATH " if "path" in told.takes else ""
+    where = "PATH " if "path" in told.takes else ""
+    if "config" in told.takes:
+        where = "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
     lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]
     for key, meaning in told.extra.items():
-        lines += entry(f"{key}=...", meaning)
+        lines += entry(key if key.endswith(".") else f"{key}=...", meaning)
     if "config" in told.takes:
         from sftx.settings.describe import doc, in_words, settings
 

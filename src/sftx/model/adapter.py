@@ -152,32 +152,8 @@ def _continued(
 ) -> PeftModel:
     """The saved adapter in `path`, trainable. What the settings say of it must be so."""
     with boundary(f"adapter.path: {path} cannot be continued"):
-        folder = (
-            path
-            if Path(path).is_dir()
-            else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-        )
-        _check_folder(Path(folder))
-        file = Path(folder) / "adapter_config.json"
-        names = [name for name, _ in model.named_modules()]
-        check_patterns(f"adapter.path: {file}", read_json(file), names)
-        config: Any = PeftConfig.from_pretrained(folder)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".* to a meta parameter"
-            )  # of a model that is only to be measured
-            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
-        needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        odd = {
-            name
-            for name in {*load_peft_weights(folder, device="cpu")} ^ {*needed}
-            if "lora_" in name
-        }
-    if config.peft_type != "LORA" or odd:  # peft itself only warns of weights that are missing
-        raise UserError(
-            f"adapter.path: {path} ({config.peft_type}) does not fit this model; odd weights: "
-            f"{sorted(odd)[:3]}"
-        )
+        wrapped = load_adapter(model, path)
+    config: Any = wrapped.peft_config["default"]
     method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
     found = {
         "method": method,
@@ -196,6 +172,35 @@ def _continued(
     if (has := config.trainable_token_indices) != rows:
         raise UserError(
             f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same"
+        )
+    return wrapped
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Put the saved adapter in the folder `path`, or of that name on the hub, into `model`.
+
+    Raises:
+        UserError: its files are not an adapter, could run code, or do not fit the model.
+    """
+    folder = path
+    if not Path(path).is_dir():
+        folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+    _check_folder(Path(folder))
+    names = [name for name, _ in model.named_modules()]
+    file = Path(folder) / "adapter_config.json"
+    check_patterns(f"adapter.path: {file}", read_json(file), names)
+    kind = PeftConfig.from_pretrained(folder).peft_type
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        # Of a model that is only to be measured.
+        warnings.filterwarnings("ignore", ".* to a meta parameter")
+        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    stored = load_peft_weights(folder, device="cpu")
+    odd = sorted(name for name in {*stored} ^ {*needed} if "lora_" in name)
+    if kind != "LORA" or odd:  # peft itself only warns of weights that are missing
+        raise UserError(
+            f"adapter.path: {path} ({kind}) does not fit this model; odd weights: {odd[:3]}"
         )
     return wrapped
 

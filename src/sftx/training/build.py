@@ -20,7 +20,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
-from sftx.model.checks.start import check_paths, check_sizes
+from sftx.model.checks.start import check_paths, check_sizes, check_trainable
 from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
 from sftx.model.load import load_model, stored_dtype
@@ -246,6 +246,7 @@ def _check_model(
     """Check the model against the data, and choose its paths; what had to be changed, in words."""
     corpora = [data.corpus] if data.held_out is None else [data.corpus, data.held_out]
     check_sizes(loss, data.max_length, max(corpus.largest_id for corpus in corpora))
+    check_trainable(loss)
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
     largest = largest_pack(config.runtime, machine.device, profile)
     probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])

@@ -30,7 +30,7 @@ from sftx.types import Pack, UserError
 
 
 def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
-    """Refuse a run whose tokens or positions the model does not have, or that has nothing to train."""
+    """Refuse data whose tokens or positions the model does not have."""
     config = loss.model.config.get_text_config()
     rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
     if largest_id >= rows:
@@ -47,6 +47,10 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
         raise UserError(
             f"data.max_length: {max_length} is more than the {positions} positions of the model"
         )
+
+
+def check_trainable(loss: PackLoss) -> None:
+    """Refuse a run that has nothing to train."""
     if trainable(loss)[0] == 0:
         raise UserError("no parameter is trainable: every weight of the model is frozen")
 

@@ -1,0 +1,170 @@
+"""Answers of a model to held-out prompts, as a server would give them.
+
+The prompts are token ids of encoded examples: all that stands before the last output. They are the
+ids that a server sends, since the encoder writes them so. Sampling settings and stop tokens are
+those of the model's generation_config.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sftx.data.tokenizer import Tokenizer
+from sftx.model.checks.start import evaluating
+from sftx.types import Example
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+TOKENS_PER_BATCH = 16_384
+"""Tokens of prompts and answers, padding included, that are generated together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked, and the answer of the data to it."""
+
+    ids: list[int]
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of the model."""
+
+    prompt: str
+    output: str
+    reference: str
+    ended: bool  # by a stop token of its own; False = cut at the length limit
+    ids: list[int]  # of the tokens generated, the stop token included
+
+    def as_record(self, step: int) -> dict[str, object]:
+        """A line of samples.jsonl."""
+        return {
+            "step": step,
+            "prompt": self.prompt,
+            "output": self.output,
+            "reference": self.reference,
+            "ended": self.ended,
+            "tokens": len(self.ids),
+        }
+
+
+def prompt_of(example: Example, tokenizer: Tokenizer, stop_ids: Set[int]) -> Prompt | None:
+    """The prompt before the last output of an example, and that output without the token of
+    `stop_ids` that ends it.
+
+    None where fewer than two tokens stand before that output: they are no question (the first token
+    of a plain text carries no weight, since nothing stands before it).
+    """
+    targets = np.flatnonzero(example.weights)
+    last = int(targets[-1])
+    context = np.flatnonzero(example.weights[:last] == 0)
+    begin = int(context[-1]) + 1 if len(context) else 0
+    if begin < 2:
+        return None
+    ids = [int(i) for i in example.ids[:begin]]
+    output = [int(i) for i in example.ids[begin : last + 1]]
+    while output and output[-1] in stop_ids:
+        output.pop()
+    return Prompt(ids, tokenizer.decode(ids), tokenizer.decode(output))
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    seed: int = 0,
+) -> list[Sample]:
+    """One answer to each prompt, in their order, by transformers' own `generate`.
+
+    Prompts of about equal length are answered together, padded at the left. Where the
+    generation_config samples, `seed` decides what is drawn; the state of the random numbers outside
+    is not touched.
+    """
+    config = _generation_config(model, stop_ids, max_new_tokens)
+    samples: list[Sample | None] = [None] * len(prompts)
+    cache_was_used = model.config.use_cache
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.config.use_cache = True
+        try:
+            for members in _batches([len(prompt.ids) for prompt in prompts], max_new_tokens):
+                group = [prompts[i] for i in members]
+                for i, new in zip(members, _generated(model, config, group), strict=True):
+                    samples[i] = _sample(prompts[i], new, config, tokenizer)
+        finally:
+            model.config.use_cache = cache_was_used
+    return [sample for sample in samples if sample is not None]
+
+
+def _generation_config(
+    model: PreTrainedModel, stop_ids: Sequence[int], max_new_tokens: int
+) -> GenerationConfig:
+    config = copy.deepcopy(model.generation_config)
+    assert config is not None
+    known = config.eos_token_id
+    of_model = [known] if isinstance(known, int) else list(known or ())
+    config.eos_token_id = sorted({*of_model, *stop_ids}) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
+    config.max_new_tokens = max_new_tokens
+    config.max_length = None
+    return config
+
+
+def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Numbers of prompts to be answered together, the longest first, so that memory runs out at once
+    if it does.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        widest = lengths[order[start]] + max_new_tokens
+        count = max(1, TOKENS_PER_BATCH // widest)
+        yield order[start : start + count]
+        start += count
+
+
+def _generated(
+    model: PreTrainedModel, config: GenerationConfig, prompts: Sequence[Prompt]
+) -> list[list[int]]:
+    """The new tokens of each prompt, padding and all that follows a stop token cut off."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    pad = config.pad_token_id
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        mask[row, longest - len(prompt.ids) :] = 1
+    device = next(model.parameters()).device
+    out = model.generate(  # pyright: ignore[reportCallIssue] - transformers adds it to causal models
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )
+    assert isinstance(out, torch.Tensor)
+    return [_until_stop(row, config) for row in out[:, longest:].tolist()]
+
+
+def _until_stop(ids: list[int], config: GenerationConfig) -> list[int]:
+    stops = set(config.eos_token_id or ())
+    for at, token in enumerate(ids):
+        if token in stops:
+            return ids[: at + 1]
+    return ids
+
+
+def _sample(
+    prompt: Prompt, new: list[int], config: GenerationConfig, tokenizer: Tokenizer
+) -> Sample:
+    ended = bool(new) and new[-1] in set(config.eos_token_id or ())
+    said = new[:-1] if ended else new
+    return Sample(prompt.text, tokenizer.decode(said), prompt.reference, ended, new)

@@ -1,0 +1,267 @@
+"""How good one output is beside its reference: a number per sample, and the mean over all.
+
+A metric is a function `(outputs, references) -> list[float]`, one number per sample. `METRICS` has those
+that come with sftx; `load_metric` makes one of a Python function in a file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import cast
+
+from sftx.printable import printable
+from sftx.types import UserError
+
+Metric = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""From outputs and their references to a number per sample."""
+OwnMetric = Callable[
+    [Sequence[str], Sequence[str], Sequence[str], Sequence[str]], Mapping[str, Sequence[float]]
+]
+"""A metric of the user: `(samples, prompts, outputs, references)` to named numbers per sample."""
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact(output: str, reference: str) -> float:
+    """1 where the two are the same text, white space at the ends apart."""
+    return float(output.strip() == reference.strip())
+
+
+def contains(output: str, reference: str) -> float:
+    """1 where the output has the whole reference in it."""
+    return float(reference.strip() in output)
+
+
+def number(output: str, reference: str) -> float:
+    """1 where the last numbers of both are equal, as the GSM8K data set is judged.
+
+    Commas between digits do not count: 1,200 is 1200. A text without a number equals nothing.
+    """
+    ours, theirs = _last_number(output), _last_number(reference)
+    return float(ours is not None and ours == theirs)
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def f1(output: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of words, as SQuAD defines it (arXiv:1606.05250).
+
+    Case, punctuation and English articles do not count. Two texts without words are equal.
+    """
+    ours, theirs = _words(output), _words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def _words(text: str) -> list[str]:
+    plain = text.lower().translate(_PUNCTUATION)
+    return _ARTICLES.sub(" ", plain).split()
+
+
+def json_valid(output: str, reference: str) -> float:
+    """1 where the output is one JSON value and nothing else; the reference does not matter."""
+    try:
+        json.loads(output, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def tool_call(output: str, reference: str) -> float:
+    """1 where both make the same calls in the same order: equal names, equal arguments.
+
+    A call is a JSON object with a name and with arguments (or parameters) anywhere in the text.
+    Arguments given as JSON text are read. Where the reference has no such object (a template that
+    writes calls in another form), the two texts must be the same but for white space.
+    """
+    expected = calls_in(reference)
+    if not expected:
+        return float(output.split() == reference.split())
+    return float(calls_in(output) == expected)
+
+
+def calls_in(text: str) -> list[tuple[str, object]]:
+    """The (name, arguments) of all JSON objects in a text that are calls, in their order."""
+    decoder = json.JSONDecoder()
+    found: list[tuple[str, object]] = []
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            value, end = None, at + 1
+        call = _call(value)
+        if call is None:
+            end = at + 1  # a call may stand inside: {"function": {"name": ...}}
+        else:
+            found.append(call)
+        at = text.find("{", end)
+    return found
+
+
+def _call(value: object) -> tuple[str, object] | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    for key in ("arguments", "parameters"):
+        if key in value:
+            return value["name"], _parsed(value[key])
+    return None
+
+
+def _parsed(arguments: object) -> object:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def rouge_l(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
+    """F-measure of the longest common subsequence of words, by the `rouge-score` package."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _needs("rouge_l", "rouge-score") from error
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(references, outputs, strict=True)
+    return [
+        float(scorer.score(reference, output)["rougeL"].fmeasure) for reference, output in pairs
+    ]
+
+
+def bleu(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
+    """BLEU of each sample, 0 to 100, by sacrebleu (`sentence_bleu`, with its smoothing)."""
+    try:
+        from sacrebleu import sentence_bleu
+    except ImportError as error:
+        raise _needs("bleu", "sacrebleu") from error
+    pairs = zip(outputs, references, strict=True)
+    return [float(sentence_bleu(output, [reference]).score) for output, reference in pairs]
+
+
+def chrf(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
+    """chrF of each sample, 0 to 100, by sacrebleu (`sentence_chrf`)."""
+    try:
+        from sacrebleu import sentence_chrf
+    except ImportError as error:
+        raise _needs("chrf", "sacrebleu") from error
+    pairs = zip(outputs, references, strict=True)
+    return [float(sentence_chrf(output, [reference]).score) for output, reference in pairs]
+
+
+def _needs(metric: str, package: str) -> UserError:
+    return UserError(
+        f"eval.metrics: {metric} needs {package}, which is not installed: pip install 'sftx[eval]'"
+    )
+
+
+def _of_each(metric: Callable[[str, str], float]) -> Metric:
+    def over_all(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
+        return [metric(o, r) for o, r in zip(outputs, references, strict=True)]
+
+    return over_all
+
+
+METRICS: dict[str, Metric] = {
+    "exact": _of_each(exact),
+    "contains": _of_each(contains),
+    "number": _of_each(number),
+    "f1": _of_each(f1),
+    "json_valid": _of_each(json_valid),
+    "tool_call": _of_each(tool_call),
+    "rouge_l": rouge_l,
+    "bleu": bleu,
+    "chrf": chrf,
+}
+"""The metrics by name, as `eval.metrics` and `sftx eval metrics=` name them."""
+
+
+def check_metric(name: str) -> None:
+    """`UserError` now, before anything is computed, for a metric that is not there."""
+    if ":" in name:
+        load_metric(name)
+        return
+    if name not in METRICS:
+        raise UserError(
+            f"metric {printable(name)!r} is not known: one of {', '.join(METRICS)}, or "
+            "file.py:function"
+        )
+    METRICS[name]([], [])  # needs its package
+
+
+def load_metric(place: str) -> OwnMetric:
+    """The function that `file.py:function` names. `UserError` where there is none."""
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"metric {printable(place)!r}: there is no file {printable(file)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"metric {printable(place)!r}: {printable(file)} is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = vars(module).get(name)
+    if not callable(function):
+        raise UserError(f"metric {printable(place)!r}: {printable(file)} has no function {name!r}")
+    return cast(OwnMetric, function)
+
+
+def score(
+    names: Sequence[str], prompts: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+) -> dict[str, list[float]]:
+    """Every metric in `names` for every sample: lists as long as `outputs`.
+
+    A metric of the user may give several named numbers. `UserError` where it gives something else
+    than one finite number for each sample; what it raises itself is not changed.
+    """
+    scores: dict[str, list[float]] = {}
+    for name in names:
+        if ":" not in name:
+            scores[name] = METRICS[name](outputs, references)
+            continue
+        samples = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
+        given = load_metric(name)(samples, prompts, outputs, references)
+        scores |= _checked(name, given, len(outputs))
+    return scores
+
+
+def _checked(metric: str, given: object, count: int) -> dict[str, list[float]]:
+    where = f"metric {printable(metric)!r}"
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"{where} returned {type(given).__name__}; a dictionary of lists is needed, one number "
+            "for each sample"
+        )
+    checked: dict[str, list[float]] = {}
+    for name, values in given.items():
+        try:
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: {name!r} holds something else than numbers") from error
+        if len(numbers) != count:
+            raise UserError(f"{where}: {name!r} has {len(numbers)} numbers for {count} samples")
+        bad = next((i for i, value in enumerate(numbers) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise UserError(f"{where}: {name!r} of sample {bad} is {numbers[bad]}")
+        checked[str(name)] = numbers
+    return checked
