@@ -59,9 +59,8 @@ def _new(
     model: PreTrainedModel, adapter: Adapter, seed: int, rows: dict[str, list[int]] | None
 ) -> PeftModel:
     torch.manual_seed(seed)
-    routers = (
-        mixture.routers(model) if adapter.targets == "all-linear" else []
-    )  # who wants them adapted names them
+    # Who wants them adapted names them.
+    routers = mixture.routers(model) if adapter.targets == "all-linear" else []
     linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -156,9 +155,8 @@ def _continued(
         _check_folder(Path(folder))
         config: Any = PeftConfig.from_pretrained(folder)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".* to a meta parameter"
-            )  # of a model that is only to be measured
+            # Of a model that is only to be measured.
+            warnings.filterwarnings("ignore", ".* to a meta parameter")
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         odd = {
@@ -232,8 +230,7 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    whole = [
-        (p, getattr(p, "quant_state", p)) for p in model.parameters()
-    ]  # two 4-bit weights are one element
+    # Two 4-bit weights are one element.
+    whole = [(p, getattr(p, "quant_state", p)) for p in model.parameters()]
     sizes = [(p, math.prod(q.shape)) for p, q in whole]
     return sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)
