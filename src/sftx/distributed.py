@@ -77,9 +77,8 @@ class _Watch:
     def heartbeat(self, place: str) -> None:
         """Tell the others, and begin anew the time until this process shows its stacks and ends."""
         self.place = place or self.place
-        with suppress(
-            RuntimeError
-        ):  # the store is gone with the launcher; what that means, a signal says
+        # The store is gone with the launcher; what that means, a signal says.
+        with suppress(RuntimeError):
             self.store.set(f"place {rank()}", self.place)
         faulthandler.dump_traceback_later(self.timeout + GRACE, exit=True)
 
@@ -113,9 +112,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     """
     global _saving, _watch
     missing = sorted({"MASTER_ADDR", "RANK", "WORLD_SIZE"} - os.environ.keys())
-    if (
-        missing and not is_joined() and (rank() or world_size() > 1)
-    ):  # or each would train its share, and no more
+    # Or each would train its share, and no more.
+    if missing and not is_joined() and (rank() or world_size() > 1):
         raise UserError(
             f"the environment speaks of several processes (RANK={rank()}, "
             f"WORLD_SIZE={world_size()}), but not of "
@@ -127,9 +125,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
     _die_with_launcher()
     on_gpu = device.type == "cuda"
     server = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
-    store = PrefixStore(
-        f"sftx {next(_groups)}", server
-    )  # the launcher's store outlives a group, with all its keys
+    # The launcher's store outlives a group, with all its keys.
+    store = PrefixStore(f"sftx {next(_groups)}", server)
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
@@ -144,9 +141,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[None]:
         yield
         torch_dist.barrier()  # nobody leaves while another still needs its store or its sockets
         torch_dist.destroy_process_group()
-    except (
-        RuntimeError
-    ) as error:  # what torch raises for a peer that is gone, silent, or out of step
+    # What torch raises for a peer that is gone, silent, or out of step.
+    except RuntimeError as error:
         print(f"rank {rank()}: {_watch.place}: {error}", file=sys.stderr, flush=True)
         with suppress(RuntimeError):  # the store may be gone too
             print(f"rank {rank()}: {_watch.silent()}", file=sys.stderr, flush=True)

@@ -63,9 +63,8 @@ def _new(
     if adapter.targets != "all-linear":
         names = [name for name, _ in model.named_modules()]
         check_patterns("adapter.targets", {"target_modules": adapter.targets}, names)
-    routers = (
-        mixture.routers(model) if adapter.targets == "all-linear" else []
-    )  # who wants them adapted names them
+    # Who wants them adapted names them.
+    routers = mixture.routers(model) if adapter.targets == "all-linear" else []
     linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -245,8 +244,7 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    whole = [
-        (p, getattr(p, "quant_state", p)) for p in model.parameters()
-    ]  # two 4-bit weights are one element
+    # Two 4-bit weights are one element.
+    whole = [(p, getattr(p, "quant_state", p)) for p in model.parameters()]
     sizes = [(p, math.prod(q.shape)) for p, q in whole]
     return sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)

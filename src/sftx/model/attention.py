@@ -63,9 +63,8 @@ def segment_attention(
         raise ValueError(
             "segment attention was called without segments: the model does not pass them on"
         )
-    if (
-        attention_mask is not None
-    ):  # transformers makes none for this attention: it is the model's own, for itself
+    # Transformers makes none for this attention: it is the model's own, for itself.
+    if attention_mask is not None:
         raise ValueError(
             "segment attention was called with a mask: the model hides or weighs keys in a way of "
             "its own"

@@ -51,9 +51,8 @@ def compile_layers(
 
     Where a layer does not compile, everything stays as it was; UserError if that was not the wish.
     """
-    from torch._dynamo import (
-        config as dynamo,
-    )  # these imports take a second: only who compiles waits for them
+    # These imports take a second: only who compiles waits for them.
+    from torch._dynamo import config as dynamo
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor

@@ -182,9 +182,8 @@ segments.register_autograd(_backward, setup_context=_save)
 def _cut(a: int, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One segment: queries [H_kv, G, S, D], where G heads share keys; keys and values [H_kv, S, D]."""
     parts = [x[0, :, a:b] for x in (q, k, v)]
-    if (
-        q.device.type == "cpu"
-    ):  # what is filled up comes last, where no query of the segment sees it
+    # What is filled up comes last, where no query of the segment sees it.
+    if q.device.type == "cpu":
         parts = [F.pad(at_least_fp32(x), (0, 0, 0, (a - b) % FILL)) for x in parts]
     return parts[0].unflatten(0, (k.shape[1], -1)), parts[1].contiguous(), parts[2].contiguous()
 

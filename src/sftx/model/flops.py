@@ -53,9 +53,8 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
         loss, layers = estimator.shadow(depth)
         for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
             tensor.detach().normal_(std=0.02)
-        loss.model.get_input_embeddings().requires_grad_(
-            False
-        )  # its gradient has the size of the vocabulary
+        # Its gradient has the size of the vocabulary.
+        loss.model.get_input_embeddings().requires_grad_(False)
         inputs, loss = to_tensors(pack, estimator.machine.device), loss.to(estimator.machine.device)
         for _ in range(3):
             start = _now()

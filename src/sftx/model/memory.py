@@ -115,9 +115,8 @@ class MemoryEstimator:
         kind).
         """
         body, forward, *backward = self._marks(pack, False, accumulate)
-        if (
-            self.compiled and not self.on_gpu
-        ):  # how much a GPU's compiled layers keep was not measured
+        # How much a GPU's compiled layers keep was not measured.
+        if self.compiled and not self.on_gpu:
             less = (1 - KEPT) * body
             body, forward, backward = (
                 body - less,
@@ -135,9 +134,8 @@ class MemoryEstimator:
                 [max(backward) - saved, *every[2:]],
             )
         shards = self.shards or 1
-        earlier = (
-            self.trained / shards if accumulate or self.shards else 0
-        )  # gradients before the backward pass
+        # Gradients before the backward pass.
+        earlier = self.trained / shards if accumulate or self.shards else 0
         gathered, reduced = self._buffers()
         peak, gradients = max(
             (earlier + forward + gathered, earlier),
@@ -266,9 +264,8 @@ def _choose_no_experts(model: nn.Module) -> None:
     through the weights of the first one; its gradient has the shape of all.
     """
     for module in model.modules():
-        if "_is_expert_parallel" in vars(
-            module
-        ):  # the mark of transformers' `use_experts_implementation`
+        # The mark of transformers' `use_experts_implementation`.
+        if "_is_expert_parallel" in vars(module):
             module.forward = partial(_experts_forward, module)
 
 
@@ -325,9 +322,8 @@ class _Count(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note(
-            (args, kwargs), made_here=False
-        )  # weights, earlier gradients: their views are not new
+        # Weights, earlier gradients: their views are not new.
+        self._note((args, kwargs), made_here=False)
         out = func(*args, **(kwargs or {}))
         self._note(out, made_here=True)
         return out

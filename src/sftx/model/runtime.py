@@ -82,21 +82,7 @@ def name_of(dtype: torch.dtype) -> str:
 @contextmanager
 def machine(runtime: Runtime) -> Iterator[Machine]:
     """Choose the device and apply the settings of `runtime`; everything is put back on leaving."""
-    has_gpu = torch.cuda.is_available()
-    if runtime.device == "cuda" and not has_gpu:
-        raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")
-    device = (
-        torch.device("cuda", distributed.local_rank())
-        if has_gpu and runtime.device != "cpu"
-        else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        if distributed.local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"{distributed.local_size()} processes were started here, but there are "
-                f"{torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(device)
+    device = _choose_device(runtime)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
@@ -116,13 +102,28 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             _mallopt(_DEFAULTS)
 
 
+def _choose_device(runtime: Runtime) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if runtime.device == "cuda" and not has_gpu:
+        raise UserError("runtime.device: cuda was asked for, but PyTorch sees no CUDA device")
+    if not has_gpu or runtime.device == "cpu":
+        return torch.device("cpu")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"{distributed.local_size()} processes were started here, but there are "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    device = torch.device("cuda", distributed.local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
 def _mallopt(settings: dict[int, int]) -> None:
     """Let glibc keep freed memory: otherwise every large tensor is mapped and unmapped anew, page
     by page.
     """
-    mallopt = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    )  # glibc's own
+    # Glibc's own.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for parameter, value in settings.items():
             mallopt(parameter, value)

@@ -92,9 +92,8 @@ def save_model(
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(
-            path for path in temporary.rglob("*") if path.is_file()
-        ):  # more templates have a folder
+        # More templates have a folder.
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             sync(path)
             final = folder / path.relative_to(temporary)
             make_folder(final.parent)

@@ -76,9 +76,8 @@ def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMes
     mesh = init_device_mesh(
         device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard")
     )
-    for (
-        group
-    ) in mesh.get_all_groups():  # torch gives the groups of a mesh its own default, half an hour
+    # Torch gives the groups of a mesh its own default, half an hour.
+    for group in mesh.get_all_groups():
         torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
     return mesh
 
@@ -139,9 +138,8 @@ def unread_model(
     config = copy.deepcopy(config or load_config(settings))
     check_weights(str(folder))
     with boundary(f"model.path: {settings.path} cannot be built from its files"):
-        with init_empty_weights(
-            include_buffers=False
-        ):  # parameters on the meta device; buffers are computed as always
+        # Parameters on the meta device; buffers are computed as always.
+        with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
@@ -155,9 +153,8 @@ def unread_model(
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = getattr(module, attribute)
-        if (
-            tensor.is_meta
-        ):  # an adapter is put beside real tensors only; untouched, they take no memory
+        # An adapter is put beside real tensors only; untouched, they take no memory.
+        if tensor.is_meta:
             real = filled.setdefault(
                 id(tensor), nn.Parameter(torch.empty_like(tensor, device="cpu"))
             )

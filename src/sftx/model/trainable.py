@@ -57,11 +57,16 @@ def freeze(model: PreTrainedModel, settings: Model) -> None:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze: it matches every parameter, and nothing is left to train")
+    if settings.add_tokens or settings.add_special_tokens:
+        _refuse_frozen_rows(model)
+
+
+def _refuse_frozen_rows(model: PreTrainedModel) -> None:
     rows: dict[str, Any] = {
         "embeddings": model.get_input_embeddings(),
         "head": model.get_output_embeddings(),
     }
-    for name, module in rows.items() if settings.add_tokens or settings.add_special_tokens else ():
+    for name, module in rows.items():
         if not module.weight.requires_grad:
             raise UserError(
                 f"model.add_tokens: the {name} of {type(model).__name__} would stay frozen, new "

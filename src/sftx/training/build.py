@@ -1,5 +1,8 @@
 """Everything between the settings and the first step: data, model, checks, packing, optimizer."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,9 @@ passes. Tensors are safetensors, the rest is JSON, the run's record up to this s
 nothing in a checkpoint can execute.
 """
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from sftx import distributed

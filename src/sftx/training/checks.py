@@ -1,5 +1,8 @@
 """What is checked of the data and the ranks before a run: it must train what will be served."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,7 +26,7 @@ def check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
     """
     if data.format in ("tokens", "segments"):
         return
-    stops = {*encoder.tokenizer.stop_ids}
+    stops: set[int] = {*encoder.tokenizer.stop_ids}
     if encoder.stop_id is not None:
         stops.add(encoder.stop_id)
     # From the end: the stop token of a document that was cut is in its last piece.

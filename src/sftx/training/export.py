@@ -1,18 +1,21 @@
 """What a run trained, as one Hugging Face folder: adapters merged, quantised bases dequantised."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
 from sftx.boundary import boundary
 from sftx.data.chat.template_files import bundled_templates
@@ -190,7 +193,7 @@ def _encoding(
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _beside(target: Path) -> Generator[Path]:
     """A folder beside `target` that takes its place at the end, and is deleted where something goes
     wrong before.
     """

@@ -7,6 +7,9 @@ run, it stands in its identity, and another object does not continue it. The cal
 as it is.
 """
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -81,7 +84,9 @@ def without_object(sections: dict[str, Any]) -> tuple[dict[str, Any], GivenModel
     sections = dict(sections)
     tokenizer = sections.pop("tokenizer", None)
     section = sections.get("model")
-    model = section.get("path") if isinstance(section, Mapping) else section
+    model: Any = section
+    if isinstance(section, Mapping):
+        model = cast(Mapping[str, Any], section).get("path")
     if not isinstance(model, torch.nn.Module):
         if tokenizer is not None:
             raise UserError(
@@ -137,9 +142,9 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
 
 def _refuse_changed_modules(model: PreTrainedModel) -> None:
     with torch.device("meta"):
-        twin: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
-    expected = {key: type(module) for key, module in twin.named_modules()}
-    for key, module in model.named_modules():
+        twin = cast(Any, AutoModelForCausalLM).from_config(model.config)
+    expected: dict[str, Any] = {key: type(module) for key, module in twin.named_modules()}
+    for key, module in cast(Any, model).named_modules():
         hooks = [*module._forward_hooks, *module._forward_pre_hooks]
         changed = ""
         if hooks or "forward" in vars(module):

@@ -84,7 +84,7 @@ class Job:
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
         ranks = self.plan.packs(step, self.tokens_per_pack, distributed.world_size())
-        own = []
+        own: list[TensorPack] = []
         for members in ranks[distributed.rank()]:
             pack = build_pack([self.corpus.example(i) for i in members], members)
             own.append(to_tensors(pack, self.machine.device))

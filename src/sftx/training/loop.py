@@ -1,5 +1,8 @@
 """The loop: a generator over optimiser steps, and `train`, which runs it to its end."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import time

@@ -2,11 +2,15 @@
 available memory.
 """
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import copy
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,7 +100,7 @@ def meta_model(
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
-            model = AutoModelForCausalLM.from_config(
+            model = cast(Any, AutoModelForCausalLM).from_config(
                 copy.deepcopy(model_config),
                 dtype=dtype,
                 trust_remote_code=config.model.trust_remote_code,

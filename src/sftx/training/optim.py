@@ -1,9 +1,13 @@
 """AdamW, and the learning rate as a pure function of the step."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +61,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = (
@@ -66,7 +71,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
                 and not _NO_MATRIX.search(name)
             )
             (decayed if is_matrix else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]

@@ -2,6 +2,9 @@
 for.
 """
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -80,7 +80,7 @@ def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= dotted(value, f"{prefix}{key}.")
+            flat |= dotted(cast(dict[str, Any], value), f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -125,9 +125,9 @@ class Beginning:
     """Where a run begins: at step 0, after a checkpoint, or at the end of a finished run."""
 
     state: checkpoint.State
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
     eval_before: dict[str, float] | None = None  # of the earlier run
-    carried: dict[str, str] = field(default_factory=dict)  # records up to the checkpoint
+    carried: dict[str, str] = field(default_factory=dict[str, str])  # records up to the checkpoint
     changed: bool = False  # whether settings differ from those of the earlier run
     changes: list[dict[str, Any]] | None = None  # now and before, for run.json
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -51,9 +51,8 @@ class StopFlag:
         One question answers both, so that the ranks wait for each other once.
         """
         signal_of_all, save = divmod(distributed.all_reduce_max(2 * (self.signal or 0) + due), 2)
-        self.signal = (
-            signal_of_all or self.signal
-        )  # one that has come meanwhile is for the next time
+        # One that has come meanwhile is for the next time.
+        self.signal = signal_of_all or self.signal
         return signal_of_all != 0, save == 1
 
     def set(self, number: int, _: FrameType | None) -> None:
@@ -64,9 +63,8 @@ class StopFlag:
         if self.at_once:
             raise Stopped(NOTHING_TO_SAVE.format(number))
         if number == signal.SIGINT and distributed.is_main():
-            os.write(
-                2, STOPPING.encode()
-            )  # print may be in the middle of another line, and must not be entered twice
+            # Print may be in the middle of another line, and must not be entered twice.
+            os.write(2, STOPPING.encode())
 
 
 class SaveClock:
@@ -86,7 +84,7 @@ class SaveClock:
 
 
 @contextmanager
-def listening() -> Iterator[StopFlag]:
+def listening() -> Generator[StopFlag]:
     """Catch the signals inside; handlers can only be set from the main thread, elsewhere the flag
     stays down.
     """

@@ -1,11 +1,14 @@
 """One optimiser step. This is the whole of the mathematics; everything else decides what goes in."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ class StepResult:
         """Loss, gradient norm and bad; waits for this step, not for what was launched after it."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, bad = self.numbers.tolist()
+        loss, grad_norm, bad = cast(list[float], self.numbers.tolist())
         return loss, grad_norm, bool(bad)
 
 
@@ -55,9 +58,8 @@ def train_step(
     # to the next.
     with torch.autocast(loss.device.type, enabled=False):
         for number, pack in enumerate(packs, 1):
-            if isinstance(
-                model, FSDPModule
-            ):  # replicas exchange what they have summed once, with the last pack
+            # Replicas exchange what they have summed once, with the last pack.
+            if isinstance(model, FSDPModule):
                 model.set_requires_all_reduce(number == len(packs))
             with autocast():
                 pack_loss = model(pack)

@@ -206,9 +206,8 @@ def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> Lo
     own = loss.own_logits(pack).float()
     try:
         raw = head(loss.hidden(pack)[pack.index]).float()
-    except (
-        FOREIGN_ERRORS
-    ):  # the model has no backbone that takes segments and returns hidden states
+    # The model has no backbone that takes segments and returns hidden states.
+    except FOREIGN_ERRORS:
         return None
     if raw.shape != own.shape:
         return None

@@ -40,9 +40,8 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
             "belong to this model, or its new tokens must be listed in model.add_tokens or "
             "model.add_special_tokens"
         )
-    positions = getattr(
-        config, "max_position_embeddings", None
-    )  # absent in models without position limits
+    # Absent in models without position limits.
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise UserError(
             f"data.max_length: {max_length} is more than the {positions} positions of the model"
@@ -216,7 +215,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-        if isinstance(
-            model, FSDPModule
-        ):  # without a backward pass its outermost weights stay gathered
+        # Without a backward pass its outermost weights stay gathered.
+        if isinstance(model, FSDPModule):
             model.reshard()
