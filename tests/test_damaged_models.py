@@ -289,6 +289,12 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         tokenizer_with("tokenizer.json", model={"type": "BPE", "vocab": "x"}),
         "tokenizer.json",
     ),
+    "a longest text of text": (tokenizer_with(model_max_length="abc"), "model.tokenizer"),
+    "a longest text of nothing": (tokenizer_with(model_max_length={}), "model.tokenizer"),
+    "attentions asked for": (
+        tokenizer_with("generation_config.json", output_attentions=True),
+        "generation_config.json",
+    ),
     "stop ids of text": (
         tokenizer_with("generation_config.json", eos_token_id="</s>"),
         "generation_config.json",

@@ -66,7 +66,7 @@ def test_an_adapter_beside_its_base(tmp_path: Path, folder: str, rows: str) -> N
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
     found = _eval(tmp_path, str(tmp_path / "adapter"), rows)
     adapted = _naive(folder, str(tmp_path / "adapter"))

@@ -16,7 +16,6 @@ min.exact=0.8 max.loss=1.5.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -93,31 +92,38 @@ def run(
     asked = Asked(
         corpus, tokenizer, encoder.stop_ids, found, names, longest_answer, seed=config.seed
     )
+    judged = _judged(console, config, model, adapter, base, asked)
+    _print(console, judged)
+    _show(console, judged, whole_number("eval: shown", shown, 0))
+    if json:
+        write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
+    missed = _missed(limits, judged["model"].numbers)
+    for line in missed:
+        console.print(line, style="bold red", markup=False)
+    return int(bool(missed))
+
+
+def _judged(
+    console: Console, config: Config, model: Model, adapter: str | None, base: str, asked: Asked
+) -> dict[str, Judgement]:
+    """What the model scores, and its base where there is one."""
     judged: dict[str, Judgement] = {}
     with machine(config.runtime) as here:
         with console.status("loading and measuring the model"):
-            served = load_served(model, adapter, corpus, here)
-            judged["model"] = judge(served, asked, here)
-        tuned = judged["model"]
+            served = load_served(model, adapter, asked.corpus, here)
+            judged["model"] = tuned = judge(served, asked, here)
         if served.adapter is not None:
             with console.status("measuring its base"), served.without_adapter():
                 judged["base"] = judge(served, asked, here)
             tuned.numbers["kl"] = _distance_of_adapter(served, asked, tuned)
         elif base:
             with console.status("measuring the base"):
-                other = load_served(_model(config, base), None, corpus, here)
+                other = load_served(_model(config, base), None, asked.corpus, here)
                 judged["base"] = judge(other, asked, here)
-                tuned.numbers["kl"] = distance(served.forward, other.forward, found, tuned.samples)
-        del served
-        gc.collect()
-    _print(console, judged)
-    _show(console, judged, whole_number("eval: shown", shown, 0))
-    if json:
-        write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
-    missed = _missed(limits, tuned.numbers)
-    for line in missed:
-        console.print(line, style="bold red", markup=False)
-    return int(bool(missed))
+                tuned.numbers["kl"] = distance(
+                    served.forward, other.forward, asked.prompts, tuned.samples
+                )
+    return judged
 
 
 def _model(config: Config, path: str | None) -> Model:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
 from sftx.model.folder import check_weights, load_config
+from sftx.model.save import check_generation_config
 from sftx.settings.schema import Model
 from sftx.types import UserError
 
@@ -63,6 +64,7 @@ def load_model(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
             f"(first: {missing[0]}); training would start from random numbers there"
         )
+    check_generation_config(loaded, model.path)
     loaded.config.use_cache = False
     for module in loaded.modules() if nf4 else ():
         # In evaluation this would pack weights for AVX-512 in bf16: inexact, and no gradient comes

@@ -26,6 +26,7 @@ def load_tokenizer(model: Model) -> Any:
     path = model.tokenizer or model.path
     with boundary(f"model.tokenizer: {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        tokenizer("a")  # where a setting of it has a wrong type, this fails
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in model.add_tokens])
     special = [
         AddedToken(text, normalized=False, special=True) for text in model.add_special_tokens
@@ -44,15 +45,27 @@ def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) 
     config.eos_token_id = list(dict.fromkeys(eos)) or None
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample and any(
-        x is not None for x in (config.temperature, config.top_p, config.top_k)
-    ):
-        # Some published folders set a temperature without sampling; saving that is refused by
-        # transformers.
-        config.do_sample = (
-            (config.temperature not in (None, 1.0)) or (config.top_p not in (None, 1.0)) or None
-        )
+    _allow_temperature(config)
     return config
+
+
+def check_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Refuse now, before training, what could not be written with the trained model."""
+    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
+    _allow_temperature(config)
+    with boundary(f"model.path: {path}: generation_config.json cannot be saved with the model"):
+        config.validate(strict=True)
+
+
+def _allow_temperature(config: GenerationConfig) -> None:
+    """Let a config sample that names a temperature or a share: some published folders forget to say
+    so, and transformers refuses to save that.
+    """
+    settings = (config.temperature, config.top_p, config.top_k)
+    if config.do_sample or all(value is None for value in settings):
+        return
+    samples = config.temperature not in (None, 1.0) or config.top_p not in (None, 1.0)
+    config.do_sample = True if samples else None
 
 
 def save_model(

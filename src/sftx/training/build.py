@@ -97,14 +97,13 @@ def prepare(
 ) -> Job:
     """Read and check everything a run needs. Bad data is found before the model is loaded.
 
-    The processes join before the model is loaded, not earlier: encoding may take longer than they
-    would wait for each other. They part when `until_end` closes. `rate` gives the learning rate of
-    update `step` (0-based) in place of the schedule of the settings.
+    `rate` gives the learning rate of update `step` (0-based) in place of the settings' schedule.
     """
     refuse_wrong_folder(config, run)
     model_config = load_config(config.model)
     data = _read_data(config, model_config, progress)
     plan = data.plan
+    # Not earlier: encoding may take longer than the processes would wait for each other.
     until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
     run.facts = distributed.broadcast(run.facts)
 
@@ -123,8 +122,7 @@ def prepare(
     packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
 
     peak = peak_learning_rate(config.optim, config.adapter)
-    if rate is None:
-        rate = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
+    scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
     job = Job(
         config=config,
@@ -141,14 +139,12 @@ def prepare(
         tokenizer=tokenizer,
         save_dtype=stored_dtype(config.model, model_config),
         optimizer=build_optimizer(model.loss, config.optim),
-        learning_rate=rate,
+        learning_rate=rate or scheduled,
         state=checkpoint.State(0, plan.fingerprint, decides),
         predicted_seconds=seconds,
     )
     notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
-    if not run.finished and (lacking := job.no_room()):
-        raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
     progress.model(_summary(job, peak), notes, job.state.step)
     return job
 
@@ -345,6 +341,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     )
     run.start(job.state.step, found.carried, facts)
     notes += _write_ledger(job, again)
+    if lacking := job.no_room():
+        raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
 
 
 def _write_ledger(job: Job, again: bool) -> list[str]:

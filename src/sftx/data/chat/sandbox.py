@@ -102,7 +102,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
         # answers are known.
-        kind: type[object] = type(obj)
+        kind = cast("type[object]", type(obj))
         if kind is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if kind is str and attribute in _TEXT_METHODS:
@@ -183,6 +183,44 @@ def _limited(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return limited
 
 
+_AS_TEXT = ("escape", "e", "forceescape", "format", "join", "pprint", "replace", "string", "tojson")
+"""Filters that write their input as text, in one operation."""
+
+
+def _written(value: Any) -> Any:
+    """What a template is about to write: refused where it holds more than `ELEMENTS` things.
+
+    A list that holds another many times over is small in memory, but its text is not, and nothing
+    can interrupt the writing of it.
+    """
+    waiting = [value]
+    elements = 0
+    while waiting:
+        held = waiting.pop()
+        if not isinstance(held, list | tuple | dict):
+            continue
+        inside = cast("list[Any]", list(held.values()) if isinstance(held, dict) else list(held))
+        elements += len(inside)
+        if elements > ELEMENTS:
+            raise LimitError(
+                f"the template writes a list of more than {ELEMENTS:,} elements as text"
+            )
+        waiting += inside
+    return value
+
+
+def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that writes its input as text, within the limit of `_written`."""
+
+    @wraps(original)
+    def writing(*args: Any, **kwargs: Any) -> Any:
+        for value in args:
+            _written(value)
+        return original(*args, **kwargs)
+
+    return writing
+
+
 def _round(value: float, precision: int = 0, method: Any = "common") -> float:
     _check_power(precision)
     return do_round(value, precision, method)
@@ -211,11 +249,16 @@ def _raise(message: str) -> None:
 def compile_template(source: str) -> jinja2.Template:
     """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
     environment: Any = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        finalize=_written,
     )
     environment.filters |= {"tojson": _to_json, "round": _round}
     for name in _WHOLE:
         environment.filters[name] = _limited(name, environment.filters[name])
+    for name in _AS_TEXT:
+        environment.filters[name] = _writing(environment.filters[name])
     environment.globals |= {
         "raise_exception": _raise,
         "strftime_now": _now,
