@@ -108,7 +108,7 @@ from sftx.model import compile
 from sftx.settings.load import load_config
 from sftx.training.loop import train
 
-compiled.COMPILER = "aot_eager"  # everything but the generated code, which takes minutes
+compile.COMPILER = "aot_eager"  # everything but the generated code, which takes minutes
 for path in sys.argv[1].split(","):
     train(load_config(path))
 """
@@ -282,7 +282,7 @@ from sftx.training.loop import steps
 
 for record in steps(load_config(sys.argv[1])):
     if record.step == 13:
-        dist.barrier()
+        distributed.barrier()
         os._exit(9)
 """
 
@@ -385,7 +385,7 @@ from sftx.settings.load import load_config
 from sftx.training.loop import steps
 
 for record in steps(load_config(sys.argv[1])):
-    while record.step == 3 and dist.rank() == 1:
+    while record.step == 3 and distributed.rank() == 1:
         time.sleep(0.1)
 """
 
