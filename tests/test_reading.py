@@ -24,12 +24,12 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "tokens on the run path": Limit(now=103_000, aim=55_000),
-    "tokens per line of code": Limit(now=8.6, aim=8.5),
-    "annotations with Any, in percent": Limit(now=13.1, aim=5),
-    "functions of a complexity over 10": Limit(now=79, aim=0),
-    "lines of the longest file": Limit(now=478, aim=400),
-    "lines of the longest function": Limit(now=74, aim=60),
+    "tokens on the run path": Limit(now=104_600, aim=55_000),
+    "tokens per line of code": Limit(now=8.7, aim=8.5),
+    "annotations with Any, in percent": Limit(now=9.0, aim=5),
+    "functions of a complexity over 10": Limit(now=54, aim=0),
+    "lines of the longest file": Limit(now=400, aim=400),
+    "lines of the longest function": Limit(now=60, aim=60),
 }
 
 

@@ -123,7 +123,6 @@ def prepare(
 
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
-    decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
     job = Job(
         config=config,
         machine=machine,
@@ -140,13 +139,19 @@ def prepare(
         save_dtype=stored_dtype(config.model, model_config),
         optimizer=build_optimizer(model.loss, config.optim),
         learning_rate=rate or scheduled,
-        state=checkpoint.State(0, plan.fingerprint, decides),
+        state=_beginning(config, data, machine),
         predicted_seconds=seconds,
     )
     notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step)
     return job
+
+
+def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:
+    """The state before the first step."""
+    decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
+    return checkpoint.State(0, data.plan.fingerprint, decides)
 
 
 def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
