@@ -166,6 +166,13 @@ def test_a_template_that_wants_the_first_turn_gets_it() -> None:
     assert all(len(example.ids) <= 90 for example in result.examples)
 
 
+def test_a_prompt_that_lost_its_first_token_alone_is_flagged() -> None:
+    talk = [user("hello"), model("0 fox" + " dog" * 28), user("end"), model("of it")]
+    first = encoded(row(talk), encoder(CHATML, length=40)).examples[0]
+    assert len(first.ids) == 40  # of 41
+    assert first.shortened
+
+
 WORDS = st.integers(0, 30).map(lambda count: "fox" + " dog" * count)
 
 

@@ -93,9 +93,9 @@ def _piece(
     head = [sequence.bos] if wants_bos else []
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
-    gone = weights[
-        max(1, sequence.begins_with_bos) : begin
-    ]  # a first token without weight may have no place before it
+    # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
+    is_output = bool(weights[1:2].any())
+    gone = weights[1 if sequence.begins_with_bos or is_output else 0 : begin]
     shortened = sequence.shortened or bool((gone == 0).any())
     return replace(
         sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened
