@@ -178,7 +178,7 @@ def test_runs_started_together_leave_one_owner_and_one_record(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_jobs_of_two_ranks_do_not_share_a_folder(tmp_path: Path) -> None:
-    path = ranks.write_run(tmp_path, tiny.folder(tmp_path / "model"), "run", batch={"epochs": 20})
+    path = ranks.write_run(tmp_path, tiny.folder(tmp_path / "model"), "run", batch={"epochs": 60})
     first = ranks.start(path, 2)
     while not (tmp_path / "run" / OWNER).exists():
         assert first.poll() is None, first.communicate()
