@@ -4,7 +4,11 @@ loading it.
 
 from __future__ import annotations
 
-from sftx.data.encoder import DEFAULT_LENGTH
+from rich.console import Console
+
+from sftx.data.dataset import load_corpora
+from sftx.data.encoder import DEFAULT_LENGTH, Encoder
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model_config import positions
 from sftx.settings.schema import Config
@@ -17,6 +21,19 @@ def tokenizer_and_length(config: Config) -> tuple[Tokenizer, int]:
     return tokenizer, config.data.max_length or min(
         positions(config.model.path, DEFAULT_LENGTH), DEFAULT_LENGTH
     )
+
+
+def encoded(console: Console, config: Config, encoder: Encoder) -> Corpus:
+    """The training corpus, while the console says how far encoding it has come."""
+    with console.status("encoding") as status:
+        corpus, _ = load_corpora(
+            config,
+            encoder.tokenizer,
+            encoder.max_length,
+            lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
+            encoder,
+        )
+    return corpus
 
 
 def whole_number(key: str, value: str, least: int = 1) -> int:

@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sftx.cli._inputs import tokenizer_and_length, whole_number
+from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
-from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.eval.judge import (
     Asked,
@@ -80,13 +79,7 @@ def run(
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, max_length = tokenizer_and_length(config.model_copy(update={"model": model}))
     encoder = Encoder(tokenizer, config.data, max_length)
-    with console.status("encoding") as status:
-        corpus, _ = load_corpora(
-            config,
-            tokenizer,
-            max_length,
-            lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
-        )
+    corpus = encoded(console, config, encoder)
     found = prompts_of(corpus, tokenizer, encoder.stop_ids, count)
     console.print(f"data     {corpus.ledger.summary()}; {len(found):,} prompts")
     asked = Asked(

@@ -14,10 +14,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from sftx.cli._inputs import tokenizer_and_length, whole_number
+from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.cli._page import write_page
-from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
@@ -71,13 +70,7 @@ def run(
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus: Corpus | None = None
     if step or html:
-        with console.status("encoding") as status:
-            corpus, _ = load_corpora(
-                config,
-                tokenizer,
-                max_length,
-                lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
-            )
+        corpus = encoded(console, config, encoder)
     if step:
         assert corpus is not None
         views = _views_of_step(config, corpus, encoder, step, pack)
