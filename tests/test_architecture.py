@@ -32,7 +32,7 @@ LAYERS = {
     ),
     3: ("training", "eval"),
     2: ("model", "distributed"),
-    1: ("data", "report.record", "report.facts", "report.lock"),
+    1: ("data", "report.record", "report.facts", "report.lock", "report.model_card"),
     0: (
         "arrow",
         "boundary",
