@@ -217,6 +217,15 @@ def _overview() -> str:
     )
 
 
+def _without_equals(told: Declared) -> str:
+    """The arguments without `=` that a verb takes, as its usage names them."""
+    if "config" in told.takes:
+        return "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
+    if "paths" in told.takes:
+        return "RUN [RUN ...] "
+    return "PATH " if "path" in told.takes else ""
+
+
 def _verb_help(verb: str, told: Declared) -> str:
     """The verb's docstring, its own keys, and every setting if it reads settings."""
     from textwrap import fill
@@ -227,11 +236,7 @@ def _verb_help(verb: str, told: Declared) -> str:
             *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts),
         ]
 
-    where = "PATH " if "path" in told.takes else ""
-    where = "RUN [RUN ...] " if "paths" in told.takes else where
-    if "config" in told.takes:
-        where = "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
-    lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]
+    lines = [f"usage: sftx {verb} {_without_equals(told)}[key=value ...]", "", told.doc.strip(), ""]
     for key, meaning in told.extra.items():
         lines += entry(key if key.endswith(".") else f"{key}=...", meaning)
     if "config" in told.takes:

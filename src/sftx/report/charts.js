@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const number = n => n.toLocaleString("en");
 const COLOURS = 8, HEIGHT = 230, ROWS = 200;
+const DASHES = [[], [6, 5], [2, 3], [10, 4, 2, 4], [14, 5], [6, 3, 2, 3, 2, 3]];
 
 function make(tag, text, name) {
   const node = document.createElement(tag);
@@ -19,11 +20,11 @@ function short(value) {
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return number(value);
   const size = Math.abs(value);
   if (size >= 1e4) return number(Math.round(value));
-  return size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  return size < 1e-3 ? Number(value.toPrecision(3)).toExponential() : String(Number(value.toPrecision(4)));
 }
 
 function duration(seconds) {
-  if (seconds < 120) return `${short(seconds)} s`;
+  if (seconds < 120) return `${Number(seconds.toFixed(seconds < 10 ? 1 : 0))} s`;
   const minutes = Math.round(seconds / 60);
   return minutes < 120 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
@@ -109,15 +110,16 @@ function sentence(name, unit, xs, ys) {
 /**
  * A chart of lines, in a card. `options`: title, unit (of x, "step"), say (a value as text), wide, group (charts
  * of one group zoom and hover together), onPick(x) (a click or Enter on a point).
- * `series`: [{label, steps, values, means, colour (0 ..), dash, dots, warn, smoothed}]; a `smoothed` series is drawn
+ * `series`: [{label, steps, values, means, colour (0 ..), dash (0 ..), dots, warn, smoothed}]; a `smoothed` series is drawn
  * faint, with its smoothed line over it, by `chart.smooth(keep)`.
  */
 function chart(target, options, series) {
   const unit = options.unit || "step", say = options.say || short;
-  const card = make("figure", null, `card chart${options.wide ? " wide" : ""}`);
+  const card = make("figure", null, `card chart${options.wide ? " wide" : ""}`), head = make("header");
   const legend = make("div", null, "legend"), plot = make("div", null, "plot"), readout = make("p", null, "readout");
   readout.setAttribute("aria-live", "polite");
-  card.append(make("h3", options.title), legend, plot, readout);
+  head.append(make("h3", options.title), readout);
+  card.append(head, legend, plot);
   target.append(card);
   const shown = series.filter(one => one.steps.length);
   const lines = shown.flatMap((one, of) => {
@@ -136,11 +138,12 @@ function chart(target, options, series) {
     }
     joined = lines.length ? uPlot.join(lines.map(line => [line.xs, line.ys])) : [[]];
   }
+  const opacity = line => !line.faint ? 1 : keep || line.means ? .3 : 0;
   function style(line) {
     const dots = line.dots || line.steps.length === 1;
     return {
       label: line.label, scale: "y", spanGaps: true, stroke: stroke(line), width: line.faint ? 1 : 2,
-      alpha: line.faint ? (keep || line.means ? .3 : 0) : 1, dash: line.dash ? [6, 5] : undefined,
+      alpha: opacity(line), dash: DASHES[(line.dash || 0) % DASHES.length],
       points: { show: Boolean(dots), size: line.warn ? 9 : 6, fill: stroke(line) },
       paths: line.warn ? () => null : undefined,
     };
@@ -149,7 +152,6 @@ function chart(target, options, series) {
     ticks: { stroke: () => colour("--line"), width: 1, size: 5 }, font: "12px system-ui, sans-serif", size });
   const width = () => Math.max(plot.clientWidth, 200);
   function draw() {
-    if (u) { drawn.delete(u); u.destroy(); }
     build();
     const sync = options.group ? { key: options.group, setSeries: false, scales: ["x", null] } : undefined;
     u = new uPlot({
@@ -161,9 +163,9 @@ function chart(target, options, series) {
       cursor: { drag: { x: true, y: false, setScale: true }, sync, y: false, focus: { prox: -1 }, bind: { dblclick: () => () => (reset(), null) } },
       hooks: { setCursor: [hover] },
     }, joined, plot);
-    u.over.addEventListener("click", () => pick());
+    u.over.addEventListener("click", pick);
+    u.group = options.group;
     drawn.add(u);
-    visible.forEach((on, of) => on || toggle(of, false));
   }
   /** The value of a line at index `i`, or the nearest one before it. */
   function at(row, i) {
@@ -224,13 +226,11 @@ function chart(target, options, series) {
   }. Arrow keys move along it, plus zooms in, Escape shows all of it.`);
   plot.addEventListener("keydown", key);
   shown.forEach((one, of) => {
-    const button = make("button"), swatch = make("i", null, one.dots || one.warn ? "dots" : one.dash ? "dashed" : "");
-    const name = `var(${one.warn ? "--warn" : `--s${(one.colour || 0) % COLOURS}`})`;
-    swatch.style[one.dots || one.warn ? "background" : "borderColor"] = name;
+    const button = make("button");
     button.type = "button";
     button.dataset.of = of;
     button.setAttribute("aria-pressed", "true");
-    button.append(swatch, make("span", one.label), make("b", ""));
+    button.append(swatch(one), make("span", one.label), make("b", ""));
     button.onclick = () => {
       button.setAttribute("aria-pressed", String(!visible[of]));
       toggle(of, !visible[of]);
@@ -243,17 +243,30 @@ function chart(target, options, series) {
     number(many[0].means.steps.length)} spans; its smoothed line from their means.`, "facts"));
   card.append(folded("Table of values", () => values(options.title, unit, shown)));
   draw();
-  u.group = options.group;
   new ResizeObserver(() => u.width === width() || u.setSize({ width: width(), height: HEIGHT })).observe(plot);
   return { card, zoom, reset, move, get plot() { return u; },
     smooth(value) {
       if (!lines.some(line => line.over)) return;
-      const { min, max } = u.scales.x;
       keep = value;
-      draw();
-      u.group = options.group;
-      u.setScale("x", { min, max });
+      build();
+      lines.forEach((line, k) => { u.series[k + 1].alpha = opacity(line); });
+      const { min, max } = u.scales.x;
+      u.setData(joined, typeof min !== "number");  // before its first drawing a chart has no scale to keep
+      if (typeof min === "number") u.setScale("x", { min, max });
     } };
+}
+
+/** A short piece of a line as it is drawn. */
+function swatch(line) {
+  const picture = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    return node;
+  };
+  const name = `var(${line.warn ? "--warn" : `--s${(line.colour || 0) % COLOURS}`})`, node = picture("svg", { width: 24, height: 10, "aria-hidden": true });
+  if (!line.warn) node.append(picture("line", { x1: 0, x2: 24, y1: 5, y2: 5, stroke: name, "stroke-width": 2.5, "stroke-dasharray": DASHES[(line.dash || 0) % DASHES.length].join(" ") }));
+  if (line.dots) node.append(picture("circle", { cx: 12, cy: 5, r: line.warn ? 4.5 : 3, fill: name }));
+  return node;
 }
 
 /** The values behind a chart: at most ROWS of them, evenly spaced. */
@@ -272,7 +285,9 @@ function values(title, unit, series) {
 function bars(target, title, unit, what, edges, counts) {
   const card = make("figure", null, "card chart"), plot = make("div", null, "plot"), readout = make("p", null, "readout");
   readout.setAttribute("aria-live", "polite");
-  card.append(make("h3", title), plot, readout);
+  const head = make("header");
+  head.append(make("h3", title), readout);
+  card.append(head, plot);
   target.append(card);
   const most = Math.max(...counts, 0), top = counts.indexOf(most);
   const words = i => `${number(edges[i])} to ${number(edges[i + 1])} ${unit}: ${number(counts[i])} ${what}`;

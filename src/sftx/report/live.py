@@ -18,7 +18,7 @@ from sftx.report.record import read_metrics
 from sftx.report.run_data import NOTED, spikes
 from sftx.report.run_page import NAME, write_report
 from sftx.training.job import Job
-from sftx.types import Json, StepRecord, UserError
+from sftx.types import StepRecord, UserError
 
 SHARE = 0.01
 """Of the time of a run, what its pages may take; that of the end is always written."""
@@ -46,9 +46,10 @@ class LiveReport:
         self.job, self.progress = job, progress
         self.on = job.config.runtime.report and distributed.is_main()
         self.started = False
+        self._failed = False
         self._next = 0.0
-        self._noted: dict[str, Json] = {}
-        self._rows: dict[int, Json] = {}
+        self._noted: dict[str, object] = {}
+        self._rows: dict[int, dict[str, object]] = {}
 
     def after(self, record: StepRecord) -> None:
         """Write the page where the model was evaluated, or took its first step."""
@@ -58,7 +59,7 @@ class LiveReport:
             self.write()
 
     def write(self) -> None:
-        """Write report.json and the page; where that fails, say so."""
+        """Write report.json and the page; where that fails, say so once."""
         if not self.on:
             return
         begin, folder = time.monotonic(), self.job.run.folder
@@ -66,11 +67,13 @@ class LiveReport:
             write_json(folder / NOTED, self._note())
             write_report([folder], folder / NAME)
         except (OSError, UserError) as error:
-            self.progress.say(f"warning  the report of the run is not written: {error}")
+            if not self._failed:
+                self.progress.say(f"warning  the report of the run is not written: {error}")
+            self._failed = True
         end = time.monotonic()
         self._next = end + (end - begin) / SHARE
 
-    def _note(self) -> dict[str, Json]:
+    def _note(self) -> dict[str, object]:
         """What the page needs of the data, which the run folder does not hold otherwise."""
         job = self.job
         if not self._noted:
@@ -84,14 +87,14 @@ class LiveReport:
         self._rows = {step: self._rows.get(step) or self._rows_of(step) for step in found}
         return self._noted | {"rows": {str(step): rows for step, rows in self._rows.items()}}
 
-    def _rows_of(self, step: int) -> Json:
+    def _rows_of(self, step: int) -> dict[str, object]:
         """The rows of `step` (counted from 1), the first of them in its order."""
         corpus, tokenizer = self.job.corpus, self.job.encoder.tokenizer
         chosen = self.job.plan.examples(step - 1)
-        rows: list[Json] = []
+        rows: list[dict[str, object]] = []
         for index in chosen[:ROWS].tolist():
             example = corpus.example(index)
-            row: dict[str, Json] = {
+            row = {
                 "place": corpus.place(index),
                 "tokens": len(example.ids),
                 "targets": example.targets,

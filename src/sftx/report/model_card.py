@@ -58,6 +58,8 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         f"{versions}.",
         "",
     ]
+    if config.runtime.report:
+        lines += ["`report.html` in this folder shows how the training went.", ""]
     return "\n".join(lines)
 
 

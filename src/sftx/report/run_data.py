@@ -59,7 +59,8 @@ def run_data(folder: Path) -> dict[str, object]:
     lines = read_lines(folder / "metrics.jsonl")
     steps = [line for line in lines if line["step"] != 0]
     said = facts.to_json()
-    said.pop("mathematics", None)
+    for long in ("config", "mathematics"):
+        said.pop(long, None)
     return {
         "name": folder.resolve().name,
         "folder": str(folder),
@@ -145,7 +146,7 @@ def _is_number(value: object) -> bool:
 
 
 def _series(steps: Lines) -> dict[str, object]:
-    found = {name: _shown(*_column(steps, name)) for name in COLUMNS}
+    found: dict[str, object] = {name: _shown(*_column(steps, name)) for name in COLUMNS}
     for line in steps:
         line["targets_per_second"] = _rate(line)
     found["targets_per_second"] = _shown(*_column(steps, "targets_per_second"))
@@ -197,19 +198,14 @@ def _held(lines: Lines) -> dict[str, object]:
 
 def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:
     """Held-out numbers before training, of the best model where one was kept, and at the end."""
-    evaluated = {line["step"]: line["eval"] for line in lines if line.get("eval")}
-    said = facts.to_json()
-    best = said.get("best")
-    found: dict[str, object] = {}
-    if facts.eval_before or 0 in evaluated:
-        found["before training"] = facts.eval_before or evaluated[0]
+    evaluated = {int(str(line["step"])): line["eval"] for line in lines if line.get("eval")}
+    best, last = facts.to_json().get("best"), max(evaluated, default=0)
+    moments: dict[str, object] = {"before training": facts.eval_before or evaluated.get(0)}
     if isinstance(best, dict) and best.get("step") in evaluated:
-        found[f"best, step {best['step']}"] = evaluated[best["step"]]
-    if evaluated:
-        last = max(evaluated, key=lambda step: int(str(step)))
-        if last or facts.eval_after:
-            found[f"after step {last}"] = facts.eval_after or evaluated[last]
-    return found
+        moments[f"best, step {best['step']}"] = evaluated[best["step"]]
+    if last:
+        moments[f"after step {last}"] = facts.eval_after or evaluated[last]
+    return {when: numbers for when, numbers in moments.items() if numbers}
 
 
 def _samples(lines: Lines) -> dict[str, object]:

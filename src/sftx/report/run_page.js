@@ -18,6 +18,10 @@ function scaled(series, by) {
   return { ...series, ...each(series), means: series.means && each(series.means) };
 }
 
+/** How the n-th of several lines of a run is drawn: in a colour of its own, or, where a run has one colour, dashed. */
+const nth = i => several ? { dash: i } : { colour: i };
+const held = several ? { dash: 1 } : { dash: 1, colour: 1 };
+
 /** The marks of spikes on a curve: at the value there, or the last one before. */
 function marks(run, series) {
   const steps = [], values = [];
@@ -49,15 +53,15 @@ function overSteps(title, parts, options = {}) {
 function curves() {
   overSteps("Loss, in nats per unit of weight", run => [
     { ...run.series.loss, label: "training", smoothed: true },
-    { ...evaluated(run, "loss"), label: "held out", dash: true, dots: true, colour: several ? undefined : 1 },
+    { ...evaluated(run, "loss"), label: "held out", dots: true, ...held },
     ...(several ? [] : [marks(run, run.series.loss)]),
   ], { wide: true, warning: "stands out: click or press Enter for its rows", onPick: toSpike });
-  overSteps("Accuracy: share of targets that the model would choose", run => [
+  overSteps("Accuracy: share of targets that are right", run => [
     { ...run.series.accuracy, label: "training", smoothed: true },
-    { ...evaluated(run, "accuracy"), label: "held out", dash: true, dots: true, colour: several ? undefined : 1 },
+    { ...evaluated(run, "accuracy"), label: "held out", dots: true, ...held },
   ], { say: percent });
   const named = prefix => run => Object.keys(run.held).filter(name => name.startsWith(prefix)).map((name, i) =>
-    ({ ...run.held[name], label: name.slice(prefix.length), dots: true, colour: several ? undefined : i }));
+    ({ ...run.held[name], label: name.slice(prefix.length), dots: true, ...nth(i) }));
   overSteps("Held-out loss by source", named("loss of "));
   overSteps("Held-out accuracy by source", named("accuracy of "), { say: percent });
   answers();
@@ -75,7 +79,7 @@ function curves() {
 function predictedMemory(run) {
   const peak = run.facts.predicted?.memory?.peak, steps = run.series.memory.steps;
   if (!peak || !steps.length) return [];
-  return [{ steps: [steps[0], steps.at(-1)], values: [peak, peak].map(y => y / 2 ** 30), label: "predicted", dash: true, colour: several ? undefined : 1 }];
+  return [{ steps: [steps[0], steps.at(-1)], values: [peak, peak].map(y => y / 2 ** 30), label: "predicted", ...held }];
 }
 
 /** Charts of what answers scored, and of the distance from the base. */
@@ -83,7 +87,7 @@ function answers() {
   const known = name => ["loss", "perplexity", "targets", "accuracy"].includes(name) || /^(loss|accuracy) of /.test(name);
   const forgetting = ["kl", "general loss"];
   const names = [...new Set(runs.flatMap(run => Object.keys(run.held)))].filter(name => !known(name));
-  const drawnOf = list => run => list.map((name, i) => ({ ...evaluated(run, name), label: name, dots: true, colour: several && list.length === 1 ? undefined : i }));
+  const drawnOf = list => run => list.map((name, i) => ({ ...evaluated(run, name), label: name, dots: true, ...nth(i) }));
   const metrics = names.filter(name => !forgetting.includes(name));
   const isShare = name => runs.every(run => evaluated(run, name).values.every(y => y >= 0 && y <= 1));
   overSteps("Answers to held-out prompts", drawnOf(metrics.filter(isShare)), { say: percent });
@@ -114,6 +118,18 @@ function summary(run) {
   if (peak) tile("Peak memory", bytes(peak), predicted?.memory ? `predicted ${bytes(predicted.memory.peak)}` : "");
   if (facts.total_targets && measured?.seconds) tile("Targets per second", short(Math.round(facts.total_targets / measured.seconds)), `${number(Math.round(facts.total_tokens / measured.seconds))} tokens/s`);
   if (limit(run) && facts.total_tokens && measured?.seconds) tile("Of the machine's limit", percent(facts.total_tokens / measured.seconds / limit(run)), `a layer timed alone: ${number(Math.round(limit(run)))} tokens/s`);
+}
+
+/** The outcome of each run, a line for each. */
+function overview() {
+  const box = make("section", null, "card");
+  box.append(table("Runs", ["run", "status", "steps", "training loss", "held out, before", "held out, after", "best", "targets/s", "peak memory"], runs.map(run => {
+    const { facts, series } = run, evaluations = Object.values(run.evaluations), { measured, best } = facts;
+    return [run.name, facts.stopped_early || facts.status || null, run.steps, series.loss.values.at(-1) ?? null, evaluations[0]?.loss ?? null, evaluations.at(-1)?.loss ?? null,
+      best ? `${best.metric} ${short(best.value)}, step ${number(best.step)}` : null,
+      measured?.seconds && facts.total_targets ? Math.round(facts.total_targets / measured.seconds) : null, measured?.memory ? bytes(measured.memory) : null];
+  })));
+  $("tiles").replaceWith(box);
 }
 
 function section(target, title) {
@@ -268,7 +284,7 @@ function details(run, i) {
 
 $("title").textContent = several ? `${number(runs.length)} runs` : runs[0].name;
 $("sub").textContent = several ? runs.map(run => run.name).join(" · ") : [runs[0].settings["model.path"], runs[0].folder].filter(Boolean).join(" · ");
-if (several) $("tiles").remove(); else summary(runs[0]);
+if (several) overview(); else summary(runs[0]);
 curves();
 differences();
 evaluations();
@@ -281,10 +297,11 @@ if (several) {
 }
 details(runs[0], 0);
 const smoothing = () => {
-  const keep = Number($("smoothing").value);
-  $("smoothed").textContent = keep ? `over about ${number(Math.round(1 / (1 - keep)))} steps` : "off";
-  for (const one of all) one.smooth(keep);
+  const over = Math.round(10 ** Number($("smoothing").value));
+  $("smoothed").textContent = over > 1 ? `over about ${number(over)} steps` : "off";
+  for (const one of all) one.smooth(1 - 1 / over);
 };
+$("smoothing").value = Math.log10(Math.min(Math.max(Math.max(...runs.map(run => run.steps)) / 30, 2), 300));
 $("smoothing").oninput = smoothing;
 $("reset").onclick = () => all[0]?.reset();
 smoothing();

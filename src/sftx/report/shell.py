@@ -17,9 +17,6 @@ from hashlib import sha256
 from html import escape
 from importlib import resources
 
-PARTS = ("uplot/uPlot.js", "charts.js")
-"""Scripts of every page, before its own."""
-
 
 @cache
 def asset(name: str) -> str:
@@ -36,7 +33,8 @@ def page(title: str, body: str, data: object, script: str) -> str:
     finite become null.
     """
     style = asset("uplot/uPlot.css") + asset("page.css")
-    scripts = [*map(asset, PARTS), script]
+    uplot = f"/*\n{asset('uplot/LICENSE.txt')}*/\n{asset('uplot/uPlot.js')}"
+    scripts = [uplot, asset("charts.js"), script]
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"script-src {' '.join(map(_hash, scripts))}; style-src {_hash(style)}"
