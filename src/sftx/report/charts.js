@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const number = n => n.toLocaleString("en");
-const COLOURS = 8, HEIGHT = 230, ROWS = 200;
+const COLOURS = 8, HEIGHT = 240, ROWS = 200;
 const DASHES = [[], [6, 5], [2, 3], [10, 4, 2, 4], [14, 5], [6, 3, 2, 3, 2, 3]];
 
 function make(tag, text, name) {
@@ -115,11 +115,10 @@ function sentence(name, unit, xs, ys) {
  */
 function chart(target, options, series) {
   const unit = options.unit || "step", say = options.say || short;
-  const card = make("figure", null, `card chart${options.wide ? " wide" : ""}`), head = make("header");
+  const card = make("figure", null, `card chart${options.wide ? " wide" : ""}`);
   const legend = make("div", null, "legend"), plot = make("div", null, "plot"), readout = make("p", null, "readout");
-  readout.setAttribute("aria-live", "polite");
-  head.append(make("h3", options.title), readout);
-  card.append(head, legend, plot);
+  plot.append(readout);
+  card.append(make("h3", options.title), legend, plot);
   target.append(card);
   const shown = series.filter(one => one.steps.length);
   const lines = shown.flatMap((one, of) => {
@@ -155,20 +154,21 @@ function chart(target, options, series) {
     build();
     const sync = options.group ? { key: options.group, setSeries: false, scales: ["x", null] } : undefined;
     u = new uPlot({
-      width: width(), height: HEIGHT, legend: { show: false }, padding: [10, 12, 0, 0],
+      width: width(), height: HEIGHT, legend: { show: false }, padding: [22, 12, 0, 0],
       scales: { x: { time: false } },
       axes: [{ ...axis(30), values: (_, ticks) => ticks.map(tick => Number.isInteger(tick) ? number(tick) : "") },
         { ...axis(64), values: (_, ticks) => ticks.map(say), grid: { stroke: () => colour("--grid"), width: 1 } }],
       series: [{}, ...lines.map(style)],
-      cursor: { drag: { x: true, y: false, setScale: true }, sync, y: false, focus: { prox: -1 }, bind: { dblclick: () => () => (reset(), null) } },
+      cursor: { drag: { x: true, y: false, setScale: true }, sync, y: false, hover: { prox: 16 } },
       hooks: { setCursor: [hover] },
     }, joined, plot);
     u.over.addEventListener("click", pick);
     u.group = options.group;
     drawn.add(u);
   }
-  /** The value of a line at index `i`, or the nearest one before it. */
+  /** The value of a line at index `i`, or the nearest one before it; null behind its last one. */
   function at(row, i) {
+    if (!row.slice(i).some(y => typeof y === "number")) return null;
     while (i >= 0 && (row[i] === null || row[i] === undefined)) i--;
     return i < 0 ? null : row[i];
   }
@@ -218,13 +218,9 @@ function chart(target, options, series) {
     event.preventDefault();
     todo();
   }
-  plot.tabIndex = 0;
-  plot.setAttribute("role", "application");
-  plot.setAttribute("aria-roledescription", "chart");
-  plot.setAttribute("aria-label", `${options.title}. ${
+  usable(plot, readout, "chart", `${options.title}. ${
     shown.map(one => sentence(one.label, unit, one.steps, one.values)).join(". ") || "No values"
-  }. Arrow keys move along it, plus zooms in, Escape shows all of it.`);
-  plot.addEventListener("keydown", key);
+  }. Arrow keys move along it, plus zooms in, Escape shows all of it.`, key);
   shown.forEach((one, of) => {
     const button = make("button");
     button.type = "button";
@@ -256,6 +252,17 @@ function chart(target, options, series) {
     } };
 }
 
+/** Makes a chart one that keys and screen readers use; what is shown is spoken only where the keys go to it. */
+function usable(plot, readout, kind, name, key) {
+  plot.tabIndex = 0;
+  plot.setAttribute("role", "application");
+  plot.setAttribute("aria-roledescription", kind);
+  plot.setAttribute("aria-label", name);
+  plot.addEventListener("keydown", key);
+  plot.addEventListener("focus", () => readout.setAttribute("aria-live", "polite"));
+  plot.addEventListener("blur", () => readout.removeAttribute("aria-live"));
+}
+
 /** A short piece of a line as it is drawn. */
 function swatch(line) {
   const picture = (tag, attributes) => {
@@ -284,10 +291,8 @@ function values(title, unit, series) {
 /** A histogram, in a card: `counts[i]` lie from `edges[i]` to `edges[i + 1]`. */
 function bars(target, title, unit, what, edges, counts) {
   const card = make("figure", null, "card chart"), plot = make("div", null, "plot"), readout = make("p", null, "readout");
-  readout.setAttribute("aria-live", "polite");
-  const head = make("header");
-  head.append(make("h3", title), readout);
-  card.append(head, plot);
+  plot.append(readout);
+  card.append(make("h3", title), plot);
   target.append(card);
   const most = Math.max(...counts, 0), top = counts.indexOf(most);
   const words = i => `${number(edges[i])} to ${number(edges[i + 1])} ${unit}: ${number(counts[i])} ${what}`;
@@ -296,7 +301,7 @@ function bars(target, title, unit, what, edges, counts) {
     ticks: { stroke: () => colour("--line"), width: 1, size: 5 }, font: "12px system-ui, sans-serif", size });
   const width = () => Math.max(plot.clientWidth, 200);
   const last = edges.at(-1);
-  const u = new uPlot({ width: width(), height: 190, legend: { show: false }, padding: [10, 12, 0, 0],
+  const u = new uPlot({ width: width(), height: 190, legend: { show: false }, padding: [22, 12, 0, 0],
     scales: { x: { time: false, range: [edges[0], last] }, y: { range: (_, low, high) => [0, Math.max(high, 1) * 1.05] } },
     axes: [axis(30), { ...axis(56), incrs: [1, 2, 5].flatMap(k => Array.from({ length: 12 }, (_, e) => k * 10 ** e)).sort((a, b) => a - b),
       values: (_, ticks) => ticks.map(short) }],
@@ -313,11 +318,7 @@ function bars(target, title, unit, what, edges, counts) {
     here = i < 0 ? here : i;
     if (i >= 0) readout.textContent = words(i);
   }
-  plot.tabIndex = 0;
-  plot.setAttribute("role", "application");
-  plot.setAttribute("aria-roledescription", "histogram");
-  plot.setAttribute("aria-label", `${title}. From ${number(edges[0])} to ${number(last)} ${unit}; the highest bar: ${words(top)}. Arrow keys move along it.`);
-  plot.addEventListener("keydown", event => {
+  usable(plot, readout, "histogram", `${title}. From ${number(edges[0])} to ${number(last)} ${unit}; the highest bar: ${words(top)}. Arrow keys move along it.`, event => {
     const to = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: counts.length - 1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();

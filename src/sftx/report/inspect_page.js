@@ -58,7 +58,7 @@ function charts() {
   }));
   $("charts").append(box);
   const { count, step, tokens, targets } = data.steps;
-  chart($("charts"), { title: `Targets and tokens per step (${number(count)} steps)` }, [
+  chart($("charts"), { title: `Targets and tokens per step (${number(count)} steps)`, wide: true }, [
     { label: "targets", steps: step, values: targets, colour: 2 },
     { label: "tokens", steps: step, values: tokens, colour: 0 }]);
 }
