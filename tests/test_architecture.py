@@ -29,11 +29,11 @@ LAYERS = {
         "training.metrics",
         "training.build",
         "training.finish",
-        "report.progress",
+        "report",
     ),
     3: ("training", "eval"),
     2: ("model", "distributed"),
-    1: ("data", "report"),
+    1: ("data", "report.record", "report.facts", "report.lock", "report.model_card"),
     0: (
         "arrow",
         "boundary",
@@ -52,7 +52,9 @@ STRANGERS = (
     ("cli", "demo"),
     ("compat", "demo"),
 )
-"""Packages that never import each other, in either direction (a verb may run the demo)."""
+"""Packages that never import each other, in either direction (a verb may run the demo, and the pages
+of a report show data).
+"""
 NO_TORCH_BELOW = 2
 CATCHES_ALL = SOURCE / "boundary.py"
 """The one file that may catch whatever a library raises; see its docstring."""
@@ -137,6 +139,7 @@ def test_strangers_stay_strangers() -> None:
         for pair in STRANGERS
         if (name.split(".")[0], target.split(".")[0]) in (pair, pair[::-1])
         and (name, target.split(".")[0]) != ("cli.demo", "demo")
+        and not (pair == ("data", "report") and layer(name) > layer(target))
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -6,8 +6,9 @@ come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused`
 this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
 are literals, read from the file. A
 verb whose `run` takes no `config` reads no settings at all; one that takes `path` is given the
-argument without `=`. A module is imported last, after mistakes in the settings were named and a
-first line was shown: it may bring torch along, which takes seconds.
+argument without `=`, one that takes `paths` all such arguments. A module is imported last, after
+mistakes in the settings were named and a first line was shown: it may bring torch along, which
+takes seconds.
 """
 
 from __future__ import annotations
@@ -181,6 +182,9 @@ def _split(
             )
         prefix = key[: key.find(".") + 1]
         if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
+            if "paths" in told.takes:
+                extra.setdefault("paths", []).append(argument)
+                continue
             if waiting and not argument.endswith((".yaml", ".yml")):
                 overrides.append(f"{waiting.pop(0)}={argument}")
                 continue
@@ -224,6 +228,7 @@ def _verb_help(verb: str, told: Declared) -> str:
         ]
 
     where = "PATH " if "path" in told.takes else ""
+    where = "RUN [RUN ...] " if "paths" in told.takes else where
     if "config" in told.takes:
         where = "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
     lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]

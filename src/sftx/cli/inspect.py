@@ -16,12 +16,12 @@ from rich.text import Text
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
-from sftx.cli._page import write_page
 from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import View, raw_tables, view, views_of_rows
 from sftx.printable import printable
+from sftx.report.inspect_page import write_page
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.types import UserError

@@ -4,6 +4,11 @@ OUTPUT/run.json        what was run: settings, versions, data, fingerprints, sta
 OUTPUT/metrics.jsonl   one line per optimiser step
 OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
 OUTPUT/checkpoints/    states to continue from, each with the record up to its step
+OUTPUT/report.html     the page on the run
+OUTPUT/report.json     what the page needs of the data, kept by the run, which has its rows at hand:
+                       `lengths` (edges and counts of a histogram), `weights` (tokens by weight, in
+                       `weights_of` examples), `rows` by step: the first rows of each step that
+                       stands out (place, tokens, targets, weight, begin of the text; `of` = all)
 OUTPUT/.owner.*        which process owns the folder
 OUTPUT/*               the trained model, a Hugging Face folder
 """
@@ -184,7 +189,11 @@ class Run:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The steps recorded in a run's folder, as `Run.metrics` reads them."""
-    path = folder / "metrics.jsonl"
+    return read_lines(folder / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a record of steps; none where there is no such file."""
     return _lines(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
 
 

@@ -347,6 +347,8 @@ class RuntimeSettings(TypedDict, total=False):
     """
     progress: bool
     """Show progress on the terminal."""
+    report: bool
+    """Write `report.html` into the run's folder, at evaluations and at the end."""
 
 
 class Sections(TypedDict, total=False):

@@ -283,6 +283,8 @@ class Runtime(Section):
     """
     progress: bool = True
     """Show progress on the terminal."""
+    report: bool = True
+    """Write `report.html` into the run's folder, at evaluations and at the end."""
 
 
 class Config(Section):

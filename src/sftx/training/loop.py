@@ -17,6 +17,7 @@ from sftx import distributed
 from sftx.data.prefetch import prefetched
 from sftx.model.pack_loss import TensorPack
 from sftx.model.runtime import machine
+from sftx.report.live import live_report
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.report.record import Run
@@ -110,7 +111,10 @@ def _run(
             control.job = prepare(config, here, run, progress, stack, stop)
             stop.at_once = False
             yield None
-            yield from _train(control.job, control, progress)
+            with live_report(control.job, progress) as report:
+                for record in _train(control.job, control, progress):
+                    yield record
+                    report.after(record)
             control.job = None  # the model is no longer needed
         # The other ranks need not wait for this.
         if config.adapter.merge and run.facts.merged is None and distributed.is_main():

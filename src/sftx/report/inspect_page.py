@@ -4,12 +4,9 @@ the whole data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +14,14 @@ from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import View, view
+from sftx.report.histograms import lengths_of
+from sftx.report.shell import asset, page
 from sftx.settings.schema import Config
 
-SHOWN, TOKENS = (
-    240,
-    400_000,
-)  # examples on a page, and tokens of them at most: a page should open at once
-POINTS = 400  # in the chart of steps
+SHOWN, TOKENS = 240, 400_000
+"""Examples on a page, and tokens of them at most: a page should open at once."""
+POINTS = 400
+"""Steps in the chart of steps."""
 
 
 def write_page(
@@ -40,7 +38,6 @@ def write_page(
             tokens += length
             lost = int(corpus.table["cut_tokens"][index])
             views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index), lost))
-    page = (resources.files("sftx.cli") / "inspect.html").read_text(encoding="utf-8")
     facts = {
         "title": ", ".join(corpus.sources),
         "ledgers": {
@@ -54,7 +51,7 @@ def write_page(
         ],
         "examples": len(corpus),
         "maxLength": encoder.max_length,
-        "lengths": _histogram(corpus, encoder.max_length),
+        "lengths": lengths_of(corpus, encoder.max_length),
         "shares": [
             {
                 "source": name,
@@ -67,8 +64,8 @@ def write_page(
         "steps": _steps(config, corpus),
         "rows": [_row(v) for v in views],
     }
-    text = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    Path(path).write_text(page.replace("/*FACTS*/null", text), encoding="utf-8")
+    script, body = asset("inspect_page.js"), asset("inspect_page.html")
+    Path(path).write_text(page("sftx inspect", body, facts, script), encoding="utf-8")
 
 
 def _chosen(corpus: Corpus) -> list[int]:
@@ -87,7 +84,7 @@ def _chosen(corpus: Corpus) -> list[int]:
     return list(dict.fromkeys(np.concatenate(picks).tolist()))[:SHOWN]
 
 
-def _row(shown: View) -> dict[str, Any]:
+def _row(shown: View) -> dict[str, object]:
     row = asdict(shown)
     weights = np.array(row.pop("weights"), np.float64)
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
@@ -99,14 +96,7 @@ def _row(shown: View) -> dict[str, Any]:
     return {**row, "targets": shown.targets, "special": special, "spelled": spelled, "runs": runs}
 
 
-def _histogram(corpus: Corpus, max_length: int) -> dict[str, list[float]]:
-    top = int(corpus.lengths.max(initial=1))
-    edges = np.unique(np.linspace(0, min(max(top, 8), max_length), 41).astype(np.int64))
-    counts, _ = np.histogram(np.clip(corpus.lengths, 0, edges[-1]), edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def _steps(config: Config, corpus: Corpus) -> dict[str, Any]:
+def _steps(config: Config, corpus: Corpus) -> dict[str, object]:
     """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
     plan = plan_of(corpus, config)
     steps = np.unique(
