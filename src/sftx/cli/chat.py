@@ -38,11 +38,26 @@ def run(
     under: str = "",
     system: str = "",
     thoughts: str = "show",
-    **sampling: str,
+    temperature: str = "",
+    top_p: str = "",
+    top_k: str = "",
+    repetition_penalty: str = "",
+    max_tokens: str = "",
+    seed: str = "",
+    stop: str = "",
 ) -> int:
     """Talk until the input ends."""
     screen = Screen(thoughts)
-    chosen = sampling_of(sampling)
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "stop": stop,
+    }
+    chosen = sampling_of({key: text for key, text in given.items() if text})
     with machine(config.runtime) as here:
         with screen.console.status("loading the model"):
             assistants = load_assistants(config.model, config.data.template, base, under, here)

@@ -44,11 +44,26 @@ def run(
     host: str = "127.0.0.1",
     port: str = "8000",
     token: str = "",
-    **sampling: str,
+    temperature: str = "",
+    top_p: str = "",
+    top_k: str = "",
+    repetition_penalty: str = "",
+    max_tokens: str = "",
+    seed: str = "",
+    stop: str = "",
 ) -> int:
     """Serve until Ctrl-C."""
     screen = Screen("show")
-    chosen = sampling_of(sampling)
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "stop": stop,
+    }
+    chosen = sampling_of({key: text for key, text in given.items() if text})
     number = whole_number("serve port", port, 0)
     secret = token or os.environ.get("SFTX_TOKEN", "")
     # The address first: a mistake in it should not wait for the model.

@@ -1,23 +1,15 @@
 "use strict";
 // One conversation with each model: the same messages, each with its own answers.
-const $ = id => document.getElementById(id);
 const talks = data.models.map(name => ({ name, history: [], side: null }));
 let running = null; // what stops the answers that are being written
-
-function node(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 function begin() {
   if (running) running.abort();
   $("sides").replaceChildren();
   for (const talk of talks) {
     talk.history = [];
-    talk.side = node("section", talk === talks[0] ? "card now" : "card");
-    talk.side.append(node("h4", "", talk.name));
+    talk.side = make("section", undefined, talk === talks[0] ? "card now" : "card");
+    talk.side.append(make("h4", talk.name));
     $("sides").append(talk.side);
   }
 }
@@ -60,18 +52,18 @@ async function answer(talk) {
     const choice = event.choices[0];
     const delta = choice ? choice.delta : {};
     if (delta.reasoning_content) {
-      thought = thought || talk.side.appendChild(node("p", "turn thought", ""));
+      thought = thought || talk.side.appendChild(make("p", "", "turn thought"));
       thought.textContent += delta.reasoning_content;
     }
     if (delta.content) {
-      content = content || talk.side.appendChild(node("p", "turn", ""));
+      content = content || talk.side.appendChild(make("p", "", "turn"));
       content.textContent += delta.content;
     }
     if (choice && choice.finish_reason === "length") told = ", cut at the limit";
     if (event.usage) {
       const tokens = event.usage.completion_tokens;
       const speed = (tokens / (performance.now() - began)) * 1000;
-      talk.side.append(node("p", "facts", `${tokens} tokens, ${speed.toFixed(1)} a second${told}`));
+      talk.side.append(make("p", `${tokens} tokens, ${speed.toFixed(1)} a second${told}`, "facts"));
     }
   }
   const message = { role: "assistant", content: content ? content.textContent : "" };
@@ -89,7 +81,7 @@ async function send() {
   let wrong = false;
   for (const talk of talks) {
     talk.history.push({ role: "user", content: said });
-    talk.side.append(node("p", "turn user", said));
+    talk.side.append(make("p", said, "turn user"));
   }
   for (const talk of talks) {
     try {
@@ -99,7 +91,7 @@ async function send() {
       wrong = true;
       talk.history.pop(); // the message: it has no answer
       const stopped = running.signal.aborted;
-      talk.side.append(node("p", "turn wrong", stopped ? "stopped; not kept" : error.message));
+      talk.side.append(make("p", stopped ? "stopped; not kept" : error.message, "turn wrong"));
     }
   }
   if (wrong) $("said").value = said;

@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from itertools import chain
 from typing import Any
 
+from sftx.report.shell import page
 from sftx.talk.assistant import Answer, Assistant, Sampling
 from sftx.talk.requests import Asked, RequestError, read_request
 from sftx.talk.thought_stream import Piece
@@ -32,9 +33,7 @@ _FINISH = {"stop": "stop", "length": "length", "interrupted": "stop"}
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page names the rest itself
 }
 
 
@@ -92,6 +91,15 @@ class Endpoint(ThreadingHTTPServer):
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
+    def page(self) -> str:
+        """The page that puts answers side by side."""
+        body, style, script = (
+            (resources.files("sftx.talk") / f"compare.{kind}").read_text(encoding="utf-8")
+            for kind in ("html", "css", "js")
+        )
+        data = {"models": list(self.assistants), "needsToken": bool(self.token)}
+        return page("Talk to the model", body, data, script, style, connects=True)
+
 
 class _Handler(BaseHTTPRequestHandler):
     """One request."""
@@ -104,8 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The page, the list of models, and whether the server is alive."""
         match self.path:
             case "/":
-                page = resources.files("sftx.talk") / "compare.html"
-                self._send(page.read_bytes(), "text/html; charset=utf-8")
+                self._send(self.server.page().encode(), "text/html; charset=utf-8")
             case "/health":
                 self._json({"status": "ok"})
             case "/v1/models":
