@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "sftx"
 LAYERS = {
     5: ("cli", "compat", "demo", "__main__"),
     4: (
+        "talk",
         "training.loop",
         "training.control",
         "training.metrics",

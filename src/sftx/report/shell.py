@@ -24,21 +24,26 @@ def asset(name: str) -> str:
     return resources.files("sftx.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def page(title: str, body: str, data: object, script: str) -> str:
+def page(
+    title: str, body: str, data: object, script: str, style: str = "", connects: bool = False
+) -> str:
     """A whole page, as text for one file.
 
     `title`: any text. `body`: HTML that we wrote; text of rows, models or paths never goes in here,
     but into `data`: any JSON value, which `script` finds as `data`. `script`: JavaScript; it has
     what `charts.js` offers (`make`, `chart`, `bars`, `table`, ...). Numbers in `data` that are not
-    finite become null.
+    finite become null. `style`: CSS of this page alone. `connects`: the page may ask the server
+    that it came from, and no other.
     """
-    style = asset("uplot/uPlot.css") + asset("page.css")
+    style = asset("uplot/uPlot.css") + asset("page.css") + style
     uplot = f"/*\n{asset('uplot/LICENSE.txt')}*/\n{asset('uplot/uPlot.js')}"
     scripts = [uplot, asset("charts.js"), script]
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"script-src {' '.join(map(_hash, scripts))}; style-src {_hash(style)}"
     )
+    if connects:
+        policy += "; connect-src 'self'"
     blocks = "\n".join(f"<script>{text}</script>" for text in scripts)
     text = f"""<!doctype html>
 <html lang="en">

@@ -68,3 +68,16 @@ def may_think(content: str) -> bool:
     return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(
         content
     ) is not None
+
+
+def tag_at_start(text: str) -> str:
+    """The opening tag of a thought with which a text begins; "" if it begins with none."""
+    found = _OPEN.match(text)
+    return found.group() if found else ""
+
+
+def may_begin_tag(text: str) -> bool:
+    """Whether a text can become one that begins with an opening tag when more of it has come."""
+    if any(tag.startswith(text) for tag in _ODD_TAGS):
+        return True
+    return text[0] in "<[" and not any(sign in text[1:] for sign in "<>[] \n")

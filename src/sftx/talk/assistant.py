@@ -1,0 +1,348 @@
+"""A model that answers conversations, token by token, as a server of its folder would."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from sftx.data.chat.conversation import Conversation, as_read
+from sftx.data.chat.limits import watched
+from sftx.data.chat.thoughts import may_think, open_tag
+from sftx.data.chat.turns import ChatTemplate
+from sftx.data.tokenizer import Tokenizer
+from sftx.model_config import POSITIONS
+from sftx.talk.thought_stream import Piece, ThoughtStream
+from sftx.types import Json, Message, UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel
+
+Reason = Literal["stop", "length", "interrupted"]
+"""Why an answer ended: a stop token or stop text, the limit, or the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. None: as the model's generation_config.json says."""
+
+    max_tokens: int = 1024
+    temperature: float | None = None  # 0 = always the most probable token
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()  # texts at which the answer is cut
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer, or what there was of it when it ended."""
+
+    thought: str = ""
+    content: str = ""
+    reason: Reason = "interrupted"
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    ids: list[int] = field(default_factory=list[int])  # of the tokens generated
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were generated, the stop token included."""
+        return len(self.ids)
+
+    def add(self, piece: Piece) -> None:
+        """Append a piece."""
+        if piece.kind == "thought":
+            self.thought += piece.text
+        else:
+            self.content += piece.text
+
+    def message(self) -> Message:
+        """The answer as a turn of the conversation that goes on."""
+        message: Message = {"role": "assistant", "content": self.content}
+        if self.thought:
+            message["reasoning_content"] = self.thought
+        return message
+
+
+class Assistant:
+    """Answers with `model`, or with its base where `adapter` is given and `base` is true.
+
+    The prompt is the rendering of the chat template, with a generation prompt; generation stops at
+    the tokens at which servers stop: the tokenizer's EOS and those of generation_config.json.
+    Without a template (None) the contents of the turns are joined as they are. Of assistants that
+    share one `lock` one at a time answers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        lock: Lock,
+        adapter: PeftModel | None = None,
+        base: bool = False,
+    ) -> None:
+        self.name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._lock = lock
+        self._adapter = adapter
+        self._base = base
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: a stop token that was trained, but that no server knows."""
+        if self._template is None:
+            return []
+        with watched():
+            stop = self._template.stop_id
+        if stop is None or stop in self._tokenizer.stop_ids:
+            return []
+        text = self._tokenizer.backend.id_to_token(stop)
+        return [
+            f"{self.name}: the template ends its turns with {text}, at which no server stops: "
+            "eos_token_id in generation_config.json lacks it"
+        ]
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens prompt and answer may have together; None where the model sets no
+        limit.
+        """
+        config = self._model.config.get_text_config()
+        known = (getattr(config, name, None) for name in POSITIONS)
+        return next((int(number) for number in known if number), None)
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Json] | None = None,
+    ) -> str:
+        """The text that asks for the next answer.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        if self._template is None:
+            return "".join(message.get("content", "") for message in messages)
+        read = [as_read(message) for message in messages]
+        conversation = Conversation(read, [0.0] * len(read), tools, kwargs or {})
+        with watched():
+            return self._template.render(conversation, len(read), True)
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        answer: Answer,
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Json] | None = None,
+    ) -> Generator[Piece]:
+        """The answer to a conversation, piece by piece, while `answer` is filled with it. Where the
+        reader stops, the model stops within a token.
+
+        Raises:
+            UserError: the template refuses the conversation, or it fills all positions.
+        """
+        text = self.prompt(messages, tools, kwargs)
+        ids = self._tokenizer.encode(text)
+        if self._template is None and self._tokenizer.adds_bos:
+            ids = [self._tokenizer.bos_id or 0, *ids]
+        room = self._room(len(ids), sampling)
+        answer.prompt_tokens = len(ids)
+        began = time.perf_counter()
+        try:
+            yield from self._pieces(ids, open_tag(text), room, sampling, answer)
+        finally:
+            answer.seconds = time.perf_counter() - began
+
+    def _room(self, prompt: int, sampling: Sampling) -> int:
+        """Most tokens of the answer to a prompt of so many."""
+        if self.positions is None:
+            return sampling.max_tokens
+        if prompt >= self.positions:
+            raise UserError(
+                f"the conversation has {prompt:,} tokens, and the model has "
+                f"{self.positions:,} positions: begin a new one"
+            )
+        return min(sampling.max_tokens, self.positions - prompt)
+
+    def _pieces(
+        self, ids: list[int], tag: str, room: int, sampling: Sampling, answer: Answer
+    ) -> Iterator[Piece]:
+        thoughts, stops = ThoughtStream(tag), StopTexts(sampling.stop)
+        reason: Reason = "length"
+        with closing(self._generated(ids, room, sampling)) as tokens:
+            for text in self._texts(tokens, answer):
+                for piece in thoughts.feed(stops.feed(text)):
+                    answer.add(piece)
+                    yield piece
+                if stops.found:
+                    break
+        if stops.found or (answer.ids and answer.ids[-1] in self._tokenizer.stop_ids):
+            reason = "stop"
+        for piece in [*thoughts.feed(stops.rest()), *thoughts.end()]:
+            answer.add(piece)
+            yield piece
+        answer.reason = reason
+
+    def _texts(self, tokens: Iterator[int], answer: Answer) -> Iterator[str]:
+        """What each token adds to the text, up to a stop token. Special tokens add nothing, as with
+        a server, but for those that mark a thought; nor does half a character at the end.
+        """
+        decoder = DecodeStream(skip_special_tokens=False)
+        for token in tokens:
+            answer.ids.append(token)
+            if token in self._tokenizer.stop_ids:
+                return
+            text = decoder.step(self._tokenizer.backend, token) or ""
+            if token in self._tokenizer.control_ids and not may_think(text):
+                continue
+            yield text
+
+    def _generated(self, ids: list[int], room: int, sampling: Sampling) -> Generator[int]:
+        """The tokens that transformers' `generate` finds in a thread of its own; closing this stops
+        it.
+        """
+        stop, tokens = Event(), _Tokens()
+        config = self._config(room, sampling)
+
+        def work() -> None:
+            try:
+                with self._lock, self._serving():
+                    if sampling.seed is not None:
+                        torch.manual_seed(sampling.seed)
+                    self._generate(ids, config, tokens, stop)
+            except BaseException as error:  # raised again where the tokens are read
+                tokens.found.put(error)
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (token := tokens.found.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                yield token
+        finally:
+            stop.set()
+            thread.join()
+
+    def _generate(
+        self, ids: list[int], config: GenerationConfig, tokens: _Tokens, stop: Event
+    ) -> None:
+        device = next(self._model.parameters()).device
+        given = torch.tensor([ids], device=device)
+        self._model.generate(  # pyright: ignore[reportCallIssue] - transformers adds it to causal models
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            generation_config=config,
+            streamer=tokens,
+            stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
+        )
+
+    def _serving(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the one that is to answer."""
+        if self._adapter is None or not self._base:
+            return nullcontext()
+        return self._adapter.disable_adapter()
+
+    def _config(self, room: int, sampling: Sampling) -> GenerationConfig:
+        config = copy.deepcopy(self._model.generation_config)
+        assert config is not None
+        config.eos_token_id = sorted(self._tokenizer.stop_ids) or None
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
+        config.max_new_tokens, config.max_length = room, None
+        config.num_beams = 1  # answers are shown while they are found
+        for name in ("top_p", "top_k", "repetition_penalty"):
+            value = getattr(sampling, name)
+            if value is not None:
+                setattr(config, name, value)
+        if sampling.temperature is not None:
+            config.do_sample = sampling.temperature > 0
+            config.temperature = sampling.temperature if config.do_sample else None
+        if not config.do_sample:
+            config.top_p = config.top_k = config.temperature = None
+        return config
+
+
+class StopTexts:
+    """Lets the text of an answer through up to the first of some texts; `found` tells that one has
+    come. What may be the beginning of one is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.found = False
+        self._stops = [stop for stop in stops if stop]
+        self._pattern = re.compile("|".join(map(re.escape, self._stops)) or "(?!)")
+        self._longest = max(map(len, self._stops), default=1)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What may be shown now that `text` has come."""
+        if self.found:
+            return ""
+        self._held += text
+        match = self._pattern.search(self._held)
+        if match:
+            self.found = True
+            shown, self._held = self._held[: match.start()], ""
+            return shown
+        keep = self._longest - 1
+        certain = len(self._held) - keep if keep else len(self._held)
+        shown, self._held = self._held[: max(certain, 0)], self._held[max(certain, 0) :]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back, when the answer has ended."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+class _Tokens(BaseStreamer):
+    """Receives what `generate` finds: the prompt first, then each token, then the end (None)."""
+
+    def __init__(self) -> None:
+        self.found: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self._prompt_came = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the ids that `generate` hands over."""
+        if not self._prompt_came:
+            self._prompt_came = True
+            return
+        for token in value.flatten().tolist():
+            self.found.put(token)
+
+    def end(self) -> None:
+        """There are no more."""
+        self.found.put(None)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends generation once `stop` is set."""
+
+    def __init__(self, stop: Event) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Any:
+        """bool[batch]: whether each answer ends here."""
+        return torch.full((input_ids.shape[0],), self._stop.is_set(), device=input_ids.device)

@@ -1,0 +1,86 @@
+"""The models that are to answer: a folder, an adapter on its base, and a base beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+
+from sftx.boundary import boundary
+from sftx.data.chat.template_files import template_texts
+from sftx.data.chat.turns import ChatTemplate
+from sftx.data.tokenizer import Tokenizer
+from sftx.eval.judge import base_of
+from sftx.model.adapter import load_adapter
+from sftx.model.load import load_model
+from sftx.model.runtime import Machine
+from sftx.settings.schema import Model
+from sftx.talk.assistant import Assistant
+from sftx.types import UserError
+
+OWN = "own"
+"""`base=own`: the adapter's own base, which is the same model with the adapter switched off."""
+
+
+def load_assistants(
+    model: Model, template: str, base: str, base_name: str, here: Machine
+) -> list[Assistant]:
+    """The assistant of `model`, and behind it that of `base` where one is named: a folder, a name
+    on the hub, or `own`.
+
+    `template`: as `data.template`. `base_name`: the model under an adapter, where the caller names
+    another than its adapter_config.json does.
+
+    Raises:
+        UserError: a folder is damaged, there is no chat template, or `own` is asked of a model that
+            is no adapter.
+    """
+    adapter = model.path if base_of(model.path) is not None else None
+    if base == OWN and adapter is None:
+        raise UserError(f"base={OWN}: {model.path} is no adapter; name its base: base=FOLDER")
+    source = model
+    if adapter is not None:
+        under = base_name or base_of(model.path)
+        # Its own tokenizer has the template and the stop tokens that it was trained with.
+        own = (Path(model.path) / "tokenizer_config.json").exists()
+        named = model.tokenizer or (model.path if own else None)
+        source = model.model_copy(update={"path": under, "tokenizer": named})
+    tokenizer = Tokenizer.of_model(source)
+    chat = chat_template(template, tokenizer, model.path)
+    loaded = load_model(source, here.device, here.precision).eval()
+    loaded.config.use_cache = True
+    lock, wrapped = Lock(), None
+    if adapter is not None:
+        with boundary(f"the adapter in {adapter} cannot be loaded"):
+            wrapped = load_adapter(loaded, adapter).eval()
+    found = [Assistant(_name(model.path), loaded, tokenizer, chat, lock, wrapped)]
+    if base == OWN:
+        found.append(Assistant("base", loaded, tokenizer, chat, lock, wrapped, base=True))
+    elif base:
+        other = model.model_copy(update={"path": base, "tokenizer": None})
+        found += load_assistants(other, template, "", "", here)
+        found[-1].name = "base"
+    return found
+
+
+def chat_template(setting: str, tokenizer: Tokenizer, path: str) -> ChatTemplate | None:
+    """The template that writes the prompts; None for `none`.
+
+    Raises:
+        UserError: there is none, or it does not compile.
+    """
+    texts = template_texts(setting, tokenizer)
+    if texts:
+        text, label = texts["default"]
+        return ChatTemplate(text, tokenizer, name=label)
+    if setting == "none":
+        return None
+    raise UserError(
+        f"{path} has no chat template: it was not trained to hold conversations. Set "
+        "data.template= to the template it was trained with (plain, chatml, a .jinja file), or to "
+        "none (the text goes to the model as it is)"
+    )
+
+
+def _name(path: str) -> str:
+    """What a model is called: the last part of its path."""
+    return path.rstrip("/").rpartition("/")[2] or path
