@@ -38,6 +38,7 @@ LAYERS = {
         "boundary",
         "cores",
         "files",
+        "gguf",
         "model_config",
         "printable",
         "settings",
