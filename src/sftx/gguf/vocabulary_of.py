@@ -45,8 +45,10 @@ def vocabulary_of(folder: Path, rows: int) -> Vocabulary:
     merges = [_pair(merge) for merge in cast("list[Json]", model["merges"])]
     if is_piece:
         vocabulary.scores = _scores(tokens, merges)
-    else:
+    elif merges:
         vocabulary.merges = [f"{left} {right}" for left, right in merges]
+    else:
+        raise _refused("it merges nothing")
     vocabulary.named = _named(config, backend)
     generation = _json(folder / "generation_config.json")
     stops = generation.get("eos_token_id")

@@ -110,7 +110,7 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
         )
     if TRLX in facts:  # every checkpoint of such a run holds a whole model
         folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
-    source, adapter = _sources(folder, facts, bool(step), allowed)
+    source, adapter = sources(folder, facts, bool(step), allowed)
     if dtype:
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
     tokenizer = Tokenizer.of_model(source)
@@ -155,7 +155,7 @@ def export(
     return moved, apart(before, written)
 
 
-def _sources(
+def sources(
     folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowed
 ) -> tuple[Model, Adapter]:
     """The model to load and the adapter to put in, as the caller allows them."""
