@@ -75,41 +75,56 @@ def read_vocabulary(header: Header) -> Vocabulary:
             f"{header.path}: its tokenizer is of the kind {model or 'none'!r}; sftx reads gpt2 "
             "(byte-level BPE) and llama (SentencePiece BPE)"
         )
+    tokens, kinds = _tokens(reader)
+    vocabulary = Vocabulary(model, _rule(reader, model), tokens, kinds)
+    if model == "llama":
+        scores = [float(each) for each in reader.numbers("scores", None)]
+        vocabulary.scores = scores[: len(tokens)]
+        if len(vocabulary.scores) != len(tokens):
+            raise UserError(f"{header.path}: {len(scores):,} scores for {len(tokens):,} tokens")
+    elif _has_merged(tokens, kinds):
+        vocabulary.merges = reader.texts("merges")
+    _add_special(vocabulary, reader)
+    vocabulary.templates = _templates(header)
+    return vocabulary
+
+
+def _tokens(reader: _Reader) -> tuple[list[str], list[int]]:
+    """The tokens and their kinds, without those at the end that only fill the embeddings up."""
     tokens = reader.texts("tokens")
-    if not tokens or len(set(tokens)) < len(tokens):
-        raise UserError(f"{header.path}: tokenizer.ggml.tokens is empty or holds a token twice")
     kinds = [int(kind) for kind in reader.numbers("token_type", [NORMAL] * len(tokens))]
-    while kinds[-1:] == [UNUSED]:  # they only fill the embeddings up
+    if not tokens or len(set(tokens)) < len(tokens) or len(kinds) != len(tokens):
+        raise UserError(
+            f"{reader.header.path}: tokenizer.ggml.tokens is empty, holds a token twice, or has "
+            "not one token_type for each"
+        )
+    while kinds[-1:] == [UNUSED]:
         kinds.pop()
         tokens.pop()
-    vocabulary = Vocabulary(model, _rule(reader, model), tokens, kinds)
-    if model == "gpt2":
-        longer = [
-            len(token) > 1 for token, kind in zip(tokens, kinds, strict=False) if kind == NORMAL
-        ]
-        vocabulary.merges = reader.texts("merges") if any(longer) else []
-    else:
-        vocabulary.scores = [float(each) for each in reader.numbers("scores", None)][: len(tokens)]
-    listed = [vocabulary.kinds, vocabulary.scores] if model == "llama" else [vocabulary.kinds]
-    if any(len(each) != len(tokens) for each in listed):
-        raise UserError(
-            f"{header.path}: its lists of tokens, types and scores are of unequal length"
-        )
-    vocabulary.named = {
-        name: at
-        for name, key in NAMED.items()
-        if (at := reader.token(key, len(tokens))) is not None
-    }
-    stops = [reader.token(key, len(tokens)) for key in STOPS]
+    return tokens, kinds
+
+
+def _has_merged(tokens: list[str], kinds: list[int]) -> bool:
+    """Whether a token stands for several letters: then there are merges."""
+    pairs = zip(tokens, kinds, strict=True)
+    return any(len(token) > 1 for token, kind in pairs if kind == NORMAL)
+
+
+def _add_special(vocabulary: Vocabulary, reader: _Reader) -> None:
+    """Add the named tokens, those that end an answer, and what is put around a text."""
+    count = len(vocabulary.tokens)
+    for name, key in NAMED.items():
+        at = reader.token(key, count)
+        if at is not None:
+            vocabulary.named[name] = at
+    stops = [reader.token(key, count) for key in STOPS]
     vocabulary.stop_ids = list(dict.fromkeys(at for at in stops if at is not None))
-    is_llama = model == "llama"
+    is_llama = vocabulary.model == "llama"
     vocabulary.adds = {
         "bos": reader.flag("add_bos_token", is_llama or vocabulary.rule in WHOLE_WORDS_FIRST),
         "eos": reader.flag("add_eos_token", False),
         "space": reader.flag("add_space_prefix", is_llama),
     }
-    vocabulary.templates = _templates(header)
-    return vocabulary
 
 
 def tokenizer_files(vocabulary: Vocabulary, place: object) -> dict[str, str]:
@@ -237,20 +252,17 @@ def _backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     ids = {token: at for at, token in enumerate(vocabulary.tokens)}
     build = _byte_level if vocabulary.model == "gpt2" else _sentence_piece
     backend = build(vocabulary, ids)
-    for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
-        if kind in (CONTROL, USER_DEFINED):
-            special = kind == CONTROL
-            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
     unknown = vocabulary.named.get("unk_token")
-    if unknown is not None and vocabulary.kinds[unknown] == UNKNOWN:
-        token = vocabulary.tokens[unknown]
-        backend.add_tokens([AddedToken(token, normalized=False, special=True)])
-    edges = [f"{vocabulary.tokens[at]}:0" for at in _edge(vocabulary, "bos")] + ["$A:0"]
-    edges += [f"{vocabulary.tokens[at]}:0" for at in _edge(vocabulary, "eos")]
-    used = [*_edge(vocabulary, "bos"), *_edge(vocabulary, "eos")]
-    if used:
+    for at, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True)):
+        special = kind == CONTROL or (kind == UNKNOWN and at == unknown)
+        if special or kind == USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
+    first, last = _edge(vocabulary, "bos"), _edge(vocabulary, "eos")
+    if first or last:
+        named = {at: vocabulary.tokens[at] for at in (*first, *last)}
+        edges = [*(f"{named[at]}:0" for at in first), "$A:0", *(f"{named[at]}:0" for at in last)]
         backend.post_processor = processors.TemplateProcessing(
-            single=edges, special_tokens=[(vocabulary.tokens[at], at) for at in used]
+            single=edges, special_tokens=[(text, at) for at, text in named.items()]
         )
     return backend
 

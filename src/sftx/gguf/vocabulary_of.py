@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import cast
 
@@ -82,16 +83,20 @@ def _tokens(
         if at >= rows:
             raise _refused(f"token {at:,} has no row in embeddings of {rows:,}")
         tokens[at] = token
-        is_byte = is_piece and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        kinds[at] = BYTE if is_byte else NORMAL
-        if is_piece and token == unknown:
-            kinds[at] = UNKNOWN
+        kinds[at] = _kind(token, unknown) if is_piece else NORMAL
     for at, token in backend.get_added_tokens_decoder().items():
         if token.lstrip or token.rstrip or token.single_word:
             raise _refused(f"the token {token.content!r} takes spaces or word ends beside it")
         if kinds[at] != UNKNOWN:
             kinds[at] = CONTROL if token.special else USER_DEFINED
     return tokens, kinds
+
+
+def _kind(token: str, unknown: Json) -> int:
+    """The kind of a token of SentencePiece."""
+    if token == unknown:
+        return UNKNOWN
+    return BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
 
 
 def _pair(merge: Json) -> tuple[str, str]:
@@ -137,13 +142,18 @@ def _rule(state: Object, model: Object) -> str:
             rule = ""
     if not rule:
         raise _refused(f"its pre_tokenizer is {json.dumps(state['pre_tokenizer'])[:200]}")
+    _check_rule(rule, state, model)
+    return rule
+
+
+def _check_rule(rule: str, state: Object, model: Object) -> None:
+    """UserError where llama.cpp does more or less under the rule than the tokenizer."""
     normalizer = state.get("normalizer")
     is_nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
     if normalizer and not (is_nfc and rule == "qwen2"):
         raise _refused(f"its normalizer is {json.dumps(normalizer)[:100]}")
     if bool(model.get("ignore_merges")) != (rule in WHOLE_WORDS_FIRST):
         raise _refused(f"ignore_merges is {model.get('ignore_merges')} under the rule {rule}")
-    return rule
 
 
 def _adds_space(state: Object, folder: Path) -> bool:

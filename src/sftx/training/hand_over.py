@@ -179,7 +179,7 @@ def _check_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if dtype != torch.float16:
         return
     for name, parameter in model.named_parameters():
-        if float(parameter.abs().max()) > torch.finfo(dtype).max:
+        if float(parameter.detach().abs().max()) > torch.finfo(dtype).max:
             raise UserError(f"sftx export: {name} holds numbers too large for float16; take bf16")
 
 

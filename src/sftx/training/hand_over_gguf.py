@@ -29,7 +29,9 @@ from transformers import (
 from sftx.boundary import boundary, cause
 from sftx.gguf.header import read_header
 from sftx.gguf.modelfile import Pieces, modelfile, pieces_of
+from sftx.gguf.pieces import ids_of_pieces
 from sftx.gguf.read import write_folder
+from sftx.gguf.vocabulary import read_vocabulary
 from sftx.gguf.write import KINDS, layout_of, rounded, write_gguf
 from sftx.model.load import load_model
 from sftx.model.save import load_tokenizer, serving_config
@@ -178,24 +180,36 @@ def read_back(
     write_folder(read_header(file), folder)
     _check_config(config, folder)
     back = Back(file, folder, [])
-    readings: dict[str, Reading] = {
-        "the GGUF file": reading_of(load_tokenizer(Model(path=str(folder))))
-    }
+    tokenizer = load_tokenizer(Model(path=str(folder)))
+    readings: dict[str, Reading] = {"the GGUF file": reading_of(tokenizer)}
     with boundary(f"sftx export: {file.name} cannot be read back"):
-        theirs = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
-        readings["the GGUF file as transformers reads it"] = reading_of(theirs)
+        readings |= _independent(file, tokenizer)
         if find_spec("llama_cpp") is not None:
-            readings["llama.cpp"] = _by_llama_cpp(file, folder)
+            readings["llama.cpp"] = _by_llama_cpp(file, tokenizer)
     for name, reading in readings.items():
         check_ids(name, reading, questions)
         back.readers.append(name)
     return back
 
 
-def _by_llama_cpp(file: Path, folder: Path) -> Reading:
+def _independent(file: Path, tokenizer: Any) -> dict[str, Reading]:
+    """A reading of the vocabulary that shares no code with sftx's own: that of transformers. Of
+    SentencePiece it does not put spaces as llama.cpp does; there the scores are read as they are.
+    """
+    vocabulary = read_vocabulary(read_header(file))
+    if vocabulary.model == "gpt2":
+        theirs = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+        return {"the GGUF file as transformers reads it": reading_of(theirs)}
+
+    def ids(question: Question) -> list[int]:
+        return ids_of_pieces(vocabulary, rendered(tokenizer, question))
+
+    return {"the scores of the GGUF file": ids}
+
+
+def _by_llama_cpp(file: Path, tokenizer: Any) -> Reading:
     """How llama.cpp cuts the text of the template into tokens."""
     vocabulary = import_module("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
-    tokenizer = load_tokenizer(Model(path=str(folder)))
 
     def ids(question: Question) -> list[int]:
         text = rendered(tokenizer, question)
