@@ -106,7 +106,7 @@ def library() -> tuple[list[list[str]], list[list[str]]]:
     return trained, held_out
 
 
-def run(folder: str = "runs/smollm2", epochs: int = 6) -> None:
+def run(folder: str = "runs/smollm2", epochs: int = 4) -> None:
     """Fetch the model, train it in `folder`, and print what it says before and after.
 
     Raises:
@@ -200,19 +200,23 @@ class _Judged:
                 text = " ".join(printable(samples[at].output).split())
                 cut = "" if samples[at].ended else " [cut]"
                 console.print(f"  {name:8} {text}{cut}", markup=False)
+        console.print("", self._table(), sep="\n")
+
+    def _table(self) -> Table:
+        """The numbers before and after."""
         table = Table(box=None, pad_edge=False)
         for column in ("", "before", "after"):
-            table.add_column(column, justify="left" if not column else "right")
+            table.add_column(column, justify="right" if column else "left")
         before, after = self.result.eval_before, self.result.eval_after
         if before and after:
             table.add_row("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
-        pairs = [(self.before[:known], self.after[:known])]
-        for old, new in pairs:
-            table.add_row("held-out questions answered word for word", *map(_exact, (old, new)))
-            table.add_row("answers that end by themselves", *map(_ended, (old, new)))
+        known = len(self.prompts)
+        both = (self.before[:known], self.after[:known])
+        table.add_row("held-out questions answered word for word", *map(_exact, both))
+        table.add_row("answers that end by themselves", *map(_ended, both))
         table.add_row("KL from the base per token, on these answers", "0", f"{self.moved:.2f}")
         table.add_row("the same on other questions", "0", f"{self.moved_elsewhere:.2f}")
-        console.print("", table, sep="\n")
+        return table
 
 
 def _exact(samples: Sequence[Sample]) -> str:

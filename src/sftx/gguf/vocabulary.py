@@ -257,14 +257,19 @@ def _backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
         special = kind == CONTROL or (kind == UNKNOWN and at == unknown)
         if special or kind == USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False, special=special)])
+    _add_edges(backend, vocabulary)
+    return backend
+
+
+def _add_edges(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
+    """Let the tokenizer put BOS and EOS around a text, where the file says so."""
     first, last = _edge(vocabulary, "bos"), _edge(vocabulary, "eos")
-    if first or last:
-        named = {at: vocabulary.tokens[at] for at in (*first, *last)}
+    named = {at: vocabulary.tokens[at] for at in (*first, *last)}
+    if named:
         edges = [*(f"{named[at]}:0" for at in first), "$A:0", *(f"{named[at]}:0" for at in last)]
         backend.post_processor = processors.TemplateProcessing(
             single=edges, special_tokens=[(text, at) for at, text in named.items()]
         )
-    return backend
 
 
 def _edge(vocabulary: Vocabulary, name: str) -> list[int]:

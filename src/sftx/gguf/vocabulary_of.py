@@ -51,10 +51,7 @@ def vocabulary_of(folder: Path, rows: int) -> Vocabulary:
     else:
         raise _refused("it merges nothing")
     vocabulary.named = _named(config, backend)
-    generation = _json(folder / "generation_config.json")
-    stops = generation.get("eos_token_id")
-    listed = stops if isinstance(stops, list) else [stops]
-    vocabulary.stop_ids = [at for at in listed if isinstance(at, int)]
+    vocabulary.stop_ids = _stop_ids(folder)
     encoded = backend.encode("a").ids
     vocabulary.adds = {
         "bos": encoded[:1] == [vocabulary.named.get("bos_token")],
@@ -84,12 +81,17 @@ def _tokens(
             raise _refused(f"token {at:,} has no row in embeddings of {rows:,}")
         tokens[at] = token
         kinds[at] = _kind(token, unknown) if is_piece else NORMAL
+    _mark_added(backend, kinds)
+    return tokens, kinds
+
+
+def _mark_added(backend: tokenizers.Tokenizer, kinds: list[int]) -> None:
+    """Set the kinds of the added tokens."""
     for at, token in backend.get_added_tokens_decoder().items():
         if token.lstrip or token.rstrip or token.single_word:
             raise _refused(f"the token {token.content!r} takes spaces or word ends beside it")
         if kinds[at] != UNKNOWN:
             kinds[at] = CONTROL if token.special else USER_DEFINED
-    return tokens, kinds
 
 
 def _kind(token: str, unknown: Json) -> int:
@@ -186,6 +188,13 @@ def _named(config: Object, backend: tokenizers.Tokenizer) -> dict[str, int]:
         if at is not None:
             named[name] = at
     return named
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    """The ids at which generation_config.json lets a server stop."""
+    stops = _json(folder / "generation_config.json").get("eos_token_id")
+    listed = stops if isinstance(stops, list) else [stops]
+    return [at for at in listed if isinstance(at, int)]
 
 
 def _templates(folder: Path) -> dict[str, str]:
