@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import sftx
 from sftx.cli import main
+from sftx.gguf.config import config_of
 from sftx.gguf.header import read_header
 from sftx.gguf.pieces import ids_of_pieces
 from sftx.gguf.read import write_folder
@@ -197,6 +199,31 @@ def test_what_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
         file.write_bytes(original)
         with pytest.raises(UserError, match=message.replace(".", r"\.")):
             read(changed(file, before, after), tmp_path / f"back{len(message)}")
+
+
+def test_settings_of_a_family_are_read_or_refused(tmp_path: Path) -> None:
+    header = read_header(small(tmp_path))
+
+    def config(**more: Any) -> dict[str, Any]:
+        named = {f"llama.{key.replace('__', '.')}": value for key, value in more.items()}
+        return config_of(replace(header, metadata=header.metadata | named), None)
+
+    assert config(attention__sliding_window=64)["max_position_embeddings"] == 64
+    assert config(rope__scaling__factor=2.0)["rope_parameters"]["rope_type"] == "linear"
+    assert config(attention__head_count_kv=[2, 2])["num_key_value_heads"] == 2
+    for more in (
+        {"attn_logit_softcapping": 50.0},
+        {"expert_count": 8},
+        {"attention__head_count_kv": [2, 4]},
+        {"block_count": 0},
+        {"rope__freq_base": float("nan")},
+        {"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0},
+        {"attention__value_length": 7},
+    ):
+        with pytest.raises(UserError):
+            config(**more)
+    with pytest.raises(UserError, match="not those of Llama"):
+        config_of(header, np.array([1, 2, 3, 4], np.float32))
 
 
 def test_the_command_line_takes_a_file_or_its_folder(

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -145,7 +146,9 @@ class _Judged:
     """The answers of the base and of the tuned model to the same questions."""
 
     def __init__(self, result: Result, held_out: Sequence[Sequence[str]]) -> None:
-        model = result.model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers 6
+            model = result.model
         assert isinstance(model, PeftModel)
         self.result = result
         self.tokenizer = Tokenizer.load(str(result.folder))

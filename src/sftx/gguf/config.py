@@ -41,11 +41,8 @@ _KNOWN = {
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
     "attention.sliding_window",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
     "rope.dimension_count",
     "rope.freq_base",
-    "rope.freq_base_swa",
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
@@ -53,6 +50,7 @@ _KNOWN = {
     "expert_count",
     "expert_used_count",
 }
+_KNOWN_IN_GEMMA = {"attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa"}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """llama.cpp tells the two models that scale attention otherwise by their number of layers."""
@@ -75,6 +73,11 @@ class Metadata:
                 f"{self.header.path}: a GGUF file of the family {name!r}; sftx reads {known}"
             )
         return str(name)
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether it is Gemma 2 or 3: soft caps, and layers that see a window."""
+        return self.architecture in ("gemma2", "gemma3")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number of the family's own keys."""
@@ -112,7 +115,8 @@ class Metadata:
             if not key.startswith(prefix):
                 continue
             name = key.removeprefix(prefix)
-            if name not in _KNOWN or (name.startswith("expert_") and value != 0):
+            known = name in _KNOWN or (name in _KNOWN_IN_GEMMA and self.is_gemma)
+            if not known or (name.startswith("expert_") and value != 0):
                 raise UserError(
                     f"{self.header.path}: {key} is {str(value)[:40]}; sftx does not read models of "
                     "that kind from GGUF. Take the Hugging Face folder of the model instead"
@@ -147,6 +151,10 @@ def config_of(header: Header, rope_factors: NDArray[np.float32] | None) -> dict[
     model_type, class_name = CLASSES[architecture]
     config: dict[str, Json] = {"model_type": model_type, "architectures": [class_name]}
     config |= {theirs: told.count(ours) for ours, theirs in _SIZES.items()}
+    if told.has("attention.sliding_window") and not told.is_gemma:
+        # llama.cpp knows no window here, Mistral has one: up to it, both compute the same.
+        window = told.count("attention.sliding_window")
+        config["max_position_embeddings"] = min(told.count("context_length"), window)
     heads = told.count("attention.head_count")
     config["num_key_value_heads"] = told.count("attention.head_count_kv", heads)
     config["head_dim"] = _head_size(told, heads)
@@ -160,7 +168,7 @@ def config_of(header: Header, rope_factors: NDArray[np.float32] | None) -> dict[
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     rope = _rope(told, rope_factors)
     config["rope_parameters"] = rope
-    if architecture in ("gemma2", "gemma3"):
+    if told.is_gemma:
         config |= _gemma(told, architecture, rope)
     return config
 
@@ -196,6 +204,8 @@ def _rope(told: Metadata, factors: NDArray[np.float32] | None) -> dict[str, Json
     if factors is not None:
         return rope | _llama3(told, theta, factors)
     kind = told.text("rope.scaling.type")
+    if kind is None and told.has("rope.scaling.factor"):
+        kind = "linear"  # as llama.cpp takes it
     if kind in (None, "none"):
         return rope
     factor = _rounded(told.number("rope.scaling.factor"))
