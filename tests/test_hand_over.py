@@ -27,7 +27,8 @@ IDS = torch.tensor([[264, 20, 31, 30, 264, 40, 9]])
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs: `lora` with checkpoints, and `full`."""
     home = tmp_path_factory.mktemp("hand-over")
-    for name, adapter in (("lora", {"method": "lora", "rank": 4}), ("full", {"method": "none"})):
+    kinds: dict[str, Any] = {"lora": {"method": "lora", "rank": 4}, "full": {"method": "none"}}
+    for name, adapter in kinds.items():
         sftx.train(
             model={"path": str(gguf_files.folder(home / f"base-{name}"))},
             data={"rows": ROWS, "cache": str(home / "cache")},

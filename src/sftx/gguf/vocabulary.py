@@ -195,7 +195,7 @@ class _Reader:
         value: object = self.header.metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, list):
             raise self._wrong(key, "a list of numbers")
-        found = [each for each in value if isinstance(each, int | float)]
+        found: list[float] = [each for each in value if isinstance(each, int | float)]
         if len(found) < len(value):
             raise self._wrong(key, "a list of numbers")
         return found

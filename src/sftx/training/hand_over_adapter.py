@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from safetensors import safe_open
@@ -37,7 +38,7 @@ def check_adapter(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         served = PeftModel.from_pretrained(base, str(folder)).eval()
-    found = measure(served.base_model.model, questions, stops)
+    found = measure(cast("PreTrainedModel", served.get_base_model()), questions, stops)
     if distance(alone, found) == 0:
         raise UserError(
             "sftx export: with this adapter the base gives the same logits as without it: it was not "
@@ -53,9 +54,9 @@ def check_names(folder: Path, base: PreTrainedModel) -> list[str]:
     Raises:
         UserError: a name is another, its module is not in the base, or one of a pair is missing.
     """
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        names = list(file.keys())
-    modules = {name for name, _ in base.named_modules()}
+    with safe_open(folder / WEIGHTS, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
+        names = cast("list[str]", list(file.keys()))
+    modules = {name for name, _ in cast("Iterator[tuple[str, object]]", base.named_modules())}
     parts: dict[str, set[str]] = {}
     for name in names:
         found = _NAME.fullmatch(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sftx.report.model_card import public_name
 
@@ -27,31 +27,29 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
         "",
         f"Exported by sftx from a run that started from `{base}`.",
     ]
-    gguf = facts.get("gguf")
-    if isinstance(gguf, dict):
+    if gguf := _object(facts.get("gguf")):
         lines.append(f"The base was the file `{gguf.get('file')}` (sha256 `{gguf.get('sha256')}`).")
     lines += ["", "Licence: to be filled in; it must fit that of the base and of the data.", ""]
     lines += ["## Data", "", *_data(config), ""]
     lines += ["## Results", "", *_results(facts), ""]
     lines += ["## What the export measured", "", f"{checked}.", ""]
     lines += ["## Settings", "", "```json", *_settings(config), "```", ""]
-    versions = facts.get("versions")
-    if isinstance(versions, dict):
+    if versions := _object(facts.get("versions")):
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines += [f"Made with {told}.", ""]
     return "\n".join(lines)
 
 
 def _data(config: dict[str, Any]) -> list[str]:
-    train = config["data"].get("train")
-    sources = train if isinstance(train, list) else [train]
-    names = [each.get("path", "") if isinstance(each, dict) else each for each in sources if each]
+    train: object = config["data"].get("train")
+    sources = cast("list[object]", train) if isinstance(train, list) else [train]
+    names = [_object(each).get("path", each) for each in sources if each]
     return [f"- `{public_name(str(name))}`" for name in names] or ["- rows given in Python"]
 
 
 def _results(facts: dict[str, Any]) -> list[str]:
     """A table of the held-out numbers before and after."""
-    before, after = facts.get("eval_before") or {}, facts.get("eval_after") or {}
+    before, after = _object(facts.get("eval_before")), _object(facts.get("eval_after"))
     lines = [f"{facts['num_steps']} steps, {facts['status']}."]
     if not after:
         return lines
@@ -61,6 +59,11 @@ def _results(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _object(value: object) -> dict[str, object]:
+    """The value where it is an object, else {}."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
 def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ""
 
@@ -68,7 +71,6 @@ def _number(value: object) -> str:
 def _settings(config: dict[str, Any]) -> list[str]:
     """The settings that decide the result, without paths of the machine."""
     kept = {name: config.get(name) for name in ("batch", "optim", "loss", "adapter", "seed")}
-    adapter = kept["adapter"]
-    if isinstance(adapter, dict):
-        kept["adapter"] = {name: value for name, value in adapter.items() if name != "path"}
+    adapter = _object(kept["adapter"])
+    kept["adapter"] = {name: value for name, value in adapter.items() if name != "path"}
     return json.dumps(kept, indent=1).splitlines()

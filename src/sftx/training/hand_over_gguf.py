@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -101,7 +101,7 @@ class Back:
         """The model as transformers' own loader reads the tensors, with the config that sftx read:
         its own reading of the config leaves things out. None for a family that it does not read.
         """
-        config = AutoConfig.from_pretrained(self.folder)
+        config = cast("PreTrainedConfig", AutoConfig.from_pretrained(self.folder))
         if config.model_type in _UNREAD:
             return None
         return AutoModelForCausalLM.from_pretrained(
@@ -198,7 +198,9 @@ def _independent(file: Path, tokenizer: Any) -> dict[str, Reading]:
     """
     vocabulary = read_vocabulary(read_header(file))
     if vocabulary.model == "gpt2":
-        theirs = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+        theirs = cast(
+            "object", PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+        )
         return {"the GGUF file as transformers reads it": reading_of(theirs)}
 
     def ids(question: Question) -> list[int]:
@@ -220,8 +222,8 @@ def _by_llama_cpp(file: Path, tokenizer: Any) -> Reading:
 
 def _check_config(config: PreTrainedConfig, folder: Path) -> None:
     """UserError where what the file says of the model is not what the model is."""
-    told = {**config.to_dict()}
-    found = AutoConfig.from_pretrained(folder).to_dict()
+    told: dict[str, object] = {**config.to_dict()}
+    found: dict[str, object] = cast(Any, AutoConfig).from_pretrained(folder).to_dict()
     if told.get("model_type") == "mistral":
         told["sliding_window"] = None  # written as a shorter context
     odd = [
@@ -235,10 +237,12 @@ def _check_config(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Whether two values of configs mean the same; GGUF holds numbers in float32."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return all(_same(one.get(name), value) for name, value in other.items())
+        ours = cast("dict[str, object]", one)
+        theirs = cast("dict[str, object]", other)
+        return all(_same(ours.get(name), value) for name, value in theirs.items())
     if isinstance(one, float) and isinstance(other, int | float):
         return abs(one - other) <= 1e-6 * abs(one)
     return one == other

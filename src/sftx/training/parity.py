@@ -108,7 +108,7 @@ def _question(row: Row, encoded: Encoded | RowError, encoder: Encoder) -> Questi
     texts = [str(message.get("content")) for message in conversation.messages]
     if any(encoder.tokenizer.control.search(text) for text in texts):
         return None  # a marker spelled in a row is text in training, and a marker to a server
-    before = conversation.messages[: conversation.trained[-1]]
+    before = cast("list[Message]", list(conversation.messages[: conversation.trained[-1]]))
     return Question(prompts[-1].ids, "", tuple(before), row.tools, row.template_kwargs)
 
 
