@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_where_the_package_cannot_be_had_one_sentence_says_so(
 @pytest.mark.slow
 def test_it_answers_and_reads_as_transformers_reads_it(real_model: Path) -> None:
     folder = converted_folder(str(real_model))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = [{"role": "user", "content": GENERAL[0]}]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")

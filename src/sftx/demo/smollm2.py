@@ -28,6 +28,7 @@ from sftx.data.encoder import encode
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.forgetting import Continuation, divergence
 from sftx.eval.generate import Prompt, Sample, answer, prompt_of
+from sftx.model.runtime import machine
 from sftx.printable import printable
 from sftx.settings.load import load_config
 from sftx.training.loop import train
@@ -45,7 +46,7 @@ GENERAL = (
     "Write one sentence about the sea.",
 )
 """Questions that have nothing to do with the library: what the model knew before."""
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 MARK = "library.jsonl"  # a folder that holds this file is an earlier demo
 SETTINGS = """\
 # A real model learns the rules of a library: LoRA on 60 short dialogues.
@@ -54,7 +55,7 @@ data: {{train: {folder}/library.jsonl, eval: {folder}/held_out.jsonl, cache: {fo
 output: {folder}/tuned
 adapter: {{method: lora, rank: 16}}
 batch: {{examples_per_step: 6, epochs: {epochs}}}
-optim: {{learning_rate: 1.0e-3}}
+optim: {{learning_rate: 6.0e-4}}
 """
 
 
@@ -132,8 +133,10 @@ def run(folder: str = "runs/smollm2", epochs: int = 4) -> None:
         f"SmolLM2-135M-Instruct learns the rules of an invented library: {len(trained)} dialogues, "
         f"and {len(held_out)} other questions about the same rules, which it never sees.\n"
     )
-    result = train(load_config(str(home / "demo.yaml")))
-    with console.status("answering the questions before and after"):
+    config = load_config(str(home / "demo.yaml"))
+    result = train(config)
+    console.print("\nThe same questions, before and after:")
+    with machine(config.runtime), console.status("answering them"):
         judged = _Judged(result, held_out)
     judged.show(console)
     console.print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -55,7 +55,7 @@ def check_names(folder: Path, base: PreTrainedModel) -> list[str]:
         UserError: a name is another, its module is not in the base, or one of a pair is missing.
     """
     with safe_open(folder / WEIGHTS, "pt") as file:  # pyright: ignore[reportUnknownVariableType]
-        names = cast("list[str]", list(file.keys()))
+        names = list(cast("Iterable[str]", file.keys()))
     modules = {name for name, _ in cast("Iterator[tuple[str, object]]", base.named_modules())}
     parts: dict[str, set[str]] = {}
     for name in names:
