@@ -55,7 +55,7 @@ data: {{train: {folder}/library.jsonl, eval: {folder}/held_out.jsonl, cache: {fo
 output: {folder}/tuned
 adapter: {{method: lora, rank: 16}}
 batch: {{examples_per_step: 6, epochs: {epochs}}}
-optim: {{learning_rate: 6.0e-4}}
+optim: {{learning_rate: 1.0e-3}}
 """
 
 
@@ -108,7 +108,7 @@ def library() -> tuple[list[list[str]], list[list[str]]]:
     return trained, held_out
 
 
-def run(folder: str = "runs/smollm2", epochs: int = 4) -> None:
+def run(folder: str = "runs/smollm2", epochs: int = 6) -> None:
     """Fetch the model, train it in `folder`, and print what it says before and after.
 
     Raises:
@@ -139,6 +139,10 @@ def run(folder: str = "runs/smollm2", epochs: int = 4) -> None:
     with machine(config.runtime), console.status("answering them"):
         judged = _Judged(result, held_out)
     judged.show(console)
+    console.print(
+        "\nThe last two numbers say how far it moved from the base: it also forgot some of what it "
+        "knew. Fewer epochs or a smaller learning rate move it less, and so does mix= of sftx export."
+    )
     console.print(
         f"\nThe adapter is in {home}/tuned. The same by hand: sftx train {home}/demo.yaml; to use it "
         f"elsewhere: sftx export {home}/tuned to={home}/merged format=gguf"
