@@ -39,6 +39,7 @@ LAYERS = {
         "boundary",
         "cores",
         "files",
+        "gguf",
         "model_config",
         "printable",
         "settings",

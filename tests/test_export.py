@@ -123,10 +123,10 @@ def test_what_a_killed_export_left_is_taken_over(
 ) -> None:
     folder, target = run(tmp_path / "run", batch={"steps": 1}), tmp_path / "out"
     killed = (
-        "import os, signal, sys\nfrom sftx.cli import main\nfrom sftx.training import export\n"
+        "import os, signal, sys\nfrom sftx.cli import main\nfrom sftx.training import hand_over\n"
         "def save(folder, *_):\n    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), "
         "signal.SIGKILL)\n"
-        "export.save_model = save\n"
+        "hand_over.save_model = save\n"
         "main(sys.argv[1:])\n"
     )
     done = subprocess.run(
@@ -154,7 +154,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*_: Any) -> None:
         raise sftx.UserError("planted")
 
-    monkeypatch.setattr("sftx.training.export.save_model", fail)
+    monkeypatch.setattr("sftx.training.hand_over.save_model", fail)
     assert main(["export", str(folder), f"to={target}"]) == 2
     assert not target.exists()
     assert not list(tmp_path.glob(".out.*"))

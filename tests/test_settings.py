@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sftx.settings.describe import FOREIGN_NAMES, as_json_schema, settings, suggestion
+from sftx.settings.describe import FOREIGN_NAMES, settings, suggestion
+from sftx.settings.documents import as_json_schema, as_markdown
 from sftx.settings.keywords import OptimSettings
 from sftx.settings.load import load_config, make_config
 from sftx.settings.schema import Batch, Config, Model, Runtime
@@ -319,8 +320,6 @@ def test_json_schema_takes_the_short_forms() -> None:
 
 
 def test_settings_page_is_up_to_date() -> None:
-    from sftx.settings.describe import as_markdown
-
     page = Path(__file__).parents[1] / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == as_markdown(), (
         "run `sftx schema format=markdown > docs/settings.md`"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ def check_links(folder: Path) -> None:
             )
 
 
+def model_folder(path: str) -> str:
+    """`path`, or the Hugging Face folder that a GGUF file there is converted into."""
+    return import_module("sftx.gguf.read").model_folder(path)  # not on every reader's way
+
+
 def config_file(path: str) -> Path:
-    """The config.json of the model at `path`: a folder, that file itself, or a name on the hub,
-    which is fetched.
+    """The config.json of the model at `path`: a folder, a GGUF file, that file itself, or a name on
+    the hub, which is fetched.
     """
+    path = model_folder(path)
     if Path(path).is_dir():
         return Path(path) / "config.json"
     if Path(path).is_file():
@@ -159,12 +166,3 @@ def _check_kernel(
                 "or leave the choice to "
                 "sftx: take the line out"
             )
-
-
-def positions(path: str, default: int) -> int:
-    """How many positions the model at `path` has; `default` where its config does not say."""
-    file = config_file(path)
-    config = read_json(file)
-    check_config(config, file)
-    inner = config.get("text_config") or config
-    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 
-from sftx.settings.describe import as_json_schema, as_markdown
+from sftx.settings.documents import as_json_schema, as_markdown
 from sftx.settings.typed_keywords import as_python
 from sftx.types import UserError
 

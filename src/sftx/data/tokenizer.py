@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sftx.boundary import boundary
 from sftx.data.store.word_cache import WORD, WordCache, tokenises_by_word
-from sftx.model_config import check_links, read_json
+from sftx.model_config import check_links, model_folder, read_json
 from sftx.settings.schema import Model
 from sftx.types import Int32, UserError
 
@@ -75,6 +75,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str) -> Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
+        path = model_folder(path)
         folder = Path(path) if Path(path).is_dir() else _download(path)
         check_links(folder)
         with boundary(f"{path}: no usable tokenizer there"):

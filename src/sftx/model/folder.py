@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from sftx.boundary import boundary
-from sftx.model_config import check_config, check_links, config_file, read_json
+from sftx.model_config import check_config, check_links, config_file, model_folder, read_json
 from sftx.settings.schema import Model
 from sftx.types import UserError
 
@@ -35,7 +35,9 @@ def load_config(model: Model) -> PreTrainedConfig:
         check_links(Path(model.path))
     check_config(read_json(file), f"model.path: {file}", model.trust_remote_code)
     with boundary(f"model.path: {file} cannot be read as a model"):
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model_folder(model.path), trust_remote_code=model.trust_remote_code
+        )
         text = config.get_text_config()
     # A flash kernel that the file names says what its author's machine had; transformers chooses
     # for this one.
@@ -65,6 +67,7 @@ def check_weights(path: str) -> None:
     Raises:
         UserError: a file is damaged, is not safetensors, or lies outside of the folder; the message names it.
     """
+    path = model_folder(path)
     folder = Path(path)
     if not folder.is_dir():
         _names_in_index(path)

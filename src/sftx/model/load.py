@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from sftx.boundary import boundary
 from sftx.model.folder import check_weights, load_config
 from sftx.model.save import check_generation_config
+from sftx.model_config import model_folder
 from sftx.settings.schema import Model
 from sftx.types import UserError
 
@@ -51,7 +52,7 @@ def load_model(
     transformers_logging.disable_progress_bar()
     with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            model.path,
+            model_folder(model.path),
             config=config,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,

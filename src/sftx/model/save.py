@@ -18,12 +18,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from sftx.boundary import boundary
 from sftx.files import make_folder, sync
 from sftx.model.shard import whole_state
+from sftx.model_config import model_folder
 from sftx.settings.schema import Model
 
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer as transformers and its servers load it, with the tokens the run adds."""
-    path = model.tokenizer or model.path
+    path = model_folder(model.tokenizer or model.path)
     with boundary(f"model.tokenizer: {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         tokenizer("a")  # where a setting of it has a wrong type, this fails

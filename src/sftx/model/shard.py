@@ -44,6 +44,7 @@ from sftx.boundary import boundary
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
 from sftx.model.pack_loss import PackLoss
+from sftx.model_config import model_folder
 from sftx.settings.schema import Model, Runtime
 from sftx.types import UserError
 
@@ -132,7 +133,7 @@ def unread_model(
     settings: Model, dtype: torch.dtype, config: PreTrainedConfig | None = None
 ) -> Unread:
     """The model without its weights."""
-    folder = Path(settings.path)
+    folder = Path(model_folder(settings.path))
     if not folder.is_dir():
         folder = Path(snapshot_download(settings.path, allow_patterns=["*.safetensors", "*.json"]))
     config = copy.deepcopy(config or load_config(settings))

@@ -22,7 +22,8 @@ AGAIN = "; put a copy of it back, or move the folder away and start the run anew
 class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
-    `changed`: settings that were changed on the way. `merged`: how far merging moved a logit.
+    `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
+    changed on the way. `merged`: how far merging moved a logit.
     """
 
     status: str = ""
@@ -43,6 +44,7 @@ class RunFacts:
     recomputed_layers: int | None = None
     predicted: dict[str, Any] | None = None
     trlx: dict[str, Any] | None = None
+    gguf: dict[str, str] | None = None
     eval_before: dict[str, float] | None = None
     changed: list[dict[str, Any]] | None = None
     ended_at: int | None = None

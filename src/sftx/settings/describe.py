@@ -145,32 +145,3 @@ def in_words(field: FieldInfo) -> str:
     return f"{allowed(field)}; " + (
         "required" if field.is_required() else f"default {shown(field.default)}"
     )
-
-
-def as_markdown() -> str:
-    """The page `docs/settings.md`."""
-    text = (files("sftx") / "settings_head.txt").read_text(encoding="utf-8")
-    for key, field in fields():
-        section = section_of(field)
-        text += "" if "." in key else f"\n## {key}\n\n"
-        text += (
-            f"{doc(field)}\n\n" if section else f"* **`{key}`** ({in_words(field)}): {doc(field)}\n"
-        )
-    return text
-
-
-def as_json_schema() -> dict[str, Any]:
-    """JSON schema for editors, short forms included."""
-    schema = Config.model_json_schema()
-    for section, main in SHORT_FORMS.items():
-        full = schema["properties"][section]
-        short = schema["$defs"][section.capitalize()]["properties"][main]
-        schema["properties"][section] = {
-            "anyOf": [{"type": "string"}, full],
-            "description": short["description"],
-        }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sftx run",
-        **schema,
-    }

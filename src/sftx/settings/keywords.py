@@ -61,8 +61,8 @@ class ModelSettings(TypedDict, total=False):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
     path: Required[Text | PreTrainedModel]
-    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the
-    hub.
+    """A Hugging Face folder (config.json, safetensors, tokenizer), a GGUF file or a folder with one
+    (package `gguf`), or the name of a model on the hub.
     """
     tokenizer: Text | None
     """Folder or hub name of the tokenizer, if it is not the model's own."""

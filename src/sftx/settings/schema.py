@@ -37,8 +37,8 @@ class Model(Section):
     """The model to start from. `model: PATH` is short for `model: {path: PATH}`."""
 
     path: str
-    """A Hugging Face folder (config.json, safetensors, tokenizer), or the name of a model on the
-    hub.
+    """A Hugging Face folder (config.json, safetensors, tokenizer), a GGUF file or a folder with one
+    (package `gguf`), or the name of a model on the hub.
     """
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer, if it is not the model's own."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 
 import torch
 from peft import PeftModel
@@ -343,6 +344,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         predicted={"memory": packing.parts(), "seconds": job.predicted_seconds},
         eval_before=found.eval_before,
         changed=found.changes,
+        gguf=import_module("sftx.gguf.read").source_of(job.config.model.path),
     )
     run.start(job.state.step, found.carried, facts)
     notes += _write_ledger(job, again)

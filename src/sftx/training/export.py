@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+from peft import PeftModel
 
 from sftx.boundary import boundary
 from sftx.data.chat.template_files import bundled_templates
@@ -63,20 +64,42 @@ class Allowed:
         )
 
 
-def export(
-    folder: Path, target: Path, dtype: str = "", step: str = "", allowed: Allowed | None = None
-) -> tuple[float, float]:
-    """Write the run in `folder`, or the checkpoint after its `step`, into `target`, in `dtype` or
-    that of the run.
-
-    `target` appears whole or not at all; one that an export left behind is replaced by the next.
-    `allowed` is what the caller allows; default: nothing that run.json names beyond this disk, and
-    no code.
-
-    Returns how far a logit moves, relative to the largest one: by merging, and as stored. Raises
-    UserError where merging moves one by more than 1e-5, or there is nothing to export.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run's model in float32, its adapter still apart (`adapted`, if there is one), and what goes
+    with it: `served` is the tokenizer with the template of the run.
     """
-    allowed = allowed or Allowed()
+
+    source: Model
+    model: Any
+    adapted: PeftModel | None
+    encoder: Encoder
+    served: Any
+    facts: dict[str, Any]
+
+    def merged(self) -> tuple[Any, float]:
+        """The model with its adapter merged in (in place), and how far a logit moved by that,
+        relative to the largest one. UserError where it is more than 1e-5.
+        """
+        before = probe(self.model)
+        merged: Any = self.model if self.adapted is None else self.adapted.merge_and_unload()
+        moved = apart(before, probe(merged))
+        if moved > 1e-5:
+            raise UserError(
+                f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was "
+                "written"
+            )
+        merged.config.use_cache = True
+        return merged, moved
+
+
+def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Trained:
+    """What the run in `folder` trained, or its checkpoint after `step`; `dtype` takes the place of
+    the run's `save_dtype`.
+
+    Raises:
+        UserError: the run is not finished, damaged, or names what the caller does not allow.
+    """
     path = folder / "run.json"
     facts = read_facts(path)
     check_needed(facts, path)
@@ -87,7 +110,7 @@ def export(
         )
     if TRLX in facts:  # every checkpoint of such a run holds a whole model
         folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
-    source, adapter = _sources(folder, facts, bool(step), allowed)
+    source, adapter = sources(folder, facts, bool(step), allowed)
     if dtype:
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
     tokenizer = Tokenizer.of_model(source)
@@ -102,26 +125,37 @@ def export(
     if step:
         load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
         loss.use_segments(False)
-    before = _probe(model)
-    merged: Any = model if adapted is None else adapted.merge_and_unload()
-    moved = float((_probe(merged) - before).abs().max() / before.abs().max())
-    if moved > 1e-5:
-        raise UserError(
-            f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was "
-            "written"
-        )
     served = load_tokenizer(source)
     served.chat_template = encoder.chat_template or served.chat_template
-    started_from = public_name(facts["config"]["model"].get("path", ""))
+    return Trained(source, model, adapted, encoder, served, facts)
+
+
+def export(
+    folder: Path, target: Path, dtype: str = "", step: str = "", allowed: Allowed | None = None
+) -> tuple[float, float]:
+    """Write the run in `folder`, or the checkpoint after its `step`, into `target`, in `dtype` or
+    that of the run.
+
+    `target` appears whole or not at all; one that an export left behind is replaced by the next.
+    `allowed` is what the caller allows; default: nothing that run.json names beyond this disk, and
+    no code.
+
+    Returns how far a logit moves, relative to the largest one: by merging, and as stored. Raises
+    UserError where merging moves one by more than 1e-5, or there is nothing to export.
+    """
+    trained = read_trained(folder, dtype, step, allowed or Allowed())
+    before = probe(trained.model)
+    merged, moved = trained.merged()
+    started_from = public_name(trained.facts["config"]["model"].get("path", ""))
     card = f"Exported by sftx from a run that started from `{started_from}`.\n"
-    merged.config.use_cache = True
-    with _beside(target) as temporary:
-        save_model(temporary, merged, served, sorted(encoder.stop_ids), card, stored_dtype(source))
-        written = _probe(load_model(Model(path=str(temporary)), torch.device("cpu")))
-    return moved, float((written - before).abs().max() / before.abs().max())
+    stops, stored = sorted(trained.encoder.stop_ids), stored_dtype(trained.source)
+    with beside(target) as temporary:
+        save_model(temporary, merged, trained.served, stops, card, stored)
+        written = probe(load_model(Model(path=str(temporary)), torch.device("cpu")))
+    return moved, apart(before, written)
 
 
-def _sources(
+def sources(
     folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowed
 ) -> tuple[Model, Adapter]:
     """The model to load and the adapter to put in, as the caller allows them."""
@@ -159,7 +193,7 @@ def _on_disk(name: Any, key: str) -> str:
     """A model's folder that run.json names; a name on the hub only where its files have been
     fetched before.
     """
-    if isinstance(name, str) and Path(name).is_dir():
+    if isinstance(name, str) and (Path(name).is_dir() or name.endswith(".gguf")):
         return name
     hint = f"; if you want it, name it yourself: sftx export RUN {key}=..."
     with boundary(
@@ -193,7 +227,7 @@ def _encoding(
 
 
 @contextmanager
-def _beside(target: Path) -> Generator[Path]:
+def beside(target: Path) -> Generator[Path]:
     """A folder beside `target` that takes its place at the end, and is deleted where something goes
     wrong before.
     """
@@ -259,10 +293,15 @@ def _model_of_trlx(folder: Path, step: int) -> Path:
     return found[step] / "hf_model"
 
 
-def _probe(model: Any) -> torch.Tensor:
+def probe(model: Any) -> torch.Tensor:
     """Logits [1, 64, V] of tokens drawn from the whole vocabulary."""
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
     ids[0, -8:] = torch.arange(rows - 8, rows)  # the rows of added tokens are the last
     with torch.no_grad():
         return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far a logit of `other` is from that of `one` at most, relative to the largest of `one`."""
+    return float((other - one).abs().max() / one.abs().max())

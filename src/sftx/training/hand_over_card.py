@@ -1,0 +1,76 @@
+"""The model card of an export: what was trained on what, with what result, and what was checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from sftx.report.model_card import public_name
+
+
+def card_of(facts: dict[str, Any], checked: str) -> str:
+    """README.md for the model that a run.json tells of, with the metadata block model hubs read.
+
+    Fields that nobody but the author knows (the licence, that of the data) stand there to be filled.
+    """
+    config = facts["config"]
+    path = str(config["model"].get("path", ""))
+    base = public_name(path)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines.append("tags: [sft, sftx]")
+    if base == path and not Path(path).exists():  # a name that others can find
+        lines.append(f"base_model: {json.dumps(base)}")
+    lines += ["license: other", "license_name: to-be-filled-in", "---", ""]
+    lines += [
+        f"# {base}, fine-tuned",
+        "",
+        f"Exported by sftx from a run that started from `{base}`.",
+    ]
+    if gguf := _object(facts.get("gguf")):
+        lines.append(f"The base was the file `{gguf.get('file')}` (sha256 `{gguf.get('sha256')}`).")
+    lines += ["", "Licence: to be filled in; it must fit that of the base and of the data.", ""]
+    lines += ["## Data", "", *_data(config), ""]
+    lines += ["## Results", "", *_results(facts), ""]
+    lines += ["## What the export measured", "", f"{checked}.", ""]
+    lines += ["## Settings", "", "```json", *_settings(config), "```", ""]
+    if versions := _object(facts.get("versions")):
+        told = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines += [f"Made with {told}.", ""]
+    return "\n".join(lines)
+
+
+def _data(config: dict[str, Any]) -> list[str]:
+    train: object = config["data"].get("train")
+    sources = cast("list[object]", train) if isinstance(train, list) else [train]
+    names = [_object(each).get("path", each) for each in sources if each]
+    return [f"- `{public_name(str(name))}`" for name in names] or ["- rows given in Python"]
+
+
+def _results(facts: dict[str, Any]) -> list[str]:
+    """A table of the held-out numbers before and after."""
+    before, after = _object(facts.get("eval_before")), _object(facts.get("eval_after"))
+    lines = [f"{facts['num_steps']} steps, {facts['status']}."]
+    if not after:
+        return lines
+    lines += ["", "| | before | after |", "|---|---|---|"]
+    for name, value in after.items():
+        lines.append(f"| {name} | {_number(before.get(name))} | {_number(value)} |")
+    return lines
+
+
+def _object(value: object) -> dict[str, object]:
+    """The value where it is an object, else {}."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+def _settings(config: dict[str, Any]) -> list[str]:
+    """The settings that decide the result, without paths of the machine."""
+    kept = {name: config.get(name) for name in ("batch", "optim", "loss", "adapter", "seed")}
+    adapter = _object(kept["adapter"])
+    kept["adapter"] = {name: value for name, value in adapter.items() if name != "path"}
+    return json.dumps(kept, indent=1).splitlines()
