@@ -88,7 +88,13 @@ MUTANTS = [
            "for group in optimizer.param_groups:\n        group[\"lr\"]",
            "for group in optimizer.param_groups[:1]:\n        group[\"lr\"]", STEP),
     Mutant("step-loss-of-own-rank", "training/step.py",
-           "loss = distributed.all_reduce_sum(loss)", "loss = loss + 0", RANKS),
+           "distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))",
+           "torch.stack([loss.double(), tally.correct])", RANKS),
+    Mutant("loss-accuracy-of-last-pack", "model/pack_loss.py", "self.correct += correct",
+           "self.correct = correct", ("test_accuracy.py",)),
+    Mutant("loss-accuracy-without-weights", "model/loss.py", "(chosen * weight.double()).sum()",
+           "chosen.double().sum()", ("test_accuracy.py",)),
+
     Mutant("step-replicas-exchange-first-pack", "training/step.py", "number == len(packs)", "number == 1",
            (*RANKS, "scorecard 3")),
     # --- the optimiser
@@ -243,7 +249,9 @@ MUTANTS = [
     Mutant("eval-mean-of-sources", "eval/loss.py", "loss = sum(sums) / sum(weights)",
            "loss = sum(s / w for s, w in zip(sums, weights)) / len(sums)", ("test_eval.py",)),
     Mutant("eval-own-rank", "eval/loss.py",
-           "sums = distributed.all_reduce_sum(totals).tolist()", "sums = totals.tolist()", RANKS),
+           "distributed.all_reduce_sum(both).tolist()", "both.tolist()", RANKS),
+    Mutant("eval-accuracy-over-rows", "eval/loss.py", "sum(correct) / sum(weights)",
+           "sum(correct) / len(corpus)", ("test_accuracy.py",)),
     Mutant("eval-with-dropout", "eval/loss.py", "with evaluating(model), torch.no_grad():", "with torch.no_grad():",
            ("test_eval.py",)),
     # --- checkpoints

@@ -230,9 +230,11 @@ class StepRecord:
     what the steps that are left will take at the speed of the latest, None after the first.
 
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss`
-    section adds, those in `eval` are always plain.
+    section adds, those in `eval` are always plain. `accuracy` is the share of the targets, by weight,
+    whose argmax is right, in the model as it trains (with its dropout); a record of an older run has
+    none.
 
-    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0
+    `loss`, `accuracy` and `grad_norm` are None where loss or gradient was not finite: such a step was not applied. Step 0
     stands for the model before training: it has held-out numbers alone.
     """
 
@@ -254,6 +256,7 @@ class StepRecord:
     total_targets: int
     eval: dict[str, float] | None = None
     seconds_left: float | None = None
+    accuracy: float | None = None
 
 
 def untrained(num_steps: int) -> StepRecord:
