@@ -29,8 +29,8 @@ def held_out_loss(
     """`loss` in nats per unit of weight, `perplexity` = exp(loss), the `targets` it stands on, and
     `accuracy`: the share of their weight whose argmax is right.
 
-    With several sources, `loss of NAME` and `accuracy of NAME` are those of each. `stop` is asked between packs; where it
-    says so, the numbers so far are thrown away and {} is returned.
+    With several sources, `loss of NAME` and `accuracy of NAME` are those of each. `stop` is asked
+    between packs; where it says so, the numbers so far are thrown away and {} is returned.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
