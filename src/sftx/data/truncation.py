@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.types import Example, Float32, RowError
+from sftx.types import KINDS, Example, Float32, RowError
 
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
@@ -136,9 +136,10 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
-        piece.weights[:head] = (
-            0  # earlier outputs are context here: they are trained in their own piece
-        )
+        # Earlier outputs are context here: they are trained in their own piece.
+        piece.weights[:head] = 0
+        if piece.kinds is not None:
+            piece.kinds[:head][piece.said[:head]] = KINDS.index("context")
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos

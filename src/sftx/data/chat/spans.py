@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sftx.data.chat.answer import Turn
-from sftx.data.chat.stretches import Stretch, weighed, with_marks
+from sftx.data.chat.stretches import Stretch, weighed, with_marks, within
 from sftx.data.tokenizer import Letters, Tokenizer
 from sftx.data.truncation import TokenSequence
 from sftx.types import Float32, Int32, joined_notes
@@ -278,11 +278,7 @@ class SpanTokenizer:
                 served = self._served(prompt + output, borders, [0.0, weight], note)
                 if sequence.own:
                     own = [("context", 0.0), sequence.own[i]]
-                    stretches = [
-                        stretch if stretch.begin >= counted else stretch._replace(weight=0.0)
-                        for stretch in sequence.stretches
-                        if stretch.end <= len(text) + len(chunk)
-                    ]
+                    stretches = within(sequence.stretches, counted, len(text) + len(chunk))
                     letters = self._letters_apart(text, chunk, sequence.mark)
                     tokens = [border // 4 for border in borders]
                     served = weighed(served, tokens, own, stretches, letters)

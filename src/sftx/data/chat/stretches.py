@@ -10,7 +10,7 @@ import numpy as np
 
 from sftx.data.tokenizer import Letters
 from sftx.data.truncation import TokenSequence, runs
-from sftx.types import KINDS, Float32, UInt8
+from sftx.types import KINDS, SAID, Float32, UInt8
 
 
 class Stretch(NamedTuple):
@@ -30,6 +30,15 @@ def with_marks(letters: Letters, piece: str, mark: str) -> Letters:
     return np.stack([begins[letters[:, 0]], ends[letters[:, 1]]], axis=1)
 
 
+def within(stretches: Sequence[Stretch], counted: int, end: int) -> list[Stretch]:
+    """Those of a text that ends at `end`, up to `counted` of which another sequence counts: there
+    an output is context, and a prompt counts nothing.
+    """
+    found = [s for s in stretches if s.begin >= counted and s.end <= end]
+    earlier = [s for s in stretches if s.begin < counted and s.kind not in SAID]
+    return found + [stretch._replace(weight=0.0) for stretch in earlier]
+
+
 def weighed(
     tokens: TokenSequence,
     borders: Sequence[int],
@@ -45,12 +54,15 @@ def weighed(
     for (kind, weight), begin, end in zip(own, borders, borders[1:], strict=False):
         weights[begin:end] = weight
         kinds[begin:end] = KINDS.index(kind)
+    is_output = np.zeros(len(tokens.ids), np.bool_)
+    for begin, end in tokens.spans:
+        is_output[begin:end] = True
     for stretch in stretches:
         begin = int(np.searchsorted(letters[:, 1], stretch.begin, "right"))
         end = int(np.searchsorted(letters[:, 0], stretch.end, "left"))
-        weights[begin:end] = stretch.weight
-        kinds[begin:end] = KINDS.index(stretch.kind)
-    asked = weights.copy()
-    for begin, end in tokens.spans:
-        asked[begin:end] = 0
-    return replace(tokens, weights=weights, kinds=kinds, asked=runs(asked))
+        # A thought belongs to an output; a prompt's content that an output repeats does not.
+        inside = is_output[begin:end] == (stretch.kind in SAID)
+        weights[begin:end][inside] = stretch.weight
+        kinds[begin:end][inside] = KINDS.index(stretch.kind)
+    asked = runs(np.where(is_output, 0, weights))
+    return replace(tokens, weights=weights, kinds=kinds, asked=asked)
