@@ -98,6 +98,7 @@ def test_no_token_moves_and_no_output_weighs_otherwise(kind: str, name: str) -> 
             same = other.kinds == KINDS.index("output")
             assert np.array_equal(one.weights[same], other.weights[same])
             assert np.array_equal(other.weights, third.weights)
+            assert third.kinds is not None
             assert np.array_equal(other.kinds, third.kinds)
 
 
@@ -301,7 +302,7 @@ def test_the_weight_of_a_row_multiplies_all_of_it_in_every_format(name: str, tem
 
 def corpus_of(path: Path, **data: Any) -> Corpus:
     cache = str(path.parent / "cache")
-    settings = {"train": str(path), "cache": cache, "workers": 0, **data}
+    settings: Any = {"train": str(path), "cache": cache, "workers": 0, **data}
     config = make_config(model="unused", output="unused", data=settings)
     return load_corpora(config, Tokenizer.of(PLAIN), data.get("max_length", 512))[0]
 

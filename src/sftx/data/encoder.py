@@ -95,6 +95,7 @@ class Encoder:
             for name, (text, label) in template_texts(data.template, tokenizer).items()
         }
         self._escape = data.special_tokens == "escape"
+        self._weights: dict[str, float] = {**data.weights}
         self._spans = SpanTokenizer(tokenizer, self._escape)
         self._skeletons: dict[tuple[ChatTemplate, str], Skeleton | None] = {}
 
@@ -209,7 +210,7 @@ class Encoder:
         return plan
 
     def _plan_of_turns(self, row: Row) -> _Plan:
-        conversation = conversation_of(row, self.data.train_on, self.data.weights)
+        conversation = conversation_of(row, self.data.train_on, self._weights)
         if not conversation.trained:
             raise RowError("row has no token to learn: no turn carries weight")
         plan = self._rendered(conversation)

@@ -130,10 +130,10 @@ class _Contents:
 
     def find(self) -> dict[int, list[tuple[int, int]]]:
         """Where each content stands, in characters; nowhere if the template leaves it out."""
-        found = self._in_one_rendering(self._wanted)
-        if found is not None:
-            return found
-        found = {}
+        together = self._in_one_rendering(self._wanted)
+        if together is not None:
+            return together
+        found: dict[int, list[tuple[int, int]]] = {}
         for number in self._wanted:
             alone = self._in_one_rendering([number])
             if alone is not None:

@@ -27,16 +27,15 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 """The columns by which a format is known."""
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "pairs": ("system", "history", *CHAT_COLUMNS),
-    "dialogue": ("system",),
-    "messages": ("system", *CHAT_COLUMNS),
-    "sharegpt": ("system", *CHAT_COLUMNS),
-    "alpaca": ("input", "system", "history"),
-    "segments": (),
-    "tokens": ("labels", "weights"),
+    "text": ("weight",),
+    "pairs": ("weight", "system", "history", *CHAT_COLUMNS),
+    "dialogue": ("weight", "system"),
+    "messages": ("weight", "system", *CHAT_COLUMNS),
+    "sharegpt": ("weight", "system", *CHAT_COLUMNS),
+    "alpaca": ("weight", "input", "system", "history"),
+    "segments": ("weight",),
+    "tokens": ("weight", "labels", "weights"),
 }
-OPTIONAL = {form: (*columns, "weight") for form, columns in OPTIONAL.items()}
 """The columns that a format may have besides. The ledger names all others as not read."""
 _PREFERENCE = "; this is preference data: to train on what was chosen, data.columns: {chosen: %s}"
 _OF_OTHER_TOOLS = {
