@@ -41,6 +41,7 @@ LENGTHS = (
     "test_loss.py",
 )
 BOX = ("test_box.py", "test_template.py -k limits")
+WEIGHTS = ("test_turn_weights.py",)
 CHAT = ("test_template.py test_chat.py", "test_small_templates.py", "test_encode.py")
 RANKS = ("test_shard.py", "test_dist.py")
 
@@ -437,6 +438,16 @@ MUTANTS = [
            "if message[\"role\"] in roles]", "if message[\"role\"] in (*roles, \"tool\")]", CHAT),
     Mutant("chat-marks-on-messages-ignored", "data/chat/conversation.py",
            "if message.get(\"train\", t in chosen)", "if t in chosen", CHAT),
+    Mutant("weights-prompt-in-an-output", "data/chat/stretches.py",
+           "inside = is_output[begin:end] == (stretch.kind in SAID)", "inside = slice(None)", WEIGHTS),
+    Mutant("weights-content-in-each-sequence", "data/chat/weighing.py",
+           "0.0 if number in counted else shares[number].content", "shares[number].content", WEIGHTS),
+    Mutant("weights-content-in-each-piece", "data/shorten.py",
+           "._replace(content=0.0) if i in self.held", "._replace(content=0.0) if i is None", WEIGHTS),
+    Mutant("weights-prompts-lost-by-a-split", "data/truncation.py",
+           "sorted(sequence.spans + sequence.asked)", "sequence.spans", WEIGHTS),
+    Mutant("weights-of-rows-ignored", "data/chat/conversation.py",
+           'product(float(message.get("weight", 1.0)), row.weight)', 'float(message.get("weight", 1.0))', WEIGHTS),
     Mutant("chat-special-tokens-of-rows-obeyed", "data/encoder.py",
            "if self._escape and spells(", "if False and spells(", CHAT),
     Mutant("chat-rewritten-history-not-noticed", "data/chat/spans.py",

@@ -380,7 +380,7 @@ def test_split_rows_count_every_content_once(max_length: int) -> None:
     pieces = sftx.encode(row, PLAIN, max_length=max_length, weights=WEIGHTS)
     assert len(pieces) > 1
     assert all(len(piece.ids) <= max_length for piece in pieces)
-    for kind in ("output", "user"):
+    for kind in ("output", "user", "system"):
         number = KINDS.index(kind)
         found = sum(int(((p.kinds == number) & (p.weights != 0)).sum()) for p in pieces)
         assert found == int(((whole.kinds == number) & (whole.weights != 0)).sum()), kind
