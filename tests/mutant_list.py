@@ -41,6 +41,7 @@ LENGTHS = (
     "test_loss.py",
 )
 BOX = ("test_box.py", "test_template.py -k limits")
+WEIGHTS = ("test_turn_weights.py",)
 CHAT = ("test_template.py test_chat.py", "test_small_templates.py", "test_encode.py")
 RANKS = ("test_shard.py", "test_dist.py")
 
@@ -88,7 +89,13 @@ MUTANTS = [
            "for group in optimizer.param_groups:\n        group[\"lr\"]",
            "for group in optimizer.param_groups[:1]:\n        group[\"lr\"]", STEP),
     Mutant("step-loss-of-own-rank", "training/step.py",
-           "loss = distributed.all_reduce_sum(loss)", "loss = loss + 0", RANKS),
+           "distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))",
+           "torch.stack([loss.double(), tally.correct])", RANKS),
+    Mutant("loss-accuracy-of-last-pack", "model/pack_loss.py", "self.correct += correct",
+           "self.correct = correct", ("test_accuracy.py",)),
+    Mutant("loss-accuracy-without-weights", "model/loss.py", "(chosen * weight.double()).sum()",
+           "chosen.double().sum()", ("test_accuracy.py",)),
+
     Mutant("step-replicas-exchange-first-pack", "training/step.py", "number == len(packs)", "number == 1",
            (*RANKS, "scorecard 3")),
     # --- the optimiser
@@ -243,7 +250,9 @@ MUTANTS = [
     Mutant("eval-mean-of-sources", "eval/loss.py", "loss = sum(sums) / sum(weights)",
            "loss = sum(s / w for s, w in zip(sums, weights)) / len(sums)", ("test_eval.py",)),
     Mutant("eval-own-rank", "eval/loss.py",
-           "sums = distributed.all_reduce_sum(totals).tolist()", "sums = totals.tolist()", RANKS),
+           "distributed.all_reduce_sum(both).tolist()", "both.tolist()", RANKS),
+    Mutant("eval-accuracy-over-rows", "eval/loss.py", "sum(correct) / sum(weights)",
+           "sum(correct) / len(corpus)", ("test_accuracy.py",)),
     Mutant("eval-with-dropout", "eval/loss.py", "with evaluating(model), torch.no_grad():", "with torch.no_grad():",
            ("test_eval.py",)),
     # --- checkpoints
@@ -429,6 +438,16 @@ MUTANTS = [
            "if message[\"role\"] in roles]", "if message[\"role\"] in (*roles, \"tool\")]", CHAT),
     Mutant("chat-marks-on-messages-ignored", "data/chat/conversation.py",
            "if message.get(\"train\", t in chosen)", "if t in chosen", CHAT),
+    Mutant("weights-prompt-in-an-output", "data/chat/stretches.py",
+           "inside = is_output[begin:end] == (stretch.kind in SAID)", "inside = slice(None)", WEIGHTS),
+    Mutant("weights-content-in-each-sequence", "data/chat/weighing.py",
+           "0.0 if number in counted else shares[number].content", "shares[number].content", WEIGHTS),
+    Mutant("weights-content-in-each-piece", "data/shorten.py",
+           "._replace(content=0.0) if i in self.held", "._replace(content=0.0) if i is None", WEIGHTS),
+    Mutant("weights-prompts-lost-by-a-split", "data/truncation.py",
+           "sorted(sequence.spans + sequence.asked)", "sequence.spans", WEIGHTS),
+    Mutant("weights-of-rows-ignored", "data/chat/conversation.py",
+           'product(float(message.get("weight", 1.0)), row.weight)', 'float(message.get("weight", 1.0))', WEIGHTS),
     Mutant("chat-special-tokens-of-rows-obeyed", "data/encoder.py",
            "if self._escape and spells(", "if False and spells(", CHAT),
     Mutant("chat-rewritten-history-not-noticed", "data/chat/spans.py",
@@ -444,8 +463,8 @@ MUTANTS = [
            "output = self._ids_of(chunk, sequence.mark, inside=False)", CHAT),
     Mutant("chat-space-behind-tokens-counted", "data/chat/spans.py",
            "                head = head.lstrip()\n", "                pass\n", CHAT),
-    Mutant("chat-bos-twice", "data/encoder.py",
-           "text = text.removeprefix(bos).removesuffix(eos)", "text = text.removesuffix(eos)", CHAT),
+    Mutant("chat-bos-twice", "data/plain.py",
+           "text = row.text.removeprefix(bos).removesuffix(eos)", "text = row.text.removesuffix(eos)", CHAT),
     Mutant("chat-skeleton-not-to-the-letter", "data/chat/skeleton.py",
            "return [found[i] for i in trained] if at == len(text) else None",
            "return [found[i] for i in trained]", CHAT),

@@ -51,7 +51,7 @@ def assert_equal(folder: Path, name: str, reference: str) -> None:
         for key in mine.keys() - machine:
             if key == "eval" and other[key]:
                 assert mine[key] == pytest.approx(other[key], rel=1e-6), (name, mine["step"])
-            elif key in ("loss", "grad_norm"):
+            elif key in ("loss", "grad_norm", "accuracy"):
                 assert mine[key] == pytest.approx(other[key], abs=1e-6 * max(1, abs(other[key]))), (
                     name,
                     mine["step"],

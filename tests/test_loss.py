@@ -154,10 +154,9 @@ def test_a_fused_loss_that_is_not_the_models_own_is_refused(
     silence.
     """
 
-    def wrong(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return fused_cross_entropy_sum(hidden, *rest) * (
-            1.01 if hidden.dtype == torch.float32 else 1.0
-        )
+    def wrong(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, correct = fused_cross_entropy_sum(hidden, *rest)
+        return total * (1.01 if hidden.dtype == torch.float32 else 1.0), correct
 
     monkeypatch.setattr("sftx.model.pack_loss.fused_cross_entropy_sum", wrong)
     with pytest.raises(UserError, match=r"the trainer's loss .* is not the model's own"):
@@ -196,7 +195,7 @@ def test_fused_cross_entropy_is_the_naive_one(
         torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,))
     )
     label, weight = torch.randint(0, 50, (11,)), torch.rand(11)
-    fused = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform)
+    fused, _ = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform)
     fused_gradients = torch.autograd.grad(fused * 0.3, (hidden, head, bias))
     twins = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
     logits = transform(twins[0] @ twins[1].t() + twins[2])
@@ -221,7 +220,7 @@ def test_chunks_of_rows_add_up_in_half_precision_too(monkeypatch: pytest.MonkeyP
     for rows in (1000, 3):
         monkeypatch.setattr("sftx.model.loss.CHUNK_BYTES", rows * 4 * 50)
         with torch.autocast("cpu", torch.bfloat16):
-            total = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
+            total, _ = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
         gradients.append(torch.autograd.grad(total, (hidden, head)))
     for whole, chunked in zip(*gradients, strict=True):
         assert float((whole - chunked).norm() / whole.norm()) < 0.01
@@ -236,7 +235,7 @@ def test_small_weights_are_not_lost_beside_a_large_one(monkeypatch: pytest.Monke
     label = torch.zeros(201, dtype=torch.int64)
     weight = torch.ones(201)
     weight[0] = 2.0**25
-    fused = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
+    fused, _ = fused_cross_entropy_sum(hidden, head, None, label, weight, LogitTransform())
     plain = cross_entropy_sum(torch.zeros(201, 50), label, weight)
     expected = (2**25 + 200) * math.log(50)
     assert float(fused) == pytest.approx(expected, rel=1e-7)

@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_definition(
         torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,))
     )
     label, weight = torch.randint(0, 50, (11,)), torch.rand(11)
-    fused = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform, objective)
+    fused, _ = fused_cross_entropy_sum(hidden, head, bias, label, weight, transform, objective)
     fused_gradients = torch.autograd.grad(fused * 0.3, (hidden, head, bias))
     twins = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
     logits = transform(twins[0] @ twins[1].t() + twins[2])

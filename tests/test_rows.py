@@ -63,6 +63,7 @@ def row(raw: Any) -> Row:
                     {**USER, "train": False},
                     MODEL,
                 ),
+                prompts=frozenset({0, 1, 2}),
             ),
         ),
         (
@@ -447,7 +448,8 @@ def test_alpaca_with_system_and_history() -> None:
     )
     turns = ({"role": "user", "content": "Yo"}, {"role": "assistant", "content": "Sir"})
     made = row({**plain, "system": "S", "history": [["Yo", "Sir"]]})
-    assert made == Row("messages", messages=(SYSTEM, *turns, USER, MODEL))  # type: ignore[arg-type]
+    messages = (SYSTEM, *turns, USER, MODEL)
+    assert made == Row("messages", messages=messages, prompts=frozenset({1, 3}))  # type: ignore[arg-type]
     assert row({"prompt": "Hi", "completion": "Hello", "history": [["Yo", "Sir"]]}).phrases == (
         *earlier,
         *PAIR,

@@ -15,6 +15,7 @@ from sftx.printable import printable
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 """A value as it stands in a file of JSON."""
 ONE_EACH = "one sequence per turn"
@@ -46,6 +47,24 @@ class Ended(SystemExit):
     def __init__(self, message: str) -> None:
         super().__init__(self.exit_code)
         self.message = message
+
+
+KINDS = (
+    "context",
+    "output",
+    "reasoning",
+    "text",
+    "prompt",
+    "system",
+    "developer",
+    "user",
+    "tool",
+)
+"""The kinds of text that tokens are counted by. `context`: what no other kind holds, such as the
+headers that a template writes.
+"""
+SAID = ("output", "reasoning", "text")
+"""The kinds of what a model says."""
 
 
 class RowError(UserError):
@@ -83,7 +102,8 @@ class Row:
     Exactly one of the five contents is set, named by `kind`: `text` (every token is a target),
     `phrases` (alternating prompts and outputs, with no roles), `messages` (with `tools` and
     `template_kwargs`), `segments` (joined exactly as they stand, nothing added but what they say),
-    `tokens` (`ids` with `weights`, both already final).
+    `tokens` (`ids` with `weights`). All weights are still to be multiplied by that of the row,
+    `weight`. `prompts`: which messages are the prompt of a pair or an Alpaca row.
     """
 
     kind: Literal["text", "phrases", "messages", "segments", "tokens"]
@@ -95,6 +115,8 @@ class Row:
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what was changed while reading, for the ledger
+    weight: float = 1.0
+    prompts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +127,7 @@ class Example:
     context only. `weights[0]` is always 0: nothing stands before it. `note` says what was done to
     the row, if anything ("split 2 of 3", "forced opening closed"); `part` numbers the examples that
     came from one row. `shortened`: the row was too long, and something of its prompt is not here.
+    `kinds` uint8[T]: the kind of each token, a place in `KINDS`; None where `data.weights` is not set.
     """
 
     ids: Int32
@@ -112,6 +135,7 @@ class Example:
     note: str = ""
     part: int = 0
     shortened: bool = False
+    kinds: UInt8 | None = None
 
     def __post_init__(self) -> None:
         if self.weights[:1].any():  # nothing stands before the first token
@@ -123,6 +147,17 @@ class Example:
     def targets(self) -> int:
         """How many tokens carry weight."""
         return int(np.count_nonzero(self.weights))
+
+    @property
+    def said(self) -> NDArray[np.bool_]:
+        """bool[T]: the tokens of what the model says, even where they weigh nothing; a prompt's are
+        not, even where they weigh something.
+        """
+        if self.kinds is None:
+            return self.weights != 0
+        said = np.isin(self.kinds, [KINDS.index(kind) for kind in SAID])
+        said[:1] = False  # nothing stands before it
+        return said
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,6 +178,14 @@ class Pack:
     examples: tuple[int, ...] = ()
 
 
+class KindCount(TypedDict):
+    """How many tokens of a kind there are, how many of them carry weight, and how much."""
+
+    tokens: int
+    targets: int
+    weight: float
+
+
 @dataclass(slots=True)
 class Ledger:
     """Where every row went: `read == trained + split + dropped`. Rows that were cut are counted in
@@ -152,6 +195,9 @@ class Ledger:
     run is shorter than that or shows only a share of a source. `targets_shortened`: targets whose
     row was too long, and something of whose prompt is gone. `tokens_repeated`: tokens that rows
     with a sequence for each turn hold more than once.
+
+    `kinds`: the tokens by kind of text, which add up to `tokens` and `targets`. Without
+    `data.weights` they are `output` (for plain text `text`), and all else is `context`.
     """
 
     read: int = 0
@@ -167,6 +213,7 @@ class Ledger:
     targets_truncated: int = 0
     targets_shortened: int = 0
     tokens_repeated: int = 0
+    kinds: dict[str, KindCount] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Ledger) -> None:
@@ -175,8 +222,30 @@ class Ledger:
             if name == "notes":
                 for note, count in value.items():
                     self.notes[note] = self.notes.get(note, 0) + count
+            elif name == "kinds":
+                for kind, count in value.items():
+                    self.count(kind, **count)
             else:
                 setattr(self, name, getattr(self, name) + value)
+
+    def count(self, kind: str, tokens: int, targets: int, weight: float) -> None:
+        """Add some tokens of a kind."""
+        known = self.kinds.setdefault(kind, {"tokens": 0, "targets": 0, "weight": 0.0})
+        known["tokens"] += tokens
+        known["targets"] += targets
+        known["weight"] += weight
+
+    def by_kind(self) -> str:
+        """One line: `output 91,203 tokens (weight 91,203), user 12,000 (1,200), context 8,700 (0)`;
+        empty where tokens were not told apart.
+        """
+        if self.kinds.keys() <= {"output", "text", "context"}:
+            return ""
+        parts = [
+            f"{kind} {count['tokens']:,} (weight {count['weight']:,.7g})"
+            for kind, count in self.kinds.items()
+        ]
+        return "tokens by kind: " + ", ".join(parts)
 
     def summary(self) -> str:
         """One line: `read 7,473 rows = trained 7,470 + split 3 + dropped 0; 91.2 % of 1,203,311
@@ -185,11 +254,12 @@ class Ledger:
         share = 100 * self.targets / max(self.tokens, 1)
         unseen = self.trained + self.split - self.shown
         missed = f"; {unseen:,} of these rows are in no step of this run" if unseen else ""
+        kinds = self.by_kind()
         return (
             f"read {self.read:,} rows = trained {self.trained:,} + split {self.split:,} + dropped "
             f"{self.dropped:,}"
             f"{missed}; {self.examples:,} examples, {share:.1f} % of {self.tokens:,} tokens are "
-            "targets"
+            "targets" + (f"; {kinds}" if kinds else "")
         )
 
     def warnings(self) -> list[str]:
@@ -230,10 +300,12 @@ class StepRecord:
     what the steps that are left will take at the speed of the latest, None after the first.
 
     Losses are in nats per unit of weight: `loss` is the objective with what the settings' `loss`
-    section adds, those in `eval` are always plain.
+    section adds, those in `eval` are always plain. `accuracy` is the share of the targets, by weight,
+    whose argmax is right, in the model as it trains (with its dropout); a record of an older run has
+    none.
 
-    `loss` and `grad_norm` are None where they were not finite: such a step was not applied. Step 0
-    stands for the model before training: it has held-out numbers alone.
+    `loss`, `accuracy` and `grad_norm` are None where loss or gradient was not finite: such a step was
+    not applied. Step 0 stands for the model before training: it has held-out numbers alone.
     """
 
     step: int
@@ -254,6 +326,7 @@ class StepRecord:
     total_targets: int
     eval: dict[str, float] | None = None
     seconds_left: float | None = None
+    accuracy: float | None = None
 
 
 def untrained(num_steps: int) -> StepRecord:

@@ -318,8 +318,8 @@ def _poison(*steps: int, kind: str = "nan") -> Callable[[], None]:
             count += 1
             forward = PackLoss.forward
             if count in steps:
-                PackLoss.forward = lambda self, pack: POISONS[kind](
-                    forward(self, pack), next(self.parameters())
+                PackLoss.forward = lambda self, pack, tally=None: POISONS[kind](
+                    forward(self, pack, tally), next(self.parameters())
                 )
             try:
                 return original(*args, **kwargs)

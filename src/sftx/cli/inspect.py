@@ -157,8 +157,10 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
         text = ("\\" if shown.begins_spelling(i) else "") + printable(text.translate(VISIBLE))
-        if not colour and weight != before:
-            named = f"{weight:g}:" if weight not in (0, 1) else ""
+        named = f"{weight:g}:" if weight != before and weight not in (0, 1) else ""
+        if colour:
+            text = named + text
+        elif weight != before:
             text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text
         if not colour and weight and not after:
             text += "⟧"

@@ -123,6 +123,8 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
+        if kinds := corpus.ledger.by_kind():
+            print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
         return plan, StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def load_corpora(
     _check(corpus, data)
     _check_renamed(data, corpus, held_out)
     _warn_of_lost_reasoning(corpus, encoder)
+    _warn_of_idle_weights(data, corpus, held_out)
     if data.eval_split:
         corpus, held_out = _split(corpus, data.eval_split, config.seed)
     elif held_out is not None:
@@ -119,7 +120,7 @@ def _assemble(
     return Corpus(
         parts,
         [source.name or source.path for source in sources],
-        [table.origin for table in tables],
+        [replace(table.origin, form=table.form) for table in tables],
     )
 
 
@@ -161,6 +162,17 @@ def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
                 f"{ledger.read:,}",
                 encoder.how_to_keep_reasoning(),
             )
+
+
+def _warn_of_idle_weights(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
+    """Warn where `data.weights` weighs something that no row has."""
+    found = {*corpus.ledger.kinds}
+    if held_out is not None:
+        found |= {*held_out.ledger.kinds}
+    for name in data.weights:
+        kind = "output" if name == "assistant" else name
+        if kind not in found:
+            log.warning("warning: data.weights.%s: no row has a text of this kind", name)
 
 
 def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:

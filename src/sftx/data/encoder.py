@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-import numpy as np
 from pydantic import ValidationError
 
 from sftx.data.chat.answer import Turn
@@ -25,13 +24,15 @@ from sftx.data.chat.skeleton import Skeleton, learn_skeleton
 from sftx.data.chat.spans import APART, SpanTokenizer, TextSequence, text_sequences
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.turns import ChatTemplate
+from sftx.data.chat.weighing import weigh, weigh_joined
 from sftx.data.oversize import check_size
+from sftx.data.plain import without_turns
 from sftx.data.shorten import shorten
 from sftx.data.sources.formats import check_names, detect, renamed
 from sftx.data.sources.rows import parse
 from sftx.data.sources.validate import as_json
 from sftx.data.tokenizer import Tokenizer, as_tokenizer
-from sftx.data.truncation import Fitted, TokenSequence, fit, runs
+from sftx.data.truncation import Fitted, TokenSequence, fit
 from sftx.settings.schema import Data
 from sftx.types import ONE_EACH, Example, Row, RowError, UserError, joined_notes
 
@@ -43,7 +44,7 @@ DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
 VERSION = 6  # raise it when the same rows and settings become other tokens
-ENCODING = {*DECIDES, "format", "columns", "max_length", "on_bad_row"}
+ENCODING = {*DECIDES, "weights", "format", "columns", "max_length", "on_bad_row"}
 """The settings of `data` that `encode` takes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
@@ -65,12 +66,15 @@ class Encoded:
 
 @dataclass(slots=True)
 class _Plan:
-    """A row on its way: its texts, or its tokens if it came with them, and what was done to it."""
+    """A row on its way: its texts, or its tokens if it came with them, and what was done to it.
+    `dropped`: why there is nothing of it.
+    """
 
     texts: list[TextSequence] = field(default_factory=list[TextSequence])
     tokens: TokenSequence | None = None
     notes: list[str] = field(default_factory=list[str])
     conversation: Conversation | None = None
+    dropped: str = ""
 
 
 class Encoder:
@@ -91,6 +95,7 @@ class Encoder:
             for name, (text, label) in template_texts(data.template, tokenizer).items()
         }
         self._escape = data.special_tokens == "escape"
+        self._weights: dict[str, float] = {**data.weights}
         self._spans = SpanTokenizer(tokenizer, self._escape)
         self._skeletons: dict[tuple[ChatTemplate, str], Skeleton | None] = {}
 
@@ -126,6 +131,8 @@ class Encoder:
             "max_length": self.max_length,
             "version": VERSION,
         }
+        if self.data.weights:
+            state["weights"] = self.data.weights
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | RowError]:
@@ -180,6 +187,8 @@ class Encoder:
         )
 
     def _plan(self, row: Row) -> _Plan | RowError:
+        if not row.weight:
+            return _Plan(dropped="the row has weight 0")
         try:
             if row.kind in ("messages", "phrases"):
                 return self._plan_of_turns(row)
@@ -197,17 +206,11 @@ class Encoder:
         plan = _Plan()
         if self.data.template not in ("auto", "none"):
             plan.notes.append("no turns: data.template is not used")
-        if row.kind == "text":
-            plan.texts = [self._text(row.text)]
-        elif row.kind == "segments":
-            chunks = [(part.text, part.weight) for part in row.phrases]
-            plan.texts = [TextSequence(chunks, alone=True)]
-        else:
-            plan.tokens = self._tokens(row)
+        plan.texts, plan.tokens = without_turns(row, self.tokenizer, bool(self.data.weights))
         return plan
 
     def _plan_of_turns(self, row: Row) -> _Plan:
-        conversation = conversation_of(row, self.data.train_on)
+        conversation = conversation_of(row, self.data.train_on, self._weights)
         if not conversation.trained:
             raise RowError("row has no token to learn: no turn carries weight")
         plan = self._rendered(conversation)
@@ -220,25 +223,6 @@ class Encoder:
         if self._templates:
             return self._with_template(conversation)
         return self._joined(conversation)
-
-    def _text(self, text: str) -> TextSequence:
-        """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor
-        escaped.
-        """
-        bos, eos = (self.tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
-        begins = self.tokenizer.adds_bos or (bool(bos) and text.startswith(bos))
-        text = text.removeprefix(bos).removesuffix(eos)
-        return TextSequence([(text, 1.0)], eos=True, alone=True, bos=begins, context=1)
-
-    def _tokens(self, row: Row) -> TokenSequence:
-        ids, size = np.array(row.ids, dtype=np.int64), self.tokenizer.vocab_size
-        bad = np.flatnonzero((ids < 0) | (ids >= size))
-        if len(bad):
-            raise RowError(
-                f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens"
-            )
-        weights = np.array(row.weights, dtype=np.float32)
-        return TokenSequence(ids.astype(np.int32), weights, spans=runs(weights))
 
     def _joined(self, conversation: Conversation) -> _Plan:
         """Turns as they are, each tokenised alone, EOS after the last output, BOS before a first
@@ -257,7 +241,10 @@ class Encoder:
         text, weight = chunks.pop()
         eos = self.tokenizer.special.get("eos_token", "")
         chunks.append((text.removesuffix(eos), weight))
-        return _Plan([TextSequence(chunks, eos=True, alone=True, bos=None)])
+        sequence = TextSequence(chunks, eos=True, alone=True, bos=None)
+        if conversation.shares:
+            weigh_joined(sequence, conversation)
+        return _Plan([sequence])
 
     def _with_template(self, conversation: Conversation) -> _Plan:
         mark = ""
@@ -271,6 +258,9 @@ class Encoder:
         texts = text_sequences(turns, [conversation.weights[t] for t in conversation.trained], mark)
         if len(texts) > 1:
             notes.append(ONE_EACH)
+        if conversation.shares:
+            template = self.template(conversation.tools is not None)
+            notes += weigh(texts, turns, conversation, template)
         done = {note for turn in turns if turn.note for note in turn.note.split("; ")}
         return _Plan(texts, notes=notes + sorted(done))
 
@@ -308,12 +298,17 @@ class Encoder:
             return shorten(sequences, plan.conversation, again, count, self.max_length)
 
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
+        if plan.dropped:
+            return Encoded([], "dropped", plan.dropped)
         sequences = sequences if plan.tokens is None else [plan.tokens]
         if not any(sequence.weights.any() for sequence in sequences):
-            return RowError(
+            nothing = (
                 "row has no token to learn: each target is empty, has weight 0 or has nothing "
                 "before it"
             )
+            if any(sequence.spans for sequence in sequences) and self.data.weights:
+                return Encoded([], "dropped", f"{nothing} (data.weights)")
+            return RowError(nothing)
         try:
             fits = self._fitted(plan, sequences)
         except RowError as error:
@@ -328,7 +323,7 @@ class Encoder:
                     note = joined_notes(note, f"split {k} of {len(fitted.pieces)}")
                 part = len(encoded.examples)
                 encoded.examples.append(
-                    Example(piece.ids, piece.weights, note, part, piece.shortened)
+                    Example(piece.ids, piece.weights, note, part, piece.shortened, piece.kinds)
                 )
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)

@@ -48,20 +48,22 @@ def shorten(
     ):  # an output without tokens: whose the spans are is not known
         return [fit(sequence, max_length, "split") for sequence in sequences]
     sizes = count([_text(message) for message in conversation.messages])
-    held: set[int] = set()
+    held: set[int] = set()  # messages that stand in some piece
     results: list[Fitted] = []
     for sequence, turns in zip(sequences, groups, strict=True):
         if len(sequence.ids) <= max_length:
             results.append(Fitted([sequence]))
             held.update(range(turns[-1] + 1))
         else:
-            cut = _Cut(conversation, render, sizes, max_length)
+            cut = _Cut(conversation, render, sizes, max_length, held)
             results.append(cut.pieces(sequence, turns))
-            held |= cut.held
-    lost = sum(
-        size for i, size in enumerate(sizes[: conversation.trained[-1] + 1]) if i not in held
+    gone = [i for i in range(conversation.trained[-1] + 1) if i not in held]
+    weighed = [i for i in gone if conversation.shares and conversation.shares[i].content]
+    results[0] = replace(
+        results[0],
+        tokens_lost=results[0].tokens_lost + sum(sizes[i] for i in gone),
+        targets_lost=results[0].targets_lost + sum(sizes[i] for i in weighed),
     )
-    results[0] = replace(results[0], tokens_lost=results[0].tokens_lost + lost)
     return results
 
 
@@ -78,7 +80,12 @@ class _Cut:
     """One sequence that is too long, on its way to pieces."""
 
     def __init__(
-        self, conversation: Conversation, render: Render, sizes: Sequence[int], max_length: int
+        self,
+        conversation: Conversation,
+        render: Render,
+        sizes: Sequence[int],
+        max_length: int,
+        held: set[int],
     ) -> None:
         self.messages = conversation.messages
         self.conversation = conversation
@@ -90,7 +97,7 @@ class _Cut:
             [],
         )  # tokens of the sequence, and the messages in it
         self.markup = _MARKUP
-        self.held: set[int] = set()  # messages that stand in some piece
+        self.held = held  # messages that stand in some piece
         self.base = 0.0  # tokens that are there whatever messages are kept, such as those of tools
         roles = [message["role"] for message in self.messages]
         others = (i for i, role in enumerate(roles) if role not in ("system", "developer"))
@@ -219,8 +226,18 @@ class _Cut:
         """
         whole = self.conversation
         weights = [whole.weights[i] if i in turns else 0.0 for i in kept]
+        # A content that stands in an earlier piece counts there.
+        shares = [
+            whole.shares[i]._replace(content=0.0) if i in self.held else whole.shares[i]
+            for i in kept
+            if whole.shares
+        ]
         shorter = Conversation(
-            [self.messages[i] for i in kept], weights, whole.tools, dict(whole.kwargs)
+            [self.messages[i] for i in kept],
+            weights,
+            whole.tools,
+            dict(whole.kwargs),
+            shares=shares,
         )
         try:
             sequences = self.render(shorter)

@@ -31,6 +31,8 @@ from sftx.types import Int32, UserError
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _adapted: WeakKeyDictionary[Any, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
+Letters = NDArray[np.int64]
+"""[T, 2]: the characters of each token of a text, as (begin, end)."""
 _FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 
 
@@ -215,6 +217,16 @@ class Tokenizer:
     def encode(self, text: str, *, plain: bool = False, inside: bool = False) -> list[int]:
         """`encode_batch` of one text."""
         return self.encode_batch([text], plain=plain, inside=inside)[0].tolist()
+
+    def letters(self, text: str, *, plain: bool = False, inside: bool = False) -> Letters:
+        """int64[T, 2]: the characters of each token that `encode` gives, as (begin, end)."""
+        backend = self._continuing if inside else self.backend
+        backend.encode_special_tokens = plain
+        try:
+            offsets = backend.encode(text, add_special_tokens=False).offsets
+        finally:
+            backend.encode_special_tokens = False
+        return np.array(offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of ids, special tokens included."""

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sftx.types import Example, Float32, RowError
+from sftx.types import KINDS, Example, Float32, RowError
 
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
@@ -19,13 +20,15 @@ TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 class TokenSequence(Example):
     """An example of any length, with what has to be known to cut it.
 
-    `spans` are the (begin, end) of its outputs, in order; `weights` is 0 outside them. `bos` is put
+    `spans` are the (begin, end) of its outputs, in order, `asked` those of prompts that carry weight
+    too; `weights` is 0 outside of both. `bos` is put
     before a piece whose first token would otherwise be a target, and, if the sequence
     `begins_with_bos`, before every piece. `context` limits how many tokens without weight a split
     repeats before a piece; None = as many as fit.
     """
 
     spans: tuple[tuple[int, int], ...] = ()
+    asked: tuple[tuple[int, int], ...] = ()
     bos: int | None = None
     begins_with_bos: bool = False
     context: int | None = None
@@ -42,7 +45,7 @@ class Fitted:
     targets_lost: int = 0
 
 
-def runs(weights: Float32) -> tuple[tuple[int, int], ...]:
+def runs(weights: Float32 | NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     """The (begin, end) of the stretches of weights other than 0."""
     edges = np.flatnonzero(np.diff(weights != 0, prepend=False, append=False)).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))
@@ -93,13 +96,22 @@ def _piece(
     head = [sequence.bos] if wants_bos else []
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
+    is_prompt = ~sequence.said
     # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
-    is_output = bool(weights[1:2].any())
-    gone = weights[1 if sequence.begins_with_bos or is_output else 0 : begin]
-    shortened = sequence.shortened or bool((gone == 0).any())
-    return replace(
-        sequence, ids=piece_ids, weights=piece_weights, spans=(), shortened=shortened
-    ), begin
+    is_output = not is_prompt[1:2].all()
+    gone = is_prompt[1 if sequence.begins_with_bos or is_output else 0 : begin]
+    piece = replace(
+        sequence,
+        ids=piece_ids,
+        weights=piece_weights,
+        spans=(),
+        asked=(),
+        shortened=sequence.shortened or bool(gone.any()),
+    )
+    if sequence.kinds is not None:
+        kinds = np.concatenate([np.zeros(len(head), np.uint8), sequence.kinds[begin:end]])
+        piece = replace(piece, kinds=kinds)
+    return piece, begin
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
@@ -124,9 +136,10 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
-        piece.weights[:head] = (
-            0  # earlier outputs are context here: they are trained in their own piece
-        )
+        # Earlier outputs are context here: they are trained in their own piece.
+        piece.weights[:head] = 0
+        if piece.kinds is not None:
+            piece.kinds[:head][piece.said[:head]] = KINDS.index("context")
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
@@ -142,7 +155,7 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
     context = max_length // 4 if sequence.context is None else sequence.context
     size = max_length - max(1, context)
     chunks: list[tuple[int, int]] = []
-    for begin, end in sequence.spans:
+    for begin, end in sorted(sequence.spans + sequence.asked):
         begin = max(begin, 1)
         if not sequence.weights[begin:end].any():
             continue

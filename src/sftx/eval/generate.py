@@ -64,9 +64,9 @@ def prompt_of(example: Example, tokenizer: Tokenizer, stop_ids: Set[int]) -> Pro
     None where fewer than two tokens stand before that output: they are no question (the first token
     of a plain text carries no weight, since nothing stands before it).
     """
-    targets = np.flatnonzero(example.weights)
-    last = int(targets[-1])
-    context = np.flatnonzero(example.weights[:last] == 0)
+    said = example.said
+    last = int(np.flatnonzero(said)[-1]) if said.any() else 0
+    context = np.flatnonzero(~said[:last])
     begin = int(context[-1]) + 1 if len(context) else 0
     if begin < 2:
         return None

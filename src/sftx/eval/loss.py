@@ -1,5 +1,5 @@
-"""Held-out loss: one sum over all targets divided by one sum of weights, however the rows are cut
-into packs.
+"""Held-out loss and accuracy: one sum over all targets divided by one sum of weights, however the
+rows are cut into packs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sftx import distributed
 from sftx.data.pack import balanced, build_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.checks.start import evaluating
-from sftx.model.pack_loss import PackLoss, to_tensors
+from sftx.model.pack_loss import PackLoss, Tally, to_tensors
 
 
 def held_out_loss(
@@ -26,13 +26,15 @@ def held_out_loss(
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """`loss` in nats per unit of weight, `perplexity` = exp(loss), and the `targets` it stands on.
+    """`loss` in nats per unit of weight, `perplexity` = exp(loss), the `targets` it stands on, and
+    `accuracy`: the share of their weight whose argmax is right.
 
-    With several sources, `loss of NAME` is that of each. `stop` is asked between packs; where it
-    says so, the numbers so far are thrown away and {} is returned.
+    With several sources, `loss of NAME` and `accuracy of NAME` are those of each. `stop` is asked
+    between packs; where it says so, the numbers so far are thrown away and {} is returned.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
+    tallies = [Tally(device) for _ in corpus.sources]
     weights = [
         float(corpus.weights[corpus.source == number].sum())
         for number in range(len(corpus.sources))
@@ -47,12 +49,17 @@ def held_out_loss(
                     return {}
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
-                    totals[number] += model(to_tensors(pack, device)).double()
-    sums = distributed.all_reduce_sum(totals).tolist()
+                    totals[number] += model(to_tensors(pack, device), tallies[number]).double()
+    both = torch.stack([totals, torch.stack([tally.correct for tally in tallies])])
+    sums, correct = distributed.all_reduce_sum(both).tolist()
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}
-    if len(corpus.sources) > 1:
-        named = zip(corpus.sources, sums, weights, strict=True)
-        numbers |= {f"loss of {name}": total / weight for name, total, weight in named if weight}
+    numbers["accuracy"] = sum(correct) / sum(weights)
+    if len(corpus.sources) == 1:
+        return numbers
+    for what, parts in (("loss", sums), ("accuracy", correct)):
+        for name, part, weight in zip(corpus.sources, parts, weights, strict=True):
+            if weight:
+                numbers[f"{what} of {name}"] = part / weight
     return numbers

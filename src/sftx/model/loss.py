@@ -11,6 +11,9 @@ logsumexp(z_m)^2)
 Only target positions meet the head, a chunk of rows at a time, so that memory depends neither on
 the length of the pack times the vocabulary nor on the number of targets. Statistics are fp32, and
 so is the accumulated gradient of W.
+
+Beside it stands the weight of the targets that the model would choose itself: those whose label is
+the argmax of z_m, the first of several equal logits. `Loss` does not change it.
 """
 
 from __future__ import annotations
@@ -65,6 +68,15 @@ def cross_entropy_sum(
     return (_losses(_at(logits, label), mean, lse, objective)[0].double() * weight).sum().float()
 
 
+def correct_weight(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """The weight of the rows of logits [M, V] whose argmax is their label, a scalar float64."""
+    return _weight_where(logits.detach().argmax(-1) == label, weight)
+
+
+def _weight_where(chosen: Tensor, weight: Tensor) -> Tensor:
+    return (chosen * weight.double()).sum()
+
+
 def _at(z: Tensor, label: Tensor) -> Tensor:
     return z.gather(-1, label[:, None])[:, 0]
 
@@ -92,8 +104,9 @@ def fused_cross_entropy_sum(
     weight: Tensor,
     transform: LogitTransform,
     objective: Loss = PLAIN,
-) -> Tensor:
-    """The same from hidden states [M, h] and the head's matrix [V, h], without ever holding [M, V].
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_sum` and `correct_weight` from hidden states [M, h] and the head's matrix
+    [V, h], without ever holding [M, V].
 
     Gradients are computed chunk by chunk in the forward pass (6 h V operations per target in all,
     none twice). Under autocast the products run in its dtype, as the model's own head would; the
@@ -104,6 +117,7 @@ def fused_cross_entropy_sum(
         hidden = hidden.to(torch.get_autocast_dtype(device))
     if not torch.is_grad_enabled():  # which an autograd function cannot see
         head, bias = head.detach(), None if bias is None else bias.detach()
+    correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
     def chunk(s: slice, hidden: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (fp64 scalar) of some rows and its gradient with respect to the head's output, fp32
@@ -117,7 +131,8 @@ def fused_cross_entropy_sum(
         z = transform(x)
         at_label, mean = _at(z, label[s]), z.mean(-1) if eps else None
         slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
-        peak = z.amax(-1)
+        peak, best = z.max(-1)
+        correct.add_(_weight_where(best == label[s], weight[s]))
         grad = z.sub_(peak[:, None]).exp_()
         mass = grad.sum(-1)
         lse = peak + mass.log()
@@ -135,7 +150,7 @@ def fused_cross_entropy_sum(
             grad *= transform.scale
         return (losses.double() * weight[s]).sum(), grad
 
-    return _FusedCrossEntropy.apply(hidden, head, bias, chunk)
+    return _FusedCrossEntropy.apply(hidden, head, bias, chunk), correct
 
 
 class _FusedCrossEntropy(torch.autograd.Function):

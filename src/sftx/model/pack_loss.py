@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
 from sftx.model.forward_state import ForwardState
-from sftx.model.loss import PLAIN, LogitTransform, cross_entropy_sum, fused_cross_entropy_sum
+from sftx.model.loss import (
+    PLAIN,
+    LogitTransform,
+    correct_weight,
+    cross_entropy_sum,
+    fused_cross_entropy_sum,
+)
 from sftx.model.regularization import embedding_noise, router_balance
 from sftx.settings.schema import Loss
 from sftx.types import Pack, UserError
@@ -86,6 +92,17 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     )
 
 
+class Tally:
+    """The weight of the targets of some packs whose argmax is right, a scalar float64."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.correct = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, correct: Tensor) -> None:
+        """Count those of a pack."""
+        self.correct += correct
+
+
 class CompiledLayer(NamedTuple):
     """A decoder layer and its two `forward` methods."""
 
@@ -152,23 +169,27 @@ class PackLoss(nn.Module):
         for layer, compiled, own in self.paths.compiled:
             layer.forward = compiled if on else own
 
-    def forward(self, pack: TensorPack) -> Tensor:
+    def forward(self, pack: TensorPack, tally: Tally | None = None) -> Tensor:
         """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for
-        every weight.
+        every weight. `tally` counts the targets whose argmax is right.
         """
+        tally = tally or Tally(pack.ids.device)
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(pack)
         if not self.paths.isolate:
-            return self._one_by_one(pack, objective)
+            return self._one_by_one(pack, objective, tally)
         if self.paths.transform is None:
-            total = cross_entropy_sum(self.own_logits(pack), pack.label, pack.weight, objective)
+            logits = self.own_logits(pack)
+            tally.add(correct_weight(logits, pack.label, pack.weight))
+            total = cross_entropy_sum(logits, pack.label, pack.weight, objective)
         else:
             hidden = self.hidden(pack).index_select(0, pack.index)
             head, bias = head_weights(self.model)
-            total = fused_cross_entropy_sum(
+            total, correct = fused_cross_entropy_sum(
                 hidden, head, bias, pack.label, pack.weight, self.paths.transform, objective
             )
+            tally.add(correct)
         if objective.router_aux:
             total = total + self._balance(pack.cu_seqlens_cpu, pack.index, pack.weight)
         return total
@@ -198,7 +219,7 @@ class PackLoss(nn.Module):
             self.paths.forgets.put_back()
         return self._run(self.model, ids).logits[0]
 
-    def _one_by_one(self, pack: TensorPack, objective: Loss) -> Tensor:
+    def _one_by_one(self, pack: TensorPack, objective: Loss, tally: Tally) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
         noise = self._noise
         for a, b, at, mine in pack.parts():
@@ -209,6 +230,7 @@ class PackLoss(nn.Module):
             logits = self._logits_alone(pack.ids[a:b])[at]
             label, weight = pack.label[mine], pack.weight[mine]
             total = total + cross_entropy_sum(logits, label, weight, objective)
+            tally.add(correct_weight(logits, label, weight))
             if objective.router_aux:
                 total = total + self._balance(torch.tensor([0, b - a]), at, weight)
         return total

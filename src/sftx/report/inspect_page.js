@@ -11,6 +11,7 @@ function tokens(row) {
     while (run + 1 < row.runs.length && row.runs[run + 1][0] <= i) run++;
     const weight = row.runs[run][1], kind = weight === 0 ? "c" : weight === 1 ? "t" : "p";
     const span = make("span", undefined, `${kind}${i % 2}${special.has(i) ? " s" : spelled.has(i) ? " e" : ""}`);
+    if (kind === "p" && i === row.runs[run][0]) span.append(make("small", `${weight}:`, "weight"));
     span.title = `position ${i} · id ${row.ids[i]} · weight ${weight}`;
     text.split("\n").forEach((piece, k) => {
       if (k) span.append(make("span", "↵", "nl"), "\n");

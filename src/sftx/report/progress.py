@@ -132,6 +132,8 @@ class Progress:
         """A held-out loss."""
         if numbers:
             found = f"loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}"
+            if "accuracy" in numbers:  # trlx's own numbers have none
+                found += f"  accuracy {100 * numbers['accuracy']:.1f} %"
             self.say(f"held out {found}  after step {step:,}")
 
     def finished(self, run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -68,6 +68,14 @@ class Data(Section):
         Literal["all", "last"] | list[Literal["system", "developer", "user", "assistant", "tool"]]
     ) = "all"
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
+    weights: dict[
+        Literal["system", "developer", "user", "assistant", "tool", "reasoning", "prompt"],
+        Annotated[float, Field(ge=0, le=1e30)],
+    ] = Field(default={})
+    """How much the text of a turn counts by its role, a thought apart from its answer (`reasoning`),
+    and the prompts of pairs, lists and Alpaca rows (`prompt`, else as `user`): {user: 0.1}. The rest:
+    1 for outputs, 0 for all else.
+    """
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
     too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"] = "split"

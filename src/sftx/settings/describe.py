@@ -92,7 +92,11 @@ def _type_in_words(annotation: Any) -> str:
             item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
             return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
         case origin if origin is dict:
-            return "{name: " + _type_in_words(arguments[1]).replace(", or null", " or null") + "}"
+            names = "name"
+            if get_origin(arguments[0]) is Literal:
+                names = " / ".join(map(str, get_args(arguments[0])))
+            words = _type_in_words(arguments[1]).replace(", or null", " or null")
+            return f"{{{names}: {words}}}"
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
         case _:

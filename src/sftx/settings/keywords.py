@@ -141,6 +141,11 @@ class DataSettings(TypedDict, total=False):
         | Sequence[Literal["system", "developer", "user", "assistant", "tool"]]
     )
     """Which turns are targets: `all` outputs, the `last` one only, or the turns of these roles."""
+    weights: Mapping[str, float]
+    """How much the text of a turn counts by its role, a thought apart from its answer
+    (`reasoning`), and the prompts of pairs, lists and Alpaca rows (`prompt`, else as `user`):
+    {user: 0.1}. The rest: 1 for outputs, 0 for all else.
+    """
     max_length: int | None
     """Longest example in tokens; default: the positions of the model, at most 8,192."""
     too_long: Literal["split", "truncate_left", "truncate_right", "drop", "error"]

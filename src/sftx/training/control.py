@@ -57,7 +57,8 @@ class Steps(Iterator[StepRecord]):
         self._began = time.perf_counter()
         self._started = self._over = False
         self._shared = False  # the caller has the model
-        self._loss: float | None = None  # of the last step
+        self._loss: float | None = None  # of the last step, as is the next
+        self._accuracy: float | None = None
 
     def __next__(self) -> StepRecord:
         self._start()
@@ -69,6 +70,7 @@ class Steps(Iterator[StepRecord]):
             raise
         assert record is not None
         self._loss = record.loss
+        self._accuracy = record.accuracy
         self._hand_over()
         return record
 
@@ -149,6 +151,7 @@ class Steps(Iterator[StepRecord]):
             steps=facts.num_steps if facts.ended_at is None else facts.ended_at,
             seconds=time.perf_counter() - self._began,
             loss=self._loss,
+            accuracy=self._accuracy,
             eval_before=facts.eval_before,
             eval_after=facts.eval_after,
         )

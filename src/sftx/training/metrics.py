@@ -73,7 +73,7 @@ class StepMetrics:
         were not finite.
         """
         job, plan, state = self.job, self.job.plan, self.job.state
-        loss, grad_norm, bad = result.read()
+        loss, accuracy, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
         seconds, self.clock = now - self.clock, now
         memory = job.peak_memory = job.machine.memory()
@@ -107,6 +107,7 @@ class StepMetrics:
             total_tokens=state.total_tokens,
             total_targets=state.total_targets,
             seconds_left=self.eta.after(step, seconds),
+            accuracy=None if bad else accuracy,
         )
 
     def _stop_if_lost(self, loss: float, grad_norm: float) -> None:

@@ -30,8 +30,8 @@ class Result:
     """A finished run.
 
     `steps` is the number of optimiser steps, `seconds` the time of this call. `loss` is that of the
-    last step in nats per unit of weight, None where no step was taken now. `eval_before` and
-    `eval_after` are the held-out numbers.
+    last step in nats per unit of weight, `accuracy` its share of targets whose argmax is right, both
+    None where no step was taken now. `eval_before` and `eval_after` are the held-out numbers.
     """
 
     config: Config = field(repr=False)
@@ -39,6 +39,7 @@ class Result:
     steps: int
     seconds: float
     loss: float | None
+    accuracy: float | None
     eval_before: dict[str, float] | None
     eval_after: dict[str, float] | None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sftx import distributed
-from sftx.model.pack_loss import PackLoss, TensorPack
+from sftx.model.pack_loss import PackLoss, Tally, TensorPack
 from sftx.model.shard import full_tensor
 
 
@@ -24,19 +24,22 @@ class StepResult:
     """Outcome of a step, still on the device, and the same numbers on their way to the host."""
 
     loss: Tensor  # weighted mean over the step's targets, float32 scalar
+    accuracy: Tensor  # share of their weight whose argmax is right, float64 scalar
     grad_norm: Tensor  # before clipping
     bad: (
         Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
     )
-    numbers: Tensor  # the three, in the host's memory once `arrived`
+    numbers: Tensor  # the four, in the host's memory once `arrived`
     arrived: torch.cuda.Event | None  # None where the device is the host
 
-    def read(self) -> tuple[float, float, bool]:
-        """Loss, gradient norm and bad; waits for this step, not for what was launched after it."""
+    def read(self) -> tuple[float, float, float, bool]:
+        """Loss, accuracy, gradient norm and bad; waits for this step, not for what was launched
+        after it.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, bad = cast(list[float], self.numbers.tolist())
-        return loss, grad_norm, bool(bad)
+        loss, accuracy, grad_norm, bad = cast(list[float], self.numbers.tolist())
+        return loss, accuracy, grad_norm, bool(bad)
 
 
 def train_step(
@@ -54,6 +57,7 @@ def train_step(
     into packs, each adds its share of one and the same sum. Every rank brings equally many packs.
     """
     loss = torch.zeros((), device=next(model.parameters()).device)
+    tally = Tally(loss.device)
     # The outer context, itself switched off, keeps the weights that autocast has cast from one pack
     # to the next.
     with torch.autocast(loss.device.type, enabled=False):
@@ -62,10 +66,11 @@ def train_step(
             if isinstance(model, FSDPModule):
                 model.set_requires_all_reduce(number == len(packs))
             with autocast():
-                pack_loss = model(pack)
+                pack_loss = model(pack, tally)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
-    loss = distributed.all_reduce_sum(loss)
+    sums = distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))
+    loss, accuracy = sums[0].float(), sums[1] / total_weight
 
     parameters = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -83,8 +88,8 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    numbers, arrived = torch.stack([loss, grad_norm, bad]), None
+    numbers, arrived = torch.stack([loss, accuracy, grad_norm, bad]), None
     if numbers.is_cuda:
         numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
         arrived.record()
-    return StepResult(loss, grad_norm, bad, numbers, arrived)
+    return StepResult(loss, accuracy, grad_norm, bad, numbers, arrived)

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from sftx.data.sources.validate import product
 from sftx.types import Json, Row, RowError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
@@ -18,10 +19,21 @@ _MARKS = [
 ]  # characters that Unicode reserves for uses like this one
 
 
+class Share(NamedTuple):
+    """What the parts of a message count by `data.weights`: its content in a prompt, or, where it is
+    an output, the answer and the thought. `kind` is that of content or answer.
+    """
+
+    kind: str
+    content: float = 0.0
+    answer: float = 0.0
+    thought: float = 0.0
+
+
 @dataclass(slots=True)
 class Conversation:
     """What one row asks a template to render: messages as a template reads them, and the weight of
-    each as a target.
+    each as a target, apart from what `data.weights` says (`shares`, empty where it says nothing).
     """
 
     messages: list[dict[str, Any]]
@@ -31,18 +43,21 @@ class Conversation:
     renderings: dict[tuple[Any, ...], str] = field(
         default_factory=dict[tuple[Any, ...], str], compare=False
     )  # those made so far
+    shares: list[Share] = field(default_factory=list[Share])
     trained: list[int] = field(init=False)  # the turns that carry weight
 
     def __post_init__(self) -> None:
         self.trained = [t for t, weight in enumerate(self.weights) if weight]
 
 
-def conversation_of(row: Row, train_on: str | Sequence[str]) -> Conversation:
+def conversation_of(
+    row: Row, train_on: str | Sequence[str], given: Mapping[str, float] | None = None
+) -> Conversation:
     """The conversation of a row of messages or phrases. Phrases are user turns (weight 0) and
     assistant turns.
 
     A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is
-    `weight`, or 1.
+    `weight`, or 1, times that of the row. `given` is `data.weights`.
     """
     raw: Sequence[Any] = row.messages or [
         {
@@ -55,14 +70,41 @@ def conversation_of(row: Row, train_on: str | Sequence[str]) -> Conversation:
     roles = train_on if isinstance(train_on, list) else ["assistant"]
     chosen = [t for t, message in enumerate(raw) if message["role"] in roles]
     chosen = {*(chosen[-1:] if train_on == "last" else chosen)}
+    own = [product(float(message.get("weight", 1.0)), row.weight) for message in raw]
     weights = [
-        float(message.get("weight", 1.0)) if message.get("train", t in chosen) else 0.0
-        for t, message in enumerate(raw)
+        own[t] if message.get("train", t in chosen) else 0.0 for t, message in enumerate(raw)
     ]
     tools = [dict(tool) for tool in row.tools] or None
-    return Conversation(
+    conversation = Conversation(
         [as_read(message) for message in raw], weights, tools, dict(row.template_kwargs)
     )
+    if given:
+        prompts = row.prompts
+        if row.kind == "phrases":
+            prompts = {t for t, message in enumerate(raw) if message["role"] == "user"}
+        for t, message in enumerate(raw):
+            share = _share(message, own[t], bool(weights[t]), t in prompts, given)
+            conversation.shares.append(share)
+    return conversation
+
+
+def _share(
+    message: Any, own: float, is_output: bool, is_prompt: bool, given: Mapping[str, float]
+) -> Share:
+    """What a message counts whose own weight is `own`."""
+    role = message["role"]
+    if is_output:
+        answer = product(own, given.get(role, 1.0))
+        if role != "assistant":
+            return Share(role, answer=answer)
+        thought = product(own, given["reasoning"]) if "reasoning" in given else answer
+        return Share("output", answer=answer, thought=thought)
+    if is_prompt and "prompt" in given:
+        return Share("prompt", product(own, given["prompt"]))
+    if role == "assistant":
+        return Share("context")
+    is_left_out = message.get("train") is False and not is_prompt
+    return Share(role, 0.0 if is_left_out else product(own, given.get(role, 0.0)))
 
 
 def as_read(message: Any) -> dict[str, Any]:
@@ -121,4 +163,5 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
         return value
 
     messages, tools, kwargs = (broken(value) for value in everything)
-    return Conversation(messages, conversation.weights, tools, kwargs), mark
+    made = Conversation(messages, conversation.weights, tools, kwargs, shares=conversation.shares)
+    return made, mark

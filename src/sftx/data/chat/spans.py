@@ -11,12 +11,13 @@ import bisect
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from sftx.data.chat.answer import Turn
-from sftx.data.tokenizer import Tokenizer
+from sftx.data.chat.stretches import Stretch, weighed, with_marks, within
+from sftx.data.tokenizer import Letters, Tokenizer
 from sftx.data.truncation import TokenSequence
 from sftx.types import Float32, Int32, joined_notes
 
@@ -35,6 +36,9 @@ class TextSequence:
     send it, context (weight 0) and output in turn. `mark` stands inside special tokens that are
     meant as ordinary text. `bos`: a BOS comes first (for chunks alone): always, never, or only
     before a target (None).
+
+    `own`: with `data.weights`, the kind of each chunk and what its tokens count in the end, where
+    none of the `stretches` holds them.
     """
 
     chunks: list[tuple[str, float]]
@@ -44,6 +48,8 @@ class TextSequence:
     bos: bool | None = False
     context: int | None = None
     note: str = ""
+    own: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    stretches: list[Stretch] = field(default_factory=list[Stretch])
 
 
 def text_sequences(
@@ -232,16 +238,36 @@ class SpanTokenizer:
             borders.append(sizes[k] + len(head_ids))
         everything = b"".join(cut.ids) + self._eos(sequence)
         borders.append(len(everything))
+        weights = [weight for _, weight in sequence.chunks]
+        served = self._served(everything, borders, weights, sequence.note)
+        if not sequence.own:
+            return [served]
+        letters = self._letters(cut, sequence.mark, inside=False)
         return [
-            self._served(
-                everything, borders, [weight for _, weight in sequence.chunks], sequence.note
-            )
+            weighed(served, [b // 4 for b in borders], sequence.own, sequence.stretches, letters)
         ]
+
+    def _letters(self, cut: _Pieces, mark: str, inside: bool) -> Letters:
+        """The characters of each token of a text, as (begin, end)."""
+        found = [np.zeros((0, 2), np.int64)]
+        at = 0
+        for k, (raw, piece) in enumerate(zip(cut.raw, cut.pieces, strict=True)):
+            if k % 2:
+                found.append(np.array([[at, at + len(raw)]]))
+            elif piece:
+                plain = piece.replace(mark, "") if mark else piece
+                letters = self._tokenizer.letters(plain, plain=bool(mark), inside=inside or k > 0)
+                if mark in piece:  # also where there is none
+                    letters = with_marks(letters, piece, mark)
+                found.append(letters + at + raw.index(piece))
+            at += len(raw)
+        return np.concatenate(found)
 
     def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
         sequences: list[TokenSequence] = []
         text = ""
+        counted = 0  # characters of the text so far whose stretches count
         note = joined_notes(sequence.note, APART)
         for i, (chunk, weight) in enumerate(sequence.chunks):
             if weight:
@@ -249,9 +275,22 @@ class SpanTokenizer:
                 output = self._ids_of(chunk, sequence.mark, inside=True)
                 output += self._eos(sequence) if i == len(sequence.chunks) - 1 else b""
                 borders = [0, len(prompt), len(prompt) + len(output)]
-                sequences.append(self._served(prompt + output, borders, [0.0, weight], note))
+                served = self._served(prompt + output, borders, [0.0, weight], note)
+                if sequence.own:
+                    own = [("context", 0.0), sequence.own[i]]
+                    stretches = within(sequence.stretches, counted, len(text) + len(chunk))
+                    letters = self._letters_apart(text, chunk, sequence.mark)
+                    tokens = [border // 4 for border in borders]
+                    served = weighed(served, tokens, own, stretches, letters)
+                    counted = len(text) + len(chunk)
+                sequences.append(served)
             text += chunk
         return sequences
+
+    def _letters_apart(self, text: str, chunk: str, mark: str) -> Letters:
+        prompt = self._letters(self._cut(TextSequence([(text, 0.0)], mark=mark)), mark, False)
+        output = self._letters(self._cut(TextSequence([(chunk, 0.0)], mark=mark)), mark, True)
+        return np.concatenate([prompt, output + len(text)])
 
     def _eos(self, sequence: TextSequence) -> bytes:
         eos = self._tokenizer.eos_id
@@ -270,6 +309,7 @@ class SpanTokenizer:
     def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the sequence says."""
         weights = [weight for _, weight in sequence.chunks]
+        own, letters = sequence.own, self._letters_of_chunks(sequence)
         chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
         bos = self._tokenizer.bos_id
         bos = self._tokenizer.eos_id if bos is None and not sequence.bos else bos
@@ -278,11 +318,13 @@ class SpanTokenizer:
         )
         if bos is not None and (sequence.bos or (sequence.bos is None and first)):
             chunks, weights = [np.array([bos], np.int32), *chunks], [0.0, *weights]
+            own = [("context", 0.0), *own]
+            letters = np.concatenate([np.zeros((1, 2), np.int64), letters])
         ids = np.concatenate(chunks)
         borders = [0, *itertools.accumulate(map(len, chunks))]
         bos = None if sequence.bos is False else bos
         targets, spans = _targets(borders, weights)
-        return TokenSequence(
+        made = TokenSequence(
             ids,
             targets,
             sequence.note,
@@ -291,6 +333,18 @@ class SpanTokenizer:
             begins_with_bos=bool(sequence.bos),
             context=sequence.context,
         )
+        if not sequence.own:
+            return made
+        return weighed(made, borders, own, sequence.stretches, letters)
+
+    def _letters_of_chunks(self, sequence: TextSequence) -> Letters:
+        """The characters of each token of chunks that are tokenised one by one."""
+        found = [np.zeros((0, 2), np.int64)]
+        at = 0
+        for chunk, _ in sequence.chunks if sequence.stretches else ():
+            found.append(self._tokenizer.letters(chunk, plain=self._escape) + at)
+            at += len(chunk)
+        return np.concatenate(found)
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

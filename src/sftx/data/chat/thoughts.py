@@ -63,6 +63,26 @@ def thought_in(content: str, tag: str) -> str:
     return content.partition(closing)[0].rpartition(tag)[2] if tag and closing in content else ""
 
 
+def block_in(prompt: str, output: str, thought: str) -> tuple[int, int] | None:
+    """Where an output thinks, as (begin, end) without tags and the white space at them: at
+    `thought`, where that is known and stands there, else up to the first close tag. None if it does
+    not begin with a thought, nor the prompt opens one.
+    """
+    tag, begin = open_tag(prompt), 0
+    if not tag:
+        found = _OPEN.match(output, len(output) - len(output.lstrip()))
+        if found is None:
+            return None
+        tag, begin = found.group(), found.end()
+    at = output.find(thought, begin) if thought else -1
+    end = at + len(thought) if at >= 0 else output.find(close_tag(tag), begin)
+    inside = output[max(at, begin) : end] if end >= 0 else ""
+    if not inside.strip():
+        return None
+    begin = max(at, begin) + len(inside) - len(inside.lstrip())
+    return begin, begin + len(inside.strip())
+
+
 def may_think(content: str) -> bool:
     """Whether a template may see a thought in a content; most hold no character of a tag."""
     return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(

@@ -64,6 +64,8 @@ def lint(config: Config, encoder: Encoder) -> list[Finding]:
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)
     found += _of_texts(once, encoder, seen)
+    if kinds := corpus.ledger.by_kind():
+        found.append(Finding("weights", False, f"examples; {kinds}", len(corpus), [], []))
     return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
 
 
@@ -175,7 +177,7 @@ class _Outputs:
             if LOST_REASONING in example.note:
                 self.thoughtless[first] = None
             whole = bool(last_of_row[index]) or not split[index]
-            for start, stop in runs(example.weights):
+            for start, stop in runs(example.said):
                 self._look(index, example.ids[start:stop], whole)
 
     def _look(self, index: int, output: Int32, whole: bool) -> None:

@@ -27,14 +27,14 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 """The columns by which a format is known."""
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "pairs": ("system", "history", *CHAT_COLUMNS),
-    "dialogue": ("system",),
-    "messages": ("system", *CHAT_COLUMNS),
-    "sharegpt": ("system", *CHAT_COLUMNS),
-    "alpaca": ("input", "system", "history"),
-    "segments": (),
-    "tokens": ("labels", "weights"),
+    "text": ("weight",),
+    "pairs": ("weight", "system", "history", *CHAT_COLUMNS),
+    "dialogue": ("weight", "system"),
+    "messages": ("weight", "system", *CHAT_COLUMNS),
+    "sharegpt": ("weight", "system", *CHAT_COLUMNS),
+    "alpaca": ("weight", "input", "system", "history"),
+    "segments": ("weight",),
+    "tokens": ("weight", "labels", "weights"),
 }
 """The columns that a format may have besides. The ledger names all others as not read."""
 _PREFERENCE = "; this is preference data: to train on what was chosen, data.columns: {chosen: %s}"
@@ -50,6 +50,7 @@ _OF_OTHER_TOOLS = {
 MOST_COLUMNS = 1000
 """A row with more columns is a mistake, and comparing their names would take minutes."""
 SHOWN_COLUMNS = 10
+_NOT_WEIGHTS = ("height", "freight", "sleight")  # words of their own
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "completion_masks")
 
 
@@ -152,7 +153,8 @@ def misspelt(columns: tuple[str, ...], form: str) -> str:
     """What to say of a column that was probably meant for one that the format reads; "" if none."""
     absent = [name for name in OPTIONAL[form] if name not in columns]
     for column in unused(columns, form):
-        if close := difflib.get_close_matches(str(column), absent, 1, 0.8):
+        close = difflib.get_close_matches(str(column), absent, 1, 0.8)
+        if close and column not in _NOT_WEIGHTS:
             return f"unknown field {column!r}; did you mean {close[0]!r}?"
         if form == "tokens" and column in _MASKS:
             return f"field {column!r} is not read; rename it to 'weights'"

@@ -57,7 +57,17 @@ def parse(value: object, form: str) -> Row:
     if problem := misspelt(tuple(raw), form):
         raise RowError(problem)
     check_columns(raw, form)
-    return _PARSERS[form](raw)
+    row = _PARSERS[form](raw)
+    if raw.get("weight") is not None:
+        row.weight = _weight_of_row(raw["weight"])
+    return row
+
+
+def _weight_of_row(value: Json) -> float:
+    try:
+        return checked_weight(value, "weight")
+    except RowError as error:
+        raise RowError(f"{error}; data.columns: {{weight: null}} leaves the column out") from None
 
 
 def _text_row(raw: dict[str, Json]) -> Row:
@@ -87,10 +97,15 @@ def _pair_of_messages(raw: dict[str, Json]) -> Row:
     tools = _tools(raw)
     reader = MessageReader(tools)
     messages: list[Message] = []
+    prompts: list[int] = []
     for message in _behind_system(raw, reader.read(raw["prompt"], "prompt")):
+        if message.get("train", True):
+            prompts.append(len(messages))
         messages.append({**message, "train": False})
     messages += reader.read(raw["completion"], "completion")
-    return _chat(raw, tools, messages, reader.notes)
+    row = _chat(raw, tools, messages, reader.notes)
+    row.prompts = frozenset(prompts)
+    return row
 
 
 def _dialogue(raw: dict[str, Json]) -> Row:
@@ -148,7 +163,8 @@ def _phrases(raw: dict[str, Json], phrases: list[Phrase]) -> Row:
     for phrase in phrases:
         role = "assistant" if phrase.weight else "user"
         messages.append({"role": role, "content": phrase.text})
-    return Row("messages", messages=tuple(_behind_system(raw, messages)))
+    prompts = frozenset(range(1, len(messages) + 1, 2))  # behind the system message
+    return Row("messages", messages=tuple(_behind_system(raw, messages)), prompts=prompts)
 
 
 def _behind_system(raw: dict[str, Json], messages: list[Message]) -> list[Message]:

@@ -50,7 +50,8 @@ class Table:
                 blake2b(str(self.files).encode(), digest_size=12).hexdigest() + ".lines"
             )
             with self.lines.open("wb") as out:
-                to_jsonl.convert(self.files, out)
+                renamed = {column for column, name in self.columns.items() if name == "weight"}
+                to_jsonl.convert(self.files, out, {"weight", *renamed})
         return self.lines
 
     def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Any | RowError]]:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
@@ -24,7 +24,7 @@ from sftx.data.sources.read import CHUNK, ERROR_MARK, kind_of
 from sftx.data.sources.validate import from_json
 from sftx.types import RowError, UserError
 
-VERSION = "4"  # raise when the lines made from a file change
+VERSION = "5"  # raise when the lines made from a file change
 
 
 def dump(value: Any) -> bytes:
@@ -47,16 +47,19 @@ def dump(value: Any) -> bytes:
         return ERROR_MARK + str(error).encode()
 
 
-def convert(files: list[Path], out: IO[bytes]) -> None:
+def convert(files: list[Path], out: IO[bytes], numbers: Collection[str] = ("weight",)) -> None:
     """Write the rows of `files` (one file, or several .txt: one document each) to `out` as JSON
-    lines.
+    lines. Text of a table in the columns `numbers` becomes a number where it is one.
 
     Line i of `out` is row i of the file, or what stood on line i of a .csv or compressed .jsonl.
     """
     for file in files:
         try:
             with _open(file) as stream:
-                _CONVERTERS[kind_of(file)](stream, out, str(file))
+                if kind_of(file) in (".csv", ".tsv"):
+                    _table(stream, out, str(file), numbers)
+                else:
+                    _CONVERTERS[kind_of(file)](stream, out, str(file))
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise  # there is no room for the rows
@@ -177,9 +180,9 @@ def _skip(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
-    """CSV: the first line names the columns; every value is text. A row keeps the number of its
-    first line.
+def _table(stream: IO[bytes], out: IO[bytes], name: str, numbers: Collection[str]) -> None:
+    """CSV: the first line names the columns; every value is text, but those of the columns
+    `numbers`. A row keeps the number of its first line.
     """
     number = 0  # of the last physical line handed to the parser
 
@@ -203,7 +206,9 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
                 if double := next((c for c in header if c and header.count(c) > 1), ""):
                     raise UserError(f"{name}:1: two columns are called {double!r}")
             elif len(values) in (0, len(header)):
-                line = dump(dict(zip(header, values, strict=True))) if values else b""
+                row: dict[str, Any] = dict(zip(header, values, strict=False))
+                row |= {key: _number(row[key]) for key in numbers if key in row}
+                line = dump(row) if values else b""
             else:
                 found = f"{len(values)} values where the first line names {len(header)} columns"
                 line = ERROR_MARK + found.encode()
@@ -213,6 +218,14 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str) -> None:
             before = number
     except csv.Error as error:
         raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None
+
+
+def _number(text: str) -> float | str | None:
+    """The number that a text of CSV is; None if it is empty, the text if it is something else."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        return text
 
 
 def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -254,8 +267,6 @@ _CONVERTERS: dict[str, Callable[[IO[bytes], IO[bytes], str], None]] = {
     ".jsonl": _lines,
     ".json": _json,
     ".txt": _text,
-    ".csv": _table,
-    ".tsv": _table,
     ".parquet": _arrow,
     ".arrow": _arrow,
 }

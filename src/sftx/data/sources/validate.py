@@ -88,6 +88,14 @@ def checked_weight(value: Json, field: str) -> float:
     return float(value)
 
 
+def product(first: float, second: float) -> float:
+    """The product of two weights; `RowError` if it is too large to be kept."""
+    value = first * second
+    if value > _LARGEST:
+        raise RowError(f"the weights {first:g} and {second:g} multiply to more than {_LARGEST:g}")
+    return value
+
+
 def kind_name(value: object) -> str:
     """What a JSON value is, in words."""
     names: dict[type, str] = {

@@ -1,8 +1,8 @@
 """A block: the encoded examples of consecutive rows, in memory and as one file.
 
-All that is known of an example without its tokens is one entry of a table. A file holds four arrays
-in numpy's own format (.npy), one behind the other: the table, the ids, the weights, and what is
-known of the rows. `numpy.load` reads them in this order.
+All that is known of an example without its tokens is one entry of a table. A file holds five arrays
+in numpy's own format (.npy), one behind the other: the table, the ids, the weights, the kinds, and
+what is known of the rows. `numpy.load` reads them in this order.
 
 Every example carries a hash of its tokens and weights, checked when it is read. All else in a file
 is under a hash that is checked when it is opened.
@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from sftx.data.encoder import Encoded
-from sftx.types import Example, Float32, Int32, UserError
+from sftx.types import KINDS, Example, Float32, Int32, UInt8, UserError
 
 EXAMPLE = np.dtype(
     [
@@ -51,6 +51,9 @@ EXAMPLE = np.dtype(
     ]
 )
 """What is known of an example without its tokens."""
+COUNT = np.dtype([("tokens", np.int32), ("targets", np.int32), ("weight", np.float64)])
+BY_KIND = np.dtype([*EXAMPLE.descr, ("kinds", COUNT, (len(KINDS),))])
+"""The same with what there is of each kind of text, where the kinds are told apart."""
 Table = NDArray[np.void]
 _HASH = 16  # bytes
 
@@ -80,13 +83,15 @@ class Facts:
 class Block:
     """The encoded rows of one block: its examples' tokens laid end to end.
 
-    `weights` is uint8 where every weight is 0 or 1, else float32.
+    `weights` is uint8 where every weight is 0 or 1, else float32. `kinds` is empty where kinds of
+    text are not told apart.
     """
 
     table: Table
     ids: Int32
     weights: NDArray[Any]
     facts: Facts
+    kinds: UInt8
 
     def example(self, entry: np.void) -> Example:
         """The example with this entry in the table, its ids a view.
@@ -96,18 +101,22 @@ class Block:
         """
         span = slice(int(entry["start"]), int(entry["start"] + entry["length"]))
         ids, weights = self.ids[span], self.weights[span].astype(np.float32, copy=False)
-        if example_digest(ids, weights) != int(entry["digest"]):
+        kinds = self.kinds[span] if len(self.kinds) else None
+        if example_digest(ids, weights, kinds) != int(entry["digest"]):
             raise UserError(
                 "a file of the token cache is damaged; delete the cache folder and start again"
             )
         note = self.facts.notes[int(entry["note"])]
-        return Example(ids, weights, note, int(entry["part"]), bool(entry["shortened"]))
+        part, shortened = int(entry["part"]), bool(entry["shortened"])
+        return Example(ids, weights, note, part, shortened, kinds)
 
 
-def example_digest(ids: Int32, weights: Float32) -> int:
-    """64-bit hash of one example's tokens and weights."""
+def example_digest(ids: Int32, weights: Float32, kinds: UInt8 | None = None) -> int:
+    """64-bit hash of one example's tokens and weights, and of their kinds where these are known."""
     content = blake2b(ids.data if len(ids) else b"", digest_size=8)
     content.update(weights.data if len(weights) else b"")
+    if kinds is not None:
+        content.update(kinds.tobytes())
     return int.from_bytes(content.digest(), "little")
 
 
@@ -120,7 +129,9 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     examples = [example for _, _, encoded in rows for example in encoded.examples]
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)])
     weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)])
-    table = _table_of(examples, facts)
+    found = [example.kinds for example in examples if example.kinds is not None]
+    kinds: UInt8 = np.concatenate(found or [np.zeros(0, np.uint8)])
+    table = _table_of(examples, facts, BY_KIND if found else EXAMPLE)
     abouts: dict[tuple[str, ...], int] = {}
     end = 0
     for line, digest, encoded in rows:
@@ -135,12 +146,12 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     facts.abouts = [list(about) for about in abouts]
     facts.largest_id = int(ids.max(initial=-1))
     plain = bool(((weights == 0) | (weights == 1)).all())
-    return Block(table, ids, weights.astype(np.uint8) if plain else weights, facts)
+    return Block(table, ids, weights.astype(np.uint8) if plain else weights, facts, kinds)
 
 
-def _table_of(examples: list[Example], facts: Facts) -> Table:
+def _table_of(examples: list[Example], facts: Facts, dtype: np.dtype[np.void]) -> Table:
     """All that the examples say of themselves; their notes go into `facts`."""
-    table = np.zeros(len(examples), EXAMPLE)
+    table = np.zeros(len(examples), dtype)
     notes: dict[str, int] = {}
     for entry, example in zip(table, examples, strict=True):
         entry["length"] = len(example.ids)
@@ -148,11 +159,22 @@ def _table_of(examples: list[Example], facts: Facts) -> Table:
         entry["weight"] = example.weights.sum(dtype=np.float64)
         entry["part"] = example.part
         entry["shortened"] = example.shortened
-        entry["digest"] = example_digest(example.ids, example.weights)
+        entry["digest"] = example_digest(example.ids, example.weights, example.kinds)
+        if example.kinds is not None:
+            entry["kinds"] = _counts(example.kinds, example.weights)
         entry["note"] = notes.setdefault(example.note, len(notes))
     table["start"] = np.cumsum(table["length"]) - table["length"]
     facts.notes = list(notes)
     return table
+
+
+def _counts(kinds: UInt8, weights: Float32) -> NDArray[np.void]:
+    """COUNT[kinds]: what an example has of each kind."""
+    found = np.zeros(len(KINDS), COUNT)
+    found["tokens"] = np.bincount(kinds, minlength=len(KINDS))
+    found["targets"] = np.bincount(kinds[weights != 0], minlength=len(KINDS))
+    found["weight"] = np.bincount(kinds, weights.astype(np.float64), len(KINDS))
+    return found
 
 
 def block_bytes(block: Block) -> bytes:
@@ -160,7 +182,7 @@ def block_bytes(block: Block) -> bytes:
     text = json.dumps(vars(block.facts)).encode()
     said = np.frombuffer(_digest(block.table, block.ids, block.weights, text) + text, np.uint8)
     file = io.BytesIO()
-    for array in (block.table, block.ids, block.weights, said):
+    for array in (block.table, block.ids, block.weights, block.kinds, said):
         npy.write_array(file, array)
     return file.getvalue()
 
@@ -170,18 +192,18 @@ def open_block(path: Path) -> Block | None:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        table, ids, weights, said = (_next_array(mapped) for _ in range(4))
+        table, ids, weights, kinds, said = (_next_array(mapped) for _ in range(5))
     except (FileNotFoundError, PermissionError):
         return None
     except (ValueError, OverflowError, SyntaxError, tokenize.TokenError):  # a damaged header
         return None
     digest, text = said[:_HASH].tobytes(), said[_HASH:].tobytes()
-    if table.dtype != EXAMPLE or digest != _digest(table, ids, weights, text):
+    if table.dtype not in (EXAMPLE, BY_KIND) or digest != _digest(table, ids, weights, text):
         return None
     facts = json.loads(text)
     for name in ("unused", "renamed", "noted"):
         facts[name] = Counter(facts[name])
-    return Block(table, ids, weights, Facts(**facts))
+    return Block(table, ids, weights, Facts(**facts), kinds)
 
 
 def _next_array(mapped: mmap.mmap) -> NDArray[Any]:

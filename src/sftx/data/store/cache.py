@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from sftx.data.store.block import Block, block_bytes, open_block
 from sftx.types import UserError
 
-VERSION = "5"
+VERSION = "6"
 """Raise it when the same rows must be encoded anew: the layout of blocks, or the parsing of rows,
 has changed.
 """

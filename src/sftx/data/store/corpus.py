@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.rotation import Rotation
-from sftx.data.store.block import EXAMPLE, Block, Facts, Table, open_block
-from sftx.types import ONE_EACH, Example, Ledger, UserError
+from sftx.data.store.block import COUNT, EXAMPLE, Block, Facts, Table, open_block
+from sftx.types import KINDS, ONE_EACH, Example, KindCount, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
@@ -31,6 +31,7 @@ class Origin:
     name: str
     unit: str = "line"
     names: tuple[str, ...] = ()
+    form: str = ""
 
     def place(self, line: int) -> str:
         """`file:line`, or `file, row n` where rows are not lines."""
@@ -90,7 +91,7 @@ class Corpus:
         self._notes: list[Counter[str]] = [Counter() for _ in sources]
         self._abouts: dict[tuple[str, ...], int] = {}
         tables = [self._collected(number) for number in range(len(parts))]
-        self._use(np.concatenate(tables or [np.zeros(0, EXAMPLE)]))
+        self._use(np.concatenate([t for t in tables if len(t)] or [np.zeros(0, EXAMPLE)]))
         self.ledgers = self._ledgers(self.drops, self._notes)
 
     def __len__(self) -> int:
@@ -227,6 +228,7 @@ class Corpus:
                 targets_truncated=int(first["cut_targets"].sum()),
                 targets_shortened=int(mine["targets"][mine["shortened"]].sum()),
                 tokens_repeated=self._repeated(mine),
+                kinds=self._kinds(mine),
                 notes=dict(notes[number] + self._notes_of(first)),
             )
         return ledgers
@@ -239,6 +241,24 @@ class Corpus:
             for note in dict.fromkeys(about):
                 found[note] += count
         return found
+
+    def _kinds(self, mine: Table) -> dict[str, KindCount]:
+        """What there is of each kind of text."""
+        found = Ledger()
+        if "kinds" in (mine.dtype.names or ()):
+            whole = {name: mine["kinds"][name].sum(0) for name in COUNT.names or ()}
+            for number, kind in enumerate(KINDS):
+                if whole["tokens"][number]:
+                    found.count(kind, **{name: sums[number].item() for name, sums in whole.items()})
+            return found.kinds
+        texts = [number for number, origin in enumerate(self.origins) if origin.form == "text"]
+        is_text = np.isin(mine["origin"], texts)
+        for kind, some in (("output", mine[~is_text]), ("text", mine[is_text])):
+            targets, weight = int(some["targets"].sum()), float(some["weight"].sum())
+            if len(some):
+                found.count(kind, targets, targets, weight)
+                found.count("context", int(some["length"].sum()) - targets, 0, 0.0)
+        return found.kinds
 
     def _repeated(self, mine: Table) -> int:
         """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each

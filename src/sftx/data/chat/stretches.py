@@ -1,0 +1,68 @@
+"""Stretches of a text that count otherwise than the rest, and the tokens that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from sftx.data.tokenizer import Letters
+from sftx.data.truncation import TokenSequence, runs
+from sftx.types import KINDS, SAID, Float32, UInt8
+
+
+class Stretch(NamedTuple):
+    """Some characters of a sequence, their kind and what each of their tokens counts."""
+
+    begin: int
+    end: int
+    kind: str
+    weight: float
+
+
+def with_marks(letters: Letters, piece: str, mark: str) -> Letters:
+    """Places in a piece without its marks, as places in the piece."""
+    kept = [i for i, letter in enumerate(piece) if letter != mark]
+    begins = np.array([*kept, len(piece)])
+    ends = np.array([0, *(i + 1 for i in kept)])
+    return np.stack([begins[letters[:, 0]], ends[letters[:, 1]]], axis=1)
+
+
+def within(stretches: Sequence[Stretch], counted: int, end: int) -> list[Stretch]:
+    """Those of a text that ends at `end`, up to `counted` of which another sequence counts: there
+    an output is context, and a prompt counts nothing.
+    """
+    found = [s for s in stretches if s.begin >= counted and s.end <= end]
+    earlier = [s for s in stretches if s.begin < counted and s.kind not in SAID]
+    return found + [stretch._replace(weight=0.0) for stretch in earlier]
+
+
+def weighed(
+    tokens: TokenSequence,
+    borders: Sequence[int],
+    own: Sequence[tuple[str, float]],
+    stretches: Sequence[Stretch],
+    letters: Letters,
+) -> TokenSequence:
+    """The sequence with the kind and the weight of each token. Chunks end at the `borders`; a token
+    belongs to a stretch if any of its `letters` does.
+    """
+    weights: Float32 = np.zeros(len(tokens.ids), np.float32)
+    kinds: UInt8 = np.zeros(len(tokens.ids), np.uint8)
+    for (kind, weight), begin, end in zip(own, borders, borders[1:], strict=False):
+        weights[begin:end] = weight
+        kinds[begin:end] = KINDS.index(kind)
+    is_output = np.zeros(len(tokens.ids), np.bool_)
+    for begin, end in tokens.spans:
+        is_output[begin:end] = True
+    for stretch in stretches:
+        begin = int(np.searchsorted(letters[:, 1], stretch.begin, "right"))
+        end = int(np.searchsorted(letters[:, 0], stretch.end, "left"))
+        # A thought belongs to an output; a prompt's content that an output repeats does not.
+        inside = is_output[begin:end] == (stretch.kind in SAID)
+        weights[begin:end][inside] = stretch.weight
+        kinds[begin:end][inside] = KINDS.index(stretch.kind)
+    asked = runs(np.where(is_output, 0, weights))
+    return replace(tokens, weights=weights, kinds=kinds, asked=asked)
