@@ -23,6 +23,7 @@ class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
     `changed`: settings that were changed on the way. `merged`: how far merging moved a logit.
+    `best`: step, metric and value of the model that was written, where the best one was chosen.
     """
 
     status: str = ""
@@ -48,6 +49,8 @@ class RunFacts:
     ended_at: int | None = None
     stopped_at: int | None = None
     eval_after: dict[str, float] | None = None
+    best: dict[str, Any] | None = None
+    stopped_early: str | None = None
     measured: dict[str, float] | None = None
     total_tokens: int | None = None
     total_targets: int | None = None

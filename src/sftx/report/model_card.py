@@ -41,14 +41,30 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         ledger.summary() + ".",
         "",
     ]
-    before, after = facts.eval_before, facts.eval_after
-    if after:
+    before, after = facts.eval_before or {}, facts.eval_after or {}
+    if facts.best is not None:
+        best = facts.best
+        lines += [
+            f"These are the weights after step {best['step']:,}, the best by {best['metric']} "
+            f"({best['value']:.4g}).",
+            "",
+        ]
+    if facts.stopped_early is not None:
+        lines += [f"Training stopped early: {facts.stopped_early}.", ""]
+    if "loss" in after:
         lines += ["## Held-out loss", "", "| | nats per token | perplexity |", "|---|---|---|"]
         lines += [
             f"| {name} | {numbers['loss']:.4f} | {numbers['perplexity']:.2f} |"
             for name, numbers in (("before", before), ("after", after))
-            if numbers
+            if "loss" in numbers
         ]
+        lines.append("")
+    judged = [name for name in after if name not in ("loss", "perplexity", "targets")]
+    if judged:
+        lines += ["## Other held-out numbers", "", "| | before | after |", "|---|---|---|"]
+        for name in judged:
+            was = f"{before[name]:.4g}" if name in before else ""
+            lines.append(f"| {name} | {was} | {after[name]:.4g} |")
         lines.append("")
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     lines += [

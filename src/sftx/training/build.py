@@ -21,6 +21,8 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan, plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.judge import Judge
+from sftx.eval.questions import Questions, read_questions
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
 from sftx.model.checks.start import check_paths, check_sizes, check_trainable
@@ -39,7 +41,7 @@ from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.checks import check_ranks, check_same_tokens, check_stop_token
+from sftx.training.checks import check_best, check_ranks, check_same_tokens, check_stop_token
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
     Packing,
@@ -74,6 +76,7 @@ class RunData:
     corpus: Corpus
     held_out: Corpus | None
     plan: Plan
+    questions: Questions | None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ def prepare(
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
     )
+    if data.questions is not None:
+        job.judge = Judge(
+            data.questions, model.loss, model.adapted, machine, packing.tokens_per_pack
+        )
+        path_notes += data.questions.notes
     notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step)
@@ -169,7 +177,11 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     check_stop_token(corpus, encoder, config.data)
-    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan)
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    questions = read_questions(config, encoder, held_out, positions)
+    check_best(config.eval.best_by, held_out, questions)
+    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
 
 
 def build_model(
@@ -345,6 +357,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         changed=found.changes,
     )
     run.start(job.state.step, found.carried, facts)
+    job.evaluations = distributed.broadcast(run.evaluations())
     notes += _write_ledger(job, again)
     if lacking := job.no_room():
         raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
