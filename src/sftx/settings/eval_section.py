@@ -60,16 +60,11 @@ class Eval(Section):
     def _counted(self, value: bool | int | str | list[Any]) -> bool | int | str:
         return f"{len(value)} rows in memory" if isinstance(value, list) else value
 
-    @property
-    def best_by(self) -> str | None:
-        """The number by which the model is chosen that is written; None = the last one is."""
-        return self.keep_best or ("loss" if self.stop_after else None)
-
     @model_validator(mode="after")
     def _fits_together(self) -> Eval:
-        if not self.every and self.best_by:
-            name = "keep_best" if self.keep_best else "stop_after"
-            raise ValueError(f"`{name}` compares evaluations; set `every` too")
+        for name in ("keep_best", "stop_after"):
+            if getattr(self, name) and not self.every:
+                raise ValueError(f"`{name}` compares evaluations; set `every` too")
         if "min_delta" in self.model_fields_set and not self.stop_after:
             raise ValueError("`min_delta` says what counts as a gain for `stop_after`; set that")
         for name in ("metrics", "new_tokens", "general"):

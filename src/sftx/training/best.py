@@ -8,8 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from sftx.settings.schema import Eval
+
 Evaluations = Mapping[int, Mapping[str, float]]
 """The numbers of each evaluation, by its step."""
+
+
+def chosen_by(settings: Eval) -> str | None:
+    """The number by which the model is chosen that is written; None = the last one is."""
+    return settings.keep_best or ("loss" if settings.stop_after else None)
 
 
 def lower_is_better(name: str) -> bool:

@@ -41,6 +41,7 @@ from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
+from sftx.training.best import chosen_by
 from sftx.training.checks import check_best, check_ranks, check_same_tokens, check_stop_token
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
@@ -180,7 +181,7 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     questions = read_questions(config, encoder, held_out, positions)
-    check_best(config.eval.best_by, held_out, questions)
+    check_best(chosen_by(config.eval), held_out, questions)
     return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
 
 

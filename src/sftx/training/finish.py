@@ -13,7 +13,7 @@ from sftx.model.shard import check_replicas, whole_state
 from sftx.report.model_card import model_card
 from sftx.report.progress import Progress
 from sftx.training import checkpoint
-from sftx.training.best import best_step
+from sftx.training.best import best_step, chosen_by
 from sftx.training.job import Job
 from sftx.training.signals import Stopped
 from sftx.types import UserError
@@ -76,7 +76,7 @@ def _take_best(job: Job, progress: Progress) -> int:
     """Put back the weights of the best evaluation where `eval.keep_best` asks for them; returns the
     step of the weights that are written.
     """
-    run, last, wanted = job.run, job.state.step, job.config.eval.best_by
+    run, last, wanted = job.run, job.state.step, chosen_by(job.config.eval)
     if wanted is None:
         return last
     there = {checkpoint.step_of(path) for path in checkpoint.folders(job.checkpoints)}

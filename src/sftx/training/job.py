@@ -27,7 +27,7 @@ from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.async_writer import AsyncWriter
-from sftx.training.best import best_step, costs, without_gain
+from sftx.training.best import best_step, chosen_by, costs, without_gain
 from sftx.training.signals import StopFlag
 
 GAUGE = "gauge.safetensors"
@@ -145,12 +145,12 @@ class Job:
     @property
     def best_by(self) -> str:
         """The number that tells which evaluation is the best."""
-        return self.config.eval.best_by or "loss"
+        return chosen_by(self.config.eval) or "loss"
 
     @property
     def is_best(self) -> bool:
         """Whether the model as it is will be written at the end, unless a better one comes."""
-        wanted = self.config.eval.best_by
+        wanted = chosen_by(self.config.eval)
         return wanted is not None and best_step(self.evaluations, wanted) == self.state.step
 
     @property
