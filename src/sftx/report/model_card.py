@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sftx.report.facts import RunFacts
 from sftx.report.record import Run
 from sftx.types import Ledger
 
@@ -41,6 +42,21 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         ledger.summary() + ".",
         "",
     ]
+    lines += _results(facts)
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    lines += [
+        "## How to repeat it",
+        "",
+        "`config.yaml` in this folder holds the settings: `sftx train config.yaml`. Made with "
+        f"{versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _results(facts: RunFacts) -> list[str]:
+    """What the held-out rows say of the model, before and after."""
+    lines: list[str] = []
     before, after = facts.eval_before or {}, facts.eval_after or {}
     if facts.best is not None:
         best = facts.best
@@ -66,15 +82,7 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
             was = f"{before[name]:.4g}" if name in before else ""
             lines.append(f"| {name} | {was} | {after[name]:.4g} |")
         lines.append("")
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    lines += [
-        "## How to repeat it",
-        "",
-        "`config.yaml` in this folder holds the settings: `sftx train config.yaml`. Made with "
-        f"{versions}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def public_name(path: str) -> str:

@@ -146,15 +146,19 @@ def prepare(
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
     )
-    if data.questions is not None:
-        job.judge = Judge(
-            data.questions, model.loss, model.adapted, machine, packing.tokens_per_pack
-        )
-        path_notes += data.questions.notes
+    path_notes += _ask(job, data.questions)
     notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step)
     return job
+
+
+def _ask(job: Job, questions: Questions | None) -> list[str]:
+    """Let the job ask the questions at its evaluations; returns what there is to say of them."""
+    if questions is None:
+        return []
+    job.judge = Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
+    return questions.notes
 
 
 def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:
