@@ -34,23 +34,37 @@ dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; } dt { color: #8
 def write_page(file: str, title: str, judged: Mapping[str, Judgement]) -> None:
     """Write one file that needs no network and no scripts. `judged`: "model", and "base" if any."""
     columns = [name for name in ("base", "model") if name in judged]
-    numbers = {name: judged[name].numbers for name in columns}
-    parts = [_HEAD, f"<h1>{escape(title)}</h1>\n<table>\n<thead><tr><th></th>"]
-    parts += [f'<th scope="col">{name}</th>' for name in columns]
-    parts.append("</tr></thead>\n")
-    for metric in judged["model"].numbers:
-        values = [numbers[name].get(metric) for name in columns]
-        cells = "".join(f"<td>{'' if value is None else f'{value:.4g}'}</td>" for value in values)
-        parts.append(f'<tr><th scope="row">{escape(metric)}</th>{cells}</tr>\n')
-    parts.append("</table>\n<h2>Answers</h2>\n")
-    for number, sample in enumerate(judged["model"].samples):
-        rows = [("prompt", sample.prompt), ("reference", sample.reference)]
-        for name in columns:
-            answer = judged[name].samples[number]
-            rows.append((name, answer.output + ("" if answer.ended else " [cut]")))
-        scores = judged["model"].scores.items()
-        rows.append(("scores", ", ".join(f"{name} {each[number]:.4g}" for name, each in scores)))
-        texts = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
-        parts.append(f"<article><dl>{texts}</dl></article>\n")
+    parts = [_HEAD, f"<h1>{escape(title)}</h1>\n"]
+    parts += _numbers(judged, columns)
+    parts.append("<h2>Answers</h2>\n")
+    for number in range(len(judged["model"].samples)):
+        parts.append(_answer(judged, columns, number))
     parts.append("</body>\n</html>\n")
     Path(file).write_text("".join(parts), encoding="utf-8", errors="replace")
+
+
+def _numbers(judged: Mapping[str, Judgement], columns: list[str]) -> list[str]:
+    """A table with a row for each number and a column for each model."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    parts = [f"<table>\n<thead><tr><th></th>{heads}</tr></thead>\n"]
+    for metric in judged["model"].numbers:
+        cells = ""
+        for name in columns:
+            value = judged[name].numbers.get(metric)
+            cells += "<td></td>" if value is None else f"<td>{value:.4g}</td>"
+        parts.append(f'<tr><th scope="row">{escape(metric)}</th>{cells}</tr>\n')
+    parts.append("</table>\n")
+    return parts
+
+
+def _answer(judged: Mapping[str, Judgement], columns: list[str], number: int) -> str:
+    """A prompt, its reference, what each model said, and the scores of the last."""
+    sample = judged["model"].samples[number]
+    rows = [("prompt", sample.prompt), ("reference", sample.reference)]
+    for name in columns:
+        answer = judged[name].samples[number]
+        rows.append((name, answer.output + ("" if answer.ended else " [cut]")))
+    scores = judged["model"].scores.items()
+    rows.append(("scores", ", ".join(f"{name} {each[number]:.4g}" for name, each in scores)))
+    texts = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
+    return f"<article><dl>{texts}</dl></article>\n"

@@ -75,9 +75,7 @@ def run(
     bounds: Mapping[str, str] | None = None,
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    for name in names:
-        check_metric(name)
+    names = _names(metrics)
     limits = _limits(bounds or {})
     count = whole_number("eval: prompts", prompts, 0)
     longest_answer = whole_number("eval: new_tokens", new_tokens)
@@ -108,6 +106,14 @@ def run(
     for line in missed:
         console.print(line, style="bold red", markup=False)
     return int(bool(missed))
+
+
+def _names(metrics: str) -> list[str]:
+    """The metrics, each of them known."""
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    for name in names:
+        check_metric(name)
+    return names
 
 
 def _general(given: str) -> bool | str:

@@ -101,27 +101,25 @@ class Judge:
 
         UserError for a metric that cannot be computed; with `is_training`, a warning instead.
         """
-        asked = self.questions
-        found = Judgement()
-        found.samples = self._known or self.answers(stop)
+        samples = self._known or self.answers(stop)
         self._known = []
-        if not found.samples and asked.prompts:
+        if not samples:
             return None
-        if found.samples:
-            found.scores = distributed.broadcast(self._scores(found.samples, is_training))
-            found.numbers = {name: fmean(values) for name, values in found.scores.items()}
-            found.numbers["ended"] = fmean(sample.ended for sample in found.samples)
+        scores = distributed.broadcast(self._scores(samples, is_training))
+        numbers = {name: fmean(values) for name, values in scores.items()}
+        numbers["ended"] = fmean(sample.ended for sample in samples)
         if self.gauge is not None and self.gauge.answers:
             with self._by_parts():
-                found.numbers["kl"] = distributed.broadcast(self.gauge.kl(self._log_probabilities))
-        if asked.general is not None:
-            numbers = held_out_loss(
-                self.loss, asked.general, self.tokens_per_pack, self.machine.autocast, stop
+                numbers["kl"] = distributed.broadcast(self.gauge.kl(self._log_probabilities))
+        general = self.questions.general
+        if general is not None:
+            found = held_out_loss(
+                self.loss, general, self.tokens_per_pack, self.machine.autocast, stop
             )
-            if not numbers:
+            if not found:
                 return None
-            found.numbers["general loss"] = numbers["loss"]
-        return found
+            numbers["general loss"] = found["loss"]
+        return Judgement(numbers, samples, scores)
 
     def answers(self, stop: Callable[[], bool] = never) -> list[Sample]:
         """The answers of the model as it is; [] where `stop` cut it short."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from sftx.report.facts import RunFacts
@@ -75,6 +76,12 @@ def _results(facts: RunFacts) -> list[str]:
             if "loss" in numbers
         ]
         lines.append("")
+    return lines + _others(before, after)
+
+
+def _others(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """A table of all numbers but the loss."""
+    lines: list[str] = []
     judged = [name for name in after if name not in ("loss", "perplexity", "targets")]
     if judged:
         lines += ["## Other held-out numbers", "", "| | before | after |", "|---|---|---|"]

@@ -79,6 +79,11 @@ class RunData:
     plan: Plan
     questions: Questions | None
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of the questions."""
+        return [] if self.questions is None else self.questions.notes
+
 
 @dataclass(frozen=True)
 class BuiltModel:
@@ -107,10 +112,9 @@ def prepare(
     model_config = load_config(config.model)
     data = _read_data(config, model_config, progress)
     plan = data.plan
-    # Not earlier: encoding may take longer than the processes would wait for each other.
+    # Not earlier: encoding may take longer than processes wait for each other.
     until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
     run.facts = distributed.broadcast(run.facts)
-
     threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.threads)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -146,19 +150,18 @@ def prepare(
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
     )
-    path_notes += _ask(job, data.questions)
-    notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
+    job.judge = _judge(job, data.questions)
+    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step)
     return job
 
 
-def _ask(job: Job, questions: Questions | None) -> list[str]:
-    """Let the job ask the questions at its evaluations; returns what there is to say of them."""
+def _judge(job: Job, questions: Questions | None) -> Judge | None:
+    """Who asks the questions at the run's evaluations."""
     if questions is None:
-        return []
-    job.judge = Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
-    return questions.notes
+        return None
+    return Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
 
 
 def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:

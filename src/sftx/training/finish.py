@@ -33,19 +33,7 @@ def finish(job: Job, progress: Progress) -> None:
     """Evaluate for the last time, write the model into the folder, and mark the run as finished."""
     run, state = job.run, job.state
     job.writer.wait()
-    why = job.gave_up if state.step < job.plan.num_steps else ""
-    if state.step < job.plan.num_steps:
-        run.update(ended_at=state.step, stopped_early=why or None)
-    if job.evaluates and not why:  # else it was evaluated just now
-        after = job.evaluate()
-        if job.stop():
-            job.save()
-            leave(job)
-        run.write_evaluation(state.step, job.plan.num_steps, after)
-        progress.evaluated(state.step, after)
-        progress.samples(job.samples)
-    if why:
-        progress.say(f"stopped  after step {state.step:,}: {why}")
+    _evaluate_last(job, progress)
     written = _take_best(job, progress)
     if job.evaluates:
         run.update(eval_after=job.evaluations[written])
@@ -70,6 +58,26 @@ def finish(job: Job, progress: Progress) -> None:
         total_targets=state.total_targets,
     )
     progress.finished(run)
+
+
+def _evaluate_last(job: Job, progress: Progress) -> None:
+    """Evaluate after the last step, unless the evaluation of just now has ended the run."""
+    run, step = job.run, job.state.step
+    is_early = step < job.plan.num_steps
+    why = job.gave_up if is_early else ""
+    if is_early:
+        run.update(ended_at=step, stopped_early=why or None)
+    if why:
+        progress.say(f"stopped  after step {step:,}: {why}")
+    if why or not job.evaluates:
+        return
+    after = job.evaluate()
+    if job.stop():
+        job.save()
+        leave(job)
+    run.write_evaluation(step, job.plan.num_steps, after)
+    progress.evaluated(step, after)
+    progress.samples(job.samples)
 
 
 def _take_best(job: Job, progress: Progress) -> int:

@@ -224,10 +224,7 @@ def _evaluate_first(job: Job, progress: Progress) -> None:
     short.
     """
     run, step = job.run, job.state.step
-    missed = step > 0 and _eval_due(job, step)
-    missed = distributed.broadcast(
-        missed and distributed.is_main() and run.metrics()[-1]["eval"] is None
-    )
+    missed = step > 0 and _eval_due(job, step) and step not in job.evaluations
     at_start = step == 0 and job.config.eval.at_start and job.evaluates
     job.remember_base()
     if not missed and not at_start:
