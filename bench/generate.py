@@ -29,6 +29,7 @@ from sftx.eval.generate import Prompt, answer
 from sftx.eval.questions import prompts_of
 from sftx.model.load import load_model
 from sftx.model.runtime import machine
+from sftx.settings.keywords import DataSettings
 from sftx.settings.load import make_config
 from sftx.settings.schema import Runtime
 
@@ -67,7 +68,12 @@ def _load(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Any, Tokenizer, list[Prompt], list[int]]:
     """The model, its tokenizer, prompts of the rows, and the tokens to stop at."""
-    data = {"train": args.rows, "template": "none", "too_long": "drop", "max_length": 512}
+    data: DataSettings = {
+        "train": args.rows,
+        "template": "none",
+        "too_long": "drop",
+        "max_length": 512,
+    }
     config = make_config(model=args.model, data=data, output="unused")
     tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(tokenizer, config.data, 512)
