@@ -337,6 +337,18 @@ def test_a_base_that_only_the_adapter_names_is_not_fetched(
     assert main(["eval", str(result.folder), str(held), f"base={model}", "new_tokens=4"]) == 0
 
 
+def test_without_an_evaluation_at_the_start_the_later_ones_are_the_same(
+    model: str, tmp_path: Path
+) -> None:
+    whole = sftx.train(**settings(model, tmp_path / "whole", batch={"steps": 4}))
+    later = sftx.train(
+        **settings(model, tmp_path / "later", batch={"steps": 4}, eval={"at_start": False})
+    )
+    expected = [line for line in lines(whole.folder, "samples.jsonl") if line["step"]]
+    assert lines(later.folder, "samples.jsonl") == expected
+    assert (later.eval_before, later.eval_after) == (None, whole.eval_after)
+
+
 @pytest.mark.slow
 def test_ranks_answer_and_keep_the_best_as_one_process_does(tmp_path: Path) -> None:
     asked = {"every": 4, "prompts": 5, "new_tokens": 6, "keep_best": "loss", "stop_after": 9}

@@ -132,11 +132,12 @@ class Job:
     def remember_base(self) -> None:
         """Let the base answer the prompts, for the distance from it at later evaluations."""
         judge, path = self.judge, self.checkpoints / GAUGE
-        if judge is None:
-            return
+        assert judge is not None
         at_start = self.state.step == 0
         if at_start or judge.adapted is not None:
-            judge.remember(path, self.stop, at_start and self.config.adapter.path is None)
+            # The evaluation before the first step needs the same answers, unless an adapter goes on.
+            shared = at_start and self.config.eval.at_start and self.config.adapter.path is None
+            judge.remember(path, self.stop, shared)
         elif distributed.broadcast(path.exists()):
             judge.gauge = read_gauge(path)
         elif distributed.is_main():

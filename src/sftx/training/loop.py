@@ -226,20 +226,25 @@ def _evaluate_first(job: Job, progress: Progress) -> None:
     run, step = job.run, job.state.step
     missed = step > 0 and _eval_due(job, step) and step not in job.evaluations
     at_start = step == 0 and job.config.eval.at_start and job.evaluates
-    job.remember_base()
+    if job.judge is not None:
+        job.remember_base()
+        _end_if_asked(job)
     if not missed and not at_start:
         return
     numbers = job.evaluate()
-    if job.stop():
-        run.update(status="stopped", stopped_at=step)
-        raise Stopped(NOTHING_TO_SAVE.format(job.stop.signal))
+    _end_if_asked(job)
     run.write_evaluation(step, job.plan.num_steps, numbers)
-    if not missed:
+    if at_start:
         run.update(eval_before=numbers)
-    if missed and job.is_best:
-        job.save()
     progress.evaluated(step, numbers)
     progress.samples(job.samples)
+
+
+def _end_if_asked(job: Job) -> None:
+    """End a run that a signal stops before a step was taken."""
+    if job.stop():
+        job.run.update(status="stopped", stopped_at=job.state.step)
+        raise Stopped(NOTHING_TO_SAVE.format(job.stop.signal))
 
 
 def _one_config(
