@@ -43,6 +43,7 @@ LENGTHS = (
 BOX = ("test_box.py", "test_template.py -k limits")
 WEIGHTS = ("test_turn_weights.py",)
 CHAT = ("test_template.py test_chat.py", "test_small_templates.py", "test_encode.py")
+ANSWERS = ("test_questions.py",)
 RANKS = ("test_shard.py", "test_dist.py")
 
 # fmt: off
@@ -247,6 +248,16 @@ MUTANTS = [
            "        return\n        torch_dist.all_reduce(torch.zeros(()), group=_saving if "
            "saving", RANKS),
     # --- evaluation
+    Mutant("answers-beyond-the-stop", "eval/generate.py", "return ids[: at + 1]", "return ids", ("test_generate.py",)),
+    Mutant("answers-as-in-training", "eval/judge.py", "self.loss.use_segments(True)", "pass", ANSWERS),
+    Mutant("samples-not-cut", "report/record.py", "self._cut_samples(step + 1 if step else 0)", "pass", ANSWERS),
+    Mutant("last-model-for-the-best", "training/finish.py",
+           'checkpoint.load_weights(job.checkpoints / f"step-{best:08d}", job.loss)', "pass", ANSWERS),
+    Mutant("best-is-not-saved", "training/loop.py", "needed = needed or job.is_best", "pass", ANSWERS),
+    Mutant("base-with-its-adapter", "eval/judge.py", "with self.adapted.disable_adapter():", "if True:",
+           ANSWERS),
+    Mutant("kl-the-other-way", "eval/forgetting.py", "log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)",
+           ("test_forgetting.py",)),
     Mutant("eval-mean-of-sources", "eval/loss.py", "loss = sum(sums) / sum(weights)",
            "loss = sum(s / w for s, w in zip(sums, weights)) / len(sums)", ("test_eval.py",)),
     Mutant("eval-own-rank", "eval/loss.py",

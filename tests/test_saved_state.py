@@ -5,6 +5,7 @@ continued.
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,8 @@ BASE: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
 OPTIM = Config.model_validate(BASE).optim
 
 
-def state(step: int, loss: float | None = None) -> checkpoint.State:
-    return checkpoint.State(step, "plan", {}, 10 * step, step, loss)
+def state(step: int) -> checkpoint.State:
+    return checkpoint.State(step, "plan", {}, 10 * step, step)
 
 
 def trained(seed: int, steps: int = 2) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -65,13 +66,22 @@ def test_weights_and_all_moments_come_back_to_the_bit(tmp_path: Path) -> None:
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     model, optimizer = trained(seed=0)
-    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 4.0], 1):
-        checkpoint.save(tmp_path, state(step, loss), model, optimizer, keep=2)
+    costs: dict[int, float] = {}
+    for step, cost in enumerate([3.0, 1.0, 2.0, None, 2.5, 4.0], 1):
+        if cost is not None:
+            costs[step] = cost
+        checkpoint.save(tmp_path, state(step), model, optimizer, keep=2, costs=costs)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000002",
         "step-00000005",
         "step-00000006",
     ]
+    # A better step that was not saved changes nothing.
+    checkpoint.save(tmp_path, state(7), model, optimizer, keep=1, costs={**costs, 99: 0.5})
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-00000002", "step-00000007"]
+    shutil.rmtree(tmp_path / "step-00000007")
+    checkpoint.save(tmp_path, state(6), model, optimizer, keep=2, costs=costs)
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.step == 6

@@ -53,6 +53,7 @@ def test_every_setting_is_read_by_a_run(read: set[str], tmp_path: Path) -> None:
         "model": tiny.folder(tmp_path / "model"),
         "data": {"rows": rows, "eval_rows": rows, "cache": cache, "workers": 0},
         "batch": {"examples_per_step": 4, "epochs": 2},
+        "eval": {"prompts": 2, "new_tokens": 2},
         "checkpoint": {"every": 1},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }

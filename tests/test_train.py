@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import sftx
 from sftx import distributed
 from sftx.training import checkpoint, loop
+from sftx.training.best import costs
 from sftx.training.optim import build_optimizer, learning_rate
 from sftx.training.signals import Diverged, StopFlag, Stopped
 
@@ -162,10 +163,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
     model = tiny.model()
     optimizer = torch.optim.AdamW(model.parameters())
+    evaluations: dict[int, dict[str, float]] = {}
     for step, loss in enumerate([2.0, float("nan"), 3.0], 1):
-        checkpoint.save(
-            tmp_path, checkpoint.State(step, "", {}, 0, 0, loss), model, optimizer, keep=1
-        )
+        evaluations[step] = {"loss": loss}
+        found = costs(evaluations, "loss")
+        state = checkpoint.State(step, "", {})
+        checkpoint.save(tmp_path, state, model, optimizer, keep=1, costs=found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 

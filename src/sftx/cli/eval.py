@@ -8,7 +8,7 @@ base is found, and measured too.
 Metrics: exact, contains, number (the last number of both), f1, json_valid, tool_call, rouge_l, bleu,
 chrf, and functions of your own, as file.py:function, called with (samples, prompts, outputs,
 references). `ended` is the share of answers that end by a stop token; `kl` is KL(model || base) per
-token in nats, on the model's answers: how far it has moved.
+token in nats, on the base's answers: how far it has moved; `general loss` that of a text the base knew.
 
 min.METRIC=NUMBER makes the exit code 1 where the model scores less (max.METRIC= where it scores more):
 min.exact=0.8 max.loss=1.5.
@@ -20,34 +20,41 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from sftx.cli._eval_page import write_page
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
-from sftx.eval.judge import (
-    Asked,
-    Judgement,
-    Served,
-    base_of,
-    distance,
-    judge,
-    load_served,
-    prompts_of,
-)
+from sftx.data.store.corpus import Corpus
+from sftx.eval.judge import Judge, Judgement, Questions
+from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import check_metric
+from sftx.eval.questions import questions_on
+from sftx.eval.served import (
+    TOKENS_PER_PACK,
+    Adapter,
+    Served,
+    adapter_in,
+    base_of,
+    load_served,
+)
 from sftx.model.runtime import machine
+from sftx.model_config import positions
 from sftx.printable import printable
-from sftx.settings.schema import Config, Model
+from sftx.settings.schema import Config
 from sftx.types import UserError
 
+UNLIMITED = 1 << 40
+"""Positions of a model whose configuration names none."""
 POSITIONAL = ("model", "data")
 EXTRA = {
     "base": "A model to measure beside it; default: for an adapter its own base, else none.",
-    "metrics": "Names with commas between them; default: exact.",
+    "metrics": "Names with commas between them; default: exact,f1.",
     "prompts": "How many prompts are answered, taken evenly over the rows; default: 100, 0 = none.",
     "new_tokens": "Most tokens of an answer; default: 256.",
     "shown": "How many answers are shown; default: 3.",
+    "general": "A file of text that the base knew; default: true, one that comes with sftx.",
+    "html": "Write all numbers and answers to this page.",
     "json": "Write all numbers and answers to this file.",
     "min.": "min.METRIC=NUMBER: exit code 1 where the model scores less.",
     "max.": "max.METRIC=NUMBER: exit code 1 where the model scores more.",
@@ -58,77 +65,115 @@ DEFAULTS = ("output=unused",)
 def run(
     config: Config,
     base: str = "",
-    metrics: str = "exact",
+    metrics: str = "exact,f1",
     prompts: str = "100",
     new_tokens: str = "256",
     shown: str = "3",
+    general: str = "true",
+    html: str = "",
     json: str = "",
     bounds: Mapping[str, str] | None = None,
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    for name in names:
-        check_metric(name)
+    names = _names(metrics)
     limits = _limits(bounds or {})
     count = whole_number("eval: prompts", prompts, 0)
     longest_answer = whole_number("eval: new_tokens", new_tokens)
-    folder = config.model.path
-    named = base_of(folder)
-    adapter = None if named is None else folder
-    model = _model(config, base or named) if adapter else config.model
+    asked = {"metrics": names, "new_tokens": longest_answer, "general": _general(general)}
+    config = config.model_copy(update={"eval": config.eval.model_copy(update=asked)})
+    adapter = adapter_in(config.model.path)
+    title = config.model.path
+    if adapter is not None:
+        config = _with_base(config, adapter, base)
     console = Console(highlight=False, soft_wrap=True)
-    tokenizer, max_length = tokenizer_and_length(config.model_copy(update={"model": model}))
+    tokenizer, max_length = tokenizer_and_length(config)
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus = encoded(console, config, encoder)
-    found = prompts_of(corpus, tokenizer, encoder.stop_ids, count)
-    console.print(f"data     {corpus.ledger.summary()}; {len(found):,} prompts")
-    asked = Asked(
-        corpus, tokenizer, encoder.stop_ids, found, names, longest_answer, seed=config.seed
-    )
-    judged = _judged(console, config, model, adapter, base, asked)
+    limit = positions(config.model.path, UNLIMITED)
+    questions = questions_on(config, encoder, corpus, count, limit)
+    console.print(f"data     {corpus.ledger.summary()}; {len(questions.prompts):,} prompts")
+    for note in questions.notes:
+        console.print(f"note     {note}", markup=False)
+    other = "" if adapter is not None else base
+    judged = _judged(console, config, adapter, other, corpus, questions)
     _print(console, judged)
     _show(console, judged, whole_number("eval: shown", shown, 0))
     if json:
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
+    if html:
+        write_page(html, title, judged)
     missed = _missed(limits, judged["model"].numbers)
     for line in missed:
         console.print(line, style="bold red", markup=False)
     return int(bool(missed))
 
 
+def _names(metrics: str) -> list[str]:
+    """The metrics, each of them known."""
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    for name in names:
+        check_metric(name)
+    return names
+
+
+def _general(given: str) -> bool | str:
+    """`general=` as `eval.general` takes it."""
+    return {"true": True, "false": False}.get(given, given)
+
+
+def _with_base(config: Config, adapter: Adapter, base: str) -> Config:
+    """The settings with the base of an adapter for the model, and the adapter's own tokenizer."""
+    changed: dict[str, object] = {"path": base or base_of(adapter)}
+    if config.model.tokenizer is None and (adapter.folder / "tokenizer.json").is_file():
+        changed["tokenizer"] = str(adapter.folder)
+    return config.model_copy(update={"model": config.model.model_copy(update=changed)})
+
+
 def _judged(
-    console: Console, config: Config, model: Model, adapter: str | None, base: str, asked: Asked
+    console: Console,
+    config: Config,
+    adapter: Adapter | None,
+    base: str,
+    corpus: Corpus,
+    questions: Questions,
 ) -> dict[str, Judgement]:
-    """What the model scores, and its base where there is one."""
+    """What the model scores, and its base where there is one, which is measured first."""
     judged: dict[str, Judgement] = {}
+    gauge = None
     with machine(config.runtime) as here:
-        with console.status("loading and measuring the model"):
-            served = load_served(model, adapter, asked.corpus, here)
-            judged["model"] = tuned = judge(served, asked, here)
-        if served.adapter is not None:
-            with console.status("measuring its base"), served.without_adapter():
-                judged["base"] = judge(served, asked, here)
-            tuned.numbers["kl"] = _distance_of_adapter(served, asked, tuned)
-        elif base:
+
+        def judge_of(served: Served) -> Judge:
+            return Judge(questions, served.loss, served.adapter, here, TOKENS_PER_PACK)
+
+        if base:
+            other = config.model.model_copy(update={"path": base})
             with console.status("measuring the base"):
-                other = load_served(_model(config, base), None, asked.corpus, here)
-                judged["base"] = judge(other, asked, here)
-                tuned.numbers["kl"] = distance(
-                    served.forward, other.forward, asked.prompts, tuned.samples
-                )
+                judge = judge_of(load_served(other, None, corpus, here))
+                judge.remember(is_start=True)
+                gauge, judge.gauge = judge.gauge, None
+                judged["base"] = _measured(judge, corpus)
+            del judge  # one model in memory at a time
+        with console.status("measuring the model"):
+            served = load_served(config.model, adapter, corpus, here)
+            judge = judge_of(served)
+            if served.adapter is not None:
+                judge.remember(is_start=True)
+                gauge, judge.gauge = judge.gauge, None
+                with judge.without_adapter():
+                    judged["base"] = _measured(judge, corpus)
+            judge.gauge = gauge
+            judged["model"] = _measured(judge, corpus)
     return judged
 
 
-def _model(config: Config, path: str | None) -> Model:
-    return config.model.model_copy(update={"path": path})
-
-
-def _distance_of_adapter(served: Served, asked: Asked, tuned: Judgement) -> float:
-    def base(ids: Tensor) -> Tensor:
-        with served.without_adapter():
-            return served.forward(ids)
-
-    return distance(served.forward, base, asked.prompts, tuned.samples)
+def _measured(judge: Judge, corpus: Corpus) -> Judgement:
+    """Loss over all rows, and all that is asked."""
+    numbers = held_out_loss(judge.loss, corpus, TOKENS_PER_PACK, judge.machine.autocast)
+    found = Judgement()
+    if judge.questions.prompts:
+        found = judge.ask() or found
+    found.numbers = numbers | found.numbers
+    return found
 
 
 def _limits(bounds: Mapping[str, str]) -> list[tuple[str, str, float]]:
@@ -185,8 +230,7 @@ def _show(console: Console, judged: Mapping[str, Judgement], count: int) -> None
 
 
 def _as_json(judgement: Judgement) -> dict[str, object]:
-    samples = [sample.as_record(0) for sample in judgement.samples]
-    for number, sample in enumerate(samples):
+    samples = judgement.records(0)
+    for sample in samples:
         del sample["step"]
-        sample["scores"] = {name: values[number] for name, values in judgement.scores.items()}
     return {"numbers": judgement.numbers, "samples": samples}

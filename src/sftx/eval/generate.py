@@ -7,16 +7,17 @@ those of the model's generation_config.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from sftx import distributed
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.checks.start import evaluating
+from sftx.model.save import serving_config
 from sftx.types import Example
 
 if TYPE_CHECKING:
@@ -84,37 +85,51 @@ def answer(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`.
 
-    Prompts of about equal length are answered together, padded at the left. Where the
+    Prompts of about equal length are answered together, padded at the left; several ranks share
+    such groups, and all get all answers, which do not depend on how many ranks there are. Where the
     generation_config samples, `seed` decides what is drawn; the state of the random numbers outside
-    is not touched.
+    is not touched. `stop` is asked between groups; where it says so, [] is returned.
     """
     config = _generation_config(model, stop_ids, max_new_tokens)
-    samples: list[Sample | None] = [None] * len(prompts)
+    new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
+    counts = torch.zeros(len(prompts), dtype=torch.int64)
+    groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))
+    ranks = distributed.world_size()
     cache_was_used = model.config.use_cache
     with evaluating(model), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
         model.config.use_cache = True
         try:
-            for members in _batches([len(prompt.ids) for prompt in prompts], max_new_tokens):
-                group = [prompts[i] for i in members]
-                for i, new in zip(members, _generated(model, config, group), strict=True):
-                    samples[i] = _sample(prompts[i], new, config, tokenizer)
+            for first in range(0, len(groups), ranks):
+                if stop():
+                    return []
+                number = first + distributed.rank()
+                is_mine = number < len(groups)
+                # Where the model is in shards, a rank without a group takes part all the same.
+                members = groups[number] if is_mine else groups[0][-1:]
+                torch.manual_seed(seed + number)
+                answers = _generated(model, config, [prompts[i].ids for i in members])
+                for i, ids in zip(members if is_mine else (), answers, strict=False):
+                    new[i, : len(ids)] = torch.tensor(ids)
+                    counts[i] = len(ids)
         finally:
             model.config.use_cache = cache_was_used
-    return [sample for sample in samples if sample is not None]
+    distributed.all_reduce_sum(new)
+    distributed.all_reduce_sum(counts)
+    said = [ids[:count] for ids, count in zip(new.tolist(), counts.tolist(), strict=True)]
+    return [
+        _sample(prompt, ids, config, tokenizer) for prompt, ids in zip(prompts, said, strict=True)
+    ]
 
 
 def _generation_config(
     model: PreTrainedModel, stop_ids: Sequence[int], max_new_tokens: int
 ) -> GenerationConfig:
-    config = copy.deepcopy(model.generation_config)
-    assert config is not None
-    known = config.eos_token_id
-    of_model = [known] if isinstance(known, int) else list(known or ())
-    config.eos_token_id = sorted({*of_model, *stop_ids}) or None
+    """The configuration that is saved with the model, with a limit of the answer's length."""
+    config = serving_config(model, None, list(stop_ids))
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
     config.max_new_tokens = max_new_tokens
@@ -122,7 +137,7 @@ def _generation_config(
     return config
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
     """Numbers of prompts to be answered together, the longest first, so that memory runs out at once
     if it does.
     """
@@ -136,19 +151,21 @@ def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]
 
 
 def _generated(
-    model: PreTrainedModel, config: GenerationConfig, prompts: Sequence[Prompt]
+    model: PreTrainedModel, config: GenerationConfig, prompts: Sequence[list[int]]
 ) -> list[list[int]]:
     """The new tokens of each prompt, padding and all that follows a stop token cut off."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    pad = config.pad_token_id
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask[row, longest - len(prompt.ids) :] = 1
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
     device = next(model.parameters()).device
     out = model.generate(  # pyright: ignore[reportCallIssue] - transformers adds it to causal models
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        synced_gpus=distributed.is_joined(),
     )
     assert isinstance(out, torch.Tensor)
     return [_until_stop(row, config) for row in out[:, longest:].tolist()]

@@ -1,4 +1,4 @@
-"""How good one output is beside its reference: a number per sample, and the mean over all.
+"""How good one output is beside its reference: a number per sample.
 
 A metric is a function `(outputs, references) -> list[float]`, one number per sample. `METRICS` has those
 that come with sftx; `load_metric` makes one of a Python function in a file.
@@ -14,9 +14,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import cast
 
+from sftx.boundary import boundary
 from sftx.printable import printable
 from sftx.types import UserError
 
@@ -26,6 +28,9 @@ OwnMetric = Callable[
     [Sequence[str], Sequence[str], Sequence[str], Sequence[str]], Mapping[str, Sequence[float]]
 ]
 """A metric of the user: `(samples, prompts, outputs, references)` to named numbers per sample."""
+
+TAKEN = ("loss", "perplexity", "targets", "accuracy", "ended", "kl", "general loss")
+"""Names that an evaluation gives to numbers of its own."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -196,57 +201,74 @@ METRICS: dict[str, Metric] = {
 """The metrics by name, as `eval.metrics` and `sftx eval metrics=` name them."""
 
 
-def check_metric(name: str) -> None:
+def check_metric(metric: str | OwnMetric) -> None:
     """`UserError` now, before anything is computed, for a metric that is not there."""
-    if ":" in name:
-        load_metric(name)
+    if not isinstance(metric, str):
         return
-    if name not in METRICS:
+    if ":" in metric:
+        load_metric(metric)
+        return
+    if metric not in METRICS:
         raise UserError(
-            f"metric {printable(name)!r} is not known: one of {', '.join(METRICS)}, or "
+            f"metric {printable(metric)!r} is not known: one of {', '.join(METRICS)}, or "
             "file.py:function"
         )
-    METRICS[name]([], [])  # needs its package
+    METRICS[metric]([], [])  # needs its package
 
 
+@cache
 def load_metric(place: str) -> OwnMetric:
     """The function that `file.py:function` names. `UserError` where there is none."""
     file, _, name = place.rpartition(":")
     path = Path(file)
+    where = f"metric {printable(place)!r}"
     if not path.is_file():
-        raise UserError(f"metric {printable(place)!r}: there is no file {printable(file)}")
+        raise UserError(f"{where}: there is no file {printable(file)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"metric {printable(place)!r}: {printable(file)} is no Python file (.py)")
+        raise UserError(f"{where}: {printable(file)} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with boundary(f"{where}: {printable(file)} cannot be run"):
+        spec.loader.exec_module(module)
     function = vars(module).get(name)
     if not callable(function):
-        raise UserError(f"metric {printable(place)!r}: {printable(file)} has no function {name!r}")
+        raise UserError(f"{where}: {printable(file)} has no function {name!r}")
     return cast(OwnMetric, function)
 
 
 def score(
-    names: Sequence[str], prompts: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+    metrics: Sequence[str | OwnMetric],
+    prompts: Sequence[str],
+    outputs: Sequence[str],
+    references: Sequence[str],
 ) -> dict[str, list[float]]:
-    """Every metric in `names` for every sample: lists as long as `outputs`.
+    """Every metric for every sample: lists as long as `outputs`, by name.
 
-    A metric of the user may give several named numbers. `UserError` where it gives something else
-    than one finite number for each sample; what it raises itself is not changed.
+    A metric of the user, a function or its place, may give several. `UserError` where it raises, or
+    gives something else than one finite number for each sample.
     """
     scores: dict[str, list[float]] = {}
-    for name in names:
-        if ":" not in name:
-            scores[name] = METRICS[name](outputs, references)
+    for metric in metrics:
+        if isinstance(metric, str) and ":" not in metric:
+            scores[metric] = METRICS[metric](outputs, references)
             continue
         samples = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
-        given = load_metric(name)(samples, prompts, outputs, references)
-        scores |= _checked(name, given, len(outputs))
+        function = load_metric(metric) if isinstance(metric, str) else metric
+        where = f"metric {name_of(metric)!r}"
+        with boundary(where):
+            given = function(samples, prompts, outputs, references)
+        scores |= _checked(where, given, len(outputs))
     return scores
 
 
-def _checked(metric: str, given: object, count: int) -> dict[str, list[float]]:
-    where = f"metric {printable(metric)!r}"
+def name_of(metric: str | OwnMetric) -> str:
+    """A metric as the settings name it."""
+    return printable(
+        metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    )
+
+
+def _checked(where: str, given: object, count: int) -> dict[str, list[float]]:
     if not isinstance(given, Mapping):
         raise UserError(
             f"{where} returned {type(given).__name__}; a dictionary of lists is needed, one number "
@@ -254,6 +276,8 @@ def _checked(metric: str, given: object, count: int) -> dict[str, list[float]]:
         )
     checked: dict[str, list[float]] = {}
     for name, values in given.items():
+        if name in TAKEN:
+            raise UserError(f"{where}: {name!r} is the name of another number; choose another")
         try:
             numbers = [float(value) for value in values]
         except (TypeError, ValueError) as error:

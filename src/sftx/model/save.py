@@ -44,7 +44,7 @@ def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) 
     before = config.eos_token_id
     eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
     config.eos_token_id = list(dict.fromkeys(eos)) or None
-    if config.pad_token_id is None:
+    if config.pad_token_id is None and tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id
     _allow_temperature(config)
     return config

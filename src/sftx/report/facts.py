@@ -24,6 +24,7 @@ class RunFacts:
 
     `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
     changed on the way. `merged`: how far merging moved a logit.
+    `best`: step, metric and value of the model that was written, where the best one was chosen.
     """
 
     status: str = ""
@@ -50,6 +51,8 @@ class RunFacts:
     ended_at: int | None = None
     stopped_at: int | None = None
     eval_after: dict[str, float] | None = None
+    best: dict[str, Any] | None = None
+    stopped_early: str | None = None
     measured: dict[str, float] | None = None
     total_tokens: int | None = None
     total_targets: int | None = None

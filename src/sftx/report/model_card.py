@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from sftx.report.facts import RunFacts
 from sftx.report.record import Run
 from sftx.types import Ledger
 
@@ -41,15 +43,7 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         ledger.summary() + ".",
         "",
     ]
-    before, after = facts.eval_before, facts.eval_after
-    if after:
-        lines += ["## Held-out loss", "", "| | nats per token | perplexity |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {numbers['loss']:.4f} | {numbers['perplexity']:.2f} |"
-            for name, numbers in (("before", before), ("after", after))
-            if numbers
-        ]
-        lines.append("")
+    lines += _results(facts)
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     lines += [
         "## How to repeat it",
@@ -61,6 +55,43 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
     if config.runtime.report:
         lines += ["`report.html` in this folder shows how the training went.", ""]
     return "\n".join(lines)
+
+
+def _results(facts: RunFacts) -> list[str]:
+    """What the held-out rows say of the model, before and after."""
+    lines: list[str] = []
+    before, after = facts.eval_before or {}, facts.eval_after or {}
+    if facts.best is not None:
+        best = facts.best
+        lines += [
+            f"These are the weights after step {best['step']:,}, the best by {best['metric']} "
+            f"({best['value']:.4g}).",
+            "",
+        ]
+    if facts.stopped_early is not None:
+        lines += [f"Training stopped early: {facts.stopped_early}.", ""]
+    if "loss" in after:
+        lines += ["## Held-out loss", "", "| | nats per token | perplexity |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {numbers['loss']:.4f} | {numbers['perplexity']:.2f} |"
+            for name, numbers in (("before", before), ("after", after))
+            if "loss" in numbers
+        ]
+        lines.append("")
+    return lines + _others(before, after)
+
+
+def _others(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """A table of all numbers but the loss."""
+    lines: list[str] = []
+    judged = [name for name in after if name not in ("loss", "perplexity", "targets")]
+    if judged:
+        lines += ["## Other held-out numbers", "", "| | before | after |", "|---|---|---|"]
+        for name in judged:
+            was = f"{before[name]:.4g}" if name in before else ""
+            lines.append(f"| {name} | {was} | {after[name]:.4g} |")
+        lines.append("")
+    return lines
 
 
 def public_name(path: str) -> str:

@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -129,12 +130,23 @@ class Progress:
             )
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """A held-out loss."""
-        if numbers:
-            found = f"loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}"
-            if "accuracy" in numbers:  # trlx's own numbers have none
-                found += f"  accuracy {100 * numbers['accuracy']:.1f} %"
-            self.say(f"held out {found}  after step {step:,}")
+        """The numbers of an evaluation."""
+        shown = {name: value for name, value in numbers.items() if name != "targets"}
+        forms = {"loss": ".4f", "perplexity": ".2f"}
+        found = [f"{name} {value:{forms.get(name, '.4g')}}" for name, value in shown.items()]
+        if found:
+            self.say(f"held out {'  '.join(found)}  after step {step:,}")
+
+    def samples(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """One of the newest answers."""
+        for line in lines[:1]:
+            for name, key in (
+                ("prompt", "prompt"),
+                ("answer", "output"),
+                ("expected", "reference"),
+            ):
+                text = " ".join(str(line[key]).split())
+                self.say(f"{name:9}{text if len(text) <= 160 else text[:157] + '...'}")
 
     def finished(self, run: Run) -> None:
         """Where the result is."""
@@ -151,10 +163,25 @@ class Progress:
                 f"{measured['seconds']:,.0f} s in steps ({expected} predicted for a free machine)"
             )
             self.say(f"measured peak memory {peaks}, {seconds}")
+        self._judged(run.facts.eval_before or {}, run.facts.eval_after or {})
         self.say(
             f"done     {run.folder} holds the trained model; metrics.jsonl and ledger.json tell "
             "what happened"
         )
+
+    def _judged(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """The stop test and what was forgotten, before training and of the model that is written."""
+        if "ended" in after:
+            was = f"{100 * before['ended']:.1f} % -> " if "ended" in before else ""
+            self.say(f"stops    {was}{100 * after['ended']:.1f} % of the answers end by themselves")
+        forgot: list[str] = []
+        if "kl" in after:
+            forgot.append(f"KL to the base {before.get('kl', 0.0):.4g} -> {after['kl']:.4g}")
+        if "general loss" in after:
+            was = f"{before['general loss']:.4f} -> " if "general loss" in before else ""
+            forgot.append(f"loss on the general text {was}{after['general loss']:.4f}")
+        if forgot:
+            self.say(f"forgot   {', '.join(forgot)} (nats per token)")
 
     def _live(self, record: StepRecord, text: str) -> None:
         if self._bar is None:

@@ -2,6 +2,7 @@
 
 OUTPUT/run.json        what was run: settings, versions, data, fingerprints, status, final numbers
 OUTPUT/metrics.jsonl   one line per optimiser step
+OUTPUT/samples.jsonl   the answers of each evaluation, one line each
 OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
 OUTPUT/checkpoints/    states to continue from, each with the record up to its step
 OUTPUT/report.html     the page on the run
@@ -32,6 +33,8 @@ from sftx.types import StepRecord, UserError, untrained
 
 RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
 """Files of one line per step, which a checkpoint carries up to its own."""
+SAMPLES = "samples.jsonl"
+"""The record of answers. A checkpoint does not carry it: what it holds of later steps is cut off."""
 PACKAGES = ("sftx", "torch", "transformers", "peft", "tokenizers", "numpy")
 
 
@@ -93,6 +96,8 @@ class Run:
                 kept = carried.get(name, "")
                 if kept or name == "metrics.jsonl" or (self.folder / name).exists():
                     write_text(self.folder / name, kept)
+            if (self.folder / SAMPLES).exists():
+                self._cut_samples(step + 1 if step else 0)
 
     def records(self) -> dict[str, str]:
         """The records so far, for a checkpoint to carry; what is returned is on the disk."""
@@ -101,6 +106,8 @@ class Run:
             if self.writes and (self.folder / name).exists():
                 sync(self.folder / name)
                 found[name] = self._text(name)
+        if self.writes and (self.folder / SAMPLES).exists():
+            sync(self.folder / SAMPLES)
         return found
 
     def records_until(self, step: int) -> dict[str, str]:
@@ -169,6 +176,24 @@ class Run:
             if line["step"] == step:
                 line["eval"] = numbers
         self._rewrite("metrics.jsonl", lines)
+
+    def write_samples(self, lines: list[dict[str, object]], again: bool) -> None:
+        """Append the answers of a step to samples.jsonl; those of the same step that stand there
+        are replaced where it is evaluated `again`.
+        """
+        if again and self.writes and lines:
+            self._cut_samples(int(str(lines[0]["step"])))
+        for line in lines:
+            self._append(SAMPLES, line)
+
+    def _cut_samples(self, step: int) -> None:
+        """Take the answers at `step` and later out of samples.jsonl."""
+        lines = [line for line in _lines(self._text(SAMPLES)) if line["step"] < step]
+        self._rewrite(SAMPLES, lines)
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The numbers of all evaluations recorded so far, by step."""
+        return {line["step"]: line["eval"] for line in self.metrics() if line.get("eval")}
 
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far, without lines that cannot be read."""

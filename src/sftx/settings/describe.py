@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -99,6 +99,8 @@ def _type_in_words(annotation: Any) -> str:
             return f"{{{names}: {words}}}"
         case origin if origin is tuple:
             return f"a list of {len(arguments)} numbers"
+        case origin if origin is Callable:
+            return "a function"
         case _:
             return "{" + ", ".join(annotation.model_fields) + "}"
 

@@ -7,7 +7,7 @@ is made: `Config` alone decides what is allowed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypedDict
 
 from sftx.settings import schema
@@ -279,12 +279,36 @@ class AdapterSettings(TypedDict, total=False):
 
 
 class EvalSettings(TypedDict, total=False):
-    """Held-out loss and perplexity, over the rows of `data.eval` or `data.eval_split`."""
+    """Held-out loss, and answers of the model to held-out prompts."""
 
     every: int
     """Evaluate every so many steps; 0 = before the first step and after the last only."""
     at_start: bool
     """Evaluate before the first step, so that the gain can be seen."""
+    prompts: int | Text | Sequence[Any]
+    """What the model answers at every evaluation, into samples.jsonl: so many held-out rows, or a
+    file of rows, or rows (Python only). The prompt is all before a row's last output, which is the
+    reference. 0 = none.
+    """
+    metrics: Sequence[Text | Callable[..., Any]]
+    """How answers are judged: exact, contains, number, f1, json_valid, tool_call, rouge_l, bleu,
+    chrf, or a function of your own, as file.py:function (in Python the function itself).
+    """
+    new_tokens: int
+    """Most tokens of an answer. Prompts that leave no room for them in the model are not asked."""
+    general: bool | Text | Sequence[Any]
+    """A text that the base knew, whose loss shows what is forgotten, where `prompts` is set: true =
+    one that comes with sftx, else a file of rows, or rows (Python only).
+    """
+    keep_best: Text | None
+    """Write the model that was best by this number instead of the last one: loss, accuracy, any of
+    `metrics`, ended, kl, `general loss`. Of losses, perplexity and kl the lowest is best, of the
+    others the highest.
+    """
+    stop_after: int
+    """End after so many evaluations in a row without a gain in `keep_best` (or loss); 0 = never."""
+    min_delta: float
+    """What counts as a gain for `stop_after`: more than this."""
 
 
 class CheckpointSettings(TypedDict, total=False):
@@ -297,8 +321,8 @@ class CheckpointSettings(TypedDict, total=False):
     time. Where there is no room for such a checkpoint the run says so and goes on.
     """
     keep: int
-    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out
-    loss.
+    """How many checkpoints to keep: the newest, and besides them the best by `eval.keep_best`
+    (default: held-out loss).
     """
     background: bool
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
@@ -374,7 +398,7 @@ class Sections(TypedDict, total=False):
     adapter: Literal["none", "lora", "rslora", "dora"] | AdapterSettings | schema.Adapter
     """Which weights train."""
     eval: EvalSettings | schema.Eval
-    """Held-out loss."""
+    """Held-out loss and answers."""
     checkpoint: CheckpointSettings | schema.Checkpoint
     """State to continue from."""
     runtime: RuntimeSettings | schema.Runtime

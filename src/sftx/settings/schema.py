@@ -14,6 +14,7 @@ from annotated_types import Ge
 from pydantic import Field, model_validator
 
 from sftx.settings.data_section import Data, Source
+from sftx.settings.eval_section import Eval
 from sftx.settings.section import SHORT_FORMS, Section
 
 __all__ = [
@@ -209,15 +210,6 @@ class Adapter(Section):
         return self
 
 
-class Eval(Section):
-    """Held-out loss and perplexity, over the rows of `data.eval` or `data.eval_split`."""
-
-    every: int = Field(default=0, ge=0)
-    """Evaluate every so many steps; 0 = before the first step and after the last only."""
-    at_start: bool = True
-    """Evaluate before the first step, so that the gain can be seen."""
-
-
 class Checkpoint(Section):
     """State to continue from."""
 
@@ -228,8 +220,8 @@ class Checkpoint(Section):
     time. Where there is no room for such a checkpoint the run says so and goes on.
     """
     keep: int = Field(default=2, ge=1)
-    """How many checkpoints to keep: the newest, and besides them the one with the lowest held-out
-    loss.
+    """How many checkpoints to keep: the newest, and besides them the best by `eval.keep_best`
+    (default: held-out loss).
     """
     background: bool = False
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
@@ -305,7 +297,7 @@ class Config(Section):
     adapter: Adapter = Adapter()
     """Which weights train."""
     eval: Eval = Eval()
-    """Held-out loss."""
+    """Held-out loss and answers."""
     checkpoint: Checkpoint = Checkpoint()
     """State to continue from."""
     runtime: Runtime = Runtime()
@@ -333,9 +325,16 @@ class Config(Section):
             raise ValueError(
                 "`model.unfrozen_layers` and `model.train_only` both say what trains; set one"
             )
-        if self.eval.every and not (self.data.eval or self.data.eval_rows or self.data.eval_split):
+        has_rows = bool(self.data.eval or self.data.eval_rows or self.data.eval_split)
+        asked = self.eval.prompts
+        if self.eval.every and not has_rows and not asked:
             raise ValueError(
                 "`eval.every` is set, but there is nothing to evaluate on: set data.eval or "
                 "data.eval_split"
+            )
+        if asked and isinstance(asked, int) and not has_rows:
+            raise ValueError(
+                f"`eval.prompts: {asked}` takes held-out rows, and there are none: set data.eval "
+                "or data.eval_split, or name a file of prompts"
             )
         return self

@@ -8,6 +8,7 @@ dictionary, as its section object or in its short form.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from textwrap import wrap
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -29,7 +30,7 @@ is made: `Config` alone decides what is allowed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypedDict
 
 from sftx.settings import schema
@@ -148,6 +149,8 @@ def _source_of(annotation: Any) -> str:
             return " | ".join(_source_of(part) for part in arguments)
         case origin if origin is dict:
             return f"Mapping[str, {_source_of(arguments[1])}]"
+        case origin if origin is Callable:
+            return "Callable[..., Any]"
         case origin if origin is list:
             return f"Sequence[{_source_of(arguments[0])}]"
         case origin if origin is tuple:

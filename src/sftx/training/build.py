@@ -22,6 +22,8 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan, plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.judge import Judge
+from sftx.eval.questions import Questions, read_questions
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
 from sftx.model.checks.start import check_paths, check_sizes, check_trainable
@@ -40,7 +42,8 @@ from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.checks import check_ranks, check_same_tokens, check_stop_token
+from sftx.training.best import chosen_by
+from sftx.training.checks import check_best, check_ranks, check_same_tokens, check_stop_token
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
     Packing,
@@ -75,6 +78,12 @@ class RunData:
     corpus: Corpus
     held_out: Corpus | None
     plan: Plan
+    questions: Questions | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of the questions."""
+        return [] if self.questions is None else self.questions.notes
 
 
 @dataclass(frozen=True)
@@ -104,10 +113,9 @@ def prepare(
     model_config = load_config(config.model)
     data = _read_data(config, model_config, progress)
     plan = data.plan
-    # Not earlier: encoding may take longer than the processes would wait for each other.
+    # Not earlier: encoding may take longer than processes wait for each other.
     until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
     run.facts = distributed.broadcast(run.facts)
-
     threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.threads)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -143,10 +151,18 @@ def prepare(
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
     )
-    notes = [*model.notes, *thread_notes, *path_notes, *packing.notes]
+    job.judge = _judge(job, data.questions)
+    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step)
     return job
+
+
+def _judge(job: Job, questions: Questions | None) -> Judge | None:
+    """Who asks the questions at the run's evaluations."""
+    if questions is None:
+        return None
+    return Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
 
 
 def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:
@@ -170,7 +186,11 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     check_stop_token(corpus, encoder, config.data)
-    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan)
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    questions = read_questions(config, encoder, held_out, positions)
+    check_best(chosen_by(config.eval), held_out, questions)
+    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
 
 
 def build_model(
@@ -347,6 +367,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         gguf=import_module("sftx.gguf.read").source_of(job.config.model.path),
     )
     run.start(job.state.step, found.carried, facts)
+    job.evaluations = distributed.broadcast(run.evaluations())
     notes += _write_ledger(job, again)
     if lacking := job.no_room():
         raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -50,7 +49,6 @@ class State:
     mathematics: dict[str, Any]  # the settings that change results
     total_tokens: int = 0
     total_targets: int = 0
-    held_out_loss: float | None = None  # of these very weights, where they were evaluated
     bad_steps: int = 0  # in a row, up to this one
     seconds: float = 0.0  # of all steps so far
 
@@ -64,9 +62,10 @@ def save(
     background: AsyncWriter | None = None,
     records: Mapping[str, str] | None = None,
     optional: bool = False,
+    costs: Mapping[int, float] | None = None,
 ) -> Path:
     """Write `folder/step-N`, and delete the others but the newest `keep`, this one included, and
-    the best.
+    the one that `costs`, by step, calls the lowest.
 
     With `background` only a copy is made here, and written there. `records` = the texts of the
     run's records so far, by the names of their files. Where there is no room, raises UserError, or,
@@ -81,7 +80,7 @@ def save(
         for name, some in tensors.items()
     }
     texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
-    work = partial(_save, final, texts, on_host, keep, optional)
+    work = partial(_save, final, texts, on_host, keep, optional, dict(costs or {}))
     if background is None:
         work()
     else:
@@ -95,6 +94,7 @@ def _save(
     tensors: dict[str, dict[str, Tensor]],
     keep: int,
     optional: bool,
+    costs: Mapping[int, float],
 ) -> None:
     folder, main = final.parent, distributed.is_main()
     # A state is saved twice where a signal comes twice: the first is as good.
@@ -118,7 +118,7 @@ def _save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{_no_room(folder, needed)} ({error})") from error
     if main:
-        _delete_old(folder, keep)
+        _delete_old(folder, keep, costs)
 
 
 def _write(
@@ -159,16 +159,12 @@ def _seal(temporary: Path, final: Path, texts: dict[str, str]) -> None:
     sync(final.parent)
 
 
-def _delete_old(folder: Path, keep: int) -> None:
+def _delete_old(folder: Path, keep: int, costs: Mapping[int, float]) -> None:
     """Delete all checkpoints but the newest `keep` and the best one; damaged ones, and what killed
     processes left, too.
     """
     sound = [path for path in folders(folder) if not _verify(path, read=False)]
-    judged: list[tuple[float, Path]] = []
-    for path in sound:
-        loss = _state(path).held_out_loss
-        if loss is not None and math.isfinite(loss):
-            judged.append((loss, path))
+    judged = [(costs[step_of(path)], path) for path in sound if step_of(path) in costs]
     kept = {*sound[:keep], *(path for _, path in sorted(judged)[:1])}
     for path in [*folders(folder), *folder.glob(f"{_NAME}.tmp")]:
         if path not in kept:
@@ -246,7 +242,9 @@ def records(folder: Path, step: int) -> dict[str, str]:
 
 
 def _state(path: Path) -> State:
-    return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    told = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    told.pop("held_out_loss", None)  # of earlier versions; metrics.jsonl has it
+    return State(**told)
 
 
 def folders(folder: Path) -> list[Path]:

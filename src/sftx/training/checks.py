@@ -14,6 +14,7 @@ from sftx import distributed
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.judge import Questions
 from sftx.settings.schema import Data
 from sftx.types import UserError
 
@@ -54,6 +55,20 @@ def check_same_tokens(fast: Tokenizer, served: PreTrainedTokenizerBase, corpus: 
                 "text differently, so a server would not see what was trained: "
                 f"{text[:60]!r} -> {ours[:12]} and {theirs[:12]}"
             )
+
+
+def check_best(wanted: str | None, held_out: Corpus | None, questions: Questions | None) -> None:
+    """UserError where no evaluation will have the number `wanted`, by which the best is chosen."""
+    known: list[str] = []
+    if held_out is not None:
+        known += ["loss", "perplexity", "accuracy"]
+        known += [f"{kind} of {name}" for name in held_out.sources for kind in ("loss", "accuracy")]
+    if questions is not None:
+        known += [*questions.scored, "ended", "kl", "general loss"]
+    if wanted is not None and wanted not in known:
+        raise UserError(
+            f"eval.keep_best: no evaluation has the number {wanted!r}; they have {', '.join(known)}"
+        )
 
 
 def check_ranks(settings: dict[str, Any]) -> None:

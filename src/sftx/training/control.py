@@ -107,12 +107,12 @@ class Steps(Iterator[StepRecord]):
         return self._job().tokenizer
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out `loss` and `perplexity` of the model as it is now; metrics.jsonl holds them
-        beside the step.
+        """Held-out `loss` and `perplexity` of the model as it is now, and what its answers score;
+        metrics.jsonl holds them beside the step.
 
         Raises UserError where the run has no held-out rows.
         """
-        if self._job().held_out is None:
+        if not self._job().evaluates:
             raise UserError(
                 "steps.evaluate(): there are no held-out rows; set data.eval, data.eval_rows or "
                 "eval_split"
@@ -154,6 +154,8 @@ class Steps(Iterator[StepRecord]):
             accuracy=self._accuracy,
             eval_before=facts.eval_before,
             eval_after=facts.eval_after,
+            best=facts.best,
+            stopped_early=facts.stopped_early,
         )
 
     def _start(self) -> None:
@@ -180,9 +182,7 @@ class Steps(Iterator[StepRecord]):
         return numbers
 
     def _save(self) -> Path:
-        job = self._job()
-        lines = job.run.metrics()
-        return job.save(lines[-1]["eval"] if lines else None, in_background=True)
+        return self._job().save(in_background=True)
 
     def _between(self, action: Callable[[], Answer]) -> Answer:
         """`action` on the model in the state in which it trains."""

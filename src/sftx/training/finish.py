@@ -13,6 +13,7 @@ from sftx.model.shard import check_replicas, whole_state
 from sftx.report.model_card import model_card
 from sftx.report.progress import Progress
 from sftx.training import checkpoint
+from sftx.training.best import best_step, chosen_by
 from sftx.training.job import Job
 from sftx.training.signals import Stopped
 from sftx.types import UserError
@@ -32,16 +33,10 @@ def finish(job: Job, progress: Progress) -> None:
     """Evaluate for the last time, write the model into the folder, and mark the run as finished."""
     run, state = job.run, job.state
     job.writer.wait()
-    if state.step < job.plan.num_steps:
-        run.update(ended_at=state.step)
-    if job.held_out is not None:
-        after = job.evaluate()
-        if job.stop():
-            job.save(None)
-            leave(job)
-        run.update(eval_after=after)
-        run.write_evaluation(state.step, job.plan.num_steps, after)
-        progress.evaluated(state.step, after)
+    _evaluate_last(job, progress)
+    written = _take_best(job, progress)
+    if job.evaluates:
+        run.update(eval_after=job.evaluations[written])
     tensors = _whole_tensors(job) if distributed.is_joined() else None
     problem = job.no_room()
     try:
@@ -50,7 +45,8 @@ def finish(job: Job, progress: Progress) -> None:
     except (OSError, SafetensorError) as error:
         problem = str(error)
     if problem := distributed.broadcast(problem):
-        raise UserError(f"{run.folder}: the model cannot be written ({problem}); {_rescue(job)}")
+        rescued = _rescue(job, is_last=written == state.step)
+        raise UserError(f"{run.folder}: the model cannot be written ({problem}); {rescued}")
     run.records()  # a finished run has all of them
     measured = {}
     if job.peak_memory is not None:
@@ -64,6 +60,50 @@ def finish(job: Job, progress: Progress) -> None:
     progress.finished(run)
 
 
+def _evaluate_last(job: Job, progress: Progress) -> None:
+    """Evaluate after the last step, unless the evaluation of just now has ended the run."""
+    run, step = job.run, job.state.step
+    is_early = step < job.plan.num_steps
+    why = job.gave_up if is_early else ""
+    if is_early:
+        run.update(ended_at=step, stopped_early=why or None)
+    if why:
+        progress.say(f"stopped  after step {step:,}: {why}")
+    if why or not job.evaluates:
+        return
+    after = job.evaluate()
+    if job.stop():
+        job.save()
+        leave(job)
+    run.write_evaluation(step, job.plan.num_steps, after)
+    progress.evaluated(step, after)
+    progress.samples(job.samples)
+
+
+def _take_best(job: Job, progress: Progress) -> int:
+    """Put back the weights of the best evaluation where `eval.keep_best` asks for them; returns the
+    step of the weights that are written.
+    """
+    run, last, wanted = job.run, job.state.step, chosen_by(job.config.eval)
+    if wanted is None:
+        return last
+    there = {checkpoint.step_of(path) for path in checkpoint.folders(job.checkpoints)}
+    there = distributed.broadcast(there | {last})
+    seen = {step: numbers for step, numbers in job.evaluations.items() if step in there}
+    best = best_step(seen, wanted)
+    if best is None:
+        progress.say(f"warning  no evaluation has {wanted}: the last model is written")
+        return last
+    if best != last:
+        checkpoint.load_weights(job.checkpoints / f"step-{best:08d}", job.loss)
+    value = seen[best][wanted]
+    run.update(best={"step": best, "metric": wanted, "value": value})
+    progress.say(
+        f"best     the model after step {best:,} of {last:,} is written: {wanted} {value:.4g}"
+    )
+    return best
+
+
 def _whole_tensors(job: Job) -> dict[str, Tensor]:
     """The tensors of the trained model, on the main rank."""
     check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
@@ -72,10 +112,14 @@ def _whole_tensors(job: Job) -> dict[str, Tensor]:
     return whole_state(job.trained, None, trained_only=True)
 
 
-def _rescue(job: Job) -> str:
-    """Save the state where the model could not be written; returns what there is to continue from."""
+def _rescue(job: Job, is_last: bool) -> str:
+    """Save the state where the model could not be written, and `is_last`, the model after the last
+    step, is still there; returns what there is to continue from.
+    """
     try:
-        job.save(None)
+        if not is_last:
+            raise UserError("the weights are those of an earlier step")
+        job.save()
     except UserError:
         newest = checkpoint.newest(job.checkpoints) if distributed.is_main() else None
         good = distributed.broadcast(newest)

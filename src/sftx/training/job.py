@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sftx.data.encoder import Encoder
 from sftx.data.pack import build_pack
 from sftx.data.plan import Plan
 from sftx.data.store.corpus import Corpus
+from sftx.eval.forgetting import read_gauge
+from sftx.eval.judge import Judge
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import trainable
 from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
@@ -24,7 +27,11 @@ from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.async_writer import AsyncWriter
+from sftx.training.best import best_step, chosen_by, costs, without_gain
 from sftx.training.signals import StopFlag
+
+GAUGE = "gauge.safetensors"
+"""What the base said and thought before the first step, beside the checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,11 @@ class Job:
     predicted_seconds: float | None  # of all steps
     writer: AsyncWriter = field(default_factory=AsyncWriter)
     peak_memory: int | None = None  # bytes, once a step was taken
+    judge: Judge | None = None  # where answers are asked for
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
+    """The numbers of all evaluations so far, by step."""
+    samples: list[dict[str, object]] = field(default_factory=list[dict[str, object]])
+    """The lines that the latest evaluation gave samples.jsonl."""
 
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
@@ -90,31 +102,79 @@ class Job:
             own.append(to_tensors(pack, self.machine.device))
         return StepPacks(own, sum(map(bool, chain(*ranks))))
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out numbers of the model as it is; {} where a signal cut the evaluation short."""
-        assert self.held_out is not None
-        return held_out_loss(
-            self.loss, self.held_out, self.tokens_per_pack, self.machine.autocast, self.stop
-        )
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.held_out is not None or self.judge is not None
 
-    def save(
-        self,
-        evaluated: dict[str, float] | None,
-        in_background: bool = False,
-        optional: bool = False,
-    ) -> Path:
-        """Write a checkpoint of the model as it is, with its held-out numbers; see
-        `checkpoint.save`.
+    def evaluate(self) -> dict[str, float]:
+        """Held-out numbers of the model as it is, and those of its answers, which go to
+        samples.jsonl; {} where a signal cut the evaluation short.
         """
+        step = self.state.step
+        numbers: dict[str, float] = {}
+        if self.held_out is not None:
+            numbers = held_out_loss(
+                self.loss, self.held_out, self.tokens_per_pack, self.machine.autocast, self.stop
+            )
+            if not numbers:
+                return {}
+        if self.judge is not None:
+            judged = self.judge.ask(self.stop, is_training=True)
+            if judged is None:
+                return {}
+            numbers |= judged.numbers
+            self.samples = judged.records(step)
+            self.run.write_samples(self.samples, again=step in self.evaluations)
+        self.evaluations[step] = numbers
+        return numbers
+
+    def remember_base(self) -> None:
+        """Let the base answer the prompts, for the distance from it at later evaluations."""
+        judge, path = self.judge, self.checkpoints / GAUGE
+        assert judge is not None
+        at_start = self.state.step == 0
+        if at_start or judge.adapted is not None:
+            # The evaluation before the first step needs the same answers, unless an adapter goes on.
+            shared = at_start and self.config.eval.at_start and self.config.adapter.path is None
+            judge.remember(path, self.stop, shared)
+        elif distributed.broadcast(path.exists()):
+            judge.gauge = read_gauge(path)
+        elif distributed.is_main():
+            print(f"warning: there is no {path}: kl is left out", file=sys.stderr)
+
+    @property
+    def best_by(self) -> str:
+        """The number that tells which evaluation is the best."""
+        return chosen_by(self.config.eval) or "loss"
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the model as it is will be written at the end, unless a better one comes."""
+        wanted = chosen_by(self.config.eval)
+        return wanted is not None and best_step(self.evaluations, wanted) == self.state.step
+
+    @property
+    def gave_up(self) -> str:
+        """Why no further step is taken, in words; empty where one is."""
+        wanted = self.config.eval
+        waited = without_gain(self.evaluations, self.best_by, wanted.min_delta)
+        if not wanted.stop_after or waited < wanted.stop_after:
+            return ""
+        return f"no gain in {self.best_by} for {waited} evaluations"
+
+    def save(self, in_background: bool = False, optional: bool = False) -> Path:
+        """Write a checkpoint of the model as it is; see `checkpoint.save`."""
         return checkpoint.save(
             self.checkpoints,
-            replace(self.state, held_out_loss=evaluated["loss"] if evaluated else None),
+            self.state,
             self.loss,
             self.optimizer,
             self.config.checkpoint.keep,
             self.writer if in_background and self.config.checkpoint.background else None,
             self.run.records(),
             optional,
+            costs(self.evaluations, self.best_by),
         )
 
     def no_room(self) -> str:

@@ -134,6 +134,8 @@ def _train(job: Job, control: Control, progress: Progress) -> Iterator[StepRecor
     _evaluate_first(job, progress)
     for record in take_steps(job, control):
         progress.step(record)
+        if record.eval is not None:
+            progress.samples(job.samples)
         yield run.write(record)
     finish(job, progress)
 
@@ -148,7 +150,7 @@ def take_steps(job: Job, control: Control) -> Iterator[StepRecord]:
     metrics, clock = StepMetrics(job), SaveClock(job.config.checkpoint.minutes)
     pending: tuple[int, int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.state.step, num_steps), job.packs):
-        if control.must_end():
+        if control.must_end() or job.gave_up:
             return
         distributed.heartbeat(f"step {step + 1}")
         result = _step(job, step, packs.own)
@@ -193,9 +195,7 @@ def _due(every: int, done: int) -> bool:
 
 
 def _eval_due(job: Job, done: int) -> bool:
-    return (
-        job.held_out is not None and done < job.plan.num_steps and _due(job.config.eval.every, done)
-    )
+    return job.evaluates and done < job.plan.num_steps and _due(job.config.eval.every, done)
 
 
 def _save_due(job: Job, done: int) -> bool:
@@ -213,9 +213,11 @@ def _save_if_due(job: Job, record: StepRecord, time_due: bool) -> bool:
     """
     stopping = job.stop()
     needed = _save_due(job, record.step) or stopping
+    if record.step < job.plan.num_steps:
+        needed = needed or job.is_best
     by_time = time_due and record.step < job.plan.num_steps
     if needed or by_time:
-        job.save(record.eval, in_background=True, optional=not needed)
+        job.save(in_background=True, optional=not needed)
     if stopping:
         leave(job)
     return needed or by_time
@@ -226,21 +228,27 @@ def _evaluate_first(job: Job, progress: Progress) -> None:
     short.
     """
     run, step = job.run, job.state.step
-    missed = step > 0 and _eval_due(job, step)
-    missed = distributed.broadcast(
-        missed and distributed.is_main() and run.metrics()[-1]["eval"] is None
-    )
-    at_start = step == 0 and job.config.eval.at_start and job.held_out is not None
+    missed = step > 0 and _eval_due(job, step) and step not in job.evaluations
+    at_start = step == 0 and job.config.eval.at_start and job.evaluates
+    if job.judge is not None:
+        job.remember_base()
+        _end_if_asked(job)
     if not missed and not at_start:
         return
     numbers = job.evaluate()
-    if job.stop():
-        run.update(status="stopped", stopped_at=step)
-        raise Stopped(NOTHING_TO_SAVE.format(job.stop.signal))
+    _end_if_asked(job)
     run.write_evaluation(step, job.plan.num_steps, numbers)
-    if not missed:
+    if at_start:
         run.update(eval_before=numbers)
     progress.evaluated(step, numbers)
+    progress.samples(job.samples)
+
+
+def _end_if_asked(job: Job) -> None:
+    """End a run that a signal stops before a step was taken."""
+    if job.stop():
+        job.run.update(status="stopped", stopped_at=job.state.step)
+        raise Stopped(NOTHING_TO_SAVE.format(job.stop.signal))
 
 
 def _one_config(

@@ -31,7 +31,10 @@ class Result:
 
     `steps` is the number of optimiser steps, `seconds` the time of this call. `loss` is that of the
     last step in nats per unit of weight, `accuracy` its share of targets whose argmax is right, both
-    None where no step was taken now. `eval_before` and `eval_after` are the held-out numbers.
+    None where no step was taken now. `eval_before` and `eval_after` are the held-out numbers, the
+    second those of the model that was written. `best` says which one that is (step, metric, value)
+    where the best was chosen; `stopped_early` says why the run ended before its last step, None
+    where it did not.
     """
 
     config: Config = field(repr=False)
@@ -42,6 +45,8 @@ class Result:
     accuracy: float | None
     eval_before: dict[str, float] | None
     eval_after: dict[str, float] | None
+    best: dict[str, Any] | None = None
+    stopped_early: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel | PeftModel:

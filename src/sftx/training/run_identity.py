@@ -172,7 +172,7 @@ def _restore(found: Beginning, run: Run, model: PackLoss, optimizer: torch.optim
     if state is None:
         return
     assert found.changed or state.plan == now.plan, "equal settings and data give an equal plan"
-    found.state = replace(state, plan=now.plan, mathematics=now.mathematics, held_out_loss=None)
+    found.state = replace(state, plan=now.plan, mathematics=now.mathematics)
     found.eval_before, found.changes = run.facts.eval_before, run.facts.changed
     if run.writes:
         found.carried = checkpoint.records(folder, state.step)
