@@ -29,6 +29,8 @@ LAYERS = {
         "training.build",
         "training.finish",
         "report.progress",
+        "report.trackers",
+        "report.tracker_clients",
     ),
     3: ("training", "eval"),
     2: ("model", "distributed"),

@@ -20,6 +20,7 @@ from sftx.model.runtime import machine
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.report.record import Run
+from sftx.report.trackers import check_installed, tracking
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.training.build import prepare
@@ -97,6 +98,7 @@ def _run(
 ) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
     refuse_other_files(config)
+    check_installed(config.track)
     with owned(Path(config.output)) if distributed.is_main() else nullcontext():
         run = Run(config, writes=distributed.is_main())
         with ExitStack() as stack:
@@ -109,6 +111,7 @@ def _run(
                 given.write()
             control.job = prepare(config, here, run, progress, stack, stop)
             stop.at_once = False
+            stack.enter_context(tracking(run, config.track, progress.say))
             yield None
             yield from _train(control.job, control, progress)
             control.job = None  # the model is no longer needed
