@@ -128,7 +128,9 @@ def _code(text: str) -> str:
 
 
 class WeightsAndBiases:
-    """A run of wandb; what it keeps on disk is in RUN/wandb."""
+    """A run of wandb. What it keeps on disk goes where wandb's own settings say, and not into the
+    run folder: it holds links to elsewhere, which a run that is continued would refuse.
+    """
 
     def __init__(self, card: Card) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -140,7 +142,7 @@ class WeightsAndBiases:
             name=card.name,
             group=card.group,
             tags=card.tags,
-            dir=card.logs or str(card.folder),
+            dir=card.logs,
             config=dict(card.settings),
             id=card.id,
             resume="allow",

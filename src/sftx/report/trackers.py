@@ -188,8 +188,12 @@ class _Following:
             with boundary(f"track: {self.name}"):
                 self._follow()
         except (UserError, OSError, MemoryError, SystemExit) as error:
-            said = f"warning  {error}; {self.name} is off from here on, training goes on"
-            self.say(f"{said}; {_later(self.name)}")
+            place = f"track: {self.name}: "
+            what = str(error).removeprefix(place)
+            self.say(
+                f"warning  {place}{what}; it is off from here on, training goes on; "
+                f"{_later(self.name)}"
+            )
 
     def _follow(self) -> None:
         client = open_client(self.name, self.card)
