@@ -40,6 +40,7 @@ LAYERS = {
         "boundary",
         "cores",
         "files",
+        "first_line",
         "model_config",
         "printable",
         "settings",

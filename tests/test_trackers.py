@@ -302,10 +302,11 @@ def _of_wandb(tmp_path: Path) -> list[tuple[int, float]]:
     found = []
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
         text = path.read_bytes()
-        values = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", text)
-        steps = re.findall(rb"_step\x82\x01.([0-9]+)", text)
-        numbers = dict.fromkeys(int(step) for step in steps if int(step) > 0)  # each stands twice
-        found += zip(numbers, map(float, values), strict=True)
+        values = re.findall(rb"(?s)train/loss\x82\x01.([0-9.e-]+)", text)
+        steps = re.findall(rb"(?s)_step\x82\x01.([0-9]+)", text)
+        # Each of them stands in the file twice: as history and as summary.
+        trained = [int(step) for step in steps if int(step) > 0]
+        found += dict(zip(trained, map(float, values), strict=True)).items()
     return found
 
 

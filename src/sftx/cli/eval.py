@@ -38,6 +38,7 @@ from sftx.eval.judge import (
 from sftx.eval.metrics import check_metric
 from sftx.model.runtime import machine
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.settings.schema import Config, Model
 from sftx.types import UserError
 
@@ -79,13 +80,13 @@ def run(
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, max_length = tokenizer_and_length(config.model_copy(update={"model": model}))
     encoder = Encoder(tokenizer, config.data, max_length)
-    corpus = encoded(console, config, encoder)
+    corpus = encoded(config, encoder)
     found = prompts_of(corpus, tokenizer, encoder.stop_ids, count)
     console.print(f"data     {corpus.ledger.summary()}; {len(found):,} prompts")
     asked = Asked(
         corpus, tokenizer, encoder.stop_ids, found, names, longest_answer, seed=config.seed
     )
-    judged = _judged(console, config, model, adapter, base, asked)
+    judged = _judged(config, model, adapter, base, asked)
     _print(console, judged)
     _show(console, judged, whole_number("eval: shown", shown, 0))
     if json:
@@ -97,20 +98,21 @@ def run(
 
 
 def _judged(
-    console: Console, config: Config, model: Model, adapter: str | None, base: str, asked: Asked
+    config: Config, model: Model, adapter: str | None, base: str, asked: Asked
 ) -> dict[str, Judgement]:
     """What the model scores, and its base where there is one."""
     judged: dict[str, Judgement] = {}
+    shown = config.runtime.progress
     with machine(config.runtime) as here:
-        with console.status("loading and measuring the model"):
+        with working("loading and measuring the model", shown):
             served = load_served(model, adapter, asked.corpus, here)
             judged["model"] = tuned = judge(served, asked, here)
         if served.adapter is not None:
-            with console.status("measuring its base"), served.without_adapter():
+            with working("measuring its base", shown), served.without_adapter():
                 judged["base"] = judge(served, asked, here)
             tuned.numbers["kl"] = _distance_of_adapter(served, asked, tuned)
         elif base:
-            with console.status("measuring the base"):
+            with working("measuring the base", shown):
                 other = load_served(_model(config, base), None, asked.corpus, here)
                 judged["base"] = judge(other, asked, here)
                 tuned.numbers["kl"] = distance(

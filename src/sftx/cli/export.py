@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.training.export import Allowed, clear_leftovers, export
 from sftx.types import UserError
 
@@ -66,7 +67,8 @@ def run(
             f"sftx export: {target} exists and is not overwritten; choose another with to="
         )
     allowed = Allowed(trust_remote_code == "true", model, tokenizer, adapter, template)
-    moved, rounded = export(folder, target, dtype, step, allowed)
+    with working("loading, merging and writing the model"):
+        moved, rounded = export(folder, target, dtype, step, allowed)
     print(
         f"{printable(str(target))}: logits moved by {moved:.1e} of the largest in merging, "
         f"{rounded:.1e} as stored"

@@ -25,11 +25,13 @@ def held_out_loss(
     tokens_per_pack: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """`loss` in nats per unit of weight, `perplexity` = exp(loss), and the `targets` it stands on.
 
     With several sources, `loss of NAME` is that of each. `stop` is asked between packs; where it
-    says so, the numbers so far are thrown away and {} is returned.
+    says so, the numbers so far are thrown away and {} is returned. `tell` is told how many packs of
+    this rank are done, of about how many.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
@@ -37,6 +39,9 @@ def held_out_loss(
         float(corpus.weights[corpus.source == number].sum())
         for number in range(len(corpus.sources))
     ]
+    share = tokens_per_pack * distributed.world_size()
+    total = math.ceil(float(corpus.lengths.sum()) / share)
+    done = 0
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
@@ -45,6 +50,8 @@ def held_out_loss(
             )[distributed.rank()]:
                 if stop():
                     return {}
+                tell(done, max(total, done))
+                done += 1
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
                     totals[number] += model(to_tensors(pack, device)).double()

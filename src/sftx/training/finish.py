@@ -42,6 +42,7 @@ def finish(job: Job, progress: Progress) -> None:
         run.update(eval_after=after)
         run.write_evaluation(state.step, job.plan.num_steps, after)
         progress.evaluated(state.step, after)
+    progress.phase("saving the model")
     tensors = _whole_tensors(job) if distributed.is_joined() else None
     problem = job.no_room()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Job:
     learning_rate: Callable[[int], float]  # of update `step` (0-based)
     state: checkpoint.State  # where the run stands: the steps whose records were read
     predicted_seconds: float | None  # of all steps
+    tell: Callable[[str, int, int], None]  # what is being done, and how much of it is done
     writer: AsyncWriter = field(default_factory=AsyncWriter)
     peak_memory: int | None = None  # bytes, once a step was taken
 
@@ -94,7 +96,12 @@ class Job:
         """Held-out numbers of the model as it is; {} where a signal cut the evaluation short."""
         assert self.held_out is not None
         return held_out_loss(
-            self.loss, self.held_out, self.tokens_per_pack, self.machine.autocast, self.stop
+            self.loss,
+            self.held_out,
+            self.tokens_per_pack,
+            self.machine.autocast,
+            self.stop,
+            partial(self.tell, "evaluating|packs"),
         )
 
     def save(
@@ -106,6 +113,7 @@ class Job:
         """Write a checkpoint of the model as it is, with its held-out numbers; see
         `checkpoint.save`.
         """
+        self.tell("saving a checkpoint", 0, 0)
         return checkpoint.save(
             self.checkpoints,
             replace(self.state, held_out_loss=evaluated["loss"] if evaluated else None),

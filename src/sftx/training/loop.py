@@ -18,7 +18,7 @@ from sftx.data.prefetch import prefetched
 from sftx.model.pack_loss import TensorPack
 from sftx.model.runtime import machine
 from sftx.report.lock import owned
-from sftx.report.progress import Progress
+from sftx.report.progress import Progress, working
 from sftx.report.record import Run
 from sftx.report.trackers import check_installed, tracking
 from sftx.settings.load import make_config
@@ -117,7 +117,8 @@ def _run(
             control.job = None  # the model is no longer needed
         # The other ranks need not wait for this.
         if config.adapter.merge and run.facts.merged is None and distributed.is_main():
-            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
+            with working("merging the adapter", config.runtime.progress):
+                moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
             run.update(merged=moved)
 
 

@@ -1,0 +1,12 @@
+"""The first line of a command, which comes before anything slow."""
+
+import os
+import sys
+
+
+def first_line(verb: str, arguments: list[str]) -> bool:
+    """One line on stderr with the command; of the processes of torchrun none says it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        shown = [argument if argument.isprintable() else ascii(argument) for argument in arguments]
+        print("start    sftx", verb, *shown, file=sys.stderr, flush=True)
+    return True
