@@ -31,6 +31,7 @@ LAYERS = {
         "report.progress",
         "report.trackers",
         "report.tracker_clients",
+        "sweep",
     ),
     3: ("training", "eval"),
     2: ("model", "distributed"),

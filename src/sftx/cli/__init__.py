@@ -4,10 +4,10 @@ Every verb is one module of this package. It has `run`; it may have `EXTRA`, the
 besides the settings of a run (their values stay text; those that begin with a key ending in a dot
 come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
 this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
-are literals, read from the file. A
-verb whose `run` takes no `config` reads no settings at all; one that takes `path` is given the
-argument without `=`. A module is imported last, after mistakes in the settings were named and a
-first line was shown: it may bring torch along, which takes seconds.
+are literals, read from the file. A verb whose `run` takes no `config` reads no settings at all; one
+that takes `path` is given the argument without `=`, and one that takes `overrides` the settings as
+they are written. A module is imported last, after mistakes in the settings were named and a first
+line was shown: it may bring torch along, which takes seconds.
 """
 
 from __future__ import annotations
@@ -135,6 +135,9 @@ def declared(verb: str) -> Declared:
 def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int:
     told = declared(verb)
     path, overrides, extra = _split(verb, arguments, told)
+    if "overrides" in told.takes:
+        extra |= {"path": path or "", "overrides": overrides}
+        path, overrides = None, []
     if "config" not in told.takes:
         if path is not None and "path" in told.takes:
             extra, path = {**extra, "path": path}, None
@@ -226,6 +229,8 @@ def _verb_help(verb: str, told: Declared) -> str:
         ]
 
     where = "PATH " if "path" in told.takes else ""
+    if "overrides" in told.takes:
+        where = "[file.yaml] "
     if "config" in told.takes:
         where = "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
     lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]

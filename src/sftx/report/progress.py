@@ -20,7 +20,7 @@ from rich.text import Text
 
 from sftx.printable import printable
 from sftx.report.record import Run
-from sftx.types import Ended, Json, Ledger, StepRecord
+from sftx.types import Ended, Ledger, StepRecord
 
 LONG = 2.0
 """Seconds after which a job is named, so that nothing is silent for longer."""
@@ -166,19 +166,25 @@ class Progress:
             self.evaluated(record.step, record.eval)
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """A held-out loss."""
+        """The numbers of an evaluation."""
         self._phase = None
-        if numbers:
-            self._held_out = numbers["loss"]
-            found = f"loss {numbers['loss']:.4f}  perplexity {numbers['perplexity']:.2f}"
-            self.say(f"held out {found}  after step {step:,}")
+        self._held_out = numbers.get("loss", self._held_out)
+        shown = {name: value for name, value in numbers.items() if name != "targets"}
+        forms = {"loss": ".4f", "perplexity": ".2f"}
+        found = [f"{name} {value:{forms.get(name, '.4g')}}" for name, value in shown.items()]
+        if found:
+            self.say(f"held out {'  '.join(found)}  after step {step:,}")
 
-    def samples(self, records: Sequence[Mapping[str, Json]]) -> None:
-        """The newest answers, records of samples.jsonl: the first of them is shown."""
-        for record in records[:1]:
-            ending = "" if record["ended"] else " [cut]"
-            self.say(f"sample   after step {record['step']:,}: {_short(record['prompt'])}")
-            self.say(f"answer   {_short(record['output'])}{ending}")
+    def samples(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """One of the newest answers."""
+        for line in lines[:1]:
+            for name, key in (
+                ("prompt", "prompt"),
+                ("answer", "output"),
+                ("expected", "reference"),
+            ):
+                text = " ".join(str(line[key]).split())
+                self.say(f"{name:9}{text if len(text) <= 160 else text[:157] + '...'}")
 
     def finished(self, run: Run) -> None:
         """Where the result is."""
@@ -307,12 +313,6 @@ def _folded(text: str, console: Console) -> str:
         return text
     lines = Text(body).wrap(console, max(console.width - INDENT, 20))
     return head + ("\n" + " " * INDENT).join(line.plain.rstrip() for line in lines)
-
-
-def _short(text: Json) -> str:
-    """A prompt or an answer on one line, its end left out where it is long."""
-    words = " ".join(str(text).split())
-    return words if len(words) <= 300 else words[:297] + "..."
 
 
 def duration(seconds: float) -> str:
