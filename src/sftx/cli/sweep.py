@@ -274,9 +274,10 @@ class Sweep:
             raise UserError(f"{_last_words(log)} (exit code {code}; {log})")
         best, after = facts.get("best"), facts.get("eval_after") or {}
         trial.metric = best["metric"] if best else "loss"
-        trial.value = best["value"] if best else after["loss"]
-        if not math.isfinite(trial.value):
-            raise UserError(f"{trial.metric} is {trial.value}")
+        value = float(best["value"] if best else after["loss"])
+        if not math.isfinite(value):
+            raise UserError(f"{trial.metric} is {value}")
+        trial.value = value
         trial.state = "finished"
 
     def finished(self) -> list[Trial]:
@@ -337,12 +338,15 @@ def _shared(config: Config, space: Space) -> dict[str, Any]:
 def _watching(folder: Path, progress: Progress) -> Callable[[], bool]:
     """A function that shows how far the run in `folder` is."""
     tail = Tail(folder / "metrics.jsonl")
+    begins = True
 
     def watch() -> bool:
+        nonlocal begins
         tail.read()
         if tail.by_step:
             record = tail.by_step[max(tail.by_step)][-1]
-            progress.phase("training|steps", record["step"], record["num_steps"])
+            progress.phase("training|steps", 0 if begins else record["step"], record["num_steps"])
+            begins = False
             tail.by_step.clear()
         return False
 

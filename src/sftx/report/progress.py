@@ -48,10 +48,10 @@ class Phase:
     def text(self) -> str:
         """`encoding 2,000 of 9,000 rows, about 12 s left`."""
         took = time.monotonic() - self.since
-        if not self.total or not self.done:
-            return f"{self.name}, {duration(took)} so far"
-        left = took * (self.total - self.done) / self.done
         name, _, unit = self.name.partition("|")
+        if not self.total or not self.done:
+            return f"{name}, {duration(took)} so far"
+        left = took * (self.total - self.done) / self.done
         return f"{name} {self.done:,} of {self.total:,} {unit}, about {duration(left)} left"
 
 
@@ -101,7 +101,7 @@ class Progress:
         `done` of `total` tells how long it will take. A unit may follow the name: `encoding|rows`.
         """
         since = time.monotonic()
-        if self._phase is not None and self._phase.name == name and done:
+        if done and self._phase is not None:  # what is done was done since then
             since = self._phase.since
         self._phase = Phase(name, since, done, total)
 
