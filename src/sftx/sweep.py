@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
-_CLOSING = {"[": "]", "{": "}"}
+_QUOTES = "'\""
+_CLOSING = {"[": "]", "{": "}", "'": "'", '"': '"'}
 
 Point = dict[str, str]
 """A combination: the text of each setting that is swept over."""
@@ -64,20 +65,16 @@ Space = Mapping[str, Choice | Range]
 
 def pieces(text: str) -> list[str]:
     """`text` cut at its commas, but for those inside brackets and quotes."""
-    found, waiting, quote = [""], list[str](), ""
+    found, waiting = [""], list[str]()
     for sign in text:
-        if sign == "," and not waiting and not quote:
+        if sign == "," and not waiting:
             found.append("")
             continue
         found[-1] += sign
-        if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "'\"":
-            quote = sign
-        elif sign in _CLOSING:
-            waiting.append(_CLOSING[sign])
-        elif waiting and sign == waiting[-1]:
+        if waiting and sign == waiting[-1]:
             waiting.pop()
+        elif sign in _CLOSING and (not waiting or waiting[-1] not in _QUOTES):
+            waiting.append(_CLOSING[sign])
     return [piece.strip() for piece in found]
 
 

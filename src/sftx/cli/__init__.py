@@ -218,6 +218,15 @@ def _overview() -> str:
     )
 
 
+def _arguments(told: Declared) -> str:
+    """What stands before the settings, for the usage of a verb."""
+    if "config" in told.takes:
+        return "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
+    if "overrides" in told.takes:
+        return "[file.yaml] "
+    return "PATH " if "path" in told.takes else ""
+
+
 def _verb_help(verb: str, told: Declared) -> str:
     """The verb's docstring, its own keys, and every setting if it reads settings."""
     from textwrap import fill
@@ -228,12 +237,7 @@ def _verb_help(verb: str, told: Declared) -> str:
             *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts),
         ]
 
-    where = "PATH " if "path" in told.takes else ""
-    if "overrides" in told.takes:
-        where = "[file.yaml] "
-    if "config" in told.takes:
-        where = "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
-    lines = [f"usage: sftx {verb} {where}[key=value ...]", "", told.doc.strip(), ""]
+    lines = [f"usage: sftx {verb} {_arguments(told)}[key=value ...]", "", told.doc.strip(), ""]
     for key, meaning in told.extra.items():
         lines += entry(key if key.endswith(".") else f"{key}=...", meaning)
     if "config" in told.takes:

@@ -261,14 +261,8 @@ class Sweep:
         """Train in a process of its own, and read what came out; UserError where it failed."""
         folder = self.folder_of(trial)
         log = folder.with_suffix(".log")
-        command = [sys.executable, "-m", "sftx", "train"]
-        command += [self.path] if self.path else []
-        command += [given for given in self.fixed if not given.startswith("output=")]
-        command += [f"{key}={text}" for key, text in trial.point.items()]
-        command += [f"output={json.dumps(str(folder))}"]
-        command += [f"nproc={self.nproc}"] if self.nproc else []
         progress.phase("starting the trial")
-        code = run_process(command, log, _watching(folder, progress))
+        code = run_process(self._command(trial), log, _watching(folder, progress))
         facts = read_facts(folder / "run.json")
         if code or facts.get("status") != "finished":
             raise UserError(f"{_last_words(log)} (exit code {code}; {log})")
@@ -279,6 +273,15 @@ class Sweep:
             raise UserError(f"{trial.metric} is {value}")
         trial.value = value
         trial.state = "finished"
+
+    def _command(self, trial: Trial) -> list[str]:
+        """The command that trains a trial."""
+        command = [sys.executable, "-m", "sftx", "train"]
+        command += [self.path] if self.path else []
+        command += [given for given in self.fixed if not given.startswith("output=")]
+        command += [f"{key}={text}" for key, text in trial.point.items()]
+        command += [f"output={json.dumps(str(self.folder_of(trial)))}"]
+        return command + ([f"nproc={self.nproc}"] if self.nproc else [])
 
     def finished(self) -> list[Trial]:
         """The trials that finished, the best first."""
