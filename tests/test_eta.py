@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sftx.data.plan import Plan
-from sftx.report.progress import Progress, _duration
+from sftx.report.progress import Progress, duration
 from sftx.settings.schema import Batch
 from sftx.training.metrics import Eta
 from sftx.types import StepRecord, untrained
@@ -77,8 +77,8 @@ def test_the_prediction_is_corrected_where_it_was_far_off(left: float, said: str
     assert "nothing" not in text.splitlines()[-1]
 
 
-def test_durations_are_read_at_a_glance() -> None:
-    assert [_duration(s) for s in (3.4, 119, 721, 7199, 12_000)] == [
+def testdurations_are_read_at_a_glance() -> None:
+    assert [duration(s) for s in (3.4, 119, 721, 7199, 12_000)] == [
         "3 s",
         "119 s",
         "12 min",

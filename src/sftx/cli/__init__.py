@@ -4,9 +4,9 @@ Every verb is one module of this package. It has `run`; it may have `EXTRA`, the
 besides the settings of a run (their values stay text; those that begin with a key ending in a dot
 come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
 this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
-are literals, read from the file. A
-verb whose `run` takes no `config` reads no settings at all; one that takes `path` is given the
-argument without `=`, one that takes `paths` all such arguments. A module is imported last, after
+are literals, read from the file. A verb whose `run` takes no `config` reads no settings at all; one
+that takes `path` is given the argument without `=`, one that takes `paths` all such arguments, and
+one that takes `overrides` the settings as they are written. A module is imported last, after
 mistakes in the settings were named and a first line was shown: it may bring torch along, which
 takes seconds.
 """
@@ -22,23 +22,25 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from sftx import __version__
+from sftx.first_line import first_line
 from sftx.printable import printable
 from sftx.types import UserError
 
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, said: bool = False) -> int:
     """Run one verb and return its exit code: 0 done, 2 a mistake in the input (one message), 130
-    interrupted.
+    interrupted. `said`: the first line was shown already.
     """
     own_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(arguments, own_process)
+        return _dispatch(arguments, own_process, said)
     except UserError as error:
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(
@@ -72,7 +74,7 @@ def verbs() -> dict[str, str]:
     return found
 
 
-def _dispatch(arguments: list[str], own_process: bool) -> int:
+def _dispatch(arguments: list[str], own_process: bool, said: bool) -> int:
     match arguments:
         case [] | ["-h" | "--help" | "help"]:
             print(_overview())
@@ -88,7 +90,7 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
     if "-h" in rest or "--help" in rest:
         print(_verb_help(verb, declared(verb)))
         return 0
-    return _call(verb, rest, own_process)
+    return _call(verb, rest, own_process, said)
 
 
 class Declared(NamedTuple):
@@ -131,9 +133,12 @@ def declared(verb: str) -> Declared:
     )
 
 
-def _call(verb: str, arguments: list[str], own_process: bool) -> int:
+def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int:
     told = declared(verb)
     path, overrides, extra = _split(verb, arguments, told)
+    if "overrides" in told.takes:
+        extra |= {"path": path or "", "overrides": overrides}
+        path, overrides = None, []
     if "config" not in told.takes:
         if path is not None and "path" in told.takes:
             extra, path = {**extra, "path": path}, None
@@ -142,8 +147,9 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
             raise UserError(
                 f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}"
             )
-        _sign_of_life(verb, arguments)
-        return import_module(f"sftx.cli.{verb}").run(**extra)
+        if verb != "schema" and not said:
+            first_line(verb, arguments)
+        return _module(verb, verb != "schema").run(**extra)
 
     from sftx.data.chat.limits import limit_this_process
     from sftx.settings.load import load_config
@@ -151,18 +157,17 @@ def _call(verb: str, arguments: list[str], own_process: bool) -> int:
     if own_process:
         limit_this_process()
     config = load_config(path, overrides, told.defaults)
-    if config.runtime.progress:
-        _sign_of_life(verb, arguments)
-    return import_module(f"sftx.cli.{verb}").run(config, **extra)
+    if config.runtime.progress and not said:
+        first_line(verb, arguments)
+    return _module(verb, config.runtime.progress).run(config, **extra)
 
 
-def _sign_of_life(verb: str, arguments: list[str]) -> None:
-    """One line at once, on stderr, before anything that takes seconds; of the processes of torchrun
-    none says it.
-    """
-    if verb != "schema" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        shown = [argument if argument.isprintable() else ascii(argument) for argument in arguments]
-        print("start    sftx", verb, *shown, file=sys.stderr, flush=True)
+def _module(verb: str, shown: bool) -> ModuleType:
+    """The module of a verb; a line says so where importing it takes long."""
+    from sftx.report.progress import working
+
+    with working("loading libraries", shown):
+        return import_module(f"sftx.cli.{verb}")
 
 
 def _split(
@@ -217,12 +222,14 @@ def _overview() -> str:
     )
 
 
-def _without_equals(told: Declared) -> str:
+def _arguments(told: Declared) -> str:
     """The arguments without `=` that a verb takes, as its usage names them."""
     if "config" in told.takes:
         return "".join(f"{key.upper()} " for key in told.positional) or "[file.yaml] "
     if "paths" in told.takes:
         return "RUN [RUN ...] "
+    if "overrides" in told.takes:
+        return "[file.yaml] "
     return "PATH " if "path" in told.takes else ""
 
 
@@ -236,7 +243,7 @@ def _verb_help(verb: str, told: Declared) -> str:
             *(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6) for text in texts),
         ]
 
-    lines = [f"usage: sftx {verb} {_without_equals(told)}[key=value ...]", "", told.doc.strip(), ""]
+    lines = [f"usage: sftx {verb} {_arguments(told)}[key=value ...]", "", told.doc.strip(), ""]
     for key, meaning in told.extra.items():
         lines += entry(key if key.endswith(".") else f"{key}=...", meaning)
     if "config" in told.takes:

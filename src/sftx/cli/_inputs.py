@@ -4,13 +4,12 @@ loading it.
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model_config import POSITIONS, check_config, config_file, read_json
+from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
@@ -32,15 +31,11 @@ def positions(path: str, default: int) -> int:
     return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)
 
 
-def encoded(console: Console, config: Config, encoder: Encoder) -> Corpus:
-    """The training corpus, while the console says how far encoding it has come."""
-    with console.status("encoding") as status:
+def encoded(config: Config, encoder: Encoder) -> Corpus:
+    """The training corpus; a line on stderr says how far encoding it has come."""
+    with working("reading the data", config.runtime.progress) as progress:
         corpus, _ = load_corpora(
-            config,
-            encoder.tokenizer,
-            encoder.max_length,
-            lambda done, total: status.update(f"encoding {done:,} of {total:,} rows"),
-            encoder,
+            config, encoder.tokenizer, encoder.max_length, progress.encoding, encoder
         )
     return corpus
 

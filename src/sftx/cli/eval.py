@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sftx.cli._eval_page import write_page
-from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
+from sftx.cli._inputs import encoded, positions, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
@@ -39,8 +39,8 @@ from sftx.eval.served import (
     load_served,
 )
 from sftx.model.runtime import machine
-from sftx.model_config import positions
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
@@ -88,14 +88,14 @@ def run(
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, max_length = tokenizer_and_length(config)
     encoder = Encoder(tokenizer, config.data, max_length)
-    corpus = encoded(console, config, encoder)
+    corpus = encoded(config, encoder)
     limit = positions(config.model.path, UNLIMITED)
     questions = questions_on(config, encoder, corpus, count, limit)
     console.print(f"data     {corpus.ledger.summary()}; {len(questions.prompts):,} prompts")
     for note in questions.notes:
         console.print(f"note     {note}", markup=False)
     other = "" if adapter is not None else base
-    judged = _judged(console, config, adapter, other, corpus, questions)
+    judged = _judged(config, adapter, other, corpus, questions)
     _print(console, judged)
     _show(console, judged, whole_number("eval: shown", shown, 0))
     if json:
@@ -130,7 +130,6 @@ def _with_base(config: Config, adapter: Adapter, base: str) -> Config:
 
 
 def _judged(
-    console: Console,
     config: Config,
     adapter: Adapter | None,
     base: str,
@@ -140,6 +139,7 @@ def _judged(
     """What the model scores, and its base where there is one, which is measured first."""
     judged: dict[str, Judgement] = {}
     gauge = None
+    shown = config.runtime.progress
     with machine(config.runtime) as here:
 
         def judge_of(served: Served) -> Judge:
@@ -147,13 +147,13 @@ def _judged(
 
         if base:
             other = config.model.model_copy(update={"path": base})
-            with console.status("measuring the base"):
+            with working("measuring the base", shown):
                 judge = judge_of(load_served(other, None, corpus, here))
                 judge.remember(is_start=True)
                 gauge, judge.gauge = judge.gauge, None
                 judged["base"] = _measured(judge, corpus)
             del judge  # one model in memory at a time
-        with console.status("measuring the model"):
+        with working("measuring the model", shown):
             served = load_served(config.model, adapter, corpus, here)
             judge = judge_of(served)
             if served.adapter is not None:

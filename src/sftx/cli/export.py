@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sftx.cli._inputs import whole_number
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.training.export import Allowed, clear_leftovers
 from sftx.training.hand_over import DTYPES, FORMATS, Wish, hand_over
 from sftx.training.hand_over_push import push_folder
@@ -93,7 +94,8 @@ def run(
         rows_of_file(data, whole_number("export: rows", rows)) if data else (),
     )
     allowed = Allowed(trust_remote_code == "true", model, tokenizer, adapter, template)
-    checked = hand_over(folder, target, wish, allowed)
+    with working("loading, merging, writing and checking the model"):
+        checked = hand_over(folder, target, wish, allowed)
     print(f"{printable(str(target))}: {printable(checked.line())}")
     if push:
         print(f"pushed to {printable(push_folder(target, push, private == 'true'))}")

@@ -70,7 +70,7 @@ def run(
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus: Corpus | None = None
     if step or html:
-        corpus = encoded(console, config, encoder)
+        corpus = encoded(config, encoder)
     if step:
         assert corpus is not None
         views = _views_of_step(config, corpus, encoder, step, pack)

@@ -19,6 +19,7 @@ from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
 from sftx.data.lint.rules import lint
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.settings.schema import Config
 
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
@@ -29,7 +30,9 @@ SHOWN = 4  # places of a finding on the terminal
 def run(config: Config, json: str = "") -> int:
     """Print the findings. Returns 1 if any of them is serious, else 0."""
     tokenizer, max_length = tokenizer_and_length(config)
-    findings = lint(config, Encoder(tokenizer, config.data, max_length))
+    with working("looking at the rows", config.runtime.progress) as progress:
+        encoder = Encoder(tokenizer, config.data, max_length)
+        findings = lint(config, encoder, progress.phase)
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"

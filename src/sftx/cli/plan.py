@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from sftx.cli._inputs import tokenizer_and_length, whole_number
+from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
-from sftx.data.dataset import load_corpora
-from sftx.data.encoder import DEFAULT_LENGTH
+from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
@@ -28,6 +27,7 @@ from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine, name_of
 from sftx.printable import printable
+from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.training.build import longest_example
 from sftx.training.memory_plan import (
@@ -60,7 +60,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     tokens = Tokenizer.of_model(config.model).added_token_ids if added else {}
     loss = meta_model(config, load_config(config.model), tokens)
     plan, load = _load(config, loss, count)
-    with machine(config.runtime) as here:
+    shown = working("planning memory and time", config.runtime.progress)
+    with machine(config.runtime) as here, shown:
         available, held = (
             (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.available_memory()
         )
@@ -101,8 +102,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
                 facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
         except UserError as error:
             facts["refused"] = str(error)
-    if gpus:
-        facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
+        if gpus:
+            facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
     print(printable("\n".join(_lines(facts, config))))
     if json:
         write_json(json, facts)
@@ -122,7 +123,7 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
     """
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
-        corpus, _ = load_corpora(config, tokenizer, max_length, lambda done, total: None)
+        corpus = encoded(config, Encoder(tokenizer, config.data, max_length))
         if kinds := corpus.ledger.by_kind():
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)

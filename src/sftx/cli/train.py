@@ -14,6 +14,7 @@ import sys
 import tempfile
 from types import FrameType
 
+from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
@@ -28,9 +29,11 @@ def run(config: Config, nproc: str = "") -> int:
         return _launch(config, nproc)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, _nothing_to_save) for number in numbers}
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with working("loading libraries", config.runtime.progress):
+        # This takes seconds, in which signals come too.
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    from sftx.training.loop import train  # this takes seconds, in which signals come too
+        from sftx.training.loop import train
 
     for number, handler in before.items():
         signal.signal(number, handler)

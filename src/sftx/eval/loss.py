@@ -25,12 +25,14 @@ def held_out_loss(
     tokens_per_pack: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """`loss` in nats per unit of weight, `perplexity` = exp(loss), the `targets` it stands on, and
     `accuracy`: the share of their weight whose argmax is right.
 
     With several sources, `loss of NAME` and `accuracy of NAME` are those of each. `stop` is asked
-    between packs; where it says so, the numbers so far are thrown away and {} is returned.
+    between packs; where it says so, the numbers so far are thrown away and {} is returned. `tell`
+    is told how many packs of this rank are done, of about how many.
     """
     device = next(model.parameters()).device
     totals = torch.zeros(len(corpus.sources), dtype=torch.float64, device=device)
@@ -39,6 +41,9 @@ def held_out_loss(
         float(corpus.weights[corpus.source == number].sum())
         for number in range(len(corpus.sources))
     ]
+    share = tokens_per_pack * distributed.world_size()
+    total = math.ceil(float(corpus.lengths.sum()) / share)
+    done = 0
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
@@ -47,6 +52,8 @@ def held_out_loss(
             )[distributed.rank()]:
                 if stop():
                     return {}
+                tell(done, max(total, done))
+                done += 1
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
                     totals[number] += model(to_tensors(pack, device), tallies[number]).double()

@@ -82,7 +82,8 @@ class Run:
         carries.
         """
         earlier = self.facts.started if step else []
-        self.facts = facts
+        known_by = self.facts.id if step else facts.id
+        self.facts = replace(facts, id=known_by)
         if self.writes:
             make_folder(self.folder)
         self.update(  # first of all files: what has a run.json is known to be a run

@@ -403,5 +403,12 @@ class Sections(TypedDict, total=False):
     """State to continue from."""
     runtime: RuntimeSettings | schema.Runtime
     """The machine."""
+    track: (
+        Literal["tensorboard", "wandb", "mlflow", "trackio"]
+        | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    )
+    """Trackers that get the numbers, samples and settings of the run while it trains, one or a list
+    of them; none is contacted unless it is named. Each is an extra: `pip install 'sftx[wandb]'`.
+    """
     seed: int
     """Seed of shuffling, adapter initialisation and dropout."""

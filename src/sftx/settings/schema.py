@@ -31,6 +31,7 @@ __all__ = [
     "Runtime",
     "Section",
     "Source",
+    "Tracker",
 ]
 
 
@@ -237,6 +238,10 @@ class Checkpoint(Section):
     """
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""A tool that draws the numbers of runs."""
+
+
 class Runtime(Section):
     """The machine. Only `precision` changes the numbers beyond rounding."""
 
@@ -302,6 +307,10 @@ class Config(Section):
     """State to continue from."""
     runtime: Runtime = Runtime()
     """The machine."""
+    track: Tracker | list[Tracker] = Field(default=[])
+    """Trackers that get the numbers, samples and settings of the run while it trains, one or a list
+    of them; none is contacted unless it is named. Each is an extra: `pip install 'sftx[wandb]'`.
+    """
     seed: int = 0
     """Seed of shuffling, adapter initialisation and dropout."""
 

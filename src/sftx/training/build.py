@@ -121,12 +121,12 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     check_same_tokens(data.tokenizer, tokenizer, data.corpus)
     available, reserved = machine.available_memory()
-    distributed.heartbeat("loading the model")
+    _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
     profile = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
-    path_notes = _check_model(config, machine, model.loss, data, profile)
-    distributed.heartbeat("the plan of its memory")
+    path_notes = _check_model(config, machine, model.loss, data, profile, progress)
+    _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
     packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
 
@@ -150,11 +150,12 @@ def prepare(
         learning_rate=rate or scheduled,
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
+        tell=progress.phase,
     )
     job.judge = _judge(job, data.questions)
     notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
-    progress.model(_summary(job, peak), notes, job.state.step)
+    progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
 
 
@@ -163,6 +164,12 @@ def _judge(job: Job, questions: Questions | None) -> Judge | None:
     if questions is None:
         return None
     return Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
+
+
+def _begin_phase(progress: Progress, name: str) -> None:
+    """Tell the user, and the other processes, what this one does."""
+    progress.phase(name)
+    distributed.heartbeat(name)
 
 
 def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:
@@ -179,6 +186,7 @@ def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
 
 
 def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progress) -> RunData:
+    progress.phase("reading the data")
     max_length = longest_example(config, model_config)
     tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(tokenizer, config.data, max_length)
@@ -266,9 +274,15 @@ def _plan_shards(
 
 
 def _check_model(
-    config: Config, machine: Machine, loss: PackLoss, data: RunData, profile: StepProfile
+    config: Config,
+    machine: Machine,
+    loss: PackLoss,
+    data: RunData,
+    profile: StepProfile,
+    progress: Progress,
 ) -> list[str]:
     """Check the model against the data, and choose its paths; what had to be changed, in words."""
+    progress.phase("checking the model")
     corpora = [data.corpus] if data.held_out is None else [data.corpus, data.held_out]
     check_sizes(loss, data.max_length, max(corpus.largest_id for corpus in corpora))
     check_trainable(loss)
@@ -339,6 +353,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     `notes` gets what there is to say of it.
     """
     run, decides = job.run, job.state.mathematics
+    job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
     check_ranks({**dotted(decides), "tokens per pack": job.tokens_per_pack})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)

@@ -37,6 +37,7 @@ def finish(job: Job, progress: Progress) -> None:
     written = _take_best(job, progress)
     if job.evaluates:
         run.update(eval_after=job.evaluations[written])
+    progress.phase("saving the model")
     tensors = _whole_tensors(job) if distributed.is_joined() else None
     problem = job.no_room()
     try:

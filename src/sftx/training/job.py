@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Job:
     learning_rate: Callable[[int], float]  # of update `step` (0-based)
     state: checkpoint.State  # where the run stands: the steps whose records were read
     predicted_seconds: float | None  # of all steps
+    tell: Callable[[str, int, int], None]  # what is being done, and how much of it is done
     writer: AsyncWriter = field(default_factory=AsyncWriter)
     peak_memory: int | None = None  # bytes, once a step was taken
     judge: Judge | None = None  # where answers are asked for
@@ -115,11 +117,17 @@ class Job:
         numbers: dict[str, float] = {}
         if self.held_out is not None:
             numbers = held_out_loss(
-                self.loss, self.held_out, self.tokens_per_pack, self.machine.autocast, self.stop
+                self.loss,
+                self.held_out,
+                self.tokens_per_pack,
+                self.machine.autocast,
+                self.stop,
+                partial(self.tell, "evaluating|packs"),
             )
             if not numbers:
                 return {}
         if self.judge is not None:
+            self.tell("answering the prompts", 0, 0)
             judged = self.judge.ask(self.stop, is_training=True)
             if judged is None:
                 return {}
@@ -165,6 +173,7 @@ class Job:
 
     def save(self, in_background: bool = False, optional: bool = False) -> Path:
         """Write a checkpoint of the model as it is; see `checkpoint.save`."""
+        self.tell("saving a checkpoint", 0, 0)
         return checkpoint.save(
             self.checkpoints,
             self.state,

@@ -19,8 +19,9 @@ from sftx.model.pack_loss import TensorPack
 from sftx.model.runtime import machine
 from sftx.report.live import live_report
 from sftx.report.lock import owned
-from sftx.report.progress import Progress
+from sftx.report.progress import Progress, working
 from sftx.report.record import Run
+from sftx.report.trackers import check_installed, tracking
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.training.build import prepare
@@ -98,6 +99,7 @@ def _run(
 ) -> Generator[StepRecord | None]:
     """The whole run: None once it is prepared, then its records."""
     refuse_other_files(config)
+    check_installed(config.track)
     with owned(Path(config.output)) if distributed.is_main() else nullcontext():
         run = Run(config, writes=distributed.is_main())
         with ExitStack() as stack:
@@ -110,6 +112,7 @@ def _run(
                 given.write()
             control.job = prepare(config, here, run, progress, stack, stop)
             stop.at_once = False
+            stack.enter_context(tracking(run, config.track, progress.say))
             yield None
             with live_report(control.job, progress) as report:
                 for record in _train(control.job, control, progress):
@@ -118,7 +121,8 @@ def _run(
             control.job = None  # the model is no longer needed
         # The other ranks need not wait for this.
         if config.adapter.merge and run.facts.merged is None and distributed.is_main():
-            moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
+            with working("merging the adapter", config.runtime.progress):
+                moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
             run.update(merged=moved)
 
 

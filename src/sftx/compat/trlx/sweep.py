@@ -13,9 +13,7 @@ import argparse
 import csv
 import itertools
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.report.record import read_metrics
 from sftx.settings.strict_yaml import parse
+from sftx.sweep import optuna_study, run_process
 from sftx.types import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +38,8 @@ _STRATEGIES = {
     "randn": (2, 2), "qrandn": (3, 3), "choice": (1, None), "grid": (1, None),
     "randint": (2, 2), "qrandint": (3, 3), "lograndint": (2, 3), "qlograndint": (3, 4),
 }  # fmt: skip
+_SAMPLERS = {"random": "random", "bayesopt": "tpe", "bohb": "tpe"}
+_PRUNERS = {"fifo": "none", "hyperband": "hyperband", "hyperbandforbohb": "hyperband"}
 _TUNE_KEYS = ("mode", "metric", "search_alg", "scheduler", "num_samples")
 
 
@@ -98,30 +99,14 @@ def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
 
 def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("a sweep needs optuna: pip install 'sftx[sweep]'") from None
-    samplers = {
-        "random": optuna.samplers.RandomSampler,
-        "bayesopt": optuna.samplers.TPESampler,
-        "bohb": optuna.samplers.TPESampler,
-    }
-    pruners = {
-        "fifo": optuna.pruners.NopPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-        "hyperbandforbohb": optuna.pruners.HyperbandPruner,
-    }
     search, scheduler = tune.get("search_alg") or "random", tune.get("scheduler") or "fifo"
-    for key, value, known in (("search_alg", search, samplers), ("scheduler", scheduler, pruners)):
+    for key, value, known in (
+        ("search_alg", search, _SAMPLERS),
+        ("scheduler", scheduler, _PRUNERS),
+    ):
         if value not in known:
             raise UserError(f"tune_config.{key}: found {value!r}; known: {', '.join(known)}")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        direction="maximize" if tune["mode"] == "max" else "minimize",
-        sampler=samplers[search](seed=seed),
-        pruner=pruners[scheduler](),
-    )
+    return optuna_study(_SAMPLERS[search], seed, tune["mode"] == "min", _PRUNERS[scheduler])
 
 
 def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
@@ -141,26 +126,21 @@ def run_trial(
     folder.mkdir(parents=True, exist_ok=True)
     hparams = {**hparams, "train.checkpoint_dir": str(folder)}
     command = [sys.executable, "-c", _RUN, script, json.dumps(hparams)]
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     reported = -1
-    while True:
-        ended = process.poll() is not None
-        values = measured(folder, metric)
-        for step, value in values:
+
+    def watch() -> bool:
+        nonlocal reported
+        for step, value in measured(folder, metric):
             if step > reported:
                 reported = step
                 trial.report(value, step)
-        if ended:
-            break
-        if trial.should_prune():
-            process.terminate()
-            process.wait()
-            return "PRUNED", measured(folder, metric)[-1][1]
-        time.sleep(0.5)
-    if process.returncode == 0 and values:
-        return "COMPLETE", values[-1][1]
-    return "FAIL", None
+        return trial.should_prune()
+
+    code = run_process(command, folder / "output.txt", watch)
+    values = measured(folder, metric)
+    if code is None:
+        return "PRUNED", values[-1][1]
+    return ("COMPLETE", values[-1][1]) if code == 0 and values else ("FAIL", None)
 
 
 def sweep(config: str, script: str, output: Path) -> dict[str, Any]:

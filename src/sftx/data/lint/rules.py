@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,15 +52,23 @@ class Finding:
     partners: list[str]  # as many as places; none where a row has the problem by itself
 
 
-def lint(config: Config, encoder: Encoder) -> list[Finding]:
+def lint(
+    config: Config,
+    encoder: Encoder,
+    tell: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Finding]:
     """All findings in the training and held-out data of a run, serious ones first.
+
+    `tell` is told what is being done, and how much of it is done.
 
     Raises:
         UserError: a file cannot be read at all, or a package is not installed.
     """
     seen = NearDuplicates()
     once = config.model_copy(update={"data": _once(config.data)})
-    corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length)
+    encoding = partial(tell, "encoding|rows")
+    corpus, held_out = load_corpora(once, encoder.tokenizer, encoder.max_length, encoding)
+    tell("looking at the rows", 0, 0)
     found = _of_drops(corpus) + _of_tokens(corpus, encoder) + _of_copies(corpus, held_out)
     if held_out is not None:
         found += _of_drops(held_out) + _of_tokens(held_out, encoder)

@@ -25,7 +25,7 @@ from sftx.compat.trlx.pipeline.offline_pipeline import (
 )
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
-from sftx.compat.trlx.trainer.record import TrlxRun, refuse_foreign_folder, tracker
+from sftx.compat.trlx.trainer.record import TrlxRun, refuse_foreign_folder, tracked
 from sftx.compat.trlx.utils.logging import is_progress_bar_enabled
 from sftx.model.runtime import machine
 from sftx.model.save import save_model
@@ -126,20 +126,17 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             stop = stack.enter_context(listening())
             progress = stack.enter_context(Progress(True))
             job = self._prepare(progress, stack)
-            log = stack.enter_context(tracker(self.config))
+            stack.enter_context(tracked(self.config, job.run, progress.say))
             stack.push(self._rescue)
             if self.iter_count == 0:
                 results = self.evaluate()
                 job.run.update(eval_before=results)
-                log(results, 0)
             job.take_back()
             for record in take_steps(job, Control(exact=True)):
                 if is_progress_bar_enabled():
                     progress.step(record)
                 job.run.write(record)
                 results = self._after_step(record) or results
-                numbers = {"loss": record.loss, "learning_rate_group_0": record.learning_rate}
-                log(numbers | (record.eval or {}), record.step)
                 if stop():
                     self._stop(f"stopped by signal {stop.signal} after step {record.step}")
                 job.take_back()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +13,11 @@ from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.model_config import read_json
 from sftx.report.facts import RunFacts
 from sftx.report.record import Run
+from sftx.report.tracker_clients import Card
+from sftx.report.trackers import Record, tracking
 from sftx.settings.schema import Config
 from sftx.training.export import TRLX
 from sftx.types import UserError
-
-Log = Callable[[Mapping[str, float | None], int], None]
 
 
 class TrlxRun(Run):
@@ -31,11 +31,12 @@ class TrlxRun(Run):
         self.begin = begin
         self.told = dict(told)
         self.eval_before = self.facts.eval_before if begin else None
+        self.id = self.facts.id if begin else ""
         self.facts = RunFacts()  # an earlier run neither forbids this one nor finishes it
 
     def start(self, step: int, carried: Mapping[str, str], facts: RunFacts) -> None:
         """Begin the record with the lines that are in the folder up to the step `begin`."""
-        own = replace(facts, trlx=self.told, eval_before=self.eval_before)
+        own = replace(facts, trlx=self.told, eval_before=self.eval_before, id=self.id)
         super().start(step, self.records_until(self.begin), own)
 
 
@@ -53,39 +54,39 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-@contextmanager
-def tracker(config: TRLConfig) -> Iterator[Log]:
-    """Start the tracker that `config` names; inside, a function logs numbers at a step."""
+def tracked(
+    config: TRLConfig, run: Run, say: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """Hand over what `run` writes to the tracker that `config` names, under trlx's names."""
     train = config.train
-    if train.tracker == "wandb" and find_spec("wandb") is not None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        with wandb.init(
+    if train.tracker == "wandb" and find_spec("wandb") is None:
+        # The default of every configuration: that it is named does not mean that it is wanted.
+        warnings.warn(
+            "train.tracker is 'wandb', which is not installed: nothing is sent anywhere",
+            stacklevel=2,
+        )
+    elif train.tracker == "wandb" or train.tracker == "tensorboard":
+        folder = Path(train.checkpoint_dir)
+        logs = str(folder / "tensorboard") if train.tracker == "tensorboard" else None
+        card = Card(
+            id="",
+            folder=run.folder,
+            name=train.run_name or folder.name,
+            settings=config.to_dict(),
             project=train.project_name,
-            name=train.run_name,
             entity=train.entity_name,
             group=train.group_name,
-            tags=train.tags,
-            dir=train.logging_dir,
-            config=config.to_dict(),
-        ) as run:
-            yield lambda numbers, step: run.log(numbers, step=step)
-    elif train.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+            tags=train.tags or [],
+            logs=train.logging_dir or logs,
+        )
+        return tracking(run, train.tracker, say, card, _numbers_of)
+    return nullcontext()
 
-        with SummaryWriter(train.logging_dir or f"{train.checkpoint_dir}/tensorboard") as writer:
 
-            def log(numbers: Mapping[str, float | None], step: int) -> None:
-                for key, number in numbers.items():
-                    if number is not None:
-                        writer.add_scalar(key, number, step)
-
-            yield log
-    else:
-        if train.tracker == "wandb":
-            # The default of every configuration: that it is named does not mean that it is wanted.
-            warnings.warn(
-                "train.tracker is 'wandb', which is not installed: nothing is sent anywhere",
-                stacklevel=2,
-            )
-        yield lambda numbers, step: None
+def _numbers_of(record: Record) -> dict[str, float]:
+    """The numbers of a record as trlx names them."""
+    numbers: dict[str, float | None] = dict(record["eval"] or {})
+    if record["step"] > 0:
+        numbers["loss"] = record["loss"]
+        numbers["learning_rate_group_0"] = record["learning_rate"]
+    return {name: value for name, value in numbers.items() if value is not None}
