@@ -4,6 +4,8 @@ it.
 
 from __future__ import annotations
 
+STAGE = "begin"
+EXAMPLE = "sftx demo"
 EXTRA = {"folder": "where to write; default runs/demo"}
 
 

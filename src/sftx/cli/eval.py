@@ -41,6 +41,8 @@ from sftx.printable import printable
 from sftx.settings.schema import Config, Model
 from sftx.types import UserError
 
+STAGE = "judge"
+EXAMPLE = "sftx eval runs/first held_out.jsonl metrics=exact,f1"
 POSITIONAL = ("model", "data")
 EXTRA = {
     "base": "A model to measure beside it; default: for an adapter its own base, else none.",

@@ -19,6 +19,8 @@ from sftx.printable import printable
 from sftx.training.export import Allowed, clear_leftovers, export
 from sftx.types import UserError
 
+STAGE = "hand over"
+EXAMPLE = "sftx export runs/first to=merged dtype=bf16"
 EXTRA = {
     "to": "folder to write; default: RUN/exported",
     "dtype": "fp32, bf16 or auto (as in the model the run started from); default: what the run "

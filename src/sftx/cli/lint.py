@@ -21,6 +21,8 @@ from sftx.data.lint.rules import lint
 from sftx.printable import printable
 from sftx.settings.schema import Config
 
+STAGE = "look at data"
+EXAMPLE = "sftx lint run.yaml"
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
 DEFAULTS = ("output=unused",)
 SHOWN = 4  # places of a finding on the terminal

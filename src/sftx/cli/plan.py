@@ -40,6 +40,8 @@ from sftx.training.memory_plan import (
 from sftx.training.optim import peak_learning_rate
 from sftx.types import UserError
 
+STAGE = "plan"
+EXAMPLE = "sftx plan run.yaml"
 EXTRA = {
     "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in "
     "shards over them.",
