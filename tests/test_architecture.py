@@ -29,6 +29,7 @@ LAYERS = {
         "training.build",
         "training.finish",
         "report.progress",
+        "verify",
     ),
     3: ("training", "eval"),
     2: ("model", "distributed"),
