@@ -31,7 +31,7 @@ LAYERS = {
         "report.progress",
         "verify",
     ),
-    3: ("training", "eval"),
+    3: ("training", "eval", "doctor"),
     2: ("model", "distributed"),
     1: ("data", "report"),
     0: (
