@@ -29,6 +29,8 @@ from sftx.cli._map import overview, verb_of
 from sftx.printable import printable
 from sftx.types import UserError
 
+PRINTS = ("completion", "schema")
+"""Verbs whose output goes into a file or a shell at once: they say nothing else."""
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
@@ -165,7 +167,7 @@ def _sign_of_life(verb: str, arguments: list[str]) -> None:
     """One line at once, on stderr, before anything that takes seconds; of the processes of torchrun
     none says it.
     """
-    if verb != "schema" and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if verb not in PRINTS and "TORCHELASTIC_RUN_ID" not in os.environ:
         shown = [argument if argument.isprintable() else ascii(argument) for argument in arguments]
         print("start    sftx", verb, *shown, file=sys.stderr, flush=True)
 
