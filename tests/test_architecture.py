@@ -29,6 +29,7 @@ LAYERS = {
         "training.build",
         "training.finish",
         "report.progress",
+        "starter",
         "verify",
     ),
     3: ("training", "eval", "doctor"),

@@ -18,6 +18,7 @@ from sftx import cli
 from sftx.cli import verify as verify_verb
 from sftx.model.pack_loss import PackLoss, TensorPack
 from sftx.model.runtime import machine
+from sftx.settings.keywords import RuntimeSettings
 from sftx.settings.load import make_config
 from sftx.settings.schema import Adapter, Config
 from sftx.training import checkpoint
@@ -59,7 +60,12 @@ class Given:
         self.server = Server(self.straight.folder, trust=False)
 
     def config(self, **sections: Any) -> Config:
-        runtime = {"device": "cpu", "threads": 1, "precision": "fp32", "progress": False}
+        runtime: RuntimeSettings = {
+            "device": "cpu",
+            "threads": 1,
+            "precision": "fp32",
+            "progress": False,
+        }
         return make_config(
             model=self.model, data=str(self.data), output="unused", runtime=runtime, **sections
         )
@@ -343,7 +349,7 @@ def test_the_folder_of_an_adapter_is_verified_with_its_base(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "DATA"], "nowhere"),
+        (["/no/where", "DATA"], "/no/where"),
         (["MODEL", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
         (["MODEL"], "no rows are named"),
         ([], "model: missing"),

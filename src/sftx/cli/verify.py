@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,28 +63,37 @@ def run(
             "sftx verify: no rows are named; write `sftx verify MODEL DATA`, or `sftx verify "
             "run.yaml`"
         )
-    count = whole_number("verify: rows", rows)
-    longest = whole_number("verify: tokens", tokens, 8)
     began = time.perf_counter()
-    findings: list[Finding] = []
 
     def say(text: str) -> None:
         if config.runtime.progress:
             seconds = time.perf_counter() - began
             print(f"{seconds:5.0f} s  {printable(text)}", file=sys.stderr, flush=True)
 
+    count = whole_number("verify: rows", rows)
+    longest = whole_number("verify: tokens", tokens, 8)
+    findings = _found(config, count, longest, say)
+    if json:
+        write_json(json, [asdict(finding) for finding in findings])
+    return _print(findings, time.perf_counter() - began)
+
+
+def _found(config: Config, rows: int, tokens: int, say: Callable[[str], None]) -> list[Finding]:
+    findings: list[Finding] = []
     with tempfile.TemporaryDirectory(prefix="sftx-verify-") as folder:
-        for finding in verify(config, Path(folder), count, longest, say):
+        for finding in verify(config, Path(folder), rows, tokens, say):
             say(f"{finding.what}: {finding.verdict}")
             findings.append(finding)
+    return findings
+
+
+def _print(findings: list[Finding], seconds: float) -> int:
+    """The table, and what differs once more; the exit code."""
     Console(highlight=False).print(_table(findings))
     different = [finding for finding in findings if finding.verdict == "differs"]
     for finding in different:
         print(printable(f"differs: {finding.what}: {finding.why or finding.largest()}"))
-    seconds = time.perf_counter() - began
     print(f"{len(findings)} properties in {seconds:,.0f} s; {len(different)} differ")
-    if json:
-        write_json(json, [asdict(finding) for finding in findings])
     return int(bool(different))
 
 

@@ -22,12 +22,7 @@ def verdict(checks: Sequence[Check], has_bitsandbytes: bool) -> list[str]:
     problems = [check for check in checks if check.state == "problem"]
     lines = [f"not ready: {check.name}: {check.found}" for check in problems]
     gpus = [check for check in checks if check.name.startswith("GPU ") and "free" in check.figures]
-    on_gpu = bool(gpus)
-    memory = min((gpu.figures["free"] for gpu in gpus), default=0.0)
-    if not on_gpu and "machine memory" in found:
-        memory = found["machine memory"].figures.get("free", 0.0)
-    if memory:
-        lines += _sizes(memory, on_gpu, has_bitsandbytes)
+    lines += _sizes(found, gpus, has_bitsandbytes)
     lines += _precision(found, gpus)
     if len(gpus) > 1:
         lines.append(f"all {len(gpus)} GPUs: sftx train run.yaml nproc=gpu")
@@ -37,7 +32,13 @@ def verdict(checks: Sequence[Check], has_bitsandbytes: bool) -> list[str]:
     return lines
 
 
-def _sizes(memory: float, on_gpu: bool, has_bitsandbytes: bool) -> list[str]:
+def _sizes(found: dict[str, Check], gpus: Sequence[Check], has_bitsandbytes: bool) -> list[str]:
+    on_gpu = bool(gpus)
+    memory = min((gpu.figures["free"] for gpu in gpus), default=0.0)
+    if not on_gpu and "machine memory" in found:
+        memory = found["machine memory"].figures.get("free", 0.0)
+    if not memory:
+        return []
     usable = SHARE * memory
     base = LORA_GPU if on_gpu else LORA_CPU
     said = (

@@ -148,14 +148,21 @@ def _no_two_ranks(straight: ShortRun, parameters: int) -> str:
         return "there is one GPU, and each process needs its own (runtime.device=cpu tries the CPU)"
     if not torch.distributed.is_available():
         return "this build of PyTorch has no torch.distributed"
-    for name, rate in straight.model.config.to_dict().items():
-        if "drop" in name and isinstance(rate, int | float) and rate > 0:
-            return f"the model trains with dropout ({name} {rate:g}): each process draws its own"
-    if config.adapter.dropout:
-        return "adapter.dropout: each process draws its own"
+    if name := _dropout(straight):
+        return f"the run has dropout ({name}): each process draws its own"
     needed = 2 * parameters * (4 if config.adapter.method != "none" else _BYTES_PER_WEIGHT)
     if not gpus and needed > 0.8 * free():
         return f"two copies need {needed / 2**30:.1f} GiB, and {free() / 2**30:.1f} are free"
+    return ""
+
+
+def _dropout(straight: ShortRun) -> str:
+    """Its name and rate; empty where there is none."""
+    if straight.config.adapter.dropout:
+        return f"adapter.dropout {straight.config.adapter.dropout:g}"
+    for name, rate in straight.model.config.to_dict().items():
+        if "drop" in name and isinstance(rate, int | float) and rate > 0:
+            return f"{name} {rate:g}"
     return ""
 
 

@@ -27,20 +27,18 @@ def compare_prompts(sample: Sample, server: Server) -> Finding:
     if not server.tokenizer.chat_template:
         why = "the model has no chat template: the caller joins the texts (data.template: none)"
         return does_not_apply(PROMPTS, how, why)
-    compared_rows = [taken for taken in rows if not server.spells_a_special_token(taken.row)]
-    turns = 0
-    wrong: list[str] = []
-    for taken in compared_rows:
-        for turn in trained_turns(taken.row, data):
-            turns += 1
-            served = server.prompt_ids(taken.row, turn)
-            if not _is_trained_behind(served, taken.examples):
-                wrong.append(_told(taken, turn, served, server))
-    of = f"{turns:,} turns of {len(compared_rows):,} rows"
-    if left_out := len(rows) - len(compared_rows):
-        of += f"; {left_out:,} rows that spell special tokens are left out: a server obeys them"
+    plain = [taken for taken in rows if not server.spells_a_special_token(taken.row)]
+    turns = [(taken, turn) for taken in plain for turn in trained_turns(taken.row, data)]
     if not turns:
         return does_not_apply(PROMPTS, how, "no turn of the assistant is trained")
+    wrong: list[str] = []
+    for taken, turn in turns:
+        served = server.prompt_ids(taken.row, turn)
+        if not _is_trained_behind(served, taken.examples):
+            wrong.append(_told(taken, turn, served, server))
+    of = f"{len(turns):,} turns of {len(plain):,} rows"
+    if left_out := len(rows) - len(plain):
+        of += f"; {left_out:,} rows that spell special tokens are left out: a server obeys them"
     return counted(PROMPTS, how, len(wrong), of, wrong[0] if wrong else "")
 
 
