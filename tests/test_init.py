@@ -183,6 +183,10 @@ def test_whoever_does_not_answer_gets_no_file(
         (["model=MODEL", "data=rows.jsonl", "goal=talk"], "goal='talk'; known are instruct:"),
         (["model=MODEL", "data=rows.jsonl"], "goal= is missing"),
         (["model=MODEL", "data=empty.jsonl", "goal=style"], "empty.jsonl"),
+        (
+            ["model=MODEL", "data=bad.jsonl", "goal=style"],
+            "2 of 5 rows are bad; the first: bad.jsonl:4",
+        ),
         (["model=MODEL", "data=odd.jsonl", "goal=style"], "no format has the columns x"),
         (["model=MODEL", "data=rows.jsonl", "goal=style", "to=run.json"], "ends in .yaml"),
         (["model=MODEL", "data=rows.jsonl", "goal=style", "to=no/"], "ends in .yaml"),
@@ -199,6 +203,7 @@ def test_mistakes_are_one_message_and_nothing_is_written(
 ) -> None:
     write(folder, chats(3))
     write(folder, [{"x": 1}], "odd.jsonl")
+    write(folder, [*chats(3), "no", "no"], "bad.jsonl")
     (folder / "empty.jsonl").write_text("")
     assert cli.main(["init", *(one.replace("MODEL", model) for one in arguments)]) == 2
     assert message in capsys.readouterr().err

@@ -27,7 +27,7 @@ from sftx.settings.load import load_config as load_settings
 from sftx.settings.schema import Model
 from sftx.starter.choose import GOALS, Choice, Goal, choose
 from sftx.starter.look import Seen, look
-from sftx.starter.text import SCHEMA, as_yaml, write_schema
+from sftx.starter.text import SCHEMA, as_yaml, check_schema, write_schema
 from sftx.types import UserError
 
 STAGE = "begin"
@@ -81,6 +81,7 @@ def _free_file(name: str) -> Path:
         raise UserError(
             f"sftx init: {name} is there and is not overwritten; choose another with to="
         )
+    check_schema(file.parent)
     return file
 
 

@@ -21,6 +21,8 @@ from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.types import Row, RowError, UserError
 
+FEW = 0.05
+"""Share of bad rows that may be left out without being asked for."""
 _COLUMNS = re.compile(r"data\.columns: (\{[^}]*\})")
 
 
@@ -80,6 +82,11 @@ def look(model: str, data: str, progress: Callable[[int, int], None]) -> Seen:
             _heed(str(error), encoder, needed, error)
             continue
         if corpus.ledger.dropped and "on_bad_row" in needed:
+            if corpus.ledger.dropped > FEW * corpus.ledger.read:
+                raise UserError(
+                    f"{data}: {corpus.ledger.dropped:,} of {corpus.ledger.read:,} rows are bad; "
+                    f"{needed['on_bad_row'][1]}"
+                )
             reason = f"{corpus.ledger.dropped:,} bad rows are left out; {needed['on_bad_row'][1]}"
             needed["on_bad_row"] = ("skip", reason)
         has_template = bool(tokenizer.chat_templates)

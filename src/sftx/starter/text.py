@@ -12,7 +12,6 @@ from sftx.starter.choose import Setting
 from sftx.types import UserError
 
 SCHEMA = "sftx.schema.json"
-TITLE = "sftx run"
 COLUMN = 36
 """Where comments begin."""
 LONGEST = 200  # characters of a comment
@@ -53,23 +52,24 @@ def _line(key: str, setting: Setting) -> str:
     return f"{text:{COLUMN}}  # {reason}" if reason else text
 
 
-def write_schema(folder: Path) -> Path:
-    """The JSON schema beside the YAML, by which editors complete and check it without a network.
-
-    Raises:
-        UserError: a file of this name is there that sftx did not write.
-    """
+def check_schema(folder: Path) -> None:
+    """UserError where a file of the schema's name is there that sftx did not write."""
     file = folder / SCHEMA
+    if not file.exists():
+        return
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    properties = known.get("properties") if isinstance(known, dict) else None
+    if not isinstance(properties, dict) or not {"model", "data", "output"} <= properties.keys():
+        raise UserError(
+            f"sftx init: {file} is there and was not written by sftx; move it away, or write "
+            "into another folder with to="
+        )
+
+
+def write_schema(folder: Path) -> None:
+    """The JSON schema beside the YAML, by which editors complete and check it without a network."""
     text = json.dumps(as_json_schema(), indent=2) + "\n"
-    if file.exists():
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = None
-        if not isinstance(known, dict) or known.get("title") != TITLE:
-            raise UserError(
-                f"sftx init: {file} is there and was not written by sftx; move it away, or write "
-                "into another folder with to="
-            )
-    file.write_text(text, encoding="utf-8")
-    return file
+    (folder / SCHEMA).write_text(text, encoding="utf-8")

@@ -31,15 +31,18 @@ def compare_prompts(sample: Sample, server: Server) -> Finding:
     turns = [(taken, turn) for taken in plain for turn in trained_turns(taken.row, data)]
     if not turns:
         return does_not_apply(PROMPTS, how, "no turn of the assistant is trained")
-    wrong: list[str] = []
-    for taken, turn in turns:
-        served = server.prompt_ids(taken.row, turn)
-        if not _is_trained_behind(served, taken.examples):
-            wrong.append(_told(taken, turn, served, server))
+    wrong = list(_wrong_prompts(turns, server))
     of = f"{len(turns):,} turns of {len(plain):,} rows"
     if left_out := len(rows) - len(plain):
         of += f"; {left_out:,} rows that spell special tokens are left out: a server obeys them"
     return counted(PROMPTS, how, len(wrong), of, wrong[0] if wrong else "")
+
+
+def _wrong_prompts(turns: Sequence[tuple[TakenRow, int]], server: Server) -> Iterator[str]:
+    for taken, turn in turns:
+        served = server.prompt_ids(taken.row, turn)
+        if not _is_trained_behind(served, taken.examples):
+            yield _told(taken, turn, served, server)
 
 
 def trained_turns(row: Row, data: Data) -> Iterator[int]:
