@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from sftx.settings.load import make_config
 from sftx.settings.schema import Adapter, Config
 from sftx.training import checkpoint
 from sftx.types import Example
-from sftx.verify import losses, runs, serving
+from sftx.verify import families, losses, runs, serving
 from sftx.verify.families import names_of, summary, try_families
 from sftx.verify.finding import compared, does_not_apply
 from sftx.verify.oracle import Measured, Server
@@ -397,3 +399,14 @@ def test_a_family_that_is_not_exact_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sftx.verify.families.check_paths", lambda *_: [])
     (family,) = try_families(["gpt2"], shown=False)
     assert family.verdict == "wrong"
+
+
+def test_a_family_without_an_answer_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "try_family", lambda name: os._exit(3))
+    (family,) = try_families(["gpt2"], shown=False)
+    assert (family.verdict, family.why) == ("not tried", "its process ended with 3")
+
+    monkeypatch.setattr(families, "PATIENCE", 0)
+    monkeypatch.setattr(families, "try_family", lambda name: time.sleep(60))
+    (family,) = try_families(["gpt2"], shown=False)
+    assert (family.verdict, family.why) == ("not tried", "more than 240 s")

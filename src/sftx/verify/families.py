@@ -10,6 +10,8 @@ plain model and torch's cross-entropy.
 from __future__ import annotations
 
 import copy
+import resource
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,7 +55,9 @@ BY_LENGTH = {
 }
 """Lengths in configurations that are shortened."""
 SECONDS = 240
-"""A class that takes longer counts as not tried."""
+"""Of processor time: a class that takes more counts as not tried. It waits for a busy machine."""
+PATIENCE = 10
+"""How many times as long it may take by the clock."""
 LIMITS = {"loss": 1e-4, "gradient": 5e-3}
 """Routers in fp32 choose otherwise than in float64 here and there: some classes are 1e-3 off when
 all runs alone.
@@ -136,7 +140,7 @@ def _start(name: str) -> _Trial:
     process = context.Process(target=_answer, args=(name, theirs))
     process.start()
     theirs.close()
-    return _Trial(name, process, ours, time.monotonic() + SECONDS)
+    return _Trial(name, process, ours, time.monotonic() + PATIENCE * SECONDS)
 
 
 def _ready(running: dict[Connection, _Trial]) -> list[Connection]:
@@ -147,22 +151,28 @@ def _ready(running: dict[Connection, _Trial]) -> list[Connection]:
 
 
 def _end(trial: _Trial) -> Family:
-    found = Family(trial.name, "not tried", f"more than {SECONDS} s")
-    if trial.answer.poll():
-        try:
-            found = trial.answer.recv()
-        except EOFError:
-            found = Family(trial.name, "not tried", "its process died")
+    """Its answer, or why there is none; the process is gone then."""
+    try:
+        found = trial.answer.recv() if trial.answer.poll() else None
+    except EOFError:
+        found = None
+        trial.process.join(5)
+    code = trial.process.exitcode
     trial.process.kill()
     trial.process.join()
     trial.answer.close()
-    return found
+    if found is not None:
+        return found
+    late = code in (None, -signal.SIGXCPU)
+    why = f"more than {SECONDS} s" if late else f"its process ended with {code}"
+    return Family(trial.name, "not tried", why)
 
 
 def _answer(name: str, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     pipe.send(try_family(name))
 
 
