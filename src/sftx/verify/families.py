@@ -10,7 +10,6 @@ plain model and torch's cross-entropy.
 from __future__ import annotations
 
 import copy
-import resource
 import signal
 import time
 import warnings
@@ -163,12 +162,14 @@ def _end(trial: _Trial) -> Family:
     trial.answer.close()
     if found is not None:
         return found
-    late = code in (None, -signal.SIGXCPU)
+    late = code is None or code == -getattr(signal, "SIGXCPU", 24)
     why = f"more than {SECONDS} s" if late else f"its process ended with {code}"
     return Family(trial.name, "not tried", why)
 
 
 def _answer(name: str, pipe: Connection) -> None:
+    import resource  # not on Windows, where nothing can be forked either
+
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
