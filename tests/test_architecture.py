@@ -30,9 +30,11 @@ LAYERS = {
         "training.build",
         "training.finish",
         "report",
+        "starter",
         "sweep",
+        "verify",
     ),
-    3: ("training", "eval"),
+    3: ("training", "eval", "doctor"),
     2: ("model", "distributed"),
     1: ("data", "report.record", "report.facts", "report.lock", "report.model_card"),
     0: (

@@ -6,12 +6,14 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import sftx
 from sftx import cli
+from sftx.cli._map import OTHER, STAGES, overview, verb_of
 from sftx.settings.describe import settings
 from sftx.settings.schema import Config
 from sftx.types import UserError
@@ -100,6 +102,51 @@ def test_help_is_made_from_the_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert [
         name for name, doc in cli.verbs().items() if f"  {name} " not in overview or not doc
     ] == []
+    assert max(map(len, overview.splitlines())) <= 100
+
+
+def test_every_verb_declares_its_stage_and_an_example_that_names_it() -> None:
+    """The map is made from them."""
+    folder = Path(cli.__file__).parent
+    found = [verb_of(path) for path in sorted(folder.glob("[a-z]*.py"))]
+    assert [verb.name for verb in found if verb.stage not in STAGES] == []
+    wrong = [verb.name for verb in found if f"sftx {verb.name} " not in f"{verb.example} "]
+    assert wrong == []
+
+
+def test_the_map_has_a_verb_that_declares_no_stage_too(tmp_path: Path) -> None:
+    path = tmp_path / "later.py"
+    path.write_text('"""Do it: `sftx later x`. More."""\n')
+    later = verb_of(path)
+    assert later == ("later", OTHER, "Do it.", "")
+    shown = overview("usage: sftx", [later, later._replace(name="now", stage="train")])
+    assert shown.index("\ntrain\n") < shown.index("\nother\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run"], "a verb comes first; '--dry-run': "),
+        (["train", "--dry-run"], "`sftx plan` shows the settings"),
+        (["train", "--learning_rate", "1"], "it is `optim.learning_rate`"),
+        (["train", "--batch.epochs=2"], "write batch.epochs=2"),
+        (["train", "--foo"], "`sftx VERB --help` lists them"),
+        (["--help", "trian"], "no verb 'trian'; did you mean `train`?"),
+    ],
+)
+def test_a_flag_is_answered_by_what_does_the_same_here(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "help"], ["help", "train"], ["--help", "train"], ["train", "x=1", "-h"]]
+)
+def test_help_may_stand_anywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("usage: sftx train ")
 
 
 def test_what_a_verb_says_of_itself_is_read_without_importing_it(
@@ -115,7 +162,7 @@ def test_what_a_verb_says_of_itself_is_read_without_importing_it(
         assert taken <= {*imported.takes}
 
 
-@pytest.mark.parametrize("name", [name for name in cli.verbs() if name != "schema"])
+@pytest.mark.parametrize("name", [name for name in cli.verbs() if name not in cli.PRINTS])
 def test_every_verb_gives_a_sign_of_life_before_anything_slow(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +210,7 @@ def test_the_sign_of_life_comes_within_a_second() -> None:
         ["train", "--help"],
         ["plan", "--help"],
         ["schema"],
+        ["completion", "bash"],
         ["train", "x=1"],
     ],
 )

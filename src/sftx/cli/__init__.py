@@ -4,11 +4,11 @@ Every verb is one module of this package. It has `run`; it may have `EXTRA`, the
 besides the settings of a run (their values stay text; those that begin with a key ending in a dot
 come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
 this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
-are literals, read from the file. A verb whose `run` takes no `config` reads no settings at all; one
-that takes `path` is given the argument without `=`, one that takes `paths` all such arguments, and
-one that takes `overrides` the settings as they are written. A module is imported last, after
-mistakes in the settings were named and a first line was shown: it may bring torch along, which
-takes seconds.
+are literals, read from the file, and so are `STAGE` and `EXAMPLE` for the map (`_map.py`). A verb
+whose `run` takes no `config` reads no settings at all; one that takes `path` is given the argument
+without `=`, one that takes `paths` all such arguments, and one that takes `overrides` the settings
+as they are written. A module is imported last, after mistakes in the settings were named and a
+first line was shown: it may bring torch along, which takes seconds.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from sftx import __version__
+from sftx.cli._flags import message as flag_message
+from sftx.cli._map import overview, verb_of
 from sftx.first_line import first_line
 from sftx.printable import printable
 from sftx.types import UserError
 
+PRINTS = ("completion", "schema")
+"""Verbs whose output goes into a file or a shell at once: they say nothing else."""
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
@@ -82,12 +86,16 @@ def _dispatch(arguments: list[str], own_process: bool, said: bool) -> int:
         case ["--version" | "-V"]:
             print(f"sftx {__version__}")
             return 0
+        case ["-h" | "--help" | "help", verb, *_]:
+            return _dispatch([verb, "--help"], own_process, said)
+        case [flag, *_] if flag.startswith("-"):
+            raise UserError(f"a verb comes first; {flag_message(flag)}\n{_USAGE}")
         case [verb, *_] if verb not in verbs():
             close = get_close_matches(verb, verbs(), 1)
             hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(verbs())}"
             raise UserError(f"no verb {verb!r}; {hint}\n{_USAGE}")
     verb, *rest = arguments
-    if "-h" in rest or "--help" in rest:
+    if rest == ["help"] or "-h" in rest or "--help" in rest:
         print(_verb_help(verb, declared(verb)))
         return 0
     return _call(verb, rest, own_process, said)
@@ -147,9 +155,9 @@ def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int
             raise UserError(
                 f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}"
             )
-        if verb != "schema" and not said:
+        if verb not in PRINTS and not said:
             first_line(verb, arguments)
-        return _module(verb, verb != "schema").run(**extra)
+        return _module(verb, verb not in PRINTS).run(**extra)
 
     from sftx.data.chat.limits import limit_this_process
     from sftx.settings.load import load_config
@@ -181,10 +189,7 @@ def _split(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
-            raise UserError(
-                f"sftx {verb}: {argument!r}: settings are written key=value, for example "
-                "batch.epochs=2"
-            )
+            raise UserError(f"sftx {verb}: {flag_message(argument)}")
         prefix = key[: key.find(".") + 1]
         if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
             if "paths" in told.takes:
@@ -210,16 +215,8 @@ def _split(
 
 
 def _overview() -> str:
-    names = verbs()
-    width = max(map(len, names))
-    lines = "\n".join(f"  {name:{width}}  {doc}" for name, doc in names.items())
-    return (
-        "Supervised fine-tuning of causal language models in which every token is accounted "
-        "for.\n\n"
-        f"{_USAGE}\n\n{lines}\n\n"
-        "`sftx VERB --help` lists what a verb takes; `sftx train --help` lists every setting of a "
-        "run."
-    )
+    paths = sorted(Path(__file__).parent.glob("[a-z]*.py"))
+    return overview(_USAGE, map(verb_of, paths))
 
 
 def _arguments(told: Declared) -> str:

@@ -15,6 +15,8 @@ from sftx.settings.schema import Config
 from sftx.talk.load import load_assistants
 from sftx.talk.terminal import Chat, Screen, sampling_of
 
+STAGE = "talk"
+EXAMPLE = "sftx chat runs/first"
 POSITIONAL = ("model",)
 EXTRA = {
     "base": "A model that answers beside it: a folder, a hub name, or `own` (an adapter's base).",

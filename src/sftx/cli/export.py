@@ -25,6 +25,8 @@ from sftx.training.hand_over_push import push_folder
 from sftx.training.hand_over_rows import rows_of_file
 from sftx.types import UserError
 
+STAGE = "hand over"
+EXAMPLE = "sftx export runs/first to=merged dtype=bf16"
 EXTRA = {
     "to": "folder to write; default: RUN/exported",
     "format": "hf (a Hugging Face folder, the default), gguf (with an Ollama Modelfile) or adapter",

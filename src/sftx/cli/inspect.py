@@ -26,6 +26,8 @@ from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
+STAGE = "look at data"
+EXAMPLE = "sftx inspect run.yaml row=17"
 EXTRA = {
     "row": "Line (or row number) of the row to show; FILE:LINE where there are several files.",
     "rows": "How many rows to show from there; default 1, or the first 3 if no row is named.",

@@ -22,6 +22,8 @@ from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config
 
+STAGE = "look at data"
+EXAMPLE = "sftx lint run.yaml"
 EXTRA = {"json": "Write the findings to this file too, for other programs."}
 DEFAULTS = ("output=unused",)
 SHOWN = 4  # places of a finding on the terminal

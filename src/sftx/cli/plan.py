@@ -1,6 +1,8 @@
-"""What a run will take, before it runs: steps, tokens, memory by part, time: `sftx plan run.yaml`.
+"""What a run will take, before it runs: settings, steps, tokens, memory by part, time: `sftx plan
+run.yaml`.
 
-No weights are loaded. `sftx plan model=config.json gpus=64 gpu_memory=141GiB` needs neither data
+It is the dry run: the settings that are set and the defaults that matter come first. No weights are
+loaded. `sftx plan model=config.json gpus=64 gpu_memory=141GiB` needs neither data
 nor a GPU: it tells what each of so many GPUs holds under `fully_shard`, whether that fits, and how
 many GPUs are needed at least.
 """
@@ -16,12 +18,15 @@ import torch
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
+from sftx.cli._resolved import lines as resolved_lines
+from sftx.cli._resolved import resolved
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
 from sftx.model.folder import load_config
+from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss
@@ -40,6 +45,8 @@ from sftx.training.memory_plan import (
 from sftx.training.optim import peak_learning_rate
 from sftx.types import UserError
 
+STAGE = "plan"
+EXAMPLE = "sftx plan run.yaml"
 EXTRA = {
     "gpus": "Plan for so many GPUs instead of this machine: weights, gradients and optimiser in "
     "shards over them.",
@@ -48,6 +55,8 @@ EXTRA = {
 }
 DEFAULTS = ("output=unused", "data.format=auto")
 CALIBRATION = 1024  # tokens of a layer that is timed; two seconds for a model of 0.6B on two cores
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+"""What the settings call them."""
 MANY = 4096  # GPUs; more are not looked at
 
 
@@ -58,7 +67,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     count = whole_number("plan: gpus", gpus) if gpus else 1
     added = config.model.add_tokens or config.model.add_special_tokens
     tokens = Tokenizer.of_model(config.model).added_token_ids if added else {}
-    loss = meta_model(config, load_config(config.model), tokens)
+    model_config = load_config(config.model)
+    loss = meta_model(config, model_config, tokens)
     plan, load = _load(config, loss, count)
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
@@ -82,6 +92,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             config.runtime.compile, here.device, trainable(loss)[1], tokens
         )
         facts["adapter"] = describe_adapter(loss.model)
+        facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
         facts |= {
             "device": f"{gpus} GPUs" if gpus else str(here.device),
             "precision": name_of(here.precision),
@@ -104,10 +115,24 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["refused"] = str(error)
         if gpus:
             facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
-    print(printable("\n".join(_lines(facts, config))))
+    facts["settings"] = resolved(config, DEFAULTS, _defaults_here(config, loss, facts))
+    print(printable("\n".join([*resolved_lines(facts["settings"]), *_lines(facts, config)])))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
+
+
+def _defaults_here(config: Config, loss: PackLoss, facts: dict[str, Any]) -> dict[str, object]:
+    """What the defaults that depend on model and machine come to."""
+    return {
+        "data.max_length": longest_example(config, loss.model.config),
+        "optim.learning_rate": facts["learning_rate"],
+        "model.save_dtype": SHORT.get(facts["save_dtype"], facts["save_dtype"]),
+        "runtime.device": facts["device"],
+        "runtime.precision": SHORT.get(facts["precision"], facts["precision"]),
+        "runtime.tokens_per_pack": facts.get("tokens_per_pack"),
+        "runtime.recompute": facts.get("recomputed_layers"),
+    }
 
 
 def _bytes(value: str) -> int:

@@ -15,6 +15,8 @@ from sftx.printable import printable
 from sftx.report.run_page import NAME, write_report
 from sftx.types import UserError
 
+STAGE = "judge"
+EXAMPLE = "sftx report runs/first runs/second"
 EXTRA = {
     "to": "The file to write; default: report.html in the folder of the run, or, of several runs, "
     "in this folder.",

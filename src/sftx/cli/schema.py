@@ -10,6 +10,8 @@ from sftx.settings.documents import as_json_schema, as_markdown
 from sftx.settings.typed_keywords import as_python
 from sftx.types import UserError
 
+STAGE = "set up"
+EXAMPLE = "sftx schema > schema.json"
 EXTRA = {"format": "json (the default), markdown or python"}
 
 

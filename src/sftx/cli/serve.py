@@ -19,6 +19,8 @@ from sftx.talk.load import load_assistants
 from sftx.talk.real_servers import commands
 from sftx.talk.terminal import Screen, sampling_of
 
+STAGE = "talk"
+EXAMPLE = "sftx serve runs/first"
 POSITIONAL = ("model",)
 EXTRA = {
     "base": "A model to compare it with: a folder, a hub name, or `own` (an adapter's base).",

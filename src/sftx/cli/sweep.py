@@ -51,6 +51,8 @@ from sftx.sweep import (
 )
 from sftx.types import Ended, UserError
 
+STAGE = "train"
+EXAMPLE = "sftx sweep run.yaml optim.learning_rate=1e-5,3e-5"
 EXTRA = {
     "trials": "Draw so many combinations instead of trying all of them.",
     "search": "How they are drawn: random (default), or tpe, by optuna: what went well before is "

@@ -18,6 +18,8 @@ from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
 
+STAGE = "train"
+EXAMPLE = "sftx train run.yaml batch.epochs=2"
 EXTRA = {
     "nproc": "Start so many processes on this machine, through torchrun; `gpu` = one for each GPU."
 }

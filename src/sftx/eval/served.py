@@ -56,7 +56,7 @@ def base_of(adapter: Adapter) -> str:
     """
     if Path(adapter.names).is_dir():
         return adapter.names
-    hint = "; if you want it, name it yourself: base=..."
+    hint = "; if you want it, name it yourself: base=... (in `chat` and `serve`: under=...)"
     place = f"the base {adapter.names!r}, which {adapter.folder} names, is not on this disk"
     with boundary(place, hint):
         return snapshot_download(adapter.names, local_files_only=True)

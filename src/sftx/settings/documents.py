@@ -33,6 +33,6 @@ def as_json_schema() -> dict[str, Any]:
         }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sftx run",
         **schema,
+        "title": "sftx run",
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from threading import Lock
 
 from sftx.boundary import boundary
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval.judge import base_of
+from sftx.eval.served import adapter_in, base_of
 from sftx.model.adapter import load_adapter
 from sftx.model.load import load_model
 from sftx.model.runtime import Machine
@@ -34,24 +33,24 @@ def load_assistants(
         UserError: a folder is damaged, there is no chat template, or `own` is asked of a model that
             is no adapter.
     """
-    adapter = model.path if base_of(model.path) is not None else None
+    adapter = adapter_in(model.path)
     if base == OWN and adapter is None:
         raise UserError(f"base={OWN}: {model.path} is no adapter; name its base: base=FOLDER")
     source = model
     if adapter is not None:
-        under = base_name or base_of(model.path)
+        changed: dict[str, object] = {"path": base_name or base_of(adapter)}
         # Its own tokenizer has the template and the stop tokens that it was trained with.
-        own = (Path(model.path) / "tokenizer_config.json").exists()
-        named = model.tokenizer or (model.path if own else None)
-        source = model.model_copy(update={"path": under, "tokenizer": named})
+        if model.tokenizer is None and (adapter.folder / "tokenizer.json").is_file():
+            changed["tokenizer"] = str(adapter.folder)
+        source = model.model_copy(update=changed)
     tokenizer = Tokenizer.of_model(source)
     chat = chat_template(template, tokenizer, model.path)
     loaded = load_model(source, here.device, here.precision).eval()
     loaded.config.use_cache = True
     lock, wrapped = Lock(), None
     if adapter is not None:
-        with boundary(f"the adapter in {adapter} cannot be loaded"):
-            wrapped = load_adapter(loaded, adapter).eval()
+        with boundary(f"the adapter in {adapter.folder} cannot be loaded"):
+            wrapped = load_adapter(loaded, str(adapter.folder)).eval()
     found = [Assistant(_name(model.path), loaded, tokenizer, chat, lock, wrapped)]
     if base == OWN:
         found.append(Assistant("base", loaded, tokenizer, chat, lock, wrapped, base=True))

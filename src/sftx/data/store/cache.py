@@ -32,12 +32,16 @@ has changed.
 """
 
 
+def folder_of(given: str | None) -> Path:
+    """The folder of the cache; the default is $SFTX_CACHE, else ~/.cache/sftx."""
+    return Path(given or os.environ.get("SFTX_CACHE") or "~/.cache/sftx").expanduser()
+
+
 class Cache:
-    """A folder of encoded blocks. The default is $SFTX_CACHE, else ~/.cache/sftx."""
+    """A folder of encoded blocks, `folder_of` what is given."""
 
     def __init__(self, folder: str | None = None) -> None:
-        chosen = folder or os.environ.get("SFTX_CACHE") or "~/.cache/sftx"
-        self.folder = Path(chosen).expanduser()
+        self.folder = folder_of(folder)
         self.writable = True
         try:
             (self.folder / "tmp").mkdir(parents=True, exist_ok=True)

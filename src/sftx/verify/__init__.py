@@ -1,0 +1,1 @@
+"""What the promise says, measured on a user's own model and rows."""

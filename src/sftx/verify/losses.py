@@ -1,0 +1,168 @@
+"""The loss of packs, as training computes it, against each example alone through the plain model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sftx.boundary import boundary
+from sftx.data.pack import balanced, build_pack, probe_pack
+from sftx.data.store.corpus import Corpus
+from sftx.model.adapter import load_adapter
+from sftx.model.checks.start import check_paths, check_sizes
+from sftx.model.load import load_model
+from sftx.model.pack_loss import PackLoss, to_tensors
+from sftx.model.runtime import Machine, name_of
+from sftx.settings.schema import Model
+from sftx.types import Example
+from sftx.verify.finding import Finding, compared
+from sftx.verify.oracle import Measured, losses_alone, plain_model, train_embeddings_only
+
+EXAMPLES, TOKENS = 6, 1024
+"""The most examples, and tokens of them together, that run through the model."""
+LIMITS = {
+    torch.float32: {"loss": 1e-5, "gradient": 1e-3},
+    torch.bfloat16: {"loss": 2e-2, "gradient": 1e-1},
+}
+"""Relative differences that rounding explains. In float32 a loss is off by about 1e-7, a gradient by
+1e-6; more where a router chooses its experts by a hair.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What was found, and what the start-up checks said of the model."""
+
+    findings: list[Finding]
+    notes: list[str]
+
+
+def chosen(corpus: Corpus) -> list[Example]:
+    """The examples that run through the model: the first ones, of at least two tokens."""
+    found: list[Example] = []
+    tokens = 0
+    for number in range(len(corpus)):
+        example = corpus.example(number)
+        tokens += len(example.ids)
+        if found and (len(found) == EXAMPLES or tokens > TOKENS):
+            break
+        found.append(example)
+    return found
+
+
+def oracle(
+    model: Model, adapter: str | None, examples: Sequence[Example], machine: Machine
+) -> list[Measured]:
+    """Each example alone, through the model as transformers loads it."""
+    plain = plain_model(model.path, adapter, model.trust_remote_code, machine.device)
+    return list(losses_alone(plain, examples))
+
+
+def compare_losses(
+    model: Model,
+    adapter: str | None,
+    examples: Sequence[Example],
+    alone: Sequence[Measured],
+    machine: Machine,
+) -> Losses:
+    """Four properties of the loss: that of the model's logits, for packs, for any size, any order.
+
+    Raises:
+        UserError: the model cannot be loaded, or its start-up checks refuse it.
+    """
+    loaded = load_model(model, machine.device)
+    if adapter is not None:
+        with boundary(f"the adapter in {adapter} cannot be loaded"):
+            load_adapter(loaded, adapter)
+    loss = PackLoss(loaded).eval()
+    longest = max(len(example.ids) for example in examples)
+    check_sizes(loss, longest, max(int(example.ids.max()) for example in examples))
+    notes = check_paths(loss, probe_pack(examples), machine.precision, longest, TOKENS)
+    total = _sum(alone)
+    limits = LIMITS[machine.precision]
+    kind = f"{name_of(machine.precision)}, {len(examples)} examples"
+
+    single = [_measured(loss, [[example]], machine) for example in examples]
+    apart = [_apart(ours, theirs) for ours, theirs in zip(single, alone, strict=True)]
+    worst = {name: max(one[name] for one in apart) for name in limits}
+    fused = compared(
+        "fused loss = the model's own logits",
+        f"each example alone; the model as transformers loads it, cross-entropy in float64; {kind}",
+        worst,
+        limits,
+    )
+    packed = compared(
+        "packed = separate",
+        f"all examples in one pack; each alone through the plain model; {kind}",
+        _apart(_measured(loss, [examples], machine), total),
+        limits,
+    )
+    return Losses(
+        [
+            fused,
+            packed,
+            _any_size(loss, examples, total, machine),
+            _any_order(loss, examples, total, machine),
+        ],
+        notes,
+    )
+
+
+def _any_size(
+    loss: PackLoss, examples: Sequence[Example], total: Measured, machine: Machine
+) -> Finding:
+    lengths = [len(example.ids) for example in examples]
+    sizes = sorted({max(lengths), (max(lengths) + sum(lengths)) // 2})
+    found = []
+    for size in sizes:
+        packs = [[examples[i] for i in members] for members in balanced(lengths, size)[0]]
+        found.append(_apart(_measured(loss, packs, machine), total))
+    worst = {name: max(one[name] for one in found) for name in LIMITS[machine.precision]}
+    named = " and ".join(f"{size:,}" for size in sizes)
+    how = f"a step cut into packs of {named} tokens; each example alone through the plain model"
+    return compared("any pack size", how, worst, LIMITS[machine.precision])
+
+
+def _any_order(
+    loss: PackLoss, examples: Sequence[Example], total: Measured, machine: Machine
+) -> Finding:
+    shuffled = list(examples)
+    random.Random(0).shuffle(shuffled)
+    found = [
+        _apart(_measured(loss, [order], machine), total)
+        for order in (list(reversed(examples)), shuffled)
+    ]
+    worst = {name: max(one[name] for one in found) for name in LIMITS[machine.precision]}
+    how = "the pack reversed, and shuffled; each example alone through the plain model"
+    return compared("any order", how, worst, LIMITS[machine.precision])
+
+
+def _measured(loss: PackLoss, packs: Sequence[Sequence[Example]], machine: Machine) -> Measured:
+    """Loss and gradient of a step cut into these packs, by the path that training takes."""
+    weight = train_embeddings_only(loss.model)
+    weight.grad = None
+    total = 0.0
+    for examples in packs:
+        with machine.autocast():
+            value = loss(to_tensors(build_pack(examples), machine.device))
+        value.backward()
+        total += float(value.detach())
+    assert weight.grad is not None
+    return Measured(total, weight.grad.float().cpu())
+
+
+def _sum(parts: Sequence[Measured]) -> Measured:
+    gradients = torch.stack([part.gradient for part in parts])
+    return Measured(sum(part.loss for part in parts), gradients.sum(0))
+
+
+def _apart(ours: Measured, theirs: Measured) -> dict[str, float]:
+    """Relative differences: of the loss, and of the gradient (L2)."""
+    norm = max(float(theirs.gradient.norm()), 1e-30)
+    return {
+        "loss": abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-30),
+        "gradient": float((ours.gradient - theirs.gradient).norm()) / norm,
+    }
