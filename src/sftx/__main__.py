@@ -22,7 +22,10 @@ def _say_at_once(arguments: list[str]) -> bool:
     if not arguments or {"-h", "--help"} & {*arguments}:
         return False
     verb, *rest = arguments
-    if verb == "schema" or not (Path(__file__).parent / "cli" / f"{verb}.py").is_file():
+    if (
+        verb in ("completion", "schema")
+        or not (Path(__file__).parent / "cli" / f"{verb}.py").is_file()
+    ):
         return False
     if any(map(_may_be_silent, rest)):
         return False

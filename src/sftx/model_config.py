@@ -166,3 +166,12 @@ def _check_kernel(
                 "or leave the choice to "
                 "sftx: take the line out"
             )
+
+
+def positions(path: str, default: int) -> int:
+    """How many positions the model at `path` has; `default` where its config does not say."""
+    file = config_file(path)
+    config = read_json(file)
+    check_config(config, file)
+    inner = config.get("text_config") or config
+    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)

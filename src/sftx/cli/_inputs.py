@@ -8,7 +8,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.model_config import POSITIONS, check_config, config_file, read_json
+from sftx.model_config import positions
 from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.types import UserError
@@ -20,15 +20,6 @@ def tokenizer_and_length(config: Config) -> tuple[Tokenizer, int]:
     return tokenizer, config.data.max_length or min(
         positions(config.model.path, DEFAULT_LENGTH), DEFAULT_LENGTH
     )
-
-
-def positions(path: str, default: int) -> int:
-    """How many positions the model at `path` has; `default` where its config does not say."""
-    file = config_file(path)
-    config = read_json(file)
-    check_config(config, file)
-    inner = config.get("text_config") or config
-    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)
 
 
 def encoded(config: Config, encoder: Encoder) -> Corpus:

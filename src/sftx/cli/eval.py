@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sftx.cli._eval_page import write_page
-from sftx.cli._inputs import encoded, positions, tokenizer_and_length, whole_number
+from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
@@ -39,6 +39,7 @@ from sftx.eval.served import (
     load_served,
 )
 from sftx.model.runtime import machine
+from sftx.model_config import positions
 from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config

@@ -10,16 +10,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast, get_args
 
 from sftx.printable import printable
 from sftx.report.run_page import NAME, write_report
+from sftx.report.trackers import send
+from sftx.settings.schema import Tracker
 from sftx.types import UserError
 
 STAGE = "judge"
 EXAMPLE = "sftx report runs/first runs/second"
 EXTRA = {
     "to": "The file to write; default: report.html in the folder of the run, or, of several runs, "
-    "in this folder.",
+    "in this folder. A tracker (tensorboard, wandb, mlflow, trackio): "
+    "the runs are sent there.",
 }
 
 
@@ -28,6 +32,10 @@ def run(paths: Sequence[str] = (), to: str = "") -> int:
     if not paths:
         raise UserError("sftx report: name the output folder of one run or more")
     folders = [_folder(path) for path in dict.fromkeys(paths)]
+    if to in get_args(Tracker):
+        steps = sum(send(folder, cast(Tracker, to)) for folder in folders)
+        print(f"report   {steps:,} steps sent to {to}", file=sys.stderr)
+        return 0
     file = Path(to) if to else (folders[0] / NAME if len(folders) == 1 else Path(NAME))
     if file.is_dir():
         raise UserError(f"sftx report: to={to}: this is a folder; name a file in it")

@@ -20,8 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from sftx.model_config import read_json
 from sftx.printable import printable
 from sftx.report.facts import read_facts
 from sftx.report.progress import Progress, duration
+from sftx.report.run_page import write_report
 from sftx.report.trackers import Tail
 from sftx.settings.load import load_config
 from sftx.settings.schema import Config
@@ -49,6 +48,7 @@ from sftx.sweep import (
     suggested,
     values_of,
 )
+from sftx.training.best import lower_is_better
 from sftx.types import Ended, UserError
 
 STAGE = "train"
@@ -80,7 +80,7 @@ class Trial:
     def cost(self) -> float:
         """The value, as a number of which less is better."""
         assert self.value is not None
-        return self.value if _lower_is_better(self.metric) else -self.value
+        return self.value if lower_is_better(self.metric) else -self.value
 
     def __str__(self) -> str:
         return " ".join(f"{key}={text}" for key, text in self.point.items())
@@ -299,9 +299,8 @@ class Sweep:
         """Write sweep.json, and report.html over all trials that finished."""
         self.write_record()
         folders = [self.folder_of(trial) for trial in self.finished()]
-        if folders and find_spec("sftx.report.run_page"):
-            page = import_module("sftx.report.run_page")
-            page.write_report(folders, self.folder / "report.html")
+        if folders:
+            write_report(folders, self.folder / "report.html")
 
     def conclude(self) -> int:
         """Print the table and the best; 1 where no trial finished."""
@@ -323,11 +322,6 @@ class Sweep:
         said = f"best     trial {best.number}: {best}, {best.metric} {best.value:.4f}, in "
         console.print(printable(said + str(self.folder_of(best))), markup=False, soft_wrap=True)
         return 0
-
-
-def _lower_is_better(name: str) -> bool:
-    """Whether a number is to be low: losses, perplexity and kl; all others are to be high."""
-    return name in ("perplexity", "kl", "general loss") or name.split(" of ")[0] == "loss"
 
 
 def _shared(config: Config, space: Space) -> dict[str, Any]:

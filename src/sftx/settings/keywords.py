@@ -6,41 +6,14 @@ is made: `Config` alone decides what is allowed.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 from sftx.settings import schema
+from sftx.settings.given import Rows, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Text = str | os.PathLike[str]
-
-
-class Frame(Protocol):
-    """A DataFrame of pandas."""
-
-    def itertuples(self) -> Any:
-        """Its rows."""
-        ...
-
-
-class ArrowTable(Protocol):
-    """A data set of the `datasets` library."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Its rows."""
-        ...
-
-    @property
-    def features(self) -> Any:
-        """Its columns."""
-        ...
-
-
-Rows = Sequence[Any] | Iterator[Any] | Frame | ArrowTable
-"""Rows held in memory: texts, [prompt, output, ...] lists or dictionaries."""
 
 
 class SourceSettings(TypedDict, total=False):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sftx.settings.describe import as_json_schema
+from sftx.settings.documents import as_json_schema
 from sftx.settings.strict_yaml import dump
 from sftx.starter.choose import Setting
 from sftx.types import UserError
