@@ -126,7 +126,8 @@ def test_a_packed_adapter_has_the_naive_gradients(family: str) -> None:
     reference = tiny.naive_loss(twin, data)
     reference.backward()
     loss = PackLoss(model).train()
-    assert check_paths(loss, probe_pack(data), torch.float32) == []
+    notes = check_paths(loss, probe_pack(data), torch.float32)
+    assert bool(notes) == tiny.runs_one_at_a_time(family)
     value = test_loss.step_gradient(loss, data, [(0, 1, 2), (3, 4, 5, 6)])
     assert value == pytest.approx(float(reference), rel=1e-6)
     assert tiny.gradient_difference(model, twin) <= 1e-6

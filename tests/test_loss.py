@@ -95,7 +95,8 @@ def test_packed_gradient_is_the_naive_one(family: str, monkeypatch: pytest.Monke
     reference = tiny.naive_loss(twin, data)
     reference.backward()
     loss = PackLoss(model)
-    assert check_paths(loss, probe_pack(data), torch.float32, longest=200) == []
+    notes = check_paths(loss, probe_pack(data), torch.float32, longest=200)
+    assert bool(notes) == tiny.runs_one_at_a_time(family)
     for packs in (
         [tuple(range(7))],
         balanced(LENGTHS, 70)[0],
@@ -118,13 +119,16 @@ def test_a_model_that_cannot_be_isolated_takes_the_exact_slow_path(family: str) 
     )
     model = tiny.model(family, **changes)
     data = tiny.examples([5, 20, 9])
-    twin = float64_twin(model) if family != "Mamba" else copy.deepcopy(model).double()
+    # Doge's eager attention is another function than its default in transformers 5.17.
+    has_twin = family not in ("Mamba", "Doge")
+    twin = float64_twin(model) if has_twin else copy.deepcopy(model).double()
     reference = tiny.naive_loss(twin, data)
     reference.backward()
     loss = PackLoss(model)
     notes = check_paths(loss, probe_pack(data), torch.float32)
-    assert len(notes) == 1
-    assert "one at a time" in notes[0]
+    if family != "Falcon":  # from transformers 5.24 on it keeps segments apart
+        assert len(notes) == 1
+    assert all("one at a time" in note for note in notes)
     value = step_gradient(loss, data, [(0, 1), (2,)])
     assert value == pytest.approx(float(reference), rel=1e-6)
     assert tiny.gradient_difference(model, twin) <= 2e-6

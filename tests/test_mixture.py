@@ -95,6 +95,10 @@ def test_a_merge_into_weights_that_layers_share_is_refused_before_training() -> 
     attach(tiny.model("Zamba2", **ZAMBA2), Adapter(method="lora", rank=4), 0)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="without data, torch 2.11 multiplies groups of matrices in bfloat16 only",
+)
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_memory_of_experts_is_predicted_without_a_word(
     alone: bool, capfd: pytest.CaptureFixture[str]

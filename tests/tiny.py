@@ -33,6 +33,13 @@ SPECIAL = [
 ]
 
 
+def runs_one_at_a_time(family: str) -> bool:
+    """Whether the installed transformers is known to lack what keeps packed segments of a family
+    apart, so that they run one at a time: exact, but slower.
+    """
+    return family == "Gemma2" and transformers.__version__.startswith("5.17.")
+
+
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """Byte-level: one token per byte after the special ones, so every text has a known length."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -136,16 +136,20 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         context = max_length if sequence.context is None else sequence.context
         piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
         head = len(piece.ids) - (end - first)
-        # Earlier outputs are context here: they are trained in their own piece.
-        piece.weights[:head] = 0
-        if piece.kinds is not None:
-            piece.kinds[:head][piece.said[:head]] = KINDS.index("context")
+        _make_context(piece, head)
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
         done += count
     assert sum(piece.targets for piece in pieces) == sequence.targets
     return Fitted(pieces, int(np.count_nonzero(~covered)))
+
+
+def _make_context(piece: TokenSequence, head: int) -> None:
+    """Let the first `head` tokens be context: earlier outputs are trained in their own piece."""
+    piece.weights[:head] = 0
+    if piece.kinds is not None:
+        piece.kinds[:head][piece.said[:head]] = KINDS.index("context")
 
 
 def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:

@@ -63,10 +63,15 @@ def held_out_loss(
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}
     numbers["accuracy"] = sum(correct) / sum(weights)
-    if len(corpus.sources) == 1:
-        return numbers
-    for what, parts in (("loss", sums), ("accuracy", correct)):
-        for name, part, weight in zip(corpus.sources, parts, weights, strict=True):
-            if weight:
-                numbers[f"{what} of {name}"] = part / weight
+    if len(corpus.sources) > 1:
+        numbers |= _of_each_source("loss", corpus, sums, weights)
+        numbers |= _of_each_source("accuracy", corpus, correct, weights)
     return numbers
+
+
+def _of_each_source(
+    what: str, corpus: Corpus, sums: list[float], weights: list[float]
+) -> dict[str, float]:
+    """`loss of NAME`, say, of every source that has a weight."""
+    parts = zip(corpus.sources, sums, weights, strict=True)
+    return {f"{what} of {name}": part / weight for name, part, weight in parts if weight}

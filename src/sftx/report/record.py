@@ -93,12 +93,16 @@ class Run:
             versions=_versions(),
         )
         if self.writes:
-            for name in RECORDS:
-                kept = carried.get(name, "")
-                if kept or name == "metrics.jsonl" or (self.folder / name).exists():
-                    write_text(self.folder / name, kept)
-            if (self.folder / SAMPLES).exists():
-                self._cut_samples(step + 1 if step else 0)
+            self._begin_records(step, carried)
+
+    def _begin_records(self, step: int, carried: Mapping[str, str]) -> None:
+        """Make the files of one line per step those of the checkpoint of `step`."""
+        for name in RECORDS:
+            kept = carried.get(name, "")
+            if kept or name == "metrics.jsonl" or (self.folder / name).exists():
+                write_text(self.folder / name, kept)
+        if (self.folder / SAMPLES).exists():
+            self._cut_samples(step + 1 if step else 0)
 
     def records(self) -> dict[str, str]:
         """The records so far, for a checkpoint to carry; what is returned is on the disk."""

@@ -16,13 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from sftx import distributed
-from sftx.data.dataset import load_corpora, write_ledger
+from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.pack import build_pack, probe_pack
 from sftx.data.plan import Plan, plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval.judge import Judge
 from sftx.eval.questions import Questions, read_questions
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
@@ -129,7 +128,6 @@ def prepare(
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
     packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
-
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     job = Job(
@@ -152,18 +150,11 @@ def prepare(
         predicted_seconds=seconds,
         tell=progress.phase,
     )
-    job.judge = _judge(job, data.questions)
+    job.ask(data.questions)
     notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
-
-
-def _judge(job: Job, questions: Questions | None) -> Judge | None:
-    """Who asks the questions at the run's evaluations."""
-    if questions is None:
-        return None
-    return Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
 
 
 def _begin_phase(progress: Progress, name: str) -> None:
@@ -360,7 +351,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     job.state = found.state
     notes += found.notes
     if run.finished and not found.changed:
-        notes += run.unreadable() + _write_ledger(job, again=True)
+        notes += run.unreadable() + job.write_ledger(again=True)
         return
     again = run.exists and not found.changed
     facts = RunFacts(
@@ -383,22 +374,9 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     )
     run.start(job.state.step, found.carried, facts)
     job.evaluations = distributed.broadcast(run.evaluations())
-    notes += _write_ledger(job, again)
+    notes += job.write_ledger(again)
     if lacking := job.no_room():
         raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
-
-
-def _write_ledger(job: Job, again: bool) -> list[str]:
-    """Write the ledger; with `again` it was written before, and a line says what had to be mended."""
-    if not job.run.writes:
-        return []
-    names = write_ledger(job.corpus, job.run.folder)
-    if not (names and again):
-        return []
-    return [
-        f"{' and '.join(names)} did not hold what this data gives (lost, damaged or older): "
-        "written anew"
-    ]
 
 
 def _summary(job: Job, peak: float) -> str:

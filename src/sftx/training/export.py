@@ -93,6 +93,14 @@ class Trained:
         return merged, moved
 
 
+def _check_finished(facts: dict[str, Any], step: str) -> None:
+    if not step and facts["status"] != "finished":
+        raise UserError(
+            f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its "
+            "checkpoints"
+        )
+
+
 def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Trained:
     """What the run in `folder` trained, or its checkpoint after `step`; `dtype` takes the place of
     the run's `save_dtype`.
@@ -103,11 +111,7 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
     path = folder / "run.json"
     facts = read_facts(path)
     check_needed(facts, path)
-    if not step and facts["status"] != "finished":
-        raise UserError(
-            f"sftx export: the run is {facts['status']}, not finished; step=N takes one of its "
-            "checkpoints"
-        )
+    _check_finished(facts, step)
     if TRLX in facts:  # every checkpoint of such a run holds a whole model
         folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
     source, adapter = sources(folder, facts, bool(step), allowed)
@@ -160,9 +164,7 @@ def sources(
 ) -> tuple[Model, Adapter]:
     """The model to load and the adapter to put in, as the caller allows them."""
     path, config = folder / "run.json", facts["config"]
-    for name in ("model", "adapter", "data"):
-        if not isinstance(config.get(name), dict):
-            raise damaged(path, f"config.{name} must be an object")
+    _check_sections(config, path)
     trust = allowed.trust_remote_code
     recorded = section(Model, config["model"] | {"trust_remote_code": trust}, path, "model")
     given = dict(config["adapter"])
@@ -180,13 +182,25 @@ def sources(
         return source, Adapter()
     start = str(folder)  # a finished run holds its adapter itself
     if is_step:
-        start = allowed.adapter or given.get("path")
+        start = _first_adapter(given, allowed)
         if not start:
             return source, section(Adapter, given, path, "adapter")
-        if not allowed.adapter:
-            start = _on_disk(start, "adapter")
     kept = {"method": method, "path": start, "quantize": given.get("quantize", "none")}
     return source, section(Adapter, kept, path, "adapter")
+
+
+def _check_sections(config: dict[str, Any], path: Path) -> None:
+    for name in ("model", "adapter", "data"):
+        if not isinstance(config.get(name), dict):
+            raise damaged(path, f"config.{name} must be an object")
+
+
+def _first_adapter(given: dict[str, Any], allowed: Allowed) -> str:
+    """The saved adapter that a run began with; empty where it began with a new one."""
+    if allowed.adapter:
+        return allowed.adapter
+    recorded = given.get("path")
+    return _on_disk(recorded, "adapter") if recorded else ""
 
 
 def _on_disk(name: Any, key: str) -> str:

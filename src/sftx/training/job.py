@@ -14,12 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx import distributed
+from sftx.data.dataset import write_ledger
 from sftx.data.encoder import Encoder
 from sftx.data.pack import build_pack
 from sftx.data.plan import Plan
 from sftx.data.store.corpus import Corpus
 from sftx.eval.forgetting import read_gauge
-from sftx.eval.judge import Judge
+from sftx.eval.judge import Judge, Questions
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import trainable
 from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
@@ -103,6 +104,27 @@ class Job:
             pack = build_pack([self.corpus.example(i) for i in members], members)
             own.append(to_tensors(pack, self.machine.device))
         return StepPacks(own, sum(map(bool, chain(*ranks))))
+
+    def ask(self, questions: Questions | None) -> None:
+        """Let evaluations ask `questions` too."""
+        if questions is not None:
+            self.judge = Judge(
+                questions, self.loss, self.adapted, self.machine, self.tokens_per_pack
+            )
+
+    def write_ledger(self, again: bool) -> list[str]:
+        """Write the ledger; with `again` it was written before, and a line says what had to be
+        mended.
+        """
+        if not self.run.writes:
+            return []
+        names = write_ledger(self.corpus, self.run.folder)
+        if not (names and again):
+            return []
+        return [
+            f"{' and '.join(names)} did not hold what this data gives (lost, damaged or older): "
+            "written anew"
+        ]
 
     @property
     def evaluates(self) -> bool:

@@ -313,10 +313,10 @@ class SpanTokenizer:
         chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
         bos = self._tokenizer.bos_id
         bos = self._tokenizer.eos_id if bos is None and not sequence.bos else bos
-        first = next(
-            (weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size), 0.0
-        )
-        if bos is not None and (sequence.bos or (sequence.bos is None and first)):
+        begins = sequence.bos
+        if begins is None:  # only before a target
+            begins = bool(_first_weight(chunks, weights))
+        if bos is not None and begins:
             chunks, weights = [np.array([bos], np.int32), *chunks], [0.0, *weights]
             own = [("context", 0.0), *own]
             letters = np.concatenate([np.zeros((1, 2), np.int64), letters])
@@ -362,3 +362,9 @@ def _targets(
             array[begin:end] = weight
             spans.append((begin, end))
     return array, tuple(spans)
+
+
+def _first_weight(chunks: Sequence[Int32], weights: Sequence[float]) -> float:
+    """The weight of the first chunk that holds a token; 0 where none does."""
+    found = (weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size)
+    return next(found, 0.0)

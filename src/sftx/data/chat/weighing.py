@@ -66,13 +66,7 @@ def weigh(
         trained = conversation.trained[first : first + count]
         first += count
         for turn, t in zip(own, trained, strict=True):
-            share = shares[t]
-            sequence.own += [("context", 0.0), (share.kind, share.answer)]
-            begin = len(turn.prompt)
-            if thought := _thought(turn, conversation.messages[t]):
-                a, b = thought
-                stretch = Stretch(begin + a, begin + b, "reasoning", share.thought)
-                sequence.stretches.append(stretch)
+            _add_answer(sequence, turn, conversation, t)
         found = _Contents(template, conversation, trained[-1], own[-1]).find()
         for number, spans in found.items():
             weight = 0.0 if number in counted else shares[number].content
@@ -81,6 +75,16 @@ def weigh(
     asked = range(conversation.trained[-1])
     lost = any(shares[i].content and _says(conversation, i) and i not in counted for i in asked)
     return [LEFT_OUT] if lost else []
+
+
+def _add_answer(sequence: TextSequence, turn: Turn, conversation: Conversation, t: int) -> None:
+    """Say what the prompt and the output of turn `t` count, and the thought in it."""
+    share = conversation.shares[t]
+    sequence.own += [("context", 0.0), (share.kind, share.answer)]
+    begin = len(turn.prompt)
+    if thought := _thought(turn, conversation.messages[t]):
+        a, b = thought
+        sequence.stretches.append(Stretch(begin + a, begin + b, "reasoning", share.thought))
 
 
 def weigh_joined(sequence: TextSequence, conversation: Conversation) -> None:

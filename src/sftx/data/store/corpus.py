@@ -244,13 +244,9 @@ class Corpus:
 
     def _kinds(self, mine: Table) -> dict[str, KindCount]:
         """What there is of each kind of text."""
-        found = Ledger()
         if "kinds" in (mine.dtype.names or ()):
-            whole = {name: mine["kinds"][name].sum(0) for name in COUNT.names or ()}
-            for number, kind in enumerate(KINDS):
-                if whole["tokens"][number]:
-                    found.count(kind, **{name: sums[number].item() for name, sums in whole.items()})
-            return found.kinds
+            return _counted_kinds(mine)
+        found = Ledger()
         texts = [number for number, origin in enumerate(self.origins) if origin.form == "text"]
         is_text = np.isin(mine["origin"], texts)
         for kind, some in (("output", mine[~is_text]), ("text", mine[is_text])):
@@ -271,3 +267,13 @@ class Corpus:
         starts = np.flatnonzero(chosen["part"] == 0)
         lengths = chosen["length"].astype(np.int64)
         return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
+
+
+def _counted_kinds(mine: Table) -> dict[str, KindCount]:
+    """What there is of each kind of text, where the encoder counted it example by example."""
+    found = Ledger()
+    whole = {name: mine["kinds"][name].sum(0) for name in COUNT.names or ()}
+    for number, kind in enumerate(KINDS):
+        if whole["tokens"][number]:
+            found.count(kind, **{name: sums[number].item() for name, sums in whole.items()})
+    return found.kinds
