@@ -102,7 +102,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, trained: Trained) -> list[dict[str
         return 0
 
     monkeypatch.setattr(verb, "run_process", run)
-    monkeypatch.setattr(verb, "find_spec", lambda name: None)
     return calls
 
 

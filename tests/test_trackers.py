@@ -89,7 +89,7 @@ def test_a_tracker_gets_what_the_record_holds(
         assert ("train/learning_rate" in numbers) == (record["step"] > 0)
     assert [step for step, numbers in tool.logged if "eval/loss" in numbers] == [0, 2, 4]
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert tool.inits[0]["id"] == facts["id"] != ""
+    assert tool.inits[0]["id"] == facts["tracker_id"] != ""
     assert tool.inits[0]["name"] == "run"
     assert tool.inits[0]["config"]["batch"]["steps"] == STEPS
     assert tool.exits == [0]

@@ -22,14 +22,14 @@ AGAIN = "; put a copy of it back, or move the folder away and start the run anew
 class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
-    `id`: what trackers know the run by.
+    `tracker_id`: what trackers know the run by.
     `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
     changed on the way. `merged`: how far merging moved a logit.
     `best`: step, metric and value of the model that was written, where the best one was chosen.
     """
 
     status: str = ""
-    id: str = ""
+    tracker_id: str = ""
     started: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "mathematics": (_is_settings, "JSON of an object"),
     "precision": (_is(str), "text"),
     "device": (_is(str), "text"),
-    "id": (_is(str), "text"),
+    "tracker_id": (_is(str), "text"),
     "started": (_is(list), "a list"),
     "changed": (_is(list), "a list"),
     "notes": (_is(list), "a list"),

@@ -170,8 +170,7 @@ class Progress:
         self._phase = None
         self._held_out = numbers.get("loss", self._held_out)
         shown = {name: value for name, value in numbers.items() if name != "targets"}
-        forms = {"loss": ".4f", "perplexity": ".2f"}
-        found = [f"{name} {value:{forms.get(name, '.4g')}}" for name, value in shown.items()]
+        found = [f"{name} {_number(name, value)}" for name, value in shown.items()]
         if found:
             self.say(f"held out {'  '.join(found)}  after step {step:,}")
 
@@ -315,6 +314,14 @@ def working(what: str, on: bool = True) -> Iterator[Progress]:
 
 def _left(record: StepRecord) -> list[str]:
     return [f"{duration(record.seconds_left)} left"] if record.seconds_left else []
+
+
+def _number(name: str, value: float) -> str:
+    """A number of an evaluation, in the form that its kind has."""
+    if name == "ended" or name.split(" of ")[0] == "accuracy":
+        return f"{100 * value:.1f} %"
+    forms = {"loss": ".4f", "perplexity": ".2f"}
+    return f"{value:{forms.get(name, '.4g')}}"
 
 
 def _one_line(text: str) -> Text:

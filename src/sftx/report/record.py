@@ -82,8 +82,8 @@ class Run:
         carries.
         """
         earlier = self.facts.started if step else []
-        known_by = self.facts.id if step else facts.id
-        self.facts = replace(facts, id=known_by)
+        known_by = self.facts.tracker_id if step else facts.tracker_id
+        self.facts = replace(facts, tracker_id=known_by)
         if self.writes:
             make_folder(self.folder)
         self.update(  # first of all files: what has a run.json is known to be a run

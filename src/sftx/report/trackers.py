@@ -90,10 +90,10 @@ def tracking(
     if not names or not run.writes or run.finished:
         yield
         return
-    if not run.facts.id:
-        run.update(id=_new_id())
+    if not run.facts.tracker_id:
+        run.update(tracker_id=_new_id())
     over = Event()
-    card = replace(card or card_of(run.folder), id=run.facts.id)
+    card = replace(card or card_of(run.folder), id=run.facts.tracker_id)
     threads: dict[str, Thread] = {}
     for name in names:
         following = _Following(name, card, naming, over, say)
@@ -130,8 +130,8 @@ def send(folder: str | Path, tracker: Tracker) -> int:
         raise UserError(f"{folder}: the folder of a run (with run.json) is needed")
     check_needed(facts, path)
     check_installed(tracker)
-    if not facts.get("id"):
-        facts["id"] = _new_id()
+    if not facts.get("tracker_id"):
+        facts["tracker_id"] = _new_id()
         write_json(path, facts)
     card = card_of(folder)
     feed = Feed(card, tracker)
@@ -159,7 +159,7 @@ def card_of(folder: Path) -> Card:
         "peak_learning_rate": facts.peak_learning_rate,
     }
     settings = {**facts.config, "run": told}
-    return Card(id=facts.id, folder=folder, name=folder.resolve().name, settings=settings)
+    return Card(id=facts.tracker_id, folder=folder, name=folder.resolve().name, settings=settings)
 
 
 def _new_id() -> str:
