@@ -35,7 +35,7 @@ def live_report(job: Job, progress: Progress) -> Generator[LiveReport]:
     try:
         yield report
     finally:
-        if report.started:
+        if report.started or report.is_behind():
             report.write()
 
 
@@ -57,6 +57,15 @@ class LiveReport:
         self.started = True
         if due and time.monotonic() >= self._next:
             self.write()
+
+    def is_behind(self) -> bool:
+        """Whether a run that finished was cut off before its page was written."""
+        folder = self.job.run.folder
+        page, facts = folder / NAME, folder / "run.json"
+        if not self.job.run.finished or not self.on:
+            return False
+        cut_off = any((folder / f"{name}.tmp").exists() for name in (NAME, NOTED))
+        return cut_off or not page.exists() or page.stat().st_mtime < facts.stat().st_mtime
 
     def write(self) -> None:
         """Write report.json and the page; where that fails, say so once."""
