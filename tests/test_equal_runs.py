@@ -88,6 +88,8 @@ def _told(path: Path) -> Any:
             return _but(MEASURED, json.loads(path.read_text()))
         case "MANIFEST.json":  # the sizes and hashes of the files of a checkpoint
             return _but({"metrics.jsonl", "state.json"}, json.loads(path.read_text()))
+        case "report.html":  # made of the other files, and of measurements
+            return None
         case _:
             return path.read_bytes()
 

@@ -29,6 +29,8 @@ if backend == "nccl":
 dist.init_process_group(backend, init_method=address, rank=rank, world_size=2)
 value = torch.ones(1, device=device)
 dist.all_reduce(value)
+dist.barrier()  # nobody leaves while the other still reads
+dist.destroy_process_group()
 sys.exit(0 if value.item() == 2 else 3)
 """
 
