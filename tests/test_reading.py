@@ -26,7 +26,7 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "tokens on the run path": Limit(now=127_500, aim=55_000),
+    "tokens on the run path": Limit(now=127_600, aim=55_000),
     "tokens per line of code": Limit(now=8.7, aim=8.5),
     "annotations with Any, in percent": Limit(now=6.8, aim=5),
     "functions of a complexity over 10": Limit(now=54, aim=0),

@@ -31,12 +31,12 @@ class TrlxRun(Run):
         self.begin = begin
         self.told = dict(told)
         self.eval_before = self.facts.eval_before if begin else None
-        self.id = self.facts.id if begin else ""
+        self.id = self.facts.tracker_id if begin else ""
         self.facts = RunFacts()  # an earlier run neither forbids this one nor finishes it
 
     def start(self, step: int, carried: Mapping[str, str], facts: RunFacts) -> None:
         """Begin the record with the lines that are in the folder up to the step `begin`."""
-        own = replace(facts, trlx=self.told, eval_before=self.eval_before, id=self.id)
+        own = replace(facts, trlx=self.told, eval_before=self.eval_before, tracker_id=self.id)
         super().start(step, self.records_until(self.begin), own)
 
 
