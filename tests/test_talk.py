@@ -124,6 +124,19 @@ def test_an_adapter_beside_its_own_base(folder: str, adapter: str) -> None:
         _loaded(folder, "own")
 
 
+def test_an_adapter_samples_as_its_own_folder_says(folder: str, adapter: str) -> None:
+    said = _by_transformers(folder, adapter)
+    before = _loaded(adapter)[0]
+    assert _answer(before).ids == said
+    own = GenerationConfig(eos_token_id=[2], pad_token_id=0, repetition_penalty=3.0)
+    own.save_pretrained(adapter)
+    try:
+        answer = _answer(_loaded(adapter)[0])
+    finally:
+        (Path(adapter) / "generation_config.json").unlink()
+    assert answer.ids == _by_transformers(folder, adapter, repetition_penalty=3.0) != said
+
+
 def test_sampling(folder: str) -> None:
     assistant = _loaded(folder)[0]
     seeded = Sampling(max_tokens=12, temperature=1.0, seed=7)

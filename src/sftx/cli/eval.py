@@ -35,8 +35,8 @@ from sftx.eval.served import (
     Adapter,
     Served,
     adapter_in,
-    base_of,
     load_served,
+    on_base,
 )
 from sftx.model.runtime import machine
 from sftx.model_config import positions
@@ -88,7 +88,7 @@ def run(
     adapter = adapter_in(config.model.path)
     title = config.model.path
     if adapter is not None:
-        config = _with_base(config, adapter, base)
+        config = config.model_copy(update={"model": on_base(config.model, adapter, base)})
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, max_length = tokenizer_and_length(config)
     encoder = Encoder(tokenizer, config.data, max_length)
@@ -123,14 +123,6 @@ def _names(metrics: str) -> list[str]:
 def _general(given: str) -> bool | str:
     """`general=` as `eval.general` takes it."""
     return {"true": True, "false": False}.get(given, given)
-
-
-def _with_base(config: Config, adapter: Adapter, base: str) -> Config:
-    """The settings with the base of an adapter for the model, and the adapter's own tokenizer."""
-    changed: dict[str, object] = {"path": base or base_of(adapter)}
-    if config.model.tokenizer is None and (adapter.folder / "tokenizer.json").is_file():
-        changed["tokenizer"] = str(adapter.folder)
-    return config.model_copy(update={"model": config.model.model_copy(update=changed)})
 
 
 def _judged(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sftx.boundary import boundary
@@ -15,6 +14,7 @@ from sftx.data.pack import probe_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.adapter import load_adapter
 from sftx.model.checks.start import check_paths, check_sizes
+from sftx.model.folder import on_disk
 from sftx.model.load import load_model
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine
@@ -54,12 +54,32 @@ def base_of(adapter: Adapter) -> str:
     """The folder of the base that an adapter names; a name on the hub only where its files have been
     fetched before: the caller did not ask for it.
     """
-    if Path(adapter.names).is_dir():
-        return adapter.names
     hint = "; if you want it, name it yourself: base=... (in `chat` and `serve`: under=...)"
     place = f"the base {adapter.names!r}, which {adapter.folder} names, is not on this disk"
-    with boundary(place, hint):
-        return snapshot_download(adapter.names, local_files_only=True)
+    return on_disk(adapter.names, place, hint)
+
+
+def on_base(model: Model, adapter: Adapter, base: str = "") -> Model:
+    """`model` with the base of its adapter for the path (`base` where the caller names one), and
+    with the adapter's own tokenizer: it has the template and the stop tokens of the training.
+    """
+    changed: dict[str, object] = {"path": base or base_of(adapter)}
+    if model.tokenizer is None and (adapter.folder / "tokenizer.json").is_file():
+        changed["tokenizer"] = str(adapter.folder)
+    return model.model_copy(update=changed)
+
+
+def put_adapter(loaded: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Put the adapter into its base; from then on its own generation config holds, if it has one.
+
+    Raises:
+        UserError: its files are damaged or do not fit the base.
+    """
+    with boundary(f"the adapter in {adapter.folder} cannot be loaded"):
+        wrapped = load_adapter(loaded, str(adapter.folder))
+        if (adapter.folder / "generation_config.json").is_file():
+            loaded.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    return wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +97,7 @@ def load_served(model: Model, adapter: Adapter | None, corpus: Corpus, machine: 
         UserError: the files are damaged or do not fit each other, or the data does not fit them.
     """
     loaded = load_model(model, machine.device)
-    wrapped = None
-    if adapter is not None:
-        with boundary(f"the adapter in {adapter.folder} cannot be loaded"):
-            wrapped = load_adapter(loaded, str(adapter.folder))
-            if (adapter.folder / "generation_config.json").is_file():
-                loaded.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    wrapped = None if adapter is None else put_adapter(loaded, adapter)
     loss = PackLoss(loaded).eval()
     longest = int(corpus.lengths.max(initial=1))
     check_sizes(loss, longest, corpus.largest_id)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from threading import Lock
 
-from sftx.boundary import boundary
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval.served import adapter_in, base_of
-from sftx.model.adapter import load_adapter
+from sftx.eval.served import adapter_in, on_base, put_adapter
 from sftx.model.load import load_model
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Model
@@ -38,19 +36,13 @@ def load_assistants(
         raise UserError(f"base={OWN}: {model.path} is no adapter; name its base: base=FOLDER")
     source = model
     if adapter is not None:
-        changed: dict[str, object] = {"path": base_name or base_of(adapter)}
-        # Its own tokenizer has the template and the stop tokens that it was trained with.
-        if model.tokenizer is None and (adapter.folder / "tokenizer.json").is_file():
-            changed["tokenizer"] = str(adapter.folder)
-        source = model.model_copy(update=changed)
+        source = on_base(model, adapter, base_name)
     tokenizer = Tokenizer.of_model(source)
     chat = chat_template(template, tokenizer, model.path)
     loaded = load_model(source, here.device, here.precision).eval()
     loaded.config.use_cache = True
-    lock, wrapped = Lock(), None
-    if adapter is not None:
-        with boundary(f"the adapter in {adapter.folder} cannot be loaded"):
-            wrapped = load_adapter(loaded, str(adapter.folder)).eval()
+    lock = Lock()
+    wrapped = None if adapter is None else put_adapter(loaded, adapter).eval()
     found = [Assistant(_name(model.path), loaded, tokenizer, chat, lock, wrapped)]
     if base == OWN:
         found.append(Assistant("base", loaded, tokenizer, chat, lock, wrapped, base=True))

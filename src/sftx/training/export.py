@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 from peft import PeftModel
 
-from sftx.boundary import boundary
 from sftx.data.chat.template_files import bundled_templates
 from sftx.data.encoder import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.files import make_folder, sync
+from sftx.model.folder import on_disk
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.pack_loss import PackLoss
 from sftx.model.save import load_tokenizer, save_model
@@ -207,13 +206,9 @@ def _on_disk(name: Any, key: str) -> str:
     """A model's folder that run.json names; a name on the hub only where its files have been
     fetched before.
     """
-    if isinstance(name, str) and (Path(name).is_dir() or name.endswith(".gguf")):
-        return name
     hint = f"; if you want it, name it yourself: sftx export RUN {key}=..."
-    with boundary(
-        f"sftx export: the {key} {name!r}, which run.json names, is not on this disk", hint
-    ):
-        return snapshot_download(name, local_files_only=True)
+    place = f"sftx export: the {key} {name!r}, which run.json names, is not on this disk"
+    return on_disk(name, place, hint)
 
 
 def _encoding(
