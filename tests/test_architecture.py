@@ -41,6 +41,7 @@ LAYERS = {
         "arrow",
         "boundary",
         "cores",
+        "evenly",
         "files",
         "gguf",
         "first_line",

@@ -8,6 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from sftx.data.store.corpus import Corpus
+from sftx.evenly import evenly
 
 BARS = 40
 """Bars of lengths."""
@@ -44,12 +45,9 @@ def lengths_of(corpus: Corpus, most: int | None = None) -> Lengths:
 
 def weights_of(corpus: Corpus) -> list[WeightCount]:
     """How many tokens have which weight, over `LOOKED_AT` examples; 0 first."""
-    chosen = (
-        np.unique(np.linspace(0, len(corpus) - 1, LOOKED_AT).astype(int)) if len(corpus) else []
-    )
     counts: Counter[float] = Counter()
-    for index in chosen:
-        found, tokens = np.unique(corpus.example(int(index)).weights, return_counts=True)
+    for index in evenly(len(corpus), LOOKED_AT):
+        found, tokens = np.unique(corpus.example(index).weights, return_counts=True)
         counts.update(dict(zip(found.tolist(), tokens.tolist(), strict=True)))
     if len(counts) <= KINDS:
         return [{"weight": f"{w:.4g}", "tokens": counts[w]} for w in sorted(counts)]

@@ -14,6 +14,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import View, view
+from sftx.evenly import evenly
 from sftx.report.histograms import lengths_of
 from sftx.report.shell import asset, page
 from sftx.settings.schema import Config
@@ -79,7 +80,7 @@ def _chosen(corpus: Corpus) -> list[int]:
         np.argsort(-corpus.lengths, kind="stable")[:each],
         cut[:: max(len(cut) // each, 1)][:each],
         np.argsort(share, kind="stable")[:each],
-        np.linspace(0, len(corpus) - 1, min(SHOWN, len(corpus))).astype(np.int64),
+        evenly(len(corpus), SHOWN),
     ]
     return list(dict.fromkeys(np.concatenate(picks).tolist()))[:SHOWN]
 
@@ -99,9 +100,7 @@ def _row(shown: View) -> dict[str, object]:
 def _steps(config: Config, corpus: Corpus) -> dict[str, object]:
     """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
     plan = plan_of(corpus, config)
-    steps = np.unique(
-        np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, POINTS)).astype(np.int64)
-    ).tolist()
+    steps = evenly(plan.num_steps, POINTS)
     chosen = [plan.examples(step) for step in steps]
     return {
         "count": plan.num_steps,

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.evenly import evenly
 from sftx.report.facts import RunFacts, read_facts
 from sftx.report.record import read_lines
+from sftx.settings.flat import flat
 from sftx.types import Json, UserError
 
 NOTED = "report.json"
@@ -65,7 +67,7 @@ def run_data(folder: Path) -> dict[str, object]:
         "name": folder.resolve().name,
         "folder": str(folder),
         "facts": said,
-        "settings": _flat(facts.config),
+        "settings": flat(facts.config),
         "steps": len(steps),
         "series": _series(steps),
         "held": _held(lines),
@@ -211,8 +213,7 @@ def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:
 def _samples(lines: Lines) -> dict[str, object]:
     """Answers by prompt: `steps`, and for each prompt its reference and its answer at each step."""
     steps = sorted({int(str(line["step"])) for line in lines})
-    places = np.unique(np.linspace(0, len(steps) - 1, min(MOMENTS, len(steps))).astype(int))
-    shown = [steps[i] for i in places] if steps else []
+    shown = [steps[i] for i in evenly(len(steps), MOMENTS)]
     prompts: dict[tuple[str, str], dict[str, object]] = {}
     for line in lines:
         if line["step"] not in shown:
@@ -237,17 +238,6 @@ def _samples(lines: Lines) -> dict[str, object]:
 def _cut(text: str) -> str:
     more = len(text) - LONGEST
     return text if more <= 0 else f"{text[:LONGEST]} … and {more:,} more characters"
-
-
-def _flat(settings: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
-    """Settings by their dotted names."""
-    found: dict[str, Json] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _dropped(path: Path) -> list[Json]:

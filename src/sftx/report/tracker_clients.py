@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sftx.settings.flat import flat
 from sftx.settings.schema import Tracker
+from sftx.types import Json
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
-Settings = Mapping[str, Any]
+Settings = Mapping[str, Json]
 """Nested settings and facts of a run."""
 Sample = Mapping[str, Any]
 """An answer of the model: a line of samples.jsonl."""
@@ -84,15 +86,6 @@ def table_of(samples: Sequence[Sample]) -> tuple[list[str], list[list[object]]]:
     return [*COLUMNS, *scores], rows
 
 
-def flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested settings under dotted names."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 class TensorBoard:
     """Event files in RUN/tensorboard: `tensorboard --logdir RUNS`."""
 
@@ -127,7 +120,37 @@ def _code(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-class WeightsAndBiases:
+class _WithTables:
+    """A tracker that shows tables and sends by itself; `run` and `table` are its own."""
+
+    run: _TableRun
+    table: Callable[..., object]
+
+    def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """Numbers, and samples as a table."""
+        logged: dict[str, object] = dict(numbers)
+        if samples:
+            columns, rows = table_of(samples)
+            logged["samples"] = self.table(columns=columns, data=rows)
+        self.run.log(logged, step=step)
+
+    def flush(self) -> None:
+        """Nothing to do: a process or a thread of the tracker sends."""
+
+
+class _TableRun(Protocol):
+    """A run of wandb or of Trackio."""
+
+    def log(self, numbers: dict[str, object], step: int) -> None:
+        """Take the numbers of a step."""
+        ...
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Wait until all is sent."""
+        ...
+
+
+class WeightsAndBiases(_WithTables):
     """A run of wandb. What it keeps on disk goes where wandb's own settings say, and not into the
     run folder: it holds links to elsewhere, which a run that is continued would refuse.
     """
@@ -135,7 +158,7 @@ class WeightsAndBiases:
     def __init__(self, card: Card) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self.wandb = wandb
+        self.table = wandb.Table
         self.run = wandb.init(
             project=card.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=card.entity,
@@ -147,17 +170,6 @@ class WeightsAndBiases:
             id=card.id,
             resume="allow",
         )
-
-    def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
-        """Numbers, and samples as a table."""
-        logged: dict[str, object] = dict(numbers)
-        if samples:
-            columns, rows = table_of(samples)
-            logged["samples"] = self.wandb.Table(columns=columns, data=rows)
-        self.run.log(logged, step=step)
-
-    def flush(self) -> None:
-        """Nothing to do: wandb has a process of its own that sends."""
 
     def close(self, status: str) -> None:
         """Wait until all is sent; a run that did not finish is shown as failed."""
@@ -188,7 +200,7 @@ class Mlflow:
     def _add_params(self, settings: Settings) -> None:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-        params = [Param(key, str(value)[:500]) for key, value in flat(settings)]
+        params = [Param(key, str(value)[:500]) for key, value in flat(settings).items()]
         for start in range(0, len(params), 100):  # as many as it takes at once
             self.client.log_batch(self.run_id, params=params[start : start + 100])
 
@@ -214,13 +226,13 @@ class Mlflow:
         self.client.set_terminated(self.run_id, endings.get(status, "FAILED"))
 
 
-class Trackio:
+class Trackio(_WithTables):
     """A run of Trackio: on this machine, or in the space that its environment variables name."""
 
     def __init__(self, card: Card) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        self.trackio = trackio
+        self.table = trackio.Table
         self.run = trackio.init(
             project=card.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
             name=f"{card.name}-{card.id}",  # it knows a run by its name
@@ -229,17 +241,6 @@ class Trackio:
             resume="allow",
             embed=False,
         )
-
-    def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
-        """Numbers, and samples as a table."""
-        logged: dict[str, object] = dict(numbers)
-        if samples:
-            columns, rows = table_of(samples)
-            logged["samples"] = self.trackio.Table(columns=columns, data=rows)
-        self.run.log(logged, step=step)
-
-    def flush(self) -> None:
-        """Nothing to do: Trackio has a thread of its own that writes."""
 
     def close(self, status: str) -> None:
         """Wait until all is written."""

@@ -39,6 +39,7 @@ from sftx.model.trainable import choose_weights
 from sftx.report.facts import RunFacts
 from sftx.report.progress import Progress
 from sftx.report.record import Run
+from sftx.settings.flat import flat
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.best import chosen_by
@@ -55,7 +56,6 @@ from sftx.training.memory_plan import (
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
 from sftx.training.run_identity import (
-    dotted,
     find_beginning,
     mathematics,
     refuse_wrong_folder,
@@ -171,9 +171,12 @@ def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.St
 
 def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
     """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
+    positions = _positions(model_config) or DEFAULT_LENGTH
     return config.data.max_length or min(positions, DEFAULT_LENGTH)
+
+
+def _positions(model_config: PreTrainedConfig) -> int | None:
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progress) -> RunData:
@@ -185,9 +188,7 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     check_stop_token(corpus, encoder, config.data)
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    questions = read_questions(config, encoder, held_out, positions)
+    questions = read_questions(config, encoder, held_out, _positions(model_config))
     check_best(chosen_by(config.eval), held_out, questions)
     return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
 
@@ -346,7 +347,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     run, decides = job.run, job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
-    check_ranks({**dotted(decides), "tokens per pack": job.tokens_per_pack})
+    check_ranks({**flat(decides), "tokens per pack": job.tokens_per_pack})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)
     job.state = found.state
     notes += found.notes

@@ -20,6 +20,7 @@ from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
+from sftx.evenly import evenly
 from sftx.model.flops import flops, reached_speed
 from sftx.model.memory import Memory, MemoryEstimator
 from sftx.model.pack_loss import PackLoss
@@ -52,9 +53,7 @@ class StepProfile:
         """The load of `plan`, its largest step sought among (at most 2,000) steps; `targets` =
         those of one epoch.
         """
-        steps = np.unique(
-            np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, 2000)).astype(int)
-        ).tolist()
+        steps = evenly(plan.num_steps, 2000)
         largest = max(
             steps, key=lambda step: int(plan.lengths[plan.examples(step)].sum()), default=None
         )
@@ -215,12 +214,7 @@ def predict(
 def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int, int]]:
     """(tokens per pack, checkpointed layers), in the order of preference."""
     layers = len(estimator.layers)
-    good = COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
-    if estimator.on_gpu:
-        good = GPU_SIZES
-    small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
-    if runtime.tokens_per_pack is not None:
-        good, small = [runtime.tokens_per_pack], []
+    good, small = _sizes(runtime, estimator)
     match runtime.recompute:
         case "auto":
             whole = [(size, 0) for size in good]
@@ -232,6 +226,16 @@ def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int,
         case number:
             count = number
     return [(size, count) for size in (*good, *small)]
+
+
+def _sizes(runtime: Runtime, estimator: MemoryEstimator) -> tuple[list[int], list[int]]:
+    """Tokens of a pack at which the device is fast, and those at which it gets slower."""
+    if runtime.tokens_per_pack is not None:
+        return [runtime.tokens_per_pack], []
+    good = COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
+    if estimator.on_gpu:
+        good = GPU_SIZES
+    return good, [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
 
 
 def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from sftx import distributed
 from sftx.data.plan import Plan
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import name_of
 from sftx.report.lock import LOCK, OWNER
 from sftx.report.record import Run
+from sftx.settings.flat import flat
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.types import UserError
@@ -75,26 +75,15 @@ def mathematics(
     return facts
 
 
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= dotted(cast(dict[str, Any], value), f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, list[Any]]:
     """{setting: [then, now]} of what differs from the run in the folder; UserError if it may not
     differ.
     """
-    now, allowed = dotted(mathematics), config.checkpoint.resume_allow
+    now, allowed = flat(mathematics), config.checkpoint.resume_allow
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    then = dotted(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
+    then = flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not _within(key, allowed)]:
         lines = [f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused]
@@ -145,7 +134,6 @@ def find_beginning(
 
     Raises UserError where the run there is another one, or cannot be continued as it is allowed to.
     """
-    distributed.heartbeat("looking for a checkpoint")
     changed = changes(config, run, mathematics)
     found = Beginning(checkpoint.State(0, plan.fingerprint, mathematics), changed=bool(changed))
     if run.finished and not changed:
