@@ -6,7 +6,7 @@ Numpy only, so that everything that looks at data works without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Literal, NamedTuple, Required, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,28 @@ class RowError(UserError):
     """
 
 
+class Function(TypedDict):
+    """What a call asks for; `arguments` is an object, or text that is not JSON."""
+
+    name: str
+    arguments: Json
+
+
+class ToolCall(TypedDict, total=False):
+    """A call of a tool in a message."""
+
+    type: str
+    id: str
+    function: Required[Function]
+
+
 class Message(TypedDict, total=False):
     """One turn of a conversation, in the OpenAI shape that chat templates read."""
 
-    role: str
-    content: str
+    role: Required[str]
+    content: Required[str]
     reasoning_content: str
-    tool_calls: list[dict[str, Any]]
+    tool_calls: list[ToolCall]
     tool_call_id: str
     name: str
     weight: float

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from pydantic import ValidationError
 
@@ -21,8 +21,9 @@ from sftx.data.chat.answer import Turn
 from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
 from sftx.data.chat.limits import watched
 from sftx.data.chat.skeleton import Skeleton, learn_skeleton
-from sftx.data.chat.spans import APART, SpanTokenizer, TextSequence, text_sequences
+from sftx.data.chat.spans import APART, SpanTokenizer
 from sftx.data.chat.template_files import template_texts
+from sftx.data.chat.text_sequence import TextSequence, text_sequences
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.chat.weighing import weigh, weigh_joined
 from sftx.data.oversize import check_size
@@ -298,37 +299,32 @@ class Encoder:
             return shorten(sequences, plan.conversation, again, count, self.max_length)
 
     def _finish(self, plan: _Plan, sequences: list[TokenSequence]) -> Encoded | RowError:
+        """What became of a row that is now tokens."""
         if plan.dropped:
             return Encoded([], "dropped", plan.dropped)
         sequences = sequences if plan.tokens is None else [plan.tokens]
         if not any(sequence.weights.any() for sequence in sequences):
-            nothing = (
-                "row has no token to learn: each target is empty, has weight 0 or has nothing "
-                "before it"
-            )
-            if any(sequence.spans for sequence in sequences) and self.data.weights:
-                return Encoded([], "dropped", f"{nothing} (data.weights)")
-            return RowError(nothing)
+            return self._without_target(sequences)
         try:
             fits = self._fitted(plan, sequences)
         except RowError as error:
             return error
         encoded = Encoded([], notes=plan.notes)
         for fitted in fits:
-            encoded.tokens_truncated += fitted.tokens_lost
-            encoded.targets_truncated += fitted.targets_lost
-            for k, piece in enumerate(fitted.pieces, 1):
-                note = piece.note
-                if len(fitted.pieces) > 1:
-                    note = joined_notes(note, f"split {k} of {len(fitted.pieces)}")
-                part = len(encoded.examples)
-                encoded.examples.append(
-                    Example(piece.ids, piece.weights, note, part, piece.shortened, piece.kinds)
-                )
+            _add_pieces(encoded, fitted)
         if any(APART in sequence.note for sequence in sequences):
             encoded.notes.append(APART)
         self._judge(encoded, fits, max(len(sequence.ids) for sequence in sequences))
         return encoded
+
+    def _without_target(self, sequences: list[TokenSequence]) -> Encoded | RowError:
+        """A row with nothing to learn is a mistake, unless `data.weights` makes it so."""
+        nothing = (
+            "row has no token to learn: each target is empty, has weight 0 or has nothing before it"
+        )
+        if self.data.weights and any(sequence.spans for sequence in sequences):
+            return Encoded([], "dropped", f"{nothing} (data.weights)")
+        return RowError(nothing)
 
     def _judge(self, encoded: Encoded, fits: list[Fitted], longest: int) -> None:
         """Say what became of a row, whose longest sequence had so many tokens."""
@@ -342,7 +338,22 @@ class Encoder:
             encoded.reason = f"{longest:,} tokens cut to data.max_length {self.max_length:,}"
 
 
-def encode(row: Any, tokenizer: Any, **settings: Unpack[DataSettings]) -> list[Example]:
+def _add_pieces(encoded: Encoded, fitted: Fitted) -> None:
+    """Add what became of one sequence to what became of its row."""
+    encoded.tokens_truncated += fitted.tokens_lost
+    encoded.targets_truncated += fitted.targets_lost
+    count = len(fitted.pieces)
+    for k, piece in enumerate(fitted.pieces, 1):
+        note = piece.note
+        if count > 1:
+            note = joined_notes(note, f"split {k} of {count}")
+        part = len(encoded.examples)
+        encoded.examples.append(
+            Example(piece.ids, piece.weights, note, part, piece.shortened, piece.kinds)
+        )
+
+
+def encode(row: object, tokenizer: object, **settings: Unpack[DataSettings]) -> list[Example]:
     """What one row of data becomes: a list of examples with `ids` int32[T] and `weights`
     float32[T].
 

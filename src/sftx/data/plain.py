@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sftx.data.chat.spans import TextSequence
+from sftx.data.chat.text_sequence import TextSequence
 from sftx.data.sources.validate import product
 from sftx.data.tokenizer import Tokenizer
 from sftx.data.truncation import TokenSequence, runs
@@ -21,34 +21,45 @@ def without_turns(
         return [], _tokens(row, tokenizer, by_kind)
     if row.kind == "text":
         return [_text(row, tokenizer, by_kind)], None
-    chunks = [(part.text, product(part.weight, row.weight)) for part in row.phrases]
-    sequence = TextSequence(chunks, alone=True)
-    if by_kind:
-        sequence.own = [("output" if weight else "context", weight) for _, weight in chunks]
-    return [sequence], None
+    return [_segments(row, by_kind)], None
+
+
+def _segments(row: Row, by_kind: bool) -> TextSequence:
+    sequence = TextSequence([], alone=True)
+    for part in row.phrases:
+        weight = product(part.weight, row.weight)
+        sequence.chunks.append((part.text, weight))
+        if by_kind:
+            kind = "output" if weight else "context"
+            sequence.own.append((kind, weight))
+    return sequence
 
 
 def _text(row: Row, tokenizer: Tokenizer, by_kind: bool) -> TextSequence:
     """Plain text. A BOS or EOS spelled at its ends is that token: it is neither doubled nor
     escaped.
     """
-    bos, eos = (tokenizer.special.get(name, "") for name in ("bos_token", "eos_token"))
-    begins = tokenizer.adds_bos or (bool(bos) and row.text.startswith(bos))
+    bos = tokenizer.special.get("bos_token", "")
+    eos = tokenizer.special.get("eos_token", "")
+    spells_bos = bool(bos) and row.text.startswith(bos)
     text = row.text.removeprefix(bos).removesuffix(eos)
-    own = [("text", row.weight)] if by_kind else []
-    chunks = [(text, row.weight)]
-    return TextSequence(chunks, eos=True, alone=True, bos=begins, context=1, own=own)
+    return TextSequence(
+        chunks=[(text, row.weight)],
+        eos=True,
+        alone=True,
+        bos=tokenizer.adds_bos or spells_bos,
+        context=1,
+        own=[("text", row.weight)] if by_kind else [],
+    )
 
 
 def _tokens(row: Row, tokenizer: Tokenizer, by_kind: bool) -> TokenSequence:
-    ids, size = np.array(row.ids, dtype=np.int64), tokenizer.vocab_size
-    bad = np.flatnonzero((ids < 0) | (ids >= size))
-    if len(bad):
-        raise RowError(
-            f"input_ids[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary of {size:,} tokens"
-        )
+    size = tokenizer.vocab_size
+    for i, token in enumerate(row.ids):
+        if not 0 <= token < size:
+            raise RowError(f"input_ids[{i}] is {token}, outside the vocabulary of {size:,} tokens")
     weights = np.array([product(weight, row.weight) for weight in row.weights], np.float32)
     kinds = None
     if by_kind:
         kinds = np.where(weights != 0, KINDS.index("output"), 0).astype(np.uint8)
-    return TokenSequence(ids.astype(np.int32), weights, kinds=kinds, spans=runs(weights))
+    return TokenSequence(np.array(row.ids, np.int32), weights, kinds=kinds, spans=runs(weights))

@@ -15,9 +15,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sftx.data.chat.conversation import REASONING, Conversation
+from sftx.data.chat.conversation import ChatMessage, Conversation, Share, reasoning_of
 from sftx.data.truncation import Fitted, TokenSequence, fit
 from sftx.types import RowError, joined_notes
 
@@ -43,28 +43,33 @@ def shorten(
     """
     trained = iter(conversation.trained)
     groups = [list(islice(trained, len(sequence.spans))) for sequence in sequences]
-    if sum(map(len, groups)) != len(
-        conversation.trained
-    ):  # an output without tokens: whose the spans are is not known
+    if sum(map(len, groups)) != len(conversation.trained):
+        # An output without tokens: whose the spans are is not known.
         return [fit(sequence, max_length, "split") for sequence in sequences]
     sizes = count([_text(message) for message in conversation.messages])
-    held: set[int] = set()  # messages that stand in some piece
+    used: set[int] = set()  # messages that stand in some piece
     results: list[Fitted] = []
     for sequence, turns in zip(sequences, groups, strict=True):
         if len(sequence.ids) <= max_length:
             results.append(Fitted([sequence]))
-            held.update(range(turns[-1] + 1))
+            used.update(range(turns[-1] + 1))
         else:
-            cut = _Cut(conversation, render, sizes, max_length, held)
+            cut = _Cut(conversation, render, sizes, max_length, used)
             results.append(cut.pieces(sequence, turns))
-    gone = [i for i in range(conversation.trained[-1] + 1) if i not in held]
-    weighed = [i for i in gone if conversation.shares and conversation.shares[i].content]
-    results[0] = replace(
-        results[0],
-        tokens_lost=results[0].tokens_lost + sum(sizes[i] for i in gone),
-        targets_lost=results[0].targets_lost + sum(sizes[i] for i in weighed),
-    )
+    gone = set(range(conversation.trained[-1] + 1)) - used
+    results[0] = _with_losses(results[0], conversation, gone, sizes)
     return results
+
+
+def _with_losses(
+    first: Fitted, conversation: Conversation, gone: set[int], sizes: Sequence[int]
+) -> Fitted:
+    """The first sequence of a row, with the loss of the messages that are in no piece."""
+    tokens = first.tokens_lost + sum(sizes[i] for i in gone)
+    targets = first.targets_lost
+    if conversation.shares:
+        targets += sum(sizes[i] for i in gone if conversation.shares[i].content)
+    return replace(first, tokens_lost=tokens, targets_lost=targets)
 
 
 class _Opening(NamedTuple):
@@ -85,19 +90,17 @@ class _Cut:
         render: Render,
         sizes: Sequence[int],
         max_length: int,
-        held: set[int],
+        used: set[int],
     ) -> None:
         self.messages = conversation.messages
         self.conversation = conversation
         self.render = render
         self.sizes = sizes  # tokens of the text of each message
         self.max_length = max_length
-        self.whole: tuple[int, list[int]] = (
-            0,
-            [],
-        )  # tokens of the sequence, and the messages in it
+        # Tokens of the sequence, and the messages in it.
+        self.whole: tuple[int, list[int]] = (0, [])
         self.markup = _MARKUP
-        self.held = held  # messages that stand in some piece
+        self.used = used  # messages that stand in some piece
         self.base = 0.0  # tokens that are there whatever messages are kept, such as those of tools
         roles = [message["role"] for message in self.messages]
         others = (i for i, role in enumerate(roles) if role not in ("system", "developer"))
@@ -110,13 +113,13 @@ class _Cut:
         self.whole = len(sequence.ids), list(range(turns[-1] + 1))
         self.base = max(len(sequence.ids) - self._estimate(self.whole[1]), 0.0)
         barest = self._openings(turns[0])[-1]
-        self._rendered(self._kept(barest, turns[0]), turns[:1])  # teaches what markup takes
+        self._rendered(self._kept(barest, turns[0]), turns[:1])  # measures what markup takes
         pieces: list[TokenSequence] = []
         lost = 0
         left = list(turns)
         while left:
             kept, piece = self._next(left)
-            self.held.update(kept)
+            self.used.update(kept)
             if len(piece.ids) <= self.max_length:
                 pieces.append(piece)
             else:
@@ -139,27 +142,31 @@ class _Cut:
         while at < len(openings):
             kept = self._kept(openings[at], turns[number - 1])
             piece = self._rendered(kept, turns[:number])
-            if piece is not None and len(piece.ids) <= self.max_length:
-                return kept, piece
-            if piece is not None and number == 1:
-                shortest = kept, piece
-            if piece is not None and at < least:
-                at += 1
-            elif number > 1:
-                number = number - 1 if piece is not None else 1
-            else:
-                at += 1
-        if shortest is None:  # the template wants the turns from the first on
-            kept = list(range(turns[0] + 1))
-            piece = self._rendered(kept, turns[:1])
             if piece is None:
-                raise RowError(
-                    f"turn {turns[0]}: the row is longer than data.max_length "
-                    f"{self.max_length:,}, and its turns "
-                    "cannot be rendered one by one, to be cut apart"
-                )
-            shortest = kept, piece
-        return shortest
+                if number == 1:
+                    at += 1
+                number = 1
+                continue
+            if len(piece.ids) <= self.max_length:
+                return kept, piece
+            if number == 1:
+                shortest = kept, piece
+            if at < least or number == 1:
+                at += 1
+            else:
+                number -= 1
+        return shortest or self._from_the_first(turns[0])
+
+    def _from_the_first(self, turn: int) -> tuple[list[int], TokenSequence]:
+        """All messages up to `turn`, for a template that wants the turns from the first on."""
+        kept = list(range(turn + 1))
+        piece = self._rendered(kept, [turn])
+        if piece is None:
+            raise RowError(
+                f"turn {turn}: the row is longer than data.max_length {self.max_length:,}, and its "
+                "turns cannot be rendered one by one, to be cut apart"
+            )
+        return kept, piece
 
     def _openings(self, turn: int) -> list[_Opening]:
         """Where a piece that trains `turn` may begin, from the most context to the least."""
@@ -184,10 +191,9 @@ class _Cut:
             barest = len(openings) - 1
             half = (costs[barest] + self.max_length) / 2
             rest = range(least + 1, barest)
-            some = [i for i in rest if costs[i] <= half] or [
-                i for i in rest if costs[i] <= self.max_length
-            ]
-            least = some[0] if some else barest
+            half_full = [i for i in rest if costs[i] <= half]
+            fitting = [i for i in rest if costs[i] <= self.max_length]
+            least = next(iter(half_full or fitting), barest)
         number = sum(self._cost(openings[least], turn) <= self.max_length for turn in turns)
         return least, max(number, 1)
 
@@ -195,10 +201,10 @@ class _Cut:
         """The opening with the most context that leaves room up to message `end`, by estimate; else
         the last.
         """
-        fitting = (
-            i for i, opening in enumerate(openings) if self._cost(opening, end) <= self.max_length
-        )
-        return next(fitting, len(openings) - 1)
+        for i, opening in enumerate(openings):
+            if self._cost(opening, end) <= self.max_length:
+                return i
+        return len(openings) - 1
 
     def _kept(self, opening: _Opening, end: int) -> list[int]:
         return [*self.head, *opening.anchor, *range(opening.begin, end + 1)]
@@ -225,19 +231,12 @@ class _Cut:
         share none.
         """
         whole = self.conversation
-        weights = [whole.weights[i] if i in turns else 0.0 for i in kept]
-        # A content that stands in an earlier piece counts there.
-        shares = [
-            whole.shares[i]._replace(content=0.0) if i in self.held else whole.shares[i]
-            for i in kept
-            if whole.shares
-        ]
         shorter = Conversation(
-            [self.messages[i] for i in kept],
-            weights,
-            whole.tools,
-            dict(whole.kwargs),
-            shares=shares,
+            messages=[self.messages[i] for i in kept],
+            weights=[whole.weights[i] if i in turns else 0.0 for i in kept],
+            tools=whole.tools,
+            kwargs=dict(whole.kwargs),
+            shares=[self._share(i) for i in kept] if whole.shares else [],
         )
         try:
             sequences = self.render(shorter)
@@ -253,11 +252,16 @@ class _Cut:
         note = joined_notes(sequence.note, f"without {dropped} earlier messages")
         return replace(sequence, note=note, shortened=True)
 
+    def _share(self, i: int) -> Share:
+        """What message `i` counts in a piece: a content that stands in an earlier piece counts
+        there.
+        """
+        share = self.conversation.shares[i]
+        return share._replace(content=0.0) if i in self.used else share
 
-def _text(message: dict[str, Any]) -> str:
+
+def _text(message: ChatMessage) -> str:
     """All that a message says."""
-    reasoning = next((str(message[key]) for key in REASONING if message.get(key)), "")
-    calls = (
-        json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
-    )
-    return f"{message['content']}{reasoning}{calls}"
+    calls = message.get("tool_calls")
+    written = json.dumps(calls, ensure_ascii=False) if calls else ""
+    return f"{message['content']}{reasoning_of(message)}{written}"

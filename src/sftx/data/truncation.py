@@ -88,18 +88,18 @@ def _piece(
     making room.
     """
     ids, weights = sequence.ids, sequence.weights
-    wants_bos = (
-        begin > 0 and sequence.bos is not None and (sequence.begins_with_bos or weights[begin] != 0)
-    )
-    if wants_bos:
+    head: list[int] = []
+    needs_one = sequence.begins_with_bos or weights[begin] != 0
+    if begin > 0 and sequence.bos is not None and needs_one:
+        head = [sequence.bos]
         begin = max(begin, end - max_length + 1)
-    head = [sequence.bos] if wants_bos else []
     piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
     piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
     is_prompt = ~sequence.said
     # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
     is_output = not is_prompt[1:2].all()
-    gone = is_prompt[1 if sequence.begins_with_bos or is_output else 0 : begin]
+    first = 1 if sequence.begins_with_bos or is_output else 0
+    gone = is_prompt[first:begin]
     piece = replace(
         sequence,
         ids=piece_ids,
@@ -126,15 +126,15 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         while before < len(sequence.spans) and sequence.spans[before][1] <= first:
             before += 1
         asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
-        prompt = (
-            min(asked, first - 1) if sequence.context is None else first - 1
-        )  # something stands before it
+        context, prompt = max_length, min(asked, first - 1)  # something stands before it
+        if sequence.context is not None:
+            context, prompt = sequence.context, first - 1
         count = 1
         while done + count < len(spans) and spans[done + count][1] - prompt <= max_length:
             count += 1
         end = spans[done + count - 1][1]
-        context = max_length if sequence.context is None else sequence.context
-        piece, begin = _piece(sequence, max(end - max_length, first - context, 0), end, max_length)
+        start = max(end - max_length, first - context, 0)
+        piece, begin = _piece(sequence, start, end, max_length)
         head = len(piece.ids) - (end - first)
         _make_context(piece, head)
         pieces.append(piece)
@@ -166,9 +166,9 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
         if end - begin < max_length:
             chunks.append((begin, end))
         else:
-            first = (
-                max(max_length - begin, 0) if begin < size else size
-            )  # with the whole prompt, where it fits
+            first = size
+            if begin < size:  # with the whole prompt
+                first = max(max_length - begin, 0)
             starts = [begin, *range(begin + first, end, size)]
             chunks += list(pairwise([*starts, end]))
     return chunks

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from sftx.talk.assistant import Sampling
-from sftx.types import Json, Message, UserError
+from sftx.types import Json, Message, ToolCall, UserError
 
 
 class RequestError(UserError):
@@ -129,7 +129,7 @@ def _message(turn: _Turn) -> Message:
     if turn.name is not None:
         message["name"] = turn.name
     if turn.tool_calls is not None:
-        message["tool_calls"] = turn.tool_calls
+        message["tool_calls"] = cast("list[ToolCall]", turn.tool_calls)
     if turn.tool_call_id is not None:
         message["tool_call_id"] = turn.tool_call_id
     return message

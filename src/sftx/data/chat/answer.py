@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from sftx.data.chat.calls import has_new_escapes, lost_call
-from sftx.data.chat.conversation import REASONING, Conversation
-from sftx.data.chat.renderer import MODEL, NEXT, THOUGHT, common, common_length
+from sftx.data.chat.conversation import REASONING, ChatMessage, Conversation, reasoning_of
+from sftx.data.chat.renderer import MODEL, NEXT, THOUGHT, TOOL, common, common_length
 from sftx.data.chat.thoughts import close_tag, open_tag, opening_of, thought_in
 from sftx.data.chat.traits import Switch, Traits
 from sftx.data.tokenizer import Tokenizer
-from sftx.types import RowError
+from sftx.types import Function, RowError, ToolCall
 
 CLOSED = "forced opening closed"
 CHANGED = "text changed by the template"
@@ -37,6 +37,16 @@ class Turn:
     ends: bool
     note: str = ""
     switch: Switch = field(default_factory=dict[str, bool])
+
+
+class _Changes(TypedDict, total=False):
+    """Other values for fields of a message."""
+
+    content: str
+    reasoning_content: str
+    thinking: str
+    reasoning: str
+    tool_calls: list[ToolCall]
 
 
 class Answer:
@@ -69,16 +79,17 @@ class Answer:
         self._check(output)
         if not note and not self._thought and self._content.strip() not in output:
             note = CHANGED
+        calls = self._message.get("tool_calls", [])
         unwritten = self._traits.ending.unwritten
-        if unwritten and self._message.get("tool_calls"):
+        if unwritten and calls:
             unwritten = self._traits.unwritten_after_call
-        names = [call["function"]["name"] for call in self._message.get("tool_calls", ())]
-        said = [text for text in (self._content.strip(), self._thought, *names) if text]
-        return self._ended(prompt, output, note, said, unwritten)
+        names = [call["function"]["name"] for call in calls]
+        said = filter(None, [self._content.strip(), self._thought, *names])
+        return self._ended(prompt, output, note, list(said), unwritten)
 
     def turn_of_another(self) -> Turn:
         """A turn that no model is asked for: its prompt ends where the content begins."""
-        before, found, _ = self._rendered_with(content=MODEL).rpartition(MODEL)
+        before, found, _ = self._rendered_with({"content": MODEL}).rpartition(MODEL)
         if not found or not self.full.startswith(before):
             raise self._unfaithful("")
         output = self.full[len(before) :]
@@ -112,11 +123,10 @@ class Answer:
         render = self._traits.renderer.render
         return render(self._conversation, end, generate, **self._switch)
 
-    def _rendered_with(self, **changes: Any) -> str:
+    def _rendered_with(self, changes: _Changes) -> str:
         """The text of the messages up to this one, with changes to it."""
-        messages = [*self._conversation.messages[: self._t], {**self._message, **changes}]
-        row = self._conversation
-        probe = Conversation(messages, [], row.tools, row.kwargs)
+        changed: ChatMessage = {**self._message, **changes}
+        probe = self._conversation.with_messages([*self._conversation.messages[: self._t], changed])
         return self._traits.renderer.render(probe, self._t + 1, False, **self._switch)
 
     def _note(self, prompt: str, close_opening: bool) -> str:
@@ -132,7 +142,8 @@ class Answer:
         if not self._switch:
             return ""
         kind = "thinking prompt" if self._thought else "no-thinking prompt"
-        return f"{kind} ({', '.join(f'{key}={value}' for key, value in self._switch.items())})"
+        settings = ", ".join(f"{key}={value}" for key, value in self._switch.items())
+        return f"{kind} ({settings})"
 
     def _continuation(self, prompt: str) -> str:
         """What must follow `prompt` so that the turn has been said."""
@@ -160,19 +171,27 @@ class Answer:
         tail = rest[shared:] if shared >= len(tag) else rest
         closing = close_tag(tag)
         is_said = bool(self._thought) and self._thought in tail
-        begun = tail.lstrip().startswith(closing)
+        is_closed = tail.lstrip().startswith(closing)
         if closing in opening:  # the prompt holds an empty thought
             if is_said:
                 raise self._unfaithful(prompt)
-            return tail.lstrip().removeprefix(closing) if begun else tail
+            return tail.lstrip().removeprefix(closing) if is_closed else tail
         if is_said and closing in tail:
             return tail
-        if not self._thought:
-            return tail if begun else self._traits.closed_at_once(opening, tag) + tail
+        if self._thought:
+            return self._thought_before(tail, opening, tag, is_closed)
+        if is_closed:
+            return tail
+        return self._traits.closed_at_once(opening, tag) + tail
+
+    def _thought_before(self, tail: str, opening: str, tag: str, is_closed: bool) -> str:
+        """The thought of the turn, closed, before the `tail` of the answer, which lacks it."""
         written = reasoning_of(self._message).strip("\n")
         if written:
-            return written + ("" if begun else self._traits.closing(tag)) + tail
+            closing = "" if is_closed else self._traits.closing(tag)
+            return written + closing + tail
         # The thought stands in the content.
+        closing = close_tag(tag)
         inside, _, after = self._content.partition(closing)
         gap = "" if tail[:1].isspace() else after.removesuffix(after.lstrip())
         return inside.lstrip().removeprefix(opening).removeprefix(tag) + closing + gap + tail
@@ -204,8 +223,7 @@ class Answer:
         if before["content"]:
             messages = list(self._conversation.messages)
             messages[self._t - 1] = {**before, "content": NEXT}
-            row = self._conversation
-            probe = Conversation(messages, [], row.tools, row.kwargs)
+            probe = self._conversation.with_messages(messages)
             other = Answer(self._traits, probe, self._t, self._switch)
             at = other._behind_header(header)
             if at is None or NEXT in other.full[at:]:
@@ -223,17 +241,17 @@ class Answer:
         same.
         """
         message = self._message
-        changes: dict[str, Any] = {key: THOUGHT for key in REASONING if message.get(key)}
+        changes: _Changes = {}
+        for name in REASONING:
+            if message.get(name):
+                changes[name] = THOUGHT
         if message["content"]:
             changes["content"] = MODEL
-        if message.get("tool_calls"):
-            changes["tool_calls"] = [
-                {**call, "function": {**call["function"], "name": "qztool"}}
-                for call in message["tool_calls"]
-            ]
+        if calls := message.get("tool_calls"):
+            changes["tool_calls"] = [_to_the_probe(call) for call in calls]
         if {**message, **changes} == message:
             changes = {"content": MODEL}
-        return len(common(self.full, self._rendered_with(**changes)))
+        return len(common(self.full, self._rendered_with(changes)))
 
     def _check(self, output: str) -> None:
         """`RowError` if a part of what the turn says is not in its output."""
@@ -251,7 +269,7 @@ class Answer:
         if content in output or thought_inside:
             return
         # Does the template write a content at this turn at all?
-        if MODEL not in self._rendered_with(content=MODEL).lower():
+        if MODEL not in self._rendered_with({"content": MODEL}).lower():
             raise RowError(
                 f"turn {self._t}: the {self._name} leaves out the content of the answer "
                 f"({content[:80]!r})"
@@ -284,12 +302,13 @@ class Answer:
         )
 
 
-def reasoning_of(message: dict[str, Any]) -> str:
-    """The thought in a message's own field; "" if it has none."""
-    return next((message[key] for key in REASONING if message.get(key)), "")
+def _to_the_probe(call: ToolCall) -> ToolCall:
+    """A call with the tool of the probes in place of its own."""
+    function: Function = {**call["function"], "name": TOOL}
+    return {**call, "function": function}
 
 
-def thought_of(message: dict[str, Any], tag: str) -> str:
+def thought_of(message: ChatMessage, tag: str) -> str:
     """The thought of a message, from its own field or from its content; "" if it has none."""
     return reasoning_of(message) or thought_in(message["content"], tag)
 

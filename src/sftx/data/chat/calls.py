@@ -6,28 +6,25 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-from sftx.types import Json
+from sftx.data.chat.conversation import ChatMessage
+from sftx.types import Function, Json
 
 _TELLING = 10  # characters; shorter arguments may also stand in a text that is no call
 HTML_ESCAPE = re.compile(r"&#\d+;|&(?:quot|amp|lt|gt|apos);")
 
 
-def lost_call(message: dict[str, Any], output: str) -> str:
+def lost_call(message: ChatMessage, output: str) -> str:
     """What is wrong with the calls of `message` in `output`, as in "call 2 of 3 (f) is missing"; ""
     if nothing is.
 
     What the content and the thought say too is not taken for a call.
     """
-    if not message.get("tool_calls"):
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if not calls:
         return ""
-    calls = [call["function"] for call in message["tool_calls"]]
-    said = [
-        text
-        for text in (message["content"], message.get("reasoning_content", ""))
-        if text and text in output
-    ]
+    texts = filter(None, [message["content"], message.get("reasoning_content")])
+    said = [text for text in texts if text in output]
     needed: Counter[str] = Counter()
     for k, call in enumerate(calls):
         where = f"call {k + 1} of {len(calls)} ({call['name']})"
@@ -36,14 +33,19 @@ def lost_call(message: dict[str, Any], output: str) -> str:
             spoken = sum(other.count(text) for other in said)
             if max([output.count(form) for form in forms]) < needed[text] + spoken:
                 return f"{where} is missing or not whole: {text[:80]!r} is not there"
-        whole = json.dumps(call["arguments"], ensure_ascii=False)
-        alike = [other for other in calls if other["arguments"] == call["arguments"]]
-        if len(whole) > _TELLING and output.count(whole) > len(alike):
+        if _is_doubled(call, calls, output):
             return f"{where} stands there more than once"
     return ""
 
 
-def _parts(call: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _is_doubled(call: Function, calls: list[Function], output: str) -> bool:
+    """Whether an output has the arguments of a call more often than its message."""
+    whole = json.dumps(call["arguments"], ensure_ascii=False)
+    alike = [other for other in calls if other["arguments"] == call["arguments"]]
+    return len(whole) > _TELLING and output.count(whole) > len(alike)
+
+
+def _parts(call: Function) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The name and all that the arguments hold, each as text and in the forms that templates write
     it in.
     """
@@ -77,7 +79,7 @@ def _leaves(value: Json) -> Iterator[Json]:
         yield value
 
 
-def has_new_escapes(output: str, message: dict[str, Any]) -> bool:
+def has_new_escapes(output: str, message: ChatMessage) -> bool:
     """Whether an output holds HTML escapes such as `&#34;` that its message does not have."""
     if "&" not in output or not HTML_ESCAPE.search(output):
         return False

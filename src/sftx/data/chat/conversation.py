@@ -6,17 +6,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from sftx.data.sources.validate import product
-from sftx.types import Json, Row, RowError
+from sftx.types import Json, Message, Row, RowError
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names a turn's thought goes by
-_MARKS = [
-    chr(code) for code in range(0xFDD0, 0xFDF0)
-]  # characters that Unicode reserves for uses like this one
+ReasoningName = Literal["reasoning_content", "thinking", "reasoning"]
+REASONING: tuple[ReasoningName, ...] = ("reasoning_content", "thinking", "reasoning")
+"""The names a turn's thought goes by."""
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Characters that Unicode reserves for uses like this one."""
+
+
+class ChatMessage(Message, total=False):
+    """A message as a template reads it; it may have other fields, which only the template knows."""
+
+    thinking: str
+    reasoning: str
 
 
 class Share(NamedTuple):
@@ -36,18 +44,22 @@ class Conversation:
     each as a target, apart from what `data.weights` says (`shares`, empty where it says nothing).
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[ChatMessage]
     weights: list[float]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Json]] | None = None
     kwargs: dict[str, Json] = field(default_factory=dict[str, Json])
-    renderings: dict[tuple[Any, ...], str] = field(
-        default_factory=dict[tuple[Any, ...], str], compare=False
+    renderings: dict[tuple[object, ...], str] = field(
+        default_factory=dict[tuple[object, ...], str], compare=False
     )  # those made so far
     shares: list[Share] = field(default_factory=list[Share])
     trained: list[int] = field(init=False)  # the turns that carry weight
 
     def __post_init__(self) -> None:
         self.trained = [t for t, weight in enumerate(self.weights) if weight]
+
+    def with_messages(self, messages: list[ChatMessage]) -> Conversation:
+        """The same row with other messages, none of them a target."""
+        return Conversation(messages, [], self.tools, self.kwargs)
 
 
 def conversation_of(
@@ -59,37 +71,52 @@ def conversation_of(
     A turn is trained if its `train` says so, else if `train_on` chooses it; its weight then is
     `weight`, or 1, times that of the row. `given` is `data.weights`.
     """
-    raw: Sequence[Any] = row.messages or [
-        {
-            "role": "assistant" if phrase.weight else "user",
-            "content": phrase.text,
-            "weight": phrase.weight or 1.0,
-        }
-        for phrase in row.phrases
-    ]
-    roles = train_on if isinstance(train_on, list) else ["assistant"]
-    chosen = [t for t, message in enumerate(raw) if message["role"] in roles]
-    chosen = {*(chosen[-1:] if train_on == "last" else chosen)}
-    own = [product(float(message.get("weight", 1.0)), row.weight) for message in raw]
-    weights = [
-        own[t] if message.get("train", t in chosen) else 0.0 for t, message in enumerate(raw)
-    ]
-    tools = [dict(tool) for tool in row.tools] or None
+    messages = list(row.messages) or _messages_of_phrases(row)
+    chosen = _chosen(messages, train_on)
+    own = [product(float(message.get("weight", 1.0)), row.weight) for message in messages]
+    weights: list[float] = []
+    for t, message in enumerate(messages):
+        is_trained = message.get("train", t in chosen)
+        weights.append(own[t] if is_trained else 0.0)
     conversation = Conversation(
-        [as_read(message) for message in raw], weights, tools, dict(row.template_kwargs)
+        messages=[as_read(message) for message in messages],
+        weights=weights,
+        tools=[dict(tool) for tool in row.tools] or None,
+        kwargs=dict(row.template_kwargs),
     )
     if given:
-        prompts = row.prompts
-        if row.kind == "phrases":
-            prompts = {t for t, message in enumerate(raw) if message["role"] == "user"}
-        for t, message in enumerate(raw):
+        prompts = _prompts(row, messages)
+        for t, message in enumerate(messages):
             share = _share(message, own[t], bool(weights[t]), t in prompts, given)
             conversation.shares.append(share)
     return conversation
 
 
+def _messages_of_phrases(row: Row) -> list[Message]:
+    messages: list[Message] = []
+    for phrase in row.phrases:
+        role = "assistant" if phrase.weight else "user"
+        weight = phrase.weight or 1.0
+        messages.append({"role": role, "content": phrase.text, "weight": weight})
+    return messages
+
+
+def _chosen(messages: Sequence[Message], train_on: str | Sequence[str]) -> set[int]:
+    """The messages that the setting `train_on` chooses."""
+    roles = ["assistant"] if isinstance(train_on, str) else train_on
+    found = [t for t, message in enumerate(messages) if message["role"] in roles]
+    return set(found[-1:] if train_on == "last" else found)
+
+
+def _prompts(row: Row, messages: Sequence[Message]) -> Set[int]:
+    """The messages that are the prompt of a pair, of phrases, or of an Alpaca row."""
+    if row.kind != "phrases":
+        return row.prompts
+    return {t for t, message in enumerate(messages) if message["role"] == "user"}
+
+
 def _share(
-    message: Any, own: float, is_output: bool, is_prompt: bool, given: Mapping[str, float]
+    message: Message, own: float, is_output: bool, is_prompt: bool, given: Mapping[str, float]
 ) -> Share:
     """What a message counts whose own weight is `own`."""
     role = message["role"]
@@ -107,21 +134,24 @@ def _share(
     return Share(role, 0.0 if is_left_out else product(own, given.get(role, 0.0)))
 
 
-def as_read(message: Any) -> dict[str, Any]:
+def as_read(message: Mapping[str, object]) -> ChatMessage:
     """A message as a template reads it: without our own fields, reasoning under each of its usual
     names.
     """
-    plain = {
-        key: value
-        for key, value in message.items()
-        if key not in ("weight", "train") and value is not None
-    }
+    plain: dict[str, object] = {}
+    for key, value in message.items():
+        if key not in ("weight", "train") and value is not None:
+            plain[key] = value
     reasoning = next((plain[key] for key in REASONING if key in plain), None)
-    return (
-        plain
-        if reasoning is None
-        else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    )
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return cast("ChatMessage", plain)
+
+
+def reasoning_of(message: ChatMessage) -> str:
+    """The thought in a message's own field; "" if it has none."""
+    thoughts = (message.get(name) for name in REASONING)
+    return next(filter(None, thoughts), "")
 
 
 def spells(
@@ -131,9 +161,8 @@ def spells(
     inside JSON.
     """
     messages, rest = conversation.messages, [conversation.tools, conversation.kwargs]
-    if not any(rest) and all(
-        len(message) == 2 for message in messages
-    ):  # role and content, as in most rows
+    is_plain = not any(rest) and all(len(message) == 2 for message in messages)
+    if is_plain:  # role and content, as in most rows
         return control.search("\0".join([message["content"] for message in messages])) is not None
     return control_as_json.search(json.dumps([messages, *rest], ensure_ascii=False)) is not None
 
@@ -152,16 +181,21 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
             "the text spells special tokens, and holds every character that could keep them apart"
         )
 
-    def broken(value: Any) -> Any:
+    def broken(value: Json) -> Json:
         if isinstance(value, str):
             return control.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
         if isinstance(value, dict):
-            items = cast("dict[str, Any]", value).items()
-            return {broken(key): broken(item) for key, item in items}
+            return {cast("str", broken(key)): broken(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [broken(item) for item in cast("list[Any]", value)]
+            return [broken(item) for item in value]
         return value
 
-    messages, tools, kwargs = (broken(value) for value in everything)
-    made = Conversation(messages, conversation.weights, tools, kwargs, shares=conversation.shares)
+    messages, tools, kwargs = (broken(cast("Json", value)) for value in everything)
+    made = Conversation(
+        messages=cast("list[ChatMessage]", messages),
+        weights=conversation.weights,
+        tools=cast("list[dict[str, Json]] | None", tools),
+        kwargs=cast("dict[str, Json]", kwargs),
+        shares=conversation.shares,
+    )
     return made, mark

@@ -4,45 +4,54 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TypeAlias
 
 from sftx.data.chat.calls import has_new_escapes
-from sftx.data.chat.conversation import Conversation
+from sftx.data.chat.conversation import ChatMessage, Conversation
 from sftx.data.chat.limits import LimitError
 from sftx.data.chat.sandbox import TEMPLATE_ERRORS, compile_template, run_template
-from sftx.types import Json, RowError, UserError
+from sftx.types import Function, Json, RowError, ToolCall, UserError
 
 # Words of probes: no template and no row holds them.
 USER, MODEL, THOUGHT, NEXT = "qzuserqz", "qzmodelqz", "qzthoughtqz", "qznextqz"
-TOOL: dict[str, Json] = {
-    "name": "qztool",
-    "description": "qz",
-    "parameters": {"type": "object", "properties": {}, "required": []},
-}
-TOOLS: list[dict[str, Json]] = [{"type": "function", "function": TOOL}]
+TOOL = "qztool"
+TOOLS: list[dict[str, Json]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": TOOL,
+            "description": "qz",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    }
+]
 _MAX_OVER_LIMITS = 5  # rows; each took seconds
+Shaped: TypeAlias = Mapping[str, object]
+"""A message in the shape that a template reads."""
+_NO_SWITCH: Mapping[str, Json] = {}
 
 
-def says(role: str, content: Any) -> dict[str, Any]:
+def says(role: str, content: str) -> ChatMessage:
     """A message of a probe."""
     return {"role": role, "content": content}
 
 
-def calls(arguments: Any) -> dict[str, Any]:
-    """An answer that calls the tool of the probes."""
-    call: dict[str, Json] = {
-        "type": "function",
-        "id": "call00000",
-        "function": {"name": TOOL["name"], "arguments": arguments},
-    }
-    return {**says("assistant", ""), "tool_calls": [call]}
+def calls(arguments: dict[str, Json], number: int = 0, tool: str = TOOL) -> ToolCall:
+    """A call of a tool of the probes."""
+    function: Function = {"name": tool, "arguments": arguments}
+    return {"type": "function", "id": f"call{number:05}", "function": function}
 
 
-def result(content: str) -> dict[str, Any]:
-    """What that tool answers."""
-    return {**says("tool", content), "name": TOOL["name"], "tool_call_id": "call00000"}
+def says_calls(*given: ToolCall) -> ChatMessage:
+    """An answer that is these calls."""
+    return {"role": "assistant", "content": "", "tool_calls": list(given)}
+
+
+def result(content: str, number: int = 0, tool: str = TOOL) -> ChatMessage:
+    """What the tool answers to a call."""
+    return {"role": "tool", "content": content, "name": tool, "tool_call_id": f"call{number:05}"}
 
 
 class Renderer:
@@ -62,7 +71,7 @@ class Renderer:
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{name}: the template does not compile: {error}") from error
 
-    def render(self, conversation: Conversation, end: int, generate: bool, **switch: Any) -> str:
+    def render(self, conversation: Conversation, end: int, generate: bool, **switch: Json) -> str:
         """The text of the first `end` messages; `switch`: settings of the template. `RowError` if
         it refuses them.
         """
@@ -87,7 +96,11 @@ class Renderer:
         return known[key]
 
     def probe(
-        self, *messages: dict[str, Any], generate: bool = False, tools: Any = None, **switch: Any
+        self,
+        *messages: ChatMessage,
+        generate: bool = False,
+        tools: list[dict[str, Json]] | None = None,
+        switch: Mapping[str, Json] = _NO_SWITCH,
     ) -> str | None:
         """The text of a small conversation; None if the template refuses it."""
         if tools is None and self._needs_tools:
@@ -95,9 +108,13 @@ class Renderer:
         return self._try([self._shaped(message) for message in messages], tools, generate, switch)
 
     def _run(
-        self, messages: Sequence[Any], tools: Any, generate: bool, switch: dict[str, Any]
+        self,
+        messages: Sequence[Shaped],
+        tools: list[dict[str, Json]] | None,
+        generate: bool,
+        switch: Mapping[str, Json],
     ) -> str:
-        variables = {
+        variables: dict[str, object] = {
             "messages": messages,
             "tools": tools,
             "documents": None,
@@ -106,11 +123,15 @@ class Renderer:
         return run_template(self._template, {**self._special, **variables, **switch})
 
     def _try(
-        self, messages: Sequence[Any], tools: Any = None, generate: bool = False, switch: Any = None
+        self,
+        messages: Sequence[Shaped],
+        tools: list[dict[str, Json]] | None = None,
+        generate: bool = False,
+        switch: Mapping[str, Json] = _NO_SWITCH,
     ) -> str | None:
         """The text of messages whose shape is not changed."""
         try:
-            return self._run(messages, tools, generate, switch or {})
+            return self._run(messages, tools, generate, switch)
         except LimitError as error:  # for the few words of a probe: it is not tried any further
             raise UserError(
                 f"the {self.name} cannot be used: for two or three short messages {error}"
@@ -118,13 +139,11 @@ class Renderer:
         except TEMPLATE_ERRORS:
             return None
 
-    def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _shaped(self, message: ChatMessage) -> Shaped:
         """A message in the shape that this template reads."""
-        if self._content_as_parts:
-            message = _with_parts(message)
         if "tool_calls" in message and self._arguments_as_text:
             message = _with_arguments_as_text(message)
-        return message
+        return _with_parts(message) if self._content_as_parts else message
 
     @cached_property
     def _needs_tools(self) -> bool:
@@ -135,7 +154,7 @@ class Renderer:
     def _content_as_parts(self) -> bool:
         """Whether contents must be lists of parts: the template fails on text or leaves it out."""
 
-        def shows(messages: list[dict[str, Any]]) -> bool:
+        def shows(messages: Sequence[Shaped]) -> bool:
             text = self._try(messages) or ""
             return USER in text and MODEL in text
 
@@ -149,30 +168,35 @@ class Renderer:
 
         An object is what servers hand to templates; it stays if the template writes it well.
         """
-        call = calls({"qzkey": "qzvalue"})
-        question = says("user", USER)
-        if self._content_as_parts:
-            question, call = _with_parts(question), _with_parts(call)
+        call = says_calls(calls({"qzkey": "qzvalue"}))
         texts: list[str | None] = []
         for message in (call, _with_arguments_as_text(call)):
-            text = self._try([question, message], TOOLS)
+            asked: list[Shaped] = [says("user", USER), message]
+            if self._content_as_parts:
+                asked = [_with_parts(each) for each in asked]
+            text = self._try(asked, TOOLS)
             texts.append(text)
-            written = text is not None and "qzkey" in text and "qzvalue" in text
-            spoiled = text is not None and ("'qzkey'" in text or has_new_escapes(text, message))
-            if written and not spoiled:
+            if text is not None and _writes_well(text, message):
                 return message is not call
         return texts[0] is None and texts[1] is not None
 
 
-def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _writes_well(text: str, message: ChatMessage) -> bool:
+    """Whether a template has written the arguments of the call in a probe as JSON."""
+    is_written = "qzkey" in text and "qzvalue" in text
+    return is_written and "'qzkey'" not in text and not has_new_escapes(text, message)
+
+
+def _with_parts(message: Shaped) -> Shaped:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
-def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    written: list[dict[str, Any]] = []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        written.append({**call, "function": {**call["function"], "arguments": arguments}})
+def _with_arguments_as_text(message: ChatMessage) -> ChatMessage:
+    written: list[ToolCall] = []
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        written.append({**call, "function": {**function, "arguments": arguments}})
     return {**message, "tool_calls": written}
 
 

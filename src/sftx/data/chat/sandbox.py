@@ -8,10 +8,10 @@ takes minutes. `limits` ends those that take long in many small operations.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from datetime import datetime
 from functools import wraps
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jinja2
 from jinja2 import nodes
@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.filters import do_round
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -58,7 +58,7 @@ class _Generation(Extension):
         return caller()
 
 
-def _namespace(*args: Any, **kwargs: Any) -> Namespace:
+def _namespace(*args: Mapping[str, object], **kwargs: object) -> Namespace:
     """jinja2's namespace without underscore names, which reach into Python."""
     values = dict(*args, **kwargs)
     if private := [name for name in values if str(name).startswith("_")]:
@@ -68,7 +68,7 @@ def _namespace(*args: Any, **kwargs: Any) -> Namespace:
     return Namespace(values)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+def _dict(*args: Mapping[str, object], **kwargs: object) -> dict[str, object]:
     """`dict(...)` inside a template, without the class behind it, whose methods could change the
     row.
     """
@@ -79,9 +79,8 @@ _DICT_METHODS = frozenset(dir(dict))
 _HARMLESS = frozenset(
     ["startswith", "endswith", "strip", "lstrip", "rstrip", "split", "lower", "upper"]
 )
-_OF_JINJA = frozenset(
-    ["_loop_vars", "_block_vars"]
-)  # arguments that compiled templates add to every call
+_OF_JINJA = frozenset(["_loop_vars", "_block_vars"])
+"""Arguments that compiled templates add to every call."""
 _TEXT_METHODS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
 
 
@@ -90,7 +89,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["**", "*"])
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         if operator == "**":
             _check_power(right)
             if isinstance(left, int) and isinstance(right, int):
@@ -99,7 +98,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_product(left, right)
         return super().call_binop(context, operator, left, right)
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
+    def getattr(self, obj: Any, attribute: str) -> object:
         # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
         # answers are known.
         kind = cast("type[object]", type(obj))
@@ -114,21 +113,20 @@ class _Environment(ImmutableSandboxedEnvironment):
                 return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: object, **kwargs: object) -> object:
         owner = getattr(__obj, "__self__", None)
         if type(owner) is str and __obj.__name__ in _HARMLESS and kwargs.keys() <= _OF_JINJA:
-            return __obj(
-                *args
-            )  # what templates call most: the sandbox's questions have known answers
+            # What templates call most: the answers to the sandbox's questions are known.
+            return __obj(*args)
         return super().call(__context, __obj, *args, **kwargs)
 
 
-def _check_power(exponent: Any) -> None:
+def _check_power(exponent: object) -> None:
     if isinstance(exponent, int) and abs(exponent) > 1000:
         raise LimitError(f"the template asks for a power of {exponent:.2g}")
 
 
-def _check_product(left: Any, right: Any) -> None:
+def _check_product(left: object, right: object) -> None:
     """Refuse to multiply where the result is too long a number, text or list."""
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
@@ -164,13 +162,13 @@ _WHOLE = (
 )
 
 
-def _limited(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _limited(name: str, original: Callable[..., object]) -> Callable[..., object]:
     """A filter that refuses an input of more than `ELEMENTS`."""
     # The environment may come first.
     place = 0 if getattr(original, "jinja_pass_arg", None) is None else 1
 
     @wraps(original)
-    def limited(*args: Any, **kwargs: Any) -> Any:
+    def limited(*args: object, **kwargs: object) -> object:
         value = args[place] if len(args) > place else None
         if isinstance(value, str | list | tuple | dict):
             size = len(cast("Sized", value))
@@ -187,7 +185,7 @@ _AS_TEXT = ("escape", "e", "forceescape", "format", "join", "pprint", "replace",
 """Filters that write their input as text, in one operation."""
 
 
-def _written(value: Any) -> Any:
+def _written(value: object) -> object:
     """What a template is about to write: refused where it holds more than `ELEMENTS` things.
 
     A list that holds another many times over is small in memory, but its text is not, and nothing
@@ -196,10 +194,7 @@ def _written(value: Any) -> Any:
     waiting = [value]
     elements = 0
     while waiting:
-        held = waiting.pop()
-        if not isinstance(held, list | tuple | dict):
-            continue
-        inside = cast("list[Any]", list(held.values()) if isinstance(held, dict) else list(held))
+        inside = _inside(waiting.pop())
         elements += len(inside)
         if elements > ELEMENTS:
             raise LimitError(
@@ -209,11 +204,20 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _inside(value: object) -> list[object]:
+    """What a list or a dictionary contains."""
+    if isinstance(value, dict):
+        return list(cast("dict[object, object]", value).values())
+    if isinstance(value, list | tuple):
+        return list(cast("list[object]", value))
+    return []
+
+
+def _writing(original: Callable[..., object]) -> Callable[..., object]:
     """A filter that writes its input as text, within the limit of `_written`."""
 
     @wraps(original)
-    def writing(*args: Any, **kwargs: Any) -> Any:
+    def writing(*args: object, **kwargs: object) -> object:
         for value in args:
             _written(value)
         return original(*args, **kwargs)
@@ -221,16 +225,18 @@ def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
     return writing
 
 
-def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+def _round(
+    value: float, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common"
+) -> float:
     _check_power(precision)
     return do_round(value, precision, method)
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(
@@ -248,40 +254,39 @@ def _raise(message: str) -> None:
 
 def compile_template(source: str) -> jinja2.Template:
     """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
-    environment: Any = _Environment(
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
         finalize=_written,
     )
-    environment.filters |= {"tojson": _to_json, "round": _round}
+    environment.filters.update({"tojson": _to_json, "round": _round})
     for name in _WHOLE:
         environment.filters[name] = _limited(name, environment.filters[name])
     for name in _AS_TEXT:
         environment.filters[name] = _writing(environment.filters[name])
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": _now,
-        "dict": _dict,
-        "namespace": _namespace,
-    }
+    environment.globals.update(
+        {
+            "raise_exception": _raise,
+            "strftime_now": _now,
+            "dict": _dict,
+            "namespace": _namespace,
+        }
+    )
     with watched(), deadline():  # jinja2 computes constant expressions here
-        template: jinja2.Template = environment.from_string(source)
+        template = environment.from_string(source)
     template.globals = dict(template.globals)
     return template
 
 
-def run_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
+def run_template(template: jinja2.Template, variables: Mapping[str, object]) -> str:
     """The text of a template; the time limit holds inside `watched()`. Raises one of
     `TEMPLATE_ERRORS`.
     """
     with deadline():
         # What `template.render` does, without looking through its chained globals for every text.
-        text = "".join(
-            template.root_render_func(
-                template.new_context({**template.globals, **variables}, shared=True)
-            )
-        )
+        context = template.new_context({**template.globals, **variables}, shared=True)
+        text = "".join(template.root_render_func(context))
     if len(text) > CHARACTERS:
         raise LimitError(f"the template made {len(text):,} characters")
     return text

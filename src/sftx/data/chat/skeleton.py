@@ -14,18 +14,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import Any
 
 from sftx.data.chat.answer import Turn, last_added
 from sftx.data.chat.calls import has_new_escapes, lost_call
-from sftx.data.chat.conversation import REASONING, Conversation
-from sftx.data.chat.renderer import MODEL, NEXT, TOOLS, USER, calls, result, says
+from sftx.data.chat.conversation import REASONING, ChatMessage, Conversation
+from sftx.data.chat.renderer import MODEL, NEXT, TOOLS, USER, calls, result, says, says_calls
 from sftx.data.chat.thoughts import may_think
+from sftx.data.chat.traits import Switch
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
-from sftx.types import RowError
+from sftx.types import Json, RowError
 
 _PLAIN = {"role", "content"}
+_WORDS = (USER, MODEL, NEXT, "qzfirstqz", "qzsecondqz", "qzthirdqz")
+"""What users and answers say in the probe of plain turns."""
 # What may stand before a message of each role in a conversation that is cut at headers; None = the
 # beginning.
 _BEFORE: dict[str, tuple[str | None, ...]] = {
@@ -58,7 +60,7 @@ class Skeleton:
     close: str
     ends: bool
     note: str
-    switch: dict[str, Any]
+    switch: Switch
     joined: bool
     system: bool = False
     header: str = ""
@@ -72,12 +74,10 @@ class Skeleton:
         """
         end = conversation.trained[-1] + 1
         messages = conversation.messages[:end]
-        if any(messages[t]["role"] != "assistant" for t in conversation.trained):
+        if not self._may_fit(messages, conversation.trained):
             return None
-        if messages[0]["role"] == "system" and not self.system:
-            return None
-        pairs = None if conversation.tools else self._pairs(messages)
-        if pairs is None and not (self.header and self._fits_headers(messages)):
+        pairs = None if conversation.tools else _pairs(messages)
+        if pairs is None and not self._fits_headers(messages):
             return None
         try:
             text = template.render(conversation, end, False, **self.switch)
@@ -85,31 +85,13 @@ class Skeleton:
             return None  # turn by turn it is found out what is wrong
         if pairs is None:
             return self._cut_at_headers(text, messages, conversation.trained)
-        return self._take_apart(
-            text, pairs, [(t - (end - 2 * len(pairs))) // 2 for t in conversation.trained]
-        )
+        first = end - 2 * len(pairs)  # message of the first pair
+        return self._take_apart(text, pairs, [(t - first) // 2 for t in conversation.trained])
 
-    def _pairs(self, messages: list[dict[str, Any]]) -> list[tuple[str, str]] | None:
-        """The (user, answer) contents, if all is plain."""
-        if messages[0]["role"] == "system":
-            if messages[0].keys() != _PLAIN:
-                return None
-            messages = messages[1:]
-        if not messages or len(messages) % 2:
-            return None
-        for number, message in enumerate(messages):
-            role = "assistant" if number % 2 else "user"
-            if message.keys() != _PLAIN or message["role"] != role:
-                return None
-        pairs: list[tuple[str, str]] = []
-        for user, answer in zip(messages[::2], messages[1::2], strict=True):
-            content = answer["content"]
-            if may_think(content) or not content.strip():
-                return None
-            if len(messages) > 2 and content != content.strip():
-                return None  # the newest answer may be trimmed otherwise than earlier ones
-            pairs.append((user["content"], content))
-        return pairs
+    def _may_fit(self, messages: list[ChatMessage], trained: list[int]) -> bool:
+        if any(messages[t]["role"] != "assistant" for t in trained):
+            return False
+        return self.system or messages[0]["role"] != "system"
 
     def _take_apart(
         self, text: str, pairs: list[tuple[str, str]], trained: list[int]
@@ -139,31 +121,30 @@ class Skeleton:
             at = end + len(close)
         return [found[i] for i in trained] if at == len(text) else None
 
-    def _fits_headers(self, messages: list[dict[str, Any]]) -> bool:
+    def _fits_headers(self, messages: list[ChatMessage]) -> bool:
         """Whether a conversation may be cut at headers: each message follows one that a probe had
         before it, and no content is one that templates treat in special ways.
         """
+        if not self.header:
+            return False
         before = None
         for message in messages:
-            role, content = message["role"], message["content"]
-            if before == "tool" and role == "user" and not self.interrupted:
+            if not self._may_follow(before, message) or _is_special(message):
                 return False
-            if (
-                before not in _BEFORE.get(role, ())
-                or message.keys() & {*REASONING}
-                or may_think(content)
-            ):
-                return False
-            calls = message.get("tool_calls", ())
-            if len(calls) > 1 and not self.parallel:
-                return False
-            if role == "assistant" and (content != content.strip() or not (content or calls)):
-                return False
-            before = "call" if calls else role
+            before = "call" if message.get("tool_calls") else message["role"]
         return True
 
+    def _may_follow(self, before: str | None, message: ChatMessage) -> bool:
+        """Whether a probe had such a message behind one of the role `before`."""
+        role = message["role"]
+        if before not in _BEFORE.get(role, ()):
+            return False
+        if before == "tool" and role == "user" and not self.interrupted:
+            return False
+        return self.parallel or len(message.get("tool_calls", ())) <= 1
+
     def _cut_at_headers(
-        self, text: str, messages: list[dict[str, Any]], trained: list[int]
+        self, text: str, messages: list[ChatMessage], trained: list[int]
     ) -> list[Turn] | None:
         """The turns of a conversation with tool calls: each begins at a header and ends at a stop
         token.
@@ -179,41 +160,101 @@ class Skeleton:
             return None
         found: list[Turn] = []
         for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
-            ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
-            end, stop = min(ends, default=(begin, ""))
-            output = text[begin:end]
-            message = messages[t]
-            if not stop or message["content"] not in output:
-                return None
-            if lost_call(message, output) or has_new_escapes(output, message):
+            output = self._output(text, begin, limit, messages[t])
+            if output is None:
                 return None
             if t in trained:
                 missing = "" if text.startswith(lead, begin) else lead
-                found.append(Turn(text[:begin], missing + output + stop, True))
+                found.append(Turn(text[:begin], missing + output, True))
         return found
+
+    def _output(self, text: str, begin: int, limit: int, message: ChatMessage) -> str | None:
+        """What the message says in `text[begin:limit]`, up to and with the stop token; None if a
+        part of it is not there.
+        """
+        ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
+        if not ends:
+            return None
+        end, stop = min(ends)
+        output = text[begin:end]
+        if message["content"] not in output:
+            return None
+        if lost_call(message, output) or has_new_escapes(output, message):
+            return None
+        return output + stop
+
+
+def _pairs(messages: list[ChatMessage]) -> list[tuple[str, str]] | None:
+    """The (user, answer) contents, if all is plain."""
+    if messages[0]["role"] == "system":
+        if messages[0].keys() != _PLAIN:
+            return None
+        messages = messages[1:]
+    if not messages or len(messages) % 2 or not _is_plain(messages):
+        return None
+    contents = [message["content"] for message in messages]
+    for content in contents[1::2]:
+        if may_think(content) or not content.strip():
+            return None
+        if len(messages) > 2 and content != content.strip():
+            return None  # the newest answer may be trimmed otherwise than earlier ones
+    return list(zip(contents[::2], contents[1::2], strict=True))
+
+
+def _is_plain(messages: list[ChatMessage]) -> bool:
+    """Whether users and answers take turns, and say nothing beside their contents."""
+    for number, message in enumerate(messages):
+        role = "assistant" if number % 2 else "user"
+        if message["role"] != role or message.keys() != _PLAIN:
+            return False
+    return True
+
+
+def _is_special(message: ChatMessage) -> bool:
+    """Whether templates may treat the content of a message in special ways."""
+    content = message["content"]
+    if message.keys() & {*REASONING} or may_think(content):
+        return True
+    if message["role"] != "assistant":
+        return False
+    says_nothing = not content and not message.get("tool_calls")
+    return says_nothing or content != content.strip()
 
 
 def learn_skeleton(
-    template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]
+    template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Json]
 ) -> Skeleton | None:
     """The skeleton of a template with these settings of a row, if the turns of a probe fit one."""
-    words = [USER, MODEL, NEXT, "qzfirstqz", "qzsecondqz", "qzthirdqz"]
-    messages = [says("assistant" if i % 2 else "user", word) for i, word in enumerate(words)]
+    messages = [says("assistant" if i % 2 else "user", word) for i, word in enumerate(_WORDS)]
     conversation = Conversation(messages, [0.0, 1.0] * 3, None, kwargs)
+    skeleton = _of_plain_turns(template, conversation)
+    if skeleton is None:
+        return None
+    probes = conversation, Conversation(messages[:2], [0.0, 1.0], None, kwargs)
+    if not all(_agrees(skeleton, template, probe) for probe in probes):
+        return None
+    skeleton = _with_headers(skeleton, template, tokenizer, kwargs)
+    return _with_system(skeleton, template, messages, kwargs)
+
+
+def _of_plain_turns(template: ChatTemplate, conversation: Conversation) -> Skeleton | None:
+    """The texts between the `_WORDS` of three plain turns; None if they do not stand in order."""
     try:
-        turns = [template.turn(conversation, t) for t in (1, 3, 5)]
-        text = template.render(conversation, 6, False, **turns[0].switch)
+        turns = [template.turn(conversation, t) for t in conversation.trained]
+        text = template.render(conversation, len(_WORDS), False, **turns[0].switch)
     except RowError:
         return None
-    at = [text.find(word) for word in words]
-    if -1 in at or sorted(at) != at or len({(turn.ends, turn.note) for turn in turns}) > 1:
+    begins = [text.find(word) for word in _WORDS]
+    if -1 in begins or sorted(begins) != begins:
         return None
-    ends = [begin + len(word) for begin, word in zip(at, words, strict=True)]
+    if len({(turn.ends, turn.note) for turn in turns}) > 1:
+        return None
+    ends = [begin + len(word) for begin, word in zip(begins, _WORDS, strict=True)]
     lead, _, close = turns[0].output.partition(MODEL)
-    skeleton = Skeleton(
-        gap=text[ends[0] : at[1]],
-        between=text[ends[1] : at[2]],
-        last_gap=text[ends[4] : at[5]],
+    return Skeleton(
+        gap=text[ends[0] : begins[1]],
+        between=text[ends[1] : begins[2]],
+        last_gap=text[ends[4] : begins[5]],
         last_close=text[ends[5] :],
         served=turns[0].prompt[ends[0] :],
         lead=lead,
@@ -223,49 +264,34 @@ def learn_skeleton(
         switch=turns[0].switch,
         joined=all(text.startswith(turn.prompt + turn.output) for turn in turns[:2]),
     )
-    probes = conversation, Conversation(messages[:2], [0.0, 1.0], None, kwargs)
-    if not all(_agrees(skeleton, template, probe) for probe in probes):
-        return None
-    skeleton = _with_headers(skeleton, template, tokenizer, kwargs)
-    return _with_system(skeleton, template, messages, kwargs)
 
 
 def _calls_probe(
-    kwargs: dict[str, Any],
+    kwargs: dict[str, Json],
     *,
     system: bool = False,
     parallel: bool = False,
     interrupted: bool = False,
 ) -> Conversation:
     """A conversation with plain answers and with calls behind users and behind results."""
-    call, answer = calls({"qz": 1}), result("qzresultqz")
+    call, answer = says_calls(calls({"qz": 1})), result("qzresultqz")
     several, results = call, [answer]
     if parallel:
-        other = {
-            **call["tool_calls"][0],
-            "id": "call00001",
-            "function": {"name": "qzother", "arguments": {"qz": 2}},
-        }
-        several = {**call, "tool_calls": [*call["tool_calls"], other]}
-        results = [answer, {**answer, "name": "qzother", "tool_call_id": "call00001"}]
+        several = says_calls(calls({"qz": 1}), calls({"qz": 2}, 1, "qzother"))
+        results = [answer, result("qzresultqz", 1, "qzother")]
     messages = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
     messages += [says("user", NEXT), call, answer, several, *results, says("assistant", MODEL)]
     if system:
         messages = [says("system", "qzsystemqz"), *messages]
     if interrupted:
-        messages += [
-            says("user", "qzsecondqz"),
-            call,
-            answer,
-            says("user", "qzthirdqz"),
-            says("assistant", "qzlastqz"),
-        ]
+        messages += [says("user", "qzsecondqz"), call, answer]
+        messages += [says("user", "qzthirdqz"), says("assistant", "qzlastqz")]
     weights = [float(message["role"] == "assistant") for message in messages]
     return Conversation(messages, weights, TOOLS, kwargs)
 
 
 def _with_headers(
-    skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Any]
+    skeleton: Skeleton, template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Json]
 ) -> Skeleton:
     """The skeleton, for conversations with tool calls too if their turns can be told apart by their
     headers.
@@ -277,13 +303,10 @@ def _with_headers(
         turns = [template.turn(conversation, t) for t in conversation.trained]
     except RowError:
         return skeleton
-    prompts_end = commonprefix([turn.prompt[::-1] for turn in turns])[::-1]  # noqa: RUF071 (of letters)
-    header = tokenizer.splitting.search(prompts_end)
-    stops = [last_added(tokenizer, turn.output) for turn in turns]
-    if not header or None in stops:
+    header, stops = _header(turns, tokenizer), _stops(turns, tokenizer)
+    if not header or not stops:
         return skeleton
-    ends = {turn.output[stop.start() :] for turn, stop in zip(turns, stops, strict=True) if stop}
-    extended = replace(skeleton, header=prompts_end[header.start() :], stops=tuple(sorted(ends)))
+    extended = replace(skeleton, header=header, stops=stops)
     if not _agrees(extended, template, conversation):
         return skeleton
     for more in ("parallel", "interrupted"):
@@ -293,11 +316,30 @@ def _with_headers(
     return extended
 
 
+def _header(turns: list[Turn], tokenizer: Tokenizer) -> str:
+    """What all prompts end in, from the first added token in it on; "" if there is none."""
+    reversed_end = commonprefix([turn.prompt[::-1] for turn in turns])  # noqa: RUF071 (of letters)
+    end = reversed_end[::-1]
+    first = tokenizer.splitting.search(end)
+    return end[first.start() :] if first else ""
+
+
+def _stops(turns: list[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What the outputs end in, from the last added token in each on; () if one has none."""
+    found: set[str] = set()
+    for turn in turns:
+        last = last_added(tokenizer, turn.output)
+        if last is None:
+            return ()
+        found.add(turn.output[last.start() :])
+    return tuple(sorted(found))
+
+
 def _with_system(
     skeleton: Skeleton,
     template: ChatTemplate,
-    messages: list[dict[str, Any]],
-    kwargs: dict[str, Any],
+    messages: list[ChatMessage],
+    kwargs: dict[str, Json],
 ) -> Skeleton:
     """The skeleton, for conversations that begin with a system message too if that changes nothing
     else.

@@ -10,69 +10,21 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from sftx.data.chat.answer import Turn
-from sftx.data.chat.stretches import Stretch, weighed, with_marks, within
+from sftx.data.chat.stretches import weighed, with_marks, within
+from sftx.data.chat.text_sequence import TextSequence
 from sftx.data.tokenizer import Letters, Tokenizer
 from sftx.data.truncation import TokenSequence
 from sftx.types import Float32, Int32, joined_notes
 
 APART = "prompt and output tokenised apart"
-_REMEMBERED, _SHORT = (
-    20_000,
-    100,
-)  # pieces, and characters of a piece worth remembering beyond its batch
-
-
-@dataclass(slots=True)
-class TextSequence:
-    """One sequence as text: chunks, each with its weight; `eos` follows the last one.
-
-    `alone`: each chunk is tokenised by itself. Otherwise the chunks are one text as a server would
-    send it, context (weight 0) and output in turn. `mark` stands inside special tokens that are
-    meant as ordinary text. `bos`: a BOS comes first (for chunks alone): always, never, or only
-    before a target (None).
-
-    `own`: with `data.weights`, the kind of each chunk and what its tokens count in the end, where
-    none of the `stretches` holds them.
-    """
-
-    chunks: list[tuple[str, float]]
-    eos: bool = False
-    alone: bool = False
-    mark: str = ""
-    bos: bool | None = False
-    context: int | None = None
-    note: str = ""
-    own: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    stretches: list[Stretch] = field(default_factory=list[Stretch])
-
-
-def text_sequences(
-    turns: Sequence[Turn], weights: Sequence[float], mark: str = ""
-) -> list[TextSequence]:
-    """Turns whose prompt continues the text so far share a sequence; each other one begins a
-    sequence of its own.
-    """
-    found: list[TextSequence] = []
-    text = ""
-    for turn, weight in zip(turns, weights, strict=True):
-        if found and not found[-1].eos and turn.prompt.startswith(text):
-            sequence = found[-1]
-            sequence.chunks.append((turn.prompt[len(text) :], 0.0))
-        else:
-            sequence = TextSequence([(turn.prompt, 0.0)], mark=mark)
-            found.append(sequence)
-        sequence.chunks.append((turn.output, weight))
-        sequence.eos = not turn.ends
-        if turn.note and turn.note not in sequence.note:
-            sequence.note = joined_notes(sequence.note, turn.note)
-        text = turn.prompt + turn.output
-    return found
+_REMEMBERED = 20_000  # pieces
+_SHORT = 100  # characters of a piece worth remembering beyond its batch
+_ID_BYTES = np.dtype(np.int32).itemsize
 
 
 @dataclass(slots=True)
@@ -102,11 +54,9 @@ class SpanTokenizer:
         self._added = {token.content: _bytes([i]) for i, token in added.items()}
         self._lstrip = {token.content for token in added.values() if token.lstrip}
         self._rstrip = {token.content for token in added.values() if token.rstrip}
-        self._first: dict[str, bytes] = {"": b""}  # ids of pieces that begin a text
-        self._inside: dict[str, bytes] = {
-            "": b"",
-            **self._added,
-        }  # ids of pieces that stand behind another
+        # The ids of pieces that begin a text, and of pieces that stand behind another.
+        self._first: dict[str, bytes] = {"": b""}
+        self._inside: dict[str, bytes] = {"": b"", **self._added}
         splitting, control = tokenizer.splitting.pattern, tokenizer.control.pattern
         self._split = re.compile(f"({splitting})").split
         # In a marked text every special token is the template's own, however the tokenizer matches
@@ -115,26 +65,31 @@ class SpanTokenizer:
 
     def sequences(self, rows: Sequence[Sequence[TextSequence]]) -> list[list[TokenSequence]]:
         """The token sequences of the text sequences of each row."""
-        cut = [[self._cut(each) for each in row if not each.alone] for row in rows]
+        cut = [[self._cut(each.text, each.mark) for each in row if not each.alone] for row in rows]
         self._tokenise(rows, cut)
         alone = [chunk for row in rows for each in row if each.alone for chunk, _ in each.chunks]
         ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
         results: list[list[TokenSequence]] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
-            sequences: list[TokenSequence] = []
-            pieces = iter(pieces_of_row)
-            for each in row:
-                if each.alone:
-                    sequences.append(self._of_chunks(each, [next(ids) for _ in each.chunks]))
-                else:
-                    sequences += self._of_text(each, next(pieces))
-            results.append(sequences)
+            results.append(self._of_row(row, iter(pieces_of_row), ids))
         self._forget()
         return results
 
-    def _cut(self, sequence: TextSequence) -> _Pieces:
-        text = "".join([chunk for chunk, _ in sequence.chunks])
-        raw = self._split_marked(text) if sequence.mark else self._split(text)
+    def _of_row(
+        self, row: Sequence[TextSequence], pieces: Iterator[_Pieces], ids: Iterator[Int32]
+    ) -> list[TokenSequence]:
+        """The sequences of a row; `pieces` and `ids` give what belongs to each."""
+        sequences: list[TokenSequence] = []
+        for each in row:
+            if each.alone:
+                chunks = [next(ids) for _ in each.chunks]
+                sequences.append(self._of_chunks(each, chunks))
+            else:
+                sequences += self._of_text(each, next(pieces))
+        return sequences
+
+    def _cut(self, text: str, mark: str) -> _Pieces:
+        raw = self._split_marked(text) if mark else self._split(text)
         pieces = raw
         if self._lstrip or self._rstrip:
             pieces = list(raw)
@@ -158,12 +113,10 @@ class SpanTokenizer:
                     pieces.ids = self._ids_marked(pieces.pieces, row[0].mark)
             else:
                 texts += pieces_of_row
-        self._learn(dict.fromkeys([text.pieces[0] for text in texts]), self._first, inside=False)
-        self._learn(
-            dict.fromkeys([piece for text in texts for piece in text.pieces[1:]]),
-            self._inside,
-            inside=True,
-        )
+        beginnings = [text.pieces[0] for text in texts]
+        others = [piece for text in texts for piece in text.pieces[1:]]
+        self._learn(dict.fromkeys(beginnings), self._first, inside=False)
+        self._learn(dict.fromkeys(others), self._inside, inside=True)
         for text in texts:
             text.ids = [
                 self._first[text.pieces[0]],
@@ -182,20 +135,19 @@ class SpanTokenizer:
         """
         ids: list[bytes] = []
         for k, piece in enumerate(pieces):
+            plain = piece.replace(mark, "")
             if k % 2:
                 ids.append(self._added[piece])
+            elif plain:
+                found = self._tokenizer.encode(plain, plain=True, inside=inside or k > 0)
+                ids.append(_bytes(found))
             else:
-                plain = piece.replace(mark, "")
-                ids.append(
-                    _bytes(self._tokenizer.encode(plain, plain=True, inside=inside or k > 0))
-                    if plain
-                    else b""
-                )
+                ids.append(b"")
         return ids
 
     def _ids_of(self, text: str, mark: str, inside: bool) -> bytes:
         """The tokens of a text by itself, or `inside` another one."""
-        pieces = self._cut(TextSequence([(text, 0.0)], mark=mark)).pieces
+        pieces = self._cut(text, mark).pieces
         if mark:
             return b"".join(self._ids_marked(pieces, mark, inside))
         known = self._inside if inside else self._first
@@ -219,6 +171,22 @@ class SpanTokenizer:
         Where the tokenizer merges letters across the border of a chunk, prompt and output are
         tokenised apart, as in serving, and the next turn begins a sequence of its own.
         """
+        borders = self._borders(sequence, cut)
+        if borders is None:
+            return self._apart(sequence)
+        everything = b"".join(cut.ids) + self._eos(sequence)
+        borders.append(len(everything))
+        served = self._served(everything, borders, sequence.weights, sequence.note)
+        if not sequence.own:
+            return [served]
+        letters = self._letters(cut, sequence.mark, inside=False)
+        tokens = [border // _ID_BYTES for border in borders]
+        return [weighed(served, tokens, sequence.own, sequence.stretches, letters)]
+
+    def _borders(self, sequence: TextSequence, cut: _Pieces) -> list[int] | None:
+        """Where each chunk begins in the ids of the text, in bytes; None where a token lies across
+        the border of two.
+        """
         ends = list(itertools.accumulate(map(len, cut.raw)))  # in characters
         sizes = [0, *itertools.accumulate(map(len, cut.ids))]  # in bytes
         borders = [0]
@@ -233,19 +201,10 @@ class SpanTokenizer:
             if k and cut.raw[k - 1] in self._rstrip:
                 head = head.lstrip()
             head_ids = self._ids_of(head, sequence.mark, inside=k > 0)
-            if not cut.ids[k].startswith(head_ids):  # a token lies across the border
-                return self._apart(sequence)
+            if not cut.ids[k].startswith(head_ids):
+                return None
             borders.append(sizes[k] + len(head_ids))
-        everything = b"".join(cut.ids) + self._eos(sequence)
-        borders.append(len(everything))
-        weights = [weight for _, weight in sequence.chunks]
-        served = self._served(everything, borders, weights, sequence.note)
-        if not sequence.own:
-            return [served]
-        letters = self._letters(cut, sequence.mark, inside=False)
-        return [
-            weighed(served, [b // 4 for b in borders], sequence.own, sequence.stretches, letters)
-        ]
+        return borders
 
     def _letters(self, cut: _Pieces, mark: str, inside: bool) -> Letters:
         """The characters of each token of a text, as (begin, end)."""
@@ -269,18 +228,20 @@ class SpanTokenizer:
         text = ""
         counted = 0  # characters of the text so far whose stretches count
         note = joined_notes(sequence.note, APART)
+        last = len(sequence.chunks) - 1
         for i, (chunk, weight) in enumerate(sequence.chunks):
             if weight:
                 prompt = self._ids_of(text, sequence.mark, inside=False)
                 output = self._ids_of(chunk, sequence.mark, inside=True)
-                output += self._eos(sequence) if i == len(sequence.chunks) - 1 else b""
+                if i == last:
+                    output += self._eos(sequence)
                 borders = [0, len(prompt), len(prompt) + len(output)]
                 served = self._served(prompt + output, borders, [0.0, weight], note)
                 if sequence.own:
                     own = [("context", 0.0), sequence.own[i]]
                     stretches = within(sequence.stretches, counted, len(text) + len(chunk))
                     letters = self._letters_apart(text, chunk, sequence.mark)
-                    tokens = [border // 4 for border in borders]
+                    tokens = [border // _ID_BYTES for border in borders]
                     served = weighed(served, tokens, own, stretches, letters)
                     counted = len(text) + len(chunk)
                 sequences.append(served)
@@ -288,8 +249,8 @@ class SpanTokenizer:
         return sequences
 
     def _letters_apart(self, text: str, chunk: str, mark: str) -> Letters:
-        prompt = self._letters(self._cut(TextSequence([(text, 0.0)], mark=mark)), mark, False)
-        output = self._letters(self._cut(TextSequence([(chunk, 0.0)], mark=mark)), mark, True)
+        prompt = self._letters(self._cut(text, mark), mark, inside=False)
+        output = self._letters(self._cut(chunk, mark), mark, inside=True)
         return np.concatenate([prompt, output + len(text)])
 
     def _eos(self, sequence: TextSequence) -> bytes:
@@ -303,39 +264,47 @@ class SpanTokenizer:
         ids = np.frombuffer(everything, np.int32)
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
         bos = self._tokenizer.bos_id if begins else None
-        targets, spans = _targets([border // 4 for border in borders], weights)
+        targets, spans = _targets([border // _ID_BYTES for border in borders], weights)
         return TokenSequence(ids, targets, note, spans=spans, bos=bos, begins_with_bos=begins)
 
     def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
         """Chunks tokenised one by one, with BOS and EOS as the sequence says."""
-        weights = [weight for _, weight in sequence.chunks]
-        own, letters = sequence.own, self._letters_of_chunks(sequence)
+        weights = sequence.weights
+        own = sequence.own
+        letters = self._letters_of_chunks(sequence)
         chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
-        bos = self._tokenizer.bos_id
-        bos = self._tokenizer.eos_id if bos is None and not sequence.bos else bos
+        bos = self._bos(sequence)
         begins = sequence.bos
         if begins is None:  # only before a target
             begins = bool(_first_weight(chunks, weights))
         if bos is not None and begins:
-            chunks, weights = [np.array([bos], np.int32), *chunks], [0.0, *weights]
+            chunks = [np.array([bos], np.int32), *chunks]
+            weights = [0.0, *weights]
             own = [("context", 0.0), *own]
             letters = np.concatenate([np.zeros((1, 2), np.int64), letters])
-        ids = np.concatenate(chunks)
         borders = [0, *itertools.accumulate(map(len, chunks))]
-        bos = None if sequence.bos is False else bos
         targets, spans = _targets(borders, weights)
         made = TokenSequence(
-            ids,
+            np.concatenate(chunks),
             targets,
             sequence.note,
             spans=spans,
-            bos=bos,
+            bos=None if sequence.bos is False else bos,
             begins_with_bos=bool(sequence.bos),
             context=sequence.context,
         )
         if not sequence.own:
             return made
         return weighed(made, borders, own, sequence.stretches, letters)
+
+    def _bos(self, sequence: TextSequence) -> int | None:
+        """What begins a sequence of chunks: BOS, or EOS where there is none and it is not always
+        wanted.
+        """
+        bos = self._tokenizer.bos_id
+        if bos is None and not sequence.bos:
+            return self._tokenizer.eos_id
+        return bos
 
     def _letters_of_chunks(self, sequence: TextSequence) -> Letters:
         """The characters of each token of chunks that are tokenised one by one."""
@@ -366,5 +335,7 @@ def _targets(
 
 def _first_weight(chunks: Sequence[Int32], weights: Sequence[float]) -> float:
     """The weight of the first chunk that holds a token; 0 where none does."""
-    found = (weight for chunk, weight in zip(chunks, weights, strict=True) if chunk.size)
-    return next(found, 0.0)
+    for chunk, weight in zip(chunks, weights, strict=True):
+        if chunk.size:
+            return weight
+    return 0.0

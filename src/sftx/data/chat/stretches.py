@@ -27,16 +27,23 @@ def with_marks(letters: Letters, piece: str, mark: str) -> Letters:
     kept = [i for i, letter in enumerate(piece) if letter != mark]
     begins = np.array([*kept, len(piece)])
     ends = np.array([0, *(i + 1 for i in kept)])
-    return np.stack([begins[letters[:, 0]], ends[letters[:, 1]]], axis=1)
+    first = begins[letters[:, 0]]
+    last = ends[letters[:, 1]]
+    return np.stack([first, last], axis=1)
 
 
 def within(stretches: Sequence[Stretch], counted: int, end: int) -> list[Stretch]:
     """Those of a text that ends at `end`, up to `counted` of which another sequence counts: there
     an output is context, and a prompt counts nothing.
     """
-    found = [s for s in stretches if s.begin >= counted and s.end <= end]
-    earlier = [s for s in stretches if s.begin < counted and s.kind not in SAID]
-    return found + [stretch._replace(weight=0.0) for stretch in earlier]
+    found: list[Stretch] = []
+    earlier: list[Stretch] = []
+    for stretch in stretches:
+        if stretch.begin >= counted and stretch.end <= end:
+            found.append(stretch)
+        elif stretch.begin < counted and stretch.kind not in SAID:
+            earlier.append(stretch._replace(weight=0.0))
+    return found + earlier
 
 
 def weighed(
@@ -49,12 +56,13 @@ def weighed(
     """The sequence with the kind and the weight of each token. Chunks end at the `borders`; a token
     belongs to a stretch if any of its `letters` does.
     """
-    weights: Float32 = np.zeros(len(tokens.ids), np.float32)
-    kinds: UInt8 = np.zeros(len(tokens.ids), np.uint8)
+    count = len(tokens.ids)
+    weights: Float32 = np.zeros(count, np.float32)
+    kinds: UInt8 = np.zeros(count, np.uint8)
     for (kind, weight), begin, end in zip(own, borders, borders[1:], strict=False):
         weights[begin:end] = weight
         kinds[begin:end] = KINDS.index(kind)
-    is_output = np.zeros(len(tokens.ids), np.bool_)
+    is_output = np.zeros(count, np.bool_)
     for begin, end in tokens.spans:
         is_output[begin:end] = True
     for stretch in stretches:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from sftx.data.chat.conversation import REASONING
+from sftx.data.chat.conversation import REASONING, as_read
 from sftx.data.chat.renderer import (
     MODEL,
     NEXT,
@@ -22,19 +22,19 @@ from sftx.data.chat.renderer import (
     ends_in_tag,
     result,
     says,
+    says_calls,
 )
 from sftx.data.chat.thoughts import close_tag, open_tag, opening_of
 from sftx.data.tokenizer import Tokenizer
 
 Switch = dict[str, bool]
 """A setting of a template that turns thoughts on or off; {} for none."""
-_BEGINS = re.compile(
-    "start|begin|user|assistant|chatbot|system", re.IGNORECASE
-)  # in names of tokens that open a turn
+_BEGINS = re.compile("start|begin|user|assistant|chatbot|system", re.IGNORECASE)
+"""In the names of tokens that open a turn."""
 _SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
 _ABOUT_THOUGHTS = re.compile(r"\b\w*(?:think|reason)\w*\b")
 _QUESTION, _ANSWER = says("user", USER), says("assistant", MODEL)
-_THOUGHTFUL = {**_ANSWER, **dict.fromkeys(REASONING, THOUGHT)}
+_THOUGHTFUL = as_read({**_ANSWER, "reasoning_content": THOUGHT, "reasoning": THOUGHT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,9 @@ class Traits:
         generation stops, if it is known, else the last of those that also follow it when the
         conversation goes on.
         """
-        written = self._full.rpartition(MODEL)[2] if MODEL in self._full else ""
+        written = _behind_answer(self._full)
         later = self._probe(_QUESTION, _ANSWER, says("user", NEXT)) or ""
-        between = (
-            later[later.rfind(MODEL) + len(MODEL) : later.rfind(NEXT)] if MODEL in later else ""
-        )
+        between = _behind_answer(later).rpartition(NEXT)[0]
         stop = self._stop(written, between)
         if stop is not None:
             return Ending(stop, written)
@@ -107,7 +105,7 @@ class Traits:
     @cached_property
     def unwritten_after_call(self) -> str:
         """`Ending.unwritten` for a tool call, behind which a result stands and not a user."""
-        turns = _QUESTION, calls({"qz": MODEL})
+        turns = _QUESTION, says_calls(calls({"qz": MODEL}))
         newest = (self._probe(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
         later = (self._probe(*turns, result(NEXT), tools=TOOLS) or "").rpartition(MODEL)[2]
         if later.startswith(newest):
@@ -120,17 +118,28 @@ class Traits:
         return self.tokenizer.backend.token_to_id(token) in self.tokenizer.stop_ids
 
     def _stop(self, text: str, between: str) -> str | None:
-        run: list[re.Match[str]] = []
-        for match in self.tokenizer.control.finditer(text):
-            if run and (match.start() > run[-1].end() or _BEGINS.search(match.group())):
-                break
-            run.append(match)
-        found = [match.group() for match in run]
+        """The stop token among the first special tokens of `text`."""
+        found = self._first_tokens(text)
         known = [token for token in found if self._stops(token)]
         if known:
             return known[0]
         lasting = [token for token in found if token in between]
-        return (lasting or found or [None])[-1]
+        if lasting:
+            return lasting[-1]
+        return found[-1] if found else None
+
+    def _first_tokens(self, text: str) -> list[str]:
+        """The first special tokens of a text with nothing between them, up to one that opens a
+        turn.
+        """
+        found: list[str] = []
+        end = 0
+        for match in self.tokenizer.control.finditer(text):
+            if found and (match.start() > end or _BEGINS.search(match.group())):
+                break
+            found.append(match.group())
+            end = match.end()
+        return found
 
     @cached_property
     def thought_tag(self) -> str:
@@ -147,7 +156,9 @@ class Traits:
     def _switch(self, thinking: bool) -> Switch:
         for key in _SWITCHES:
             if re.search(rf"\b{key}\b", self._source):
-                prompt = self._probe(_QUESTION, generate=True, **{key: thinking}) or self._prompt
+                prompt = (
+                    self._probe(_QUESTION, generate=True, switch={key: thinking}) or self._prompt
+                )
                 if prompt != self._prompt and (thinking or not open_tag(prompt)):
                     return {key: thinking}
         return {}
@@ -159,12 +170,10 @@ class Traits:
         between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
         if closing in between:
             begun = self._full[: self._full.rfind(MODEL)]
-            lead = begun.removeprefix(
-                common(begun, self._prompt)
-            )  # what stands before every answer
-            return between.removesuffix(lead)
-        line = "\n" if f"{tag}\n" in self._prompt else ""
-        return f"{line}{closing}{line * 2}"
+            before_every_answer = begun.removeprefix(common(begun, self._prompt))
+            return between.removesuffix(before_every_answer)
+        has_line = f"{tag}\n" in self._prompt
+        return f"\n{closing}\n\n" if has_line else closing
 
     def closed_at_once(self, opening: str, tag: str) -> str:
         """What closes a thought just opened: as the template writes an empty thought, else the
@@ -181,11 +190,17 @@ class Traits:
         """A setting of the template with which it writes the thought of an answer; {} if it has
         none.
         """
-        for key in sorted(set(_ABOUT_THOUGHTS.findall(self._source)) - {*REASONING} | {*_SWITCHES}):
+        named = set(_ABOUT_THOUGHTS.findall(self._source)) - {*REASONING}
+        for key in sorted(named | {*_SWITCHES}):
             for value in (True, False):
-                if THOUGHT in (self._probe(_QUESTION, _THOUGHTFUL, **{key: value}) or ""):
+                if THOUGHT in (self._probe(_QUESTION, _THOUGHTFUL, switch={key: value}) or ""):
                     return {key: value}
         return {}
+
+
+def _behind_answer(text: str) -> str:
+    """What stands behind the answer of the probe; "" where the template leaves that out."""
+    return text.rpartition(MODEL)[2] if MODEL in text else ""
 
 
 def _without_header(between: str, before: str) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from sftx.data.chat.answer import Answer, Turn, last_added, thought_of
 from sftx.data.chat.conversation import Conversation
-from sftx.data.chat.renderer import TOOLS, USER, Renderer, calls, says
+from sftx.data.chat.renderer import TOOLS, USER, Renderer, calls, says, says_calls
 from sftx.data.chat.thoughts import open_tag
 from sftx.data.chat.traits import Switch, Traits
 from sftx.data.tokenizer import Tokenizer
@@ -47,8 +47,9 @@ class ChatTemplate:
         another.
         """
         found = {self.stop_id}
+        called = [says("user", USER), says_calls(calls({}))]
         try:
-            turn = self.turn(Conversation([says("user", USER), calls({})], [0.0, 1.0], TOOLS), 1)
+            turn = self.turn(Conversation(called, [0.0, 1.0], TOOLS), 1)
         except RowError:
             turn = Turn("", "", False)
         last = last_added(self._tokenizer, turn.output) if turn.ends else None

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from sftx.data.chat.answer import Turn, reasoning_of
-from sftx.data.chat.conversation import Conversation
-from sftx.data.chat.spans import TextSequence
+from sftx.data.chat.answer import Turn
+from sftx.data.chat.conversation import ChatMessage, Conversation, reasoning_of
 from sftx.data.chat.stretches import Stretch
+from sftx.data.chat.text_sequence import TextSequence
 from sftx.data.chat.thoughts import block_in
 from sftx.data.chat.turns import ChatTemplate
 from sftx.types import RowError
@@ -23,6 +23,8 @@ from sftx.types import RowError
 LEFT_OUT = "weighted turn left out by the template"
 _PLANES = (0x100000, 0xF0000)  # of characters for private use: two for each message
 _MOST = 0x7FFF  # messages
+_Places: TypeAlias = dict[int, list[tuple[int, int]]]
+"""Where the content of each message stands, as (begin, end) in characters."""
 
 
 class _Marks(NamedTuple):
@@ -33,7 +35,7 @@ class _Marks(NamedTuple):
     def pattern(self) -> re.Pattern[str]:
         return re.compile(f"([{chr(self.first)}-{chr(self.first + 0xFFFD)}])")
 
-    def around(self, message: dict[str, Any], number: int, inside: bool) -> dict[str, Any]:
+    def around(self, message: ChatMessage, number: int, inside: bool) -> ChatMessage:
         """The message with marks around its content, or `inside` the white space that it begins and
         ends with: a template may trim it.
         """
@@ -68,13 +70,15 @@ def weigh(
         for turn, t in zip(own, trained, strict=True):
             _add_answer(sequence, turn, conversation, t)
         found = _Contents(template, conversation, trained[-1], own[-1]).find()
-        for number, spans in found.items():
+        for number, places in found.items():
             weight = 0.0 if number in counted else shares[number].content
-            sequence.stretches += [Stretch(a, b, shares[number].kind, weight) for a, b in spans]
-        counted.update(number for number, spans in found.items() if spans)
-    asked = range(conversation.trained[-1])
-    lost = any(shares[i].content and _says(conversation, i) and i not in counted for i in asked)
-    return [LEFT_OUT] if lost else []
+            for begin, end in places:
+                sequence.stretches.append(Stretch(begin, end, shares[number].kind, weight))
+        counted.update(number for number, places in found.items() if places)
+    for number in set(range(conversation.trained[-1])) - counted:
+        if shares[number].content and _says(conversation, number):
+            return [LEFT_OUT]
+    return []
 
 
 def _add_answer(sequence: TextSequence, turn: Turn, conversation: Conversation, t: int) -> None:
@@ -106,7 +110,7 @@ def _says(conversation: Conversation, number: int) -> bool:
     return bool(conversation.messages[number]["content"].strip())
 
 
-def _thought(turn: Turn, message: dict[str, Any]) -> tuple[int, int] | None:
+def _thought(turn: Turn, message: ChatMessage) -> tuple[int, int] | None:
     """Where an output thinks, without the tags around it."""
     if message["role"] != "assistant":
         return None
@@ -132,12 +136,12 @@ class _Contents:
             and _says(conversation, i)
         ]
 
-    def find(self) -> dict[int, list[tuple[int, int]]]:
+    def find(self) -> _Places:
         """Where each content stands, in characters; nowhere if the template leaves it out."""
         together = self._in_one_rendering(self._wanted)
         if together is not None:
             return together
-        found: dict[int, list[tuple[int, int]]] = {}
+        found: _Places = {}
         for number in self._wanted:
             alone = self._in_one_rendering([number])
             if alone is not None:
@@ -149,9 +153,7 @@ class _Contents:
                 )
         return found
 
-    def _in_one_rendering(
-        self, numbers: Collection[int]
-    ) -> dict[int, list[tuple[int, int]]] | None:
+    def _in_one_rendering(self, numbers: Collection[int]) -> _Places | None:
         """None if the template writes marked contents otherwise."""
         if not numbers:
             return {}
@@ -177,12 +179,9 @@ class _Contents:
             "needed to tell its contents apart"
         )
 
-    def _compared(
-        self, messages: list[dict[str, Any]], marks: _Marks
-    ) -> dict[int, list[tuple[int, int]]] | None:
+    def _compared(self, messages: list[ChatMessage], marks: _Marks) -> _Places | None:
         """The places between the marks in the prompt; None if it is another text without them."""
-        row = self._conversation
-        marked = Conversation(messages, [], row.tools, row.kwargs)
+        marked = self._conversation.with_messages(messages)
         render, switch = self._template.render, self._turn.switch
         prompt = self._turn.prompt
         for end, generate in ((self._t, True), (self._t + 1, False)):
@@ -196,14 +195,12 @@ class _Contents:
         return None
 
 
-def _between(
-    pieces: list[str], marks: _Marks, length: int
-) -> dict[int, list[tuple[int, int]]] | None:
+def _between(pieces: list[str], marks: _Marks, length: int) -> _Places | None:
     """The stretches between the two marks of each message, up to `length` characters; None where a
     mark lacks its other. Every second piece is a mark.
     """
     open_at: dict[int, int] = {}
-    found: dict[int, list[tuple[int, int]]] = {}
+    found: _Places = {}
     at = 0
     for text, mark in zip(pieces[::2], pieces[1::2], strict=False):
         at += len(text)
