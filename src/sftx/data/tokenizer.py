@@ -207,7 +207,7 @@ class Tokenizer:
         backend = self._continuing if inside else self.backend
         backend.encode_special_tokens = plain
         try:
-            if self._by_word:
+            if self.cuts_at_spaces:
                 return list(map(self._words[plain].encode, texts))
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
@@ -238,13 +238,9 @@ class Tokenizer:
             return len(text)
         return max((match.end() - match.start() for match in WORD.finditer(text)), default=0)
 
-    @property
+    @cached_property
     def cuts_at_spaces(self) -> bool:
         """Whether the words of a text are tokenised one by one."""
-        return self._by_word
-
-    @cached_property
-    def _by_word(self) -> bool:
         return tokenises_by_word(self.backend)
 
     @cached_property

@@ -72,16 +72,24 @@ def problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
         return
     if control.search(text):
         yield "own markers"
-    if any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text)):
+    if _has_foreign_marker(text, control):
         yield "markers"
     if MOJIBAKE.search(text):
         yield "mojibake"
-    if SECRETS.search(text) or any(_luhn(match.group()) for match in CARD.finditer(text)):
+    if SECRETS.search(text) or _has_card(text):
         yield "secrets"
     found: set[str] = set()
     for question, answer in _answers(row):
         found.update(_problems_of_answer(question, answer))
     yield from sorted(found)
+
+
+def _has_foreign_marker(text: str, control: re.Pattern[str]) -> bool:
+    return any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text))
+
+
+def _has_card(text: str) -> bool:
+    return any(_luhn(match.group()) for match in CARD.finditer(text))
 
 
 def _answers(row: Row) -> Iterator[tuple[str, str]]:
@@ -144,14 +152,30 @@ def _wrong_order(row: Row) -> bool:
     """System not first, the same speaker twice in a row, a tool result nobody asked for, or no
     answer at the end.
     """
-    roles = [message.get("role", "") for message in row.messages]
-    twice = any(a == b and a in ("user", "assistant", "system") for a, b in pairwise(roles))
-    late = any(role in ("system", "developer") for role in roles[1:]) and roles[:2] != [
-        "system",
-        "developer",
-    ]
-    asked = [
-        bool(message.get("tool_calls")) or message.get("role") == "tool" for message in row.messages
-    ]
-    unasked = any(role == "tool" and (i == 0 or not asked[i - 1]) for i, role in enumerate(roles))
-    return bool(roles) and (twice or late or unasked or roles[-1] != "assistant")
+    if not row.messages:
+        return False
+    roles = [message["role"] for message in row.messages]
+    if roles[-1] != "assistant":
+        return True
+    return _has_late_system(roles) or _is_any_twice(roles) or _has_unasked_result(row)
+
+
+def _has_late_system(roles: list[str]) -> bool:
+    if roles[:2] == ["system", "developer"]:
+        return False
+    return any(role in ("system", "developer") for role in roles[1:])
+
+
+def _is_any_twice(roles: list[str]) -> bool:
+    """Whether one speaker speaks twice in a row."""
+    return any(a == b and a in ("user", "assistant", "system") for a, b in pairwise(roles))
+
+
+def _has_unasked_result(row: Row) -> bool:
+    is_asked = False
+    for message in row.messages:
+        is_result = message["role"] == "tool"
+        if is_result and not is_asked:
+            return True
+        is_asked = is_result or bool(message.get("tool_calls"))
+    return False

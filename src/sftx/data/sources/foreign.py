@@ -100,16 +100,23 @@ def _objection(raw: dict[str, Json], column: str, form: str) -> str:
     """Why a column may not be left unread, and what to do; "" if it may."""
     value = raw[column]
     if column in _LABELS:
-        is_false = value is False or value in ("false", "False", "FALSE")
-        return _BAD_ANSWER if is_false and form in _WITH_ANSWERS else ""
+        return _BAD_ANSWER if _is_false(value) and form in _WITH_ANSWERS else ""
     if _is_empty(value) or value is False:
         return ""
     if column == "objects":
-        is_grounding = isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref"})
-        return _NO_MEDIA if is_grounding else ""
+        return _NO_MEDIA if _is_grounding(value) else ""
     if column == "chosen":
         return _PREFERENCE if _ends_unanswered(raw, form) else ""
     return _COLUMN[column]
+
+
+def _is_false(value: Json) -> bool:
+    return value is False or value in ("false", "False", "FALSE")
+
+
+def _is_grounding(value: Json) -> bool:
+    """Whether a value names places in a picture."""
+    return isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref"})
 
 
 def _ends_unanswered(raw: dict[str, Json], form: str) -> bool:

@@ -65,8 +65,12 @@ def detect(value: object) -> str:
         return "text"
     if isinstance(raw, list):
         return _detect_list(raw)
-    if not isinstance(raw, dict):
-        raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
+    if isinstance(raw, dict):
+        return _detect_object(raw)
+    raise RowError(f"a row must be an object, a list of texts or a text, not {kind_name(raw)}")
+
+
+def _detect_object(raw: dict[str, Json]) -> str:
     check_count(raw)
     found = [name for name, fields in REQUIRED.items() if all(field in raw for field in fields)]
     if "tokens" in found:  # columns made from others: the tokens are what was meant

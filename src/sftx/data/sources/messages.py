@@ -80,10 +80,9 @@ class MessageReader:
                 f"{at} has {len(raw):,} fields, at most {MOST_FIELDS:,} are read; leave the others "
                 "out"
             )
-        role, content = raw["role"], raw.get("content")
-        if len(raw) == 2 and role in ROLES and isinstance(content, str) and content.isascii():
-            return cast(Message, raw)  # nothing can be wrong with most messages
-        _check_role(role, at)
+        if _is_plain(raw):
+            return cast(Message, raw)
+        _check_role(raw["role"], at)
         message: dict[str, Json] = {k: value for k, value in raw.items() if value is not None}
         foreign.own_marks(message, at)
         _check_names(message, at)
@@ -92,9 +91,7 @@ class MessageReader:
             message.setdefault("content", "")
         if "content" not in message:
             raise RowError(f"{at}.content is {'null' if 'content' in raw else 'missing'}")
-        if isinstance(message["content"], list):
-            parts = [_part(part, f"{at}.content[{i}]") for i, part in enumerate(message["content"])]
-            message["content"] = "".join(parts)
+        message["content"] = _joined(message["content"], f"{at}.content")
         _check_values(message, at)
         return cast(Message, message)
 
@@ -129,6 +126,21 @@ class MessageReader:
         if len(kept) < len(arguments):
             self.notes = (INVENTED,)
         return kept
+
+
+def _is_plain(raw: dict[str, Json]) -> bool:
+    """Whether a message is as most are, role and content: nothing can be wrong with it."""
+    content = raw.get("content")
+    if len(raw) != 2 or raw["role"] not in ROLES:
+        return False
+    return isinstance(content, str) and content.isascii()
+
+
+def _joined(content: Json, at: str) -> Json:
+    """A content of parts as one text."""
+    if not isinstance(content, list):
+        return content
+    return "".join([_part(part, f"{at}[{i}]") for i, part in enumerate(content)])
 
 
 def _check_role(role: Json, at: str) -> None:

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from sftx.data.sources.validate import from_json
-from sftx.types import RowError, UserError
+from sftx.types import Json, RowError, UserError
 
 CHUNK = 4 << 20
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
@@ -28,9 +28,8 @@ _KINDS = f"{', '.join(SUFFIXES)}, also .gz and .zst of them"
 BESIDE_ROWS = re.compile(
     r"(dataset_info|state|dataset_dict)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
 )
-ERROR_MARK = (
-    b"\0unreadable: "  # no JSON value starts so: a converted line that stands for an unreadable row
-)
+ERROR_MARK = b"\0unreadable: "
+"""What a converted line begins with that stands for an unreadable row; no JSON value begins so."""
 
 
 class Block(NamedTuple):
@@ -70,10 +69,16 @@ def find_files(path: str) -> list[Path]:
         if files := [file for file in paths if file.is_file() and _is_data(file)]:
             return files
         raise UserError(f"{path}: no data file matches this pattern")
-    names = [file.name for file in target.parent.iterdir()] if target.parent.is_dir() else []
+    raise UserError(f"{path}: no such file or folder{_like(target)}")
+
+
+def _like(target: Path) -> str:
+    """A hint if a file of almost this name is there; else ""."""
+    if not target.parent.is_dir():
+        return ""
+    names = [file.name for file in target.parent.iterdir()]
     close = difflib.get_close_matches(target.name, names, 1)
-    hint = f"; did you mean {target.with_name(close[0])}?" if close else ""
-    raise UserError(f"{path}: no such file or folder{hint}")
+    return f"; did you mean {target.with_name(close[0])}?" if close else ""
 
 
 def _files_of_folder(target: Path, path: str) -> list[Path]:
@@ -82,19 +87,24 @@ def _files_of_folder(target: Path, path: str) -> list[Path]:
     for file in sorted(target.rglob("*")):
         if file.is_file() and _is_data(file) and not _is_beside(file, target):
             found.append(file)
-    # What a folder holds may come from strangers. Only the hub's cache links out of its folders,
-    # to its own blobs.
-    root = target.resolve()
+    _refuse_links_out(found, target, path)
+    if not found:
+        raise UserError(f"{path}: the folder holds no data file ({_KINDS})")
+    return [file for file in found if kind_of(file) != ".txt"] or found
+
+
+def _refuse_links_out(files: list[Path], folder: Path, path: str) -> None:
+    """`UserError` for a link to a file outside of the folder, whose files may come from strangers.
+    Only the hub's cache links out of its folders, to its own blobs.
+    """
+    root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
-    for file in found:
+    for file in files:
         if not file.resolve().is_relative_to(root):
             raise UserError(
                 f"{file}: a link to a file outside of {path}; name that file itself in data.train"
             )
-    if not found:
-        raise UserError(f"{path}: the folder holds no data file ({_KINDS})")
-    return [file for file in found if kind_of(file) != ".txt"] or found
 
 
 def _is_beside(file: Path, folder: Path) -> bool:
@@ -111,12 +121,8 @@ def is_hub_name(path: str) -> bool:
     """
     local = Path(path).expanduser()
     shape = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%:-]+)?", path)
-    return (
-        bool(shape)
-        and not local.exists()
-        and not _is_data(local)
-        and not Path(path.split("/")[0]).exists()
-    )
+    is_local = local.exists() or _is_data(local) or Path(path.split("/")[0]).exists()
+    return bool(shape) and not is_local
 
 
 def kind_of(file: Path) -> str:
@@ -174,7 +180,7 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         )
 
 
-def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError]]:
+def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Json | RowError]]:
     """(line number, the line, its parsed value or what is wrong with it) of a block's lines; blank
     lines only count.
     """
@@ -183,7 +189,7 @@ def rows_in(data: bytes, line: int) -> Iterator[tuple[int, bytes, Any | RowError
             yield number, raw, parse_line(raw)
 
 
-def parse_line(raw: bytes) -> Any | RowError:
+def parse_line(raw: bytes) -> Json | RowError:
     """One line of JSON, or the error that says where in the line it stops being JSON."""
     if raw.startswith(ERROR_MARK):
         return RowError(raw.removeprefix(ERROR_MARK).decode("utf-8", "replace"))

@@ -5,7 +5,7 @@ row format.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
 from importlib import import_module
@@ -20,7 +20,7 @@ from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, kin
 from sftx.data.store.cache import Cache
 from sftx.data.store.corpus import Origin
 from sftx.settings.schema import Data, Source
-from sftx.types import RowError, UserError
+from sftx.types import Json, RowError, UserError
 
 MEMORY = "rows"  # the name of a source held in memory
 
@@ -46,15 +46,14 @@ class Table:
     def open_lines(self, scratch: Path) -> Path:
         """The file of JSON lines, made now if it is needed and not there."""
         if self.lines is None:
-            self.lines = scratch / (
-                blake2b(str(self.files).encode(), digest_size=12).hexdigest() + ".lines"
-            )
+            name = blake2b(str(self.files).encode(), digest_size=12).hexdigest()
+            self.lines = scratch / f"{name}.lines"
             with self.lines.open("wb") as out:
                 renamed = {column for column, name in self.columns.items() if name == "weight"}
                 to_jsonl.convert(self.files, out, {"weight", *renamed})
         return self.lines
 
-    def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Any | RowError]]:
+    def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Json | RowError]]:
         """(line, raw line, value or what is wrong with it) of the rows, from block number `start`
         on.
         """
@@ -65,7 +64,7 @@ class Table:
                     yield line, raw, _renamed(value, self.columns)
 
 
-def _renamed(value: Any | RowError, columns: Mapping[str, str | None]) -> Any | RowError:
+def _renamed(value: Json | RowError, columns: Mapping[str, str | None]) -> Json | RowError:
     try:
         return value if isinstance(value, RowError) else renamed(value, columns)
     except RowError as error:
@@ -76,15 +75,18 @@ def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None
     """The sources of a setting, each with a name; rows held in memory come last."""
     listed = [given] if isinstance(given, str) else given or []
     sources = [Source(path=item) if isinstance(item, str) else item for item in listed]
-    sources += [Source(path=MEMORY)] if rows is not None else []
-    named = [source.model_copy(update={"name": source.name or source.path}) for source in sources]
-    names = [source.name or "" for source in named]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(
-            f"two data sources are called {double!r}; give each a name of its own, or one a "
-            "weight of 2"
-        )
-    return named
+    if rows is not None:
+        sources.append(Source(path=MEMORY))
+    named: dict[str, Source] = {}
+    for source in sources:
+        name = source.name or source.path
+        if name in named:
+            raise UserError(
+                f"two data sources are called {name!r}; give each a name of its own, or one a "
+                "weight of 2"
+            )
+        named[name] = source.model_copy(update={"name": name})
+    return list(named.values())
 
 
 def open_tables(
@@ -99,48 +101,42 @@ def open_tables(
     tables: list[Table] = []
     for number, source in enumerate(sources):
         name = source.name or source.path
-        in_memory = (
-            rows is not None and number == len(sources) - 1
-        )  # `named_sources` puts them last
-        if in_memory or is_hub_name(source.path):
-            with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
-                if in_memory:
-                    out.writelines(to_jsonl.dump(row) + b"\n" for row in rows or [])
-                else:
-                    out.writelines(to_jsonl.dump(row) + b"\n" for row in _hub_rows(source.path))
-            table = Table(
-                number,
-                Origin(name, "row"),
-                [],
-                [],
-                data.format,
-                Path(out.name),
-                columns=data.columns,
-            )
-            tables.append(_cut(table, data, scratch))
+        if rows is not None and number == len(sources) - 1:  # `named_sources` puts them last
+            tables.append(_table_of_rows(number, name, rows, data, scratch))
+        elif is_hub_name(source.path):
+            fetched = _hub_rows(source.path)
+            tables.append(_table_of_rows(number, name, fetched, data, scratch))
         else:
-            tables += [
-                _open_file(number, origin, files, data, cache, scratch)
-                for origin, files in _grouped(source.path)
-            ]
+            for origin, files in _grouped(source.path):
+                tables.append(_open_file(number, origin, files, data, cache, scratch))
     return tables
+
+
+def _table_of_rows(
+    number: int, name: str, rows: Iterable[object], data: Data, scratch: Path
+) -> Table:
+    """The table of rows that come from no file: they are written into one."""
+    with NamedTemporaryFile(dir=scratch, suffix=".lines", delete=False) as out:
+        out.writelines(to_jsonl.dump(row) + b"\n" for row in rows)
+    origin = Origin(name, "row")
+    table = Table(number, origin, [], [], data.format, Path(out.name), columns=data.columns)
+    return _cut(table, data, scratch)
 
 
 def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
     """Files one by one, but all plain texts together: each of them is only one row."""
     files = find_files(path)
-    texts = [file for file in files if kind_of(file) == ".txt"]
+    texts: list[Path] = []
     for file in files:
-        if kind_of(file) != ".txt":
-            yield (
-                Origin(str(file), "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row"),
-                [file],
-            )
+        kind = kind_of(file)
+        if kind == ".txt":
+            texts.append(file)
+        else:
+            unit = "line" if kind in (".jsonl", ".csv", ".tsv") else "row"
+            yield Origin(str(file), unit), [file]
     if texts:
-        yield (
-            Origin(str(texts[0]) if len(texts) == 1 else path, "row", tuple(map(str, texts))),
-            texts,
-        )
+        name = str(texts[0]) if len(texts) == 1 else path
+        yield Origin(name, "row", tuple(map(str, texts))), texts
 
 
 def _open_file(
@@ -208,7 +204,7 @@ def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     return "text"  # no rows at all
 
 
-def _hub_rows(name: str) -> Iterator[Any]:
+def _hub_rows(name: str) -> Iterator[object]:
     """Rows of a data set on the hub, `owner/name[/config][:split]`; the split is `train` unless
     named.
     """

@@ -27,23 +27,20 @@ from sftx.types import RowError, UserError
 VERSION = "5"  # raise when the lines made from a file change
 
 
-def dump(value: Any) -> bytes:
+def dump(value: object) -> bytes:
     """One row as a line of JSON. What JSON cannot hold becomes an object, which no field accepts as
     text.
     """
 
-    def plain(item: Any) -> Any:
+    def plain(item: object) -> object:
         if isinstance(item, np.ndarray | np.generic):
-            return cast(Any, item).tolist()
+            return item.tolist()
         return {"unreadable": type(item).__name__}
 
     try:
         return json.dumps(value, default=plain).encode()
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # keys that are no text, a list that holds itself
+    except (TypeError, ValueError, RecursionError) as error:
+        # Keys that are no text, or a list that contains itself.
         return ERROR_MARK + str(error).encode()
 
 
@@ -121,49 +118,68 @@ def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
 
 def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     """A JSON array, row by row; also JSON lines under the name .json."""
-    data = stream.read()
+    text = _decoded(stream.read(), name)
+    begin = _skip(text, 0)
+    if text[begin : begin + 1] == "[" and not _is_list_line(text, begin):
+        _Array(text, name).write(begin, out)
+        return
     try:
-        text = data.decode("utf-8-sig")
+        from_json(text[begin:].split("\n", 1)[0] or "null")
+    except RowError:
+        raise UserError(
+            f"{name}: expected a JSON array of rows, or one JSON value per line"
+        ) from None
+    out.write(text.encode())
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{name}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from None
-    del data
-    position = _skip(text, 0)
-    if text[position : position + 1] != "[" or _is_list_line(text, position):
-        try:
-            from_json(text[position:].split("\n", 1)[0] or "null")
-        except RowError:
-            raise UserError(
-                f"{name}: expected a JSON array of rows, or one JSON value per line"
-            ) from None
-        out.write(text.encode())
-        return
 
-    def wrong(what: str, at: int) -> UserError:
-        column = at - text.rfind("\n", 0, at)
-        return UserError(
-            f"{name}:{text.count(chr(10), 0, at) + 1}: not valid JSON: {what} at column {column}"
-        )
 
-    decode, position = json.JSONDecoder().raw_decode, _skip(text, position + 1)
-    while text[position : position + 1] != "]":
+class _Array:
+    """A JSON array in the text of a file that messages call `name`."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self._text = text
+        self._name = name
+        self._decode = json.JSONDecoder().raw_decode
+
+    def write(self, begin: int, out: IO[bytes]) -> None:
+        """Write the rows of the array that begins there, each on a line."""
+        text = self._text
+        position = _skip(text, begin + 1)
+        while text[position : position + 1] != "]":
+            row, position = self._row(position)
+            out.write(dump(row) + b"\n")
+            position = _skip(text, position)
+            behind = text[position : position + 1]
+            if behind not in (",", "]"):
+                raise self._wrong("expected ',' or ']' after a row", position)
+            if behind == ",":
+                position = _skip(text, position + 1)
+        position = _skip(text, position + 1)
+        if position < len(text):
+            raise self._wrong("expected nothing after the array", position)
+
+    def _row(self, position: int) -> tuple[object, int]:
+        """The row at a position, and where it ends."""
         try:
-            row, position = decode(text, position)
+            return self._decode(self._text, position)
         except json.JSONDecodeError as error:
-            raise wrong(error.msg.removesuffix(" starting at"), error.pos) from None
+            raise self._wrong(error.msg.removesuffix(" starting at"), error.pos) from None
         except (RecursionError, ValueError):
-            raise wrong(
+            raise self._wrong(
                 "nested too deeply, or a number of thousands of digits, in the row", position
             ) from None
-        out.write(dump(row) + b"\n")
-        position = _skip(text, position)
-        if text[position : position + 1] not in (",", "]") or not text[position:]:
-            raise wrong("expected ',' or ']' after a row", position)
-        if text[position] == ",":
-            position = _skip(text, position + 1)
-    position = _skip(text, position + 1)
-    if text[position:]:
-        raise wrong("expected nothing after the array", position)
+
+    def _wrong(self, what: str, at: int) -> UserError:
+        line = self._text.count("\n", 0, at) + 1
+        column = at - self._text.rfind("\n", 0, at)
+        return UserError(f"{self._name}:{line}: not valid JSON: {what} at column {column}")
 
 
 def _is_list_line(text: str, position: int) -> bool:
@@ -184,40 +200,50 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str, numbers: Collection[str
     """CSV: the first line names the columns; every value is text, but those of the columns
     `numbers`. A row keeps the number of its first line.
     """
-    number = 0  # of the last physical line handed to the parser
-
-    def decoded() -> Iterator[str]:
-        nonlocal number
-        for number, raw in enumerate(stream, 1):
-            try:
-                yield str(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x}"
-                ) from None
-
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if kind_of(Path(name)) == ".tsv" else ","
-    header, before = None, 0
+    reader = csv.reader(_lines_of_text(stream, name), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    before = 0
     try:
-        for values in csv.reader(decoded(), delimiter=delimiter, strict=True):
+        for values in reader:
+            line = b""
             if header is None:
-                header, line = values, b""
-                if double := next((c for c in header if c and header.count(c) > 1), ""):
-                    raise UserError(f"{name}:1: two columns are called {double!r}")
-            elif len(values) in (0, len(header)):
-                row: dict[str, Any] = dict(zip(header, values, strict=False))
-                row |= {key: _number(row[key]) for key in numbers if key in row}
-                line = dump(row) if values else b""
-            else:
-                found = f"{len(values)} values where the first line names {len(header)} columns"
-                line = ERROR_MARK + found.encode()
-            out.write(
-                line + b"\n" * (number - before)
-            )  # where values span lines, blank lines keep the numbering
-            before = number
+                header = values
+                _refuse_doubles(header, name)
+            elif values:
+                line = _line_of_table(header, values, numbers)
+            # Where values span lines, blank lines keep the numbering.
+            out.write(line + b"\n" * (reader.line_num - before))
+            before = reader.line_num
     except csv.Error as error:
         raise UserError(f"{name}:{before + 1}: not valid CSV: {error}") from None
+
+
+def _lines_of_text(stream: IO[bytes], name: str) -> Iterator[str]:
+    for number, raw in enumerate(stream, 1):
+        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        try:
+            yield str(line, "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}:{number}: not UTF-8: byte 0x{line[error.start]:02x}") from None
+
+
+def _refuse_doubles(header: list[str], name: str) -> None:
+    for column in header:
+        if column and header.count(column) > 1:
+            raise UserError(f"{name}:1: two columns are called {column!r}")
+
+
+def _line_of_table(header: list[str], values: list[str], numbers: Collection[str]) -> bytes:
+    """The values of a row as a line of JSON."""
+    if len(values) != len(header):
+        found = f"{len(values)} values where the first line names {len(header)} columns"
+        return ERROR_MARK + found.encode()
+    row: dict[str, float | str | None] = {}
+    for column, value in zip(header, values, strict=True):
+        row[column] = _number(value) if column in numbers else value
+    return dump(row)
 
 
 def _number(text: str) -> float | str | None:
@@ -258,7 +284,7 @@ def _arrow(stream: IO[bytes], out: IO[bytes], name: str) -> None:
         raise UserError(f"{name}: not a readable {kind} file: {error}") from None
 
 
-def write_rows(rows: Iterable[Any], out: IO[bytes], shape: Shape | None) -> None:
+def write_rows(rows: Iterable[object], out: IO[bytes], shape: Shape | None) -> None:
     """Write rows that come from Arrow; `shape` tells which of their nulls somebody wrote."""
     out.writelines(dump(as_written(row, shape)) + b"\n" for row in rows)
 

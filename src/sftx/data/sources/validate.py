@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -37,17 +37,18 @@ def from_json(text: str, at: str = "") -> Json:
     raise RowError(f"{where}not valid JSON: {problem}")
 
 
-def as_json(value: Any) -> Json:
+def as_json(value: object) -> Json:
     """Tuples as lists and arrays as lists, as they would be had they come from a file."""
     match value:
         case dict():
-            return {key: as_json(item) for key, item in cast("dict[str, Any]", value).items()}
+            items = cast("dict[str, object]", value).items()
+            return {key: as_json(item) for key, item in items}
         case list() | tuple():
-            return [as_json(item) for item in cast("list[Any]", value)]
+            return [as_json(item) for item in cast("list[object]", value)]
         case np.ndarray() | np.generic():
-            return cast(Any, value).tolist()
+            return cast("Json", value.tolist())
         case _:
-            return value
+            return cast("Json", value)
 
 
 def checked_text(value: Json, field: str) -> str:

@@ -55,6 +55,7 @@ COUNT = np.dtype([("tokens", np.int32), ("targets", np.int32), ("weight", np.flo
 BY_KIND = np.dtype([*EXAMPLE.descr, ("kinds", COUNT, (len(KINDS),))])
 """The same with what there is of each kind of text, where the kinds are told apart."""
 Table = NDArray[np.void]
+Weights = UInt8 | Float32
 _HASH = 16  # bytes
 
 
@@ -89,7 +90,7 @@ class Block:
 
     table: Table
     ids: Int32
-    weights: NDArray[Any]
+    weights: Weights
     facts: Facts
     kinds: UInt8
 
@@ -99,16 +100,23 @@ class Block:
         Raises:
             UserError: the tokens are not those that were written.
         """
-        span = slice(int(entry["start"]), int(entry["start"] + entry["length"]))
-        ids, weights = self.ids[span], self.weights[span].astype(np.float32, copy=False)
+        begin = int(entry["start"])
+        span = slice(begin, begin + int(entry["length"]))
+        ids = self.ids[span]
+        weights = self.weights[span].astype(np.float32, copy=False)
         kinds = self.kinds[span] if len(self.kinds) else None
         if example_digest(ids, weights, kinds) != int(entry["digest"]):
             raise UserError(
                 "a file of the token cache is damaged; delete the cache folder and start again"
             )
-        note = self.facts.notes[int(entry["note"])]
-        part, shortened = int(entry["part"]), bool(entry["shortened"])
-        return Example(ids, weights, note, part, shortened, kinds)
+        return Example(
+            ids=ids,
+            weights=weights,
+            note=self.facts.notes[int(entry["note"])],
+            part=int(entry["part"]),
+            shortened=bool(entry["shortened"]),
+            kinds=kinds,
+        )
 
 
 def example_digest(ids: Int32, weights: Float32, kinds: UInt8 | None = None) -> int:
@@ -127,11 +135,20 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     """
     facts = facts or Facts()
     examples = [example for _, _, encoded in rows for example in encoded.examples]
-    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)])
-    weights = np.concatenate([e.weights for e in examples] or [np.zeros(0, np.float32)])
+    ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
+    weights: Weights = np.concatenate([np.zeros(0, np.float32), *(e.weights for e in examples)])
+    if bool(((weights == 0) | (weights == 1)).all()):
+        weights = weights.astype(np.uint8)
     found = [example.kinds for example in examples if example.kinds is not None]
-    kinds: UInt8 = np.concatenate(found or [np.zeros(0, np.uint8)])
+    kinds = np.concatenate([np.zeros(0, np.uint8), *found])
     table = _table_of(examples, facts, BY_KIND if found else EXAMPLE)
+    _add_rows(table, rows, facts)
+    facts.largest_id = int(ids.max(initial=-1))
+    return Block(table, ids, weights, facts, kinds)
+
+
+def _add_rows(table: Table, rows: Sequence[tuple[int, int, Encoded]], facts: Facts) -> None:
+    """Write what is known of each row into the entries of its examples."""
     abouts: dict[tuple[str, ...], int] = {}
     end = 0
     for line, digest, encoded in rows:
@@ -144,9 +161,6 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
         of_row["cut_tokens"][:1] = encoded.tokens_truncated
         of_row["cut_targets"][:1] = encoded.targets_truncated
     facts.abouts = [list(about) for about in abouts]
-    facts.largest_id = int(ids.max(initial=-1))
-    plain = bool(((weights == 0) | (weights == 1)).all())
-    return Block(table, ids, weights.astype(np.uint8) if plain else weights, facts, kinds)
 
 
 def _table_of(examples: list[Example], facts: Facts, dtype: np.dtype[np.void]) -> Table:
@@ -180,7 +194,8 @@ def _counts(kinds: UInt8, weights: Float32) -> NDArray[np.void]:
 def block_bytes(block: Block) -> bytes:
     """The content of a block's file."""
     text = json.dumps(vars(block.facts)).encode()
-    said = np.frombuffer(_digest(block.table, block.ids, block.weights, text) + text, np.uint8)
+    digest = _digest(block.table, block.ids, block.weights, text)
+    said = np.frombuffer(digest + text, np.uint8)
     file = io.BytesIO()
     for array in (block.table, block.ids, block.weights, block.kinds, said):
         npy.write_array(file, array)
@@ -215,7 +230,7 @@ def _next_array(mapped: mmap.mmap) -> NDArray[Any]:
     return array
 
 
-def _digest(table: Table, ids: Int32, weights: NDArray[Any], text: bytes) -> bytes:
+def _digest(table: Table, ids: Int32, weights: Weights, text: bytes) -> bytes:
     """Hash of all but the tokens and weights, which are under the hashes of their examples."""
     content = blake2b(table.tobytes(), digest_size=_HASH)
     content.update(f"{ids.dtype} {ids.shape} {weights.dtype} {weights.shape}".encode())

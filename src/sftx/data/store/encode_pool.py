@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,11 +28,6 @@ Progress = Callable[[int, int], None]
 WORTH_A_PROCESS = 2 << 20  # bytes; starting one costs about a second
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return usable_cores()
-
-
 def encode_jobs(
     jobs: Sequence[Job],
     encoder: Encoder,
@@ -46,35 +41,53 @@ def encode_jobs(
         UserError: encoding cannot go on (a template that fails for every row, a full disk), or a
             process died.
     """
-    wanted = cores() if encoder.data.workers is None else encoder.data.workers
-    size = sum(job.stop - job.start for job in jobs)
-    workers = min(wanted, len(jobs), 1 + size // WORTH_A_PROCESS)
     # Large ones first, so that all processes end together.
     waiting = deque(sorted(jobs, key=lambda job: job.start - job.stop))
     answers: SimpleQueue[Job | UserError] = SimpleQueue()
-    total, left = sum(job.lines for job in jobs), len(jobs)
+    total = sum(job.lines for job in jobs)
     done = 0
     with ExitStack() as stack:
         others: list[subprocess.Popen[str]] = []
-        for _ in range(workers - 1):
+        for _ in range(_workers(jobs, encoder) - 1):
             others.append(_start())
             stack.callback(_end, others[-1])
         setup = _setup(encoder, cache, scratch) if others else ""  # made while they start
         for process in others:
             Thread(target=_serve, args=(process, setup, waiting, answers), daemon=True).start()
-        while left:
-            job = _take(waiting)
-            if job:
-                encode_job(job, encoder, cache)
-                answers.put(job)
-            while left and (job is None or not answers.empty()):
-                answer = answers.get()
-                if isinstance(answer, UserError):
-                    raise answer
-                left -= 1
-                done += answer.lines
-                if progress:
-                    progress(done, total)
+        for answer in _answers(len(jobs), waiting, answers, encoder, cache):
+            done += answer.lines
+            if progress:
+                progress(done, total)
+
+
+def _workers(jobs: Sequence[Job], encoder: Encoder) -> int:
+    """How many processes encode, this one among them."""
+    wanted = encoder.data.workers
+    if wanted is None:
+        wanted = usable_cores()
+    size = sum(job.stop - job.start for job in jobs)
+    return min(wanted, len(jobs), 1 + size // WORTH_A_PROCESS)
+
+
+def _answers(
+    left: int,
+    waiting: deque[Job],
+    answers: SimpleQueue[Job | UserError],
+    encoder: Encoder,
+    cache: Cache,
+) -> Iterator[Job]:
+    """The jobs as they get done, here or elsewhere, until none of so many is `left`."""
+    while left:
+        job = _take(waiting)
+        if job:
+            encode_job(job, encoder, cache)
+            answers.put(job)
+        while left and (job is None or not answers.empty()):
+            answer = answers.get()
+            if isinstance(answer, UserError):
+                raise answer
+            left -= 1
+            yield answer
 
 
 def _setup(encoder: Encoder, cache: Cache, scratch: Path) -> str:
