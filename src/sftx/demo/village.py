@@ -57,6 +57,10 @@ class _Section:
         return rng.sample([self.values[i % len(self.values)] for i in range(count)], count)
 
 
+_Fact = tuple[_Section, str]
+"""A trait of a villager, and its value."""
+
+
 def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
     """Make a village of `people`; the same seed gives the same village, word for word.
 
@@ -77,40 +81,59 @@ def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
         for name, *values in zip(names, *columns, strict=True)
     }
 
-    def tell(name: str, trait: _Section, value: str) -> str:
-        return rng.choice(trait.sentences).format(name=name, value=value)
-
     village = Village([], [], [])
     for _ in range(retellings):
         for name, known in facts.items():
-            sentences = [rng.choice(openings.sentences)] if rng.random() < 0.3 else []
-            for i, fact in enumerate(
-                rng.sample(known, len(known))
-            ):  # the first sentence has the full name
-                sentences.append(tell(name.split()[0] if i and rng.random() < 0.5 else name, *fact))
-            village.chronicle.append(" ".join(sentences))
-        sentences = [tell(name, *fact) for name, known in facts.items() for fact in known]
-        rng.shuffle(sentences)
-        for i in range(0, len(sentences), 5):
-            village.chronicle.append(
-                " ".join([rng.choice(openings.sentences), *sentences[i : i + 5]])
-            )
+            village.chronicle.append(_portrait(rng, name, known, openings.sentences))
+        village.chronicle += _gatherings(rng, facts, openings.sentences)
     for name, known in facts.items():
         (trait, value), *asked = rng.sample(known, len(known))
         village.held_out.append(rng.choice(trait.ask(name, value)))
-        turns = [
-            [question.text, question.answer]
-            for trait, value in asked
-            for question in trait.ask(name, value)
-        ]
-        rng.shuffle(turns)
-        while turns:  # in dialogues of one turn or two
-            village.dialogues.append(
-                turns.pop() + (turns.pop() if turns and rng.random() < 0.3 else [])
-            )
+        village.dialogues += _dialogues(rng, name, asked)
     rng.shuffle(village.chronicle)
     rng.shuffle(village.dialogues)
     return village
+
+
+def _tell(rng: random.Random, name: str, fact: _Fact) -> str:
+    trait, value = fact
+    return rng.choice(trait.sentences).format(name=name, value=value)
+
+
+def _portrait(rng: random.Random, name: str, known: list[_Fact], openings: list[str]) -> str:
+    """A paragraph on one villager; the first sentence on a fact has the full name."""
+    sentences = [rng.choice(openings)] if rng.random() < 0.3 else []
+    for i, fact in enumerate(rng.sample(known, len(known))):
+        is_short = i > 0 and rng.random() < 0.5
+        sentences.append(_tell(rng, name.split()[0] if is_short else name, fact))
+    return " ".join(sentences)
+
+
+def _gatherings(
+    rng: random.Random, facts: dict[str, list[_Fact]], openings: list[str]
+) -> list[str]:
+    """Paragraphs of five sentences, on whomever chance brings together."""
+    sentences = [_tell(rng, name, fact) for name, known in facts.items() for fact in known]
+    rng.shuffle(sentences)
+    paragraphs: list[str] = []
+    for i in range(0, len(sentences), 5):
+        paragraphs.append(" ".join([rng.choice(openings), *sentences[i : i + 5]]))
+    return paragraphs
+
+
+def _dialogues(rng: random.Random, name: str, asked: list[_Fact]) -> list[list[str]]:
+    """All ways to ask for these facts, in dialogues of one turn or two."""
+    turns: list[list[str]] = []
+    for trait, value in asked:
+        turns += [[question.text, question.answer] for question in trait.ask(name, value)]
+    rng.shuffle(turns)
+    dialogues: list[list[str]] = []
+    while turns:
+        dialogue = turns.pop()
+        if turns and rng.random() < 0.3:
+            dialogue = dialogue + turns.pop()
+        dialogues.append(dialogue)
+    return dialogues
 
 
 def _sections() -> list[_Section]:

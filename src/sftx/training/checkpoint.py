@@ -100,15 +100,12 @@ def _save(
     # A state is saved twice where a signal comes twice: the first is as good.
     if distributed.broadcast(main and final.exists() and not _verify(final), saving=True):
         return
-    needed = sum(len(text) for text in texts.values())
-    needed += sum(tensor.nbytes for some in tensors.values() for tensor in some.values())
+    needed = _size(texts, tensors)
     problem = distributed.broadcast(_shortage(folder, needed) if main else "", saving=True)
     if problem and not optional:
         raise UserError(problem)
     if problem:
-        if main:
-            step = step_of(final)
-            print(f"warning: nothing was saved after step {step}: {problem}", file=sys.stderr)
+        _warn_of_nothing_saved(final, problem)
         return
     check_replicas(tensors["weights"])
     temporary = folder / f"{final.name}.tmp"
@@ -119,6 +116,20 @@ def _save(
         raise UserError(f"{_no_room(folder, needed)} ({error})") from error
     if main:
         _delete_old(folder, keep, costs)
+
+
+def _size(texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> int:
+    """Bytes of a checkpoint, about."""
+    size = sum(len(text) for text in texts.values())
+    for some in tensors.values():
+        size += sum(tensor.nbytes for tensor in some.values())
+    return size
+
+
+def _warn_of_nothing_saved(final: Path, problem: str) -> None:
+    if distributed.is_main():
+        step = step_of(final)
+        print(f"warning: nothing was saved after step {step}: {problem}", file=sys.stderr)
 
 
 def _write(
