@@ -111,18 +111,8 @@ def check_config(config: dict[str, Any], place: object, trusted: bool = False) -
         UserError: naming `place`, the field, and what is allowed.
     """
     for inner in (config, config.get("text_config")):
-        if not isinstance(inner, dict):
-            continue
-        for name in POSITIONS:
-            value = inner.get(name)
-            if value is not None and not (type(value) is int and value >= 1):
-                raise UserError(
-                    f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed"
-                )
-        for name in _LAYERS:
-            value = inner.get(name)
-            if isinstance(value, int | float) and value < 1:
-                raise UserError(f"{place}: {name}: found {value!r}; a model has at least one layer")
+        if isinstance(inner, dict):
+            _check_sizes(inner, place)
     for name, value in _entries(config):
         if type(value) in (int, float) and value > MOST and _COUNT.fullmatch(name):
             raise UserError(f"{place}: {name}: found {value:,}; more than {MOST:,} are not built")
@@ -131,6 +121,20 @@ def check_config(config: dict[str, Any], place: object, trusted: bool = False) -
         known = _KERNELS.get(name.removeprefix("_").removesuffix("_internal"))
         if known is not None:
             _check_kernel(name, value, known, place, trusted)
+
+
+def _check_sizes(config: dict[str, Any], place: object) -> None:
+    """A model has at least one position and one layer."""
+    for name in POSITIONS:
+        value = config.get(name)
+        if value is not None and not (type(value) is int and value >= 1):
+            raise UserError(
+                f"{place}: {name}: found {value!r}; a whole number of at least 1 is needed"
+            )
+    for name in _LAYERS:
+        value = config.get(name)
+        if isinstance(value, int | float) and value < 1:
+            raise UserError(f"{place}: {name}: found {value!r}; a model has at least one layer")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

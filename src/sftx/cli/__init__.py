@@ -143,31 +143,27 @@ def declared(verb: str) -> Declared:
 
 def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int:
     told = declared(verb)
-    path, overrides, extra = _split(verb, arguments, told)
+    given = _Given(verb, told)
+    for argument in arguments:
+        given.add(argument)
     if "overrides" in told.takes:
-        extra |= {"path": path or "", "overrides": overrides}
-        path, overrides = None, []
+        given.extra |= {"path": given.path or "", "overrides": given.overrides}
+        given.path, given.overrides = None, []
     if "config" not in told.takes:
-        if path is not None and "path" in told.takes:
-            extra, path = {**extra, "path": path}, None
-        if path is not None or overrides:
-            known = ", ".join(f"{key}=..." for key in told.extra) or "nothing"
-            raise UserError(
-                f"sftx {verb}: {path or overrides[0]!r} means nothing here; it takes {known}"
-            )
+        given.take_path()
         if verb not in PRINTS and not said:
             first_line(verb, arguments)
-        return _module(verb, verb not in PRINTS).run(**extra)
+        return _module(verb, verb not in PRINTS).run(**given.extra)
 
     from sftx.data.chat.limits import limit_this_process
     from sftx.settings.load import load_config
 
     if own_process:
         limit_this_process()
-    config = load_config(path, overrides, told.defaults)
+    config = load_config(given.path, given.overrides, told.defaults)
     if config.runtime.progress and not said:
         first_line(verb, arguments)
-    return _module(verb, config.runtime.progress).run(config, **extra)
+    return _module(verb, config.runtime.progress).run(config, **given.extra)
 
 
 def _module(verb: str, shown: bool) -> ModuleType:
@@ -178,40 +174,62 @@ def _module(verb: str, shown: bool) -> ModuleType:
         return import_module(f"sftx.cli.{verb}")
 
 
-def _split(
-    verb: str, arguments: list[str], told: Declared
-) -> tuple[str | None, list[str], dict[str, Any]]:
-    """The YAML file, the settings, and the verb's own keys."""
-    path: str | None = None
-    overrides: list[str] = []
-    extra: dict[str, Any] = {}
-    waiting = list(told.positional)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
+class _Given:
+    """What stands behind a verb: the YAML file, the settings, and the verb's own keys."""
+
+    def __init__(self, verb: str, told: Declared) -> None:
+        self.path: str | None = None
+        self.overrides: list[str] = []
+        self.extra: dict[str, Any] = {}
+        self._verb = verb
+        self._told = told
+        self._waiting = list(told.positional)
+
+    def add(self, argument: str) -> None:
+        """Take the next argument."""
         if argument.startswith("-"):
-            raise UserError(f"sftx {verb}: {flag_message(argument)}")
-        prefix = key[: key.find(".") + 1]
+            raise self._wrong(flag_message(argument))
+        key, equals, value = argument.partition("=")
         if not equals or "/" in key:  # no setting has a slash, but a path may have an equals sign
-            if "paths" in told.takes:
-                extra.setdefault("paths", []).append(argument)
-                continue
-            if waiting and not argument.endswith((".yaml", ".yml")):
-                overrides.append(f"{waiting.pop(0)}={argument}")
-                continue
-            if path is not None:
-                raise UserError(f"sftx {verb}: one YAML file at most: {path!r}, then {argument!r}")
-            path = argument
-        elif key in extra:
-            raise UserError(f"sftx {verb}: {key}: given twice")
-        elif prefix and prefix in told.extra:
-            extra.setdefault("bounds", {})[key] = value
-        elif key in told.extra:
-            extra[key] = value
-        elif close := [] if "." in key else get_close_matches(key, told.extra, 1, 0.75):
-            raise UserError(f"sftx {verb}: no key {key!r}; did you mean `{close[0]}`?")
+            self._add_word(argument)
         else:
-            overrides.append(argument)
-    return path, overrides, extra
+            self._add_key(key, value)
+
+    def take_path(self) -> None:
+        """Hand the path to a verb that takes one and no settings; UserError for what is left."""
+        if self.path is not None and "path" in self._told.takes:
+            self.extra["path"], self.path = self.path, None
+        if self.path is not None or self.overrides:
+            known = ", ".join(f"{key}=..." for key in self._told.extra) or "nothing"
+            odd = self.path or self.overrides[0]
+            raise self._wrong(f"{odd!r} means nothing here; it takes {known}")
+
+    def _add_word(self, word: str) -> None:
+        is_settings = word.endswith((".yaml", ".yml"))
+        if "paths" in self._told.takes:
+            self.extra.setdefault("paths", []).append(word)
+        elif self._waiting and not is_settings:
+            self.overrides.append(f"{self._waiting.pop(0)}={word}")
+        elif self.path is not None:
+            raise self._wrong(f"one YAML file at most: {self.path!r}, then {word!r}")
+        else:
+            self.path = word
+
+    def _add_key(self, key: str, value: str) -> None:
+        prefix = key[: key.find(".") + 1]
+        if key in self.extra:
+            raise self._wrong(f"{key}: given twice")
+        if prefix and prefix in self._told.extra:
+            self.extra.setdefault("bounds", {})[key] = value
+        elif key in self._told.extra:
+            self.extra[key] = value
+        elif not prefix and (close := get_close_matches(key, self._told.extra, 1, 0.75)):
+            raise self._wrong(f"no key {key!r}; did you mean `{close[0]}`?")
+        else:
+            self.overrides.append(f"{key}={value}")
+
+    def _wrong(self, what: str) -> UserError:
+        return UserError(f"sftx {self._verb}: {what}")
 
 
 def _overview() -> str:

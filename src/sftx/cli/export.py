@@ -19,10 +19,11 @@ from pathlib import Path
 from sftx.cli._inputs import whole_number
 from sftx.printable import printable
 from sftx.report.progress import working
-from sftx.training.export import Allowed, clear_leftovers
+from sftx.training.export import Allowed
 from sftx.training.hand_over import DTYPES, FORMATS, Wish, hand_over
 from sftx.training.hand_over_push import push_folder
 from sftx.training.hand_over_rows import rows_of_file
+from sftx.training.merging import clear_leftovers
 from sftx.types import UserError
 
 STAGE = "hand over"

@@ -38,13 +38,10 @@ EXTRA = {
     "json": "Write what is shown, token by token, to this file.",
 }
 DEFAULTS = ("output=unused",)
-CPU_PACK = (
-    1024  # tokens per pack where neither the settings nor a run in the output folder says how many
-)
-TRAINED = (
-    "white on #14532d",
-    "white on #166534",
-)  # two shades in turn, so that the borders of tokens show
+CPU_PACK = 1024
+"""Tokens per pack where neither the settings nor a run in the output folder says how many."""
+# Two shades in turn, so that the borders of tokens show.
+TRAINED = ("white on #14532d", "white on #166534")
 CONTEXT = ("#8a8a8a", "#b2b2b2")
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
@@ -65,23 +62,31 @@ def run(
     """
     console = Console(highlight=False)
     tokenizer, max_length = tokenizer_and_length(config)
-    if (step or pack) and (row or rows):
+    _refuse_two_questions(row + rows, step, pack)
+    encoder = Encoder(tokenizer, config.data, max_length)
+    corpus = encoded(config, encoder) if step or html else None
+    if step and corpus is not None:
+        views = _views_of_step(config, corpus, encoder, step, pack)
+    else:
+        views = _views_of_rows(config, encoder, row, rows)
+    _print(views, console)
+    if json:
+        write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
+    if html and corpus is not None:
+        write_page(html, config, corpus, encoder, views)
+        console.print(f"page written to {printable(html)}", markup=False)
+    return 0
+
+
+def _refuse_two_questions(row: str, step: str, pack: str) -> None:
+    if row and (step or pack):
         raise UserError("sftx inspect: row and step ask for different things; name one of them")
     if pack and not step:
         raise UserError("sftx inspect: pack= needs step=")
-    encoder = Encoder(tokenizer, config.data, max_length)
-    corpus: Corpus | None = None
-    if step or html:
-        corpus = encoded(config, encoder)
-    if step:
-        assert corpus is not None
-        views = _views_of_step(config, corpus, encoder, step, pack)
-    else:
-        file, _, line = row.rpartition(":")
-        count = whole_number("inspect: rows", rows) if rows else 1 if row else 3
-        start = whole_number("inspect: row", line) if row else None
-        with raw_tables(config) as tables:
-            views = views_of_rows(tables, encoder, start, file, count)
+
+
+def _print(views: Sequence[View], console: Console) -> None:
+    """The examples, and what they are together."""
     for shown in views:
         for text in paint(shown, console.width, console.is_terminal):
             console.print(text, soft_wrap=True)
@@ -89,13 +94,17 @@ def run(
     behind = sum(v.targets for v in views if v.shortened)
     shortened = f", {behind:,} targets behind a shortened prompt" if behind else ""
     console.print(f"{len(views)} examples, {_counts(views)}{shortened}, total weight {weight:g}")
-    if json:
-        write_json(json, [asdict(shown) | {"targets": shown.targets} for shown in views])
-    if html:
-        assert corpus is not None
-        write_page(html, config, corpus, encoder, views)
-        console.print(f"page written to {printable(html)}", markup=False)
-    return 0
+
+
+def _views_of_rows(config: Config, encoder: Encoder, row: str, rows: str) -> list[View]:
+    """The examples of `rows` rows from `row` on, or of the first three."""
+    file, _, line = row.rpartition(":")
+    start = whole_number("inspect: row", line) if row else None
+    count = 1 if row else 3
+    if rows:
+        count = whole_number("inspect: rows", rows)
+    with raw_tables(config) as tables:
+        return views_of_rows(tables, encoder, start, file, count)
 
 
 def _views_of_step(
@@ -158,13 +167,29 @@ def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:
     weights = [0.0, *shown.weights, 0.0]
     for i, (text, special) in enumerate(zip(shown.texts, shown.special, strict=True)):
         before, weight, after = weights[i : i + 3]
-        text = ("\\" if shown.begins_spelling(i) else "") + printable(text.translate(VISIBLE))
-        named = f"{weight:g}:" if weight != before and weight not in (0, 1) else ""
-        if colour:
-            text = named + text
-        elif weight != before:
-            text = ("⟧" if before and weight else "") + ("⟦" if weight else "") + named + text
-        if not colour and weight and not after:
-            text += "⟧"
-        shades = CONTEXT if not weight else TRAINED if weight == 1 else WEIGHTED
-        yield text, shades[i % 2] + (" bold underline" if special else "")
+        text = printable(text.translate(VISIBLE))
+        if shown.begins_spelling(i):
+            text = "\\" + text
+        if weight != before and weight not in (0, 1):
+            text = f"{weight:g}:{text}"
+        if not colour:
+            text = _bracketed(text, before, weight, after)
+        style = _shades(weight)[i % 2]
+        yield text, f"{style} bold underline" if special else style
+
+
+def _bracketed(text: str, before: float, weight: float, after: float) -> str:
+    """The text of a token with the brackets around a run of tokens of one weight, where it begins
+    or ends there.
+    """
+    if weight != before:
+        closing = "⟧" if before and weight else ""
+        opening = "⟦" if weight else ""
+        text = closing + opening + text
+    return f"{text}⟧" if weight and not after else text
+
+
+def _shades(weight: float) -> tuple[str, str]:
+    if not weight:
+        return CONTEXT
+    return TRAINED if weight == 1 else WEIGHTED

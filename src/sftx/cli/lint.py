@@ -17,7 +17,7 @@ from rich.markup import escape
 from sftx.cli._inputs import tokenizer_and_length
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
-from sftx.data.lint.rules import lint
+from sftx.data.lint.rules import Finding, lint
 from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config
@@ -37,24 +37,22 @@ def run(config: Config, json: str = "") -> int:
         findings = lint(config, encoder, progress.phase)
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
-        mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"
-        console.print(
-            f"{mark} [bold]{finding.check}[/]: {finding.count:,} "
-            f"{escape(printable(finding.message))}"
-        )
-        for number, place in enumerate(finding.places[:SHOWN]):
-            like = f" is like {finding.partners[number]}" if finding.partners else ""
-            console.print(f"        {printable(place + like)}", markup=False)
-        if finding.count > SHOWN:
-            console.print(f"        and {finding.count - SHOWN:,} more", style="dim")
+        _print(finding, console)
     serious = any(finding.serious for finding in findings)
-    console.print(
-        "nothing found"
-        if not findings
-        else "something serious was found"
-        if serious
-        else "nothing serious"
-    )
+    summary = "nothing serious" if findings else "nothing found"
+    console.print("something serious was found" if serious else summary)
     if json:
         write_json(json, [asdict(finding) for finding in findings])
     return int(serious)
+
+
+def _print(finding: Finding, console: Console) -> None:
+    mark = "[bold red]serious[/]" if finding.serious else "[yellow]note   [/]"
+    console.print(
+        f"{mark} [bold]{finding.check}[/]: {finding.count:,} {escape(printable(finding.message))}"
+    )
+    for number, place in enumerate(finding.places[:SHOWN]):
+        like = f" is like {finding.partners[number]}" if finding.partners else ""
+        console.print(f"        {printable(place + like)}", markup=False)
+    if finding.count > SHOWN:
+        console.print(f"        and {finding.count - SHOWN:,} more", style="dim")

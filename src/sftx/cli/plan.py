@@ -30,7 +30,7 @@ from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss
-from sftx.model.runtime import CUBLAS_WORKSPACE, machine, name_of
+from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
 from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config
@@ -65,54 +65,23 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     if bool(gpus) != bool(gpu_memory):
         raise UserError("sftx plan: gpus= and gpu_memory= belong together")
     count = whole_number("plan: gpus", gpus) if gpus else 1
-    added = config.model.add_tokens or config.model.add_special_tokens
-    tokens = Tokenizer.of_model(config.model).added_token_ids if added else {}
     model_config = load_config(config.model)
-    loss = meta_model(config, model_config, tokens)
+    loss = meta_model(config, model_config, _added_token_ids(config))
     plan, load = _load(config, loss, count)
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
-        available, held = (
-            (_bytes(gpu_memory), CUBLAS_WORKSPACE) if gpus else here.available_memory()
-        )
         if gpus:
-            half = config.runtime.precision != "fp32"
-            here = replace(
-                here,
-                device=torch.device("cuda"),
-                precision=torch.bfloat16 if half else torch.float32,
-            )
-        if count == 1:
-            cast_frozen_weights(loss.model, here.precision)
-        nf4 = config.adapter.quantize == "nf4"
-        estimator = MemoryEstimator(loss, here, held, count if count > 1 else None, nf4)
+            available, reserved = _bytes(gpu_memory), CUBLAS_WORKSPACE
+            here = _with_gpus(here, config)
+        else:
+            available, reserved = here.available_memory()
+        estimator = _estimator(config, loss, here, reserved, count, load)
         facts = _facts(config, plan, load, loss, available)
-        tokens = load.tokens if count == 1 else 0.0
-        estimator.compiled = planned(
-            config.runtime.compile, here.device, trainable(loss)[1], tokens
-        )
         facts["adapter"] = describe_adapter(loss.model)
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
-        facts |= {
-            "device": f"{gpus} GPUs" if gpus else str(here.device),
-            "precision": name_of(here.precision),
-        }
-        try:
-            chosen = choose_packing(config.runtime, estimator, load, available)
-            facts |= {
-                "tokens_per_pack": chosen.tokens_per_pack,
-                "recomputed_layers": chosen.recomputed,
-            }
-            facts |= {
-                "layers": len(estimator.layers),
-                "memory": chosen.parts(),
-                "notes": list(chosen.notes),
-            }
-            if plan is not None and not gpus:
-                facts["fill"] = _fill(plan, chosen.tokens_per_pack)
-                facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
-        except UserError as error:
-            facts["refused"] = str(error)
+        facts["device"] = f"{gpus} GPUs" if gpus else str(here.device)
+        facts["precision"] = name_of(here.precision)
+        facts |= _packing(config, estimator, None if gpus else plan, load, available)
         if gpus:
             facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
     facts["settings"] = resolved(config, DEFAULTS, _defaults_here(config, loss, facts))
@@ -120,6 +89,62 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
+
+
+def _added_token_ids(config: Config) -> dict[int, bool]:
+    """The tokens that the run adds; the tokenizer is read where there are any."""
+    if config.model.add_tokens or config.model.add_special_tokens:
+        return Tokenizer.of_model(config.model).added_token_ids
+    return {}
+
+
+def _estimator(
+    config: Config, loss: PackLoss, here: Machine, reserved: int, count: int, load: StepProfile
+) -> MemoryEstimator:
+    """What predicts the memory of a step on one device, or in shards over `count` of them."""
+    nf4 = config.adapter.quantize == "nf4"
+    if count == 1:
+        cast_frozen_weights(loss.model, here.precision)
+        estimator, tokens = MemoryEstimator(loss, here, reserved, None, nf4), load.tokens
+    else:
+        estimator, tokens = MemoryEstimator(loss, here, reserved, count, nf4), 0.0
+    wish = config.runtime.compile
+    estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
+    return estimator
+
+
+def _with_gpus(here: Machine, config: Config) -> Machine:
+    """This machine as if it had GPUs."""
+    is_fp32 = config.runtime.precision == "fp32"
+    precision = torch.float32 if is_fp32 else torch.bfloat16
+    return replace(here, device=torch.device("cuda"), precision=precision)
+
+
+def _packing(
+    config: Config,
+    estimator: MemoryEstimator,
+    plan: Plan | None,
+    load: StepProfile,
+    available: int,
+) -> dict[str, Any]:
+    """How a step is cut into packs, or why none fits; how full they are, and the time, where the
+    `plan` of this machine is given.
+    """
+    try:
+        chosen = choose_packing(config.runtime, estimator, load, available)
+    except UserError as error:
+        return {"refused": str(error)}
+    facts: dict[str, Any] = {
+        "tokens_per_pack": chosen.tokens_per_pack,
+        "recomputed_layers": chosen.recomputed,
+        "layers": len(estimator.layers),
+        "memory": chosen.parts(),
+        "notes": list(chosen.notes),
+    }
+    if plan is not None:
+        facts["fill"] = _fill(plan, chosen.tokens_per_pack)
+        facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
+    return facts
 
 
 def _defaults_here(config: Config, loss: PackLoss, facts: dict[str, Any]) -> dict[str, object]:
@@ -218,52 +243,56 @@ def _fewest_gpus(
 
 def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     """The plan in words."""
-    method = (
-        "all weights" if config.adapter.method == "none" else f"a {config.adapter.method} adapter"
-    )
-    trained, weights = facts["trainable"], facts["weights"]
-    yield (
-        f"model    {weights:,} parameters, {trained:,} train ({method}), {facts['precision']} "
-        f"on {facts['device']}"
-    )
-    if facts.get("adapter"):
-        yield f"adapter  {facts['adapter']}"
-    kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
-    kept += ", those of the base in 4 bits" if config.adapter.quantize == "nf4" else ""
-    yield (
-        f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate "
-        f"{facts['learning_rate']:g}"
-    )
+    yield from _model_lines(facts, config)
     if "steps" in facts:
         yield (
             f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, "
             f"{facts['targets']:,} targets"
         )
     if facts.get("memory"):
-        fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
-        yield (
-            f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of "
-            f"{facts['layers']} "
-            "layers recomputed"
-        )
-        yield (
-            f"memory   {'each GPU' if facts.get('gpus_needed') else 'the process'} at the peak "
-            "of a step, in GiB"
-        )
-        yield from (
-            f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items()
-        )
-        yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+        yield from _memory_lines(facts)
     if facts.get("seconds"):
         yield (
             f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
             "on this machine"
         )
     if "gpus_needed" in facts:
-        yield (
-            f"GPUs     {facts['gpus_needed'] or f'more than {MANY}'} of this size are needed at "
-            "least"
-        )
+        needed = facts["gpus_needed"] or f"more than {MANY}"
+        yield f"GPUs     {needed} of this size are needed at least"
     yield from (f"note     {note}" for note in facts.get("notes", []))
     if "refused" in facts:
         yield f"refused  {facts['refused']}"
+
+
+def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
+    """What trains, and how it is kept."""
+    method = config.adapter.method
+    kind = "all weights" if method == "none" else f"a {method} adapter"
+    trained, weights = facts["trainable"], facts["weights"]
+    yield (
+        f"model    {weights:,} parameters, {trained:,} train ({kind}), {facts['precision']} "
+        f"on {facts['device']}"
+    )
+    if facts.get("adapter"):
+        yield f"adapter  {facts['adapter']}"
+    kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
+    if config.adapter.quantize == "nf4":
+        kept += ", those of the base in 4 bits"
+    yield (
+        f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate "
+        f"{facts['learning_rate']:g}"
+    )
+
+
+def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The packs, and what a step with them needs."""
+    fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
+    yield (
+        f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of "
+        f"{facts['layers']} layers recomputed"
+    )
+    owner = "each GPU" if facts.get("gpus_needed") else "the process"
+    yield f"memory   {owner} at the peak of a step, in GiB"
+    for name, size in facts["memory"].items():
+        yield f"         {name:12}{size / 2**30:9.2f}"
+    yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"

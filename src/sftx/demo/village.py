@@ -85,11 +85,11 @@ def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
     for _ in range(retellings):
         for name, known in facts.items():
             village.chronicle.append(_portrait(rng, name, known, openings.sentences))
-        village.chronicle += _gatherings(rng, facts, openings.sentences)
+        village.chronicle.extend(_gatherings(rng, facts, openings.sentences))
     for name, known in facts.items():
         (trait, value), *asked = rng.sample(known, len(known))
         village.held_out.append(rng.choice(trait.ask(name, value)))
-        village.dialogues += _dialogues(rng, name, asked)
+        village.dialogues.extend(_dialogues(rng, name, asked))
     rng.shuffle(village.chronicle)
     rng.shuffle(village.dialogues)
     return village

@@ -67,67 +67,87 @@ def _limits(metadata: Sequence[object]) -> str:
     return " " + " and ".join(limits) if limits else ""
 
 
+_SIMPLE: dict[object, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Any: "anything",
+}
+
+
 def _type_in_words(annotation: Any) -> str:
-    simple = {
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        Any: "anything",
-    }
-    if annotation in simple:
-        return simple[annotation]
-    arguments = get_args(annotation)
-    match get_origin(annotation):
-        case origin if origin is Annotated:
-            return _type_in_words(arguments[0]) + _limits(arguments[1:])
-        case origin if origin is Literal:
-            return "one of " + ", ".join(str(value) for value in arguments)
-        case origin if origin in (Union, types.UnionType):
-            words = " or ".join(
-                _type_in_words(part) for part in arguments if part is not type(None)
-            )
-            return words + ", or null" if type(None) in arguments else words
-        case origin if origin is list:
-            item = "rows" if arguments[0] is Any else _type_in_words(arguments[0])
-            return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
-        case origin if origin is dict:
-            names = "name"
-            if get_origin(arguments[0]) is Literal:
-                names = " / ".join(map(str, get_args(arguments[0])))
-            words = _type_in_words(arguments[1]).replace(", or null", " or null")
-            return f"{{{names}: {words}}}"
-        case origin if origin is tuple:
-            return f"a list of {len(arguments)} numbers"
-        case origin if origin is Callable:
-            return "a function"
-        case _:
-            return "{" + ", ".join(annotation.model_fields) + "}"
+    if annotation in _SIMPLE:
+        return _SIMPLE[annotation]
+    origin = get_origin(annotation)
+    if origin in _IN_WORDS:
+        return _IN_WORDS[origin](get_args(annotation))
+    return "{" + ", ".join(annotation.model_fields) + "}"
+
+
+def _union(parts: Sequence[object]) -> str:
+    words = " or ".join(_type_in_words(part) for part in parts if part is not type(None))
+    return words + ", or null" if type(None) in parts else words
+
+
+def _list(items: Sequence[object]) -> str:
+    item = "rows" if items[0] is Any else _type_in_words(items[0])
+    return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
+
+
+def _dictionary(types: Sequence[object]) -> str:
+    keys, values = types
+    names = " / ".join(map(str, get_args(keys))) if get_origin(keys) is Literal else "name"
+    words = _type_in_words(values).replace(", or null", " or null")
+    return f"{{{names}: {words}}}"
+
+
+_IN_WORDS: dict[object, Callable[[Sequence[object]], str]] = {
+    Annotated: lambda parts: _type_in_words(parts[0]) + _limits(parts[1:]),
+    Literal: lambda values: "one of " + ", ".join(map(str, values)),
+    Union: _union,
+    types.UnionType: _union,
+    list: _list,
+    dict: _dictionary,
+    tuple: lambda items: f"a list of {len(items)} numbers",
+    Callable: lambda _: "a function",
+}
+"""What each kind of type is called, from what stands in its brackets."""
 
 
 def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> str:
     """What to write instead of the unknown `key` in `section`, whose dotted name is `prefix`."""
     name = key.strip("-").replace("-", "_").rpartition(".")[2]
-    known = settings()
-    same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
+    same_name = [dotted for dotted in settings() if dotted.rpartition(".")[2] == name]
     if same_name:
         return "it is " + " or ".join(f"`{dotted}`" for dotted in same_name)
     if name.lower() in FOREIGN_NAMES:
-        ours, meaning = FOREIGN_NAMES[name.lower()]
-        return (
-            (f"here it is `{ours}`" if ours else "")
-            + (", which " if ours and meaning else "")
-            + meaning
-        )
+        return _of_another_tool(name.lower())
     if close := get_close_matches(name, section.model_fields, 1, 0.75):
         return f"did you mean `{prefix}{close[0]}`?"
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)} | {
-        name: name for name in SHORT_FORMS
-    }
-    if close := get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7):
-        ours = leaves[close[0]] if close[0] in leaves else FOREIGN_NAMES[close[0]][0]
-        return f"did you mean `{ours}`?" if ours else FOREIGN_NAMES[close[0]][1]
-    return f"known here: {', '.join(section.model_fields)}"
+    return _close_elsewhere(name) or f"known here: {', '.join(section.model_fields)}"
+
+
+def _of_another_tool(name: str) -> str:
+    """What to write instead of a name that other tools use."""
+    ours, meaning = FOREIGN_NAMES[name]
+    if not ours:
+        return meaning
+    here = f"here it is `{ours}`"
+    return f"{here}, which {meaning}" if meaning else here
+
+
+def _close_elsewhere(name: str) -> str:
+    """What to write instead of a name that is almost one of another section or tool; else ""."""
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(settings())}
+    leaves |= {section: section for section in SHORT_FORMS}
+    close = get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7)
+    if not close:
+        return ""
+    ours, meaning = leaves.get(close[0], ""), ""
+    if not ours:
+        ours, meaning = FOREIGN_NAMES[close[0]]
+    return f"did you mean `{ours}`?" if ours else meaning
 
 
 def shown(value: object) -> str:

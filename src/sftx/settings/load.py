@@ -131,8 +131,7 @@ def _override(data: dict[str, object], override: str, places: Places, problems: 
         return
     value, below = parse(text, f"{_COMMAND_LINE}: {key}", problems, numbered=False)
     given: dict[tuple[str, ...], object] = {path: value}
-    field = Config.model_fields.get(key)
-    section = _mapping(_long_form(key, value)) if field and section_of(field) else None
+    section = _section(key, value)
     if section is not None:
         data[key] = _long_form(key, data.get(key))
         given = {(key, name): item for name, item in section.items()}
@@ -145,6 +144,14 @@ def _override(data: dict[str, object], override: str, places: Places, problems: 
             problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
         inner[at[-1]] = item
     places.update(dict.fromkeys([path, *given, *((*path, *rest) for rest in below)], _COMMAND_LINE))
+
+
+def _section(key: str, value: object) -> dict[str, object] | None:
+    """The settings in a section that is given whole; None where `key` is no section."""
+    field = Config.model_fields.get(key)
+    if field is None or section_of(field) is None:
+        return None
+    return _mapping(_long_form(key, value))
 
 
 def _holder(
@@ -294,17 +301,25 @@ def _translated(
         elif kind == "missing" and not rest:
             first = f"{source}: " if source else ""
             whole[path] = f"{first}{dotted(path)}: missing: {doc(field)}"
-        elif kind in ("missing", "extra_forbidden"):
-            keys = (*path, *(part for part in rest if isinstance(part, int) or part == rest[-1]))
-            what = "missing" if kind == "missing" else "no such setting"
+        elif kind in _INSIDE:
+            keys = path + _keys(rest)
             where = f"{_place(keys, places)}{dotted(keys)}"
-            inside[keys] = f"{where}: {what}; allowed: {allowed(field)}"
+            inside[keys] = f"{where}: {_INSIDE[kind]}; allowed: {allowed(field)}"
         else:
             whole.setdefault(path, f"{name}: found {shown(found)}; allowed: {allowed(field)}")
     for keys in inside:
         for length in range(len(keys) + 1):
             whole.pop(keys[:length], None)
     return [*whole.values(), *inside.values()]
+
+
+_INSIDE = {"missing": "missing", "extra_forbidden": "no such setting"}
+"""Problems of pydantic with a key inside a setting, and what we say of it."""
+
+
+def _keys(location: KeyPath) -> KeyPath:
+    """The keys in the rest of a location of pydantic, which also names the types that it tried."""
+    return tuple(part for part in location if isinstance(part, int) or part == location[-1])
 
 
 def _refused(

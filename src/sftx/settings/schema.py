@@ -315,18 +315,21 @@ class Config(Section):
     """Seed of shuffling, adapter initialisation and dropout."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Config:
-        ways = [
-            name
-            for name in ("unfrozen_layers", "train_only", "freeze")
-            if getattr(self.model, name) is not None
-        ]
-        if ways and self.adapter.method != "none":
+    def _trains_one_choice(self) -> Config:
+        model = self.model
+        chosen = {
+            "unfrozen_layers": model.unfrozen_layers,
+            "train_only": model.train_only,
+            "freeze": model.freeze,
+        }
+        ways = [name for name, value in chosen.items() if value is not None]
+        has_adapter = self.adapter.method != "none"
+        if ways and has_adapter:
             raise ValueError(
                 f"`model.{ways[0]}` is for training without an adapter, which freezes all but "
                 "itself"
             )
-        if self.optim.weights != "fp32" and self.adapter.method != "none":
+        if self.optim.weights != "fp32" and has_adapter:
             raise ValueError(
                 "`optim.weights` is for training without an adapter, whose weights are always fp32"
             )
@@ -334,6 +337,10 @@ class Config(Section):
             raise ValueError(
                 "`model.unfrozen_layers` and `model.train_only` both say what trains; set one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_evaluate(self) -> Config:
         has_rows = bool(self.data.eval or self.data.eval_rows or self.data.eval_split)
         asked = self.eval.prompts
         if self.eval.every and not has_rows and not asked:

@@ -8,7 +8,7 @@ dictionary, as its section object or in its short form.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -107,27 +107,46 @@ def _field_type(key: str, field: FieldInfo) -> str:
     return " | ".join(ways)
 
 
+_SIMPLE: dict[object, str] = {
+    str: "Text",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    Any: "Any",
+    type(None): "None",
+}
+
+
 def _source_of(annotation: Any) -> str:
     """A type of the schema as Python source."""
-    simple = {str: "Text", int: "int", float: "float", bool: "bool", Any: "Any", type(None): "None"}
-    if annotation in simple:
-        return simple[annotation]
-    arguments = get_args(annotation)
-    match get_origin(annotation):
-        case origin if origin is Annotated:
-            return _source_of(arguments[0])
-        case origin if origin is Literal:
-            return "Literal[" + ", ".join(f'"{value}"' for value in arguments) + "]"
-        case origin if origin in (Union, types.UnionType):
-            return " | ".join(_source_of(part) for part in arguments)
-        case origin if origin is dict:
-            return f"Mapping[str, {_source_of(arguments[1])}]"
-        case origin if origin is Callable:
-            return "Callable[..., Any]"
-        case origin if origin is list:
-            return f"Sequence[{_source_of(arguments[0])}]"
-        case origin if origin is tuple:
-            items = ", ".join(_source_of(part) for part in arguments)
-            return f"tuple[{items}] | list[{_source_of(arguments[0])}]"
-        case _:
-            return f"{annotation.__name__}Settings | schema.{annotation.__name__}"
+    if annotation in _SIMPLE:
+        return _SIMPLE[annotation]
+    origin = get_origin(annotation)
+    if origin in _AS_SOURCE:
+        return _AS_SOURCE[origin](get_args(annotation))
+    return f"{annotation.__name__}Settings | schema.{annotation.__name__}"
+
+
+def _literal(values: Sequence[object]) -> str:
+    return "Literal[" + ", ".join(f'"{value}"' for value in values) + "]"
+
+
+def _union(parts: Sequence[object]) -> str:
+    return " | ".join(map(_source_of, parts))
+
+
+def _tuple(items: Sequence[object]) -> str:
+    return f"tuple[{', '.join(map(_source_of, items))}] | list[{_source_of(items[0])}]"
+
+
+_AS_SOURCE: dict[object, Callable[[Sequence[object]], str]] = {
+    Annotated: lambda parts: _source_of(parts[0]),
+    Literal: _literal,
+    Union: _union,
+    types.UnionType: _union,
+    dict: lambda types: f"Mapping[str, {_source_of(types[1])}]",
+    Callable: lambda _: "Callable[..., Any]",
+    list: lambda items: f"Sequence[{_source_of(items[0])}]",
+    tuple: _tuple,
+}
+"""The source of each kind of type, from what stands in its brackets."""

@@ -1,35 +1,23 @@
-"""What a run trained, as one Hugging Face folder: adapters merged, quantised bases dequantised."""
+"""What a run trained, read from its folder: as much of run.json as the caller allows is followed."""
 
 # Libraries leave types of their members open.
 # pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
 from sftx.data.chat.template_files import bundled_templates
 from sftx.data.encoder import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.files import make_folder, sync
 from sftx.model.folder import on_disk
-from sftx.model.load import load_model, stored_dtype
 from sftx.model.pack_loss import PackLoss
-from sftx.model.save import load_tokenizer, save_model
-from sftx.model.trainable import choose_weights
 from sftx.report.facts import check_needed, damaged, read_facts, section
-from sftx.report.model_card import public_name
 from sftx.settings.schema import Adapter, Config, Data, Model
 from sftx.training.checkpoint import load_weights
+from sftx.training.merging import Trained, load_trained, write_merged
 from sftx.types import UserError
 
 TRLX = "trlx"
@@ -63,35 +51,6 @@ class Allowed:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A run's model in float32, its adapter still apart (`adapted`, if there is one), and what goes
-    with it: `served` is the tokenizer with the template of the run.
-    """
-
-    source: Model
-    model: Any
-    adapted: PeftModel | None
-    encoder: Encoder
-    served: Any
-    facts: dict[str, Any]
-
-    def merged(self) -> tuple[Any, float]:
-        """The model with its adapter merged in (in place), and how far a logit moved by that,
-        relative to the largest one. UserError where it is more than 1e-5.
-        """
-        before = probe(self.model)
-        merged: Any = self.model if self.adapted is None else self.adapted.merge_and_unload()
-        moved = apart(before, probe(merged))
-        if moved > 1e-5:
-            raise UserError(
-                f"sftx export: merging moves the logits by {moved:.1e} of the largest; nothing was "
-                "written"
-            )
-        merged.config.use_cache = True
-        return merged, moved
-
-
 def _check_finished(facts: dict[str, Any], step: str) -> None:
     if not step and facts["status"] != "finished":
         raise UserError(
@@ -118,19 +77,14 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
     tokenizer = Tokenizer.of_model(source)
     encoder = Encoder(*_encoding(folder, facts, tokenizer, bool(step), allowed), 1 << 20)
-    nf4 = torch.float32 if adapter.quantize == "nf4" else None
-    model = load_model(source, torch.device("cpu"), nf4=nf4)
-    model = model.dequantize() if nf4 else model
     seed = facts["config"].get("seed", 0)
-    adapted, _ = choose_weights(
-        model, source, adapter, seed if type(seed) is int else 0, tokenizer.added_token_ids
-    )
+    seed = seed if type(seed) is int else 0
+    trained = load_trained(source, adapter, encoder, tokenizer.added_token_ids, seed, facts)
     if step:
-        load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss := PackLoss(model))
+        loss = PackLoss(trained.model)
+        load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss)
         loss.use_segments(False)
-    served = load_tokenizer(source)
-    served.chat_template = encoder.chat_template or served.chat_template
-    return Trained(source, model, adapted, encoder, served, facts)
+    return trained
 
 
 def export(
@@ -146,16 +100,7 @@ def export(
     Returns how far a logit moves, relative to the largest one: by merging, and as stored. Raises
     UserError where merging moves one by more than 1e-5, or there is nothing to export.
     """
-    trained = read_trained(folder, dtype, step, allowed or Allowed())
-    before = probe(trained.model)
-    merged, moved = trained.merged()
-    started_from = public_name(trained.facts["config"]["model"].get("path", ""))
-    card = f"Exported by sftx from a run that started from `{started_from}`.\n"
-    stops, stored = sorted(trained.encoder.stop_ids), stored_dtype(trained.source)
-    with beside(target) as temporary:
-        save_model(temporary, merged, trained.served, stops, card, stored)
-        written = probe(load_model(Model(path=str(temporary)), torch.device("cpu")))
-    return moved, apart(before, written)
+    return write_merged(read_trained(folder, dtype, step, allowed or Allowed()), target)
 
 
 def sources(
@@ -235,57 +180,6 @@ def _encoding(
     return tokenizer, data
 
 
-@contextmanager
-def beside(target: Path) -> Generator[Path]:
-    """A folder beside `target` that takes its place at the end, and is deleted where something goes
-    wrong before.
-    """
-    host = socket.gethostname()
-    clear_leftovers(target)
-    temporary = target.with_name(f".{target.name}.export-{host}-{os.getpid()}")
-    try:
-        make_folder(target.parent)
-        temporary.mkdir()
-        yield temporary
-        if target.exists():
-            if any(target.iterdir()) and not (target / "config.json").exists():
-                raise UserError(
-                    f"{target}: holds files that are no model, and is not replaced; choose "
-                    "another folder"
-                )
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def clear_leftovers(target: Path) -> None:
-    """Delete what exports into `target` left that were killed: folders beside it, and a target
-    without a model.
-    """
-    prefix = f".{target.name}.export-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{prefix}*"):
-        owner = left.name.removeprefix(prefix)
-        if owner.isdecimal() and not _is_alive(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-    if (target / ".model.tmp").is_dir() and not (target / "config.json").exists():
-        shutil.rmtree(target / ".model.tmp", ignore_errors=True)
-        with suppress(OSError):  # it holds something else: that is not ours to delete
-            target.rmdir()
-
-
-def _is_alive(process: int) -> bool:
-    """Whether a process of that number runs on this host."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it runs, but is somebody else's
-        return True
-    return True
-
-
 def _model_of_trlx(folder: Path, step: int) -> Path:
     """The model after `step` of a run whose record is in `folder`: trlx's layout has it beside
     that.
@@ -300,17 +194,3 @@ def _model_of_trlx(folder: Path, step: int) -> Path:
             f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}"
         )
     return found[step] / "hf_model"
-
-
-def probe(model: Any) -> torch.Tensor:
-    """Logits [1, 64, V] of tokens drawn from the whole vocabulary."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
-    ids[0, -8:] = torch.arange(rows - 8, rows)  # the rows of added tokens are the last
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, use_cache=False).logits.float()
-
-
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far a logit of `other` is from that of `one` at most, relative to the largest of `one`."""
-    return float((other - one).abs().max() / one.abs().max())

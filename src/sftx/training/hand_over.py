@@ -21,10 +21,11 @@ from sftx.eval.forgetting import divergence
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
 from sftx.settings.schema import Model
-from sftx.training.export import Allowed, Trained, beside, read_trained
+from sftx.training.export import Allowed, read_trained
 from sftx.training.hand_over_adapter import check_adapter
 from sftx.training.hand_over_card import card_of
 from sftx.training.hand_over_gguf import kind_of, read_back, round_as_gguf, write
+from sftx.training.merging import Trained, beside
 from sftx.training.mixing import mix, read_averaged, read_base
 from sftx.training.parity import (
     LOOKED_AT,

@@ -36,7 +36,7 @@ from sftx.gguf.write import KINDS, layout_of, rounded, write_gguf
 from sftx.model.load import load_model
 from sftx.model.save import load_tokenizer, serving_config
 from sftx.settings.schema import Model
-from sftx.training.export import Trained
+from sftx.training.merging import Trained
 from sftx.training.parity import Question, Reading, check_ids, reading_of, rendered
 from sftx.types import Json, Message, UserError
 

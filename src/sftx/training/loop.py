@@ -26,10 +26,10 @@ from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.training.build import prepare
 from sftx.training.control import Control, Steps
-from sftx.training.export import Allowed, export
 from sftx.training.finish import finish, leave
 from sftx.training.given_model import GivenModel, without_object
 from sftx.training.job import Job
+from sftx.training.merging import trained_by, write_merged
 from sftx.training.metrics import StepMetrics
 from sftx.training.optim import StochasticAdamW
 from sftx.training.repeat import write_settings
@@ -122,7 +122,7 @@ def _run(
         # The other ranks need not wait for this.
         if config.adapter.merge and run.facts.merged is None and distributed.is_main():
             with working("merging the adapter", config.runtime.progress):
-                moved, _ = export(run.folder, run.folder / "merged", allowed=Allowed.of(config))
+                moved, _ = write_merged(trained_by(run), run.folder / "merged")
             run.update(merged=moved)
 
 
@@ -162,13 +162,13 @@ def take_steps(job: Job, control: Control) -> Iterator[StepRecord]:
             yield metrics.read(*pending)
         pending = (step, packs.count, result, time.perf_counter())
         job.writer.check()
-        asked, time_due = job.stop.or_save(distributed.is_main() and clock.due())
-        if not (control.exact or asked or time_due or _must_read(job, step + 1)):
+        asked, time_due = job.stop.or_save(clock.due())
+        must_read = control.exact or _must_read(job, step + 1)
+        if not (must_read or asked or time_due):
             continue
         record = metrics.read(step, packs.count, result, None)
         pending = None
-        if _eval_due(job, step + 1):
-            record.eval = job.evaluate() or None
+        _evaluate_if_due(job, record)
         yield record
         if _save_if_due(job, record, time_due):
             clock.restart()
@@ -204,6 +204,11 @@ def _eval_due(job: Job, done: int) -> bool:
 
 def _save_due(job: Job, done: int) -> bool:
     return done < job.plan.num_steps and _due(job.config.checkpoint.every, done)
+
+
+def _evaluate_if_due(job: Job, record: StepRecord) -> None:
+    if _eval_due(job, record.step):
+        record.eval = job.evaluate() or None
 
 
 def _must_read(job: Job, done: int) -> bool:

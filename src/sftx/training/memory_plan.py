@@ -243,7 +243,7 @@ def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:
     return (
         f"memory: a step is predicted to need {memory.peak / 2**30:.2f} GiB ({parts}), and "
         f"{tried.available / 2**30:.2f} "
-        f"GiB are at hand, {100 * MARGIN:.0f} % of them to plan with. That was with packs of "
+        f"GiB are available, {100 * MARGIN:.0f} % of them to plan with. That was with packs of "
         f"{tried.tokens_per_pack:,} "
         f"tokens, a longest example of {load.longest:,} and {tried.recomputed} layers recomputed. "
         "Train an adapter "

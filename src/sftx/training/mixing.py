@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from sftx.model.load import load_model
 from sftx.model.trainable import add_rows
-from sftx.training.export import Allowed, Trained, read_trained, sources
+from sftx.training.export import Allowed, read_trained, sources
+from sftx.training.merging import Trained
 from sftx.types import UserError
 
 

@@ -22,7 +22,7 @@ from sftx.data.chat.conversation import conversation_of
 from sftx.data.encoder import Encoded, Encoder
 from sftx.eval.forgetting import Continuation
 from sftx.eval.generate import prompt_of
-from sftx.training.export import apart, probe
+from sftx.training.merging import apart, probe
 from sftx.types import Json, Message, Row, RowError, UserError
 
 NEW_TOKENS = 16

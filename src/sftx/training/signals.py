@@ -79,8 +79,9 @@ class SaveClock:
         self.saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
+        """Whether it is time to save; the main rank says so for all."""
+        is_late = time.monotonic() - self.saved >= self.seconds
+        return distributed.is_main() and self.seconds > 0 and is_late
 
 
 @contextmanager

@@ -193,12 +193,18 @@ def _pairs(messages: list[ChatMessage]) -> list[tuple[str, str]] | None:
     if not messages or len(messages) % 2 or not _is_plain(messages):
         return None
     contents = [message["content"] for message in messages]
-    for content in contents[1::2]:
-        if may_think(content) or not content.strip():
-            return None
-        if len(messages) > 2 and content != content.strip():
-            return None  # the newest answer may be trimmed otherwise than earlier ones
-    return list(zip(contents[::2], contents[1::2], strict=True))
+    users, answers = contents[::2], contents[1::2]
+    if any(_may_be_rewritten(answer, len(answers)) for answer in answers):
+        return None
+    return list(zip(users, answers, strict=True))
+
+
+def _may_be_rewritten(content: str, answers: int) -> bool:
+    """Whether a template may write the content of one of so many answers otherwise than it is."""
+    if may_think(content) or not content.strip():
+        return True
+    # The newest answer may be trimmed otherwise than earlier ones.
+    return answers > 1 and content != content.strip()
 
 
 def _is_plain(messages: list[ChatMessage]) -> bool:
