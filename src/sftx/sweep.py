@@ -65,7 +65,8 @@ Space = Mapping[str, Choice | Range]
 
 def pieces(text: str) -> list[str]:
     """`text` cut at its commas, but for those inside brackets and quotes."""
-    found, waiting = [""], list[str]()
+    found = [""]
+    waiting = list[str]()
     for sign in text:
         if sign == "," and not waiting:
             found.append("")
@@ -81,7 +82,8 @@ def pieces(text: str) -> list[str]:
 def values_of(key: str, text: str) -> Choice | Range | None:
     """What is swept over where a setting is written `key=text`; None for one value."""
     if found := _RANGE.fullmatch(text.strip()):
-        low, high = float(found[1]), float(found[2])
+        low = float(found[1])
+        high = float(found[2])
         if low >= high:
             raise UserError(f"sftx sweep: {key}={text}: the range has nothing in it")
         whole = found[1].lstrip("+-").isdigit() and found[2].lstrip("+-").isdigit()
@@ -154,7 +156,8 @@ def suggested(space: Space, trial: Trial) -> Point:
         if isinstance(values, Choice):
             point[key] = trial.suggest_categorical(key, values.values)
         elif values.whole:
-            low, high = int(values.low), int(values.high)
+            low = int(values.low)
+            high = int(values.high)
             point[key] = str(trial.suggest_int(key, low, high, log=values.log))
         else:
             drawn = trial.suggest_float(key, values.low, values.high, log=values.log)

@@ -148,7 +148,8 @@ def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int
         given.add(argument)
     if "overrides" in told.takes:
         given.extra |= {"path": given.path or "", "overrides": given.overrides}
-        given.path, given.overrides = None, []
+        given.path = None
+        given.overrides = []
     if "config" not in told.takes:
         given.take_path()
         if verb not in PRINTS and not said:
@@ -198,7 +199,8 @@ class _Given:
     def take_path(self) -> None:
         """Hand the path to a verb that takes one and no settings; UserError for what is left."""
         if self.path is not None and "path" in self._told.takes:
-            self.extra["path"], self.path = self.path, None
+            self.extra["path"] = self.path
+            self.path = None
         if self.path is not None or self.overrides:
             known = ", ".join(f"{key}=..." for key in self._told.extra) or "nothing"
             odd = self.path or self.overrides[0]

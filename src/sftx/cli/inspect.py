@@ -130,7 +130,8 @@ def _views_of_step(
 
 
 def _counts(views: Sequence[View]) -> str:
-    tokens, targets = sum(len(v.ids) for v in views), sum(v.targets for v in views)
+    tokens = sum(len(v.ids) for v in views)
+    targets = sum(v.targets for v in views)
     return f"{tokens:,} tokens, {targets:,} targets ({100 * targets / max(tokens, 1):.1f} %)"
 
 

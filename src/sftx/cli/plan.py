@@ -71,7 +71,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         if gpus:
-            available, reserved = _bytes(gpu_memory), CUBLAS_WORKSPACE
+            available = _bytes(gpu_memory)
+            reserved = CUBLAS_WORKSPACE
             here = _with_gpus(here, config)
         else:
             available, reserved = here.available_memory()
@@ -105,9 +106,11 @@ def _estimator(
     nf4 = config.adapter.quantize == "nf4"
     if count == 1:
         cast_frozen_weights(loss.model, here.precision)
-        estimator, tokens = MemoryEstimator(loss, here, reserved, None, nf4), load.tokens
+        estimator = MemoryEstimator(loss, here, reserved, None, nf4)
+        tokens = load.tokens
     else:
-        estimator, tokens = MemoryEstimator(loss, here, reserved, count, nf4), 0.0
+        estimator = MemoryEstimator(loss, here, reserved, count, nf4)
+        tokens = 0.0
     wish = config.runtime.compile
     estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
     return estimator
@@ -268,7 +271,8 @@ def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     """What trains, and how it is kept."""
     method = config.adapter.method
     kind = "all weights" if method == "none" else f"a {method} adapter"
-    trained, weights = facts["trainable"], facts["weights"]
+    trained = facts["trainable"]
+    weights = facts["weights"]
     yield (
         f"model    {weights:,} parameters, {trained:,} train ({kind}), {facts['precision']} "
         f"on {facts['device']}"

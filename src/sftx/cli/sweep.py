@@ -150,7 +150,10 @@ class Sweep:
     """The trials of one command, and sweep.json, which remembers them."""
 
     def __init__(self, path: str, fixed: list[str], space: Space, nproc: str) -> None:
-        self.path, self.fixed, self.space, self.nproc = path, fixed, space, nproc
+        self.path = path
+        self.fixed = fixed
+        self.space = space
+        self.nproc = nproc
         self.total: int | None = None
         first = next(random_points(space, 0))
         config = self._first_that_loads(first)
@@ -245,7 +248,8 @@ class Sweep:
             progress.say(f"         finished already: {trial.metric} {trial.value:.4f}")
             return
         began = time.monotonic()
-        trial.state, trial.why = "running", ""
+        trial.state = "running"
+        trial.why = ""
         self.write_record()
         try:
             self.config(point)
@@ -268,7 +272,8 @@ class Sweep:
         facts = read_facts(folder / "run.json")
         if code or facts.get("status") != "finished":
             raise UserError(f"{_last_words(log)} (exit code {code}; {log})")
-        best, after = facts.get("best"), facts.get("eval_after") or {}
+        best = facts.get("best")
+        after = facts.get("eval_after") or {}
         trial.metric = best["metric"] if best else "loss"
         value = float(best["value"] if best else after["loss"])
         if not math.isfinite(value):

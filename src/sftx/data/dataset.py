@@ -50,14 +50,16 @@ def load_corpora(
         UserError: a file or row is wrong, or nothing is left to train on.
     """
     data = config.data
-    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    train = named_sources(data.train, data.rows)
+    held = named_sources(data.eval, data.eval_rows)
     if not train:
         raise UserError("data.train: nothing to train on is given")
     if held and data.eval_split:
         raise UserError(
             "data.eval_split and data.eval are both set; held-out rows come from one of them"
         )
-    cache, encoder = Cache(data.cache), encoder or Encoder(tokenizer, data, max_length)
+    cache = Cache(data.cache)
+    encoder = encoder or Encoder(tokenizer, data, max_length)
     with cache.turn(f"{train} {held} {encoder.fingerprint}"), cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_tables = open_tables(held, data.eval_rows, data, cache, scratch)
@@ -97,7 +99,8 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
         for block in table.blocks:
             key = block_key(block.digest, table.form, fingerprint)
             if key not in jobs and cache.load(key) is None:
-                path, place = table.open_lines(scratch), table.origin.place(block.line)
+                path = table.open_lines(scratch)
+                place = table.origin.place(block.line)
                 jobs[key] = Job(
                     key, str(path), block.start, block.stop, table.form, block.lines, place
                 )

@@ -98,7 +98,8 @@ def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> lis
 def raw_tables(config: Config) -> Generator[list[Table]]:
     """All files of the run, training and held out, read but not encoded."""
     data, cache = config.data, Cache(config.data.cache)
-    train, held = named_sources(data.train, data.rows), named_sources(data.eval, data.eval_rows)
+    train = named_sources(data.train, data.rows)
+    held = named_sources(data.eval, data.eval_rows)
     with cache.scratch() as scratch:
         tables = open_tables(train, data.rows, data, cache, scratch)
         held_out = open_tables(held, data.eval_rows, data, cache, scratch)
@@ -171,7 +172,8 @@ def _views_of_row(row: Row | RowError, encoder: Encoder, place: str) -> list[Vie
         raise UserError(f"{place}: {error}") from None
     if not encoded.examples:
         raise UserError(f"{place}: the row is dropped: {encoded.reason}")
-    prompt, lost = _served_prompt(row, encoder), encoded.tokens_truncated
+    prompt = _served_prompt(row, encoder)
+    lost = encoded.tokens_truncated
     return [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
 
 

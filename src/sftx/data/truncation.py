@@ -87,7 +87,8 @@ def _piece(
     """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after
     making room.
     """
-    ids, weights = sequence.ids, sequence.weights
+    ids = sequence.ids
+    weights = sequence.weights
     head: list[int] = []
     needs_one = sequence.begins_with_bos or weights[begin] != 0
     if begin > 0 and sequence.bos is not None and needs_one:
@@ -128,7 +129,8 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
         context, prompt = max_length, min(asked, first - 1)  # something stands before it
         if sequence.context is not None:
-            context, prompt = sequence.context, first - 1
+            context = sequence.context
+            prompt = first - 1
         count = 1
         while done + count < len(spans) and spans[done + count][1] - prompt <= max_length:
             count += 1

@@ -47,7 +47,8 @@ def show_targets(row: object, tokenizer: Tokenizer) -> None:
         for piece, weight, following in zip(
             pieces, example.weights, [*pieces[1:], ""], strict=True
         ):
-            text, marks = text + piece, marks + ("^" if weight else " ") * len(piece)
+            text = text + piece
+            marks = marks + ("^" if weight else " ") * len(piece)
             if piece == END or (piece == "." and following != END):
                 skip = text.startswith(" ")
                 _console.print(f"  {text[skip:]}", soft_wrap=True)

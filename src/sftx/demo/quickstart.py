@@ -69,13 +69,15 @@ def run(folder: str = "runs/demo", seed: int = 0, size: Size | None = None) -> N
     where `folder` holds something else.
     """
     disable_progress_bar()
-    size, home = size or Size(), _fresh(Path(folder))
+    size = size or Size()
+    home = _fresh(Path(folder))
     village = build(seed, size.people, size.retellings)
     _write(village, home, size)
     texts = [*village.chronicle, *(text for dialogue in village.dialogues for text in dialogue)]
     parameters = make_model(home / "untrained", texts, seed, size.hidden, size.layers)
     tokenizer = Tokenizer.load(str(home / "untrained"))
-    paragraphs, dialogues = len(village.chronicle), len(village.dialogues)
+    paragraphs = len(village.chronicle)
+    dialogues = len(village.dialogues)
     tell(
         "opening",
         parameters=parameters,
@@ -115,7 +117,8 @@ def _train(settings: Path) -> float:
         record.loss for record in steps(load_config(str(settings))) if record.loss is not None
     ]
     seconds = time.perf_counter() - began
-    first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
+    first = losses[0]
+    last = sum(losses[-10:]) / len(losses[-10:])
     tell(
         "losses",
         steps=len(losses),
@@ -132,10 +135,8 @@ def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[st
     """Load a trained folder as any program would; the share of sentences ended, of questions
     answered, the answers.
     """
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     turns = [[{"role": "user", "content": question.text}] for question in questions]
     prompts = [
         tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

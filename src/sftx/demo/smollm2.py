@@ -217,7 +217,8 @@ class _Judged:
         table = Table(box=None, pad_edge=False)
         for column in ("", "before", "after"):
             table.add_column(column, justify="right" if column else "left")
-        before, after = self.result.eval_before, self.result.eval_after
+        before = self.result.eval_before
+        after = self.result.eval_after
         if before and after:
             table.add_row("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
         known = len(self.prompts)

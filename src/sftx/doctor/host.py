@@ -48,7 +48,8 @@ def system() -> Iterator[Check]:
 
 
 def _cores() -> Check:
-    cores, physical = usable_cores(), usable_cores(physical=True)
+    cores = usable_cores()
+    physical = usable_cores(physical=True)
     present = os.cpu_count() or cores
     limits = list(quotas())
     limit = f", a control group leaves the time of {min(limits):g}" if limits else ""

@@ -263,7 +263,8 @@ def _backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 def _add_edges(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     """Let the tokenizer put BOS and EOS around a text, where the file says so."""
-    first, last = _edge(vocabulary, "bos"), _edge(vocabulary, "eos")
+    first = _edge(vocabulary, "bos")
+    last = _edge(vocabulary, "eos")
     named = {at: vocabulary.tokens[at] for at in (*first, *last)}
     if named:
         edges = [*(f"{named[at]}:0" for at in first), "$A:0", *(f"{named[at]}:0" for at in last)]

@@ -31,7 +31,8 @@ def write_page(
     """Write the page: the views in `first`, then the longest, the cut and evenly spaced examples of
     `corpus`.
     """
-    views, tokens = list(first), sum(len(v.ids) for v in first)
+    views = list(first)
+    tokens = sum(len(v.ids) for v in first)
     seen = {(v.place, v.part) for v in first}
     for index in _chosen(corpus):
         length = int(corpus.lengths[index])
@@ -65,7 +66,8 @@ def write_page(
         "steps": _steps(config, corpus),
         "rows": [_row(v) for v in views],
     }
-    script, body = asset("inspect_page.js"), asset("inspect_page.html")
+    script = asset("inspect_page.js")
+    body = asset("inspect_page.html")
     Path(path).write_text(page("sftx inspect", body, facts, script), encoding="utf-8")
 
 
@@ -73,7 +75,8 @@ def _chosen(corpus: Corpus) -> list[int]:
     """Indices of examples worth a look: longest, cut, with least and most targets, then evenly over
     the data.
     """
-    table, each = corpus.table, SHOWN // 6
+    table = corpus.table
+    each = SHOWN // 6
     cut = np.flatnonzero(table["split"] | (table["cut_tokens"] > 0))
     share = corpus.targets / np.maximum(corpus.lengths, 1)
     picks = [

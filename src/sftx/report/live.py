@@ -43,7 +43,8 @@ class LiveReport:
     """The page of the run of `job`."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
-        self.job, self.progress = job, progress
+        self.job = job
+        self.progress = progress
         self.on = job.config.runtime.report and distributed.is_main()
         self.started = False
         self._failed = False
@@ -61,7 +62,8 @@ class LiveReport:
     def is_behind(self) -> bool:
         """Whether a run that finished was cut off before its page was written."""
         folder = self.job.run.folder
-        page, facts = folder / NAME, folder / "run.json"
+        page = folder / NAME
+        facts = folder / "run.json"
         if not self.job.run.finished or not self.on:
             return False
         cut_off = any((folder / f"{name}.tmp").exists() for name in (NAME, NOTED))
@@ -71,7 +73,8 @@ class LiveReport:
         """Write report.json and the page; where that fails, say so once."""
         if not self.on:
             return
-        begin, folder = time.monotonic(), self.job.run.folder
+        begin = time.monotonic()
+        folder = self.job.run.folder
         try:
             write_json(folder / NOTED, self._note())
             write_report([folder], folder / NAME)
@@ -98,7 +101,8 @@ class LiveReport:
 
     def _rows_of(self, step: int) -> dict[str, object]:
         """The rows of `step` (counted from 1), the first of them in its order."""
-        corpus, tokenizer = self.job.corpus, self.job.encoder.tokenizer
+        corpus = self.job.corpus
+        tokenizer = self.job.encoder.tokenizer
         chosen = self.job.plan.examples(step - 1)
         rows: list[dict[str, object]] = []
         for index in chosen[:ROWS].tolist():

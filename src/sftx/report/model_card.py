@@ -15,7 +15,8 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
     """What was trained, on what, how, and with what result, in Markdown with the metadata block
     model hubs read.
     """
-    config, facts = run.config, run.facts
+    config = run.config
+    facts = run.facts
     lines = [
         "---",
         "library_name: transformers",
@@ -60,7 +61,8 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
 def _results(facts: RunFacts) -> list[str]:
     """What the held-out rows say of the model, before and after."""
     lines: list[str] = []
-    before, after = facts.eval_before or {}, facts.eval_after or {}
+    before = facts.eval_before or {}
+    after = facts.eval_after or {}
     if facts.best is not None:
         best = facts.best
         lines += [

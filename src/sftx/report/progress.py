@@ -188,7 +188,8 @@ class Progress:
     def finished(self, run: Run) -> None:
         """Where the result is."""
         self._phase = self._record = None
-        predicted, measured = run.facts.predicted, run.facts.measured
+        predicted = run.facts.predicted
+        measured = run.facts.measured
         if measured and predicted and predicted["memory"]:
             peaks = (
                 f"{measured['memory'] / 2**30:.2f} GiB "
@@ -280,7 +281,8 @@ class Progress:
     def _lines(self) -> list[Table | Text]:
         """How far the steps are, their numbers, and a job that takes long."""
         lines: list[Table | Text] = []
-        record, phase = self._record, self._phase
+        record = self._record
+        phase = self._phase
         if record is not None:
             bar = ProgressBar(record.num_steps, record.step, width=30)
             row = Table.grid(padding=(0, 2))
@@ -295,7 +297,8 @@ class Progress:
 
     def _name_long_phase(self) -> None:
         """Where there is no terminal: a line for a job that takes long, and more if it goes on."""
-        phase, now = self._phase, time.monotonic()
+        phase = self._phase
+        now = time.monotonic()
         if phase is None or now - phase.since < LONG:
             return
         is_first = self._last_line < phase.since + LONG
@@ -330,7 +333,8 @@ def _one_line(text: str) -> Text:
 
 def _folded(text: str, console: Console) -> str:
     """`text` in lines that fit the terminal, those after the first indented."""
-    head, body = text[:INDENT], text[INDENT:]
+    head = text[:INDENT]
+    body = text[INDENT:]
     if "\n" in text or len(head) < INDENT:
         return text
     lines = Text(body).wrap(console, max(console.width - INDENT, 20))

@@ -156,7 +156,8 @@ def _series(steps: Lines) -> dict[str, object]:
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:
-    targets, seconds = line.get("targets"), line.get("seconds")
+    targets = line.get("targets")
+    seconds = line.get("seconds")
     if isinstance(targets, int | float) and isinstance(seconds, int | float) and seconds > 0:
         return targets / seconds
     return None
@@ -201,7 +202,8 @@ def _held(lines: Lines) -> dict[str, object]:
 def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:
     """Held-out numbers before training, of the best model where one was kept, and at the end."""
     evaluated = {int(str(line["step"])): line["eval"] for line in lines if line.get("eval")}
-    best, last = facts.to_json().get("best"), max(evaluated, default=0)
+    best = facts.to_json().get("best")
+    last = max(evaluated, default=0)
     moments: dict[str, object] = {"before training": facts.eval_before or evaluated.get(0)}
     if isinstance(best, dict) and best.get("step") in evaluated:
         moments[f"best, step {best['step']}"] = evaluated[best["step"]]

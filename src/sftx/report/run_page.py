@@ -26,5 +26,6 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
         run["name"] = name
     title = ", ".join(str(run["name"]) for run in runs)
     data = {"runs": runs, "written": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    script, body = asset("run_page.js"), asset("run_page.html")
+    script = asset("run_page.js")
+    body = asset("run_page.html")
     write_text(file, page(f"{title} · sftx report", body, data, script))

@@ -144,7 +144,8 @@ def _close_elsewhere(name: str) -> str:
     close = get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7)
     if not close:
         return ""
-    ours, meaning = leaves.get(close[0], ""), ""
+    ours = leaves.get(close[0], "")
+    meaning = ""
     if not ours:
         ours, meaning = FOREIGN_NAMES[close[0]]
     return f"did you mean `{ours}`?" if ours else meaning

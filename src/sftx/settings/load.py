@@ -263,7 +263,8 @@ def _unknown(path: KeyPath, value: object, section: type[Section], places: Place
     """What to say of a key that the schema does not have: one line, or one for each key of a
     foreign section.
     """
-    key, at = str(path[-1]), path[:-1]
+    key = str(path[-1])
+    at = path[:-1]
     place = _place(path, places)
     if "." in key:
         head, _, tail = key.partition(".")
@@ -334,7 +335,8 @@ def _refused(
         if section is None or part not in section.model_fields:
             break
         field = section.model_fields[str(part)]
-        section, path = section_of(field), (*path, part)
+        section = section_of(field)
+        path = (*path, part)
         inner = _mapping(found)
         found = found if inner is None else inner.get(str(part))
     return path, field, found

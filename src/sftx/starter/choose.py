@@ -92,7 +92,8 @@ def choose(seen: Seen, goal: Goal, output: str) -> Choice:
         UserError: no method fits into the memory; the message has the figures.
     """
     choice = Choice()
-    model, data = seen.config.model.path, seen.config.data.train
+    model = seen.config.model.path
+    data = seen.config.data.train
     choice.add("model", model, f"{seen.positions:,} positions")
     rows = seen.corpus.ledger.trained + seen.corpus.ledger.split
     choice.add("data.train", data, f"{rows:,} rows ({seen.form})")

@@ -26,7 +26,8 @@ class AsyncWriter:
     def check(self) -> None:
         """Raise what went wrong, if anything did."""
         if self._error is not None:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             raise error
 
     def wait(self) -> None:

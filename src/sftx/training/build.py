@@ -202,7 +202,8 @@ def build_model(
     """Load the model, choose what trains, and put it in shards where there are several ranks."""
     nf4 = machine.precision if config.adapter.quantize == "nf4" else None
     dtype, notes = _kept_weights(config, machine)
-    layout, unread = "", None
+    layout = ""
+    unread = None
     if distributed.is_joined():
         layout, unread, said = _plan_shards(config, model_config, machine, dtype, added_token_ids)
         notes += said
@@ -314,7 +315,8 @@ def _choose_packing(
     """Choose packs and checkpointed layers, and compile where that is asked for or repays itself;
     the predicted seconds of all steps too.
     """
-    machine, wish = estimator.machine, config.runtime.compile
+    machine = estimator.machine
+    wish = config.runtime.compile
     parameters = trainable(loss)[1]
     estimator.compiled = not run.finished and planned(
         wish, machine.device, parameters, profile.tokens
@@ -344,7 +346,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     """Load the checkpoint to continue from, if there is one, and begin the record of the run;
     `notes` gets what there is to say of it.
     """
-    run, decides = job.run, job.state.mathematics
+    run = job.run
+    decides = job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
     check_ranks({**flat(decides), "tokens per pack": job.tokens_per_pack})

@@ -96,7 +96,8 @@ def _save(
     optional: bool,
     costs: Mapping[int, float],
 ) -> None:
-    folder, main = final.parent, distributed.is_main()
+    folder = final.parent
+    main = distributed.is_main()
     # A state is saved twice where a signal comes twice: the first is as good.
     if distributed.broadcast(main and final.exists() and not _verify(final), saving=True):
         return

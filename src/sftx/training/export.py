@@ -71,7 +71,8 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
     check_needed(facts, path)
     _check_finished(facts, step)
     if TRLX in facts:  # every checkpoint of such a run holds a whole model
-        folder, step = _model_of_trlx(folder, int(step or facts["num_steps"])), ""
+        folder = _model_of_trlx(folder, int(step or facts["num_steps"]))
+        step = ""
     source, adapter = sources(folder, facts, bool(step), allowed)
     if dtype:
         source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
@@ -107,7 +108,8 @@ def sources(
     folder: Path, facts: dict[str, Any], is_step: bool, allowed: Allowed
 ) -> tuple[Model, Adapter]:
     """The model to load and the adapter to put in, as the caller allows them."""
-    path, config = folder / "run.json", facts["config"]
+    path = folder / "run.json"
+    config = facts["config"]
     _check_sections(config, path)
     trust = allowed.trust_remote_code
     recorded = section(Model, config["model"] | {"trust_remote_code": trust}, path, "model")
@@ -175,7 +177,8 @@ def _encoding(
                 "that; name the file "
                 "yourself: template=FILE"
             )
-        tokenizer, template = Tokenizer.load(str(folder)), "auto"
+        tokenizer = Tokenizer.load(str(folder))
+        template = "auto"
     data = section(Data, recorded | {"template": template}, path, "data")
     return tokenizer, data
 

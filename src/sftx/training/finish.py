@@ -31,7 +31,8 @@ def leave(job: Job) -> NoReturn:
 
 def finish(job: Job, progress: Progress) -> None:
     """Evaluate for the last time, write the model into the folder, and mark the run as finished."""
-    run, state = job.run, job.state
+    run = job.run
+    state = job.state
     job.writer.wait()
     _evaluate_last(job, progress)
     written = _take_best(job, progress)
@@ -63,7 +64,8 @@ def finish(job: Job, progress: Progress) -> None:
 
 def _evaluate_last(job: Job, progress: Progress) -> None:
     """Evaluate after the last step, unless the evaluation of just now has ended the run."""
-    run, step = job.run, job.state.step
+    run = job.run
+    step = job.state.step
     is_early = step < job.plan.num_steps
     why = job.gave_up if is_early else ""
     if is_early:
@@ -85,7 +87,9 @@ def _take_best(job: Job, progress: Progress) -> int:
     """Put back the weights of the best evaluation where `eval.keep_best` asks for them; returns the
     step of the weights that are written.
     """
-    run, last, wanted = job.run, job.state.step, chosen_by(job.config.eval)
+    run = job.run
+    last = job.state.step
+    wanted = chosen_by(job.config.eval)
     if wanted is None:
         return last
     there = {checkpoint.step_of(path) for path in checkpoint.folders(job.checkpoints)}

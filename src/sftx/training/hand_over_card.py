@@ -49,7 +49,8 @@ def _data(config: dict[str, Any]) -> list[str]:
 
 def _results(facts: dict[str, Any]) -> list[str]:
     """A table of the held-out numbers before and after."""
-    before, after = _object(facts.get("eval_before")), _object(facts.get("eval_after"))
+    before = _object(facts.get("eval_before"))
+    after = _object(facts.get("eval_after"))
     lines = [f"{facts['num_steps']} steps, {facts['status']}."]
     if not after:
         return lines

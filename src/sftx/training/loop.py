@@ -151,7 +151,8 @@ def take_steps(job: Job, control: Control) -> Iterator[StepRecord]:
     has control, at once.
     """
     num_steps = job.plan.num_steps
-    metrics, clock = StepMetrics(job), SaveClock(job.config.checkpoint.minutes)
+    metrics = StepMetrics(job)
+    clock = SaveClock(job.config.checkpoint.minutes)
     pending: tuple[int, int, StepResult, float] | None = None
     for step, packs in prefetched(range(job.state.step, num_steps), job.packs):
         if control.must_end() or job.gave_up:
@@ -236,7 +237,8 @@ def _evaluate_first(job: Job, progress: Progress) -> None:
     """The evaluation before the first step: that of the model as it came, or one that a signal cut
     short.
     """
-    run, step = job.run, job.state.step
+    run = job.run
+    step = job.state.step
     missed = step > 0 and _eval_due(job, step) and step not in job.evaluations
     at_start = step == 0 and job.config.eval.at_start and job.evaluates
     if job.judge is not None:

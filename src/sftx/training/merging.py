@@ -100,7 +100,8 @@ def write_merged(trained: Trained, target: Path) -> tuple[float, float]:
     merged, moved = trained.merged()
     started_from = public_name(trained.facts["config"]["model"].get("path", ""))
     card = f"Exported by sftx from a run that started from `{started_from}`.\n"
-    stops, stored = sorted(trained.encoder.stop_ids), stored_dtype(trained.source)
+    stops = sorted(trained.encoder.stop_ids)
+    stored = stored_dtype(trained.source)
     with beside(target) as temporary:
         save_model(temporary, merged, trained.served, stops, card, stored)
         written = probe(load_model(Model(path=str(temporary)), torch.device("cpu")))

@@ -75,7 +75,8 @@ class StepMetrics:
         job, plan, state = self.job, self.job.plan, self.job.state
         loss, accuracy, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
-        seconds, self.clock = now - self.clock, now
+        seconds = now - self.clock
+        self.clock = now
         memory = job.peak_memory = job.machine.memory()
         chosen = plan.examples(step)
         tokens = int(job.corpus.lengths[chosen].sum())

@@ -169,7 +169,8 @@ def measure(
     """What a model says to the first `LOOKED_AT` questions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     longest = max(min(LONGEST, positions - NEW_TOKENS), 1)
-    logits, answers = [probe(model)], list[list[int]]()
+    logits = [probe(model)]
+    answers = list[list[int]]()
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=NEW_TOKENS,

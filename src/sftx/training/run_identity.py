@@ -29,7 +29,8 @@ OWN = {LOCK, OWNER, "base", "run.json"}
 
 def refuse_other_files(config: Config) -> None:
     """UserError where the output folder holds files and no run: some would be overwritten."""
-    source, target = Path(config.model.path), Path(config.output)
+    source = Path(config.model.path)
+    target = Path(config.output)
     if not target.is_dir():
         return
     if source.exists() and source.resolve() == target.resolve():
@@ -79,7 +80,8 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     """{setting: [then, now]} of what differs from the run in the folder; UserError if it may not
     differ.
     """
-    now, allowed = flat(mathematics), config.checkpoint.resume_allow
+    now = flat(mathematics)
+    allowed = config.checkpoint.resume_allow
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
@@ -161,7 +163,8 @@ def _restore(found: Beginning, run: Run, model: PackLoss, optimizer: torch.optim
         return
     assert found.changed or state.plan == now.plan, "equal settings and data give an equal plan"
     found.state = replace(state, plan=now.plan, mathematics=now.mathematics)
-    found.eval_before, found.changes = run.facts.eval_before, run.facts.changed
+    found.eval_before = run.facts.eval_before
+    found.changes = run.facts.changed
     if run.writes:
         found.carried = checkpoint.records(folder, state.step)
         found.notes += run.unlike(state.step, found.carried)

@@ -256,14 +256,16 @@ def examples(vocabulary: int) -> list[Example]:
     made = []
     for length in LENGTHS:
         weights = ((rng.rand(length) < 0.5) * rng.rand(length) * 2).astype(np.float32)
-        weights[-1], weights[0] = 1.0, 0.0
+        weights[-1] = 1.0
+        weights[0] = 0.0
         made.append(Example(rng.randint(3, vocabulary, length).astype(np.int32), weights))
     return made
 
 
 def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[float, list[Tensor]]:
     """Loss and gradients, each example alone through a fresh copy of the plain model."""
-    total, weight = 0.0, _weight(data)
+    total = 0.0
+    weight = _weight(data)
     gradients = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for example in data:
         twin = copy.deepcopy(model).double().eval()

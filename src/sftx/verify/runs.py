@@ -241,7 +241,8 @@ def _difference_of_records(one: Path, other: Path) -> dict[str, float]:
     """The largest relative difference of a step's loss, and of its gradient norm; infinite where
     the runs have other steps.
     """
-    first, second = _records(one), _records(other)
+    first = _records(one)
+    second = _records(other)
     worst = {"loss": 0.0, "gradient norm": 0.0}
     if [record["step"] for record in first] != [record["step"] for record in second]:
         return dict.fromkeys(worst, float("inf"))
@@ -258,7 +259,8 @@ def _difference_of_weights(one: Path, other: Path) -> float:
     """The largest difference of any saved weight."""
     worst = 0.0
     for file in sorted(one.glob("*.safetensors")):
-        first, second = load_file(file), load_file(other / file.name)
+        first = load_file(file)
+        second = load_file(other / file.name)
         for name, tensor in first.items():
             worst = max(worst, float((tensor - second[name]).abs().max()))
     return worst

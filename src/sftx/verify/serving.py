@@ -78,7 +78,8 @@ def _told(taken: TakenRow, turn: int, served: Sequence[int], server: Server) -> 
             min(len(ids), len(served)),
         )
         if common >= shared:
-            shared, nearest = common, ids
+            shared = common
+            nearest = ids
     sent = server.tokenizer.decode(list(served)[shared : shared + 12])
     trained = server.tokenizer.decode(nearest[shared : shared + 12])
     return (

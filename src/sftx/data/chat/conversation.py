@@ -160,7 +160,8 @@ def spells(
     """Whether the row's own text spells a special token; the patterns match these as they are, and
     inside JSON.
     """
-    messages, rest = conversation.messages, [conversation.tools, conversation.kwargs]
+    messages = conversation.messages
+    rest = [conversation.tools, conversation.kwargs]
     is_plain = not any(rest) and all(len(message) == 2 for message in messages)
     if is_plain:  # role and content, as in most rows
         return control.search("\0".join([message["content"] for message in messages])) is not None

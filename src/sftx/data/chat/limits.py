@@ -82,7 +82,9 @@ class _Watch(threading.Thread):
         return time.clock_gettime(time.pthread_getcpuclockid(self.target))
 
     def run(self) -> None:
-        seen, memory, began = None, 0, 0.0
+        seen = None
+        memory = 0
+        began = 0.0
         while not self.done.wait(0.02):
             if _own_process:  # again: no operation has held up this loop for so long
                 signal.setitimer(signal.ITIMER_VIRTUAL, LAST)
@@ -90,12 +92,15 @@ class _Watch(threading.Thread):
                 if self.started is None or self.fired:
                     continue
                 if seen != self.started:  # a new rendering since the last look
-                    seen, memory, began = self.started, _memory(), self.spent()
+                    seen = self.started
+                    memory = _memory()
+                    began = self.spent()
                     continue
                 is_late = self.spent() - began > SECONDS
                 is_large = _own_process and _memory() - memory > MEMORY
                 if is_late or is_large:
-                    self.fired, self.reason = True, TOO_LATE if is_late else TOO_LARGE
+                    self.fired = True
+                    self.reason = TOO_LATE if is_late else TOO_LARGE
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.target), ctypes.py_object(_Interruption)
                     )
@@ -117,7 +122,9 @@ class _Watch(threading.Thread):
         for.
         """
         with self.guard:
-            fired, self.started, self.fired = self.fired, None, False
+            fired = self.fired
+            self.started = None
+            self.fired = False
         if fired and not isinstance(sys.exc_info()[1], _Interruption):
             for _ in range(1000):
                 time.sleep(0.001)

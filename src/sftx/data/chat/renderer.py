@@ -205,7 +205,8 @@ _PARTIAL_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 def common_length(first: str, second: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    low, high = 0, min(len(first), len(second))
+    low = 0
+    high = min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
         if first[low:middle] == second[low:middle]:

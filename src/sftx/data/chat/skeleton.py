@@ -193,7 +193,8 @@ def _pairs(messages: list[ChatMessage]) -> list[tuple[str, str]] | None:
     if not messages or len(messages) % 2 or not _is_plain(messages):
         return None
     contents = [message["content"] for message in messages]
-    users, answers = contents[::2], contents[1::2]
+    users = contents[::2]
+    answers = contents[1::2]
     if any(_may_be_rewritten(answer, len(answers)) for answer in answers):
         return None
     return list(zip(users, answers, strict=True))
@@ -280,8 +281,10 @@ def _calls_probe(
     interrupted: bool = False,
 ) -> Conversation:
     """A conversation with plain answers and with calls behind users and behind results."""
-    call, answer = says_calls(calls({"qz": 1})), result("qzresultqz")
-    several, results = call, [answer]
+    call = says_calls(calls({"qz": 1}))
+    answer = result("qzresultqz")
+    several = call
+    results = [answer]
     if parallel:
         several = says_calls(calls({"qz": 1}), calls({"qz": 2}, 1, "qzother"))
         results = [answer, result("qzresultqz", 1, "qzother")]
@@ -309,7 +312,8 @@ def _with_headers(
         turns = [template.turn(conversation, t) for t in conversation.trained]
     except RowError:
         return skeleton
-    header, stops = _header(turns, tokenizer), _stops(turns, tokenizer)
+    header = _header(turns, tokenizer)
+    stops = _stops(turns, tokenizer)
     if not header or not stops:
         return skeleton
     extended = replace(skeleton, header=header, stops=stops)

@@ -57,7 +57,8 @@ class SpanTokenizer:
         # The ids of pieces that begin a text, and of pieces that stand behind another.
         self._first: dict[str, bytes] = {"": b""}
         self._inside: dict[str, bytes] = {"": b"", **self._added}
-        splitting, control = tokenizer.splitting.pattern, tokenizer.control.pattern
+        splitting = tokenizer.splitting.pattern
+        control = tokenizer.control.pattern
         self._split = re.compile(f"({splitting})").split
         # In a marked text every special token is the template's own, however the tokenizer matches
         # it.

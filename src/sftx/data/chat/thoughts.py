@@ -68,12 +68,14 @@ def block_in(prompt: str, output: str, thought: str) -> tuple[int, int] | None:
     `thought`, where that is known and stands there, else up to the first close tag. None if it does
     not begin with a thought, nor the prompt opens one.
     """
-    tag, begin = open_tag(prompt), 0
+    tag = open_tag(prompt)
+    begin = 0
     if not tag:
         found = _OPEN.match(output, len(output) - len(output.lstrip()))
         if found is None:
             return None
-        tag, begin = found.group(), found.end()
+        tag = found.group()
+        begin = found.end()
     at = output.find(thought, begin) if thought else -1
     end = at + len(thought) if at >= 0 else output.find(close_tag(tag), begin)
     inside = output[max(at, begin) : end] if end >= 0 else ""

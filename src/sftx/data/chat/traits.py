@@ -97,7 +97,8 @@ class Traits:
         stop = self._stop(closing, closing)
         first = self.tokenizer.control.search(between)
         if stop is None and first and self._stops(first.group()):
-            stop, closing = first.group(), between
+            stop = first.group()
+            closing = between
         if stop is not None:
             return Ending(stop, written, closing[: closing.find(stop) + len(stop)])
         return Ending(None, written)

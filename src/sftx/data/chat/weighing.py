@@ -44,7 +44,8 @@ class _Marks(NamedTuple):
         if not core:
             return message
         lead, _, rest = content.partition(core)
-        begin, end = chr(self.first + 2 * number), chr(self.first + 2 * number + 1)
+        begin = chr(self.first + 2 * number)
+        end = chr(self.first + 2 * number + 1)
         return {**message, "content": f"{lead}{begin}{core}{end}{rest}"}
 
 
@@ -95,7 +96,8 @@ def weigh_joined(sequence: TextSequence, conversation: Conversation) -> None:
     """The same for turns that are joined as they are: each chunk is a turn."""
     at = 0
     for number, (chunk, _) in enumerate(sequence.chunks):
-        share, message = conversation.shares[number], conversation.messages[number]
+        share = conversation.shares[number]
+        message = conversation.messages[number]
         sequence.own.append((share.kind, share.answer or share.content))
         thought = None
         if number in conversation.trained and message["role"] == "assistant":
@@ -182,7 +184,8 @@ class _Contents:
     def _compared(self, messages: list[ChatMessage], marks: _Marks) -> _Places | None:
         """The places between the marks in the prompt; None if it is another text without them."""
         marked = self._conversation.with_messages(messages)
-        render, switch = self._template.render, self._turn.switch
+        render = self._template.render
+        switch = self._turn.switch
         prompt = self._turn.prompt
         for end, generate in ((self._t, True), (self._t + 1, False)):
             try:

@@ -45,7 +45,8 @@ class NearDuplicates:
             grams = _balanced(grams, [f"{gram}\0" for gram in _grams(prompt)])
         sketch = self._new_sketch(HASHES, 20)
         sketch.update(grams)
-        number, self._count = self._count, self._count + 1
+        number = self._count
+        self._count = self._count + 1
         for other in sorted(self._index.query(sketch)):
             if self._originals[other].jaccard(sketch) >= self._similarity:
                 return other

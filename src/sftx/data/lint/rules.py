@@ -129,7 +129,8 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     behind = np.flatnonzero(table["shortened"])
     many = corpus.ledger.targets_shortened > 0.1 * corpus.ledger.targets
     split = np.flatnonzero(table["split"] & (table["part"] == 0))
-    limit, place = f"max_length {encoder.max_length:,}", corpus.place
+    limit = f"max_length {encoder.max_length:,}"
+    place = corpus.place
     reasoning = "rows whose reasoning the template leaves out"
     if outputs.thoughtless:
         reasoning += f"; {encoder.how_to_keep_reasoning()}"
@@ -209,7 +210,8 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
     starts = np.flatnonzero(corpus.part == 0)
     original = dict(zip(starts.tolist(), starts[first[inverse]].tolist(), strict=True))
     again = [i for i, earlier in original.items() if i != earlier]
-    many, message = len(again) > 0.01 * len(rows), "rows that repeat another"
+    many = len(again) > 0.01 * len(rows)
+    message = "rows that repeat another"
     found = [
         _finding(
             "exact duplicates",
@@ -254,7 +256,9 @@ def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Fi
                 if not isinstance(row, RowError):
                     said.add(row, table.origin.place(line))
             trained = trained if table.held_out else len(said.places)
-    places, like, hits = said.places, said.like, said.hits
+    places = said.places
+    like = said.like
+    hits = said.hits
     across = [i for i, j in like.items() if j < trained <= i]
     inside = sorted(set(like) - set(across))
     place = places.__getitem__

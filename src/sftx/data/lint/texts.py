@@ -116,7 +116,8 @@ def _problems_of_answer(question: str, answer: str) -> Iterator[str]:
         yield "html"
     if _is_cut_off(answer):
         yield "cut off"
-    asked, said = " ".join(question.lower().split()), " ".join(answer.lower().split())
+    asked = " ".join(question.lower().split())
+    said = " ".join(answer.lower().split())
     if len(asked.split()) >= ECHO and said.startswith(asked):
         yield "echo"
 

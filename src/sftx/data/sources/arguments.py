@@ -19,7 +19,8 @@ def parameters(tools: Sequence[dict[str, Json]]) -> dict[str, set[str]]:
         inner = tool.get("function", tool)
         if not isinstance(inner, dict):
             continue
-        name, schema = inner.get("name"), inner.get("parameters")
+        name = inner.get("name")
+        schema = inner.get("parameters")
         if not isinstance(schema, dict) or schema.get("additionalProperties"):
             continue
         names = schema.get("properties")

@@ -184,7 +184,8 @@ def renamed(raw: Json, columns: Mapping[str, str | None]) -> Json:
                 f"data.columns: the columns {origin[name]!r} and {column!r} would both be "
                 f"{name!r}; name the one to leave out null"
             )
-        made[name], origin[name] = value, column
+        made[name] = value
+        origin[name] = column
     return made
 
 

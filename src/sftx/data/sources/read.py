@@ -153,7 +153,11 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
         raise UserError(f"{name}: the file is UTF-16; save it as UTF-8")
     offset = start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
     stream.seek(offset)
-    line, lines, last_end, last_length, content = 1, 0, offset, 0, blake2b(digest_size=20)
+    line = 1
+    lines = 0
+    last_end = offset
+    last_length = 0
+    content = blake2b(digest_size=20)
     while chunk := stream.read(CHUNK):
         ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (offset + 1)
         lengths = np.diff(ends, prepend=last_end)
@@ -168,12 +172,16 @@ def scan(stream: IO[bytes], name: str) -> Iterator[Block]:
             content.update(chunk[position : stop - offset])
             upto = lines + int(np.searchsorted(ends, stop, "right"))
             yield Block(start, stop, line, upto - line + 1, content.hexdigest())
-            start, line, content, position = stop, upto + 1, blake2b(digest_size=20), stop - offset
+            start = stop
+            line = upto + 1
+            content = blake2b(digest_size=20)
+            position = stop - offset
         content.update(chunk[position:])
         lines += len(ends)
         offset += len(chunk)
         if len(ends):
-            last_end, last_length = int(ends[-1]), int(lengths[-1])
+            last_end = int(ends[-1])
+            last_length = int(lengths[-1])
     if offset > start:
         yield Block(
             start, offset, line, lines - line + 1 + (last_end < offset), content.hexdigest()

@@ -75,7 +75,8 @@ def _text_row(raw: dict[str, Json]) -> Row:
 
 
 def _pairs(raw: dict[str, Json]) -> Row:
-    prompt, completion = raw["prompt"], raw["completion"]
+    prompt = raw["prompt"]
+    completion = raw["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowError(
             "fields 'prompt' and 'completion' must both be texts or both be lists of messages"
@@ -85,7 +86,8 @@ def _pairs(raw: dict[str, Json]) -> Row:
     for field in CHAT_COLUMNS:
         if raw.get(field):
             raise RowError(f"field {field!r} needs prompt and completion to be lists of messages")
-    asked, answer = checked_text(prompt, "prompt"), checked_text(completion, "completion")
+    asked = checked_text(prompt, "prompt")
+    answer = checked_text(completion, "completion")
     return _phrases(raw, [*_history(raw), Phrase(asked, 0.0), Phrase(answer, 1.0)])
 
 
@@ -270,7 +272,8 @@ def _of_sharegpt(turn: Json, at: str) -> Json:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise RowError(f"{at} must be an object with from and value")
     message = dict(turn)
-    speaker, value = message.pop("from"), message.pop("value")
+    speaker = message.pop("from")
+    value = message.pop("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise RowError(f"{at}.from is {speaker!r}, an unknown role; known: {known}")

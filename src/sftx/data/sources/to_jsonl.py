@@ -96,7 +96,8 @@ def _check_frames(file: Path, decompressor: Any) -> None:
             while chunk:
                 frame = frame or decompressor.decompressobj()
                 frame.decompress(chunk)
-                chunk, frame = frame.unused_data, None if frame.eof else frame
+                chunk = frame.unused_data
+                frame = None if frame.eof else frame
     if frame:
         raise EOFError("its last frame is not whole")
 

@@ -152,7 +152,8 @@ def _add_rows(table: Table, rows: Sequence[tuple[int, int, Encoded]], facts: Fac
     abouts: dict[tuple[str, ...], int] = {}
     end = 0
     for line, digest, encoded in rows:
-        begin, end = end, end + len(encoded.examples)
+        begin = end
+        end = end + len(encoded.examples)
         of_row = table[begin:end]
         of_row["line"] = line
         of_row["row"] = digest
@@ -212,7 +213,8 @@ def open_block(path: Path) -> Block | None:
         return None
     except (ValueError, OverflowError, SyntaxError, tokenize.TokenError):  # a damaged header
         return None
-    digest, text = said[:_HASH].tobytes(), said[_HASH:].tobytes()
+    digest = said[:_HASH].tobytes()
+    text = said[_HASH:].tobytes()
     if table.dtype not in (EXAMPLE, BY_KIND) or digest != _digest(table, ids, weights, text):
         return None
     facts = json.loads(text)

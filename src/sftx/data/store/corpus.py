@@ -100,12 +100,12 @@ class Corpus:
     def _use(self, table: Table) -> None:
         self.table = table
         self.rotations: tuple[Rotation, ...] = ()
-        self.lengths, self.weights, self.targets = (
-            table["length"],
-            table["weight"],
-            table["targets"],
-        )
-        self.source, self.line, self.part = table["source"], table["line"], table["part"]
+        self.lengths = table["length"]
+        self.weights = table["weight"]
+        self.targets = table["targets"]
+        self.source = table["source"]
+        self.line = table["line"]
+        self.part = table["part"]
 
     def _collected(self, number: int) -> Table:
         """The table of a part, with its place in the data; the facts of its rows are added up."""
@@ -186,7 +186,8 @@ class Corpus:
         """(the others, those held out), each with a ledger of its own. Dropped rows stay with the
         first.
         """
-        rest, held = self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+        rest = self.subset(np.flatnonzero(~held_out))
+        held = self.subset(np.flatnonzero(held_out))
         rest.ledgers = rest._ledgers(self.drops, self._notes)
         held.drops = []
         held.ledgers = held._ledgers([], [Counter() for _ in self.sources])
@@ -250,7 +251,8 @@ class Corpus:
         texts = [number for number, origin in enumerate(self.origins) if origin.form == "text"]
         is_text = np.isin(mine["origin"], texts)
         for kind, some in (("output", mine[~is_text]), ("text", mine[is_text])):
-            targets, weight = int(some["targets"].sum()), float(some["weight"].sum())
+            targets = int(some["targets"].sum())
+            weight = float(some["weight"].sum())
             if len(some):
                 found.count(kind, targets, targets, weight)
                 found.count("context", int(some["length"].sum()) - targets, 0, 0.0)

@@ -141,7 +141,8 @@ def _serve(
     """Hand jobs to one process, one at a time, until none is left."""
     assert process.stdin is not None
     assert process.stdout is not None
-    message, job = setup, None
+    message = setup
+    job = None
     while True:
         try:
             process.stdin.write(message + "\n")

@@ -42,7 +42,8 @@ def tokenises_by_word(backend: tokenizers.Tokenizer) -> bool:
     """Whether the words of a text may be tokenised one by one: True only where the tokenizer's
     rules imply it.
     """
-    model, normalizer = backend.model, _state(backend.normalizer)
+    model = backend.model
+    normalizer = _state(backend.normalizer)
     return (
         isinstance(model, tokenizers.models.BPE)
         and not model.dropout
