@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sftx.report import progress as module
 from sftx.report.progress import Phase, Progress, working
-from sftx.types import StepRecord, untrained
+from sftx.types import StepRecord
 
 pty = pytest.importorskip("pty")
 
@@ -131,7 +131,7 @@ def test_what_is_left_is_told_from_what_is_done() -> None:
 
 
 def record(step: int) -> StepRecord:
-    made = untrained(100)
+    made = StepRecord(0, 100)
     made.step, made.loss, made.grad_norm, made.learning_rate = step, 1.25, 0.5, 2e-5
     made.seconds, made.tokens, made.targets, made.tokens_per_second = 2.0, 200, 80, 100.0
     made.memory, made.seconds_left = 2**30, 90.0

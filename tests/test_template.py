@@ -14,6 +14,7 @@ from small_tokenizers import ours, theirs
 
 from sftx.data.chat import limits, sandbox
 from sftx.data.encoder import Encoded, Encoder
+from sftx.data.token_view import served_prompt
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Data
 from sftx.types import Phrase, Row, RowError, UserError
@@ -122,7 +123,7 @@ def test_dialogue_in_one_sequence() -> None:
     rest = "\n<|im_start|>user\nwhat is 2+2?<|im_end|>\n<|im_start|>assistant\n⟦it is 4<|im_end|>⟧"
     assert shown(encoded(row(TALK), made), made.tokenizer) == [start + rest]
     assert made.stop_id == made.tokenizer.backend.token_to_id("<|im_end|>")
-    assert made.served_prompt(row(TALK), 3) == (start + rest).replace("⟦", "").replace(
+    assert served_prompt(row(TALK), 3, made) == (start + rest).replace("⟦", "").replace(
         "⟧", ""
     ).removesuffix("it is 4<|im_end|>")
 

@@ -16,7 +16,8 @@ import tiny
 
 import sftx
 from sftx.report import trackers
-from sftx.report.trackers import Feed, Tail, card_of, numbers_of, send, tracking
+from sftx.report.send import send
+from sftx.report.trackers import Feed, Tail, card_of, numbers_of, tracking
 from sftx.settings.load import make_config
 from sftx.types import UserError
 

@@ -320,47 +320,26 @@ class StepRecord:
     none.
 
     `loss`, `accuracy` and `grad_norm` are None where loss or gradient was not finite: such a step was
-    not applied. Step 0 stands for the model before training: it has held-out numbers alone.
+    not applied. Step 0 stands for the model before training: it has held-out numbers alone, and the
+    defaults for all else.
     """
 
     step: int
     num_steps: int
-    epoch: float
-    loss: float | None
-    learning_rate: float
-    grad_norm: float | None
-    examples: int
-    tokens: int
-    targets: int
-    weight: float
-    packs: int
-    seconds: float
-    tokens_per_second: float
-    memory: int
-    total_tokens: int
-    total_targets: int
+    epoch: float = 0.0
+    loss: float | None = None
+    learning_rate: float = 0.0
+    grad_norm: float | None = None
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    weight: float = 0.0
+    packs: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    memory: int = 0
+    total_tokens: int = 0
+    total_targets: int = 0
     eval: dict[str, float] | None = None
     seconds_left: float | None = None
     accuracy: float | None = None
-
-
-def untrained(num_steps: int) -> StepRecord:
-    """The record of step 0 of `num_steps`: nothing was trained yet."""
-    return StepRecord(
-        step=0,
-        num_steps=num_steps,
-        epoch=0.0,
-        loss=None,
-        learning_rate=0.0,
-        grad_norm=None,
-        examples=0,
-        tokens=0,
-        targets=0,
-        weight=0.0,
-        packs=0,
-        seconds=0.0,
-        tokens_per_second=0.0,
-        memory=0,
-        total_tokens=0,
-        total_targets=0,
-    )

@@ -14,7 +14,7 @@ from typing import cast, get_args
 
 from sftx.printable import printable
 from sftx.report.run_page import NAME, write_report
-from sftx.report.trackers import send
+from sftx.report.send import send
 from sftx.settings.schema import Tracker
 from sftx.types import UserError
 

@@ -149,18 +149,6 @@ class Encoder:
             for plan in plans
         ]
 
-    def served_prompt(self, row: Row, turn: int) -> str:
-        """The text that a server would send to get the answer at `turn` (an index into the messages
-        or phrases).
-        """
-        if row.kind not in ("messages", "phrases"):
-            return ""
-        conversation = conversation_of(row, self.data.train_on)
-        if not self._templates:
-            return "".join(message["content"] for message in conversation.messages[:turn])
-        with watched():
-            return self.template(conversation.tools is not None).turn(conversation, turn).prompt
-
     def missing_template(self) -> str:
         """What to say where rows of turns come and there is no chat template to write them with;
         empty if there is one, or `data.template: none` joins the turns as they are.

@@ -35,10 +35,13 @@ def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) 
         rows = copies * len(starts)
         order += [mine] * int(copies)
         if fraction and len(mine):
-            per_epoch = fraction * len(starts) if copies else max(fraction * len(starts), 1.0)
+            per_epoch = fraction * len(starts)
+            if not copies:
+                per_epoch = max(per_epoch, 1.0)
             keys = _keys(corpus.table["row"][mine[starts]], f"{source.name} {seed}")
             begin = sum(len(part) for part in order)
-            rotations.append(_circle(keys, np.append(starts, len(mine)), begin, per_epoch))
+            borders = np.append(starts, len(mine))
+            rotations.append(_circle(keys, borders, begin, per_epoch))
             order.append(mine)
             rows += per_epoch
         if shown != 1:
@@ -60,7 +63,8 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
         mine = corpus.source == number
         copies, fraction = divmod(source.weight, 1)
         some = choose(corpus.table, mine, fraction, f"{source.name} {seed}")
-        order += [np.flatnonzero(mine)] * int(copies) + [np.flatnonzero(some)]
+        order += [np.flatnonzero(mine)] * int(copies)
+        order.append(np.flatnonzero(some))
     mixed = corpus.subset(np.concatenate(order))
     mixed.count_shown(np.ones(len(mixed), np.bool_))
     return mixed
@@ -87,19 +91,19 @@ def _times(corpus: Corpus, sources: Sequence[Source], mix_by: str) -> list[float
     if mix_by == "rows":
         return times
     tokens = [int(corpus.lengths[corpus.source == number].sum()) for number in range(len(sources))]
-    shares = zip(times, tokens, strict=True)
-    return [round(t * sum(tokens) / sum(times) / max(n, 1), 9) for t, n in shares]  # 1 stays 1
+    scaled: list[float] = []
+    for weight, count in zip(times, tokens, strict=True):
+        wanted = weight * sum(tokens) / sum(times)  # tokens in an epoch
+        scaled.append(round(wanted / max(count, 1), 9))  # 1 stays 1
+    return scaled
 
 
 def _keys(rows: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
     """A hash of each row hash and the salt: a row keeps its own when others are added."""
-    keys = rows ^ np.uint64(
-        int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little")
-    )
-    for shift, factor in (
-        (30, 0xBF58476D1CE4E5B9),
-        (27, 0x94D049BB133111EB),
-    ):  # the mixing of splitmix64
+    salted = blake2b(salt.encode(), digest_size=8).digest()
+    keys = rows ^ np.uint64(int.from_bytes(salted, "little"))
+    # The mixing of splitmix64.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     return keys ^ (keys >> np.uint64(31))
 
@@ -111,8 +115,8 @@ def _circle(keys: NDArray[np.uint64], starts: Indices, begin: int, per_epoch: fl
     rank = np.argsort(keys, kind="stable")
     sizes = np.diff(starts)[rank]
     ends = np.cumsum(sizes)
-    inside = np.arange(int(starts[-1])) - np.repeat(
-        ends - sizes, sizes
-    )  # number of the example in its row
-    order = begin + np.repeat(starts[:-1][rank], sizes) + inside
-    return Rotation(order.astype(np.int64), np.concatenate([[0], ends]).astype(np.int64), per_epoch)
+    first_of_row = np.repeat(ends - sizes, sizes)
+    number_in_row = np.arange(int(starts[-1])) - first_of_row
+    order = begin + np.repeat(starts[:-1][rank], sizes) + number_in_row
+    row_starts = np.concatenate([[0], ends])
+    return Rotation(order.astype(np.int64), row_starts.astype(np.int64), per_epoch)

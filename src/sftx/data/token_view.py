@@ -10,6 +10,8 @@ from itertools import accumulate, islice
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from sftx.data.chat.conversation import conversation_of
+from sftx.data.chat.limits import watched
 from sftx.data.encoder import Encoder
 from sftx.data.oversize import check_size
 from sftx.data.sources.rows import parse
@@ -172,12 +174,26 @@ def _views_of_row(row: Row | RowError, encoder: Encoder, place: str) -> list[Vie
         raise UserError(f"{place}: {error}") from None
     if not encoded.examples:
         raise UserError(f"{place}: the row is dropped: {encoded.reason}")
-    prompt = _served_prompt(row, encoder)
+    prompt = _last_prompt(row, encoder)
     lost = encoded.tokens_truncated
     return [view(example, encoder.tokenizer, place, lost, prompt) for example in encoded.examples]
 
 
-def _served_prompt(row: Row, encoder: Encoder) -> str:
+def _last_prompt(row: Row, encoder: Encoder) -> str:
     turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
     turns += [i for i, phrase in enumerate(row.phrases) if phrase.weight]
-    return encoder.served_prompt(row, turns[-1]) if turns else ""
+    return served_prompt(row, turns[-1], encoder) if turns else ""
+
+
+def served_prompt(row: Row, turn: int, encoder: Encoder) -> str:
+    """The text that a server would send to get the answer at `turn` (an index into the messages or
+    phrases).
+    """
+    if row.kind not in ("messages", "phrases"):
+        return ""
+    conversation = conversation_of(row, encoder.data.train_on)
+    if encoder.chat_template is None:
+        return "".join(message["content"] for message in conversation.messages[:turn])
+    with watched():
+        template = encoder.template(conversation.tools is not None)
+        return template.turn(conversation, turn).prompt

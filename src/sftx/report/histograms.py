@@ -50,10 +50,11 @@ def weights_of(corpus: Corpus) -> list[WeightCount]:
         found, tokens = np.unique(corpus.example(index).weights, return_counts=True)
         counts.update(dict(zip(found.tolist(), tokens.tolist(), strict=True)))
     if len(counts) <= KINDS:
-        return [{"weight": f"{w:.4g}", "tokens": counts[w]} for w in sorted(counts)]
+        return [{"weight": f"{weight:.4g}", "tokens": counts[weight]} for weight in sorted(counts)]
     weights = np.array(sorted(counts))
-    tokens = np.array([counts[w] for w in weights])
-    inside, edges = np.histogram(weights, KINDS - 1, weights=tokens * (weights != 0))
+    tokens = np.array([counts[weight] for weight in weights])
+    tokens[weights == 0] = 0
+    inside, edges = np.histogram(weights, KINDS - 1, weights=tokens)
     spans: list[WeightCount] = [{"weight": "0", "tokens": counts[0.0]}]
     for count, low, high in zip(inside, edges, edges[1:], strict=False):
         spans.append({"weight": f"{low:.3g} to {high:.3g}", "tokens": int(count)})

@@ -18,9 +18,12 @@ from sftx.evenly import evenly
 from sftx.report.histograms import lengths_of
 from sftx.report.shell import asset, page
 from sftx.settings.schema import Config
+from sftx.types import Ledger
 
 SHOWN, TOKENS = 240, 400_000
 """Examples on a page, and tokens of them at most: a page should open at once."""
+DROPPED = 200
+"""Dropped rows that are listed."""
 POINTS = 400
 """Steps in the chart of steps."""
 
@@ -42,33 +45,41 @@ def write_page(
             views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index), lost))
     facts = {
         "title": ", ".join(corpus.sources),
-        "ledgers": {
-            name: "; ".join([ledger.summary(), *ledger.warnings()])
-            for name, ledger in corpus.ledgers.items()
-        },
+        "ledgers": {name: _in_words(ledger) for name, ledger in corpus.ledgers.items()},
         "notes": corpus.ledger.notes,
-        "dropped": [
-            {"place": corpus.origins[d.origin].place(d.line), "reason": d.reason}
-            for d in corpus.drops[:200]
-        ],
+        "dropped": _dropped(corpus),
         "examples": len(corpus),
         "maxLength": encoder.max_length,
         "lengths": lengths_of(corpus, encoder.max_length),
-        "shares": [
-            {
-                "source": name,
-                "tokens": ledger.tokens,
-                "targets": ledger.targets,
-                "rows": ledger.read,
-            }
-            for name, ledger in corpus.ledgers.items()
-        ],
+        "shares": [_share(name, ledger) for name, ledger in corpus.ledgers.items()],
         "steps": _steps(config, corpus),
         "rows": [_row(v) for v in views],
     }
     script = asset("inspect_page.js")
     body = asset("inspect_page.html")
     Path(path).write_text(page("sftx inspect", body, facts, script), encoding="utf-8")
+
+
+def _in_words(ledger: Ledger) -> str:
+    return "; ".join([ledger.summary(), *ledger.warnings()])
+
+
+def _share(name: str, ledger: Ledger) -> dict[str, object]:
+    return {
+        "source": name,
+        "tokens": ledger.tokens,
+        "targets": ledger.targets,
+        "rows": ledger.read,
+    }
+
+
+def _dropped(corpus: Corpus) -> list[dict[str, str]]:
+    """The first dropped rows, and why."""
+    found: list[dict[str, str]] = []
+    for drop in corpus.drops[:DROPPED]:
+        place = corpus.origins[drop.origin].place(drop.line)
+        found.append({"place": place, "reason": drop.reason})
+    return found
 
 
 def _chosen(corpus: Corpus) -> list[int]:
@@ -92,12 +103,14 @@ def _row(shown: View) -> dict[str, object]:
     row = asdict(shown)
     weights = np.array(row.pop("weights"), np.float64)
     starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
-    runs = [
-        [int(start), round(float(weights[start]), 6)] for start in starts
-    ]  # weights, run by run
-    special = [i for i, special in enumerate(shown.special) if special]
-    spelled = [i for i, spelled in enumerate(shown.spelled) if spelled]
-    return {**row, "targets": shown.targets, "special": special, "spelled": spelled, "runs": runs}
+    return {
+        **row,
+        "targets": shown.targets,
+        "special": [i for i, special in enumerate(shown.special) if special],
+        "spelled": [i for i, spelled in enumerate(shown.spelled) if spelled],
+        # The weights, run by run.
+        "runs": [[int(start), round(float(weights[start]), 6)] for start in starts],
+    }
 
 
 def _steps(config: Config, corpus: Corpus) -> dict[str, object]:

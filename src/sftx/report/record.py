@@ -29,7 +29,7 @@ from typing import Any
 from sftx.files import make_folder, sync, write_json, write_text
 from sftx.report.facts import RunFacts, check_needed, read_facts
 from sftx.settings.schema import Config
-from sftx.types import StepRecord, UserError, untrained
+from sftx.types import StepRecord, UserError
 
 RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
 """Files of one line per step, which a checkpoint carries up to its own."""
@@ -115,20 +115,12 @@ class Run:
             sync(self.folder / SAMPLES)
         return found
 
-    def records_until(self, step: int) -> dict[str, str]:
-        """The records with the lines of steps up to `step` alone."""
-        found: dict[str, str] = {}
-        for name in RECORDS:
-            lines = [line for line in _lines(self._text(name)) if line["step"] <= step]
-            found[name] = "".join(json.dumps(line) + "\n" for line in lines)
-        return found
-
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
         """In words, a line for each record that is not as the checkpoint of `step` carries it."""
         said = []
         for name in RECORDS:
-            kept = [line["step"] for line in _lines(carried.get(name, ""))]
-            found = [line["step"] for line in _lines(self._text(name))]
+            kept = _steps(carried.get(name, ""))
+            found = _steps(self._text(name))
             if found[: len(kept)] != kept:
                 said.append(
                     f"{name} was damaged: it is again as the checkpoint of step {step:,} has it"
@@ -176,7 +168,7 @@ class Run:
             return
         lines = self.metrics()
         if step == 0 and not lines:
-            lines = [asdict(untrained(num_steps))]
+            lines = [asdict(StepRecord(0, num_steps))]
         for line in lines:
             if line["step"] == step:
                 line["eval"] = numbers
@@ -225,6 +217,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a record of steps; none where there is no such file."""
     return _lines(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def _steps(text: str) -> list[int]:
+    return [line["step"] for line in _lines(text)]
 
 
 def _lines(text: str) -> list[dict[str, Any]]:

@@ -96,13 +96,13 @@ def spikes(folder: Path, steps: Lines) -> list[Spike]:
     """The steps that stand out: those that were not finite, then the highest losses and gradient
     norms beside the steps before them; in their order.
     """
-    bad = [
-        Spike(int(str(line["step"])), "not finite: the update was not applied")
-        for line in read_lines(folder / "bad_steps.jsonl")
-    ]
-    found = [*_outliers(steps, "loss", 1.1), *_outliers(steps, "grad_norm", 3.0)]
+    chosen: dict[int, Spike] = {}
+    for line in read_lines(folder / "bad_steps.jsonl")[:SPIKES]:
+        step = int(str(line["step"]))
+        chosen[step] = Spike(step, "not finite: the update was not applied")
+    found = _outliers(steps, "loss", 1.1)
+    found += _outliers(steps, "grad_norm", 3.0)
     found.sort(key=lambda pair: -pair[0])
-    chosen: dict[int, Spike] = {spike.step: spike for spike in bad[:SPIKES]}
     for _, spike in found:
         if len(chosen) < SPIKES:
             chosen.setdefault(spike.step, spike)
@@ -123,16 +123,11 @@ def _outliers(steps: Lines, name: str, least: float) -> list[tuple[float, Spike]
     height = (here - usual) / np.maximum(deviation, 1e-9 + 0.01 * np.abs(usual))
     out = (height > 6) & (here > least * usual)
     word = {"grad_norm": "gradient norm"}.get(name, name)
-    return [
-        (
-            float(height[i]),
-            Spike(
-                int(where[BEFORE + i]),
-                f"{word} {here[i]:.4g}; the median of the {BEFORE} steps before is {usual[i]:.4g}",
-            ),
-        )
-        for i in np.flatnonzero(out)
-    ]
+    found: list[tuple[float, Spike]] = []
+    for i in np.flatnonzero(out):
+        why = f"{word} {here[i]:.4g}; the median of the {BEFORE} steps before is {usual[i]:.4g}"
+        found.append((float(height[i]), Spike(int(where[BEFORE + i]), why)))
+    return found
 
 
 def _column(lines: Lines, name: str) -> tuple[Float64, Float64]:
@@ -148,11 +143,13 @@ def _is_number(value: object) -> bool:
 
 
 def _series(steps: Lines) -> dict[str, object]:
-    found: dict[str, object] = {name: _shown(*_column(steps, name)) for name in COLUMNS}
     for line in steps:
         line["targets_per_second"] = _rate(line)
-    found["targets_per_second"] = _shown(*_column(steps, "targets_per_second"))
-    return found | {name: _shown(*_column(steps, name)) for name in ("tokens", "targets")}
+    found: dict[str, object] = {}
+    for name in (*COLUMNS, "targets_per_second", "tokens", "targets"):
+        numbers, values = _column(steps, name)
+        found[name] = _shown(numbers, values)
+    return found
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:
@@ -171,7 +168,9 @@ def _shown(steps: Float64, values: Float64) -> dict[str, object]:
     kept: list[int] = []
     for begin, end in pairwise(edges):
         span = values[begin:end]
-        kept += sorted({int(begin + span.argmin()), int(begin + span.argmax())})
+        lowest = int(begin + span.argmin())
+        highest = int(begin + span.argmax())
+        kept += sorted({lowest, highest})
     counts = np.diff(edges)
     means = np.add.reduceat(values, edges[:-1]) / counts
     middles = steps[(edges[:-1] + edges[1:] - 1) // 2]
@@ -196,7 +195,11 @@ def _held(lines: Lines) -> dict[str, object]:
         if isinstance(numbers, dict):
             evaluated.append({**numbers, "step": line["step"]})
             names.update(dict.fromkeys(numbers))
-    return {name: _shown(*_column(evaluated, name)) for name in names}
+    found: dict[str, object] = {}
+    for name in names:
+        numbers, values = _column(evaluated, name)
+        found[name] = _shown(numbers, values)
+    return found
 
 
 def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:
@@ -230,10 +233,10 @@ def _samples(lines: Lines) -> dict[str, object]:
             "tokens": line.get("tokens"),
             "scores": line.get("scores"),
         }
-    rows = [
-        {"prompt": _cut(prompt), "reference": _cut(reference), "answers": answers}
-        for (prompt, reference), answers in prompts.items()
-    ]
+    rows: list[dict[str, object]] = []
+    for (prompt, reference), answers in prompts.items():
+        row = {"prompt": _cut(prompt), "reference": _cut(reference), "answers": answers}
+        rows.append(row)
     return {"steps": shown, "evaluations": len(steps), "prompts": rows}
 
 

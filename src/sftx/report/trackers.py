@@ -1,7 +1,7 @@
 """Trackers (TensorBoard, Weights & Biases, MLflow, Trackio) get what a run writes into its folder.
 
 Each has a thread that reads metrics.jsonl, samples.jsonl and run.json, so training never waits for
-one, and a tracker that fails is off from then on. `send` hands over a run that is already there.
+one, and a tracker that fails is off from then on. `sftx.report.send` hands over a run that is already there.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from sftx.boundary import boundary
-from sftx.files import write_json
-from sftx.report.facts import RunFacts, check_needed, read_facts
+from sftx.report.facts import RunFacts, read_facts
 from sftx.report.record import Run
 from sftx.report.tracker_clients import Card, open_client
 from sftx.settings.schema import Tracker
@@ -91,7 +90,7 @@ def tracking(
         yield
         return
     if not run.facts.tracker_id:
-        run.update(tracker_id=_new_id())
+        run.update(tracker_id=new_id())
     over = Event()
     card = replace(card or card_of(run.folder), id=run.facts.tracker_id)
     threads: dict[str, Thread] = {}
@@ -118,35 +117,6 @@ def _wait(threads: Mapping[str, Thread], say: Callable[[str], None]) -> None:
             say(f"warning  track: {name} has not taken the end of the run; {_later(name)}")
 
 
-def send(folder: str | Path, tracker: Tracker) -> int:
-    """Hand over to `tracker` what it does not have yet of the run in `folder`.
-
-    Returns how many steps that were. Raises UserError where there is no run, or the tracker fails.
-    """
-    folder = Path(folder)
-    path = folder / "run.json"
-    facts = read_facts(path)
-    if not facts:
-        raise UserError(f"{folder}: the folder of a run (with run.json) is needed")
-    check_needed(facts, path)
-    check_installed(tracker)
-    if not facts.get("tracker_id"):
-        facts["tracker_id"] = _new_id()
-        write_json(path, facts)
-    card = card_of(folder)
-    feed = Feed(card, tracker)
-    with boundary(f"track: {tracker}"):
-        client = open_client(tracker, card)
-        sent = 0
-        for step in feed.take(over=True):
-            client.add(step.number, numbers_of(step.record), step.samples)
-            sent += 1
-        client.flush()
-        feed.mark()
-        client.close(facts["status"])
-    return sent
-
-
 def card_of(folder: Path) -> Card:
     """What trackers are told of the run in a folder."""
     facts = RunFacts.of_json(read_facts(folder / "run.json"))
@@ -162,7 +132,8 @@ def card_of(folder: Path) -> Card:
     return Card(id=facts.tracker_id, folder=folder, name=folder.resolve().name, settings=settings)
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """What trackers will know a run by."""
     return uuid4().hex[:8]
 
 

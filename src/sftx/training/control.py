@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,8 +18,6 @@ from sftx.settings.schema import Config
 from sftx.training.job import Job
 from sftx.training.result import Result
 from sftx.types import StepRecord, UserError
-
-Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -117,12 +116,16 @@ class Steps(Iterator[StepRecord]):
                 "steps.evaluate(): there are no held-out rows; set data.eval, data.eval_rows or "
                 "eval_split"
             )
-        return self._between(self._evaluate)
+        with self._training() as job:
+            numbers = job.evaluate()
+            if numbers:  # else a signal cut it short
+                job.run.write_evaluation(job.state.step, job.plan.num_steps, numbers)
+            return numbers
 
     def save(self) -> Path:
         """Write a checkpoint of this step, from which the same run continues; returns its folder."""
-        self._job()
-        return self._between(self._save)
+        with self._training() as job:
+            return job.save(in_background=True)
 
     def stop(self) -> None:
         """Take no further step: the next one asked for ends the run as the last step would,
@@ -174,21 +177,13 @@ class Steps(Iterator[StepRecord]):
             raise UserError("the run is over: its model is in `steps.result.model`")
         return self._control.job
 
-    def _evaluate(self) -> dict[str, float]:
+    @contextmanager
+    def _training(self) -> Iterator[Job]:
+        """Inside, the model is in the state in which it trains."""
         job = self._job()
-        numbers = job.evaluate()
-        if numbers:  # else a signal cut it short
-            job.run.write_evaluation(job.state.step, job.plan.num_steps, numbers)
-        return numbers
-
-    def _save(self) -> Path:
-        return self._job().save(in_background=True)
-
-    def _between(self, action: Callable[[], Answer]) -> Answer:
-        """`action` on the model in the state in which it trains."""
         self._take_back()
         try:
-            return action()
+            yield job
         finally:
             self._hand_over()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,12 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.texts import problems, texts
-from sftx.data.sources.arguments import INVENTED, calls_of, parameters
+from sftx.data.sources.arguments import INVENTED, parameters
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.truncation import runs
 from sftx.settings.schema import Config, Data
-from sftx.types import Int32, Row, RowError
+from sftx.types import Int32, Json, Message, Row, RowError
 
 FEW = 5  # calls; fewer are no pattern
 Place = Callable[[int], str]
@@ -311,6 +311,15 @@ class _Texts:
         self.calls.add(number, row)
 
 
+def _calls_of(messages: Sequence[Message]) -> Iterator[tuple[str, dict[str, Json]]]:
+    """(name, arguments) of every call whose arguments are an object."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            if isinstance(function["arguments"], dict):
+                yield function["name"], function["arguments"]
+
+
 class _Calls:
     """The arguments of all tool calls: which are null almost everywhere, and which the tool does
     not have.
@@ -327,7 +336,7 @@ class _Calls:
         if INVENTED in row.notes:
             self._left_out.append(number)
         known = parameters(row.tools)
-        for name, arguments in calls_of(row.messages):
+        for name, arguments in _calls_of(row.messages):
             for key, value in arguments.items():
                 self._times[name, key] += 1
                 if value is None:

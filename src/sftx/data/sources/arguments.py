@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from sftx.types import Json, Message
+from sftx.types import Json
 
 INVENTED = "null arguments left out that the tool does not have"
 
@@ -27,12 +27,3 @@ def parameters(tools: Sequence[dict[str, Json]]) -> dict[str, set[str]]:
         if isinstance(name, str) and isinstance(names, dict):
             found[name] = set(names)
     return found
-
-
-def calls_of(messages: Sequence[Message]) -> Iterator[tuple[str, dict[str, Json]]]:
-    """(name, arguments) of every call whose arguments are an object."""
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            if isinstance(function["arguments"], dict):
-                yield function["name"], function["arguments"]

@@ -91,7 +91,8 @@ class Corpus:
         self._notes: list[Counter[str]] = [Counter() for _ in sources]
         self._abouts: dict[tuple[str, ...], int] = {}
         tables = [self._collected(number) for number in range(len(parts))]
-        self._use(np.concatenate([t for t in tables if len(t)] or [np.zeros(0, EXAMPLE)]))
+        filled = [table for table in tables if len(table)]
+        self._use(np.concatenate(filled or [np.zeros(0, EXAMPLE)]))
         self.ledgers = self._ledgers(self.drops, self._notes)
 
     def __len__(self) -> int:
@@ -132,7 +133,8 @@ class Corpus:
         here = [(line, reason, False) for line, reason in facts.dropped]
         here += [(line, reason, True) for line, reason in facts.bad]
         for line, reason, bad in sorted(here):
-            self.drops.append(Drop(part.source, part.origin, part.line + line, reason, bad))
+            drop = Drop(part.source, part.origin, part.line + line, reason, bad)
+            self.drops.append(drop)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -251,11 +253,12 @@ class Corpus:
         texts = [number for number, origin in enumerate(self.origins) if origin.form == "text"]
         is_text = np.isin(mine["origin"], texts)
         for kind, some in (("output", mine[~is_text]), ("text", mine[is_text])):
+            if not len(some):
+                continue
+            tokens = int(some["length"].sum())
             targets = int(some["targets"].sum())
-            weight = float(some["weight"].sum())
-            if len(some):
-                found.count(kind, targets, targets, weight)
-                found.count("context", int(some["length"].sum()) - targets, 0, 0.0)
+            found.count(kind, targets, targets, float(some["weight"].sum()))
+            found.count("context", tokens - targets, 0, 0.0)
         return found.kinds
 
     def _repeated(self, mine: Table) -> int:
@@ -274,8 +277,9 @@ class Corpus:
 def _counted_kinds(mine: Table) -> dict[str, KindCount]:
     """What there is of each kind of text, where the encoder counted it example by example."""
     found = Ledger()
-    whole = {name: mine["kinds"][name].sum(0) for name in COUNT.names or ()}
+    tokens, targets, weights = (mine["kinds"][name].sum(0) for name in COUNT.names or ())
     for number, kind in enumerate(KINDS):
-        if whole["tokens"][number]:
-            found.count(kind, **{name: sums[number].item() for name, sums in whole.items()})
+        if tokens[number]:
+            weight = float(weights[number])
+            found.count(kind, int(tokens[number]), int(targets[number]), weight)
     return found.kinds
