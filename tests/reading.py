@@ -262,7 +262,7 @@ def main() -> None:
     root = Path(__file__).parents[1]
     parser.add_argument("folder", nargs="?", type=Path, default=root / "src" / "sftx")
     parser.add_argument(
-        "--commit", help="measure this state of the repository instead of the files at hand"
+        "--commit", help="measure this state of the repository instead of the working tree"
     )
     given = parser.parse_args()
     if given.commit is None:

@@ -51,7 +51,7 @@ def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(
     assert choose(1 << 40, recompute="all", tokens_per_pack=700) == (700, 5)
     with pytest.raises(
         sftx.UserError,
-        match=r"(?s)predicted to need .* GiB .*optimizer.* at hand.*256 tokens.*5 layers",
+        match=r"(?s)predicted to need .* GiB .*optimizer.* available.*256 tokens.*5 layers",
     ):
         choose(2000)
     with pytest.raises(sftx.UserError, match=r"1,024 tokens.* 0 layers"):

@@ -299,4 +299,4 @@ def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"memory   {owner} at the peak of a step, in GiB"
     for name, size in facts["memory"].items():
         yield f"         {name:12}{size / 2**30:9.2f}"
-    yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+    yield f"         {'available':12}{facts['memory_at_hand'] / 2**30:9.2f}"

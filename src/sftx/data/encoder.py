@@ -25,7 +25,7 @@ from sftx.data.chat.spans import APART, SpanTokenizer
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.text_sequence import TextSequence, text_sequences
 from sftx.data.chat.turns import ChatTemplate
-from sftx.data.chat.weighing import weigh, weigh_joined
+from sftx.data.chat.weighing import set_weights, set_weights_joined
 from sftx.data.oversize import check_size
 from sftx.data.plain import without_turns
 from sftx.data.shorten import shorten
@@ -232,7 +232,7 @@ class Encoder:
         chunks.append((text.removesuffix(eos), weight))
         sequence = TextSequence(chunks, eos=True, alone=True, bos=None)
         if conversation.shares:
-            weigh_joined(sequence, conversation)
+            set_weights_joined(sequence, conversation)
         return _Plan([sequence])
 
     def _with_template(self, conversation: Conversation) -> _Plan:
@@ -249,7 +249,7 @@ class Encoder:
             notes.append(ONE_EACH)
         if conversation.shares:
             template = self.template(conversation.tools is not None)
-            notes += weigh(texts, turns, conversation, template)
+            notes += set_weights(texts, turns, conversation, template)
         done = {note for turn in turns if turn.note for note in turn.note.split("; ")}
         return _Plan(texts, notes=notes + sorted(done))
 

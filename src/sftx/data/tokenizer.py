@@ -43,7 +43,7 @@ class Tokenizer:
     those of generation_config.json). `special`: named special tokens (`eos_token` -> "</s>").
     `content`, if given, is what the fingerprint hashes in place of the backend (the bytes of its
     files: faster). `chat_templates`: the tokenizer's own templates by name ("default", "tool_use",
-    ...). `taught`: ids of the tokens a run adds (`Tokenizer.of_model`), and whether each was
+    ...). `added_token_ids`: ids of the tokens a run adds (`Tokenizer.of_model`), and whether each was
     unknown before.
     """
 

@@ -153,7 +153,7 @@ def _ask(folder: Path, questions: list[Question]) -> tuple[float, float, list[st
 
 
 def _continued(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """What the model adds to each prompt, greedily, until it stops as it was taught to."""
+    """What the model adds to each prompt, greedily, until it stops as it was trained to."""
     batch = tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )

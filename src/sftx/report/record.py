@@ -6,7 +6,7 @@ OUTPUT/samples.jsonl   the answers of each evaluation, one line each
 OUTPUT/ledger.json     where every row went; dropped.jsonl lists those that were not trained on
 OUTPUT/checkpoints/    states to continue from, each with the record up to its step
 OUTPUT/report.html     the page on the run
-OUTPUT/report.json     what the page needs of the data, kept by the run, which has its rows at hand:
+OUTPUT/report.json     what the page needs of the data, kept by the run, which has read its rows:
                        `lengths` (edges and counts of a histogram), `weights` (tokens by weight, in
                        `weights_of` examples), `rows` by step: the first rows of each step that
                        stands out (place, tokens, targets, weight, begin of the text; `of` = all)

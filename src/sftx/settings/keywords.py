@@ -325,7 +325,7 @@ class RuntimeSettings(TypedDict, total=False):
     recompute: Literal["auto", "none", "all"] | int
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward
     pass instead of kept: less memory for about a third more time. `auto` = as few as fit into the
-    memory at hand.
+    available memory.
     """
     compile: Literal["auto", "on", "off"]
     """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it

@@ -256,7 +256,7 @@ class Runtime(Section):
     recompute: Literal["auto", "none", "all"] | Annotated[int, Ge(0)] = "auto"
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward
     pass instead of kept: less memory for about a third more time. `auto` = as few as fit into the
-    memory at hand.
+    available memory.
     """
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile every decoder layer with torch.compile. `auto` = where the planned steps repay it

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftx.data.chat.stretches import weighed, with_marks, within
+from sftx.data.chat.stretches import with_marks, with_weights, within
 from sftx.data.chat.text_sequence import TextSequence
 from sftx.data.tokenizer import Letters, Tokenizer
 from sftx.data.truncation import TokenSequence
@@ -182,7 +182,7 @@ class SpanTokenizer:
             return [served]
         letters = self._letters(cut, sequence.mark, inside=False)
         tokens = [border // _ID_BYTES for border in borders]
-        return [weighed(served, tokens, sequence.own, sequence.stretches, letters)]
+        return [with_weights(served, tokens, sequence.own, sequence.stretches, letters)]
 
     def _borders(self, sequence: TextSequence, cut: _Pieces) -> list[int] | None:
         """Where each chunk begins in the ids of the text, in bytes; None where a token lies across
@@ -243,7 +243,7 @@ class SpanTokenizer:
                     stretches = within(sequence.stretches, counted, len(text) + len(chunk))
                     letters = self._letters_apart(text, chunk, sequence.mark)
                     tokens = [border // _ID_BYTES for border in borders]
-                    served = weighed(served, tokens, own, stretches, letters)
+                    served = with_weights(served, tokens, own, stretches, letters)
                     counted = len(text) + len(chunk)
                 sequences.append(served)
             text += chunk
@@ -296,7 +296,7 @@ class SpanTokenizer:
         )
         if not sequence.own:
             return made
-        return weighed(made, borders, own, sequence.stretches, letters)
+        return with_weights(made, borders, own, sequence.stretches, letters)
 
     def _bos(self, sequence: TextSequence) -> int | None:
         """What begins a sequence of chunks: BOS, or EOS where there is none and it is not always

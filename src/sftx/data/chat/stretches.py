@@ -46,7 +46,7 @@ def within(stretches: Sequence[Stretch], counted: int, end: int) -> list[Stretch
     return found + earlier
 
 
-def weighed(
+def with_weights(
     tokens: TokenSequence,
     borders: Sequence[int],
     own: Sequence[tuple[str, float]],

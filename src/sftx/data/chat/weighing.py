@@ -49,7 +49,7 @@ class _Marks(NamedTuple):
         return {**message, "content": f"{lead}{begin}{core}{end}{rest}"}
 
 
-def weigh(
+def set_weights(
     sequences: Sequence[TextSequence],
     turns: Sequence[Turn],
     conversation: Conversation,
@@ -92,7 +92,7 @@ def _add_answer(sequence: TextSequence, turn: Turn, conversation: Conversation, 
         sequence.stretches.append(Stretch(begin + a, begin + b, "reasoning", share.thought))
 
 
-def weigh_joined(sequence: TextSequence, conversation: Conversation) -> None:
+def set_weights_joined(sequence: TextSequence, conversation: Conversation) -> None:
     """The same for turns that are joined as they are: each chunk is a turn."""
     at = 0
     for number, (chunk, _) in enumerate(sequence.chunks):
