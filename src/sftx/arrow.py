@@ -106,8 +106,11 @@ def _clean(value: Any, shape: Shape | None) -> object:
     if not shape.fields:
         return value
     invents = shape.invents()
-    kept = ((name, item) for name, item in value.items() if item is not None or not invents)
-    return {name: _clean(item, shape.fields.get(name)) for name, item in kept}
+    kept: dict[str, object] = {}
+    for name, item in value.items():
+        if item is not None or not invents:
+            kept[name] = _clean(item, shape.fields.get(name))
+    return kept
 
 
 def _without_nulls(value: object) -> object:

@@ -221,9 +221,8 @@ def _fewest_gpus(
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to
     `MANY`.
     """
-    cast_frozen_weights(
-        estimator.loss.model, torch.float32
-    )  # as shards do; one process has been rehearsed already
+    # As shards do; the memory of one process was predicted before.
+    cast_frozen_weights(estimator.loss.model, torch.float32)
     sharded = MemoryEstimator(
         estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
     )

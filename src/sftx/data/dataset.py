@@ -110,21 +110,14 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
 def _assemble(
     sources: Sequence[Source], tables: Sequence[Table], fingerprint: str, cache: Cache
 ) -> Corpus:
-    parts = [
-        Part(
-            cache.path(block_key(block.digest, table.form, fingerprint)),
-            table.source,
-            origin,
-            block.line,
-        )
-        for origin, table in enumerate(tables)
-        for block in table.blocks
-    ]
-    return Corpus(
-        parts,
-        [source.name or source.path for source in sources],
-        [replace(table.origin, form=table.form) for table in tables],
-    )
+    parts: list[Part] = []
+    for origin, table in enumerate(tables):
+        for block in table.blocks:
+            path = cache.path(block_key(block.digest, table.form, fingerprint))
+            parts.append(Part(path, table.source, origin, block.line))
+    names = [source.name or source.path for source in sources]
+    origins = [replace(table.origin, form=table.form) for table in tables]
+    return Corpus(parts, names, origins)
 
 
 def _check(corpus: Corpus, data: Data) -> None:
@@ -138,17 +131,22 @@ def _check(corpus: Corpus, data: Data) -> None:
     for number, (name, ledger) in enumerate(corpus.ledgers.items()):
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
-        dropped = (drop for drop in corpus.drops if drop.source == number)
-        first = next(
-            (f"; the first, {corpus.origins[d.origin].place(d.line)}: {d.reason}" for d in dropped),
-            "",
-        )
+        first = _first_dropped(corpus, number)
         if ledger.dropped == ledger.read:
             raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
             lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
             log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+
+
+def _first_dropped(corpus: Corpus, source: int) -> str:
+    """Which row of a source was dropped first, and why."""
+    for drop in corpus.drops:
+        if drop.source == source:
+            place = corpus.origins[drop.origin].place(drop.line)
+            return f"; the first, {place}: {drop.reason}"
+    return ""
 
 
 def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:

@@ -63,7 +63,34 @@ def _new(
     if adapter.targets != "all-linear":
         names = [name for name, _ in model.named_modules()]
         check_patterns("adapter.targets", {"target_modules": adapter.targets}, names)
-    # Who wants them adapted names them.
+    config = _config(model, adapter, rows)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            # Of experts, whose ranks are set all the same.
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise _unfit(model, adapter, error) from error
+    assert isinstance(wrapped, PeftModel)
+    shared = mixture.shared_adapters(wrapped)
+    if adapter.merge and shared:
+        raise UserError(
+            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several "
+            "layers; merged, each "
+            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is "
+            "saved beside the model"
+        )
+    return wrapped
+
+
+def _config(
+    model: PreTrainedModel, adapter: Adapter, rows: dict[str, list[int]] | None
+) -> LoraConfig:
+    """The settings of an adapter as peft has them."""
+    # Who wants routers adapted names them.
     routers = mixture.routers(model) if adapter.targets == "all-linear" else []
     linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
     config = LoraConfig(
@@ -80,38 +107,21 @@ def _new(
     if routers:  # peft names those that are parameters itself, among the experts
         convert_peft_config_for_transformers(config, model, None)
         named = config.target_parameters or []
-        config.target_parameters = [
-            name for name in named if name.split(".")[0] not in mixture.ROUTERS
-        ] or None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # Of experts, whose ranks are set all the same.
-            warnings.filterwarnings(
-                "ignore", "The following (rank|alpha)_pattern keys did not match"
-            )
-            wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        if adapter.method == "dora" and mixture.has_joint_experts(model):
-            raise UserError(
-                f"adapter.method: dora cannot adapt the experts of {type(model).__name__}, whose "
-                "weights are one "
-                "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, "
-                "v_proj, o_proj]"
-            ) from error
-        raise UserError(
-            f"adapter.targets: {adapter.targets!r} does not fit {type(model).__name__}: {error}"
-        ) from error
-    assert isinstance(wrapped, PeftModel)
-    shared = mixture.shared_adapters(wrapped)
-    if adapter.merge and shared:
-        raise UserError(
-            f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several "
-            "layers; merged, each "
-            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is "
-            "saved beside the model"
+        kept = [name for name in named if name.split(".")[0] not in mixture.ROUTERS]
+        config.target_parameters = kept or None
+    return config
+
+
+def _unfit(model: PreTrainedModel, adapter: Adapter, error: ValueError) -> UserError:
+    """What to say where peft cannot adapt a model as it is asked to."""
+    name = type(model).__name__
+    if adapter.method == "dora" and mixture.has_joint_experts(model):
+        return UserError(
+            f"adapter.method: dora cannot adapt the experts of {name}, whose weights are one "
+            "tensor; use lora, or name others, such as adapter.targets: [q_proj, k_proj, "
+            "v_proj, o_proj]"
         )
-    return wrapped
+    return UserError(f"adapter.targets: {adapter.targets!r} does not fit {name}: {error}")
 
 
 def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:

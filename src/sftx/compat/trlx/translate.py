@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -185,21 +185,22 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
                 f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
             )
     values = {**default, **values}
-    method = "lora"
-    if values["use_rslora"]:
-        method = "rslora"
-    if values["use_dora"]:
-        method = "dora"
     targets = values["target_modules"]
     if targets is None:
         targets = _default_targets(config)
     return {
-        "method": method,
+        "method": _method(values),
         "rank": values["r"],
         "alpha": float(values["lora_alpha"]),
         "dropout": float(values["lora_dropout"]),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
+
+
+def _method(values: Mapping[str, object]) -> Literal["lora", "rslora", "dora"]:
+    if values["use_dora"]:
+        return "dora"
+    return "rslora" if values["use_rslora"] else "lora"
 
 
 def _default_targets(config: TRLConfig) -> list[str]:
