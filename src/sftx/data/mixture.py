@@ -90,7 +90,10 @@ def _times(corpus: Corpus, sources: Sequence[Source], mix_by: str) -> list[float
     times = [source.weight for source in sources]
     if mix_by == "rows":
         return times
-    tokens = [int(corpus.lengths[corpus.source == number].sum()) for number in range(len(sources))]
+    tokens: list[int] = []
+    for number in range(len(sources)):
+        mine = corpus.source == number
+        tokens.append(int(corpus.lengths[mine].sum()))
     scaled: list[float] = []
     for weight, count in zip(times, tokens, strict=True):
         wanted = weight * sum(tokens) / sum(times)  # tokens in an epoch

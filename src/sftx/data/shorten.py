@@ -172,7 +172,8 @@ class _Cut:
         """Where a piece that trains `turn` may begin, from the most context to the least."""
         begin = len(self.head)
         users = [i for i in self.users if i <= turn]
-        found = [_Opening((), begin), *(_Opening((), i) for i in users if i > begin)]
+        found = [_Opening((), begin)]
+        found += [_Opening((), i) for i in users if i > begin]
         anchor = tuple(users[-1:])
         last = users[-1] if users else begin
         return found + [_Opening(anchor, i) for i in self.answers if last + 1 < i <= turn]
@@ -222,7 +223,8 @@ class _Cut:
         """
         more = len(self.whole[1]) - len(kept)
         if more:
-            text = sum(self.sizes[i] for i in self.whole[1]) - sum(self.sizes[i] for i in kept)
+            text = sum(self.sizes[i] for i in self.whole[1])
+            text -= sum(self.sizes[i] for i in kept)
             self.markup = (self.whole[0] - length - text) / more
         self.base += length - self._estimate(kept)
 

@@ -149,7 +149,8 @@ class Tokenizer:
         """Hash of everything that decides ids. Templates are not part of it."""
         content = self._content or self.backend.to_str().encode()
         state = [self.special, sorted(self.stop_ids), tokenizers.__version__]
-        return hashlib.sha256(content + json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+        content += json.dumps(state, sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()[:32]
 
     @cached_property
     def control(self) -> re.Pattern[str]:
@@ -236,7 +237,8 @@ class Tokenizer:
         """How many characters of a text have to be tokenised together."""
         if not self.cuts_at_spaces:
             return len(text)
-        return max((match.end() - match.start() for match in WORD.finditer(text)), default=0)
+        words = WORD.finditer(text)
+        return max((word.end() - word.start() for word in words), default=0)
 
     @cached_property
     def cuts_at_spaces(self) -> bool:

@@ -110,7 +110,8 @@ def _piece(
         shortened=sequence.shortened or bool(gone.any()),
     )
     if sequence.kinds is not None:
-        kinds = np.concatenate([np.zeros(len(head), np.uint8), sequence.kinds[begin:end]])
+        before = np.zeros(len(head), np.uint8)
+        kinds = np.concatenate([before, sequence.kinds[begin:end]])
         piece = replace(piece, kinds=kinds)
     return piece, begin
 

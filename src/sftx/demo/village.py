@@ -54,7 +54,8 @@ class _Section:
 
     def deal(self, rng: random.Random, count: int) -> list[str]:
         """`count` values in random order, each about equally often."""
-        return rng.sample([self.values[i % len(self.values)] for i in range(count)], count)
+        values = [self.values[i % len(self.values)] for i in range(count)]
+        return rng.sample(values, count)
 
 
 _Fact = tuple[_Section, str]

@@ -81,16 +81,6 @@ def _is_count(value: object, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_settings(value: object) -> bool:
-    """JSON of an object, as text or as it is."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(value, dict)
-
-
 def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
@@ -100,7 +90,7 @@ def _is(kind: type) -> Callable[[object], bool]:
 _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "status": (lambda value: value in STATUS, f"one of {', '.join(STATUS)}"),
     "config": (_is(dict), "an object"),
-    "mathematics": (_is_settings, "JSON of an object"),
+    "mathematics": (_is(dict), "an object"),
     "precision": (_is(str), "text"),
     "device": (_is(str), "text"),
     "tracker_id": (_is(str), "text"),

@@ -145,11 +145,8 @@ def _is_number(value: object) -> bool:
 def _series(steps: Lines) -> dict[str, object]:
     for line in steps:
         line["targets_per_second"] = _rate(line)
-    found: dict[str, object] = {}
-    for name in (*COLUMNS, "targets_per_second", "tokens", "targets"):
-        numbers, values = _column(steps, name)
-        found[name] = _shown(numbers, values)
-    return found
+    names = (*COLUMNS, "targets_per_second", "tokens", "targets")
+    return {name: _drawn(steps, name) for name in names}
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:
@@ -160,8 +157,9 @@ def _rate(line: Mapping[str, Json]) -> float | None:
     return None
 
 
-def _shown(steps: Float64, values: Float64) -> dict[str, object]:
+def _drawn(lines: Lines, name: str) -> dict[str, object]:
     """A series as the page gets it: `steps` and `values`, and of a long one `means` as well."""
+    steps, values = _column(lines, name)
     if len(steps) <= 2 * BUCKETS:
         return {"steps": steps.astype(int).tolist(), "values": _short(values)}
     edges = np.linspace(0, len(steps), BUCKETS + 1).astype(int)
@@ -195,11 +193,7 @@ def _held(lines: Lines) -> dict[str, object]:
         if isinstance(numbers, dict):
             evaluated.append({**numbers, "step": line["step"]})
             names.update(dict.fromkeys(numbers))
-    found: dict[str, object] = {}
-    for name in names:
-        numbers, values = _column(evaluated, name)
-        found[name] = _shown(numbers, values)
-    return found
+    return {name: _drawn(evaluated, name) for name in names}
 
 
 def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:

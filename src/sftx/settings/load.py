@@ -143,7 +143,10 @@ def _override(data: dict[str, object], override: str, places: Places, problems: 
         if places.get(at) == _COMMAND_LINE:
             problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
         inner[at[-1]] = item
-    places.update(dict.fromkeys([path, *given, *((*path, *rest) for rest in below)], _COMMAND_LINE))
+    for written in (path, *given):
+        places[written] = _COMMAND_LINE
+    for rest in below:
+        places[(*path, *rest)] = _COMMAND_LINE
 
 
 def _section(key: str, value: object) -> dict[str, object] | None:
@@ -256,7 +259,9 @@ def _paths_for_rows(value: object, at: KeyPath, place: str) -> list[str]:
 
 
 def _names_a_file(text: str) -> bool:
-    return bool(_DATA_FILE.fullmatch(text)) or (0 < len(text) < 250 and Path(text).exists())
+    if _DATA_FILE.fullmatch(text):
+        return True
+    return 0 < len(text) < 250 and Path(text).exists()
 
 
 def _unknown(path: KeyPath, value: object, section: type[Section], places: Places) -> list[str]:

@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import yaml
 
-from sftx.data.chat.conversation import conversation_of
+from sftx.data.chat.conversation import ChatMessage, conversation_of
 from sftx.data.dataset import TURNS, load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.store.corpus import Corpus
@@ -138,11 +137,11 @@ def _turns(row: Row, config: Config) -> list[Turn]:
     for message, weight in zip(conversation.messages, conversation.weights, strict=True):
         if thought := message.get("reasoning_content"):
             turns.append(Turn("thought", str(thought), weight))
-        turns.append(Turn(str(message["role"]), _said(message), weight))
+        turns.append(Turn(message["role"], _said(message), weight))
     return turns
 
 
-def _said(message: dict[str, Any]) -> str:
+def _said(message: ChatMessage) -> str:
     """What a message says, its calls of tools included."""
     text = str(message.get("content") or "")
     calls = message.get("tool_calls")

@@ -178,7 +178,7 @@ class Steps(Iterator[StepRecord]):
         return self._control.job
 
     @contextmanager
-    def _training(self) -> Iterator[Job]:
+    def _training(self) -> Generator[Job]:
         """Inside, the model is in the state in which it trains."""
         job = self._job()
         self._take_back()

@@ -62,8 +62,13 @@ def _forms(text: str) -> tuple[str, ...]:
     """A text as it is, inside JSON, and inside JSON that is a text inside JSON."""
     if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
         return (text,)
-    inside = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
-    return (text, *inside, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in inside))
+    once = [_inside_json(text), json.dumps(text)[1:-1]]
+    twice = [_inside_json(form) for form in once]
+    return (text, *once, *twice)
+
+
+def _inside_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _leaves(value: Json) -> Iterator[Json]:

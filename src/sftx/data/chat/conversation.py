@@ -182,9 +182,13 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
             "the text spells special tokens, and holds every character that could keep them apart"
         )
 
+    def with_mark(match: re.Match[str]) -> str:
+        token = match.group()
+        return token[0] + mark + token[1:]
+
     def broken(value: Json) -> Json:
         if isinstance(value, str):
-            return control.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
+            return control.sub(with_mark, value)
         if isinstance(value, dict):
             return {cast("str", broken(key)): broken(item) for key, item in value.items()}
         if isinstance(value, list):

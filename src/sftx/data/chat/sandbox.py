@@ -254,27 +254,25 @@ def _raise(message: str) -> None:
 
 def compile_template(source: str) -> jinja2.Template:
     """The compiled template. `jinja2.TemplateError` if its syntax is wrong."""
-    environment = _Environment(
+    environment: Any = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
         finalize=_written,
     )
-    environment.filters.update({"tojson": _to_json, "round": _round})
+    environment.filters |= {"tojson": _to_json, "round": _round}
     for name in _WHOLE:
         environment.filters[name] = _limited(name, environment.filters[name])
     for name in _AS_TEXT:
         environment.filters[name] = _writing(environment.filters[name])
-    environment.globals.update(
-        {
-            "raise_exception": _raise,
-            "strftime_now": _now,
-            "dict": _dict,
-            "namespace": _namespace,
-        }
-    )
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": _now,
+        "dict": _dict,
+        "namespace": _namespace,
+    }
     with watched(), deadline():  # jinja2 computes constant expressions here
-        template = environment.from_string(source)
+        template: jinja2.Template = environment.from_string(source)
     template.globals = dict(template.globals)
     return template
 

@@ -172,7 +172,8 @@ class Skeleton:
         """What the message says in `text[begin:limit]`, up to and with the stop token; None if a
         part of it is not there.
         """
-        ends = [(at, stop) for stop in self.stops if (at := text.find(stop, begin, limit)) >= 0]
+        found = [(text.find(stop, begin, limit), stop) for stop in self.stops]
+        ends = [(at, stop) for at, stop in found if at >= 0]
         if not ends:
             return None
         end, stop = min(ends)

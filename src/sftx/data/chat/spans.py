@@ -66,9 +66,14 @@ class SpanTokenizer:
 
     def sequences(self, rows: Sequence[Sequence[TextSequence]]) -> list[list[TokenSequence]]:
         """The token sequences of the text sequences of each row."""
-        cut = [[self._cut(each.text, each.mark) for each in row if not each.alone] for row in rows]
+        cut: list[list[_Pieces]] = []
+        alone: list[str] = []
+        for row in rows:
+            cut.append([self._cut(each.text, each.mark) for each in row if not each.alone])
+            for each in row:
+                if each.alone:
+                    alone += [chunk for chunk, _ in each.chunks]
         self._tokenise(rows, cut)
-        alone = [chunk for row in rows for each in row if each.alone for chunk, _ in each.chunks]
         ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
         results: list[list[TokenSequence]] = []
         for row, pieces_of_row in zip(rows, cut, strict=True):
@@ -273,7 +278,8 @@ class SpanTokenizer:
         weights = sequence.weights
         own = sequence.own
         letters = self._letters_of_chunks(sequence)
-        chunks[-1] = np.append(chunks[-1], np.frombuffer(self._eos(sequence), np.int32))
+        eos = np.frombuffer(self._eos(sequence), np.int32)
+        chunks[-1] = np.append(chunks[-1], eos)
         bos = self._bos(sequence)
         begins = sequence.bos
         if begins is None:  # only before a target

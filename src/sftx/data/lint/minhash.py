@@ -57,7 +57,8 @@ class NearDuplicates:
 
 def _grams(text: str) -> list[str]:
     words = text.lower().encode("utf-8", "replace").decode().split()
-    return [" ".join(words[i : i + GRAM]) for i in range(max(len(words) - GRAM + 1, 1))]
+    count = max(len(words) - GRAM + 1, 1)
+    return [" ".join(words[i : i + GRAM]) for i in range(count)]
 
 
 def _balanced(some: list[str], others: list[str]) -> list[str]:

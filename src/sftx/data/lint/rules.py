@@ -240,7 +240,8 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
 def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
     """uint64[rows]: a hash of all examples of each row."""
     starts = np.flatnonzero(corpus.part == 0)
-    mixed = corpus.table["digest"] * (corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+    odd = corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1)
+    mixed = corpus.table["digest"] * odd
     return np.add.reduceat(mixed, starts) if len(starts) else mixed
 
 

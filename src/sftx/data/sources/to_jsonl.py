@@ -34,7 +34,7 @@ def dump(value: object) -> bytes:
 
     def plain(item: object) -> object:
         if isinstance(item, np.ndarray | np.generic):
-            return item.tolist()
+            return cast("object", item.tolist())
         return {"unreadable": type(item).__name__}
 
     try:

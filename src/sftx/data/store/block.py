@@ -135,8 +135,10 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     """
     facts = facts or Facts()
     examples = [example for _, _, encoded in rows for example in encoded.examples]
-    ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
-    weights: Weights = np.concatenate([np.zeros(0, np.float32), *(e.weights for e in examples)])
+    no_ids: Int32 = np.zeros(0, np.int32)
+    no_weights: Weights = np.zeros(0, np.float32)
+    ids = np.concatenate([no_ids, *(example.ids for example in examples)])
+    weights = np.concatenate([no_weights, *(example.weights for example in examples)])
     if bool(((weights == 0) | (weights == 1)).all()):
         weights = weights.astype(np.uint8)
     found = [example.kinds for example in examples if example.kinds is not None]
