@@ -71,11 +71,10 @@ def test_the_parts_of_a_pack_are_all_of_it_and_a_filler_without_weight() -> None
         assert part.longest == 7
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_every_pack_train_as_one_does(folder: Path) -> None:
     """A window shorter than the examples, more query heads than key heads, ragged packs."""
-    model = tiny.folder(
-        folder / "window", family="Mistral", num_hidden_layers=2, sliding_window=7
-    )
+    model = tiny.folder(folder / "window", family="Mistral", num_hidden_layers=2, sliding_window=7)
     ranks.run(write(folder, "one", model=model), 0)
     shared = {"context_parallel": 2, "parallel": "fsdp"}
     output = ranks.run(write(folder, "two", model=model, runtime=shared), 2)

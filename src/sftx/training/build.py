@@ -19,6 +19,7 @@ from sftx import distributed
 from sftx.data.pack import build_pack
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
+from sftx.model.checks.context import check_context
 from sftx.model.checks.start import check_paths, check_sizes, check_trainable
 from sftx.model.compile import compile_layers, planned
 from sftx.model.context_parallel import Context
@@ -37,7 +38,7 @@ from sftx.report.record import Run
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.checks import check_ranks, check_same_tokens
-from sftx.training.context import check_context_size, join_context
+from sftx.training.context import ProfileOf, check_context_size, choose_size, join_context
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
     Packing,
@@ -107,15 +108,8 @@ def prepare(
     path_notes = _check_model(config, machine, model.loss, data, profile, progress)
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    context, profile = join_context(
-        config,
-        model_config,
-        model.loss,
-        estimator,
-        profile_of,
-        available,
-        run.facts.context_parallel,
-        data.probe(),
+    context, profile = _join_context(
+        config, run, model.loss, data, profile_of, estimator, available
     )
     packing, seconds = _choose_packing(
         config, run, model.loss, data, profile, estimator, available, context
@@ -268,6 +262,24 @@ def _estimator(
     twin.take(Paths(model.loss.paths.isolate, model.loss.paths.transform))
     nf4 = config.adapter.quantize == "nf4"
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)
+
+
+def _join_context(
+    config: Config,
+    run: Run,
+    loss: PackLoss,
+    data: RunData,
+    profile_of: ProfileOf,
+    estimator: MemoryEstimator,
+    available: int,
+) -> tuple[Context | None, StepProfile]:
+    """The ranks that compute packs together with this one, and the load of a step that they share."""
+    earlier = run.facts.context_parallel
+    size, profile = choose_size(config, loss, estimator, profile_of, available, earlier)
+    context = join_context(size, config.runtime.rank_timeout)
+    if context is not None:
+        check_context(loss, data.probe(), context, estimator.machine.precision)
+    return context, profile
 
 
 def _choose_packing(

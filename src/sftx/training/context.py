@@ -7,13 +7,12 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig
 
 from sftx import distributed
-from sftx.model.checks.context import check_context
 from sftx.model.context_parallel import Context, check_heads
 from sftx.model.memory import MemoryEstimator
 from sftx.model.pack_loss import PackLoss
 from sftx.settings.schema import Config, Runtime
 from sftx.training.memory_plan import StepProfile, choose_packing
-from sftx.types import Pack, UserError
+from sftx.types import UserError
 
 ProfileOf = Callable[[int], StepProfile]
 """The load of a step by how many groups of ranks share its packs."""
@@ -70,43 +69,40 @@ def choose_context(
     return profile_of(ranks // sizes[0])
 
 
-def join_context(
+def choose_size(
     config: Config,
-    model_config: PreTrainedConfig,
     loss: PackLoss,
     estimator: MemoryEstimator,
     profile_of: ProfileOf,
     available: int,
     earlier: int | None,
-    probe: Pack,
-) -> tuple[Context | None, StepProfile]:
-    """The ranks that compute packs together with this one (None: none do), and what a step then
-    asks of it.
+) -> tuple[int, StepProfile]:
+    """How many ranks compute a pack together, and what a step then asks of them.
 
-    A run that is continued keeps the `earlier` number of them where it can, so that it goes on to
-    the bit. Raises UserError where the model cannot be computed so.
+    A run that is continued keeps the `earlier` number where it can, so that it goes on to the bit.
+    Raises UserError where the model cannot be computed so.
     """
     ranks = distributed.world_size()
-    sizes = context_sizes(config, model_config, ranks)
+    sizes = context_sizes(config, loss.model.config, ranks)
     if sizes[0] > 1 and not loss.paths.isolate:
         raise UserError(
             f"runtime.context_parallel: {type(loss.model).__name__} runs one example at a time, "
             "by its own attention, which one process must compute whole; set it to 1"
         )
-    if not estimator.on_gpu and len(sizes) > 1:
-        sizes = [1]
-    if not loss.paths.isolate:
+    if len(sizes) > 1 and not (estimator.on_gpu and loss.paths.isolate):
         sizes = [1]
     if earlier in sizes:
         sizes = [earlier]
     profile = choose_context(config.runtime, sizes, ranks, estimator, profile_of, available)
-    size = estimator.context_size
+    return estimator.context_size, profile
+
+
+def join_context(size: int, timeout: float) -> Context | None:
+    """The ranks that compute packs together with this one; None where none do."""
     if size == 1:
-        return None, profile
-    group = distributed.group_of(size, config.runtime.rank_timeout)
-    context = Context(size, distributed.rank() % size, group.group_name)
-    check_context(loss, probe, context, estimator.machine.precision)
-    return context, profile
+        return None
+    group = distributed.group_of(size, timeout)
+    return Context(size, distributed.rank() % size, group.group_name)
 
 
 def _of_size(size: int) -> Context | None:
