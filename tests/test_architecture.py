@@ -28,6 +28,7 @@ LAYERS = {
         "training.control",
         "training.metrics",
         "training.build",
+        "training.run_data",
         "training.finish",
         "report",
         "starter",

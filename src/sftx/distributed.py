@@ -167,6 +167,13 @@ def saving_group() -> torch_dist.ProcessGroup | None:
     return _saving
 
 
+def group_of(size: int, timeout: float) -> torch_dist.ProcessGroup:
+    """The group of `size` ranks that follow each other, of which this is one."""
+    own, _ = torch_dist.new_subgroups(size, timeout=timedelta(seconds=timeout))
+    assert isinstance(own, torch_dist.ProcessGroup)
+    return own
+
+
 def all_reduce_max(number: int) -> int:
     """The largest `number` of any rank, on every rank; a sign of life too."""
     if not is_joined():

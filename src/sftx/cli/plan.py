@@ -9,9 +9,12 @@ many GPUs are needed at least.
 
 from __future__ import annotations
 
+import copy
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +37,7 @@ from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
 from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config
-from sftx.training.build import longest_example
+from sftx.training.context import ProfileOf, check_context_size, choose_context, context_sizes
 from sftx.training.memory_plan import (
     StepProfile,
     choose_packing,
@@ -43,6 +46,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
+from sftx.training.run_data import longest_example
 from sftx.types import UserError
 
 STAGE = "plan"
@@ -67,7 +71,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     count = whole_number("plan: gpus", gpus) if gpus else 1
     model_config = load_config(config.model)
     loss = meta_model(config, model_config, _added_token_ids(config))
-    plan, load = _load(config, loss, count)
+    check_context_size(config, model_config, count)
+    plan, profile_of = _load(config, loss)
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         if gpus:
@@ -76,15 +81,22 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             here = _with_gpus(here, config)
         else:
             available, reserved = here.available_memory()
-        estimator = _estimator(config, loss, here, reserved, count, load)
+        estimator = _estimator(config, loss, here, reserved, count)
+        sizes = context_sizes(config, model_config, count)
+        load = choose_context(config.runtime, sizes, count, estimator, profile_of, available)
+        wish = config.runtime.compile
+        tokens = load.tokens if count == 1 else 0.0
+        estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
         facts = _facts(config, plan, load, loss, available)
+        facts["context_parallel"] = estimator.context_size
         facts["adapter"] = describe_adapter(loss.model)
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
         facts["device"] = f"{gpus} GPUs" if gpus else str(here.device)
         facts["precision"] = name_of(here.precision)
         facts |= _packing(config, estimator, None if gpus else plan, load, available)
         if gpus:
-            facts["gpus_needed"] = _fewest_gpus(config, estimator, load, available)
+            facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
+            facts["longest_that_fits"] = _longest_that_fits(config, estimator, load, available)
     facts["settings"] = resolved(config, DEFAULTS, _defaults_here(config, loss, facts))
     print(printable("\n".join([*resolved_lines(facts["settings"]), *_lines(facts, config)])))
     if json:
@@ -100,20 +112,14 @@ def _added_token_ids(config: Config) -> dict[int, bool]:
 
 
 def _estimator(
-    config: Config, loss: PackLoss, here: Machine, reserved: int, count: int, load: StepProfile
+    config: Config, loss: PackLoss, here: Machine, reserved: int, count: int
 ) -> MemoryEstimator:
     """What predicts the memory of a step on one device, or in shards over `count` of them."""
     nf4 = config.adapter.quantize == "nf4"
     if count == 1:
         cast_frozen_weights(loss.model, here.precision)
-        estimator = MemoryEstimator(loss, here, reserved, None, nf4)
-        tokens = load.tokens
-    else:
-        estimator = MemoryEstimator(loss, here, reserved, count, nf4)
-        tokens = 0.0
-    wish = config.runtime.compile
-    estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
-    return estimator
+        return MemoryEstimator(loss, here, reserved, None, nf4)
+    return MemoryEstimator(loss, here, reserved, count, nf4)
 
 
 def _with_gpus(here: Machine, config: Config) -> Machine:
@@ -170,9 +176,9 @@ def _bytes(value: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
 
 
-def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, StepProfile]:
-    """The plan of the run's own data, and its load; without data: full packs of the longest
-    examples, all targets.
+def _load(config: Config, loss: PackLoss) -> tuple[Plan | None, ProfileOf]:
+    """The plan of the run's own data, and its load on so many processes; without data: full packs
+    of the longest examples, all targets.
     """
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
@@ -181,12 +187,13 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
-        return plan, StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)
+        return plan, partial(StepProfile.of_plan, plan, int(corpus.targets.sum()))
     sizes = (
         longest_example(config, loss.model.config),
         config.runtime.tokens_per_pack or DEFAULT_LENGTH,
     )
-    return None, StepProfile(min(sizes), 1 << 20, 1.0)
+    full = StepProfile(min(sizes), 1 << 20, 1.0)
+    return None, lambda processes: full
 
 
 def _facts(
@@ -215,27 +222,58 @@ def _fill(plan: Plan, tokens_per_pack: int) -> float:
     )
 
 
-def _fewest_gpus(
+def _longest_that_fits(
     config: Config, estimator: MemoryEstimator, load: StepProfile, available: int
+) -> int | None:
+    """The longest example that is sure to fit, of 1,024, 1,536, 2,048, 3,072 ... tokens, where a
+    step has more than one of them; None where none does.
+    """
+    positions = getattr(estimator.loss.model.config, "max_position_embeddings", None) or 1 << 20
+    least: dict[str, object] = {"tokens_per_pack": 1}
+    if config.runtime.recompute == "auto":
+        least["recompute"] = "all"
+    runtime = config.runtime.model_copy(update=least)
+
+    def too_long(tokens: int) -> bool:
+        one = replace(load, longest=tokens, step_tokens=2 * tokens)
+        try:
+            choose_packing(runtime, estimator, one, available)
+        except UserError:
+            return True
+        return False
+
+    steps = [half << power for power in range(9, 32) for half in (2, 3)]
+    lengths = [tokens for tokens in steps if tokens <= positions]
+    found = bisect_left(lengths, x=True, key=too_long)
+    return lengths[found - 1] if found else None
+
+
+def _fewest_gpus(
+    config: Config, estimator: MemoryEstimator, profile_of: ProfileOf, available: int
 ) -> int | None:
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to
     `MANY`.
     """
     # As shards do; the memory of one process was predicted before.
     cast_frozen_weights(estimator.loss.model, torch.float32)
-    sharded = MemoryEstimator(
-        estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
+    # One that knows shards already has measured most of what is asked here.
+    sharded = (
+        copy.copy(estimator)
+        if estimator.shards
+        else MemoryEstimator(
+            estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
+        )
     )
 
     def fits(count: int) -> bool:
         sharded.shards = count
+        used = estimator if count == 1 and not estimator.shards else sharded
+        sizes = context_sizes(config, estimator.loss.model.config, count)
+        if count % sizes[0]:
+            return False
+        load = choose_context(config.runtime, sizes, count, used, profile_of, available)
         try:
-            choose_packing(
-                config.runtime,
-                estimator if count == 1 and not estimator.shards else sharded,
-                load,
-                available,
-            )
+            choose_packing(config.runtime, used, load, available)
         except UserError:
             return False
         return True
@@ -261,6 +299,10 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     if "gpus_needed" in facts:
         needed = facts["gpus_needed"] or f"more than {MANY}"
         yield f"GPUs     {needed} of this size are needed at least"
+    if "longest_that_fits" in facts:
+        longest = facts["longest_that_fits"]
+        said = f"of {longest:,} tokens" if longest else "of less than 1,024 tokens"
+        yield f"longest  an example {said} fits, with {facts['context_parallel']} GPUs to each pack"
     yield from (f"note     {note}" for note in facts.get("notes", []))
     if "refused" in facts:
         yield f"refused  {facts['refused']}"
@@ -290,9 +332,12 @@ def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
 def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
     """The packs, and what a step with them needs."""
     fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
+    shared = ""
+    if facts["context_parallel"] > 1:
+        shared = f", each shared by {facts['context_parallel']} GPUs"
     yield (
-        f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of "
-        f"{facts['layers']} layers recomputed"
+        f"packs    {facts['tokens_per_pack']:,} tokens{shared}{fill}; "
+        f"{facts['recomputed_layers']} of {facts['layers']} layers recomputed"
     )
     owner = "each GPU" if facts.get("gpus_needed") else "the process"
     yield f"memory   {owner} at the peak of a step, in GiB"

@@ -114,7 +114,7 @@ class Judge:
         general = self.questions.general
         if general is not None:
             found = held_out_loss(
-                self.loss, general, self.tokens_per_pack, self.machine.autocast, stop
+                self.loss, general, self.tokens_per_pack, self.machine.autocast, stop=stop
             )
             if not found:
                 return None

@@ -16,6 +16,7 @@ from sftx import distributed
 from sftx.data.pack import balanced, build_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.checks.start import evaluating
+from sftx.model.context_parallel import Context, group_and_count
 from sftx.model.pack_loss import PackLoss, Tally, to_tensors
 
 
@@ -24,6 +25,7 @@ def held_out_loss(
     corpus: Corpus,
     tokens_per_pack: int,
     autocast: Callable[[], AbstractContextManager[Any]],
+    context: Context | None = None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
@@ -41,22 +43,21 @@ def held_out_loss(
         float(corpus.weights[corpus.source == number].sum())
         for number in range(len(corpus.sources))
     ]
-    share = tokens_per_pack * distributed.world_size()
-    total = math.ceil(float(corpus.lengths.sum()) / share)
+    group, groups = group_and_count(context)
+    total = math.ceil(float(corpus.lengths.sum()) / (tokens_per_pack * groups))
     done = 0
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
-            for members in balanced(
-                corpus.lengths[mine], tokens_per_pack, distributed.world_size()
-            )[distributed.rank()]:
+            for members in balanced(corpus.lengths[mine], tokens_per_pack, groups)[group]:
                 if stop():
                     return {}
                 tell(done, max(total, done))
                 done += 1
                 pack = build_pack([corpus.example(int(mine[i])) for i in members])
                 with autocast():
-                    totals[number] += model(to_tensors(pack, device), tallies[number]).double()
+                    tensors = to_tensors(pack, device, context)
+                    totals[number] += model(tensors, tallies[number]).double()
     both = torch.stack([totals, torch.stack([tally.correct for tally in tallies])])
     sums, correct = distributed.all_reduce_sum(both).tolist()
     loss = sum(sums) / sum(weights)

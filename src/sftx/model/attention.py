@@ -1,4 +1,4 @@
-"""Attention inside segments: one function, registered with transformers under one name.
+"""Attention inside segments: one function, which `context_parallel` registers with transformers.
 
 A pack is a flat stream; each token attends to itself and to what stands before it in its own
 segment. No mask of T x T is ever built: transformers builds none for an attention it does not know,
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 from sftx.model.cpu_attention import by_segment, segments
 
@@ -87,17 +86,14 @@ def segment_attention(
         return segments(
             query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0
         ), None
-    key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     out = by_segment(
         query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, segment_attention)
-
-
-def _repeat_heads(states: Tensor, heads: int) -> Tensor:
+def repeat_heads(states: Tensor, heads: int) -> Tensor:
     """Grouped-query attention: repeat key or value heads up to the number of query heads."""
     groups = heads // states.shape[1]
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
@@ -120,7 +116,7 @@ def _varlen(
         {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
     )
     if not groups:
-        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
     # (left, right): how many further positions are seen. (-1, 0) is plain causal attention.
     size = (window - 1 if window else -1, 0)

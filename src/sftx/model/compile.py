@@ -17,6 +17,7 @@ from torch import nn
 
 from sftx import distributed
 from sftx.model.checkpointing import decoder_layers
+from sftx.model.context_parallel import Context
 from sftx.model.pack_loss import CompiledLayer, PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.types import Pack, UserError
@@ -45,9 +46,14 @@ def planned(
 
 
 def compile_layers(
-    loss: PackLoss, pack: Pack, machine: Machine, wish: Literal["auto", "on", "off"]
+    loss: PackLoss,
+    pack: Pack,
+    machine: Machine,
+    wish: Literal["auto", "on", "off"],
+    context: Context | None = None,
 ) -> str:
     """Compile the layers and try them, forward and backward, on `pack`; what came of it, in words.
+    With a `context`, its ranks share the pack.
 
     Where a layer does not compile, everything stays as it was; UserError if that was not the wish.
     """
@@ -80,7 +86,7 @@ def compile_layers(
             )
         loss.take(replace(paths, compiled=tuple(map(_compiled, layers))))
         with machine.autocast():
-            value = loss(to_tensors(pack, machine.device))
+            value = loss(to_tensors(pack, machine.device, context))
         value.backward()
     except (
         TorchDynamoException,

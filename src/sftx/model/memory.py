@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from sftx.model import attention
 from sftx.model.checkpointing import decoder_layers, recompute
 from sftx.model.compile import KEPT
+from sftx.model.context_parallel import Context
 from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import Machine
 from sftx.types import Pack
@@ -81,7 +82,8 @@ class MemoryEstimator:
     before a model. `shards` says over how many processes `fully_shard` spreads weights, gradients and
     optimiser; None = not in use. `nf4`: the layers' frozen matrices, which `loss` has as they are,
     will hold 4 bits a weight, be made whole one at a time, and be the same on every process.
-    `compiled` is to be set where the layers will be.
+    `compiled` is to be set where the layers will be, `context` where processes compute a pack
+    together.
     """
 
     def __init__(
@@ -100,12 +102,18 @@ class MemoryEstimator:
             shards,
         )
         self.on_gpu, self.compiled = machine.device.type == "cuda", False
+        self.context: Context | None = None
         self.packed = {
             p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad
         }
         self.weights = _bytes({*loss.parameters(), *loss.buffers()} - self.packed)
         self.trained = _bytes(_trained(loss))
-        self._known: dict[tuple[int, int, int, bool, bool], Marks] = {}
+        self._known: dict[tuple[int, int, int, int, bool, bool], Marks] = {}
+
+    @property
+    def context_size(self) -> int:
+        """How many processes compute a pack together."""
+        return 1 if self.context is None else self.context.size
 
     def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
@@ -180,7 +188,7 @@ class MemoryEstimator:
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""
         longest, depth = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()), len(self.layers)
-        key = (len(pack.ids), longest, len(pack.index), every, accumulate)
+        key = (self.context_size, len(pack.ids), longest, len(pack.index), every, accumulate)
         if key not in self._known:
             shapes = {
                 (_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers
@@ -194,7 +202,7 @@ class MemoryEstimator:
 
     def _measure_step(self, pack: Pack, depth: int, every: bool, accumulate: bool) -> Marks:
         """Run `depth` layers once, forward and backward, on fake tensors."""
-        tensors = to_tensors(pack, torch.device("cpu"))
+        tensors = to_tensors(pack, torch.device("cpu"), self.context)
         with _quiet(type(self.loss.model).__name__), FakeTensorMode(allow_non_fake_inputs=True):
             loss, layers = self.shadow(depth)
             _choose_no_experts(loss.model)

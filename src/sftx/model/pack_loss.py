@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
+from sftx.model.context_parallel import Context
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import (
     PLAIN,
@@ -29,7 +30,11 @@ from sftx.types import Pack, UserError
 
 @dataclass(frozen=True, slots=True)
 class TensorPack:
-    """A `Pack` as tensors on the device; `cu_seqlens_cpu` stays on the host."""
+    """A `Pack` as tensors on the device; `cu_seqlens_cpu` stays on the host.
+
+    With a `context`, tokens and targets are those of this rank's `part`, and the segments those of
+    the whole pack.
+    """
 
     ids: Tensor  # int64[T]
     positions: Tensor  # int64[T]
@@ -40,17 +45,21 @@ class TensorPack:
     longest: int  # tokens of the longest segment
     counts: tuple[int, ...]  # targets of each segment
     examples: tuple[int, ...]  # their numbers, by which noise is drawn
+    context: Context | None = None
 
     def segments(self) -> dict[str, Any]:
         """What `attention` needs, under the names that transformers passes on to its kernels."""
         cu_seqlens = self.cu_seqlens_cpu.to(self.ids.device, non_blocking=True)
-        return {
+        known: dict[str, Any] = {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
             "cu_seqlens_cpu": self.cu_seqlens_cpu,
         }
+        if self.context is not None:
+            known |= {f"context_{name}": value for name, value in asdict(self.context).items()}
+        return known
 
     def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
         """Of every segment: (first token, one past the last, places of its targets in it, which
@@ -64,8 +73,8 @@ class TensorPack:
             yield a, b, self.index[mine] - a, mine
 
 
-def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
-    """The pack as `PackLoss` takes it.
+def to_tensors(pack: Pack, device: torch.device, context: Context | None = None) -> TensorPack:
+    """The pack as `PackLoss` takes it; of several ranks that compute it, this one's part.
 
     Copies leave pinned memory on the stream that will use them: nobody waits, and nothing has to be
     ordered.
@@ -78,17 +87,24 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
+    part, mine, first = slice(None), slice(None), 0
+    if context is not None:
+        pack = context.filled(pack)
+        part = context.part(len(pack.ids))
+        first = part.start
+        mine = slice(*np.searchsorted(pack.index, [part.start, part.stop]).tolist())
     targets_before = np.searchsorted(pack.index, pack.cu_seqlens)
     return TensorPack(
-        ids=move(pack.ids, torch.int64),
-        positions=move(pack.positions, torch.int64),
+        ids=move(pack.ids[part], torch.int64),
+        positions=move(pack.positions[part], torch.int64),
         cu_seqlens_cpu=pinned(pack.cu_seqlens, torch.int32),
-        index=move(pack.index, torch.int64),
-        label=move(pack.label, torch.int64),
-        weight=move(pack.weight, torch.float32),
+        index=move(pack.index[mine] - first, torch.int64),
+        label=move(pack.label[mine], torch.int64),
+        weight=move(pack.weight[mine], torch.float32),
         longest=int(np.diff(pack.cu_seqlens).max()),
         counts=tuple(np.diff(targets_before).tolist()),
         examples=pack.examples,
+        context=context,
     )
 
 
@@ -258,12 +274,15 @@ class PackLoss(nn.Module):
         return self.objective.router_aux * balance
 
     def _draw_noise(self, pack: TensorPack) -> Tensor:
-        """[T, h]; an example meets the same noise in a step wherever its pack puts it."""
+        """[T, h]; an example meets the same noise in a step wherever its pack puts it, and whichever
+        ranks compute it.
+        """
         lengths = pack.cu_seqlens_cpu.diff().tolist()
         width = int(bare(self.model.get_input_embeddings()).weight.shape[1])
         numbers = pack.examples or range(len(lengths))
         seeds = [self.noise_seed * 1_000_003 + example for example in numbers]
-        return embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
+        noise = embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
+        return noise if pack.context is None else noise[pack.context.part(len(noise))]
 
     def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         # Once: whatever runs the model next is not this training pack.

@@ -40,6 +40,7 @@ class RunFacts:
     precision: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
     tokens_per_pack: int = 0
+    context_parallel: int | None = None
     notes: list[str] | None = None
     peak_learning_rate: float | None = None
     stop_id: int | None = None
@@ -100,6 +101,10 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "num_steps": (_is_count, "a whole number"),
     "tokens_per_pack": (
         lambda value: _is_count(value, least=1) and not _is_count(value, least=2**31),
+        "a whole number of at least 1",
+    ),
+    "context_parallel": (
+        lambda value: value is None or _is_count(value, least=1),
         "a whole number of at least 1",
     ),
     "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),

@@ -343,6 +343,12 @@ class RuntimeSettings(TypedDict, total=False):
     which nodes repeat; `auto` = `replicate` where weights, gradients and optimiser fit into half
     the memory of a GPU, else `fsdp`. One process holds all of it.
     """
+    context_parallel: Literal["auto"] | int
+    """Processes that compute a pack together, each a part of its tokens: for examples that are
+    longer than one of them holds. Changes speed and memory, never the result. Packs are those of
+    such a group: it takes `tokens_per_pack` tokens at once. `auto` = as few as a step fits into on
+    GPUs; 1 on a CPU. The attention heads and the number of processes must be multiples of it.
+    """
     rank_timeout: float
     """Seconds for which a process may wait for another; then the job ends and the silent one is
     named.

@@ -16,17 +16,13 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from sftx import distributed
-from sftx.data.dataset import load_corpora
-from sftx.data.encoder import DEFAULT_LENGTH, Encoder
-from sftx.data.pack import build_pack, probe_pack
-from sftx.data.plan import Plan, plan_of
-from sftx.data.store.corpus import Corpus
-from sftx.data.tokenizer import Tokenizer
-from sftx.eval.questions import Questions, read_questions
+from sftx.data.pack import build_pack
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
+from sftx.model.checks.context import check_context
 from sftx.model.checks.start import check_paths, check_sizes, check_trainable
 from sftx.model.compile import compile_layers, planned
+from sftx.model.context_parallel import Context
 from sftx.model.folder import load_config
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
@@ -42,8 +38,8 @@ from sftx.report.record import Run
 from sftx.settings.flat import flat
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.best import chosen_by
-from sftx.training.checks import check_best, check_ranks, check_same_tokens, check_stop_token
+from sftx.training.checks import check_ranks, check_same_tokens
+from sftx.training.context import ProfileOf, check_context_size, choose_size, join_context
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
     Packing,
@@ -55,6 +51,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
+from sftx.training.run_data import RunData, read_data
 from sftx.training.run_identity import (
     find_beginning,
     mathematics,
@@ -65,24 +62,6 @@ from sftx.types import UserError
 
 CALIBRATION = 256
 """Tokens of a layer that is timed before a run, to predict its time."""
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains on and evaluates."""
-
-    tokenizer: Tokenizer
-    max_length: int
-    encoder: Encoder
-    corpus: Corpus
-    held_out: Corpus | None
-    plan: Plan
-    questions: Questions | None
-
-    @property
-    def notes(self) -> list[str]:
-        """What there is to say of the questions."""
-        return [] if self.questions is None else self.questions.notes
 
 
 @dataclass(frozen=True)
@@ -110,7 +89,8 @@ def prepare(
     """
     refuse_wrong_folder(config, run)
     model_config = load_config(config.model)
-    data = _read_data(config, model_config, progress)
+    check_context_size(config, model_config, distributed.world_size())
+    data = read_data(config, model_config, progress)
     plan = data.plan
     # Not earlier: encoding may take longer than processes wait for each other.
     until_end.enter_context(distributed.joined(machine.device, config.runtime.rank_timeout))
@@ -123,11 +103,17 @@ def prepare(
     _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
-    profile = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
+    profile_of = partial(StepProfile.of_plan, plan, int(data.corpus.targets.sum()))
+    profile = profile_of(distributed.world_size())
     path_notes = _check_model(config, machine, model.loss, data, profile, progress)
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
+    context, profile = _join_context(
+        config, run, model.loss, data, profile_of, estimator, available
+    )
+    packing, seconds = _choose_packing(
+        config, run, model.loss, data, profile, estimator, available, context
+    )
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     job = Job(
@@ -140,6 +126,7 @@ def prepare(
         held_out=data.held_out,
         plan=plan,
         tokens_per_pack=packing.tokens_per_pack,
+        context=context,
         loss=model.loss,
         adapted=model.adapted,
         tokenizer=tokenizer,
@@ -167,30 +154,6 @@ def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.St
     """The state before the first step."""
     decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
     return checkpoint.State(0, data.plan.fingerprint, decides)
-
-
-def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
-    """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    positions = _positions(model_config) or DEFAULT_LENGTH
-    return config.data.max_length or min(positions, DEFAULT_LENGTH)
-
-
-def _positions(model_config: PreTrainedConfig) -> int | None:
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
-
-
-def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progress) -> RunData:
-    progress.phase("reading the data")
-    max_length = longest_example(config, model_config)
-    tokenizer = Tokenizer.of_model(config.model)
-    encoder = Encoder(tokenizer, config.data, max_length)
-    corpus, held_out = load_corpora(config, tokenizer, max_length, progress.encoding, encoder)
-    plan = plan_of(corpus, config)
-    progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
-    check_stop_token(corpus, encoder, config.data)
-    questions = read_questions(config, encoder, held_out, _positions(model_config))
-    check_best(chosen_by(config.eval), held_out, questions)
-    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
 
 
 def build_model(
@@ -281,8 +244,7 @@ def _check_model(
     check_trainable(loss)
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
     largest = largest_pack(config.runtime, machine.device, profile)
-    probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])
-    return check_paths(loss, probe, machine.precision, longest, largest)
+    return check_paths(loss, data.probe(), machine.precision, longest, largest)
 
 
 def _estimator(
@@ -303,6 +265,24 @@ def _estimator(
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)
 
 
+def _join_context(
+    config: Config,
+    run: Run,
+    loss: PackLoss,
+    data: RunData,
+    profile_of: ProfileOf,
+    estimator: MemoryEstimator,
+    available: int,
+) -> tuple[Context | None, StepProfile]:
+    """The ranks that compute packs together with this one, and the load of a step that they share."""
+    earlier = run.facts.context_parallel
+    size, profile = choose_size(config, loss, estimator, profile_of, available, earlier)
+    context = join_context(size, config.runtime.rank_timeout)
+    if context is not None:
+        check_context(loss, data.probe(), context, estimator.machine.precision)
+    return context, profile
+
+
 def _choose_packing(
     config: Config,
     run: Run,
@@ -311,6 +291,7 @@ def _choose_packing(
     profile: StepProfile,
     estimator: MemoryEstimator,
     available: int,
+    context: Context | None,
 ) -> tuple[Packing, float | None]:
     """Choose packs and checkpointed layers, and compile where that is asked for or repays itself;
     the predicted seconds of all steps too.
@@ -330,7 +311,7 @@ def _choose_packing(
     if estimator.compiled:
         members = data.plan.packs(0, chosen.tokens_per_pack)[0][0]
         pack = build_pack([data.corpus.example(i) for i in members], members)
-        note = compile_layers(loss, pack, machine, wish)
+        note = compile_layers(loss, pack, machine, wish, context)
         if not loss.paths.compiled:  # layers as they are keep more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
@@ -366,6 +347,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.tokens_per_pack,
+        context_parallel=1 if job.context is None else job.context.size,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,
@@ -386,8 +368,9 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
 def _summary(job: Job, peak: float) -> str:
     trained, all_of_them = trainable(job.loss)
     machine = job.machine
+    shared = "" if job.context is None else f" shared by {job.context.size} processes"
     return (
         f"{type(job.loss.model).__name__}: {trained:,} of {all_of_them:,} parameters train, "
         f"{name_of(machine.precision)} on {machine.device}, {job.tokens_per_pack:,} tokens per "
-        f"pack, peak learning rate {peak:g}"
+        f"pack{shared}, peak learning rate {peak:g}"
     )

@@ -23,6 +23,7 @@ from sftx.eval.forgetting import read_gauge
 from sftx.eval.judge import Judge, Questions
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import trainable
+from sftx.model.context_parallel import Context, group_and_count
 from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.model.runtime import Machine
 from sftx.report.record import Run
@@ -57,6 +58,7 @@ class Job:
     held_out: Corpus | None
     plan: Plan
     tokens_per_pack: int
+    context: Context | None  # the ranks that compute each pack together with this one
     loss: PackLoss
     adapted: PeftModel | None
     tokenizer: PreTrainedTokenizerBase  # the one that is saved with the model
@@ -98,12 +100,13 @@ class Job:
 
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
-        ranks = self.plan.packs(step, self.tokens_per_pack, distributed.world_size())
+        number, count = group_and_count(self.context)
+        groups = self.plan.packs(step, self.tokens_per_pack, count)
         own: list[TensorPack] = []
-        for members in ranks[distributed.rank()]:
+        for members in groups[number]:
             pack = build_pack([self.corpus.example(i) for i in members], members)
-            own.append(to_tensors(pack, self.machine.device))
-        return StepPacks(own, sum(map(bool, chain(*ranks))))
+            own.append(to_tensors(pack, self.machine.device, self.context))
+        return StepPacks(own, sum(map(bool, chain(*groups))))
 
     def ask(self, questions: Questions | None) -> None:
         """Let evaluations ask `questions` too."""
@@ -143,6 +146,7 @@ class Job:
                 self.held_out,
                 self.tokens_per_pack,
                 self.machine.autocast,
+                self.context,
                 self.stop,
                 partial(self.tell, "evaluating|packs"),
             )

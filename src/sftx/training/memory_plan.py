@@ -118,7 +118,7 @@ def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
 
 
 def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> int:
-    """The most tokens that a pack may get, whatever is chosen."""
+    """The most tokens that a process may get at once, whatever is chosen."""
     sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
     return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 
@@ -189,7 +189,8 @@ def seconds_of(
         load.squares,
         chosen.recomputed,
     )
-    tokens = chosen.tokens_per_pack if estimator.on_gpu else min(chosen.tokens_per_pack, tokens)
+    of_one = chosen.tokens_per_pack // estimator.context_size
+    tokens = of_one if estimator.on_gpu else min(of_one, tokens)
     pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
     try:
         speed = reached_speed(estimator, pack)
@@ -235,7 +236,10 @@ def _sizes(runtime: Runtime, estimator: MemoryEstimator) -> tuple[list[int], lis
     good = COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
     if estimator.on_gpu:
         good = GPU_SIZES
-    return good, [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
+    small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
+    # Of each process that computes a part of the pack.
+    share = estimator.context_size
+    return [share * size for size in good], [share * size for size in small]
 
 
 def _refusal(tried: Packing, memory: Memory, load: StepProfile) -> str:
