@@ -40,6 +40,7 @@ class RunFacts:
     precision: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
     tokens_per_pack: int = 0
+    shares_prefixes: bool = False
     notes: list[str] | None = None
     peak_learning_rate: float | None = None
     stop_id: int | None = None
@@ -112,6 +113,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: _is_count(value, least=1) and not _is_count(value, least=2**31),
         "a whole number of at least 1",
     ),
+    "shares_prefixes": (_is(bool), "true or false"),
     "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
     "eval_after": (lambda value: value is None or isinstance(value, dict), "an object"),
 }

@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig
 from sftx import distributed
 from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
-from sftx.data.pack import build_pack, probe_pack
+from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan, plan_of
+from sftx.data.shared_packs import packs_of_rank
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.questions import Questions, read_questions
@@ -54,6 +55,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
+from sftx.training.prefix_sharing import possible_saving, shares_prefixes
 from sftx.training.run_identity import (
     dotted,
     find_beginning,
@@ -123,11 +125,16 @@ def prepare(
     _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
-    profile = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
-    path_notes = _check_model(config, machine, model.loss, data, profile, progress)
+    alone = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
+    saving = possible_saving(config.runtime, plan, data.corpus)
+    path_notes = _check_model(config, machine, model.loss, data, alone.sharing(saving), progress)
+    shares = shares_prefixes(config.runtime, run.facts, model.loss)
+    profile = alone.sharing(saving) if shares else alone
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
+    packing, seconds = _choose_packing(
+        config, run, model.loss, data, profile, shares, estimator, available
+    )
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     job = Job(
@@ -140,6 +147,7 @@ def prepare(
         held_out=data.held_out,
         plan=plan,
         tokens_per_pack=packing.tokens_per_pack,
+        shares_prefixes=shares,
         loss=model.loss,
         adapted=model.adapted,
         tokenizer=tokenizer,
@@ -151,7 +159,8 @@ def prepare(
         tell=progress.phase,
     )
     job.ask(data.questions)
-    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
+    said = saving.notes() if shares else []
+    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes, *said]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
@@ -307,6 +316,7 @@ def _choose_packing(
     loss: PackLoss,
     data: RunData,
     profile: StepProfile,
+    shares: bool,
     estimator: MemoryEstimator,
     available: int,
 ) -> tuple[Packing, float | None]:
@@ -325,9 +335,8 @@ def _choose_packing(
     seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
-        members = data.plan.packs(0, chosen.tokens_per_pack)[0][0]
-        pack = build_pack([data.corpus.example(i) for i in members], members)
-        note = compile_layers(loss, pack, machine, wish)
+        packs, _ = packs_of_rank(data.plan, data.corpus, 0, chosen.tokens_per_pack, shares)
+        note = compile_layers(loss, packs[0], machine, wish)
         if not loss.paths.compiled:  # layers as they are keep more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
@@ -346,7 +355,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     run, decides = job.run, job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
-    check_ranks({**dotted(decides), "tokens per pack": job.tokens_per_pack})
+    packs = {"tokens per pack": job.tokens_per_pack, "shared prefixes": job.shares_prefixes}
+    check_ranks({**dotted(decides), **packs})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)
     job.state = found.state
     notes += found.notes
@@ -362,6 +372,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.tokens_per_pack,
+        shares_prefixes=job.shares_prefixes,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftx import distributed
 from sftx.data.dataset import write_ledger
 from sftx.data.encoder import Encoder
-from sftx.data.pack import build_pack
 from sftx.data.plan import Plan
+from sftx.data.shared_packs import packs_of_rank
 from sftx.data.store.corpus import Corpus
 from sftx.eval.forgetting import read_gauge
 from sftx.eval.judge import Judge, Questions
@@ -57,6 +56,7 @@ class Job:
     held_out: Corpus | None
     plan: Plan
     tokens_per_pack: int
+    shares_prefixes: bool  # whether a pack computes them once
     loss: PackLoss
     adapted: PeftModel | None
     tokenizer: PreTrainedTokenizerBase  # the one that is saved with the model
@@ -98,12 +98,16 @@ class Job:
 
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
-        ranks = self.plan.packs(step, self.tokens_per_pack, distributed.world_size())
-        own: list[TensorPack] = []
-        for members in ranks[distributed.rank()]:
-            pack = build_pack([self.corpus.example(i) for i in members], members)
-            own.append(to_tensors(pack, self.machine.device))
-        return StepPacks(own, sum(map(bool, chain(*ranks))))
+        own, count = packs_of_rank(
+            self.plan,
+            self.corpus,
+            step,
+            self.tokens_per_pack,
+            self.shares_prefixes,
+            distributed.rank(),
+            distributed.world_size(),
+        )
+        return StepPacks([to_tensors(pack, self.machine.device) for pack in own], count)
 
     def ask(self, questions: Questions | None) -> None:
         """Let evaluations ask `questions` too."""

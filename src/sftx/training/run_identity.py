@@ -94,7 +94,8 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    then = dotted(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
+    then = {"batch.group_by": "none"}  # what older runs did
+    then |= dotted(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not _within(key, allowed)]:
         lines = [f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused]
