@@ -145,7 +145,7 @@ def build_shared_pack(
         return build_pack(examples, indices)
     segments = segments_of([len(example.ids) for example in examples], shared)
     ids = np.concatenate([examples[s.first].ids[s.start : s.stop] for s in segments])
-    weights = np.concatenate([_summed_weights(examples, s) for s in segments])
+    weights = np.concatenate([summed_weights(examples, s) for s in segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in segments])
     cu_seqlens = np.cumsum([0, *(s.stop - s.start for s in segments)])
     parent = np.array([s.parent for s in segments])
@@ -165,7 +165,7 @@ def build_shared_pack(
     )
 
 
-def _summed_weights(examples: Sequence[Example], segment: Segment) -> Float32:
+def summed_weights(examples: Sequence[Example], segment: Segment) -> Float32:
     """float32: the weights of a segment's tokens, added up in float64 over its examples."""
     total = np.zeros(segment.stop - segment.start)
     for example in examples[segment.first : segment.last]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,6 +34,10 @@ class Members(NamedTuple):
 
     examples: tuple[int, ...]
     shared: tuple[int, ...] = ()
+
+    def build(self, read: Callable[[int], Example]) -> Pack:
+        """The pack, whose examples `read` gives by their numbers."""
+        return build_shared_pack([read(i) for i in self.examples], self.examples, self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +75,22 @@ class Saving:
         return round(self.saved_squares / max(self.saved_tokens, 1.0))
 
 
-def packs_of_rank(
+def packs_of_step(
     plan: Plan,
     corpus: Corpus,
     step: int,
     tokens_per_pack: int,
     share: bool,
-    rank: int = 0,
     world_size: int = 1,
-) -> tuple[list[Pack], int]:
-    """The packs of `step` (0-based) that are this rank's, in which prefixes are shared where
-    `share` says so, and how many packs of all ranks hold anything.
+) -> tuple[list[list[Members]], Callable[[int], Example]]:
+    """For every rank, the packs of `step` (0-based), in which prefixes are shared where `share`
+    says so; and what reads their examples.
     """
-    if share:
-        examples = _examples(plan, corpus, step)
-        ranks = shared_packs(plan, step, tokens_per_pack, world_size, examples)
-        read = examples.__getitem__
-    else:
-        ranks = _plain_packs(plan, step, tokens_per_pack, world_size)
-        read = corpus.example
-    own = [build_shared_pack([read(i) for i in m.examples], *m) for m in ranks[rank]]
-    return own, sum(bool(members.examples) for bins in ranks for members in bins)
+    if not share:
+        return _plain_packs(plan, step, tokens_per_pack, world_size), corpus.example
+    examples = _examples(plan, corpus, step)
+    ranks = shared_packs(plan, step, tokens_per_pack, world_size, examples)
+    return ranks, examples.__getitem__
 
 
 def saving_of(plan: Plan, corpus: Corpus, tokens_per_pack: int = 1 << 60) -> Saving:

@@ -20,7 +20,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan, plan_of
-from sftx.data.shared_packs import packs_of_rank
+from sftx.data.shared_packs import Saving, packs_of_step
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.questions import Questions, read_questions
@@ -80,6 +80,7 @@ class RunData:
     held_out: Corpus | None
     plan: Plan
     questions: Questions | None
+    saving: Saving  # by sharing prefixes
 
     @property
     def notes(self) -> list[str]:
@@ -125,16 +126,11 @@ def prepare(
     _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
-    alone = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
-    saving = possible_saving(config.runtime, plan, data.corpus)
-    path_notes = _check_model(config, machine, model.loss, data, alone.sharing(saving), progress)
-    shares = shares_prefixes(config.runtime, run.facts, model.loss)
-    profile = alone.sharing(saving) if shares else alone
+    profile = StepProfile.of_plan(plan, int(data.corpus.targets.sum()), distributed.world_size())
+    path_notes = _check_model(config, machine, model.loss, data, profile, progress)
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    packing, seconds = _choose_packing(
-        config, run, model.loss, data, profile, shares, estimator, available
-    )
+    packing, seconds = _choose_packing(config, run, model.loss, data, profile, estimator, available)
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     job = Job(
@@ -146,8 +142,7 @@ def prepare(
         corpus=data.corpus,
         held_out=data.held_out,
         plan=plan,
-        tokens_per_pack=packing.tokens_per_pack,
-        shares_prefixes=shares,
+        packing=packing,
         loss=model.loss,
         adapted=model.adapted,
         tokenizer=tokenizer,
@@ -159,8 +154,7 @@ def prepare(
         tell=progress.phase,
     )
     job.ask(data.questions)
-    said = saving.notes() if shares else []
-    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes, *said]
+    notes = [*data.notes, *model.notes, *thread_notes, *path_notes, *packing.notes]
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
@@ -198,7 +192,8 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     positions = getattr(text, "max_position_embeddings", None)
     questions = read_questions(config, encoder, held_out, positions)
     check_best(chosen_by(config.eval), held_out, questions)
-    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
+    saving = possible_saving(config.runtime, plan, corpus)
+    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions, saving)
 
 
 def build_model(
@@ -287,7 +282,7 @@ def _check_model(
     check_sizes(loss, data.max_length, max(corpus.largest_id for corpus in corpora))
     check_trainable(loss)
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
-    largest = largest_pack(config.runtime, machine.device, profile)
+    largest = largest_pack(config.runtime, machine.device, profile.sharing(data.saving))
     probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])
     return check_paths(loss, probe, machine.precision, longest, largest)
 
@@ -316,7 +311,6 @@ def _choose_packing(
     loss: PackLoss,
     data: RunData,
     profile: StepProfile,
-    shares: bool,
     estimator: MemoryEstimator,
     available: int,
 ) -> tuple[Packing, float | None]:
@@ -330,13 +324,15 @@ def _choose_packing(
     )
     same_device = run.facts.device.partition(":")[0] == machine.device.type
     earlier = run.facts.tokens_per_pack if same_device else None
+    shares = shares_prefixes(config.runtime, run.facts, loss)
+    profile = profile.sharing(data.saving) if shares else profile
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
     seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
-        packs, _ = packs_of_rank(data.plan, data.corpus, 0, chosen.tokens_per_pack, shares)
-        note = compile_layers(loss, packs[0], machine, wish)
+        ranks, read = packs_of_step(data.plan, data.corpus, 0, chosen.tokens_per_pack, shares)
+        note = compile_layers(loss, ranks[0][0].build(read), machine, wish)
         if not loss.paths.compiled:  # layers as they are keep more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
@@ -345,7 +341,8 @@ def _choose_packing(
     if distributed.is_joined() and not loss.paths.isolate:
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
-    return chosen, seconds
+    notes = (*chosen.notes, *data.saving.notes()) if shares else chosen.notes
+    return replace(chosen, shares_prefixes=shares, notes=notes), seconds
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:
@@ -355,7 +352,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     run, decides = job.run, job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
-    packs = {"tokens per pack": job.tokens_per_pack, "shared prefixes": job.shares_prefixes}
+    packs = {"tokens per pack": job.tokens_per_pack, "shared prefixes": packing.shares_prefixes}
     check_ranks({**dotted(decides), **packs})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)
     job.state = found.state
@@ -372,7 +369,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.tokens_per_pack,
-        shares_prefixes=job.shares_prefixes,
+        shares_prefixes=packing.shares_prefixes,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,

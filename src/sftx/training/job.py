@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from sftx import distributed
 from sftx.data.dataset import write_ledger
 from sftx.data.encoder import Encoder
 from sftx.data.plan import Plan
-from sftx.data.shared_packs import packs_of_rank
+from sftx.data.shared_packs import packs_of_step
 from sftx.data.store.corpus import Corpus
 from sftx.eval.forgetting import read_gauge
 from sftx.eval.judge import Judge, Questions
@@ -29,6 +30,7 @@ from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.async_writer import AsyncWriter
 from sftx.training.best import best_step, chosen_by, costs, without_gain
+from sftx.training.memory_plan import Packing
 from sftx.training.signals import StopFlag
 
 GAUGE = "gauge.safetensors"
@@ -55,8 +57,7 @@ class Job:
     corpus: Corpus
     held_out: Corpus | None
     plan: Plan
-    tokens_per_pack: int
-    shares_prefixes: bool  # whether a pack computes them once
+    packing: Packing
     loss: PackLoss
     adapted: PeftModel | None
     tokenizer: PreTrainedTokenizerBase  # the one that is saved with the model
@@ -73,6 +74,11 @@ class Job:
     """The numbers of all evaluations so far, by step."""
     samples: list[dict[str, object]] = field(default_factory=list[dict[str, object]])
     """The lines that the latest evaluation gave samples.jsonl."""
+
+    @property
+    def tokens_per_pack(self) -> int:
+        """Tokens that a pack may have."""
+        return self.packing.tokens_per_pack
 
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
@@ -98,16 +104,18 @@ class Job:
 
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
-        own, count = packs_of_rank(
+        ranks, read = packs_of_step(
             self.plan,
             self.corpus,
             step,
             self.tokens_per_pack,
-            self.shares_prefixes,
-            distributed.rank(),
+            self.packing.shares_prefixes,
             distributed.world_size(),
         )
-        return StepPacks([to_tensors(pack, self.machine.device) for pack in own], count)
+        own: list[TensorPack] = []
+        for members in ranks[distributed.rank()]:
+            own.append(to_tensors(members.build(read), self.machine.device))
+        return StepPacks(own, sum(bool(members.examples) for members in chain(*ranks)))
 
     def ask(self, questions: Questions | None) -> None:
         """Let evaluations ask `questions` too."""

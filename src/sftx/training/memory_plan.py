@@ -99,6 +99,7 @@ class Packing:
     memory: Memory | None
     available: int  # bytes
     notes: tuple[str, ...] = ()
+    shares_prefixes: bool = False  # whether packs compute them once
 
     def parts(self) -> dict[str, int]:
         """Bytes by what holds them, and their sum at the peak; {} where they could not be
