@@ -117,7 +117,7 @@ ROWS = [
     [("prompt", lambda i: i % 3), ("story", lambda i: i % 2), ("row", lambda i: i)],
 )
 def test_groups_of_rows(tmp_path: Path, group_by: str, key: Any) -> None:
-    corpus, config = corpus_of(tmp_path, ROWS, group_by)
+    corpus, config = corpus_of(tmp_path, ROWS, group_by, columns={"story": None})
     plan = plan_of(corpus, config)
     assert plan.groups is not None
     rows = [int(corpus.line[i]) - 1 for i in range(len(corpus))]
@@ -142,11 +142,11 @@ def test_rows_without_the_field_stand_alone_and_a_wrong_name_is_said(tmp_path: P
     rows = [dict(row) for row in ROWS]
     for row in rows[::2]:
         del row["story"]
-    corpus, config = corpus_of(tmp_path, rows, "story", eval_split=0.2)
+    corpus, config = corpus_of(tmp_path, rows, "story", eval_split=0.2, columns={"story": None})
     plan = plan_of(corpus, config)
     assert plan.groups is not None
     lonely = [int(g) for i, g in enumerate(plan.groups) if corpus.line[i] % 2]
     assert len(set(lonely)) == len(lonely)
     assert len(set(plan.groups.tolist())) == len(lonely) + 1
     with pytest.raises(UserError, match=r"batch.group_by: stroy: no row has a field of this name"):
-        corpus_of(tmp_path, rows, "stroy")
+        corpus_of(tmp_path, rows, "stroy", columns={"story": None})

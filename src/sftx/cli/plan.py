@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
+from sftx.cli._prefix_tree import largest_tree
 from sftx.cli._resolved import lines as resolved_lines
 from sftx.cli._resolved import resolved
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
+from sftx.data.shared_packs import Saving, packs_of_step, saving_of
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
@@ -36,6 +39,7 @@ from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.training.build import longest_example
 from sftx.training.memory_plan import (
+    Packing,
     StepProfile,
     choose_packing,
     meta_model,
@@ -43,6 +47,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
+from sftx.training.prefix_sharing import may_share
 from sftx.types import UserError
 
 STAGE = "plan"
@@ -69,7 +74,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     tokens = Tokenizer.of_model(config.model).added_token_ids if added else {}
     model_config = load_config(config.model)
     loss = meta_model(config, model_config, tokens)
-    plan, load = _load(config, loss, count)
+    data, load = _load(config, loss, count)
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         available, held = (
@@ -86,7 +91,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             cast_frozen_weights(loss.model, here.precision)
         nf4 = config.adapter.quantize == "nf4"
         estimator = MemoryEstimator(loss, here, held, count if count > 1 else None, nf4)
-        facts = _facts(config, plan, load, loss, available)
+        facts = _facts(config, data, load, loss, available)
         tokens = load.tokens if count == 1 else 0.0
         estimator.compiled = planned(
             config.runtime.compile, here.device, trainable(loss)[1], tokens
@@ -108,9 +113,10 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
                 "memory": chosen.parts(),
                 "notes": list(chosen.notes),
             }
-            if plan is not None and not gpus:
-                facts["fill"] = _fill(plan, chosen.tokens_per_pack)
+            if data is not None and not gpus:
+                facts |= _packs(config, data, chosen)
                 facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
+                facts["shared_prefixes"] = _shared_prefixes(estimator, data, load, chosen)
         except UserError as error:
             facts["refused"] = str(error)
         if gpus:
@@ -142,9 +148,21 @@ def _bytes(value: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
 
 
-def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, StepProfile]:
-    """The plan of the run's own data, and its load; without data: full packs of the longest
-    examples, all targets.
+@dataclass(frozen=True)
+class _Data:
+    """The data of a run, what each step shows of it, and what is asked of a step without and with
+    shared prefixes.
+    """
+
+    corpus: Corpus
+    plan: Plan
+    alone: StepProfile
+    saving: Saving
+
+
+def _load(config: Config, loss: PackLoss, processes: int) -> tuple[_Data | None, StepProfile]:
+    """The run's own data and its load; without data: full packs of the longest examples, all
+    targets.
     """
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
@@ -153,7 +171,9 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
-        return plan, StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)
+        alone = StepProfile.of_plan(plan, int(corpus.targets.sum()), processes)
+        saving = saving_of(plan, corpus) if may_share(config) else Saving()
+        return _Data(corpus, plan, alone, saving), alone.sharing(saving)
     sizes = (
         longest_example(config, loss.model.config),
         config.runtime.tokens_per_pack or DEFAULT_LENGTH,
@@ -162,29 +182,47 @@ def _load(config: Config, loss: PackLoss, processes: int) -> tuple[Plan | None, 
 
 
 def _facts(
-    config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss, available: int
+    config: Config, data: _Data | None, load: StepProfile, loss: PackLoss, available: int
 ) -> dict[str, Any]:
     facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
     facts |= {
         "memory_at_hand": available,
         "learning_rate": peak_learning_rate(config.optim, config.adapter),
     }
-    if plan is not None:
-        targets = round(load.tokens * load.target_share)
-        facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
+    if data is not None:
+        tokens = data.alone.tokens
+        targets = round(tokens * data.alone.target_share)
+        facts |= {"steps": data.plan.num_steps, "tokens": round(tokens), "targets": targets}
     return facts
 
 
-def _fill(plan: Plan, tokens_per_pack: int) -> float:
-    """How full the packs of the first (at most 50) steps are."""
-    bins = [
-        members
-        for step in range(min(plan.num_steps, 50))
-        for members in plan.packs(step, tokens_per_pack)[0]
-    ]
-    return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (
-        tokens_per_pack * max(len(bins), 1)
-    )
+def _packs(config: Config, data: _Data, chosen: Packing) -> dict[str, Any]:
+    """How full the packs of the first (at most 50) steps are, and the largest tree of the first."""
+    size, share, lengths = chosen.tokens_per_pack, may_share(config), data.plan.lengths
+    tokens = count = 0
+    tree: list[str] = []
+    for step in range(min(data.plan.num_steps, 50)):
+        ranks, _ = packs_of_step(data.plan, data.corpus, step, size, share)
+        for members in ranks[0]:
+            count += 1
+            tokens += int(lengths[list(members.examples)].sum()) - sum(members.shared)
+        if step == 0:
+            tree = largest_tree(ranks[0], lengths)
+    return {"fill": tokens / (size * max(count, 1)), "tree": tree}
+
+
+def _shared_prefixes(
+    estimator: MemoryEstimator, data: _Data, load: StepProfile, chosen: Packing
+) -> dict[str, Any] | None:
+    """What is saved by computing them once in packs of the chosen size; None where nothing is."""
+    saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
+    if not data.saving.saved_tokens:
+        return None
+    return {
+        "tokens": saving.share,
+        "flops": saving.work_share,
+        "seconds_without": seconds_of(estimator, data.alone, chosen, CALIBRATION),
+    }
 
 
 def _fewest_gpus(
@@ -254,6 +292,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
             f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items()
         )
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+    yield from _lines_of_sharing(facts)
     if facts.get("seconds"):
         yield (
             f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
@@ -267,3 +306,18 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
     yield from (f"note     {note}" for note in facts.get("notes", []))
     if "refused" in facts:
         yield f"refused  {facts['refused']}"
+
+
+def _lines_of_sharing(facts: dict[str, Any]) -> Iterator[str]:
+    """What shared prefixes save, and the largest tree of the first step."""
+    found = facts.get("shared_prefixes")
+    if not found:
+        return
+    seconds = ""
+    if facts.get("seconds") and found["seconds_without"]:
+        seconds = f"; without, about {found['seconds_without']:,.0f} s for all steps"
+    yield (
+        f"prefixes are computed once: {found['tokens']:.0%} of the tokens and {found['flops']:.0%} "
+        f"of the FLOPs are saved{seconds}"
+    )
+    yield from (f"         {line}" for line in facts["tree"])

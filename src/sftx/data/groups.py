@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.data.sources.read import parse_line
 from sftx.data.sources.tables import Table
 from sftx.data.store.corpus import Corpus
 from sftx.types import UserError
@@ -51,12 +52,11 @@ def fields_of(
     known = False
     for number, table in enumerate(tables):
         hashes: list[int] = [0]
-        for line, _, value in table.rows(scratch):
-            has_field = isinstance(value, dict) and group_by in value
-            known = known or has_field
+        for line, raw, _ in table.rows(scratch):
+            row = parse_line(raw)  # before `data.columns` names its fields anew
             key = ["alone", number, line]
-            if has_field:
-                key = ["field", value[group_by]]
+            if isinstance(row, dict) and group_by in row:
+                key, known = ["field", row[group_by]], True
             hashes += [0] * (line + 1 - len(hashes))
             hashes[line] = _hash(json.dumps(key, sort_keys=True).encode())
         found.append(np.array(hashes, np.uint64))

@@ -284,7 +284,12 @@ def _check_model(
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
     largest = largest_pack(config.runtime, machine.device, profile.sharing(data.saving))
     probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])
-    return check_paths(loss, probe, machine.precision, longest, largest)
+    must_share = config.runtime.share_prefixes == "on"
+    share = must_share or data.saving.saved_tokens > 0
+    notes = check_paths(loss, probe, machine.precision, longest, largest, share)
+    if must_share and not loss.paths.shares_prefixes:
+        raise UserError(f"runtime.share_prefixes: on, but {notes[0]}")
+    return notes
 
 
 def _estimator(

@@ -7,8 +7,7 @@ from sftx.data.shared_packs import Saving, saving_of
 from sftx.data.store.corpus import Corpus
 from sftx.model.pack_loss import PackLoss
 from sftx.report.facts import RunFacts
-from sftx.settings.schema import Runtime
-from sftx.types import UserError
+from sftx.settings.schema import Config, Runtime
 
 
 def possible_saving(runtime: Runtime, plan: Plan, corpus: Corpus) -> Saving:
@@ -19,31 +18,15 @@ def possible_saving(runtime: Runtime, plan: Plan, corpus: Corpus) -> Saving:
 
 
 def shares_prefixes(runtime: Runtime, facts: RunFacts, loss: PackLoss) -> bool:
-    """What `runtime.share_prefixes` comes to; a run that is continued does as before, so that it
-    goes on to the bit.
-
-    Raises:
-        UserError: it is `on`, and the model cannot.
+    """What `runtime.share_prefixes` comes to, once the model was checked; a run that is continued
+    does as before, so that it goes on to the bit.
     """
-    problem = why_not(loss)
-    match runtime.share_prefixes:
-        case "off":
-            return False
-        case "on":
-            if problem:
-                raise UserError(f"runtime.share_prefixes: on, but {problem}; leave it to `auto`")
-            return True
-        case "auto":
-            begun_without = bool(facts.mathematics) and not facts.shares_prefixes
-            return not problem and not begun_without
+    if runtime.share_prefixes == "auto" and facts.mathematics and not facts.shares_prefixes:
+        return False
+    return runtime.share_prefixes != "off" and loss.paths.shares_prefixes
 
 
-def why_not(loss: PackLoss) -> str:
-    """Why a prefix cannot stand for the examples that share it; empty where it can."""
-    if not loss.paths.isolate:
-        return f"{type(loss.model).__name__} runs one example at a time"
-    if loss.objective.neftune_alpha:
-        return "loss.neftune_alpha adds noise of its own to every example"
-    if loss.objective.router_aux:
-        return "loss.router_aux balances experts over the tokens of each example alone"
-    return ""
+def may_share(config: Config) -> bool:
+    """Whether the settings allow it; the start of a run checks whether the model does."""
+    for_each_example = config.loss.neftune_alpha or config.loss.router_aux
+    return config.runtime.share_prefixes != "off" and not for_each_example
