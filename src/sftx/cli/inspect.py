@@ -157,10 +157,8 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     """The lines of one example, at most `width` cells wide, each with the position of its first
     token.
     """
-    note = f" · {shown.note}" if shown.note else ""
-    part = f" · example {shown.part + 1} of its row" if shown.examples == 1 else ""
     indent = INDENT * shown.depth
-    head = printable(f"{indent}── {shown.place}{part}{note} ")
+    head = printable(f"{indent}{_head(shown)}")
     yield Text(head + "─" * max(width - cell_len(head), 0), style="bold")
     line = Text(f"{indent}{shown.start:6d} │ ")
     for position, (piece, style) in enumerate(_pieces(shown, colour), shown.start):
@@ -178,6 +176,13 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     yield Text(f"{indent}         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {printable(repr(shown.prompt))}", style="italic")
+
+
+def _head(shown: View) -> str:
+    note = f" · {shown.note}" if shown.note else ""
+    if shown.examples > 1:
+        return f"── {shown.place}{note} "
+    return f"── {shown.place} · example {shown.part + 1} of its row{note} "
 
 
 def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:

@@ -115,8 +115,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             }
             if data is not None and not gpus:
                 facts |= _packs(config, data, chosen)
-                facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
-                facts["shared_prefixes"] = _shared_prefixes(estimator, data, load, chosen)
+                facts |= _seconds(estimator, data, load, chosen)
         except UserError as error:
             facts["refused"] = str(error)
         if gpus:
@@ -211,18 +210,18 @@ def _packs(config: Config, data: _Data, chosen: Packing) -> dict[str, Any]:
     return {"fill": tokens / (size * max(count, 1)), "tree": tree}
 
 
-def _shared_prefixes(
+def _seconds(
     estimator: MemoryEstimator, data: _Data, load: StepProfile, chosen: Packing
-) -> dict[str, Any] | None:
-    """What is saved by computing them once in packs of the chosen size; None where nothing is."""
-    saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
+) -> dict[str, Any]:
+    """The seconds of all steps, and what shared prefixes save in packs of the chosen size."""
     if not data.saving.saved_tokens:
-        return None
-    return {
-        "tokens": saving.share,
-        "flops": saving.work_share,
-        "seconds_without": seconds_of(estimator, data.alone, chosen, CALIBRATION),
-    }
+        return {"seconds": seconds_of(estimator, load, chosen, CALIBRATION)}
+    saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
+    alone = seconds_of(estimator, data.alone, chosen, CALIBRATION)
+    # By their work, from one measurement: two would differ by chance.
+    seconds = None if alone is None else alone * (1 - saving.work_share)
+    shared = {"tokens": saving.share, "flops": saving.work_share, "seconds_without": alone}
+    return {"seconds": seconds, "shared_prefixes": shared}
 
 
 def _fewest_gpus(

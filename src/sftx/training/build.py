@@ -55,7 +55,12 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
-from sftx.training.prefix_sharing import possible_saving, shares_prefixes
+from sftx.training.prefix_sharing import (
+    possible_saving,
+    refuse_unshared,
+    shares_prefixes,
+    wants_to_share,
+)
 from sftx.training.run_identity import (
     dotted,
     find_beginning,
@@ -284,11 +289,9 @@ def _check_model(
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
     largest = largest_pack(config.runtime, machine.device, profile.sharing(data.saving))
     probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])
-    must_share = config.runtime.share_prefixes == "on"
-    share = must_share or data.saving.saved_tokens > 0
+    share = wants_to_share(config.runtime, data.saving)
     notes = check_paths(loss, probe, machine.precision, longest, largest, share)
-    if must_share and not loss.paths.shares_prefixes:
-        raise UserError(f"runtime.share_prefixes: on, but {notes[0]}")
+    refuse_unshared(config.runtime, loss, notes)
     return notes
 
 

@@ -8,6 +8,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.model.pack_loss import PackLoss
 from sftx.report.facts import RunFacts
 from sftx.settings.schema import Config, Runtime
+from sftx.types import UserError
 
 
 def possible_saving(runtime: Runtime, plan: Plan, corpus: Corpus) -> Saving:
@@ -15,6 +16,17 @@ def possible_saving(runtime: Runtime, plan: Plan, corpus: Corpus) -> Saving:
     if runtime.share_prefixes == "off":
         return Saving()
     return saving_of(plan, corpus)
+
+
+def wants_to_share(runtime: Runtime, saving: Saving) -> bool:
+    """Whether it is worth checking that the model can."""
+    return runtime.share_prefixes == "on" or saving.saved_tokens > 0
+
+
+def refuse_unshared(runtime: Runtime, loss: PackLoss, notes: list[str]) -> None:
+    """UserError where prefixes must be shared and the model cannot, as the first of `notes` says."""
+    if runtime.share_prefixes == "on" and not loss.paths.shares_prefixes:
+        raise UserError(f"runtime.share_prefixes: on, but {notes[0]}")
 
 
 def shares_prefixes(runtime: Runtime, facts: RunFacts, loss: PackLoss) -> bool:
