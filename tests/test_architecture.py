@@ -211,7 +211,9 @@ def test_light_modules_load_without_torch_and_transformers() -> None:
 
 def test_files_and_functions_are_small() -> None:
     sizes = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCE.rglob("*.py")
+        if path.name != "keywords.py"  # made from the schema, for editors
     }
     assert not [
         f"{path.relative_to(ROOT)}: {size}" for path, size in sizes.items() if size > MAX_FILE

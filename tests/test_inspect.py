@@ -285,3 +285,32 @@ def test_the_ledger_counts_rows_with_spelled_special_tokens(
     config = make_config(model=str(model), output=str(tmp_path / "out"), **sections)
     corpus, _ = load_corpora(config, Tokenizer.load(str(model)), 64)
     assert corpus.ledger.notes.get("special tokens kept as text", 0) == (2 if noted else 0)
+
+
+# --- shared prefixes ------------------------------------------------------------------------------
+
+
+def test_a_step_shows_shared_prefixes_once_with_their_branches_indented(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "the same long question to all of them"
+    rows = [{"prompt": prompt, "completion": f"{i} is an answer"} for i in range(4)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    arguments = [run[0], f"data={tmp_path / 'c.jsonl'}", "step=1"]
+    assert main(["inspect", *arguments, f"json={out}", f"html={page}"]) == 0
+    root, *branches = read_json(out)
+    assert (root["depth"], root["start"], root["examples"]) == (0, 0, 4)
+    assert "".join(root["texts"]) == f"<|user|>{prompt}<|end|>\n<|assistant|>"
+    assert len(branches) == 4
+    corpus, _ = load_corpora(load_config(None, [*arguments[:2], "output=x"]), TOKENIZER, 128)
+    whole = sorted(corpus.example(i).ids.tolist() for i in range(4))
+    assert sorted(root["ids"] + branch["ids"] for branch in branches) == whole
+    assert {(b["depth"], b["start"], b["examples"]) for b in branches} == {(1, len(root["ids"]), 1)}
+    shown = capsys.readouterr().out
+    assert "4 examples begin alike" in shown
+    assert f"\n    {len(root['ids']):6d} │ " in shown
+    assert f"; shared prefixes are computed once, {sum(map(len, whole))} tokens without" in shown
+    assert [row["depth"] for row in pages.data_of(page.read_text())["rows"]][:5] == [0, 1, 1, 1, 1]
+    assert main(["inspect", *arguments, "runtime.share_prefixes=off", f"json={out}"]) == 0
+    assert sorted(row["ids"] for row in read_json(out)) == whole

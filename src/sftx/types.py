@@ -182,6 +182,11 @@ class Pack:
     The hidden state at `index[m]` predicts `label[m]` with `weight[m]`: labels are already shifted,
     so nothing downstream shifts again. `positions` restart at 0 in every segment; segment i is
     `ids[cu_seqlens[i]:cu_seqlens[i + 1]]` and sees only itself.
+
+    With `parent`, segments share prefixes: segment i continues segment `parent[i]`, which stands
+    before it in the pack (`parent[i] < i`; -1 begins anew). It sees its chain of ancestors whole and
+    itself causally, and its positions continue from the parent's last. The last token of a parent
+    predicts the first token of every child, so that its place is in `index` once for each.
     """
 
     ids: Int32  # [T]
@@ -191,6 +196,7 @@ class Pack:
     label: Int32  # [M]
     weight: Float32  # [M]
     examples: tuple[int, ...] = ()
+    parent: Int32 | None = None  # [n]; None: no segment has one
 
 
 class KindCount(TypedDict):

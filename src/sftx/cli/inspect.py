@@ -18,8 +18,9 @@ from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
 from sftx.data.plan import plan_of
+from sftx.data.shared_packs import packs_of_step
 from sftx.data.store.corpus import Corpus
-from sftx.data.token_view import View, raw_tables, view, views_of_rows
+from sftx.data.token_view import View, raw_tables, views_of_pack, views_of_rows
 from sftx.printable import printable
 from sftx.report.inspect_page import write_page
 from sftx.report.record import Run
@@ -43,6 +44,7 @@ CPU_PACK = 1024
 # Two shades in turn, so that the borders of tokens show.
 TRAINED = ("white on #14532d", "white on #166534")
 CONTEXT = ("#8a8a8a", "#b2b2b2")
+INDENT = "    "  # before a branch, for every shared piece that it continues
 WEIGHTED = ("white on #854d0e", "white on #a16207")  # a weight other than 0 and 1
 # What a terminal would obey, as signs.
 VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "↵\n", 127: "␡", 155: "␛"}
@@ -93,7 +95,10 @@ def _print(views: Sequence[View], console: Console) -> None:
     weight = sum(sum(v.weights) for v in views)
     behind = sum(v.targets for v in views if v.shortened)
     shortened = f", {behind:,} targets behind a shortened prompt" if behind else ""
-    console.print(f"{len(views)} examples, {_counts(views)}{shortened}, total weight {weight:g}")
+    console.print(
+        f"{_number_of_examples(views)} examples, {_counts(views)}{shortened}, total weight "
+        f"{weight:g}{_shared(views)}"
+    )
 
 
 def _views_of_rows(config: Config, encoder: Encoder, row: str, rows: str) -> list[View]:
@@ -110,7 +115,9 @@ def _views_of_rows(config: Config, encoder: Encoder, row: str, rows: str) -> lis
 def _views_of_step(
     config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str
 ) -> list[View]:
-    """The examples of a step in pack order, or those of one of its packs."""
+    """The examples of a step in pack order, or those of one of its packs; what several share is
+    one view.
+    """
     step = whole_number("inspect: step", asked)
     plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
@@ -118,15 +125,36 @@ def _views_of_step(
             f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on"
         )
     size = config.runtime.tokens_per_pack or Run(config).facts.tokens_per_pack or CPU_PACK
-    packs = plan.packs(step - 1, size)[0]
+    (packs, *_), read = packs_of_step(plan, corpus, step - 1, size, _shares(config))
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
-    return [
-        view(corpus.example(i), encoder.tokenizer, f"step {step}, pack {number}: {corpus.place(i)}")
-        for number, members in enumerate(packs)
-        for i in members
-        if not pack or number == int(pack)
-    ]
+    views: list[View] = []
+    for number, members in enumerate(packs):
+        if not pack or number == int(pack):
+            name = f"step {step}, pack {number}"
+            views += views_of_pack(members, read, corpus.place, encoder.tokenizer, name)
+    return views
+
+
+def _shares(config: Config) -> bool:
+    """Whether packs share prefixes: as the run in the output folder did, or as settings say."""
+    facts = Run(config).facts
+    if facts.mathematics and config.runtime.share_prefixes == "auto":
+        return facts.shares_prefixes
+    return config.runtime.share_prefixes != "off"
+
+
+def _number_of_examples(views: Sequence[View]) -> int:
+    """All of them pass through the pieces that begin anew."""
+    return sum(v.examples for v in views if not v.depth)
+
+
+def _shared(views: Sequence[View]) -> str:
+    """What is saved by showing, and computing, shared pieces once."""
+    once, each = sum(len(v.ids) for v in views), sum(v.examples * len(v.ids) for v in views)
+    if once == each:
+        return ""
+    return f"; shared prefixes are computed once, {each:,} tokens without ({1 - once / each:.0%} saved)"
 
 
 def _counts(views: Sequence[View]) -> str:
@@ -139,16 +167,15 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
     """The lines of one example, at most `width` cells wide, each with the position of its first
     token.
     """
-    note = f" · {shown.note}" if shown.note else ""
-    head = f"── {shown.place} · example {shown.part + 1} of its row{note} "
-    head = printable(head)
+    indent = INDENT * shown.depth
+    head = printable(f"{indent}{_head(shown)}")
     yield Text(head + "─" * max(width - cell_len(head), 0), style="bold")
-    line = Text("     0 │ ")
-    for position, (piece, style) in enumerate(_pieces(shown, colour)):
+    line = Text(f"{indent}{shown.start:6d} │ ")
+    for position, (piece, style) in enumerate(_pieces(shown, colour), shown.start):
         for k, text in enumerate(piece.split("\n")):
             if k or cell_len(line.plain) + cell_len(text) > max(width, 40):
                 yield line
-                line = Text(f"{position + (k > 0 and not text):6d} │ ")
+                line = Text(f"{indent}{position + (k > 0 and not text):6d} │ ")
             line.append(text, style if colour else "")
     yield line
     legend = (
@@ -156,9 +183,16 @@ def paint(shown: View, width: int, colour: bool) -> Iterator[Text]:
         if any(shown.spelled)
         else ""
     )
-    yield Text(f"         {_counts([shown])}{legend}", style="italic")
+    yield Text(f"{indent}         {_counts([shown])}{legend}", style="italic")
     if shown.prompt:
         yield Text(f"         a server would send: {printable(repr(shown.prompt))}", style="italic")
+
+
+def _head(shown: View) -> str:
+    note = f" · {shown.note}" if shown.note else ""
+    if shown.examples > 1:
+        return f"── {shown.place}{note} "
+    return f"── {shown.place} · example {shown.part + 1} of its row{note} "
 
 
 def _pieces(shown: View, colour: bool) -> Iterator[tuple[str, str]]:

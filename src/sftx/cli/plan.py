@@ -13,7 +13,7 @@ import copy
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,13 @@ import torch
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
+from sftx.cli._prefix_tree import largest_tree
 from sftx.cli._resolved import lines as resolved_lines
 from sftx.cli._resolved import resolved
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
+from sftx.data.shared_packs import Saving, packs_of_step, saving_of
+from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
@@ -39,6 +42,7 @@ from sftx.report.progress import working
 from sftx.settings.schema import Config
 from sftx.training.context import ProfileOf, check_context_size, choose_context, context_sizes
 from sftx.training.memory_plan import (
+    Packing,
     StepProfile,
     choose_packing,
     meta_model,
@@ -46,6 +50,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
+from sftx.training.prefix_sharing import may_share
 from sftx.training.run_data import longest_example
 from sftx.types import UserError
 
@@ -72,7 +77,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     model_config = load_config(config.model)
     loss = meta_model(config, model_config, _added_token_ids(config))
     check_context_size(config, model_config, count)
-    plan, profile_of = _load(config, loss)
+    data, profile_of = _load(config, loss)
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         if gpus:
@@ -87,13 +92,13 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         wish = config.runtime.compile
         tokens = load.tokens if count == 1 else 0.0
         estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
-        facts = _facts(config, plan, load, loss, available)
+        facts = _facts(config, data, load, loss, available)
         facts["context_parallel"] = estimator.context_size
         facts["adapter"] = describe_adapter(loss.model)
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
         facts["device"] = f"{gpus} GPUs" if gpus else str(here.device)
         facts["precision"] = name_of(here.precision)
-        facts |= _packing(config, estimator, None if gpus else plan, load, available)
+        facts |= _packing(config, estimator, None if gpus else data, load, available)
         if gpus:
             facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
             facts["longest_that_fits"] = _longest_that_fits(config, estimator, load, available)
@@ -132,12 +137,12 @@ def _with_gpus(here: Machine, config: Config) -> Machine:
 def _packing(
     config: Config,
     estimator: MemoryEstimator,
-    plan: Plan | None,
+    data: _Data | None,
     load: StepProfile,
     available: int,
 ) -> dict[str, Any]:
     """How a step is cut into packs, or why none fits; how full they are, and the time, where the
-    `plan` of this machine is given.
+    `data` of this machine's run is given.
     """
     try:
         chosen = choose_packing(config.runtime, estimator, load, available)
@@ -150,9 +155,9 @@ def _packing(
         "memory": chosen.parts(),
         "notes": list(chosen.notes),
     }
-    if plan is not None:
-        facts["fill"] = _fill(plan, chosen.tokens_per_pack)
-        facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
+    if data is not None:
+        facts |= _packs(config, data, chosen)
+        facts |= _seconds(estimator, data, load, chosen)
     return facts
 
 
@@ -176,9 +181,21 @@ def _bytes(value: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
 
 
-def _load(config: Config, loss: PackLoss) -> tuple[Plan | None, ProfileOf]:
-    """The plan of the run's own data, and its load on so many processes; without data: full packs
-    of the longest examples, all targets.
+@dataclass(frozen=True)
+class _Data:
+    """The data of a run, what each step shows of it, and what is asked of a step without and with
+    shared prefixes.
+    """
+
+    corpus: Corpus
+    plan: Plan
+    alone: StepProfile
+    saving: Saving
+
+
+def _load(config: Config, loss: PackLoss) -> tuple[_Data | None, ProfileOf]:
+    """The run's own data and its load on so many processes; without data: full packs of the
+    longest examples, all targets.
     """
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
@@ -187,7 +204,9 @@ def _load(config: Config, loss: PackLoss) -> tuple[Plan | None, ProfileOf]:
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
-        return plan, partial(StepProfile.of_plan, plan, int(corpus.targets.sum()))
+        alone = partial(StepProfile.of_plan, plan, int(corpus.targets.sum()))
+        saving = saving_of(plan, corpus) if may_share(config) else Saving()
+        return _Data(corpus, plan, alone(1), saving), lambda count: alone(count).sharing(saving)
     sizes = (
         longest_example(config, loss.model.config),
         config.runtime.tokens_per_pack or DEFAULT_LENGTH,
@@ -197,29 +216,47 @@ def _load(config: Config, loss: PackLoss) -> tuple[Plan | None, ProfileOf]:
 
 
 def _facts(
-    config: Config, plan: Plan | None, load: StepProfile, loss: PackLoss, available: int
+    config: Config, data: _Data | None, load: StepProfile, loss: PackLoss, available: int
 ) -> dict[str, Any]:
     facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
     facts |= {
         "memory_at_hand": available,
         "learning_rate": peak_learning_rate(config.optim, config.adapter),
     }
-    if plan is not None:
-        targets = round(load.tokens * load.target_share)
-        facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
+    if data is not None:
+        tokens = data.alone.tokens
+        targets = round(tokens * data.alone.target_share)
+        facts |= {"steps": data.plan.num_steps, "tokens": round(tokens), "targets": targets}
     return facts
 
 
-def _fill(plan: Plan, tokens_per_pack: int) -> float:
-    """How full the packs of the first (at most 50) steps are."""
-    bins = [
-        members
-        for step in range(min(plan.num_steps, 50))
-        for members in plan.packs(step, tokens_per_pack)[0]
-    ]
-    return sum(int(plan.lengths[list(members)].sum()) for members in bins) / (
-        tokens_per_pack * max(len(bins), 1)
-    )
+def _packs(config: Config, data: _Data, chosen: Packing) -> dict[str, Any]:
+    """How full the packs of the first (at most 50) steps are, and the largest tree of the first."""
+    size, share, lengths = chosen.tokens_per_pack, may_share(config), data.plan.lengths
+    tokens = count = 0
+    tree: list[str] = []
+    for step in range(min(data.plan.num_steps, 50)):
+        ranks, _ = packs_of_step(data.plan, data.corpus, step, size, share)
+        for members in ranks[0]:
+            count += 1
+            tokens += int(lengths[list(members.examples)].sum()) - sum(members.shared)
+        if step == 0:
+            tree = largest_tree(ranks[0], lengths)
+    return {"fill": tokens / (size * max(count, 1)), "tree": tree}
+
+
+def _seconds(
+    estimator: MemoryEstimator, data: _Data, load: StepProfile, chosen: Packing
+) -> dict[str, Any]:
+    """The seconds of all steps, and what shared prefixes save in packs of the chosen size."""
+    if not data.saving.saved_tokens:
+        return {"seconds": seconds_of(estimator, load, chosen, CALIBRATION)}
+    saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
+    alone = seconds_of(estimator, data.alone, chosen, CALIBRATION)
+    # By their work, from one measurement: two would differ by chance.
+    seconds = None if alone is None else alone * (1 - saving.work_share)
+    shared = {"tokens": saving.share, "flops": saving.work_share, "seconds_without": alone}
+    return {"seconds": seconds, "shared_prefixes": shared}
 
 
 def _longest_that_fits(
@@ -291,6 +328,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         )
     if facts.get("memory"):
         yield from _memory_lines(facts)
+    yield from _lines_of_sharing(facts)
     if facts.get("seconds"):
         yield (
             f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
@@ -344,3 +382,18 @@ def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, size in facts["memory"].items():
         yield f"         {name:12}{size / 2**30:9.2f}"
     yield f"         {'available':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+
+
+def _lines_of_sharing(facts: dict[str, Any]) -> Iterator[str]:
+    """What shared prefixes save, and the largest tree of the first step."""
+    found = facts.get("shared_prefixes")
+    if not found:
+        return
+    seconds = ""
+    if facts.get("seconds") and found["seconds_without"]:
+        seconds = f"; without, about {found['seconds_without']:,.0f} s for all steps"
+    yield (
+        f"prefixes are computed once: {found['tokens']:.0%} of the tokens and {found['flops']:.0%} "
+        f"of the FLOPs are saved{seconds}"
+    )
+    yield from (f"         {line}" for line in facts["tree"])

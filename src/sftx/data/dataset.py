@@ -15,6 +15,7 @@ import numpy as np
 
 from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.encoder import Encoder
+from sftx.data.groups import fields_of
 from sftx.data.mixture import choose, weighted, weighted_held_out
 from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
 from sftx.data.store.cache import VERSION, Cache
@@ -68,6 +69,7 @@ def load_corpora(
         jobs = _missing([*tables, *held_tables], fingerprint, cache, scratch)
         encode_jobs(jobs, encoder, cache, scratch, progress)
         corpus = _assemble(train, tables, fingerprint, cache)
+        corpus.fields = fields_of(tables, config.batch.group_by, scratch)
         held_out = _assemble(held, held_tables, fingerprint, cache) if held else None
     _check(corpus, data)
     _check_renamed(data, corpus, held_out)

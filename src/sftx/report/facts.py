@@ -41,6 +41,7 @@ class RunFacts:
     parameters: dict[str, int] = field(default_factory=dict)
     tokens_per_pack: int = 0
     context_parallel: int | None = None
+    shares_prefixes: bool = False
     notes: list[str] | None = None
     peak_learning_rate: float | None = None
     stop_id: int | None = None
@@ -107,6 +108,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: value is None or _is_count(value, least=1),
         "a whole number of at least 1",
     ),
+    "shares_prefixes": (_is(bool), "true or false"),
     "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
     "eval_after": (lambda value: value is None or isinstance(value, dict), "an object"),
 }

@@ -12,7 +12,7 @@ function tokens(row) {
     const weight = row.runs[run][1], kind = weight === 0 ? "c" : weight === 1 ? "t" : "p";
     const span = make("span", undefined, `${kind}${i % 2}${special.has(i) ? " s" : spelled.has(i) ? " e" : ""}`);
     if (kind === "p" && i === row.runs[run][0]) span.append(make("small", `${weight}:`, "weight"));
-    span.title = `position ${i} · id ${row.ids[i]} · weight ${weight}`;
+    span.title = `position ${row.start + i} · id ${row.ids[i]} · weight ${weight}`;
     text.split("\n").forEach((piece, k) => {
       if (k) span.append(make("span", "↵", "nl"), "\n");
       span.append(piece);
@@ -25,7 +25,8 @@ function tokens(row) {
 function card(row) {
   const node = make("section", undefined, "card row"), head = make("header");
   const share = (100 * row.targets / Math.max(row.texts.length, 1)).toFixed(1);
-  const part = row.part ? ` · example ${row.part + 1} of its row` : "";
+  if (row.depth) node.style.marginLeft = `${1.5 * row.depth}rem`;
+  const part = row.part && row.examples === 1 ? ` · example ${row.part + 1} of its row` : "";
   head.append(make("b", row.place), make("span", `${number(row.texts.length)} tokens · ${number(row.targets)} targets (${share} %)${part}`, "facts"));
   if (row.note) head.append(make("span", row.note, "note"));
   node.append(head, tokens(row));

@@ -160,6 +160,12 @@ class BatchSettings(TypedDict, total=False):
     """Stop after this many steps instead of after `epochs`."""
     shuffle: bool
     """Shuffle the examples of each epoch by `seed`; false keeps the order of the data."""
+    group_by: Text
+    """Put the examples of a group into the same step: those of one row (`row`: the turns that a
+    template writes as sequences of their own), of one prompt (`prompt`: the same tokens before the
+    first target), or with the same value in a field of the rows (its name). Whole groups are
+    shuffled, and a step takes whole groups, as many as fit; what they share is computed once.
+    """
 
 
 class OptimSettings(TypedDict, total=False):
@@ -321,6 +327,11 @@ class RuntimeSettings(TypedDict, total=False):
     tokens_per_pack: int | None
     """Tokens computed at once. Changes speed and memory, never the result; default: chosen for the
     device. An example longer than this is a pack of its own.
+    """
+    share_prefixes: Literal["auto", "on", "off"]
+    """Compute the tokens with which examples of a step begin alike (a system prompt, one prompt
+    with several answers) once per pack. Changes speed and memory, never the result. `auto` = where
+    the model can, a run that is continued as before; `on` refuses a model that cannot.
     """
     recompute: Literal["auto", "none", "all"] | int
     """Decoder layers (none, all, or how many) whose activations are computed again in the backward

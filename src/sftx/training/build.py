@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from sftx import distributed
-from sftx.data.pack import build_pack
+from sftx.data.shared_packs import packs_of_step
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
 from sftx.model.checks.context import check_context
@@ -51,6 +51,7 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
+from sftx.training.prefix_sharing import refuse_unshared, shares_prefixes, wants_to_share
 from sftx.training.run_data import RunData, read_data
 from sftx.training.run_identity import (
     find_beginning,
@@ -104,15 +105,11 @@ def prepare(
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
     profile_of = partial(StepProfile.of_plan, plan, int(data.corpus.targets.sum()))
-    profile = profile_of(distributed.world_size())
-    path_notes = _check_model(config, machine, model.loss, data, profile, progress)
+    path_notes = _check_model(config, machine, model.loss, data, profile_of, progress)
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    context, profile = _join_context(
-        config, run, model.loss, data, profile_of, estimator, available
-    )
     packing, seconds = _choose_packing(
-        config, run, model.loss, data, profile, estimator, available, context
+        config, run, model.loss, data, profile_of, estimator, available
     )
     peak = peak_learning_rate(config.optim, config.adapter)
     scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
@@ -125,8 +122,7 @@ def prepare(
         corpus=data.corpus,
         held_out=data.held_out,
         plan=plan,
-        tokens_per_pack=packing.tokens_per_pack,
-        context=context,
+        packing=packing,
         loss=model.loss,
         adapted=model.adapted,
         tokenizer=tokenizer,
@@ -234,7 +230,7 @@ def _check_model(
     machine: Machine,
     loss: PackLoss,
     data: RunData,
-    profile: StepProfile,
+    profile_of: ProfileOf,
     progress: Progress,
 ) -> list[str]:
     """Check the model against the data, and choose its paths; what had to be changed, in words."""
@@ -243,8 +239,12 @@ def _check_model(
     check_sizes(loss, data.max_length, max(corpus.largest_id for corpus in corpora))
     check_trainable(loss)
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
+    profile = profile_of(distributed.world_size()).sharing(data.saving)
     largest = largest_pack(config.runtime, machine.device, profile)
-    return check_paths(loss, data.probe(), machine.precision, longest, largest)
+    share = wants_to_share(config.runtime, data.saving)
+    notes = check_paths(loss, data.probe(), machine.precision, longest, largest, share)
+    refuse_unshared(config.runtime, loss, notes)
+    return notes
 
 
 def _estimator(
@@ -288,14 +288,14 @@ def _choose_packing(
     run: Run,
     loss: PackLoss,
     data: RunData,
-    profile: StepProfile,
+    profile_of: ProfileOf,
     estimator: MemoryEstimator,
     available: int,
-    context: Context | None,
 ) -> tuple[Packing, float | None]:
-    """Choose packs and checkpointed layers, and compile where that is asked for or repays itself;
-    the predicted seconds of all steps too.
+    """Choose the ranks that share packs, the packs and the checkpointed layers, and compile where
+    that is asked for or repays itself; the predicted seconds of all steps too.
     """
+    context, profile = _join_context(config, run, loss, data, profile_of, estimator, available)
     machine = estimator.machine
     wish = config.runtime.compile
     parameters = trainable(loss)[1]
@@ -304,14 +304,15 @@ def _choose_packing(
     )
     same_device = run.facts.device.partition(":")[0] == machine.device.type
     earlier = run.facts.tokens_per_pack if same_device else None
+    shares = shares_prefixes(config.runtime, run.facts, loss, context)
+    profile = profile.sharing(data.saving) if shares else profile
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
     seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
-        members = data.plan.packs(0, chosen.tokens_per_pack)[0][0]
-        pack = build_pack([data.corpus.example(i) for i in members], members)
-        note = compile_layers(loss, pack, machine, wish, context)
+        ranks, read = packs_of_step(data.plan, data.corpus, 0, chosen.tokens_per_pack, shares)
+        note = compile_layers(loss, ranks[0][0].build(read), machine, wish, context)
         if not loss.paths.compiled:  # layers as they are keep more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
@@ -320,7 +321,8 @@ def _choose_packing(
     if distributed.is_joined() and not loss.paths.isolate:
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
-    return chosen, seconds
+    notes = (*chosen.notes, *data.saving.notes()) if shares else chosen.notes
+    return replace(chosen, shares_prefixes=shares, context=context, notes=notes), seconds
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:
@@ -331,7 +333,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     decides = job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
-    check_ranks({**flat(decides), "tokens per pack": job.tokens_per_pack})
+    packs = {"tokens per pack": job.tokens_per_pack, "shared prefixes": packing.shares_prefixes}
+    check_ranks({**flat(decides), **packs})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)
     job.state = found.state
     notes += found.notes
@@ -347,7 +350,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.tokens_per_pack,
-        context_parallel=1 if job.context is None else job.context.size,
+        context_parallel=1 if packing.context is None else packing.context.size,
+        shares_prefixes=packing.shares_prefixes,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,
@@ -368,7 +372,9 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
 def _summary(job: Job, peak: float) -> str:
     trained, all_of_them = trainable(job.loss)
     machine = job.machine
-    shared = "" if job.context is None else f" shared by {job.context.size} processes"
+    shared = (
+        "" if job.packing.context is None else f" shared by {job.packing.context.size} processes"
+    )
     return (
         f"{type(job.loss.model).__name__}: {trained:,} of {all_of_them:,} parameters train, "
         f"{name_of(machine.precision)} on {machine.device}, {job.tokens_per_pack:,} tokens per "

@@ -1,5 +1,8 @@
 """How many ranks compute a pack together: what the settings say, or as few as a step fits into."""
 
+# Libraries leave types of their members open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

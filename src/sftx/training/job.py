@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftx import distributed
 from sftx.data.dataset import write_ledger
 from sftx.data.encoder import Encoder
-from sftx.data.pack import build_pack
 from sftx.data.plan import Plan
+from sftx.data.shared_packs import packs_of_step
 from sftx.data.store.corpus import Corpus
 from sftx.eval.forgetting import read_gauge
 from sftx.eval.judge import Judge, Questions
 from sftx.eval.loss import held_out_loss
 from sftx.model.adapter import trainable
-from sftx.model.context_parallel import Context, group_and_count
+from sftx.model.context_parallel import group_and_count
 from sftx.model.pack_loss import PackLoss, TensorPack, to_tensors
 from sftx.model.runtime import Machine
 from sftx.report.record import Run
@@ -31,6 +31,7 @@ from sftx.settings.schema import Config
 from sftx.training import checkpoint
 from sftx.training.async_writer import AsyncWriter
 from sftx.training.best import best_step, chosen_by, costs, without_gain
+from sftx.training.memory_plan import Packing
 from sftx.training.signals import StopFlag
 
 GAUGE = "gauge.safetensors"
@@ -57,8 +58,7 @@ class Job:
     corpus: Corpus
     held_out: Corpus | None
     plan: Plan
-    tokens_per_pack: int
-    context: Context | None  # the ranks that compute each pack together with this one
+    packing: Packing
     loss: PackLoss
     adapted: PeftModel | None
     tokenizer: PreTrainedTokenizerBase  # the one that is saved with the model
@@ -75,6 +75,11 @@ class Job:
     """The numbers of all evaluations so far, by step."""
     samples: list[dict[str, object]] = field(default_factory=list[dict[str, object]])
     """The lines that the latest evaluation gave samples.jsonl."""
+
+    @property
+    def tokens_per_pack(self) -> int:
+        """Tokens that a pack may have."""
+        return self.packing.tokens_per_pack
 
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
@@ -100,13 +105,20 @@ class Job:
 
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
-        number, count = group_and_count(self.context)
-        groups = self.plan.packs(step, self.tokens_per_pack, count)
+        context = self.packing.context
+        number, count = group_and_count(context)
+        groups, read = packs_of_step(
+            self.plan,
+            self.corpus,
+            step,
+            self.tokens_per_pack,
+            self.packing.shares_prefixes,
+            count,
+        )
         own: list[TensorPack] = []
         for members in groups[number]:
-            pack = build_pack([self.corpus.example(i) for i in members], members)
-            own.append(to_tensors(pack, self.machine.device, self.context))
-        return StepPacks(own, sum(map(bool, chain(*groups))))
+            own.append(to_tensors(members.build(read), self.machine.device, context))
+        return StepPacks(own, sum(bool(members.examples) for members in chain(*groups)))
 
     def ask(self, questions: Questions | None) -> None:
         """Let evaluations ask `questions` too."""
@@ -146,7 +158,7 @@ class Job:
                 self.held_out,
                 self.tokens_per_pack,
                 self.machine.autocast,
-                self.context,
+                self.packing.context,
                 self.stop,
                 partial(self.tell, "evaluating|packs"),
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,9 @@ from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import blank_pack
 from sftx.data.plan import Plan
+from sftx.data.shared_packs import Saving
 from sftx.evenly import evenly
+from sftx.model.context_parallel import Context
 from sftx.model.flops import flops, reached_speed
 from sftx.model.memory import Memory, MemoryEstimator
 from sftx.model.pack_loss import PackLoss
@@ -36,6 +39,10 @@ MARGIN = 0.92
 """Share of the available memory that a prediction may take: allocators cannot use the rest to the
 last byte.
 """
+SHARED_SIZES = (65536, 32768, 16384, 8192, 4096, 2048)
+PREFIXES = 16
+"""Packs that share a prefix may get this many times its tokens: it is computed again in each pack.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,18 @@ class StepProfile:
     target_share: float  # targets per token
     tokens: float = 0.0  # of all steps
     squares: float = 0.0  # of the lengths of all examples of all steps
+    prefix: int = 0  # tokens of the prefixes that are computed once
+
+    def sharing(self, saving: Saving) -> StepProfile:
+        """What is asked where shared prefixes are computed once."""
+        rest = 1 - saving.share
+        return replace(
+            self,
+            target_share=min(self.target_share / rest, 1.0),
+            tokens=self.tokens * rest,
+            squares=self.squares * (1 - saving.saved_squares / max(saving.squares, 1.0)),
+            prefix=saving.prefix,
+        )
 
     @classmethod
     def of_plan(cls, plan: Plan, targets: int, world_size: int = 1) -> StepProfile:
@@ -80,6 +99,8 @@ class Packing:
     memory: Memory | None
     available: int  # bytes
     notes: tuple[str, ...] = ()
+    shares_prefixes: bool = False  # whether packs compute them once
+    context: Context | None = None  # the ranks that compute each pack together with this one
 
     def parts(self) -> dict[str, int]:
         """Bytes by what holds them, and their sum at the peak; {} where they could not be
@@ -114,12 +135,14 @@ def set_example_cost(plan: Plan, loss: PackLoss, targets: Int32) -> None:
     has.
     """
     lengths = plan.lengths.astype(np.float64)
-    plan.work = flops(loss, lengths, targets.astype(np.float64), lengths**2)
+    plan.cost = partial(flops, loss)
+    plan.work = plan.cost(lengths, targets.astype(np.float64), lengths**2)
 
 
 def largest_pack(runtime: Runtime, device: torch.device, load: StepProfile) -> int:
     """The most tokens that a process may get at once, whatever is chosen."""
     sizes = GPU_SIZES if device.type == "cuda" else COMPILED_CPU_SIZES
+    sizes = _with_larger(sizes, load)
     return max(load.longest, min(load.step_tokens, runtime.tokens_per_pack or max(sizes)))
 
 
@@ -152,7 +175,7 @@ def choose_packing(
             return replace(found, notes=(*found.notes, note))
     fitting = MARGIN * available
     found: Packing | None = None
-    for size, recomputed in _candidates(runtime, estimator):
+    for size, recomputed in _candidates(runtime, estimator, load):
         try:
             memory = predict(estimator, load, size, recomputed)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -212,10 +235,18 @@ def predict(
     )
 
 
-def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int, int]]:
+def _with_larger(sizes: list[int], load: StepProfile) -> list[int]:
+    """The sizes, and before them the larger ones that shared prefixes are worth."""
+    most = PREFIXES * load.prefix
+    return [size for size in SHARED_SIZES if sizes[0] < size <= most] + sizes
+
+
+def _candidates(
+    runtime: Runtime, estimator: MemoryEstimator, load: StepProfile
+) -> list[tuple[int, int]]:
     """(tokens per pack, checkpointed layers), in the order of preference."""
     layers = len(estimator.layers)
-    good, small = _sizes(runtime, estimator)
+    good, small = _sizes(runtime, estimator, load)
     match runtime.recompute:
         case "auto":
             whole = [(size, 0) for size in good]
@@ -229,13 +260,16 @@ def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int,
     return [(size, count) for size in (*good, *small)]
 
 
-def _sizes(runtime: Runtime, estimator: MemoryEstimator) -> tuple[list[int], list[int]]:
+def _sizes(
+    runtime: Runtime, estimator: MemoryEstimator, load: StepProfile
+) -> tuple[list[int], list[int]]:
     """Tokens of a pack at which the device is fast, and those at which it gets slower."""
     if runtime.tokens_per_pack is not None:
         return [runtime.tokens_per_pack], []
     good = COMPILED_CPU_SIZES if estimator.compiled else CPU_SIZES
     if estimator.on_gpu:
         good = GPU_SIZES
+    good = _with_larger(good, load)
     small = [size for size in (4096, 2048, 1024, 512, 256) if size < good[-1]]
     # Of each process that computes a part of the pack.
     share = estimator.context_size

@@ -13,6 +13,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.pack import probe_pack
 from sftx.data.plan import Plan, plan_of
+from sftx.data.shared_packs import Saving
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.questions import Questions, read_questions
@@ -20,6 +21,7 @@ from sftx.report.progress import Progress
 from sftx.settings.schema import Config
 from sftx.training.best import chosen_by
 from sftx.training.checks import check_best, check_stop_token
+from sftx.training.prefix_sharing import possible_saving
 from sftx.types import Pack
 
 
@@ -34,6 +36,7 @@ class RunData:
     held_out: Corpus | None
     plan: Plan
     questions: Questions | None
+    saving: Saving  # by sharing prefixes
 
     @property
     def notes(self) -> list[str]:
@@ -67,4 +70,5 @@ def read_data(config: Config, model_config: PreTrainedConfig, progress: Progress
     check_stop_token(corpus, encoder, config.data)
     questions = read_questions(config, encoder, held_out, _positions(model_config))
     check_best(chosen_by(config.eval), held_out, questions)
-    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
+    saving = possible_saving(config.runtime, plan, corpus)
+    return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions, saving)

@@ -85,7 +85,8 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    then = flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
+    then = {"batch.group_by": "none"}  # what older runs did
+    then |= flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     settings = sorted(then.keys() | now.keys())
     keys = [key for key in settings if then.get(key) != now.get(key)]
     if refused := [key for key in keys if not _within(key, allowed)]:

@@ -77,6 +77,7 @@ class Corpus:
         largest_id: largest token id of all (-1 if there is none).
         renamed: how many rows have each of the columns that `data.columns` names anew.
         rotations: examples of which each epoch shows another share; all others are in every epoch.
+        fields: for each file, by line, a hash of the field that rows are grouped by; () if none is.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Corpus:
         self.sources, self.origins = list(sources), list(origins)
         self.largest_id = -1
         self.renamed: Counter[str] = Counter()
+        self.fields: tuple[NDArray[np.uint64], ...] = ()
         self.drops: list[Drop] = []
         self._parts = list(parts)
         self._open = lru_cache(OPEN_BLOCKS)(self._load)

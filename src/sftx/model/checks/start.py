@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from sftx.model.adapter import bare, trainable
 from sftx.model.checks.isolation import Isolation, matching_transform, measure_isolation
 from sftx.model.checks.probe import part
+from sftx.model.checks.sharing import apart, kernels_agree, shares_prefixes
 from sftx.model.checks.stand_in import FOREIGN_ERRORS
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
@@ -55,14 +56,20 @@ def check_trainable(loss: PackLoss) -> None:
 
 
 def check_paths(
-    loss: PackLoss, probe: Pack, precision: torch.dtype, longest: int = 1, largest_pack: int = 1
+    loss: PackLoss,
+    probe: Pack,
+    precision: torch.dtype,
+    longest: int = 1,
+    largest_pack: int = 1,
+    share: bool = False,
 ) -> list[str]:
     """Measure the trainer's path against the model's own; choose the fast one where equal.
 
     Two things are tried: a small stand-in, with segments up to `longest` tokens (those of the
     longest example) in packs of up to `largest_pack`; and the model itself, on the few tokens of
-    `probe`. Returns what had to be changed, in words. Raises UserError where the loss is wrong on
-    every path.
+    `probe`. With `share`, also whether segments may share prefixes, as `Paths.shares_prefixes` then
+    says. Returns what had to be changed, in words. Raises UserError where the loss is wrong on every
+    path.
     """
     name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
     longest = max(longest, pack.longest)
@@ -89,10 +96,35 @@ def check_paths(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
                 "probe"
             )
+        moved = apart(loss, pack) if share else 0.0
+    refusal = ""
+    if share:
+        refusal = _why_not_shared(loss, moved <= tolerance * scale, precision, longest)
+    loss.take(replace(loss.paths, shares_prefixes=share and not refusal))
+    notes = [refusal] if refusal else []
     if loss.paths.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
-        return [f"the head of {name} is not a plain matrix (measured): {how}"]
-    return []
+        notes.append(f"the head of {name} is not a plain matrix (measured): {how}")
+    return notes
+
+
+def _why_not_shared(loss: PackLoss, near: bool, precision: torch.dtype, longest: int) -> str:
+    """Why segments may not share prefixes, in words; empty where they may. `near`: the model itself
+    gives the same through them, but for rounding.
+    """
+    how = "prefixes are not shared: every example computes its own"
+    if loss.objective.neftune_alpha:
+        return f"loss.neftune_alpha draws noise for each example: {how}"
+    if loss.objective.router_aux:
+        return f"loss.router_aux balances the experts of each example: {how}"
+    device = next(loss.parameters()).device
+    half_on_gpu = device.type == "cuda" and precision != torch.float32
+    if half_on_gpu and not kernels_agree(device, precision):
+        return f"attention over shared prefixes is not exact on this device (measured): {how}"
+    if not near or not shares_prefixes(loss, longest):
+        name = type(loss.model).__name__
+        return f"{name} was not found to give the same through shared prefixes: {how}"
+    return ""
 
 
 def _one_at_a_time(name: str, found: Isolation) -> str:

@@ -1,0 +1,162 @@
+"""Whether segments may share prefixes: tried on a small stand-in, as `isolation` tries packs, and on
+the model itself.
+
+What a segment gives with its ancestors in a pack must be what its whole sequence gives alone. A model
+that does something of its own with segments (a state, a convolution, positions that it counts
+itself), or that drops attention while it trains, does not pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sftx.model.checks.isolation import EQUAL, alone, exact, matching_transform
+from sftx.model.checks.probe import LONGEST, segment_lengths
+from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
+from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
+from sftx.model.prefix_attention import shared_segments
+from sftx.types import Float32, Int32, Pack
+
+CPU = torch.device("cpu")
+PARENTS = (-1, 0, 0, 2, 0, -1)
+ORDERS = ((0, 1, 2, 3, 4, 5), (5, 0, 4, 2, 3, 1))
+"""In which the segments are tried: parents come before their children."""
+KERNELS_EQUAL = 3e-2
+"""Relative difference (L2) that rounding to half precision explains."""
+
+
+def shares_prefixes(loss: PackLoss, longest: int) -> bool:
+    """Whether a stand-in for the model of `loss` is exact with shared prefixes, in sequences up to
+    `longest` tokens. What cannot be tried is not.
+    """
+    long = max(segment_lengths(loss.model.config.to_dict(), longest))
+    small = None if not 8 <= long <= LONGEST else stand_in(loss.model)
+    if small is None:
+        return False
+    tokens, weights = _random_segments(long, vocabulary(small))
+    try:
+        parts = [
+            alone(copy.deepcopy(small), _whole_sequence(tokens, weights, segment))
+            for segment in range(len(PARENTS))
+        ]
+        ours = PackLoss(copy.deepcopy(small)).eval()
+        packs = [_arranged(tokens, weights, order) for order in ORDERS]
+        with torch.no_grad():
+            transform = matching_transform(ours, packs[0], EQUAL)
+        ours.take(Paths(transform=transform, shares_prefixes=True))
+        wanted = [[parts[segment] for segment in order] for order in ORDERS]
+        if not exact(ours, list(zip(packs, wanted, strict=True)), ours.own_logits):
+            return False
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ours.train().own_logits(packs[0])
+    except FOREIGN_ERRORS:  # the model's forward does not take such segments
+        return False
+    return True
+
+
+def apart(loss: PackLoss, probe: TensorPack) -> float:
+    """How far the model's own logits move, as a mean over rows of the largest difference, where the
+    first segment of `probe` is a prefix of the others instead of standing before each. Infinite where
+    they cannot be had.
+    """
+    bounds = probe.cu_seqlens_cpu.tolist()
+    ids = probe.ids.cpu().numpy().astype(np.int32)
+    root, *branches = [ids[a:b] for a, b in itertools.pairwise(bounds)]
+    ones = [np.ones(len(branch), np.float32) for branch in branches]
+    nothing = np.zeros(len(root), np.float32)
+    shared = tree_pack([root, *branches], [nothing, *ones], [-1, *(0 for _ in branches)])
+    whole = [np.concatenate([root, branch]) for branch in branches]
+    of_branch = [np.concatenate([nothing, one]) for one in ones]
+    separate = tree_pack(whole, of_branch, [-1] * len(branches))
+    device = probe.ids.device
+    try:
+        ours, theirs = (loss.own_logits(to_tensors(x, device)) for x in (shared, separate))
+    except FOREIGN_ERRORS:
+        return float("inf")
+    return float((ours.float() - theirs.float()).abs().amax(-1).mean())
+
+
+def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention, merged, gives the output and the gradients of merged blocks."""
+    parents, lengths = [-1, 0, 0, 2, -1], [70, 33, 1, 150, 9]
+    tokens = [np.zeros(length, np.int32) for length in lengths]
+    pack = to_tensors(
+        tree_pack(tokens, [np.zeros(len(x), np.float32) for x in tokens], parents), device
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, 4, sum(lengths), 64, generator=generator) for _ in range(3)]
+    found: list[list[Tensor]] = []
+    for flash in (True, False):
+        given = [x.to(device, dtype).requires_grad_() for x in drawn]
+        index = [pack.positions, *pack.prefixes]
+        try:
+            out = shared_segments(*given, None, index, 0.125, 0, 0.0, flash)[0]
+            found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), given)])
+        except FOREIGN_ERRORS:  # this torch has other kernels
+            return False
+    pairs = zip(*found, strict=True)
+    return all(float((a - b).norm()) <= KERNELS_EQUAL * float(b.norm()) for a, b in pairs)
+
+
+def tree_pack(tokens: Sequence[Int32], weights: Sequence[Float32], parents: Sequence[int]) -> Pack:
+    """Segments as a pack: the tokens of each, their weights as targets, and their parents."""
+    starts = np.cumsum([0, *map(len, tokens)])
+    positions, index = [], []
+    for segment, parent in enumerate(parents):
+        before = positions[parent][-1] + 1 if parent >= 0 else 0
+        positions.append(before + np.arange(len(tokens[segment])))
+        places = starts[segment] + np.flatnonzero(weights[segment]) - 1
+        if weights[segment][0]:
+            places[0] = starts[parent + 1] - 1
+        index.append(places)
+    chosen = [weight != 0 for weight in weights]
+    return Pack(
+        ids=np.concatenate(tokens).astype(np.int32),
+        positions=np.concatenate(positions).astype(np.int32),
+        cu_seqlens=starts.astype(np.int32),
+        index=np.concatenate(index).astype(np.int32),
+        label=np.concatenate([x[at] for x, at in zip(tokens, chosen, strict=True)]),
+        weight=np.concatenate([x[at] for x, at in zip(weights, chosen, strict=True)]),
+        parent=np.array(parents, np.int32),
+    )
+
+
+def _random_segments(long: int, ids: int) -> tuple[list[Int32], list[Float32]]:
+    """Tokens and weights of the segments; the first two together are a sequence of `long` tokens."""
+    random = np.random.RandomState(0)
+    room = long - long // 2
+    short = min(7, room // 2)
+    lengths = [long // 2, room, short, min(23, room - short), 1, 5]
+    tokens = [random.randint(min(3, ids - 1), ids, length).astype(np.int32) for length in lengths]
+    weights = []
+    for segment, length in enumerate(lengths):
+        some = (random.rand(length) * (random.rand(length) < 0.5)).astype(np.float32)
+        some[-1] = 1.0
+        some[0] = 0.0 if PARENTS[segment] < 0 else 0.5
+        weights.append(some)
+    return tokens, weights
+
+
+def _whole_sequence(tokens: list[Int32], weights: list[Float32], segment: int) -> TensorPack:
+    """A segment behind its ancestors, alone; its own targets."""
+    path = [segment]
+    while PARENTS[path[0]] >= 0:
+        path.insert(0, PARENTS[path[0]])
+    ids = np.concatenate([tokens[number] for number in path])
+    own = np.zeros(len(ids), np.float32)
+    own[len(ids) - len(tokens[segment]) :] = weights[segment]
+    return to_tensors(tree_pack([ids], [own], [-1]), CPU)
+
+
+def _arranged(tokens: list[Int32], weights: list[Float32], order: Sequence[int]) -> TensorPack:
+    """The segments as a pack, in this order."""
+    place = {-1: -1} | {segment: number for number, segment in enumerate(order)}
+    parents = [place[PARENTS[segment]] for segment in order]
+    chosen = [tokens[segment] for segment in order], [weights[segment] for segment in order]
+    return to_tensors(tree_pack(*chosen, parents), CPU)
