@@ -96,6 +96,7 @@ def check_paths(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
                 "probe"
             )
+        share = share and loss.paths.isolate
         moved = apart(loss, pack) if share else 0.0
     refusal = ""
     if share:
