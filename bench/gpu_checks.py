@@ -182,6 +182,7 @@ def shared_attention(dtype: str, window: int = 0, softcap: float | None = None) 
     drawn = [torch.randn(1, heads, tokens, 64).to(half) for heads in (4, 2, 2)]
     grad = torch.randn(1, tokens, 4, 64).to(half)
     results, seconds = [], 0.0
+    out, found = grad, ()
     for device, kind in ((where, half), (torch.device("cpu"), torch.float64)):
         given = [x.to(device, kind).requires_grad_() for x in drawn]
         pack = to_tensors(_tree(), device)

@@ -107,15 +107,19 @@ def _shared_segments_backward(
     totals = [torch.zeros_like(x, dtype=at_least_fp32(x[:0]).dtype) for x in (q, k, v)]
     with torch.autocast(grad.device.type, enabled=False):
         for part in parts_of(index):
-            of_queries = [_at(x, part.queries) for x in (grad, out, lse, q)]
-            of_keys = [_at(x, part.keys) for x in (k, v)]
-            found = backward(*of_queries, *of_keys, part, rule)
-            places = (part.queries, part.keys, part.keys)
-            for total, more, rows in zip(totals, found, places, strict=True):
-                if rows is None:
-                    total += more
-                else:
-                    total.index_add_(0, rows, more.to(total.dtype))
+            found = backward(
+                _at(grad, part.queries),
+                _at(out, part.queries),
+                _at(lse, part.queries),
+                _at(q, part.queries),
+                _at(k, part.keys),
+                _at(v, part.keys),
+                part,
+                rule,
+            )
+            for total, more in zip(totals, found, strict=True):
+                rows = part.queries if total is totals[0] else part.keys
+                _add(total, rows, more)
     gradients = [
         total.transpose(0, 1)[None].to(x.dtype).contiguous()
         for total, x in zip(totals, qkv, strict=True)
@@ -146,10 +150,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(q, k, v, sinks, *output, *index)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     q, k, v, sinks, out, lse, *index = ctx.saved_tensors
     found = _shared_segments_backward(grad, [q, k, v], out, lse, sinks, index, *ctx.numbers)
-    return *found[:3], None if sinks is None else found[3], [None] * len(index), *[None] * 4
+    d_sinks = None if sinks is None else found[3]
+    return *found[:3], d_sinks, [None for _ in index], None, None, None, None
 
 
 shared_segments.register_autograd(_backward, setup_context=_save)
@@ -159,12 +164,20 @@ def _at(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
+def _add(total: Tensor, rows: Tensor | None, more: Tensor) -> None:
+    """Add to these rows, none of which is named twice; in place."""
+    if rows is None:
+        total += more
+    else:
+        total.index_add_(0, rows, more.to(total.dtype))
+
+
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, part: Part, rule: _Rule
 ) -> tuple[Tensor, Tensor]:
     """One part: [q, H, D], [k, H_kv, D] twice -> its output, and its log-sum-exp [q, H]."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, part.cu_q, part.cu_k, *part.longest, 0.0, part.causal, False, scale=rule.scale
+        q, k, v, part.cu_q, part.cu_k, *part.longest(), 0.0, part.causal, False, scale=rule.scale
     )
     return out, lse.t()
 
@@ -190,7 +203,7 @@ def _flash_backward(
         lse.t().float().contiguous(),
         part.cu_q,
         part.cu_k,
-        *part.longest,
+        *part.longest(),
         0.0,
         part.causal,
         state,

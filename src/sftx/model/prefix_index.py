@@ -7,13 +7,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sftx.types import Int32
+
+Int64 = NDArray[np.int64]
 
 
 def prefix_index(cu_seqlens: Int32, parent: Int32) -> list[Tensor]:
@@ -25,34 +27,52 @@ def prefix_index(cu_seqlens: Int32, parent: Int32) -> list[Tensor]:
     `table` int64[1 + 3 x depths] holds the number of segments, and of each depth those of its
     ancestors, queries and keys.
     """
-    lengths = np.diff(cu_seqlens).tolist()
-    ancestors: list[tuple[int, ...]] = []
+    chains: list[tuple[int, ...]] = []
     for up in parent.tolist():
-        ancestors.append((*ancestors[up], up) if up >= 0 else ())
-    queries: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    bounds: list[Any] = [cu_seqlens]
-    table = [len(lengths)]
-    for depth in range(max(map(len, ancestors), default=0)):
-        below: dict[int, list[int]] = {}
-        for segment, above in enumerate(ancestors):
-            if len(above) > depth and lengths[segment] and lengths[above[depth]]:
-                below.setdefault(above[depth], []).append(segment)
-        if not below:
-            continue
-        places = [
-            np.concatenate([np.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in some])
-            for some in below.values()
-        ]
-        own = [np.arange(cu_seqlens[a], cu_seqlens[a + 1]) for a in below]
+        chains.append((*chains[up], up) if up >= 0 else ())
+    queries: list[Int64] = []
+    keys: list[Int64] = []
+    bounds: list[Int64] = [cu_seqlens.astype(np.int64)]
+    table = [len(chains)]
+    for depth in range(max(map(len, chains))):
+        places, own = _of_depth(cu_seqlens, chains, depth)
         queries += places
         keys += own
-        for parts in (places, own):
-            bounds.append(np.cumsum([0, *map(len, parts)]))
-        table += [len(own), sum(map(len, places)), sum(map(len, own))]
-    found = (*((np.concatenate(x) if x else np.zeros(0)) for x in (queries, keys, bounds)), table)
-    dtypes = (torch.int64, torch.int64, torch.int32, torch.int64)
-    return [torch.as_tensor(x).to(dtype) for x, dtype in zip(found, dtypes, strict=True)]
+        bounds.append(_bounds(places))
+        bounds.append(_bounds(own))
+        table += [len(own), int(bounds[-2][-1]), int(bounds[-1][-1])]
+    return [
+        torch.from_numpy(np.concatenate(queries)),
+        torch.from_numpy(np.concatenate(keys)),
+        torch.from_numpy(np.concatenate(bounds)).int(),
+        torch.tensor(table),
+    ]
+
+
+def _of_depth(
+    cu_seqlens: Int32, chains: list[tuple[int, ...]], depth: int
+) -> tuple[list[Int64], list[Int64]]:
+    """Of every ancestor of that depth, the places of what continues it, and its own."""
+    below: dict[int, list[Int64]] = {}
+    for segment, chain in enumerate(chains):
+        if depth < len(chain):
+            below.setdefault(chain[depth], []).append(_places(cu_seqlens, segment))
+    places: list[Int64] = []
+    own: list[Int64] = []
+    for ancestor, parts in below.items():
+        continuing = np.concatenate(parts)
+        if len(continuing):  # a branch may be empty
+            places.append(continuing)
+            own.append(_places(cu_seqlens, ancestor))
+    return places, own
+
+
+def _places(cu_seqlens: Int32, segment: int) -> Int64:
+    return np.arange(cu_seqlens[segment], cu_seqlens[segment + 1], dtype=np.int64)
+
+
+def _bounds(parts: list[Int64]) -> Int64:
+    return np.cumsum([0, *map(len, parts)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +91,11 @@ class Part:
         """Whether the keys are the queries' own segments."""
         return self.queries is None
 
-    @property
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest sequence of queries, and of keys."""
-        found = [
-            max(b - a for a, b in itertools.pairwise(bounds))
-            for bounds in (self.bounds_q, self.bounds_k)
-        ]
-        return found[0], found[1]
+        queries = max(b - a for a, b in itertools.pairwise(self.bounds_q))
+        keys = max(b - a for a, b in itertools.pairwise(self.bounds_k))
+        return queries, keys
 
 
 def parts_of(index: list[Tensor]) -> Iterator[Part]:

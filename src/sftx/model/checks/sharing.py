@@ -30,6 +30,8 @@ KERNELS_EQUAL = 3e-2
 """Relative difference (L2) that rounding to half precision explains."""
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.enable_grad()
 def shares_prefixes(loss: PackLoss, longest: int) -> bool:
     """Whether a stand-in for the model of `loss` is exact with shared prefixes, in sequences up to
     `longest` tokens. What cannot be tried is not.
@@ -101,6 +103,7 @@ def apart(loss: PackLoss, probe: TensorPack) -> float:
     return float((ours.float() - theirs.float()).abs().amax(-1).mean())
 
 
+@torch.enable_grad()
 def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether flash attention, merged, gives the output and the gradients of merged blocks."""
     parents, lengths = [-1, 0, 0, 2, -1], [70, 33, 1, 150, 9]
