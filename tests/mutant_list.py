@@ -45,6 +45,7 @@ WEIGHTS = ("test_turn_weights.py",)
 CHAT = ("test_template.py test_chat.py", "test_small_templates.py", "test_encode.py")
 ANSWERS = ("test_questions.py",)
 RANKS = ("test_shard.py", "test_dist.py")
+SHARED = ("test_prefix_attention.py", "test_sharing.py")
 
 MUTANTS = [
     # --- the loss
@@ -828,9 +829,7 @@ MUTANTS = [
         "return every > 0 and done % every == 1",
         CONTINUED,
     ),
-    Mutant(
-        "loop-packs-of-rank-0", "training/job.py", "ranks[distributed.rank()]", "ranks[0]", RANKS
-    ),
+    Mutant("loop-packs-of-rank-0", "training/job.py", "groups[number]", "groups[0]", RANKS),
     Mutant(
         "loop-stop-is-not-saved",
         "training/loop.py",
@@ -1359,5 +1358,61 @@ MUTANTS = [
         "if fired and not isinstance(sys.exc_info()[1], _Interruption):",
         "if False:",
         BOX,
+    ),
+    Mutant(
+        "sharing-parts-not-weighed",
+        "model/prefix_attention.py",
+        ".mul_(kept).addcmul_(more, added)",
+        ".add_(more)",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-lse-not-kept",
+        "model/prefix_attention.py",
+        "            lse.index_copy_(0, part.queries, new)\n",
+        "",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-keys-of-last-part",
+        "model/prefix_attention.py",
+        "total.index_add_(0, rows, more",
+        "total.index_copy_(0, rows, more",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-window-too-wide",
+        "model/prefix_attention.py",
+        "hidden |= distance >= window",
+        "hidden |= distance > window",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-sinks-without-share",
+        "model/prefix_attention.py",
+        "            out *= (old - lse).exp().to(out.dtype)[..., None]\n",
+        "",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-first-depth-alone",
+        "model/prefix_index.py",
+        "range(max(map(len, chains)))",
+        "range(1)",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-check-of-roots",
+        "model/checks/sharing.py",
+        "shared = tree_pack(*chosen, parents)",
+        "shared = tree_pack(whole, own, [-1] * len(order))",
+        SHARED,
+    ),
+    Mutant(
+        "sharing-check-without-gradients",
+        "model/checks/sharing.py",
+        "for a, b in zip(gradients, others, strict=True)",
+        "for a, b in ()",
+        SHARED,
     ),
 ]

@@ -13,7 +13,7 @@ from importlib import import_module
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftx import distributed
 from sftx.data.shared_packs import packs_of_step
@@ -98,21 +98,18 @@ def prepare(
     run.facts = distributed.broadcast(run.facts)
     threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.threads)
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    check_same_tokens(data.tokenizer, tokenizer, data.corpus)
+    tokenizer = _load_tokenizer(config, data)
     available, reserved = machine.available_memory()
     _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
     set_example_cost(plan, model.loss, data.corpus.targets)
-    profile_of = partial(StepProfile.of_plan, plan, int(data.corpus.targets.sum()))
-    path_notes = _check_model(config, machine, model.loss, data, profile_of, progress)
+    load_of = partial(StepProfile.of_plan, plan, int(data.corpus.targets.sum()))
+    path_notes = _check_model(config, machine, model.loss, data, load_of, progress)
     _begin_phase(progress, "planning memory and time, and compiling where that pays")
     estimator = _estimator(config, model_config, machine, model, data, reserved)
-    packing, seconds = _choose_packing(
-        config, run, model.loss, data, profile_of, estimator, available
-    )
+    packing, seconds = _choose_packing(config, run, model.loss, data, load_of, estimator, available)
     peak = peak_learning_rate(config.optim, config.adapter)
-    scheduled = partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
+    rate = rate or partial(learning_rate, num_steps=plan.num_steps, optim=config.optim, peak=peak)
     job = Job(
         config=config,
         machine=machine,
@@ -128,7 +125,7 @@ def prepare(
         tokenizer=tokenizer,
         save_dtype=stored_dtype(config.model, model_config),
         optimizer=build_optimizer(model.loss, config.optim),
-        learning_rate=rate or scheduled,
+        learning_rate=rate,
         state=_beginning(config, data, machine),
         predicted_seconds=seconds,
         tell=progress.phase,
@@ -138,6 +135,13 @@ def prepare(
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
+
+
+def _load_tokenizer(config: Config, data: RunData) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with the model, which must be the one that encoded the data."""
+    tokenizer = load_tokenizer(config.model)
+    check_same_tokens(data.tokenizer, tokenizer, data.corpus)
+    return tokenizer
 
 
 def _begin_phase(progress: Progress, name: str) -> None:
