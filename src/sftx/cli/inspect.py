@@ -108,8 +108,9 @@ def _views_of_step(
         raise UserError(
             f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on"
         )
-    size = config.runtime.tokens_per_pack or Run(config).facts.tokens_per_pack or CPU_PACK
-    packs = plan.packs(step - 1, size)[0]
+    facts = Run(config).facts
+    size = config.runtime.tokens_per_pack or facts.tokens_per_pack or CPU_PACK
+    packs = plan.packs(step - 1, size, padded=facts.padded)[0]
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
     return [

@@ -24,12 +24,13 @@ from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
+from sftx.model.checks.isolation import measure_isolation
 from sftx.model.compile import planned
 from sftx.model.folder import load_config
 from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
-from sftx.model.pack_loss import PackLoss
+from sftx.model.pack_loss import PackLoss, Paths
 from sftx.model.runtime import CUBLAS_WORKSPACE, machine, name_of
 from sftx.printable import printable
 from sftx.report.progress import working
@@ -54,6 +55,10 @@ EXTRA = {
     "json": "Write the figures to this file.",
 }
 DEFAULTS = ("output=unused", "data.format=auto")
+LENGTH_TRIED = 64
+"""Tokens of the examples with which it is tried whether a model of this kind can be packed; the run
+itself tries examples as long as its own.
+"""
 CALIBRATION = 1024  # tokens of a layer that is timed; two seconds for a model of 0.6B on two cores
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 """What the settings call them."""
@@ -70,6 +75,8 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     model_config = load_config(config.model)
     loss = meta_model(config, model_config, tokens)
     plan, load = _load(config, loss, count)
+    found = measure_isolation(loss.model, min(load.longest, LENGTH_TRIED), LENGTH_TRIED)
+    loss.take(Paths(found.packs, not found.packs and found.pads))
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         available, held = (
@@ -109,8 +116,9 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
                 "notes": list(chosen.notes),
             }
             if plan is not None and not gpus:
-                facts["fill"] = _fill(plan, chosen.tokens_per_pack)
-                facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION)
+                facts |= _of_packs(plan, loss, chosen.tokens_per_pack)
+                padding = facts.get("padding", 0.0)
+                facts["seconds"] = seconds_of(estimator, load, chosen, CALIBRATION, padding)
         except UserError as error:
             facts["refused"] = str(error)
         if gpus:
@@ -173,6 +181,13 @@ def _facts(
         targets = round(load.tokens * load.target_share)
         facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
     return facts
+
+
+def _of_packs(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> dict[str, float]:
+    """How full packs are, or how much of padded batches is padding."""
+    if loss.paths.padded:
+        return {"padding": plan.padding(tokens_per_pack)}
+    return {"fill": _fill(plan, tokens_per_pack)}
 
 
 def _fill(plan: Plan, tokens_per_pack: int) -> float:
@@ -241,6 +256,9 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         )
     if facts.get("memory"):
         fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
+        if "padding" in facts:
+            padding = f"{100 * facts['padding']:.1f} % padding"
+            fill = f" at most, padded in batches of like lengths, {padding}"
         yield (
             f"packs    {facts['tokens_per_pack']:,} tokens{fill}; {facts['recomputed_layers']} of "
             f"{facts['layers']} "

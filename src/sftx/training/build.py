@@ -30,7 +30,7 @@ from sftx.model.compile import compile_layers, planned
 from sftx.model.folder import load_config
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
-from sftx.model.pack_loss import PackLoss, Paths
+from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine, name_of
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
@@ -296,7 +296,7 @@ def _estimator(
     # What is in shards cannot run on tensors without contents: a copy without weights does.
     model.loss.train()
     twin = meta_model(config, model_config, data.tokenizer.added_token_ids)
-    twin.take(Paths(model.loss.paths.isolate, model.loss.paths.transform))
+    twin.take(replace(model.loss.paths, forgets=None))
     nf4 = config.adapter.quantize == "nf4"
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)
 
@@ -322,7 +322,8 @@ def _choose_packing(
     earlier = run.facts.tokens_per_pack if same_device else None
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
-    seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
+    padding = _padding(data.plan, loss, chosen.tokens_per_pack)
+    seconds = seconds_of(estimator, profile, chosen, CALIBRATION, padding)
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
         members = data.plan.packs(0, chosen.tokens_per_pack)[0][0]
@@ -333,10 +334,19 @@ def _choose_packing(
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
             recompute(loss.model, chosen.recomputed)
         chosen = replace(chosen, notes=(*chosen.notes, note))
-    if distributed.is_joined() and not loss.paths.isolate:
+    if distributed.is_joined() and not (loss.paths.isolate or loss.paths.padded):
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
+    if loss.paths.padded:
+        padding = _padding(data.plan, loss, chosen.tokens_per_pack)
+        note = f"padded in batches of like lengths, {100 * padding:.1f} % padding"
+        chosen = replace(chosen, notes=(*chosen.notes, note))
     return chosen, seconds
+
+
+def _padding(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> float:
+    """The share of what the model computes that is padding."""
+    return plan.padding(tokens_per_pack, distributed.world_size()) if loss.paths.padded else 0.0
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:
@@ -362,6 +372,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         precision=name_of(job.machine.precision),
         parameters=dict(zip(("trainable", "all"), trainable(job.loss), strict=True)),
         tokens_per_pack=job.tokens_per_pack,
+        padded=job.loss.paths.padded,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,

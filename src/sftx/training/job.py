@@ -98,7 +98,9 @@ class Job:
 
     def packs(self, step: int) -> StepPacks:
         """The packs of `step` (0-based)."""
-        ranks = self.plan.packs(step, self.tokens_per_pack, distributed.world_size())
+        ranks = self.plan.packs(
+            step, self.tokens_per_pack, distributed.world_size(), self.loss.paths.padded
+        )
         own: list[TensorPack] = []
         for members in ranks[distributed.rank()]:
             pack = build_pack([self.corpus.example(i) for i in members], members)

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftx import distributed
 from sftx.boundary import boundary
-from sftx.data.pack import blank_pack
+from sftx.data.pack import PADDING, blank_pack
 from sftx.data.plan import Plan
 from sftx.model.flops import flops, reached_speed
 from sftx.model.memory import Memory, MemoryEstimator
 from sftx.model.pack_loss import PackLoss
 from sftx.model.trainable import choose_weights
 from sftx.settings.schema import Config, Runtime
-from sftx.types import Int32, UserError
+from sftx.types import Int32, Pack, UserError
 
 GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
 """Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled
@@ -176,10 +176,15 @@ def choose_packing(
 
 
 def seconds_of(
-    estimator: MemoryEstimator, load: StepProfile, chosen: Packing, tokens: int
+    estimator: MemoryEstimator,
+    load: StepProfile,
+    chosen: Packing,
+    tokens: int,
+    padding: float = 0.0,
 ) -> float | None:
     """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack,
-    elsewhere over at most `tokens` tokens; None where none can be.
+    elsewhere over at most `tokens` tokens; None where none can be. `padding`: the share of what is
+    computed that is padding.
     """
     if not load.tokens:
         return 0.0
@@ -191,12 +196,15 @@ def seconds_of(
         chosen.recomputed,
     )
     tokens = chosen.tokens_per_pack if estimator.on_gpu else min(chosen.tokens_per_pack, tokens)
-    pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
+    length = round(load.squares / load.tokens)
+    if estimator.loss.paths.padded:  # a few rows, all of one length
+        tokens = min(max(tokens // length, 4), max(chosen.tokens_per_pack // length, 1)) * length
+    pack = blank_pack(tokens, length, 1.0)
     try:
         speed = reached_speed(estimator, pack)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
         return None
-    return work / (speed * distributed.world_size()) if speed else None
+    return work / (1 - padding) / (speed * distributed.world_size()) if speed else None
 
 
 def predict(
@@ -206,10 +214,20 @@ def predict(
     never cut.
     """
     count = -(-load.step_tokens // tokens_per_pack)
-    tokens = max(-(-load.step_tokens // count), load.longest)
-    return estimator.predict(
-        blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1
-    )
+    if estimator.loss.paths.padded:
+        pack, count = _largest_batch(load, tokens_per_pack), load.step_tokens // load.longest
+    else:
+        tokens = max(-(-load.step_tokens // count), load.longest)
+        pack = blank_pack(tokens, load.longest, load.target_share)
+    return estimator.predict(pack, recomputed, accumulate=count > 1)
+
+
+def _largest_batch(load: StepProfile, tokens_per_pack: int) -> Pack:
+    """A right-padded batch as large as one can get: rows of one length."""
+    tokens = min(tokens_per_pack, round(load.step_tokens / (1 - PADDING)))
+    rows = max(-(-tokens // load.longest), 1)
+    length = load.longest if rows == 1 else tokens // rows
+    return blank_pack(rows * length, length, load.target_share)
 
 
 def _candidates(runtime: Runtime, estimator: MemoryEstimator) -> list[tuple[int, int]]:

@@ -5,14 +5,14 @@ Each segment runs alone through a fresh copy of the unchanged model; then all ru
 runs them, packed, in two orders. Logits, loss and every gradient must be equal. Everything is in
 float64, so that what differs by rounding (an expert chosen by a hair) cannot be taken for a leak,
 and a leak not for rounding. Where packing is not exact, the same is asked of segments that run one
-at a time.
+at a time, and side by side as the rows of a batch, the short ones padded to the longest.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,14 +50,16 @@ all of them.
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What was found: whether segments can be packed; what a model must forget before each segment
-    when they run one at a time (empty: nothing; None: everything, because it could not be tried).
+    """What was found: whether segments can be packed; if not, whether they can be the rows of a
+    padded batch (`pads`); what a model must forget before each pass when they are not packed
+    (empty: nothing; None: everything, because it could not be tried).
     """
 
     packs: bool
     tried: int  # tokens of the longest segment that was tried, 0 where none was
     reach: int  # tokens up to which the configuration names a length
     forget: Names | None = frozenset()
+    pads: bool = False
 
 
 Gradients = list[Tensor | None]
@@ -82,28 +84,52 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
     reaches = reach(settings, longest)
     lengths = segment_lengths(settings, longest)
     small = None if max(lengths) > LONGEST else stand_in(model)
+    untried = Isolation(reaches == 0, 0, reaches, None, pads=reaches == 0)
     if small is None:
-        return Isolation(reaches == 0, 0, reaches, None)
+        return untried
     pack = random_pack(lengths, vocabulary(small))
     try:
         alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
     except FOREIGN_ERRORS:
-        return Isolation(reaches == 0, 0, reaches, None)
+        return untried
     order = places(settings, lengths, largest_pack)
     if _packs(small, pack, alone, order):
         return Isolation(True, max(lengths), reaches)
-    return Isolation(False, max(lengths), reaches, _forget(small, pack, alone))
+    forget = _forget(small, pack, alone)
+    pads = _pads(small, pack, alone, order, forget)
+    return Isolation(False, max(lengths), reaches, forget, pads)
 
 
 def _packs(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone], order: list[int]) -> bool:
     """Whether the trainer's fast path is exact."""
+    return _at_once(PackLoss(copy.deepcopy(small)).eval(), Paths(), pack, alone, order)
+
+
+def _pads(
+    small: PreTrainedModel,
+    pack: TensorPack,
+    alone: list[_Alone],
+    order: list[int],
+    forget: Names,
+) -> bool:
+    """Whether segments of very unlike lengths are exact as the rows of a batch."""
     loss = PackLoss(copy.deepcopy(small)).eval()
+    forgets = ForwardState(loss.model, forget) if forget else None
+    paths = Paths(isolate=False, padded=True, forgets=forgets)
+    return _at_once(loss, paths, pack, alone, order)
+
+
+def _at_once(
+    loss: PackLoss, paths: Paths, pack: TensorPack, alone: list[_Alone], order: list[int]
+) -> bool:
+    """Whether the path by which all segments run at once is exact."""
+    loss.take(paths)
     try:
         with torch.no_grad():
             transform = matching_transform(loss, in_order(pack, [0, 2, 4]), EQUAL)
-        loss.take(Paths(transform=transform))
+        loss.take(replace(paths, transform=transform))
         return _exact(loss, pack, alone, order, loss.own_logits)
-    except FOREIGN_ERRORS:  # the model's forward does not take segments
+    except FOREIGN_ERRORS:  # the model's forward does not take segments, or no batch
         return False
 
 
