@@ -362,7 +362,7 @@ MUTANTS = [
     Mutant("checks-nothing-tried-long", "model/checks/start.py", "measure_isolation(loss.model, "
                                                                  "longest,",
            "measure_isolation(loss.model, min(longest, 32),", LENGTHS),
-    Mutant("checks-gradients-not-compared", "model/checks/isolation.py", "<= EQUAL\n\n\ndef _sum",
+    Mutant("checks-gradients-not-compared", "model/checks/isolation.py", "<= EQUAL_GRADIENT\n\n\ndef _sum",
            "<= 9\n\n\ndef _sum", LENGTHS),
     Mutant("checks-one-order-only", "model/checks/isolation.py", "for numbers in (order, "
                                                                  "order[::-1]):",

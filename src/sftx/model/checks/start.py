@@ -26,6 +26,7 @@ from sftx.model.checks.stand_in import FOREIGN_ERRORS
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
+from sftx.model.scan import own_scan
 from sftx.types import Pack, UserError
 
 
@@ -149,10 +150,11 @@ def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
     loss.use_segments(False)
     try:
         segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
-        parts = [
-            loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
-            for a, b in segments
-        ]
+        with own_scan():
+            parts = [
+                loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
+                for a, b in segments
+            ]
         return torch.cat(parts).float()[pack.index]
     finally:
         loss.use_segments(True)
@@ -167,9 +169,9 @@ def _isolated(
     longest: int,
     only_rounding: bool,
 ) -> bool:
-    """By this way, which the model then takes, logits of all segments at once equal the reference, beside a token at the last place of a segment as long as
-    the longest (some rotary embeddings go by that); and changing the first segment leaves the
-    others' logits alone.
+    """By this way, which the model then takes, logits of all segments at once equal the reference,
+    beside a token at the last place of a segment as long as the longest (some rotary embeddings go
+    by that); and changing the first segment leaves the others' logits alone.
 
     `limit` = the largest difference. With `only_rounding` the stand-in has shown the structure to
     be right: then the mean over rows counts, and may be twice what rounding alone moves. In bf16
