@@ -140,7 +140,7 @@ def rows(count: int, first: int, vocabulary: int) -> list[Example]:
     made = []
     for line in lines[first : first + count]:
         row = json.loads(line)
-        question, answer = (tokenizer.encode(row[name]).ids for name in ("question", "answer"))
+        question, answer = (tokenizer.encode(row[name]).ids for name in ("prompt", "completion"))
         ids = np.array(question + answer, np.int32) % vocabulary
         weights = np.zeros(len(ids), np.float32)
         weights[len(question) :] = 1

@@ -10,16 +10,16 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import PADDING, blank_pack
 from sftx.data.plan import Plan
+from sftx.model.architecture import auto_class
 from sftx.model.flops import flops, reached_speed
 from sftx.model.memory import Memory, MemoryEstimator
 from sftx.model.pack_loss import PackLoss
@@ -100,7 +100,7 @@ def meta_model(
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
-            model = cast(Any, AutoModelForCausalLM).from_config(
+            model = auto_class(model_config).from_config(
                 copy.deepcopy(model_config),
                 dtype=dtype,
                 trust_remote_code=config.model.trust_remote_code,
