@@ -260,6 +260,7 @@ def test_a_run_says_that_it_pads(
     assert f"200 tokens at most, {said}; 0 of 2 layers" in capsys.readouterr().out
     assert cli.main(["inspect", "run.yaml", "step=1"]) == 0
     shown = capsys.readouterr().out.split("\n")
+    assert shown[0] == f"packs run {said.replace('padded', 'padded,')}"
     packs = {line.partition(":")[0] for line in shown if line.startswith("── step 1, pack")}
     first, *_ = Path("out/metrics.jsonl").read_text().split("\n")
     assert len(packs) == json.loads(first)["packs"] > 1

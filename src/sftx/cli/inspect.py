@@ -75,7 +75,9 @@ def run(
         corpus = encoded(config, encoder)
     if step:
         assert corpus is not None
-        views = _views_of_step(config, corpus, encoder, step, pack)
+        views, how = _views_of_step(config, corpus, encoder, step, pack)
+        if how:
+            console.print(how)
     else:
         file, _, line = row.rpartition(":")
         count = whole_number("inspect: rows", rows) if rows else 1 if row else 3
@@ -100,8 +102,10 @@ def run(
 
 def _views_of_step(
     config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str
-) -> list[View]:
-    """The examples of a step in pack order, or those of one of its packs."""
+) -> tuple[list[View], str]:
+    """The examples of a step in pack order, or those of one of its packs; and how packs run, where
+    that is not the usual way.
+    """
     step = whole_number("inspect: step", asked)
     plan = plan_of(corpus, config)
     if not 1 <= step <= plan.num_steps:
@@ -113,12 +117,15 @@ def _views_of_step(
     packs = plan.packs(step - 1, size, padded=facts.padded)[0]
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
-    return [
+    views = [
         view(corpus.example(i), encoder.tokenizer, f"step {step}, pack {number}: {corpus.place(i)}")
         for number, members in enumerate(packs)
         for i in members
         if not pack or number == int(pack)
     ]
+    padding = f"{100 * plan.padding(size):.1f} % padding"
+    how = f"packs run padded, in batches of like lengths, {padding}" if facts.padded else ""
+    return views, how
 
 
 def _counts(views: Sequence[View]) -> str:

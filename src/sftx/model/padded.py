@@ -35,7 +35,7 @@ def as_batch(cu_seqlens_cpu: Tensor, device: torch.device) -> Batch:
     column = np.arange(lengths.max())
     rows = bounds[:-1, None] + np.minimum(column, lengths - 1)
     places = np.flatnonzero(column < lengths)
-    return Batch(
-        torch.from_numpy(rows).to(device, non_blocking=True),
-        torch.from_numpy(places).to(device, non_blocking=True),
-    )
+    tensors = [torch.from_numpy(array) for array in (rows, places)]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
