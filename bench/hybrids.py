@@ -52,13 +52,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 48,
         "tie_word_embeddings": True,
     },
-    # Mamba-130m with a third of its layers.
+    # Two thirds of Mamba-130m's width and a sixth of its layers: one example at a time they take long.
     "mamba-like": {
         "family": "Mamba",
         "vocab_size": 50304,
-        "hidden_size": 768,
+        "hidden_size": 512,
         "state_size": 16,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 4,
     },
 }
 
@@ -88,11 +88,11 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
-    """Both ways in turn, a step of other rows each round; after one of each that does not count."""
+    """Both ways in turn, a step of other rows each round; after a short one that does not count."""
     loss, vocabulary = model(shape), SHAPES[shape]["vocab_size"]
-    steps = [
-        rows(args.examples, number * args.examples, vocabulary) for number in range(args.rounds + 1)
-    ]
+    steps = [rows(2, 0, vocabulary)]
+    for number in range(args.rounds):
+        steps.append(rows(args.examples, number * args.examples, vocabulary))
     print(
         f"{shape}: {sum(p.numel() for p in loss.parameters()) / 1e6:.0f} M parameters", flush=True
     )
@@ -114,6 +114,8 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
             gradients.append(torch.cat([p.grad.flatten() for p in loss.parameters()]))
             if number:
                 speeds[way].append(float(lengths.sum()) / seconds)
+        if not number:
+            continue
         apart = max(apart, float((gradients[0] - gradients[1]).norm() / gradients[0].norm()))
         tokens += int(lengths.sum())
         padded += sum(batch_tokens(lengths, members) for members in bins["padded"])

@@ -75,8 +75,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     model_config = load_config(config.model)
     loss = meta_model(config, model_config, tokens)
     plan, load = _load(config, loss, count)
-    found = measure_isolation(loss.model, min(load.longest, LENGTH_TRIED), LENGTH_TRIED)
-    loss.take(Paths(found.packs, not found.packs and found.pads))
+    _choose_path(loss, min(load.longest, LENGTH_TRIED))
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         available, held = (
@@ -109,8 +108,6 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts |= {
                 "tokens_per_pack": chosen.tokens_per_pack,
                 "recomputed_layers": chosen.recomputed,
-            }
-            facts |= {
                 "layers": len(estimator.layers),
                 "memory": chosen.parts(),
                 "notes": list(chosen.notes),
@@ -128,6 +125,12 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
+
+
+def _choose_path(loss: PackLoss, longest: int) -> None:
+    """Let the model compute as a run would: packed, in padded batches or one example at a time."""
+    found = measure_isolation(loss.model, longest, longest)
+    loss.take(Paths(found.packs, not found.packs and found.pads))
 
 
 def _defaults_here(config: Config, loss: PackLoss, facts: dict[str, Any]) -> dict[str, object]:

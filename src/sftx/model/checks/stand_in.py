@@ -251,7 +251,9 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
             few[name] = depth
         elif isinstance(value, list) and len(value) == layers and layers > 1:
             few[name] = value[:depth]
-        elif name.endswith("_layers") and isinstance(value, list):  # the numbers of some layers
+        elif str(name).endswith("_layers") and isinstance(
+            value, list
+        ):  # the numbers of some layers
             few[name] = [one for one in value if not isinstance(one, int) or one <= depth]
         else:
             few[name] = value
