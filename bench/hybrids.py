@@ -29,8 +29,8 @@ from tokenizers import Tokenizer
 
 from sftx.data.pack import batch_tokens, build_pack, like_lengths, probe_pack
 from sftx.model.checks.start import check_paths
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
-from sftx.model.scan import own_scan
 from sftx.types import Example
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -156,7 +156,7 @@ def step(loss: PackLoss, packs: list[list[Example]], way: str) -> float:
     tensors = [to_tensors(build_pack(examples), torch.device("cpu")) for examples in packs]
     with ExitStack() as stack:
         if way == "alone":
-            stack.enter_context(own_scan())
+            stack.enter_context(own_fallbacks())
         began = time.process_time()
         for pack in tensors:
             loss(pack).backward()

@@ -23,9 +23,10 @@ from sftx import cli
 from sftx.data.pack import PADDING, batch_tokens, build_pack, like_lengths, probe_pack
 from sftx.data.plan import Plan
 from sftx.model.checks.start import check_paths
+from sftx.model.fallbacks import causal_conv, own_fallbacks
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.padded import as_batch
-from sftx.model.scan import own_scan, selective_scan
+from sftx.model.scan import selective_scan
 from sftx.settings.schema import Batch
 
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ def test_rows_of_a_batch_are_what_each_is_alone(name: str) -> None:
     family, changes = FAMILIES[name]
     model = sharpened(family, changes)
     data = tiny.examples(LENGTHS)
-    with own_scan():
+    with own_fallbacks():
         value, kept = alone_in_float64(model, data)
     loss = PackLoss(model)
     (said,) = check_paths(loss, probe_pack(data), torch.float32, longest=120, largest_pack=512)
@@ -217,7 +218,7 @@ def test_the_linear_scan_is_transformers_own(dtype: torch.dtype) -> None:
     }
     weight = random(n, inner, tokens).detach()
     found: list[tuple[torch.Tensor, ...]] = []
-    with own_scan():
+    with own_fallbacks():
         own = modeling_mamba.mamba_selective_scan
     for scan in (own, selective_scan):
         out, last = scan(**inputs, delta_softplus=True, return_last_state=True)
@@ -226,10 +227,30 @@ def test_the_linear_scan_is_transformers_own(dtype: torch.dtype) -> None:
         assert float((theirs - ours).detach().norm() / theirs.detach().norm()) < 1e-6
 
 
+@pytest.mark.parametrize(("bias", "activation"), [(True, "silu"), (False, None)])
+def test_the_causal_convolution_is_transformers_own(bias: bool, activation: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 6, 11), (6, 4), (6,)] if bias else [(2, 6, 11), (6, 4)]
+    inputs = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+    with own_fallbacks():
+        own = modeling_mamba.causal_conv1d_fn
+    found: list[tuple[torch.Tensor, ...]] = []
+    for convolution in (own, causal_conv):
+        out = convolution(*inputs, activation=activation)
+        found.append((out, *torch.autograd.grad((out * out).sum(), inputs)))
+    for theirs, ours in zip(*found, strict=True):
+        assert float((theirs - ours).detach().abs().max()) < 1e-12
+    with pytest.raises(ValueError, match="cannot keep packed segments apart"):
+        causal_conv(*inputs, seq_idx=torch.zeros(1))
+
+
 def test_the_scan_is_ours_where_a_model_trains_and_theirs_where_it_is_measured() -> None:
     PackLoss(tiny.model("Mamba", state_size=8))
     assert modeling_mamba.mamba_selective_scan is selective_scan
-    with own_scan():
+    with own_fallbacks():
         assert modeling_mamba.mamba_selective_scan is not selective_scan
     assert modeling_mamba.mamba_selective_scan is selective_scan
 

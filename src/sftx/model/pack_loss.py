@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
+from sftx.model.fallbacks import use_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import (
     PLAIN,
@@ -24,7 +25,6 @@ from sftx.model.loss import (
 )
 from sftx.model.padded import as_batch
 from sftx.model.regularization import embedding_noise, router_balance
-from sftx.model.scan import use_linear_scan
 from sftx.settings.schema import Loss
 from sftx.types import Pack, UserError
 
@@ -155,7 +155,7 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._own_attention = model.config._attn_implementation or "eager"
-        use_linear_scan(model)
+        use_fallbacks(model)
         self.paths = Paths()
         self.use_segments(True)
 

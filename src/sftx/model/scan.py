@@ -10,46 +10,10 @@ kept for it. Here the states are computed again going backward, as the kernels d
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-NAME = "mamba_selective_scan"
-"""What transformers' modules call it."""
-_replaced: dict[str, Callable[..., Any]] = {}
-"""By module, the scan of transformers in whose place `selective_scan` stands."""
-
-
-def use_linear_scan(model: nn.Module) -> None:
-    """Let the layers of `model` compute by `selective_scan`, unless they have kernels for it."""
-    for module in {type(part).__module__ for part in model.modules()} - _replaced.keys():
-        scan = getattr(sys.modules[module], NAME, None)
-        if scan is not None and _falls_back(scan):
-            _replaced[module] = scan
-            setattr(sys.modules[module], NAME, selective_scan)
-
-
-@contextmanager
-def own_scan() -> Iterator[None]:
-    """Inside, models compute by transformers' own scan: what is measured must not measure itself."""
-    for module, scan in _replaced.items():
-        setattr(sys.modules[module], NAME, scan)
-    try:
-        yield
-    finally:
-        for module in _replaced:
-            setattr(sys.modules[module], NAME, selective_scan)
-
-
-def _falls_back(scan: Any) -> bool:
-    """Whether the wrapper that transformers puts around its own scan has found no kernel."""
-    cells = dict(zip(scan.__code__.co_freevars, scan.__closure__ or (), strict=True))
-    found = cells.get("is_new_implementation")
-    return found is not None and not found.cell_contents
 
 
 def selective_scan(

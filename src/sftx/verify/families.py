@@ -35,8 +35,8 @@ from sftx.cores import usable_cores
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks.stand_in import stand_in
 from sftx.model.checks.start import check_paths
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
-from sftx.model.scan import own_scan
 from sftx.types import Example, UserError
 
 Verdict = Literal["packed", "padded", "alone", "refused", "wrong", "not tried"]
@@ -280,7 +280,7 @@ def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[f
     for example in data:
         twin = copy.deepcopy(model).double().eval()
         ids = torch.tensor(example.ids.astype("int64"))[None]
-        with own_scan():
+        with own_fallbacks():
             logits = twin(input_ids=ids, use_cache=False).logits[0].double()
         losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
         value = (losses * torch.tensor(example.weights[1:].astype("float64"))).sum() / weight

@@ -30,10 +30,10 @@ from sftx.model.checks.probe import (
     segment_lengths,
 )
 from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState, Names
 from sftx.model.loss import LogitTransform
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack
-from sftx.model.scan import own_scan
 from sftx.types import UserError
 
 EQUAL = 1e-5
@@ -160,7 +160,7 @@ def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Na
 
 def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
     """A segment through a fresh model, by nothing but the model's own forward."""
-    with own_scan():
+    with own_fallbacks():
         logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
     losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
     value = (losses * one.weight.double()).sum()

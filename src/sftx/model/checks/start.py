@@ -23,10 +23,10 @@ from sftx.model.adapter import bare, trainable
 from sftx.model.checks.isolation import Isolation, matching_transform, measure_isolation
 from sftx.model.checks.probe import part
 from sftx.model.checks.stand_in import FOREIGN_ERRORS
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
-from sftx.model.scan import own_scan
 from sftx.types import Pack, UserError
 
 
@@ -150,7 +150,7 @@ def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
     loss.use_segments(False)
     try:
         segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
-        with own_scan():
+        with own_fallbacks():
             parts = [
                 loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
                 for a, b in segments
