@@ -1,7 +1,7 @@
 """Models that cannot be packed: right-padded batches of like lengths against one example at a time,
 in one process on a CPU.
 
-    python bench/hybrids.py                    # both shapes, GSM8K rows, a few minutes
+    python bench/hybrids.py                    # all shapes, GSM8K rows, a few minutes
     python bench/hybrids.py --shape mamba-like --examples 64 --json out.json
 
 Rows are those of GSM8K (../shared/data/gsm8k, tokens of gpt2), as ids below the shape's vocabulary;
@@ -50,6 +50,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 8,
         "linear_key_head_dim": 48,
         "linear_value_head_dim": 48,
+        "tie_word_embeddings": True,
+    },
+    # So narrow that what is computed for each layer and example counts more than products.
+    "qwen3.5-tiny": {
+        "family": "Qwen3_5Text",
+        "vocab_size": 8192,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
         "tie_word_embeddings": True,
     },
     # Two thirds of Mamba-130m's width and a sixth of its layers: one example at a time they take long.
