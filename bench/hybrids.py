@@ -27,7 +27,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from sftx.data.pack import batch_tokens, build_pack, like_lengths, probe_pack
+from sftx.data.pack import Bins, batch_tokens, build_pack, like_lengths, probe_pack
 from sftx.model.checks.start import check_paths
 from sftx.model.fallbacks import own_fallbacks
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
@@ -121,13 +121,16 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     apart, tokens, padded = 0.0, 0, 0
     for number, data in enumerate(steps):
         lengths = np.array([len(example.ids) for example in data])
-        bins = {"alone": [(i,) for i in range(len(data))]}
-        bins["padded"] = like_lengths(lengths, CAPACITY)[0]
+        bins: dict[str, Bins] = {
+            "alone": [(i,) for i in range(len(data))],
+            "padded": like_lengths(lengths, CAPACITY)[0],
+        }
         gradients = []
         for way, paths in ways.items():
             loss.take(paths)
             seconds = step(loss, [[data[i] for i in members] for members in bins[way]], way)
-            gradients.append(torch.cat([p.grad.flatten() for p in loss.parameters()]))
+            found = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
+            gradients.append(torch.cat(found))
             if number:
                 speeds[way].append(float(lengths.sum()) / seconds)
         if not number:
@@ -139,8 +142,8 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
     print(f"  gradients differ by {apart:.1e}")
     medians = {way: statistics.median(found) for way, found in speeds.items()}
-    found: dict[str, Any] = {**medians, "ratio": ratio, "padding": 1 - tokens / padded}
-    return {**found, "apart": apart, "speeds": speeds}
+    figures: dict[str, Any] = {**medians, "ratio": ratio, "padding": 1 - tokens / padded}
+    return {**figures, "apart": apart, "speeds": speeds}
 
 
 def model(shape: str) -> PackLoss:

@@ -231,7 +231,7 @@ def test_the_linear_scan_is_transformers_own(dtype: torch.dtype) -> None:
 def test_the_causal_convolution_is_transformers_own(bias: bool, activation: str | None) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 6, 11), (6, 4), (6,)] if bias else [(2, 6, 11), (6, 4)]
-    inputs = [
+    inputs: list[Any] = [
         torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
         for shape in shapes
     ]

@@ -128,7 +128,7 @@ def save_model(
 def _copy_processor(model: PreTrainedModel, folder: Path) -> None:
     """Put what prepares images for a vision-language model beside it, as its folder has it."""
     for name in PROCESSOR:
-        source = Path(model.name_or_path) / name
+        source = Path(model.name_or_path or "") / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
 
