@@ -956,7 +956,7 @@ MUTANTS = [
     Mutant(
         "checks-gradients-not-compared",
         "model/checks/isolation.py",
-        "<= EQUAL\n\n\ndef _sum",
+        "<= EQUAL_GRADIENT\n\n\ndef _sum",
         "<= 9\n\n\ndef _sum",
         LENGTHS,
     ),

@@ -109,10 +109,11 @@ def test_a_step_says_the_naive_share_however_it_is_cut_and_whatever_the_objectiv
     assert step_accuracy(loss, data, [(0, 1, 2), (3, 4, 5, 6)]) == pytest.approx(
         expected, abs=1e-12
     )
-    loss.take(Paths(isolate=False))  # one segment at a time
-    assert step_accuracy(loss, data, [(0, 1, 2), (3, 4, 5, 6)]) == pytest.approx(
-        expected, abs=1e-12
-    )
+    for padded in (False, True):  # one segment at a time, and as the rows of a batch
+        loss.take(Paths(isolate=False, padded=padded))
+        assert step_accuracy(loss, data, [(0, 1, 2), (3, 4, 5, 6)]) == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 @pytest.mark.slow

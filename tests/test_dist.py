@@ -102,6 +102,17 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
             assert_equal(folder, name, name[:-1] + "0")
 
 
+@pytest.mark.slow
+def test_padded_batches_on_two_ranks_give_the_numbers_of_one_process(folder: Path) -> None:
+    """Every rank runs equally many batches, in evaluations too."""
+    model = tiny.folder(folder / "bloom", family="Bloom", n_layer=2, n_head=4)
+    for name, count in (("padded-1", 0), ("padded-2", 2)):
+        runtime = {"tokens_per_pack": 150, "parallel": "fsdp" if count else "auto"}
+        ranks.run(ranks.write_run(folder, model, name, runtime=runtime), count)
+        assert ranks.facts(folder / name)["padded"]
+    assert_equal(folder, "padded-2", "padded-1")
+
+
 TRACED = """
 import sys
 from sftx.model import compile

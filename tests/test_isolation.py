@@ -139,17 +139,22 @@ def trained(loss: PackLoss, data: list[Any], order: list[int]) -> float:
     return float(value.detach())
 
 
+ALONE = {"dynamic rotary embeddings"}
+"""What goes by the longest row of a batch; of the rest the rows may be padded."""
+
+
 @pytest.mark.parametrize("what", BY_LENGTH)
-def test_what_depends_on_length_runs_one_at_a_time_and_is_exact(what: str) -> None:
+def test_what_depends_on_length_is_not_packed_and_is_exact(what: str) -> None:
     family, changes = BY_LENGTH[what]
     model = sharpened(family, changes)
     data = tiny.examples(LENGTHS)
     value, kept = alone_in_float64(model, data)
     loss = PackLoss(model)
-    (said,) = check_paths(loss, probe_pack(data), torch.float32, longest=120, largest_pack=2048)
-    assert "one at a time" in said
+    said, *_ = check_paths(loss, probe_pack(data), torch.float32, longest=120, largest_pack=2048)
+    assert ("one at a time" if what in ALONE else "in right-padded batches") in said
+    close = 1e-5 if family in ROUNDING else 3e-6
     for order in ([0, 1, 2, 3, 4, 5], [5, 2, 4, 0, 3, 1]):
-        assert trained(loss, data, order) == pytest.approx(value, rel=3e-6)
+        assert trained(loss, data, order) == pytest.approx(value, rel=close)
         assert tiny.gradient_difference(model, kept) <= ROUNDING.get(family, 5e-6)
 
 
@@ -230,7 +235,8 @@ def test_a_leak_of_gradients_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: MixesGradients.apply(forward(self, x)))
     loss = PackLoss(sharpened("Llama", {}))
     (said,) = check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), torch.float32, longest=60)
-    assert "one at a time" in said
+    assert "in right-padded batches" in said  # where a row holds one segment
+    assert loss.paths.padded
     assert not loss.paths.isolate
 
 

@@ -115,6 +115,8 @@ def test_all_together_whatever_the_packing_and_the_path() -> None:
     assert close(gradients(loss, data, PACKINGS[1]), first)
     loss.take(Paths(isolate=False))
     assert close(gradients(loss, data, PACKINGS[1]), first)
+    loss.take(Paths(isolate=False, padded=True))
+    assert close(gradients(loss, data, PACKINGS[1]), first)
     loss.noise_seed = 8
     assert gradients(loss, data, PACKINGS[0])[0] != pytest.approx(first[0], rel=1e-5)
     plain = PackLoss(copy.deepcopy(model)).eval()

@@ -396,7 +396,7 @@ def test_the_table_of_families() -> None:
     assert {"llama", "llama4"} <= {*names_of(["llama"])} < {*names_of([])}
     found = list(try_families(["gpt2"], shown=False))
     assert [(family.name, family.verdict) for family in found] == [("gpt2", "packed")]
-    assert "packed: 1, one at a time: 0" in summary(found)
+    assert "packed: 1, padded: 0, alone: 0" in summary(found)
 
 
 def test_a_family_that_is_not_exact_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

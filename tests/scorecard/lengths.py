@@ -97,7 +97,7 @@ def by_length(folder: Path) -> str:
             off <= 5e-6 and apart <= 2e-5,
             f"{name}: loss off by {off:.2g}, gradients by {apart:.2g}",
         )
-        slow = any("one at a time" in note for note in facts(config)["notes"])
+        slow = any("cannot keep packed segments apart" in note for note in facts(config)["notes"])
         expect(slow == (name not in PACKED), f"{name}: notes {facts(config)['notes']}")
     return f"{len(MODELS)} of {len(MODELS)} models exact beyond {REACH} tokens, worst {worst:.1e}"
 

@@ -68,7 +68,9 @@ def run(
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus = encoded(config, encoder) if step or html else None
     if step and corpus is not None:
-        views = _views_of_step(config, corpus, encoder, step, pack)
+        views, how = _views_of_step(config, corpus, encoder, step, pack)
+        if how:
+            console.print(how)
     else:
         views = _views_of_rows(config, encoder, row, rows)
     _print(views, console)
@@ -114,9 +116,9 @@ def _views_of_rows(config: Config, encoder: Encoder, row: str, rows: str) -> lis
 
 def _views_of_step(
     config: Config, corpus: Corpus, encoder: Encoder, asked: str, pack: str
-) -> list[View]:
-    """The examples of a step in pack order, or those of one of its packs; what several share is
-    one view.
+) -> tuple[list[View], str]:
+    """The examples of a step in pack order, or those of one of its packs, where what several share
+    is one view; and how packs run, where that is not the usual way.
     """
     step = whole_number("inspect: step", asked)
     plan = plan_of(corpus, config)
@@ -124,8 +126,10 @@ def _views_of_step(
         raise UserError(
             f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on"
         )
-    size = config.runtime.tokens_per_pack or Run(config).facts.tokens_per_pack or CPU_PACK
-    (packs, *_), read = packs_of_step(plan, corpus, step - 1, size, _shares(config))
+    facts = Run(config).facts
+    size = config.runtime.tokens_per_pack or facts.tokens_per_pack or CPU_PACK
+    share = _shares(config) and not facts.padded
+    (packs, *_), read = packs_of_step(plan, corpus, step - 1, size, share, padded=facts.padded)
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
     views: list[View] = []
@@ -133,7 +137,10 @@ def _views_of_step(
         if not pack or number == int(pack):
             name = f"step {step}, pack {number}"
             views += views_of_pack(members, read, corpus.place, encoder.tokenizer, name)
-    return views
+    if not facts.padded:
+        return views, ""
+    padding = f"{100 * plan.padding(size):.1f} % padding"
+    return views, f"packs run padded, in batches of like lengths, {padding}"
 
 
 def _shares(config: Config) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
+from sftx.cli._plan_lines import MANY, plan_lines
 from sftx.cli._prefix_tree import largest_tree
 from sftx.cli._resolved import lines as resolved_lines
 from sftx.cli._resolved import resolved
@@ -30,12 +30,13 @@ from sftx.data.shared_packs import Saving, packs_of_step, saving_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.adapter import cast_frozen_weights, trainable
+from sftx.model.checks.isolation import measure_isolation
 from sftx.model.compile import planned
 from sftx.model.folder import load_config
 from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
-from sftx.model.pack_loss import PackLoss
+from sftx.model.pack_loss import PackLoss, Paths
 from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
 from sftx.printable import printable
 from sftx.report.progress import working
@@ -63,10 +64,13 @@ EXTRA = {
     "json": "Write the figures to this file.",
 }
 DEFAULTS = ("output=unused", "data.format=auto")
+LENGTH_TRIED = 64
+"""Tokens of the examples with which it is tried whether a model of this kind can be packed; the run
+itself tries examples as long as its own.
+"""
 CALIBRATION = 1024  # tokens of a layer that is timed; two seconds for a model of 0.6B on two cores
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 """What the settings call them."""
-MANY = 4096  # GPUs; more are not looked at
 
 
 def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") -> int:
@@ -78,6 +82,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     loss = meta_model(config, model_config, _added_token_ids(config))
     check_context_size(config, model_config, count)
     data, profile_of = _load(config, loss)
+    _choose_path(loss, min(profile_of(count).longest, LENGTH_TRIED))
     shown = working("planning memory and time", config.runtime.progress)
     with machine(config.runtime) as here, shown:
         if gpus:
@@ -103,10 +108,16 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
             facts["longest_that_fits"] = _longest_that_fits(config, estimator, load, available)
     facts["settings"] = resolved(config, DEFAULTS, _defaults_here(config, loss, facts))
-    print(printable("\n".join([*resolved_lines(facts["settings"]), *_lines(facts, config)])))
+    print(printable("\n".join([*resolved_lines(facts["settings"]), *plan_lines(facts, config)])))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
+
+
+def _choose_path(loss: PackLoss, longest: int) -> None:
+    """Let the model compute as a run would: packed, in padded batches or one example at a time."""
+    found = measure_isolation(loss.model, longest, longest)
+    loss.take(Paths(found.packs, not found.packs and found.pads))
 
 
 def _added_token_ids(config: Config) -> dict[int, bool]:
@@ -156,7 +167,7 @@ def _packing(
         "notes": list(chosen.notes),
     }
     if data is not None:
-        facts |= _packs(config, data, chosen)
+        facts |= _packs(config, data, estimator.loss.paths, chosen)
         facts |= _seconds(estimator, data, load, chosen)
     return facts
 
@@ -230,9 +241,14 @@ def _facts(
     return facts
 
 
-def _packs(config: Config, data: _Data, chosen: Packing) -> dict[str, Any]:
-    """How full the packs of the first (at most 50) steps are, and the largest tree of the first."""
+def _packs(config: Config, data: _Data, paths: Paths, chosen: Packing) -> dict[str, Any]:
+    """How full the packs of the first (at most 50) steps are, and the largest tree of the first; or
+    how much of padded batches is padding.
+    """
     size, share, lengths = chosen.tokens_per_pack, may_share(config), data.plan.lengths
+    if paths.padded:
+        return {"padding": data.plan.padding(size)}
+    share = share and paths.isolate
     tokens = count = 0
     tree: list[str] = []
     for step in range(min(data.plan.num_steps, 50)):
@@ -249,8 +265,13 @@ def _seconds(
     estimator: MemoryEstimator, data: _Data, load: StepProfile, chosen: Packing
 ) -> dict[str, Any]:
     """The seconds of all steps, and what shared prefixes save in packs of the chosen size."""
-    if not data.saving.saved_tokens:
-        return {"seconds": seconds_of(estimator, load, chosen, CALIBRATION)}
+    paths = estimator.loss.paths
+    if paths.padded:
+        padding = data.plan.padding(chosen.tokens_per_pack)
+        seconds = seconds_of(estimator, data.alone, chosen, CALIBRATION, padding)
+        return {"seconds": seconds}
+    if not (data.saving.saved_tokens and paths.isolate):
+        return {"seconds": seconds_of(estimator, data.alone, chosen, CALIBRATION)}
     saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
     alone = seconds_of(estimator, data.alone, chosen, CALIBRATION)
     # By their work, from one measurement: two would differ by chance.
@@ -316,84 +337,3 @@ def _fewest_gpus(
         return True
 
     return next((count for count in (*range(1, 65), *range(72, MANY + 1, 8)) if fits(count)), None)
-
-
-def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
-    """The plan in words."""
-    yield from _model_lines(facts, config)
-    if "steps" in facts:
-        yield (
-            f"data     {facts['steps']:,} steps, {facts['tokens']:,} tokens, "
-            f"{facts['targets']:,} targets"
-        )
-    if facts.get("memory"):
-        yield from _memory_lines(facts)
-    yield from _lines_of_sharing(facts)
-    if facts.get("seconds"):
-        yield (
-            f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
-            "on this machine"
-        )
-    if "gpus_needed" in facts:
-        needed = facts["gpus_needed"] or f"more than {MANY}"
-        yield f"GPUs     {needed} of this size are needed at least"
-    if "longest_that_fits" in facts:
-        longest = facts["longest_that_fits"]
-        said = f"of {longest:,} tokens" if longest else "of less than 1,024 tokens"
-        yield f"longest  an example {said} fits, with {facts['context_parallel']} GPUs to each pack"
-    yield from (f"note     {note}" for note in facts.get("notes", []))
-    if "refused" in facts:
-        yield f"refused  {facts['refused']}"
-
-
-def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
-    """What trains, and how it is kept."""
-    method = config.adapter.method
-    kind = "all weights" if method == "none" else f"a {method} adapter"
-    trained = facts["trainable"]
-    weights = facts["weights"]
-    yield (
-        f"model    {weights:,} parameters, {trained:,} train ({kind}), {facts['precision']} "
-        f"on {facts['device']}"
-    )
-    if facts.get("adapter"):
-        yield f"adapter  {facts['adapter']}"
-    kept = "float32" if config.optim.weights == "fp32" else "bfloat16, rounded at random"
-    if config.adapter.quantize == "nf4":
-        kept += ", those of the base in 4 bits"
-    yield (
-        f"kept     weights in {kept}; AdamW's two moments in float32; peak learning rate "
-        f"{facts['learning_rate']:g}"
-    )
-
-
-def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The packs, and what a step with them needs."""
-    fill = f", {100 * facts['fill']:.0f} % full" if "fill" in facts else ""
-    shared = ""
-    if facts["context_parallel"] > 1:
-        shared = f", each shared by {facts['context_parallel']} GPUs"
-    yield (
-        f"packs    {facts['tokens_per_pack']:,} tokens{shared}{fill}; "
-        f"{facts['recomputed_layers']} of {facts['layers']} layers recomputed"
-    )
-    owner = "each GPU" if facts.get("gpus_needed") else "the process"
-    yield f"memory   {owner} at the peak of a step, in GiB"
-    for name, size in facts["memory"].items():
-        yield f"         {name:12}{size / 2**30:9.2f}"
-    yield f"         {'available':12}{facts['memory_at_hand'] / 2**30:9.2f}"
-
-
-def _lines_of_sharing(facts: dict[str, Any]) -> Iterator[str]:
-    """What shared prefixes save, and the largest tree of the first step."""
-    found = facts.get("shared_prefixes")
-    if not found:
-        return
-    seconds = ""
-    if facts.get("seconds") and found["seconds_without"]:
-        seconds = f"; without, about {found['seconds_without']:,.0f} s for all steps"
-    yield (
-        f"prefixes are computed once: {found['tokens']:.0%} of the tokens and {found['flops']:.0%} "
-        f"of the FLOPs are saved{seconds}"
-    )
-    yield from (f"         {line}" for line in facts["tree"])

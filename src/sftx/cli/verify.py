@@ -10,8 +10,9 @@ folder of an adapter; `sftx verify run.yaml` takes the settings of a run.
 Exit code 1 where something differs.
 
 `sftx verify families` tries every causal language model of the installed transformers instead, each
-as a small copy with random weights: exact in packs, exact one by one, or refused. All of them take
-about 20 minutes on one core; only=llama,qwen restricts it.
+as a small copy with random weights: exact in packs, in right-padded batches of like lengths, alone
+(every example by itself), or refused. All of them take about 20 minutes on one core; only=llama,qwen
+restricts it.
 """
 
 from __future__ import annotations

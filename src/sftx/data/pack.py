@@ -1,4 +1,8 @@
-"""Placing examples into packs: flat streams of whole examples, without padding."""
+"""Placing examples into packs: flat streams of whole examples, without padding.
+
+Where a model can only run them as the rows of a right-padded batch, a pack holds examples of like
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from sftx.types import Example, Pack
 Bins = list[tuple[int, ...]]
 Float64 = NDArray[np.float64]
 Lengths = Sequence[int] | NDArray[np.integer]
+PADDING = 0.1
+"""Share of a right-padded batch that is padding, at most."""
 
 
 def balanced(
@@ -34,6 +40,47 @@ def balanced(
     while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
         each += 1 + each // 50
     load = np.array([costs[list(members)].sum() for members in bins])
+    return _dealt(bins, load, world_size)
+
+
+def like_lengths(lengths: Lengths, capacity: int, world_size: int = 1) -> list[Bins]:
+    """The bins of every rank, equally many on each, for a model that runs a bin as a right-padded
+    batch: at most `capacity` tokens with the padding, of which `PADDING` at most is that; or one
+    example.
+
+    The examples follow one another from the longest to the shortest. Where the bins cannot be dealt
+    evenly, the largest are halved; then some ranks get empty ones.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    bins: list[list[int]] = []
+    longest = tokens = 0
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        padded = longest * (len(bins[-1]) + 1) if bins else capacity + 1
+        if padded > capacity or tokens + sizes[i] < (1 - PADDING) * padded:
+            bins.append([])
+            longest, tokens = int(sizes[i]), 0
+        bins[-1].append(i)
+        tokens += int(sizes[i])
+    while len(bins) % world_size and max(map(len, bins)) > 1:
+        several = [members for members in bins if len(members) > 1]
+        largest = max(several, key=lambda members: len(members) * int(sizes[members[0]]))
+        half = len(largest) // 2
+        bins.remove(largest)
+        bins += [largest[:half], largest[half:]]
+    made: Bins = [tuple(sorted(members)) for members in bins]
+    made += [()] * (-len(made) % world_size)
+    load = np.array([batch_tokens(sizes, members) for members in made], np.float64)
+    return _dealt(made, load, world_size)
+
+
+def batch_tokens(lengths: NDArray[np.integer], members: tuple[int, ...]) -> int:
+    """Tokens of a bin as a right-padded batch, padding included."""
+    return len(members) * int(lengths[list(members)].max(initial=0))
+
+
+def _dealt(bins: Bins, load: Float64, world_size: int) -> list[Bins]:
+    """The bins of every rank, equally many on each: the largest first, to the rank that has least."""
+    each = len(bins) // world_size
     ranks: list[Bins] = [[] for _ in range(world_size)]
     total = [0.0] * world_size
     for b in np.argsort(-load, kind="stable"):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.data.groups import ends_of, grouped, groups_of
-from sftx.data.pack import Bins, Float64, balanced
+from sftx.data.pack import Bins, Float64, balanced, batch_tokens, like_lengths
 from sftx.data.rotation import Int64, Rotation
 from sftx.data.store.corpus import Corpus
 from sftx.settings.schema import Batch, Config
@@ -139,14 +139,30 @@ class Plan:
             epoch += 1
         return shown
 
-    def packs(self, step: int, tokens_per_pack: int, world_size: int = 1) -> list[Bins]:
-        """For every rank, its packs as tuples of example indices; equally many on each rank."""
+    def packs(
+        self, step: int, tokens_per_pack: int, world_size: int = 1, padded: bool = False
+    ) -> list[Bins]:
+        """For every rank, its packs as tuples of example indices; equally many on each rank. With
+        `padded` each is to run as a right-padded batch.
+        """
         chosen = self.examples(step)
+        if padded:
+            ranks = like_lengths(self.lengths[chosen], tokens_per_pack, world_size)
+            return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
         # One process has nobody to wait for: there equal tokens are better, which make the largest
         # pack smallest.
         work = self.work[chosen] if world_size > 1 else None
         ranks = balanced(self.lengths[chosen], tokens_per_pack, world_size, work)
         return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
+
+    def padding(self, tokens_per_pack: int, world_size: int = 1) -> float:
+        """The share of right-padded batches that is padding, in the first (at most 50) steps."""
+        tokens = padded = 0
+        for step in range(min(self.num_steps, 50)):
+            tokens += int(self.lengths[self.examples(step)].sum())
+            for bins in self.packs(step, tokens_per_pack, world_size, padded=True):
+                padded += sum(batch_tokens(self.lengths, members) for members in bins)
+        return 1 - tokens / padded if padded else 0.0
 
     def _shuffled(self, epoch: int) -> Int64:
         members = self._always

@@ -82,12 +82,13 @@ def packs_of_step(
     tokens_per_pack: int,
     share: bool,
     world_size: int = 1,
+    padded: bool = False,
 ) -> tuple[list[list[Members]], Callable[[int], Example]]:
     """For every rank, the packs of `step` (0-based), in which prefixes are shared where `share`
-    says so; and what reads their examples.
+    says so; and what reads their examples. With `padded` each is to run as a right-padded batch.
     """
     if not share:
-        return _plain_packs(plan, step, tokens_per_pack, world_size), corpus.example
+        return _plain_packs(plan, step, tokens_per_pack, world_size, padded), corpus.example
     examples = _examples(plan, corpus, step)
     ranks = shared_packs(plan, step, tokens_per_pack, world_size, examples)
     return ranks, examples.__getitem__
@@ -113,9 +114,9 @@ def _examples(plan: Plan, corpus: Corpus, step: int) -> dict[int, Example]:
 
 
 def _plain_packs(
-    plan: Plan, step: int, tokens_per_pack: int, world_size: int
+    plan: Plan, step: int, tokens_per_pack: int, world_size: int, padded: bool = False
 ) -> list[list[Members]]:
-    plain = plan.packs(step, tokens_per_pack, world_size)
+    plain = plan.packs(step, tokens_per_pack, world_size, padded)
     return [[Members(members) for members in bins] for bins in plain]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sftx import distributed
-from sftx.data.pack import balanced, build_pack
+from sftx.data.pack import balanced, build_pack, like_lengths
 from sftx.data.store.corpus import Corpus
 from sftx.model.checks.start import evaluating
 from sftx.model.context_parallel import Context, group_and_count
@@ -46,10 +46,11 @@ def held_out_loss(
     group, groups = group_and_count(context)
     total = math.ceil(float(corpus.lengths.sum()) / (tokens_per_pack * groups))
     done = 0
+    cut = like_lengths if model.paths.padded else balanced
     with evaluating(model), torch.no_grad():
         for number in range(len(corpus.sources)):
             mine = np.flatnonzero(corpus.source == number)
-            for members in balanced(corpus.lengths[mine], tokens_per_pack, groups)[group]:
+            for members in cut(corpus.lengths[mine], tokens_per_pack, groups)[group]:
                 if stop():
                     return {}
                 tell(done, max(total, done))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sftx.boundary import boundary
 from sftx.model import lora, mixture
+from sftx.model.architecture import beside_text
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.patterns import check_patterns
 from sftx.model_config import check_links, read_json
@@ -93,6 +94,7 @@ def _config(
     # Who wants routers adapted names them.
     routers = mixture.routers(model) if adapter.targets == "all-linear" else []
     linear = [name for name in routers if isinstance(model.get_submodule(name), torch.nn.Linear)]
+    linear += {name.rpartition(".")[0] for name in beside_text(model)}  # never the part that sees
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,

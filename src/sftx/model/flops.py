@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from sftx.model.adapter import bare
 from sftx.model.checkpointing import decoder_layers
+from sftx.model.checks.stand_in import kinds_of_layers
 from sftx.model.memory import MemoryEstimator
 from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.types import Pack
+
+MOST_LAYERS = 8
+"""Layers that are timed at most, where they follow one another without a pattern."""
 
 
 def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: int = 0) -> Any:
@@ -44,12 +49,16 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
 
 
 def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
-    """FLOP/s that this machine reaches in a decoder layer of the model: how much longer two layers
-    of random weights take than one, forward and backward over `pack`, the best of three. None where
-    the model's layers cannot be told.
+    """FLOP/s that this machine reaches in the decoder layers of the model: how much longer two
+    layers of random weights take than one (where layers are of several kinds, one of each more),
+    forward and backward over `pack`, the best of three. None where the model's layers cannot be
+    told.
     """
     best = [float("inf")] * 2
-    for depth in (1, 2) if len(estimator.layers) > 1 and estimator.loss.paths.isolate else ():
+    paths = estimator.loss.paths
+    at_once = paths.isolate or paths.padded
+    period = _period(estimator.loss.model) if at_once else 0
+    for number, depth in enumerate((1, 1 + period) if period else ()):
         loss, layers = estimator.shadow(depth)
         for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
             tensor.detach().normal_(std=0.02)
@@ -60,15 +69,24 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
             start = _now()
             with estimator.machine.autocast():
                 loss.hidden(inputs).sum().requires_grad_().backward()
-            best[depth - 1] = min(best[depth - 1], _now() - start)
+            best[number] = min(best[number], _now() - start)
     if not best[0] < best[1] < float("inf"):
         return None
     squares = sum(length**2 for length in np.diff(pack.cu_seqlens).tolist())
-    return (
-        flops(estimator.loss, len(pack.ids), 0, squares)
-        / len(estimator.layers)
-        / (best[1] - best[0])
-    )
+    work = flops(estimator.loss, len(pack.ids), 0, squares) * period / len(estimator.layers)
+    return work / (best[1] - best[0])
+
+
+def _period(model: PreTrainedModel) -> int:
+    """After how many decoder layers the same kinds of layers come again, the first layer left
+    out; at most `MOST_LAYERS`. 0 where the model has fewer than two.
+    """
+    kinds = kinds_of_layers(model)
+    most = min(len(kinds) - 1, MOST_LAYERS)
+    for period in range(1, most):
+        if kinds[1:-period] == kinds[1 + period :]:
+            return period
+    return max(most, 0)
 
 
 def _now() -> float:

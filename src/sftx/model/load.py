@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -14,6 +13,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
+from sftx.model.architecture import auto_class
 from sftx.model.folder import check_weights, load_config
 from sftx.model.save import check_generation_config
 from sftx.model_config import model_folder
@@ -38,7 +38,7 @@ def load_model(
     nf4: torch.dtype | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in `dtype` on `device`; UserError if weights are missing or do not
+    """The model in `dtype` on `device`; UserError if weights are missing or do not
     fit.
 
     With `nf4`, linear layers other than the head hold 4 bits a weight and multiply in the dtype
@@ -51,7 +51,7 @@ def load_model(
     )
     transformers_logging.disable_progress_bar()
     with boundary(f"model.path: {model.path} (config.json or weights) cannot be loaded"):
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        loaded, report = auto_class(config).from_pretrained(
             model_folder(model.path),
             config=config,
             trust_remote_code=model.trust_remote_code,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
 from sftx.model.context_parallel import Context
+from sftx.model.fallbacks import use_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import (
     PLAIN,
@@ -23,6 +24,7 @@ from sftx.model.loss import (
     cross_entropy_sum,
     fused_cross_entropy_sum,
 )
+from sftx.model.padded import as_batch
 from sftx.model.prefix_index import prefix_index
 from sftx.model.regularization import embedding_noise, router_balance
 from sftx.settings.schema import Loss
@@ -145,14 +147,15 @@ class CompiledLayer(NamedTuple):
 class Paths:
     """How a pack is computed: by the fast paths, unless the start-up checks measured a difference.
 
-    `isolate`: all segments at once, kept apart by `attention`; else one segment at a time, by the
-    model's own attention. `forgets` is put back before every segment that runs alone: a model may
-    remember something of the one before. `transform`: from the head's matrix product to the
-    logits; None = logits come from the model's own forward. `compiled`: the layers that are.
-    `shares_prefixes`: segments may have parents.
+    `isolate`: all segments at once, kept apart by `attention`. Else by the model's own attention:
+    `padded`: all segments at once, as the rows of a batch; or one segment at a time. `forgets` is
+    put back before such a pass: a model may remember something of the one before. `transform`:
+    from the head's matrix product to the logits; None = logits come from the model's own forward.
+    `compiled`: the layers that are. `shares_prefixes`: segments may have parents.
     """
 
     isolate: bool = True
+    padded: bool = False
     transform: LogitTransform | None = field(default_factory=LogitTransform)
     forgets: ForwardState | None = None
     compiled: tuple[CompiledLayer, ...] = ()
@@ -183,6 +186,7 @@ class PackLoss(nn.Module):
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._own_attention = model.config._attn_implementation or "eager"
+        use_fallbacks(model)
         self.paths = Paths()
         self.use_segments(True)
 
@@ -210,7 +214,7 @@ class PackLoss(nn.Module):
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(pack)
-        if not self.paths.isolate:
+        if not (self.paths.isolate or self.paths.padded):
             return self._one_by_one(pack, objective, tally)
         if self.paths.transform is None:
             logits = self.own_logits(pack)
@@ -229,20 +233,25 @@ class PackLoss(nn.Module):
 
     def hidden(self, pack: TensorPack) -> Tensor:
         """Hidden states after the final norm, [T, h]."""
-        positions = pack.positions[None]
-        out = self._run(self.model.base_model, pack.ids, position_ids=positions, **pack.segments())
+        if self.paths.padded:
+            return self._padded(self.model.base_model, pack, "last_hidden_state")
+        positions, ids = pack.positions[None], pack.ids[None]
+        out = self._run(self.model.base_model, ids, position_ids=positions, **pack.segments())
         return out.last_hidden_state[0]
 
     def own_logits(self, pack: TensorPack) -> Tensor:
         """Logits [M, V] at `pack.index` through the model's own forward, whatever it does after the
         head.
         """
+        if self.paths.padded:
+            return self._padded(self.model, pack, "logits")[pack.index]
         more = {"position_ids": pack.positions[None]}
+        ids = pack.ids[None]
         # Some models ignore it. Where segments share prefixes, targets may be as many as tokens.
         if len(pack.index) == len(pack.ids):
-            return self._run(self.model, pack.ids, **pack.segments(), **more).logits[0][pack.index]
+            return self._run(self.model, ids, **pack.segments(), **more).logits[0][pack.index]
         more["logits_to_keep"] = pack.index
-        logits = self._run(self.model, pack.ids, **pack.segments(), **more).logits[0]
+        logits = self._run(self.model, ids, **pack.segments(), **more).logits[0]
         return logits if len(logits) == len(pack.index) else logits[pack.index]
 
     def logits_one_by_one(self, pack: TensorPack) -> Tensor:
@@ -253,7 +262,18 @@ class PackLoss(nn.Module):
         """Logits [T, V] of one segment, whatever ran before it."""
         if self.paths.forgets is not None:
             self.paths.forgets.put_back()
-        return self._run(self.model, ids).logits[0]
+        return self._run(self.model, ids[None]).logits[0]
+
+    def _padded(self, module: Any, pack: TensorPack, name: str) -> Tensor:
+        """What `module` returns by that name for the pack as a batch, [T, C]."""
+        if self.paths.forgets is not None:
+            self.paths.forgets.put_back()
+        batch = as_batch(pack.cu_seqlens_cpu, pack.ids.device)
+        if self._noise is not None:
+            self._noise = self._noise.to(pack.ids.device)[batch.rows]
+        found: Tensor = self._run(module, pack.ids[batch.rows])[name]
+        self._router_logits = tuple(batch.flat(logits) for logits in self._router_logits)
+        return batch.flat(found)
 
     def _one_by_one(self, pack: TensorPack, objective: Loss, tally: Tally) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
@@ -272,10 +292,12 @@ class PackLoss(nn.Module):
         return total
 
     def _run(self, module: Any, ids: Tensor, **inputs: Any) -> Any:
-        """The module's output; its routers' logits are kept where the objective needs them."""
+        """The module's output for `ids` [rows, tokens]; its routers' logits are kept where the
+        objective needs them.
+        """
         if not (self.training and self.objective.router_aux):
-            return module(input_ids=ids[None], use_cache=False, **inputs)
-        out = module(input_ids=ids[None], use_cache=False, output_router_logits=True, **inputs)
+            return module(input_ids=ids, use_cache=False, **inputs)
+        out = module(input_ids=ids, use_cache=False, output_router_logits=True, **inputs)
         self._router_logits = getattr(out, "router_logits", None) or ()
         if not self._router_logits:
             raise UserError(

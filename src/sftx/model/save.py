@@ -21,6 +21,13 @@ from sftx.model.shard import whole_state
 from sftx.model_config import model_folder
 from sftx.settings.schema import Model
 
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files by which servers of a vision-language model prepare images."""
+
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer as transformers and its servers load it, with the tokens the run adds."""
@@ -103,6 +110,7 @@ def save_model(
             model.config.dtype = dtype
             model.save_pretrained(str(temporary), state_dict=state, max_shard_size=max_shard_size)
             model.config.dtype = kept
+            _copy_processor(base, temporary)
         tokenizer.save_pretrained(str(temporary))
         serving_config(base, tokenizer, stop_ids).save_pretrained(str(temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -115,6 +123,14 @@ def save_model(
             sync(final.parent)
     finally:
         shutil.rmtree(temporary)
+
+
+def _copy_processor(model: PreTrainedModel, folder: Path) -> None:
+    """Put what prepares images for a vision-language model beside it, as its folder has it."""
+    for name in PROCESSOR:
+        source = Path(model.name_or_path or "") / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
 
 
 def _sort_sets(path: Path, model: PeftModel) -> None:

@@ -33,7 +33,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +40,7 @@ from transformers import (
 
 from sftx import distributed
 from sftx.boundary import boundary
+from sftx.model.architecture import auto_class
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.folder import check_weights, load_config
 from sftx.model.pack_loss import PackLoss
@@ -141,7 +141,7 @@ def unread_model(
     with boundary(f"model.path: {settings.path} cannot be built from its files"):
         # Parameters on the meta device; buffers are computed as always.
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(
+            model: Any = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
         model.tie_weights()

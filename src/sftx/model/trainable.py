@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sftx.model.adapter import attach
+from sftx.model.architecture import beside_text
 from sftx.model.mixture import describe_adapter
 from sftx.settings.schema import Adapter, Model
 from sftx.types import UserError
@@ -36,6 +37,12 @@ def choose_weights(
     """
     notes = add_rows(model, added_token_ids, seed)
     freeze(model, settings)
+    if other := beside_text(model):
+        count = sum(parameter.numel() for parameter in other.values())
+        notes.append(
+            f"{type(model).__name__}: its text part trains; {count:,} other parameters (first: "
+            f"{next(iter(other))}) stay as they are"
+        )
     adapted = attach(model, adapter, seed, sorted(added_token_ids))
     if adapted is not None:
         notes.append(describe_adapter(model))
@@ -54,6 +61,8 @@ def freeze(model: PreTrainedModel, settings: Model) -> None:
         for parameter in chosen:
             parameter.requires_grad_(True)
     for parameter in _matching(model, "freeze", settings.freeze or []):
+        parameter.requires_grad_(False)
+    for parameter in beside_text(model).values():
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze: it matches every parameter, and nothing is left to train")

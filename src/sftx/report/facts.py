@@ -22,7 +22,7 @@ AGAIN = "; put a copy of it back, or move the folder away and start the run anew
 class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
-    `tracker_id`: what trackers know the run by.
+    `tracker_id`: what trackers know the run by. `padded`: packs ran as right-padded batches.
     `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
     changed on the way. `merged`: how far merging moved a logit.
     `best`: step, metric and value of the model that was written, where the best one was chosen.
@@ -42,6 +42,7 @@ class RunFacts:
     tokens_per_pack: int = 0
     context_parallel: int | None = None
     shares_prefixes: bool = False
+    padded: bool = False
     notes: list[str] | None = None
     peak_learning_rate: float | None = None
     stop_id: int | None = None

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftx import distributed
+from sftx.data.plan import Plan
 from sftx.data.shared_packs import packs_of_step
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checkpointing import recompute
@@ -26,7 +27,7 @@ from sftx.model.context_parallel import Context
 from sftx.model.folder import load_config
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
-from sftx.model.pack_loss import PackLoss, Paths
+from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine, name_of
 from sftx.model.save import load_tokenizer
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
@@ -264,7 +265,7 @@ def _estimator(
     # What is in shards cannot run on tensors without contents: a copy without weights does.
     model.loss.train()
     twin = meta_model(config, model_config, data.tokenizer.added_token_ids)
-    twin.take(Paths(model.loss.paths.isolate, model.loss.paths.transform))
+    twin.take(replace(model.loss.paths, forgets=None))
     nf4 = config.adapter.quantize == "nf4"
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)
 
@@ -312,7 +313,8 @@ def _choose_packing(
     profile = profile.sharing(data.saving) if shares else profile
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
-    seconds = seconds_of(estimator, profile, chosen, CALIBRATION)
+    padding = _padding(data.plan, loss, chosen.tokens_per_pack)
+    seconds = seconds_of(estimator, profile, chosen, CALIBRATION, padding)
     recompute(loss.model, chosen.recomputed)
     if estimator.compiled:
         ranks, read = packs_of_step(data.plan, data.corpus, 0, chosen.tokens_per_pack, shares)
@@ -322,11 +324,20 @@ def _choose_packing(
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
             recompute(loss.model, chosen.recomputed)
         chosen = replace(chosen, notes=(*chosen.notes, note))
-    if distributed.is_joined() and not loss.paths.isolate:
+    if distributed.is_joined() and not (loss.paths.isolate or loss.paths.padded):
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
+    if loss.paths.padded:
+        padding = _padding(data.plan, loss, chosen.tokens_per_pack)
+        note = f"padded in batches of like lengths, {100 * padding:.1f} % padding"
+        chosen = replace(chosen, notes=(*chosen.notes, note))
     notes = (*chosen.notes, *data.saving.notes()) if shares else chosen.notes
     return replace(chosen, shares_prefixes=shares, context=context, notes=notes), seconds
+
+
+def _padding(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> float:
+    """The share of what the model computes that is padding."""
+    return plan.padding(tokens_per_pack, distributed.world_size()) if loss.paths.padded else 0.0
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:
@@ -356,6 +367,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         tokens_per_pack=job.tokens_per_pack,
         context_parallel=1 if packing.context is None else packing.context.size,
         shares_prefixes=packing.shares_prefixes,
+        padded=job.loss.paths.padded,
         notes=notes,
         peak_learning_rate=peak,
         stop_id=job.encoder.stop_id,

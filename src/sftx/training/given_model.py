@@ -24,11 +24,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sftx import distributed
 from sftx.files import sync
+from sftx.model.architecture import auto_class
 from sftx.types import UserError
 
 
@@ -142,7 +143,7 @@ def _refuse_unlike_a_folder(model: torch.nn.Module, sections: Mapping[str, Any])
 
 def _refuse_changed_modules(model: PreTrainedModel) -> None:
     with torch.device("meta"):
-        twin = cast(Any, AutoModelForCausalLM).from_config(model.config)
+        twin = auto_class(model.config).from_config(model.config)
     expected: dict[str, Any] = {key: type(module) for key, module in twin.named_modules()}
     for key, module in cast(Any, model).named_modules():
         hooks = [*module._forward_hooks, *module._forward_pre_hooks]

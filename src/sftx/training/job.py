@@ -114,6 +114,7 @@ class Job:
             self.tokens_per_pack,
             self.packing.shares_prefixes,
             count,
+            self.loss.paths.padded,
         )
         own: list[TensorPack] = []
         for members in groups[number]:

@@ -11,25 +11,25 @@ import copy
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftx import distributed
 from sftx.boundary import boundary
-from sftx.data.pack import blank_pack
+from sftx.data.pack import PADDING, blank_pack
 from sftx.data.plan import Plan
 from sftx.data.shared_packs import Saving
 from sftx.evenly import evenly
+from sftx.model.architecture import auto_class
 from sftx.model.context_parallel import Context
 from sftx.model.flops import flops, reached_speed
 from sftx.model.memory import Memory, MemoryEstimator
 from sftx.model.pack_loss import PackLoss
 from sftx.model.trainable import choose_weights
 from sftx.settings.schema import Config, Runtime
-from sftx.types import Int32, UserError
+from sftx.types import Int32, Pack, UserError
 
 GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
 """Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled
@@ -120,7 +120,7 @@ def meta_model(
     dtype = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         with boundary(f"model.path: {config.model.path} cannot be built from its config.json"):
-            model = cast(Any, AutoModelForCausalLM).from_config(
+            model = auto_class(model_config).from_config(
                 copy.deepcopy(model_config),
                 dtype=dtype,
                 trust_remote_code=config.model.trust_remote_code,
@@ -198,10 +198,15 @@ def choose_packing(
 
 
 def seconds_of(
-    estimator: MemoryEstimator, load: StepProfile, chosen: Packing, tokens: int
+    estimator: MemoryEstimator,
+    load: StepProfile,
+    chosen: Packing,
+    tokens: int,
+    padding: float = 0.0,
 ) -> float | None:
     """Predicted seconds of all steps, from a layer timed here, on a GPU over a whole pack,
-    elsewhere over at most `tokens` tokens; None where none can be.
+    elsewhere over at most `tokens` tokens; None where none can be. `padding`: the share of what is
+    computed that is padding.
     """
     if not load.tokens:
         return 0.0
@@ -214,12 +219,15 @@ def seconds_of(
     )
     of_one = chosen.tokens_per_pack // estimator.context_size
     tokens = of_one if estimator.on_gpu else min(of_one, tokens)
-    pack = blank_pack(tokens, round(load.squares / load.tokens), 1.0)
+    length = round(load.squares / load.tokens)
+    if estimator.loss.paths.padded:  # a few rows, all of one length
+        tokens = min(max(tokens // length, 4), max(chosen.tokens_per_pack // length, 1)) * length
+    pack = blank_pack(tokens, length, 1.0)
     try:
         speed = reached_speed(estimator, pack)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
         return None
-    return work / (speed * distributed.world_size()) if speed else None
+    return work / (1 - padding) / (speed * distributed.world_size()) if speed else None
 
 
 def predict(
@@ -229,10 +237,20 @@ def predict(
     never cut.
     """
     count = -(-load.step_tokens // tokens_per_pack)
-    tokens = max(-(-load.step_tokens // count), load.longest)
-    return estimator.predict(
-        blank_pack(tokens, load.longest, load.target_share), recomputed, accumulate=count > 1
-    )
+    if estimator.loss.paths.padded:
+        pack, count = _largest_batch(load, tokens_per_pack), load.step_tokens // load.longest
+    else:
+        tokens = max(-(-load.step_tokens // count), load.longest)
+        pack = blank_pack(tokens, load.longest, load.target_share)
+    return estimator.predict(pack, recomputed, accumulate=count > 1)
+
+
+def _largest_batch(load: StepProfile, tokens_per_pack: int) -> Pack:
+    """A right-padded batch as large as one can get: rows of one length."""
+    tokens = min(tokens_per_pack, round(load.step_tokens / (1 - PADDING)))
+    rows = max(-(-tokens // load.longest), 1)
+    length = load.longest if rows == 1 else tokens // rows
+    return blank_pack(rows * length, length, load.target_share)
 
 
 def _with_larger(sizes: list[int], load: StepProfile) -> list[int]:

@@ -37,10 +37,11 @@ from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks.sharing import tree_pack
 from sftx.model.checks.stand_in import stand_in
 from sftx.model.checks.start import check_paths
-from sftx.model.pack_loss import PackLoss, to_tensors
+from sftx.model.fallbacks import own_fallbacks
+from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.types import Example, Pack, UserError
 
-Verdict = Literal["packed", "one at a time", "refused", "wrong", "not tried"]
+Verdict = Literal["packed", "padded", "alone", "refused", "wrong", "not tried"]
 LENGTHS = [120, 9, 97, 43, 110, 5]
 BY_LENGTH = {
     "attention_chunk_size",
@@ -55,6 +56,10 @@ BY_LENGTH = {
     "window_size",
 }
 """Lengths in configurations that are shortened."""
+MORE = {
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+}
+"""What default configurations lack."""
 SECONDS = 240
 """Of processor time: a class that takes more counts as not tried. It waits for a busy machine."""
 PATIENCE = 10
@@ -68,8 +73,9 @@ CRASHED = "crashed in the checks"
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What became of one model type: `packed` and `one at a time` are exact. `loss` and `gradient`
-    are relative differences; `why` says what the checks said, or why there is no answer.
+    """What became of one model type: exact in packs, in right-padded batches (`padded`) or with
+    every example `alone`; or one of the rest. `loss` and `gradient` are relative differences;
+    `why` says what the checks said, or why there is no answer.
     """
 
     name: str
@@ -215,8 +221,14 @@ def try_family(name: str) -> Family:
         others = _errors(loss, shared, whole, shared_value, shared_gradients)
         errors = {key: max(errors[key], others[key]) for key in errors}
     right = all(errors[key] < limit for key, limit in LIMITS.items())
-    exact: Verdict = "packed" if loss.paths.isolate else "one at a time"
-    return Family(name, exact if right else "wrong", "; ".join(notes), **errors)
+    return Family(name, _way(loss.paths) if right else "wrong", "; ".join(notes), **errors)
+
+
+def _way(paths: Paths) -> Verdict:
+    """How the examples run."""
+    if paths.isolate:
+        return "packed"
+    return "padded" if paths.padded else "alone"
 
 
 def _errors(
@@ -240,7 +252,7 @@ def _errors(
 
 def small_model(name: str) -> PreTrainedModel:
     """A model of the type with random weights, narrow and of few layers, and with short windows."""
-    config = AutoConfig.for_model(name)
+    config = AutoConfig.for_model(name, **MORE.get(name, {}))
     shorten(config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
@@ -298,7 +310,8 @@ def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[f
     for example in data:
         twin = copy.deepcopy(model).double().eval()
         ids = torch.tensor(example.ids.astype("int64"))[None]
-        logits = twin(input_ids=ids, use_cache=False).logits[0].double()
+        with own_fallbacks():
+            logits = twin(input_ids=ids, use_cache=False).logits[0].double()
         losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
         value = (losses * torch.tensor(example.weights[1:].astype("float64"))).sum() / weight
         value.backward()

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
+from sftx.model.architecture import auto_class
 from sftx.types import Example, Message, Row
 
 
@@ -36,8 +37,9 @@ def plain_model(path: str, adapter: str | None, trust: bool, device: torch.devic
     transformers_logging.disable_progress_bar()
     with boundary(f"model.path: {path} cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust, use_safetensors=True
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        model: Any = auto_class(config).from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=trust, use_safetensors=True
         )
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)

@@ -5,14 +5,14 @@ Each segment runs alone through a fresh copy of the unchanged model; then all ru
 runs them, packed, in two orders. Logits, loss and every gradient must be equal. Everything is in
 float64, so that what differs by rounding (an expert chosen by a hair) cannot be taken for a leak,
 and a leak not for rounding. Where packing is not exact, the same is asked of segments that run one
-at a time.
+at a time, and side by side as the rows of a batch, the short ones padded to the longest.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,20 @@ from sftx.model.checks.probe import (
     segment_lengths,
 )
 from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState, Names
 from sftx.model.loss import LogitTransform
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack
 from sftx.types import UserError
 
 EQUAL = 1e-5
-"""Largest difference of logits (of the largest one), of the loss and of a weight's gradient, that
-is rounding: of float64 and, in the loss, of float32.
+"""Largest difference of logits (of the largest one) and of the loss that is rounding: of float64
+and, in the loss, of float32.
 """
-
+EQUAL_GRADIENT = 1e-4
+"""The same of a weight's gradient. Recurrent layers compute in float32 whatever the weights are,
+which moves the gradients of their decay by 1e-5; a leak moves one by more than 1e-3.
+"""
 
 ODD_ROWS = 0.1
 """Share of rows that may differ by more than the tolerance: a router's choice by a hair falls
@@ -50,14 +54,16 @@ all of them.
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What was found: whether segments can be packed; what a model must forget before each segment
-    when they run one at a time (empty: nothing; None: everything, because it could not be tried).
+    """What was found: whether segments can be packed; if not, whether they can be the rows of a
+    padded batch (`pads`); what a model must forget before each pass when they are not packed
+    (empty: nothing; None: everything, because it could not be tried).
     """
 
     packs: bool
     tried: int  # tokens of the longest segment that was tried, 0 where none was
     reach: int  # tokens up to which the configuration names a length
     forget: Names | None = frozenset()
+    pads: bool = False
 
 
 Gradients = list[Tensor | None]
@@ -82,28 +88,52 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
     reaches = reach(settings, longest)
     lengths = segment_lengths(settings, longest)
     small = None if max(lengths) > LONGEST else stand_in(model)
+    untried = Isolation(reaches == 0, 0, reaches, None, pads=reaches == 0)
     if small is None:
-        return Isolation(reaches == 0, 0, reaches, None)
+        return untried
     pack = random_pack(lengths, vocabulary(small))
     try:
         alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
     except FOREIGN_ERRORS:
-        return Isolation(reaches == 0, 0, reaches, None)
+        return untried
     order = places(settings, lengths, largest_pack)
     if _packs(small, pack, alone, order):
         return Isolation(True, max(lengths), reaches)
-    return Isolation(False, max(lengths), reaches, _forget(small, pack, alone))
+    forget = _forget(small, pack, alone)
+    pads = _pads(small, pack, alone, order, forget)
+    return Isolation(False, max(lengths), reaches, forget, pads)
 
 
 def _packs(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone], order: list[int]) -> bool:
     """Whether the trainer's fast path is exact."""
+    return _at_once(PackLoss(copy.deepcopy(small)).eval(), Paths(), pack, alone, order)
+
+
+def _pads(
+    small: PreTrainedModel,
+    pack: TensorPack,
+    alone: list[_Alone],
+    order: list[int],
+    forget: Names,
+) -> bool:
+    """Whether segments of very unlike lengths are exact as the rows of a batch."""
     loss = PackLoss(copy.deepcopy(small)).eval()
+    forgets = ForwardState(loss.model, forget) if forget else None
+    paths = Paths(isolate=False, padded=True, forgets=forgets)
+    return _at_once(loss, paths, pack, alone, order)
+
+
+def _at_once(
+    loss: PackLoss, paths: Paths, pack: TensorPack, alone: list[_Alone], order: list[int]
+) -> bool:
+    """Whether the path by which all segments run at once is exact."""
+    loss.take(paths)
     try:
         with torch.no_grad():
             transform = matching_transform(loss, in_order(pack, [0, 2, 4]), EQUAL)
-        loss.take(Paths(transform=transform))
+        loss.take(replace(paths, transform=transform))
         return _exact(loss, pack, alone, order, loss.own_logits)
-    except FOREIGN_ERRORS:  # the model's forward does not take segments
+    except FOREIGN_ERRORS:  # the model's forward does not take segments, or no batch
         return False
 
 
@@ -130,7 +160,8 @@ def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Na
 
 def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
     """A segment through a fresh model, by nothing but the model's own forward."""
-    logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
+    with own_fallbacks():
+        logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
     losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
     value = (losses * one.weight.double()).sum()
     value.backward()
@@ -162,7 +193,7 @@ def _exact(
     if abs(float(value.detach()) - expected_loss) > EQUAL * abs(expected_loss):
         return False
     wanted = _sum([alone[number].gradients for number in order])
-    return _furthest([p.grad for p in loss.model.parameters()], wanted) <= EQUAL
+    return _furthest([p.grad for p in loss.model.parameters()], wanted) <= EQUAL_GRADIENT
 
 
 def _sum(parts: list[Gradients]) -> Gradients:

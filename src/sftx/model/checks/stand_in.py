@@ -92,6 +92,15 @@ LIMITS = {
 }
 """What is left, at most, of a width in the stand-in."""
 
+MIXERS = (
+    ("expand", "num_heads", "head_dim"),
+    ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
+    ("mamba_expand", "n_mamba_heads", "mamba_headdim"),
+)
+"""Names of three numbers of a mixer with states: the first, times the width of the model, is the
+product of the others.
+"""
+
 LARGEST_COPY = 60_000_000
 """Parameters of a copy whose widths could not be made small."""
 
@@ -242,6 +251,10 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
             few[name] = depth
         elif isinstance(value, list) and len(value) == layers and layers > 1:
             few[name] = value[:depth]
+        elif str(name).endswith("_layers") and isinstance(
+            value, list
+        ):  # the numbers of some layers
+            few[name] = [one for one in value if not isinstance(one, int) or one <= depth]
         else:
             few[name] = value
     return few
@@ -297,7 +310,19 @@ def _narrowed(settings: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
             few[name] = min(value, LIMITS[name])
         else:
             few[name] = numbers.get(name, value)
-    return few
+    return few | _heads_of_mixer(few, numbers["hidden_size"])
+
+
+def _heads_of_mixer(settings: dict[str, Any], width: int) -> dict[str, int]:
+    """As many heads as a mixer with states has in a model of that width; nothing where it has
+    none.
+    """
+    for expand, heads, size in MIXERS:
+        found = [settings.get(name) for name in (expand, heads, size)]
+        if all(isinstance(value, int | float) for value in found):
+            inner = int(settings[expand] * width)
+            return {heads: max(inner // 16, 1), size: min(inner, 16)}
+    return {}
 
 
 def _first_number(settings: dict[str, Any], names: set[str]) -> int:

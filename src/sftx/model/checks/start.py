@@ -3,8 +3,8 @@
 Nothing is believed because a configuration says so. Segments go through the model one at a time,
 with its own attention and its own head; then packed, by the trainer's path: long ones through a
 small stand-in (see `isolation`), a few short ones through the model itself. Where the two differ
-the trainer takes a slower path that cannot, and says so; where no path is right, the run is
-refused.
+the trainer takes a slower path that cannot, and says so: segments as the rows of a padded batch,
+or, where that differs too, one at a time. Where no path is right, the run is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sftx.model.checks.isolation import Isolation, matching_transform, measure_i
 from sftx.model.checks.probe import part
 from sftx.model.checks.sharing import apart, kernels_agree, shares_prefixes
 from sftx.model.checks.stand_in import FOREIGN_ERRORS
+from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
@@ -75,6 +76,9 @@ def check_paths(
     longest = max(longest, pack.longest)
     found = measure_isolation(loss.model, longest, max(longest, largest_pack))
     forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
+    alone = Paths(isolate=False, forgets=forgets)
+    ways = [Paths()] if found.packs else []
+    ways += [replace(alone, padded=True)] if found.pads else []
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = torch.autocast(pack.ids.device.type, precision, enabled=precision != torch.float32)
     with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
@@ -84,21 +88,24 @@ def check_paths(
             raise UserError(
                 "the model's own logits are not finite before training: its weights are damaged"
             )
-        if not found.packs or not _isolated(
-            loss, pack, reference, tolerance * scale, longest, found.tried > 0
-        ):
-            loss.take(Paths(isolate=False, forgets=forgets))
+        exact = any(
+            _isolated(loss, way, pack, reference, tolerance * scale, longest, found.tried > 0)
+            for way in ways
+        )
+        if not exact:
+            loss.take(alone)
             return [_one_at_a_time(name, found)]
-        loss.take(Paths(transform=matching_transform(loss, pack, tolerance)))
+        transform = matching_transform(loss, pack, tolerance)
+        loss.take(replace(loss.paths, transform=transform))
         fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
         if abs(fused - own) > tolerance * abs(own):
             raise UserError(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
                 "probe"
             )
-        notes: list[str] = []
+        notes = [_side_by_side(name, found)] if loss.paths.padded else []
         if share and loss.paths.isolate:
-            notes = _let_share(loss, pack, tolerance * scale, precision, longest)
+            notes += _let_share(loss, pack, tolerance * scale, precision, longest)
     if loss.paths.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
         notes.append(f"the head of {name} is not a plain matrix (measured): {how}")
@@ -124,6 +131,14 @@ def _let_share(
         why = f"{type(loss.model).__name__} was not found to give the same through shared prefixes"
     loss.take(replace(loss.paths, shares_prefixes=not why))
     return [f"{why}: every example computes its own prefix"] if why else []
+
+
+def _side_by_side(name: str, found: Isolation) -> str:
+    """Why segments are the rows of padded batches, in words."""
+    return (
+        f"{name} cannot keep packed segments apart (measured up to {max(found.tried, 1):,} "
+        "tokens): examples of like lengths run side by side in right-padded batches, which is exact"
+    )
 
 
 def _one_at_a_time(name: str, found: Isolation) -> str:
@@ -165,10 +180,11 @@ def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
     loss.use_segments(False)
     try:
         segments = itertools.pairwise(pack.cu_seqlens_cpu.tolist())
-        parts = [
-            loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
-            for a, b in segments
-        ]
+        with own_fallbacks():
+            parts = [
+                loss.model(input_ids=pack.ids[None, a:b], use_cache=False).logits[0]
+                for a, b in segments
+            ]
         return torch.cat(parts).float()[pack.index]
     finally:
         loss.use_segments(True)
@@ -176,21 +192,23 @@ def _reference_logits(loss: PackLoss, pack: TensorPack) -> Tensor:
 
 def _isolated(
     loss: PackLoss,
+    way: Paths,
     pack: TensorPack,
     reference: Tensor,
     limit: float,
     longest: int,
     only_rounding: bool,
 ) -> bool:
-    """Packed logits equal the reference, beside a token at the last place of a segment as long as
-    the longest (some rotary embeddings go by that); and changing the first segment leaves the
-    others' logits alone.
+    """By this way, which the model then takes, logits of all segments at once equal the reference,
+    beside a token at the last place of a segment as long as the longest (some rotary embeddings go
+    by that); and changing the first segment leaves the others' logits alone.
 
     `limit` = the largest difference. With `only_rounding` the stand-in has shown the structure to
     be right: then the mean over rows counts, and may be twice what rounding alone moves. In bf16
     that can be much: where a router's choice is made by a hair, it falls otherwise, and so does all
     that follows.
     """
+    loss.take(way)
     ids, positions = (
         torch.cat([pack.ids, pack.ids[:1]]),
         torch.cat([pack.positions, pack.positions[:1] + longest - 1]),
