@@ -343,6 +343,11 @@ class RuntimeSettings(TypedDict, total=False):
     which nodes repeat; `auto` = `replicate` where weights, gradients and optimiser fit into half
     the memory of a GPU, else `fsdp`. One process holds all of it.
     """
+    deterministic: bool
+    """On a GPU: use only operations that give the same bits every time, so that runs and continued
+    runs are equal to the bit. Slower; an operation that has no such form ends the run. A CPU is the
+    same to the bit without it.
+    """
     rank_timeout: float
     """Seconds for which a process may wait for another; then the job ends and the silent one is
     named.
