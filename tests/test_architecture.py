@@ -46,6 +46,7 @@ LAYERS = {
         "first_line",
         "model_config",
         "printable",
+        "remote",
         "settings",
         "types",
     ),

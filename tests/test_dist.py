@@ -138,6 +138,23 @@ def test_compiled_recomputed_layers_in_bf16_and_in_shards_are_those_that_are_kep
 
 
 @pytest.mark.slow
+def test_frozen_matrices_in_bf16_shards_change_no_number(folder: Path) -> None:
+    """One process and two shards, an adapter in bf16: the first loss is the same; weights differ by
+    the order of sums.
+    """
+    same: dict[str, Any] = {"batch": {"epochs": 4 / 35}, "adapter": {"method": "lora", "rank": 4}}
+    for count, parallel in ((0, "auto"), (2, "fsdp")):
+        runtime = {"precision": "bf16", "parallel": parallel, "tokens_per_pack": 1}
+        ranks.run(write(folder, f"half-{count}", runtime=runtime, **same), count)
+    one, two = (ranks.records(folder / f"half-{count}") for count in (0, 2))
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+    assert ranks.difference(folder / "half-0", folder / "half-2") < 1e-3
+    held = ranks.facts(folder / "half-2")["predicted"]["memory"]["weights"]
+    whole = ranks.facts(folder / "half-0")["predicted"]["memory"]["weights"]
+    assert held == pytest.approx(whole / 2, rel=0.02)
+
+
+@pytest.mark.slow
 def test_every_way_of_training_works_in_shards(folder: Path) -> None:
     """DoRA, an adapter that trains on, new tokens beside an adapter and without, frozen layers,
     noise.

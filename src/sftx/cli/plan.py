@@ -82,14 +82,12 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
                 device=torch.device("cuda"),
                 precision=torch.bfloat16 if half else torch.float32,
             )
-        if count == 1:
-            cast_frozen_weights(loss.model, here.precision)
+        cast_frozen_weights(loss.model, here.precision)
         nf4 = config.adapter.quantize == "nf4"
         estimator = MemoryEstimator(loss, here, held, count if count > 1 else None, nf4)
         facts = _facts(config, plan, load, loss, available)
-        tokens = load.tokens if count == 1 else 0.0
         estimator.compiled = planned(
-            config.runtime.compile, here.device, trainable(loss)[1], tokens
+            config.runtime.compile, here.device, trainable(loss)[1], load.tokens
         )
         facts["adapter"] = describe_adapter(loss.model)
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
@@ -193,9 +191,6 @@ def _fewest_gpus(
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to
     `MANY`.
     """
-    cast_frozen_weights(
-        estimator.loss.model, torch.float32
-    )  # as shards do; one process has been rehearsed already
     sharded = MemoryEstimator(
         estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
     )

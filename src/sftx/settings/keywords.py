@@ -20,7 +20,7 @@ class SourceSettings(TypedDict, total=False):
     """One data set of a mixture."""
 
     path: Required[Text]
-    """A file, glob, folder or hub data set."""
+    """A file, glob or folder, here or as a URL (s3://, gs://, hf://), or a hub data set."""
     name: Text | None
     """Name in reports; default: the path."""
     weight: float
@@ -75,7 +75,7 @@ class DataSettings(TypedDict, total=False):
 
     train: Text | Sequence[Text | SourceSettings | schema.Source] | None
     """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
-    glob, a folder).
+    glob, a folder, a URL: s3://, gs://, hf://).
     """
     rows: Rows | None
     """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,
@@ -300,6 +300,12 @@ class CheckpointSettings(TypedDict, total=False):
     background: bool
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
     next step.
+    """
+    mirror: Text | None
+    """A folder elsewhere that gets a copy of every checkpoint while the run trains, and of the
+    whole run at its end: s3://bucket/runs/first, gs://, hf://, file:// (package: `sftx[remote]`). A
+    lost upload never ends a run: it is sent again with the next checkpoint. A run whose own folder
+    is empty is continued from it.
     """
     resume: Literal["auto", "never", "must"]
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`

@@ -228,6 +228,12 @@ class Checkpoint(Section):
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
     next step.
     """
+    mirror: str | None = None
+    """A folder elsewhere that gets a copy of every checkpoint while the run trains, and of the whole
+    run at its end: s3://bucket/runs/first, gs://, hf://, file:// (package: `sftx[remote]`). A lost
+    upload never ends a run: it is sent again with the next checkpoint. A run whose own folder is empty
+    is continued from it.
+    """
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
     refuses to start anew.

@@ -19,6 +19,7 @@ from sftx.data.sources.formats import check_names, detect, renamed
 from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
 from sftx.data.store.cache import Cache
 from sftx.data.store.corpus import Origin
+from sftx.remote import fetch_files, is_url
 from sftx.settings.schema import Data, Source
 from sftx.types import RowError, UserError
 
@@ -121,19 +122,27 @@ def open_tables(
         else:
             tables += [
                 _open_file(number, origin, files, data, cache, scratch)
-                for origin, files in _grouped(source.path)
+                for origin, files in _grouped(source.path, cache)
             ]
     return tables
 
 
-def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
+def _grouped(path: str, cache: Cache) -> Iterator[tuple[Origin, list[Path]]]:
     """Files one by one, but all plain texts together: each of them is only one row."""
-    files = find_files(path)
+    shown: dict[Path, str] = {}
+    if is_url(path):
+        shown = {copy: url for url, copy in fetch_files(path, cache.folder / "remote")}
+        files = [found for copy in shown for found in find_files(str(copy))]
+    else:
+        files = find_files(path)
     texts = [file for file in files if kind_of(file) == ".txt"]
     for file in files:
         if kind_of(file) != ".txt":
             yield (
-                Origin(str(file), "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row"),
+                Origin(
+                    shown.get(file, str(file)),
+                    "line" if kind_of(file) in (".jsonl", ".csv", ".tsv") else "row",
+                ),
                 [file],
             )
     if texts:
