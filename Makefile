@@ -7,7 +7,12 @@ SCORECARD ?=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest scorecard check lint format docs clean
+# Of the machine that the wheels are for; WHEELS="bitsandbytes==0.50.2" adds packages
+PYTHON_VERSION ?= 3.12
+PLATFORM ?= x86_64
+WHEELS ?=
+
+.PHONY: demo test test-oldest test-newest scorecard check lint format docs wheelhouse clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
@@ -43,8 +48,21 @@ docs: $(VENV)/.installed  ## pages made from the code
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
 	$(RUN) -m sftx schema format=python > keywords.tmp && mv keywords.tmp src/sftx/settings/keywords.py
 
+wheelhouse: $(VENV)/bin/python  ## wheels for a machine without internet that has torch and transformers, in wheelhouse/
+	@rm -rf wheelhouse
+	@$(RUN) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir wheelhouse .
+	@$(RUN) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --dest wheelhouse \
+		--implementation cp --python-version $(PYTHON_VERSION) --platform manylinux_2_28_$(PLATFORM) \
+		--platform manylinux_2_17_$(PLATFORM) --platform manylinux2014_$(PLATFORM) \
+		--requirement requirements-offline.txt $(WHEELS)
+	@test $$(du -sm wheelhouse | cut -f1) -le 60 || { echo "wheelhouse/ is larger than 60 MiB"; exit 1; }
+	@echo "$$(ls wheelhouse/*.whl | wc -l) wheels for Python $(PYTHON_VERSION), $$(du -sm wheelhouse | cut -f1) MiB. Copy wheelhouse/ there, then:"
+	@cp requirements-offline.txt wheelhouse/
+	@echo "  python3 -m pip install --no-index --no-deps --find-links wheelhouse sftx -r wheelhouse/requirements-offline.txt"
+	@echo "  python3 -m sftx doctor"
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build wheelhouse
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; name one: make demo PYTHON=python3.12')"

@@ -1,18 +1,10 @@
-"""What `gpu.py` measures before it times anything: that this device computes the right numbers, and
-without stalls.
-"""
+"""What `gpu.py` measures before it times anything: that this device computes the right numbers."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -27,6 +19,10 @@ SETTINGS: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 0,
     "pad_token_id": 2,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "Gemma2": {"sliding_window": 100},
+    "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
 }
 LENGTHS = [5, 700, 2, 23, 300, 64, 129, 31]
 
@@ -57,18 +53,9 @@ def device() -> dict[str, Any]:
     return found
 
 
-def checks(scratch: Path, smoke: bool) -> dict[str, Any]:
-    """Every check's figure, or what went wrong with it; each is tried whatever became of the
-    others.
-
-    Prints what is found so far after each, in case time runs out. `smoke` leaves out what takes
-    minutes on a CPU.
-    """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read at the first product; see `deterministic`
-    found: dict[str, Any] = {}
-    work: dict[str, Callable[[], Any]] = {
+def checks() -> dict[str, Callable[[], Any]]:
+    """Every check of numbers that compiles nothing, by its name."""
+    return {
         "attention_fp32": lambda: attention("float32", 0),
         "attention_bf16": lambda: attention("bfloat16", 0),
         "attention_bf16_window": lambda: attention("bfloat16", 50),
@@ -85,23 +72,17 @@ def checks(scratch: Path, smoke: bool) -> dict[str, Any]:
         "gradient_llama_bf16": lambda: gradient("Llama", "bfloat16"),
         "gradient_qwen3_bf16": lambda: gradient("Qwen3", "bfloat16"),
         "gradient_gemma2_bf16": lambda: gradient("Gemma2", "bfloat16"),
-        "no_host_sync": no_sync,
-        "resume_is_bitwise": lambda: resume(scratch),
-        "resume_is_bitwise_deterministic": lambda: deterministic(lambda: resume(scratch)),
-        "compiled_gradient_fp32": lambda: gradient("Llama", "float32", compiled=True),
-        "compiled_gradient_bf16": lambda: gradient("Qwen3", "bfloat16", compiled=True),
+        "gradient_qwen3_moe_fp32": lambda: gradient("Qwen3Moe", "float32"),
+        "gradient_qwen3_moe_bf16": lambda: gradient("Qwen3Moe", "bfloat16"),
     }
-    for name, check in work.items():
-        if smoke and name.startswith(("compiled", "resume_is_bitwise_det")):
-            continue
-        began = time.perf_counter()
-        try:
-            found[name] = check()
-        except Exception as error:  # each must leave its word, whatever it is
-            found[name] = f"FAILED {type(error).__name__}: {str(error)[:400]}"
-        found[f"{name}_seconds"] = round(time.perf_counter() - began, 1)
-        print(json.dumps(found), flush=True)
-    return found
+
+
+def compiled_checks() -> dict[str, Callable[[], Any]]:
+    """Those of compiled layers, which take about half a minute each."""
+    return {
+        "compiled_gradient_bf16": lambda: gradient("Qwen3", "bfloat16", compiled=True),
+        "compiled_gradient_fp32": lambda: gradient("Llama", "float32", compiled=True),
+    }
 
 
 def _device() -> Any:
@@ -266,7 +247,7 @@ def _model(family: str) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    changes = {"sliding_window": 100} if family == "Gemma2" else {}
+    changes = CHANGES.get(family, {})
     config = getattr(transformers, f"{family}Config")(**SETTINGS, **changes)
     return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -299,6 +280,8 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
     where, data = _device(), _examples()
     model = _model(family)
     twin = copy.deepcopy(model).double()
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # grouped products have no float64
     reference = torch.zeros((), dtype=torch.float64)
     for example in data:
         ids = torch.as_tensor(example.ids, dtype=torch.int64)[None]
@@ -322,93 +305,3 @@ def gradient(family: str, dtype: str, compiled: bool = False) -> dict[str, float
         "loss": abs(float(value.detach()) / float(reference) - 1),
         "gradient": math.sqrt(difference / norm),
     }
-
-
-def no_sync() -> str:
-    """One ordinary step under CUDA's debug mode, which raises where the host would wait for the
-    device.
-    """
-    import torch
-
-    from sftx.data.pack import build_pack
-    from sftx.model.pack_loss import PackLoss, to_tensors
-    from sftx.training.step import train_step
-
-    where = _device()
-    loss = PackLoss(_model("Llama").to(where)).train()
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, fused=True)
-    half = (lambda: torch.autocast("cuda", torch.bfloat16)) if where.type == "cuda" else nullcontext
-    packs = [to_tensors(build_pack(_examples()), where)]
-    train_step(
-        loss, optimizer, packs, 100.0, 1e-4, 1.0, half
-    )  # the first step makes the optimizer's state
-    if where.type != "cuda":
-        return "not on CUDA: nothing to see"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        packs = [to_tensors(build_pack(_examples()), where)]
-        result = train_step(loss, optimizer, packs, 100.0, 1e-4, 1.0, half)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "none" if math.isfinite(result.read()[0]) else "the loss is not finite"
-
-
-def resume(scratch: Path) -> str:
-    """Six steps at once against three, a stop and three more: the weights' bytes.
-
-    Where they differ, six steps once more tell whether it is the stop: flash attention adds up the
-    gradients of its queries in any order, unless PyTorch is told to be deterministic.
-    """
-    import hashlib
-    import shutil
-    import signal
-
-    import peers
-
-    import sftx
-
-    home = scratch / "resume"
-    shutil.rmtree(home, ignore_errors=True)
-    model = peers.folder("smoke", home / "models")
-    data = peers.rows(24, peers.SHAPES["smoke"]["vocab_size"])
-
-    def steps(name: str, stop_after: int) -> str:
-        try:
-            for record in sftx.steps(
-                model=model,
-                output=str(home / name),
-                data={"rows": data, "cache": str(home / "cache")},
-                batch={"examples_per_step": 8, "steps": 6},
-                runtime={"progress": False, "tokens_per_pack": 1024},
-            ):
-                if record.step == stop_after:
-                    os.kill(os.getpid(), signal.SIGTERM)
-        except SystemExit:
-            return ""
-        digest = hashlib.sha256()
-        for file in sorted((home / name).glob("*.safetensors")):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
-
-    once = steps("once", 0)
-    steps("twice", 3)
-    again = steps("twice", 0)
-    if once and once == again:
-        return "equal"
-    without = "equal" if steps("once more", 0) == once else "DIFFERENT too"
-    return f"DIFFERENT: {once[:12]} and {again[:12]}; two runs without a stop are {without}"
-
-
-def deterministic(check: Callable[[], str]) -> str:
-    """The same where every kernel adds up in one order."""
-    import torch
-
-    torch.use_deterministic_algorithms(True)
-    try:
-        return check()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-if __name__ == "__main__":
-    checks(Path(sys.argv[1]), smoke=False)

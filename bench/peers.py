@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+
+RUNTIME = ("compile", "recompute", "parallel", "deterministic")
+"""What a job says of `runtime`, where it says anything."""
 
 # Logarithms of gpt2 token counts, mean and deviation: of the prompt (weight 0) and of the answer.
 # Those of sft_mix are of 4,000 rows of a mixture of fourteen instruction sets, all turns of a row
@@ -181,14 +185,22 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
-    """sftx as its users run it."""
-    import sftx
+def run_sftx(
+    job: dict[str, Any],
+    data: list[dict[str, list[int]]],
+    clock: Clock,
+    profile: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """sftx as its users run it; `profile` gets that of the last step."""
+    from gpu_profile import step_profile
 
     method = {"qlora": "lora"}.get(job["method"], job["method"])
-    lora: dict[str, Any] = (
-        {"adapter": {"method": method, "rank": 16, "alpha": 32}} if method != "full" else {}
-    )
+    lora: dict[str, Any] = {}
+    optim: dict[str, Any] = {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0}
+    if method == "bf16_stochastic":
+        optim["weights"] = method
+    elif method != "full":
+        lora = {"adapter": {"method": method, "rank": 16, "alpha": 32}}
     if job["method"] == "qlora":
         lora["adapter"]["quantize"] = "nf4"
     runtime: dict[str, Any] = {
@@ -198,21 +210,21 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     }
     if job.get("tokens_per_pack"):
         runtime["tokens_per_pack"] = job["tokens_per_pack"]
-    runtime |= {name: job[name] for name in ("compile", "recompute", "parallel") if job.get(name)}
+    runtime |= {name: job[name] for name in RUNTIME if job.get(name)}
     lora["runtime"] = runtime
     records, stamps = [], []
-    steps = sftx.steps(
+    steps = _records(
         model=job["model"], output=job["output"],
         data={"rows": data, "cache": job["cache"], "max_length": job["length"]},
         batch={"examples_per_step": job["batch"], "steps": job["steps"], "shuffle": False},
-        optim={"learning_rate": 1e-5, "schedule": "constant", "warmup": 0},
-        checkpoint={"resume": "never"}, **lora,
+        optim=optim, checkpoint={"resume": "never"}, **lora,
     )  # fmt: skip
-    for record in steps:
-        records.append(record)
-        stamps.append(time.process_time())
-        if len(records) == job["steps"]:
-            break  # the model is not saved: only steps are measured
+    with nullcontext() if profile is None else step_profile(job["steps"], profile):
+        for record in steps:
+            records.append(record)
+            stamps.append(time.process_time())
+            if len(records) == job["steps"]:
+                break  # the model is not saved: only steps are measured
     clock.wall = [record.seconds for record in records]
     # Records come one step late: between two of them lies the computation of the step after.
     clock.cpu = [stamps[1] - stamps[0], *np.diff(stamps[:-1]).tolist()] if len(stamps) > 2 else []
@@ -226,9 +238,50 @@ def run_sftx(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock
     }
 
 
-def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) -> dict[str, Any]:
-    """TRL's SFTTrainer (padded, or with packing) or transformers' Trainer, gradient checkpointing
-    off, fused AdamW.
+def _records(**sections: Any) -> Any:
+    """The records of a run: on a GPU as `sftx.train` takes its steps, each read while the next one
+    computes.
+    """
+    import torch
+
+    import sftx
+
+    if not torch.cuda.is_available():
+        return sftx.steps(**sections)
+    from sftx.settings.load import make_config
+    from sftx.training import loop
+    from sftx.training.control import Control, Steps
+
+    config, control = make_config(**sections), Control(exact=False)
+    return Steps(config, control, loop._run(config, None, control))
+
+
+def _profiled(profile: dict[str, Any], last: int) -> Any:
+    """A callback of transformers' Trainer that profiles step `last`."""
+    from gpu_profile import profile as watched
+    from transformers import TrainerCallback
+
+    class Profile(TrainerCallback):
+        stack = ExitStack()
+
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step == last - 1:
+                self.stack.enter_context(watched(profile))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.stack.close()
+
+    return Profile()
+
+
+def run_hf(
+    job: dict[str, Any],
+    data: list[dict[str, list[int]]],
+    clock: Clock,
+    profile: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """TRL's SFTTrainer (padded, or with packing; with Unsloth's model too) or transformers' Trainer,
+    gradient checkpointing off, fused AdamW; `profile` gets that of the last step.
     """
     import torch
     from transformers import (
@@ -274,23 +327,26 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
         "use_liger_kernel": bool(job.get("liger")),
     }
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"],
-        dtype=getattr(torch, job.get("dtype", "float32")),
-        attn_implementation=job.get("attention", "sdpa"),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    if job["system"] == "unsloth":
+        model, tokenizer = _of_unsloth(job)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            job["model"],
+            dtype=getattr(torch, job.get("dtype", "float32")),
+            attn_implementation=job.get("attention", "sdpa"),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(job["model"])
     dataset = datasets.Dataset.from_list(data)
     peft_config = None
-    if job["method"] == "lora":
+    if job["method"] == "lora" and job["system"] != "unsloth":
         from peft import LoraConfig
 
         peft_config = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-    if job["system"].startswith("trl"):
+    packing = job["system"] in ("trl-packing", "unsloth")
+    if packing or job["system"].startswith("trl"):
         trl = import_module("trl")
-        packing = job["system"] == "trl-packing"
         if (
             packing
         ):  # a pack holds several examples; as many packs per step as hold one step of the others
@@ -320,10 +376,12 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         )  # fmt: skip
     trainer.add_callback(Watch())
+    if profile is not None:
+        trainer.add_callback(_profiled(profile, job["steps"]))
     trainer.train()
     first = trainer.state.log_history[0]
     facts: dict[str, Any] = {"loss": first["loss"], "grad_norm": float(first["grad_norm"])}
-    if job["system"] == "trl-packing":  # its steps hold packs, not the rows of the others' steps
+    if packing:  # its steps hold packs, not the rows of the others' steps
         packed: Any = trainer.train_dataset
         packs = packed[: job["steps"] * common["gradient_accumulation_steps"]]
         facts["tokens"] = sum(map(len, packs["input_ids"])) / job["steps"]
@@ -331,6 +389,33 @@ def run_hf(job: dict[str, Any], data: list[dict[str, list[int]]], clock: Clock) 
             sum(label >= 0 for labels in packs["labels"] for label in labels) / job["steps"]
         )
     return facts
+
+
+def _of_unsloth(job: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer as Unsloth loads them, with its adapter; written from its documentation, not
+    run where this was written: it takes a GPU.
+    """
+    import torch
+
+    loader = import_module("unsloth").FastLanguageModel
+    model, tokenizer = loader.from_pretrained(
+        model_name=job["model"],
+        max_seq_length=job["pack_length"],
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+        full_finetuning=job["method"] == "full",
+    )
+    if job["method"] == "lora":
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = loader.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0,
+            target_modules=names,
+            use_gradient_checkpointing="unsloth" if job.get("checkpointing") else False,
+        )
+    return model, tokenizer
 
 
 def peak_memory() -> int:
@@ -345,8 +430,7 @@ def peak_memory() -> int:
 
 
 def main(
-    run: Callable[[dict[str, Any], list[dict[str, list[int]]], Clock], dict[str, Any]]
-    | None = None,
+    run: Callable[..., dict[str, Any]] | None = None,
 ) -> None:
     """Run the job given as JSON, with `run` or what this file has for the job's system."""
     job = json.loads(sys.argv[1])

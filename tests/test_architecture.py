@@ -48,6 +48,7 @@ LAYERS = {
         "first_line",
         "model_config",
         "printable",
+        "remote",
         "settings",
         "types",
     ),

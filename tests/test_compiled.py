@@ -143,6 +143,14 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
         compile_layers(loss, PACKS[0], MACHINE, "on")
 
 
+def test_the_number_of_ranks_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = planned("auto", CPU, 135_000_000, 1_000_000)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert planned("auto", CPU, 135_000_000, 1_000_000) == alone is True
+
+
 def test_compiling_has_to_repay() -> None:
     million = 1_000_000
     assert planned("on", CPU, million, 1.0)

@@ -14,7 +14,7 @@ from sftx.data.pack import blank_pack
 from sftx.model.adapter import attach, trainable
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
-from sftx.model.pack_loss import PackLoss, Paths
+from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Adapter
 from sftx.types import UserError
@@ -122,3 +122,33 @@ def test_sizes_that_depend_on_data_are_named_once(capfd: pytest.CaptureFixture[s
     with pytest.raises(RuntimeError, match="sizes inside LlamaForCausalLM depend on the data"):
         MemoryEstimator(loss, machine, base=0).predict(blank_pack(64, 32, 0.5))
     assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
+def test_autocast_reaches_the_experts(family: str) -> None:
+    """Under autocast experts multiply in bf16, as every other product does, and their weights get
+    the gradients that one product after the other gives them.
+    """
+    found = []
+    for way in ("grouped_mm", "eager"):
+        model = tiny.model(family, **MIXTURES[family])
+        model.set_experts_implementation(way)
+        loss, pack = PackLoss(model).train(), blank_pack(40, 20, 1.0)
+        dtypes = set()
+        own = torch.nn.functional.grouped_mm
+
+        def watched(*args: Any, own: Any = own, dtypes: Any = dtypes, **more: Any) -> torch.Tensor:
+            out = own(*args, **more)
+            dtypes.add(out.dtype)
+            return out
+
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            patch.setattr(torch.nn.functional, "grouped_mm", watched)
+            value = loss(to_tensors(pack, torch.device("cpu")))
+        value.backward()
+        assert dtypes == ({torch.bfloat16} if way == "grouped_mm" else set())
+        gradients = [p.grad for name, p in model.named_parameters() if "experts" in name]
+        found.append([grad for grad in gradients if grad is not None])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) < 0.02

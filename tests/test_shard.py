@@ -23,8 +23,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sftx import distributed
 from sftx.model import shard as shard_module
+from sftx.model.adapter import attach, cast_frozen_weights
 from sftx.model.pack_loss import PackLoss
 from sftx.model.shard import build_mesh, check_replicas, local_shard, shard
+from sftx.settings.schema import Adapter
 from sftx.types import UserError
 
 CPU = torch.device("cpu")
@@ -154,3 +156,18 @@ def test_a_rank_that_gives_no_sign_of_life_ends_itself(monkeypatch: pytest.Monke
         os._exit(7)
     _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 1
+
+
+@pytest.mark.usefixtures("third_of_eight")
+@pytest.mark.parametrize("unread", [False, True])
+def test_frozen_matrices_stay_in_shards_in_the_precision_of_products(unread: bool) -> None:
+    model = tiny.model()
+    attach(model, Adapter(method="lora", rank=4), 0)
+    cast_frozen_weights(model, torch.bfloat16, unread)
+    loss = PackLoss(model)
+    shard(loss, build_mesh("fsdp", CPU, 60.0), torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in loss.named_parameters() if "_proj" in name}
+    assert dtypes
+    for name, dtype in dtypes.items():
+        frozen = "base_layer" in name
+        assert dtype == (torch.bfloat16 if frozen else torch.float32), name

@@ -95,8 +95,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         sizes = context_sizes(config, model_config, count)
         load = choose_context(config.runtime, sizes, count, estimator, profile_of, available)
         wish = config.runtime.compile
-        tokens = load.tokens if count == 1 else 0.0
-        estimator.compiled = planned(wish, here.device, trainable(loss)[1], tokens)
+        estimator.compiled = planned(wish, here.device, trainable(loss)[1], load.tokens)
         facts = _facts(config, data, load, loss, available)
         facts["context_parallel"] = estimator.context_size
         facts["adapter"] = describe_adapter(loss.model)
@@ -132,10 +131,8 @@ def _estimator(
 ) -> MemoryEstimator:
     """What predicts the memory of a step on one device, or in shards over `count` of them."""
     nf4 = config.adapter.quantize == "nf4"
-    if count == 1:
-        cast_frozen_weights(loss.model, here.precision)
-        return MemoryEstimator(loss, here, reserved, None, nf4)
-    return MemoryEstimator(loss, here, reserved, count, nf4)
+    cast_frozen_weights(loss.model, here.precision)
+    return MemoryEstimator(loss, here, reserved, count if count > 1 else None, nf4)
 
 
 def _with_gpus(here: Machine, config: Config) -> Machine:
@@ -312,8 +309,6 @@ def _fewest_gpus(
     """The smallest number of GPUs over which a step fits in shards; None if there is none up to
     `MANY`.
     """
-    # As shards do; the memory of one process was predicted before.
-    cast_frozen_weights(estimator.loss.model, torch.float32)
     # One that knows shards already has measured most of what is asked here.
     sharded = (
         copy.copy(estimator)

@@ -126,20 +126,25 @@ def _unfit(model: PreTrainedModel, adapter: Adapter, error: ValueError) -> UserE
     return UserError(f"adapter.targets: {adapter.targets!r} does not fit {name}: {error}")
 
 
-def cast_frozen_weights(model: torch.nn.Module, precision: torch.dtype) -> None:
+def cast_frozen_weights(
+    model: torch.nn.Module, precision: torch.dtype, unread: bool = False
+) -> None:
     """Keep the frozen matrices beneath the adapters of the decoder layers in `precision` (in
     place): autocast would cast them to it at every product, so that no number changes, and bf16
     takes half the memory.
 
     On a CPU the rest is copied: any tensor that is read from the file's mapping keeps all of it,
-    and what was read of it, in memory.
+    and what was read of it, in memory. `unread` weights are still to be read from their files, and
+    are not touched.
     """
     adapted = [
         module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)
     ]
-    for module in adapted:
-        module.base_layer.to(precision)
-    for p in model.parameters() if adapted and precision != torch.float32 else ():
+    for p in [p for module in adapted for p in module.base_layer.parameters()]:
+        p.data = torch.empty_like(p, dtype=precision) if unread else p.data.to(precision)
+    if unread or not adapted or precision == torch.float32:
+        return
+    for p in model.parameters():
         p.data = p.data.clone() if p.device.type == "cpu" else p.data
 
 

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sftx import distributed
 from sftx.model.checkpointing import decoder_layers
 from sftx.model.context_parallel import Context
 from sftx.model.pack_loss import CompiledLayer, PackLoss, to_tensors
@@ -38,10 +37,11 @@ def planned(
     wish: Literal["auto", "on", "off"], device: torch.device, parameters: int, tokens: float
 ) -> bool:
     """Whether a run over `tokens` tokens compiles its layers: `auto` = where that saves more time
-    than it costs, which is where share * 6 * parameters * tokens / speed > seconds.
+    than it costs, which is where share * 6 * parameters * tokens / speed > seconds. One process or
+    many: the same run compiles or does not.
     """
     seconds, share, speed = _ASSUMED[device.type]
-    repays = share * 6 * parameters * tokens / speed > seconds and not distributed.is_joined()
+    repays = share * 6 * parameters * tokens / speed > seconds
     return tokens > 0 and (wish == "on" or (wish == "auto" and repays))
 
 

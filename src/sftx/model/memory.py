@@ -301,6 +301,8 @@ def _first_expert(experts: Any, rows: Tensor, matrices: Tensor) -> Tensor:
     """Rows times the matrix of the first expert, of `matrices` [E, out, in], or [E, in, out] where
     transposed.
     """
+    if torch.is_autocast_enabled("cpu"):  # the grouped product casts, and keeps, all of them
+        matrices = matrices.to(torch.get_autocast_dtype("cpu"))
     first = matrices[0].to(rows.dtype)
     return rows @ (first if experts.is_transposed else first.t())
 

@@ -7,11 +7,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names, in transformers, of the modules that choose experts or their weights."""
+
+
+def cast_grouped_products() -> None:
+    """Let autocast cast the products of experts as it casts every other product.
+
+    PyTorch has no rule for `aten::_grouped_mm` (torch 2.11 to 2.13): over float32 weights experts
+    would be computed in float32, which on a GPU is not one kernel but one product after the other.
+    """
+    name = "aten::_grouped_mm"
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+            torch.library.register_autocast(name, device, torch.bfloat16)
 
 
 def routers(model: nn.Module) -> list[str]:
@@ -69,6 +83,8 @@ def describe_adapter(model: nn.Module) -> str:
     said = f"the adapter is in (parameters): {', '.join(kinds)}"
     if any("experts" in kind.split(".") for kind in counts):
         said += "; every expert has a pair of matrices of its own, of the full rank"
+    elif has_joint_experts(model):
+        said += "; experts are left as they are"
     adapted = {kind.split(".")[-1] for kind in counts}
     if untouched and not adapted & ROUTERS:
         said += "; routers are left alone (name them in adapter.targets to adapt them)"

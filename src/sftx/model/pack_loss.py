@@ -24,6 +24,7 @@ from sftx.model.loss import (
     cross_entropy_sum,
     fused_cross_entropy_sum,
 )
+from sftx.model.mixture import cast_grouped_products
 from sftx.model.padded import as_batch
 from sftx.model.prefix_index import prefix_index
 from sftx.model.regularization import embedding_noise, router_balance
@@ -173,6 +174,7 @@ class PackLoss(nn.Module):
     def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
         super().__init__()
         self.model = model
+        cast_grouped_products()
         self.objective = objective
         self.noise_seed = 0
         self._noise: Tensor | None = None

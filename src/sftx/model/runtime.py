@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,9 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     device = _choose_device(runtime)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
     threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    stack = ExitStack()
+    if runtime.deterministic:
+        stack.enter_context(deterministic())
     try:
         if device.type == "cpu":
             torch.set_num_threads(default_threads(runtime))
@@ -94,12 +97,61 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
             for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
                 os.environ.setdefault(name, "100")
             _fast_exact_matmul()
-        yield Machine(device, torch.bfloat16 if half else torch.float32)
+        with stack:
+            yield Machine(device, torch.bfloat16 if half else torch.float32)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
         if device.type == "cpu":
             _mallopt(_DEFAULTS)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let every operation add up in one order; UserError where one has no such form.
+
+    Flash attention's backward pass obeys the same switch as PyTorch's own operations. Compiled
+    layers choose their kernels without timing them.
+    """
+    from torch._inductor import config as inductor
+
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:  # read when CUDA starts
+        if torch.cuda.is_initialized():
+            raise UserError(
+                "runtime.deterministic: CUDA is in use already; set the environment variable "
+                "CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+            )
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    was = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        inductor.deterministic,
+    )
+    _set_deterministic(True, False, True, False, True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"runtime.deterministic: {reason}") from error
+    finally:
+        _set_deterministic(*was)
+
+
+def _set_deterministic(
+    algorithms: bool, fill: bool, cudnn: bool, benchmark: bool, compiled: bool
+) -> None:
+    from torch._inductor import config as inductor
+
+    torch.use_deterministic_algorithms(algorithms)
+    # Nothing here reads memory that was not written: filling it would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.backends.cudnn.deterministic = cudnn
+    torch.backends.cudnn.benchmark = benchmark
+    inductor.deterministic = compiled
 
 
 def _choose_device(runtime: Runtime) -> torch.device:

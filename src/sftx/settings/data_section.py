@@ -13,7 +13,7 @@ class Source(Section):
     """One data set of a mixture."""
 
     path: str
-    """A file, glob, folder or hub data set."""
+    """A file, glob or folder, here or as a URL (s3://, gs://, hf://), or a hub data set."""
     name: str | None = None
     """Name in reports; default: the path."""
     weight: float = Field(default=1.0, gt=0)
@@ -30,7 +30,7 @@ class Data(Section):
 
     train: str | list[str | Source] | None = None
     """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
-    glob, a folder).
+    glob, a folder, a URL: s3://, gs://, hf://).
     """
     rows: list[Any] | None = None
     """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,

@@ -20,7 +20,7 @@ class SourceSettings(TypedDict, total=False):
     """One data set of a mixture."""
 
     path: Required[Text]
-    """A file, glob, folder or hub data set."""
+    """A file, glob or folder, here or as a URL (s3://, gs://, hf://), or a hub data set."""
     name: Text | None
     """Name in reports; default: the path."""
     weight: float
@@ -75,7 +75,7 @@ class DataSettings(TypedDict, total=False):
 
     train: Text | Sequence[Text | SourceSettings | schema.Source] | None
     """Training rows: a path or several (.jsonl .json .txt .csv .parquet .arrow; also .gz, .zst, a
-    glob, a folder).
+    glob, a folder, a URL: s3://, gs://, hf://).
     """
     rows: Rows | None
     """Training rows held in memory (Python only): a list or generator of texts, [prompt, output,
@@ -307,6 +307,12 @@ class CheckpointSettings(TypedDict, total=False):
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
     next step.
     """
+    mirror: Text | None
+    """A folder elsewhere that gets a copy of every checkpoint while the run trains, and of the
+    whole run at its end: s3://bucket/runs/first, gs://, hf://, file:// (package: `sftx[remote]`). A
+    lost upload never ends a run: it is sent again with the next checkpoint. A run whose own folder
+    is empty is continued from it.
+    """
     resume: Literal["auto", "never", "must"]
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
     refuses to start anew.
@@ -359,6 +365,11 @@ class RuntimeSettings(TypedDict, total=False):
     longer than one of them holds. Changes speed and memory, never the result. Packs are those of
     such a group: it takes `tokens_per_pack` tokens at once. `auto` = as few as a step fits into on
     GPUs; 1 on a CPU. The attention heads and the number of processes must be multiples of it.
+    """
+    deterministic: bool
+    """On a GPU: use only operations that give the same bits every time, so that runs and continued
+    runs are equal to the bit. Slower; an operation that has no such form ends the run. A CPU is the
+    same to the bit without it.
     """
     rank_timeout: float
     """Seconds for which a process may wait for another; then the job ends and the silent one is

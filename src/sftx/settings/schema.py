@@ -234,6 +234,12 @@ class Checkpoint(Section):
     """Write checkpoints while training goes on, from a copy in memory; an error in writing ends the
     next step.
     """
+    mirror: str | None = None
+    """A folder elsewhere that gets a copy of every checkpoint while the run trains, and of the whole
+    run at its end: s3://bucket/runs/first, gs://, hf://, file:// (package: `sftx[remote]`). A lost
+    upload never ends a run: it is sent again with the next checkpoint. A run whose own folder is empty
+    is continued from it.
+    """
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues a run found in the output folder; `never` refuses to touch one; `must`
     refuses to start anew.
@@ -290,6 +296,11 @@ class Runtime(Section):
     longer than one of them holds. Changes speed and memory, never the result. Packs are those of
     such a group: it takes `tokens_per_pack` tokens at once. `auto` = as few as a step fits into on
     GPUs; 1 on a CPU. The attention heads and the number of processes must be multiples of it.
+    """
+    deterministic: bool = False
+    """On a GPU: use only operations that give the same bits every time, so that runs and continued
+    runs are equal to the bit. Slower; an operation that has no such form ends the run. A CPU is the
+    same to the bit without it.
     """
     rank_timeout: float = Field(default=600, gt=0)
     """Seconds for which a process may wait for another; then the job ends and the silent one is

@@ -181,8 +181,8 @@ def build_model(
     )
     notes += said
     loss = PackLoss(model, config.loss)
+    cast_frozen_weights(model, machine.precision, unread is not None)
     if not layout:
-        cast_frozen_weights(model, machine.precision)
         return BuiltModel(loss, adapted, notes, None)
     mesh = build_mesh(layout, machine.device, config.runtime.rank_timeout)
     shard(loss, mesh, machine.precision)
@@ -265,6 +265,7 @@ def _estimator(
     # What is in shards cannot run on tensors without contents: a copy without weights does.
     model.loss.train()
     twin = meta_model(config, model_config, data.tokenizer.added_token_ids)
+    cast_frozen_weights(twin.model, machine.precision)
     twin.take(replace(model.loss.paths, forgets=None))
     nf4 = config.adapter.quantize == "nf4"
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,12 +63,14 @@ def save(
     records: Mapping[str, str] | None = None,
     optional: bool = False,
     costs: Mapping[int, float] | None = None,
+    sealed: Callable[[], None] | None = None,
 ) -> Path:
     """Write `folder/step-N`, and delete the others but the newest `keep`, this one included, and
     the one that `costs`, by step, calls the lowest.
 
     With `background` only a copy is made here, and written there. `records` = the texts of the
-    run's records so far, by the names of their files. Where there is no room, raises UserError, or,
+    run's records so far, by the names of their files. `sealed` is called on the main rank once the
+    checkpoint is whole. Where there is no room, raises UserError, or,
     where the checkpoint is `optional`, writes none and says so.
     """
     final = folder / f"step-{state.step:08d}"
@@ -80,7 +82,7 @@ def save(
         for name, some in tensors.items()
     }
     texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
-    work = partial(_save, final, texts, on_host, keep, optional, dict(costs or {}))
+    work = partial(_save, final, texts, on_host, keep, optional, dict(costs or {}), sealed)
     if background is None:
         work()
     else:
@@ -95,6 +97,7 @@ def _save(
     keep: int,
     optional: bool,
     costs: Mapping[int, float],
+    sealed: Callable[[], None] | None,
 ) -> None:
     folder = final.parent
     main = distributed.is_main()
@@ -117,6 +120,8 @@ def _save(
         raise UserError(f"{_no_room(folder, needed)} ({error})") from error
     if main:
         _delete_old(folder, keep, costs)
+        if sealed is not None:
+            sealed()
 
 
 def _size(texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> int:

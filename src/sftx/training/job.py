@@ -32,10 +32,8 @@ from sftx.training import checkpoint
 from sftx.training.async_writer import AsyncWriter
 from sftx.training.best import best_step, chosen_by, costs, without_gain
 from sftx.training.memory_plan import Packing
+from sftx.training.mirror import GAUGE, Mirror
 from sftx.training.signals import StopFlag
-
-GAUGE = "gauge.safetensors"
-"""What the base said and thought before the first step, beside the checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,7 @@ class Job:
     predicted_seconds: float | None  # of all steps
     tell: Callable[[str, int, int], None]  # what is being done, and how much of it is done
     writer: AsyncWriter = field(default_factory=AsyncWriter)
+    mirror: Mirror | None = None  # of the main rank, where there is one
     peak_memory: int | None = None  # bytes, once a step was taken
     judge: Judge | None = None  # where answers are asked for
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
@@ -223,6 +222,7 @@ class Job:
             self.run.records(),
             optional,
             costs(self.evaluations, self.best_by),
+            None if self.mirror is None else self.mirror.send,
         )
 
     def no_room(self) -> str:

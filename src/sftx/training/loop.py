@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, nullcontext
@@ -31,6 +32,7 @@ from sftx.training.given_model import GivenModel, without_object
 from sftx.training.job import Job
 from sftx.training.merging import trained_by, write_merged
 from sftx.training.metrics import StepMetrics
+from sftx.training.mirror import Mirror
 from sftx.training.optim import StochasticAdamW
 from sftx.training.repeat import write_settings
 from sftx.training.result import Result
@@ -101,6 +103,7 @@ def _run(
     refuse_other_files(config)
     check_installed(config.track)
     with owned(Path(config.output)) if distributed.is_main() else nullcontext():
+        mirror = _mirror(config)
         run = Run(config, writes=distributed.is_main())
         with ExitStack() as stack:
             here = stack.enter_context(machine(config.runtime))
@@ -111,6 +114,10 @@ def _run(
             if given is not None:
                 given.write()
             control.job = prepare(config, here, run, progress, stack, stop)
+            control.job.mirror = mirror
+            if mirror is not None:
+                # Whatever ends the run: a checkpoint on its way arrives.
+                stack.callback(mirror.finish, whole=False)
             stop.at_once = False
             stack.enter_context(tracking(run, config.track, progress.say))
             yield None
@@ -124,6 +131,30 @@ def _run(
             with working("merging the adapter", config.runtime.progress):
                 moved, _ = write_merged(trained_by(run), run.folder / "merged")
             run.update(merged=moved)
+        if mirror is not None and run.finished:
+            with working("sending the run to its mirror", config.runtime.progress):
+                mirror.finish(whole=True)
+
+
+def _mirror(config: Config) -> Mirror | None:
+    """The copy of the run elsewhere, on the main rank. A run that is there and not here is brought
+    here first.
+    """
+    url = config.checkpoint.mirror
+    if url is None or not distributed.is_main():
+        return None
+    mirror = Mirror(
+        url, Path(config.output), lambda text: print(f"warning: {text}", file=sys.stderr)
+    )
+    if config.checkpoint.resume == "never" or (mirror.folder / "run.json").exists():
+        return mirror
+    step = mirror.fetch()
+    if step is not None:
+        print(
+            f"the run was brought here from {url}, where it stands at step {step:,}",
+            file=sys.stderr,
+        )
+    return mirror
 
 
 def _train(job: Job, control: Control, progress: Progress) -> Iterator[StepRecord]:

@@ -19,6 +19,7 @@ from sftx.data.sources.formats import check_names, detect, renamed
 from sftx.data.sources.read import Block, find_files, is_hub_name, is_lines, kind_of, rows_in, scan
 from sftx.data.store.cache import Cache
 from sftx.data.store.corpus import Origin
+from sftx.remote import fetch_files, is_url
 from sftx.settings.schema import Data, Source
 from sftx.types import Json, RowError, UserError
 
@@ -107,7 +108,7 @@ def open_tables(
             fetched = _hub_rows(source.path)
             tables.append(_table_of_rows(number, name, fetched, data, scratch))
         else:
-            for origin, files in _grouped(source.path):
+            for origin, files in _grouped(source.path, cache):
                 tables.append(_open_file(number, origin, files, data, cache, scratch))
     return tables
 
@@ -123,9 +124,14 @@ def _table_of_rows(
     return _cut(table, data, scratch)
 
 
-def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
+def _grouped(path: str, cache: Cache) -> Iterator[tuple[Origin, list[Path]]]:
     """Files one by one, but all plain texts together: each of them is only one row."""
-    files = find_files(path)
+    shown: dict[Path, str] = {}
+    if is_url(path):
+        shown = {copy: url for url, copy in fetch_files(path, cache.folder / "remote")}
+        files = [found for copy in shown for found in find_files(str(copy))]
+    else:
+        files = find_files(path)
     texts: list[Path] = []
     for file in files:
         kind = kind_of(file)
@@ -133,7 +139,7 @@ def _grouped(path: str) -> Iterator[tuple[Origin, list[Path]]]:
             texts.append(file)
         else:
             unit = "line" if kind in (".jsonl", ".csv", ".tsv") else "row"
-            yield Origin(str(file), unit), [file]
+            yield Origin(shown.get(file, str(file)), unit), [file]
     if texts:
         name = str(texts[0]) if len(texts) == 1 else path
         yield Origin(name, "row", tuple(map(str, texts))), texts
