@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -23,7 +22,8 @@ from sftx.data.chat.limits import watched
 from sftx.data.chat.thoughts import may_think, open_tag
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
-from sftx.model_config import POSITIONS
+from sftx.eval.sampling import Sampling, generation_config
+from sftx.model_config import positions_in
 from sftx.talk.thought_stream import Piece, ThoughtStream
 from sftx.types import Json, Message, UserError
 
@@ -33,19 +33,6 @@ if TYPE_CHECKING:
 
 Reason = Literal["stop", "length", "interrupted"]
 """Why an answer ended: a stop token or stop text, the limit, or the reader."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. None: as the model's generation_config.json says."""
-
-    max_tokens: int = 1024
-    temperature: float | None = None  # 0 = always the most probable token
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()  # texts at which the answer is cut
 
 
 @dataclass(slots=True)
@@ -126,9 +113,7 @@ class Assistant:
         """How many tokens prompt and answer may have together; None where the model sets no
         limit.
         """
-        config = self._model.config.get_text_config()
-        known = (getattr(config, name, None) for name in POSITIONS)
-        return next((int(number) for number in known if number), None)
+        return positions_in(self._model.config.get_text_config().to_dict())
 
     def prompt(
         self,
@@ -265,22 +250,9 @@ class Assistant:
         return self._adapter.disable_adapter()
 
     def _config(self, room: int, sampling: Sampling) -> GenerationConfig:
-        config = copy.deepcopy(self._model.generation_config)
-        assert config is not None
-        config.eos_token_id = sorted(self._tokenizer.stop_ids) or None
-        if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
-        config.max_new_tokens, config.max_length = room, None
+        stops = sorted(self._tokenizer.stop_ids)
+        config = generation_config(self._model, stops, room, sampling)
         config.num_beams = 1  # answers are shown while they are found
-        for name in ("top_p", "top_k", "repetition_penalty"):
-            value = getattr(sampling, name)
-            if value is not None:
-                setattr(config, name, value)
-        if sampling.temperature is not None:
-            config.do_sample = sampling.temperature > 0
-            config.temperature = sampling.temperature if config.do_sample else None
-        if not config.do_sample:
-            config.top_p = config.top_k = config.temperature = None
         return config
 
 

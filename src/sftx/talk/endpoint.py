@@ -20,8 +20,9 @@ from ipaddress import ip_address
 from itertools import chain
 from typing import Any
 
+from sftx.eval.sampling import Sampling
 from sftx.report.shell import page
-from sftx.talk.assistant import Answer, Assistant, Sampling
+from sftx.talk.assistant import Answer, Assistant
 from sftx.talk.requests import Asked, RequestError, read_request
 from sftx.talk.thought_stream import Piece
 from sftx.types import UserError

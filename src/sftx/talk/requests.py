@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from sftx.talk.assistant import Sampling
+from sftx.eval.sampling import Sampling
 from sftx.types import Json, Message, UserError
 
 

@@ -36,6 +36,7 @@ from sftx.model.save import load_tokenizer
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import choose_threads
 from sftx.model.trainable import choose_weights
+from sftx.model_config import positions_in
 from sftx.report.facts import RunFacts
 from sftx.report.progress import Progress
 from sftx.report.record import Run
@@ -171,8 +172,7 @@ def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.St
 
 def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
     """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH
+    positions = positions_in(model_config.get_text_config().to_dict()) or DEFAULT_LENGTH
     return config.data.max_length or min(positions, DEFAULT_LENGTH)
 
 
@@ -185,8 +185,7 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     check_stop_token(corpus, encoder, config.data)
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = positions_in(model_config.get_text_config().to_dict())
     questions = read_questions(config, encoder, held_out, positions)
     check_best(chosen_by(config.eval), held_out, questions)
     return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions)
