@@ -136,24 +136,28 @@ def form_of(template: ChatTemplate) -> str:
     stop = template.traits.ending.stop or ""
     written = written.removesuffix(stop).removesuffix("<|eom_id|>")
     for form in FORMS:
-        if calls_in(written, template_of(form), _TOOLS) == [(TOOL["name"], _ARGUMENTS)]:
+        if read_calls(written, template_of(form), _TOOLS)[1] == [(TOOL["name"], _ARGUMENTS)]:
             return form
     return ""
 
 
-def calls_in(
+def read_calls(
     text: str, response_template: dict[str, Any], tools: list[dict[str, Any]]
-) -> list[tuple[str, Any]]:
-    """The (name, arguments) of the calls in a text; [] where there are none, or one is not whole."""
+) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """What an answer says beside its calls, and the (name, arguments) of these; the whole text and []
+    where there are none, or one is not whole.
+    """
     try:
-        return calls_of(parse_response(text, response_template, prefix="", tools=tools))
+        message = parse_response(text, response_template, prefix="", tools=tools)
+        calls = calls_of(message)
     except BROKEN:
-        return []
+        return text, []
+    return (message.get("content", ""), calls) if calls else (text, [])
 
 
-def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
+def calls_of(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The (name, arguments) of the calls in a parsed message; ValueError where one is no call."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, dict[str, Any]]] = []
     given = message.get("tool_calls", ())
     for call in given if isinstance(given, list | tuple) else [given]:
         function = call.get("function") if isinstance(call, dict) else None

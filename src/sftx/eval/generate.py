@@ -30,11 +30,12 @@ TOKENS_PER_BATCH = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, and the answer of the data to it."""
+    """What is asked, and the answer of the data to it. `number`: of its example in the corpus."""
 
     ids: list[int]
     text: str
     reference: str
+    number: int = -1
 
 
 @dataclass(frozen=True, slots=True)
