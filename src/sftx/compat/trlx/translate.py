@@ -188,15 +188,18 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
     method = "lora"
     if values["use_rslora"]:
         method = "rslora"
+    alpha = float(values["lora_alpha"])
     if values["use_dora"]:
         method = "dora"
+        if values["use_rslora"]:  # peft then scales by alpha / sqrt(r), as `rslora` does
+            alpha *= math.sqrt(values["r"])
     targets = values["target_modules"]
     if targets is None:
         targets = _default_targets(config)
     return {
         "method": method,
         "rank": values["r"],
-        "alpha": float(values["lora_alpha"]),
+        "alpha": alpha,
         "dropout": float(values["lora_dropout"]),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
