@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.eval.questions import read_general
 from sftx.model.load import load_model
 from sftx.model.trainable import add_rows
+from sftx.model_config import positions_in
 from sftx.settings.load import make_config
 from sftx.training.export import Allowed, Trained, read_trained, sources
 from sftx.types import Example, UserError
@@ -76,7 +78,10 @@ def general_text(trained: Trained) -> list[Example]:
         output="unused",
         eval={"prompts": "unused", "general": general},
     )
-    corpus = read_general(config, trained.encoder)
+    known = positions_in(trained.model.config.get_text_config().to_dict()) or DEFAULT_LENGTH
+    data = trained.encoder.data
+    longest = data.max_length or min(known, DEFAULT_LENGTH)
+    corpus = read_general(config, Encoder(trained.encoder.tokenizer, data, longest))
     return [] if corpus is None else [corpus.example(i) for i in range(len(corpus))]
 
 
