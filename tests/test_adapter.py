@@ -225,6 +225,16 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
             run(path, tmp_path / str(number), **settings)
 
 
+def test_a_dora_with_the_scale_of_rslora_is_no_other_dora(tmp_path: Path) -> None:
+    path = tiny.folder(tmp_path / "model")
+    first = run(path, tmp_path / "first", adapter={"method": "dora"})
+    file = first.folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rslora": True}))
+    asked = {"method": "dora", "path": str(first.folder)}
+    with pytest.raises(sftx.UserError, match="has dora and rslora; leave it out"):
+        run(path, tmp_path / "again", adapter=asked)
+
+
 @pytest.mark.parametrize(("method", "peak"), [("none", "2e-05"), ("lora", "0.0002")])
 def test_the_default_learning_rate_is_that_of_the_method_and_is_shown(
     method: Literal["none", "lora", "rslora", "dora"],

@@ -13,6 +13,7 @@ import pytest
 
 import sftx
 from sftx import cli
+from sftx.cli._groups import keys_of
 from sftx.cli._map import OTHER, STAGES, overview, verb_of
 from sftx.settings.describe import settings
 from sftx.settings.schema import Config
@@ -157,9 +158,11 @@ def test_what_a_verb_says_of_itself_is_read_without_importing_it(
         imported = cli.declared(name)
         monkeypatch.delitem(sys.modules, f"sftx.cli.{name}")
         assert cli.declared(name) == imported
-        assert imported.extra == getattr(module, "EXTRA", {})
-        taken = {"bounds" if key.endswith(".") else key for key in imported.extra}
-        assert taken <= {*imported.takes}
+        own = getattr(module, "EXTRA", {})
+        assert imported.extra == own | keys_of(imported.groups)
+        assert len(imported.extra) == len(own) + len(keys_of(imported.groups))
+        taken = {"bounds" if key.endswith(".") else key for key in own}
+        assert taken | {*imported.groups} <= {*imported.takes}
 
 
 @pytest.mark.parametrize("name", [name for name in cli.verbs() if name not in cli.PRINTS])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,33 @@ def test_average_and_mix_are_means_of_whole_weights(
     expected = base + 0.25 * (weights(tmp_path / "2") - base)
     assert torch.allclose(weights(tmp_path / "mix"), expected, atol=1e-6)
     assert not torch.allclose(weights(tmp_path / "mix"), base, atol=1e-4)
-    assert "KL from the base, trained: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained: KL from the base " in said
+    assert "general text" not in said, "the run has no eval.general"
+
+
+def test_the_loss_on_the_general_text_stands_beside_a_mixture(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(home / "lora", tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"]["eval"]["prompts"] = 1
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["export", str(run), f"to={tmp_path / 'mix'}", "mix=0.5"]) == 0
+    said = capsys.readouterr().out
+    losses = re.findall(r"(base|trained|mixed):[^;]*general text ([\d.]+)", said)
+    assert [name for name, _ in losses] == ["base", "trained", "mixed"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('["What is 7?", "A number."]\n')
+    for name, folder in (("base", home / "base-lora"), ("mixed", tmp_path / "mix")):
+        command = ["eval", str(folder), str(rows), "new_tokens=2", f"json={tmp_path / 'n.json'}"]
+        assert main([*command, "data.template=plain"]) == 0
+        numbers = json.loads((tmp_path / "n.json").read_text())["model"]["numbers"]
+        assert float(dict(losses)[name]) == pytest.approx(numbers["general loss"], abs=2e-4)
+    facts["config"]["eval"]["general"] = False
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["export", str(run), f"to={tmp_path / 'none'}", "average=1,2"]) == 0
+    assert "general text" not in capsys.readouterr().out
 
 
 def test_rows_of_a_file_and_fp16(

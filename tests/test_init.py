@@ -218,3 +218,26 @@ def test_a_schema_of_somebody_else_is_not_overwritten(
     assert cli.main(["init", f"model={model}", f"data={data}", "goal=style"]) == 2
     assert "was not written by sftx" in capsys.readouterr().err
     assert not (folder / "run.yaml").exists()
+
+
+def test_rows_with_tools_get_a_template_that_writes_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.folder(tmp_path / "base", chat=False, max_position_embeddings=2048)
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "lamp"}}}
+    tool = {"name": "find", "description": "Find.", "parameters": {"type": "object"}}
+    talk = [
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "There."},
+        {"role": "assistant", "content": "It is there."},
+    ]
+    rows: list[Any] = [{"messages": [talk[0], talk[3]]} for _ in range(20)]
+    rows += [{"messages": talk, "tools": [{"type": "function", "function": tool}]}] * 4
+    data = write(folder, rows)
+    assert cli.main(["init", f"model={base}", f"data={data}", "goal=instruct"]) == 0
+    out = capsys.readouterr().out
+    assert "data.template: chatml (the model has no chat template, and the rows call tools)" in out
+    assert "24 rows (messages)" in out
+    data_settings = load_config("run.yaml").data
+    assert (data_settings.template, data_settings.on_bad_row) == ("chatml", "stop")

@@ -83,3 +83,36 @@ def test_it_trains_and_is_handed_over(
     assert "You are a helpful AI assistant" in (tmp_path / "gguf" / "Modelfile").read_text()
     again = Path(model_folder(str(tmp_path / "gguf")))
     assert AutoTokenizer.from_pretrained(again).eos_token == "<|im_end|>"
+
+
+@pytest.mark.slow
+def test_it_is_judged(real_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    asked = [[GENERAL[0], "The capital of France is Paris."], ["Say hello.", "Hello!"]]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    written = tmp_path / "numbers.json"
+    command = ["eval", str(real_model), str(rows), "new_tokens=12", "general=false"]
+    assert main([*command, "min.exact=0.5", "max.loss=4", f"json={written}"]) == 0
+    found = json.loads(written.read_text())["model"]
+    assert found["samples"][0]["output"] == "The capital of France is Paris."
+    assert found["samples"][0]["ended"]
+    assert "general loss" not in found["numbers"]
+    good = tmp_path / "good.jsonl"
+    drawn = ["samples=3", "temperature=0.7", "metrics=contains", "weight=contains", "seed=1"]
+    assert main([*command, *drawn, f"rows={good}"]) == 0
+    lines = [json.loads(line) for line in good.read_text().splitlines()]
+    assert lines
+    assert all("Paris" in row["messages"][-1]["content"] for row in lines[:1])
+    assert 1 <= sum(row["weight"] for row in lines) <= 6
+
+
+@pytest.mark.slow
+def test_it_talks(
+    real_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter([GENERAL[0], "/reset", "Say hello.", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _="": next(lines))
+    assert main(["chat", str(real_model), "temperature=0", "max_tokens=12"]) == 0
+    out = capsys.readouterr().out
+    assert "The capital of France is Paris.\n[8 tokens" in out
+    assert "ended by itself]" in out

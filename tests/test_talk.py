@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx import encode
 from sftx.cli import main
+from sftx.eval.sampling import Sampling
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Model
-from sftx.talk.assistant import Answer, Assistant, Sampling
+from sftx.talk.assistant import Answer, Assistant
 from sftx.talk.endpoint import Endpoint, is_local
 from sftx.talk.load import load_assistants
 from sftx.talk.real_servers import commands
-from sftx.talk.terminal import sampling_of
+from sftx.talk.sampling import sampling_of
 from sftx.types import Message, UserError
 
 HERE = Machine(torch.device("cpu"), torch.float32)

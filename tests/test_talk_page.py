@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
+from sftx.eval.sampling import Sampling
 from sftx.model.runtime import Machine
 from sftx.settings.schema import Model
-from sftx.talk.assistant import Sampling
 from sftx.talk.endpoint import Endpoint
 from sftx.talk.load import load_assistants
 

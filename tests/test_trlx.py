@@ -493,6 +493,21 @@ def test_peft_as_dictionary_and_as_object(model: str, tmp_path: Path) -> None:
     assert len(trainer.generate(torch.tensor([[5, 6]]))[0]) <= 6
 
 
+def test_dora_with_the_scale_of_rslora_is_both(model: str, tmp_path: Path) -> None:
+    """peft scales by alpha / sqrt(r) then; a DoRA alone would be scaled by alpha / r."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    both = {**given, "use_dora": True, "use_rslora": True}
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(**both))
+    layers = [layer for layer in theirs.modules() if hasattr(layer, "lora_magnitude_vector")]
+    assert layers[0].scaling == {"default": 4.0}
+    asked = config(model, tmp_path, model={"peft_config": {"peft_type": "LORA", **both}})
+    adapter = translate._adapter(asked)
+    assert (adapter["method"], adapter["alpha"] / adapter["rank"]) == ("dora", 4.0)
+
+
 # --- evaluation and saving ------------------------------------------------------------------------
 
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sftx import cli
 from sftx.cli import verify as verify_verb
@@ -28,7 +30,7 @@ from sftx.types import Example
 from sftx.verify import families, losses, runs, serving
 from sftx.verify.families import names_of, summary, try_families
 from sftx.verify.finding import compared, does_not_apply
-from sftx.verify.oracle import Measured, Server
+from sftx.verify.oracle import Measured, Server, logits_of, plain_model
 from sftx.verify.sample import Sample, take_sample
 
 
@@ -416,3 +418,34 @@ def test_a_family_without_an_answer_is_not_tried(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(families, "try_family", lambda name: time.sleep(60))
     (family,) = try_families(["gpt2"], shown=False)
     assert (family.verdict, family.why) == ("not tried", "more than 240 s")
+
+
+def test_the_model_of_a_gguf_file_is_read_by_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose settings transformers would not read whole out of such a file."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+    source = gguf_files.folder(tmp_path / "source", "Qwen3", head_dim=16)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    file = gguf_files.gguf_of(source, model, tmp_path / "model.gguf", "F32")
+    ids = [[5, 9, 20, 31, 7]]
+    found = plain_model(str(file), None, False, torch.device("cpu"))
+    expected = logits_of(model, ids)
+    assert torch.allclose(logits_of(found, ids), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_verified(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+    source = gguf_files.folder(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    file = gguf_files.gguf_of(source, model, tmp_path / "model.gguf", "F32")
+    arguments = [str(file), str(given.data), "rows=4", "tokens=64", "data.template=plain"]
+    written = f"json={tmp_path / 'found.json'}"
+    assert cli.main(["verify", *arguments, written, "runtime.device=cpu", "runtime.threads=1"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sum(finding["verdict"] == "equal" for finding in found) >= 8

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -177,5 +177,10 @@ def positions(path: str, default: int) -> int:
     file = config_file(path)
     config = read_json(file)
     check_config(config, file)
+    return positions_in(config) or default
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """How many positions a config (or the text model in it) names; None where it sets no limit."""
     inner = config.get("text_config") or config
-    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), default)
+    return next((int(inner[name]) for name in POSITIONS if inner.get(name)), None)

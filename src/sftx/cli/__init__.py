@@ -3,8 +3,9 @@
 Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes
 besides the settings of a run (their values stay text; those that begin with a key ending in a dot
 come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
-this verb can do without, and `POSITIONAL`, the settings that arguments without `=` stand for; all
-are literals, read from the file, and so are `STAGE` and `EXAMPLE` for the map (`_map.py`). A verb
+this verb can do without, `POSITIONAL`, the settings that arguments without `=` stand for, and
+`GROUPS`, keys that it shares with other verbs (`_groups.py`); all are literals, read from the file,
+and so are `STAGE` and `EXAMPLE` for the map (`_map.py`). A verb
 whose `run` takes no `config` reads no settings at all; one that takes `path` is given the argument
 without `=`, one that takes `paths` all such arguments, and one that takes `overrides` the settings
 as they are written. A module is imported last, after mistakes in the settings were named and a
@@ -18,6 +19,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 from sftx import __version__
 from sftx.cli._flags import message as flag_message
+from sftx.cli._groups import group_of, keys_of
 from sftx.cli._map import overview, verb_of
 from sftx.first_line import first_line
 from sftx.printable import printable
@@ -34,6 +37,7 @@ from sftx.types import UserError
 
 PRINTS = ("completion", "schema")
 """Verbs whose output goes into a file or a shell at once: they say nothing else."""
+_LITERALS = ("EXTRA", "GROUPS", "DEFAULTS", "POSITIONAL")
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
@@ -105,10 +109,11 @@ class Declared(NamedTuple):
     """What a verb says of itself."""
 
     doc: str
-    extra: dict[str, str]
+    extra: dict[str, str]  # its own keys and those of its groups
     defaults: tuple[str, ...]
     positional: tuple[str, ...]  # settings that arguments without `=` stand for
     takes: tuple[str, ...]  # parameters of its `run`
+    groups: tuple[str, ...]
 
 
 def declared(verb: str) -> Declared:
@@ -116,28 +121,28 @@ def declared(verb: str) -> Declared:
     if module := sys.modules.get(f"sftx.cli.{verb}"):
         known = vars(module)
         takes = tuple(signature(module.run).parameters)
-        return Declared(
-            (module.__doc__ or "").strip(),
-            known.get("EXTRA", {}),
-            tuple(known.get("DEFAULTS", ())),
-            tuple(known.get("POSITIONAL", ())),
-            takes,
-        )
+        return _declared((module.__doc__ or "").strip(), known, takes)
     tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
     takes: tuple[str, ...] = ()
     for node in tree.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id="EXTRA" | "DEFAULTS" | "POSITIONAL" as name)]):
+            case ast.Assign(targets=[ast.Name(id=name)]) if name in _LITERALS:
                 found[name] = ast.literal_eval(node.value)
             case ast.FunctionDef(name="run"):
                 takes = tuple(argument.arg for argument in node.args.args)
+    return _declared(ast.get_docstring(tree) or "", found, takes)
+
+
+def _declared(doc: str, literals: Mapping[str, Any], takes: tuple[str, ...]) -> Declared:
+    groups = tuple(literals.get("GROUPS", ()))
     return Declared(
-        ast.get_docstring(tree) or "",
-        found.get("EXTRA", {}),
-        found.get("DEFAULTS", ()),
-        found.get("POSITIONAL", ()),
+        doc,
+        literals.get("EXTRA", {}) | keys_of(groups),
+        tuple(literals.get("DEFAULTS", ())),
+        tuple(literals.get("POSITIONAL", ())),
         takes,
+        groups,
     )
 
 
@@ -219,10 +224,13 @@ class _Given:
 
     def _add_key(self, key: str, value: str) -> None:
         prefix = key[: key.find(".") + 1]
-        if key in self.extra:
+        group = group_of(key, self._told.groups)
+        if key in self.extra or key in self.extra.get(group, {}):
             raise self._wrong(f"{key}: given twice")
         if prefix and prefix in self._told.extra:
             self.extra.setdefault("bounds", {})[key] = value
+        elif group:
+            self.extra.setdefault(group, {})[key] = value
         elif key in self._told.extra:
             self.extra[key] = value
         elif not prefix and (close := get_close_matches(key, self._told.extra, 1, 0.75)):

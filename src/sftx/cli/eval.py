@@ -10,6 +10,10 @@ chrf, and functions of your own, as file.py:function, called with (samples, prom
 references). `ended` is the share of answers that end by a stop token; `kl` is KL(model || base) per
 token in nats, on the base's answers: how far it has moved; `general loss` that of a text the base knew.
 
+samples=8 temperature=1 draws eight answers to each prompt, and every number is a mean over all of them.
+rows=FILE writes the answers as rows that `sftx train` reads, weight=METRIC with the metric as the
+weight (rejection sampling: what scores 0 is left out).
+
 min.METRIC=NUMBER makes the exit code 1 where the model scores less (max.METRIC= where it scores more):
 min.exact=0.8 max.loss=1.5.
 """
@@ -24,6 +28,7 @@ from rich.table import Table
 from sftx.cli._eval_page import write_page
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
+from sftx.cli._sampled import Sampled, sampled_of
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.eval.judge import Judge, Judgement, Questions
@@ -51,11 +56,15 @@ EXAMPLE = "sftx eval runs/first held_out.jsonl metrics=exact,f1"
 UNLIMITED = 1 << 40
 """Positions of a model whose configuration names none."""
 POSITIONAL = ("model", "data")
+GROUPS = ("sampling",)
 EXTRA = {
     "base": "A model to measure beside it; default: for an adapter its own base, else none.",
     "metrics": "Names with commas between them; default: exact,f1.",
     "prompts": "How many prompts are answered, taken evenly over the rows; default: 100, 0 = none.",
     "new_tokens": "Most tokens of an answer; default: 256.",
+    "samples": "How many answers to each prompt are sampled; default: 1.",
+    "rows": "Write the answers to this file, as rows with a weight that `sftx train` reads.",
+    "weight": "The metric that is the weight of an answer's row; default: 1 for each.",
     "shown": "How many answers are shown; default: 3.",
     "general": "A file of text that the base knew; default: true, one that comes with sftx.",
     "html": "Write all numbers and answers to this page.",
@@ -72,17 +81,22 @@ def run(
     metrics: str = "exact,f1",
     prompts: str = "100",
     new_tokens: str = "256",
+    samples: str = "1",
+    rows: str = "",
+    weight: str = "",
     shown: str = "3",
     general: str = "true",
     html: str = "",
     json: str = "",
     bounds: Mapping[str, str] | None = None,
+    sampling: Mapping[str, str] | None = None,
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
     names = _names(metrics)
     limits = _limits(bounds or {})
     count = whole_number("eval: prompts", prompts, 0)
     longest_answer = whole_number("eval: new_tokens", new_tokens)
+    drawn = sampled_of(samples, sampling, rows, weight)
     asked = {"metrics": names, "new_tokens": longest_answer, "general": _general(general)}
     config = config.model_copy(update={"eval": config.eval.model_copy(update=asked)})
     adapter = adapter_in(config.model.path)
@@ -94,18 +108,21 @@ def run(
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus = encoded(config, encoder)
     limit = positions(config.model.path, UNLIMITED)
-    questions = questions_on(config, encoder, corpus, count, limit)
-    console.print(f"data     {corpus.ledger.summary()}; {len(questions.prompts):,} prompts")
+    questions = questions_on(config, encoder, corpus, count, limit, drawn.samples, drawn.sampling)
+    drawn.check(corpus, questions)
+    console.print(f"data     {corpus.ledger.summary()}; {drawn.said(questions)}")
     for note in questions.notes:
         console.print(f"note     {note}", markup=False)
     other = "" if adapter is not None else base
-    judged = _judged(config, adapter, other, corpus, questions)
+    judged = _judged(config, adapter, other, corpus, questions, drawn)
     _print(console, judged)
     _show(console, judged, whole_number("eval: shown", shown, 0))
     if json:
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
     if html:
         write_page(html, title, judged)
+    if said := drawn.write(config, encoder, corpus, questions, judged["model"]):
+        console.print(printable(said), markup=False)
     missed = _missed(limits, judged["model"].numbers)
     for line in missed:
         console.print(line, style="bold red", markup=False)
@@ -131,6 +148,7 @@ def _judged(
     base: str,
     corpus: Corpus,
     questions: Questions,
+    drawn: Sampled,
 ) -> dict[str, Judgement]:
     """What the model scores, and its base where there is one, which is measured first."""
     judged: dict[str, Judgement] = {}
@@ -152,6 +170,7 @@ def _judged(
         with working("measuring the model", shown):
             served = load_served(config.model, adapter, corpus, here)
             judge = judge_of(served)
+            drawn.check_model(served)
             if served.adapter is not None:
                 judge.remember(is_start=True)
                 gauge, judge.gauge = judge.gauge, None

@@ -4,12 +4,14 @@ A small endpoint of the OpenAI chat API (chat completions, streaming, the list o
 http://127.0.0.1:8000/v1, and a page at http://127.0.0.1:8000/ that puts the answers of a model and of
 its base side by side (base=). It answers one request at a time, with the template, stop tokens and
 sampling settings of the model's folder: for trying, and for tests. The command of a real server that
-fits the model is printed at the start. Any other address than this machine's own needs token=.
+fits the model is printed at the start. The settings of sampling below hold where a request names none.
+Any other address than this machine's own needs token=.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from sftx.cli._inputs import whole_number
 from sftx.model.runtime import machine
@@ -17,24 +19,19 @@ from sftx.settings.schema import Config
 from sftx.talk.endpoint import Endpoint
 from sftx.talk.load import load_assistants
 from sftx.talk.real_servers import commands
-from sftx.talk.terminal import Screen, sampling_of
+from sftx.talk.sampling import sampling_of
+from sftx.talk.terminal import Screen
 
 STAGE = "talk"
 EXAMPLE = "sftx serve runs/first"
 POSITIONAL = ("model",)
+GROUPS = ("sampling", "answers")
 EXTRA = {
     "base": "A model to compare it with: a folder, a hub name, or `own` (an adapter's base).",
     "under": "The model under an adapter, where it is another than the adapter's files name.",
     "host": "The address to listen at; default: 127.0.0.1, this machine alone.",
     "port": "The port; 0 = a free one; default: 8000.",
     "token": "What clients must send (Authorization: Bearer TOKEN); default: SFTX_TOKEN, if set.",
-    "temperature": "Where a request names none; 0 = always the most probable token.",
-    "top_p": "Where a request names none.",
-    "top_k": "Where a request names none.",
-    "repetition_penalty": "Where a request names none.",
-    "max_tokens": "Most tokens of an answer where a request names no number; default: 1024.",
-    "seed": "Where a request names none.",
-    "stop": "A text at which answers are cut, where a request names none.",
 }
 DEFAULTS = ("output=unused", "data=unused")
 
@@ -46,26 +43,12 @@ def run(
     host: str = "127.0.0.1",
     port: str = "8000",
     token: str = "",
-    temperature: str = "",
-    top_p: str = "",
-    top_k: str = "",
-    repetition_penalty: str = "",
-    max_tokens: str = "",
-    seed: str = "",
-    stop: str = "",
+    sampling: Mapping[str, str] | None = None,
+    answers: Mapping[str, str] | None = None,
 ) -> int:
     """Serve until Ctrl-C."""
     screen = Screen("show")
-    given = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "stop": stop,
-    }
-    chosen = sampling_of({key: text for key, text in given.items() if text})
+    chosen = sampling_of({**(sampling or {}), **(answers or {})})
     number = whole_number("serve port", port, 0)
     secret = token or os.environ.get("SFTX_TOKEN", "")
     # The address first: a mistake in it should not wait for the model.

@@ -16,6 +16,7 @@ import torch
 
 from sftx import distributed
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.sampling import AS_SAVED, Sampling, generation_config
 from sftx.model.checks.start import evaluating
 from sftx.model.save import serving_config
 from sftx.types import Example
@@ -29,11 +30,12 @@ TOKENS_PER_BATCH = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, and the answer of the data to it."""
+    """What is asked, and the answer of the data to it. `number`: of its example in the corpus."""
 
     ids: list[int]
     text: str
     reference: str
+    number: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +88,17 @@ def answer(
     max_new_tokens: int,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    sampling: Sampling = AS_SAVED,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`.
 
     Prompts of about equal length are answered together, padded at the left; several ranks share
     such groups, and all get all answers, which do not depend on how many ranks there are. Where the
-    generation_config samples, `seed` decides what is drawn; the state of the random numbers outside
-    is not touched. `stop` is asked between groups; where it says so, [] is returned.
+    generation_config or `sampling` samples, `seed` decides what is drawn; the state of the random
+    numbers outside is not touched. `stop` is asked between groups; where it says so, [] is returned.
     """
-    config = _generation_config(model, stop_ids, max_new_tokens)
+    stops = serving_config(model, None, list(stop_ids)).eos_token_id
+    config = generation_config(model, stops or [], max_new_tokens, sampling)
     new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
     groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))
@@ -123,18 +127,6 @@ def answer(
     return [
         _sample(prompt, ids, config, tokenizer) for prompt, ids in zip(prompts, said, strict=True)
     ]
-
-
-def _generation_config(
-    model: PreTrainedModel, stop_ids: Sequence[int], max_new_tokens: int
-) -> GenerationConfig:
-    """The configuration that is saved with the model, with a limit of the answer's length."""
-    config = serving_config(model, None, list(stop_ids))
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
-    config.max_new_tokens = max_new_tokens
-    config.max_length = None
-    return config
 
 
 def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:

@@ -31,6 +31,7 @@ from sftx.eval.forgetting import (
 from sftx.eval.generate import Prompt, Sample, answer
 from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import OwnMetric, score
+from sftx.eval.sampling import AS_SAVED, Sampling
 from sftx.model.adapter import bare
 from sftx.model.checks.start import evaluating
 from sftx.model.pack_loss import PackLoss
@@ -59,6 +60,7 @@ class Questions:
     general: Corpus | None = None
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sampling: Sampling = AS_SAVED
 
 
 @dataclass(slots=True)
@@ -135,6 +137,7 @@ class Judge:
                     asked.new_tokens,
                     asked.seed,
                     stop,
+                    asked.sampling,
                 )
         finally:
             self.loss.use_segments(True)

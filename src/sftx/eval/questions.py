@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -11,6 +12,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.eval.generate import Prompt, prompt_of
 from sftx.eval.judge import Questions
 from sftx.eval.metrics import check_metric, score
+from sftx.eval.sampling import AS_SAVED, Sampling
 from sftx.settings.schema import Config, Data
 from sftx.types import UserError
 
@@ -46,11 +48,18 @@ def read_questions(
 
 
 def questions_on(
-    config: Config, encoder: Encoder, corpus: Corpus, count: int, positions: int | None
+    config: Config,
+    encoder: Encoder,
+    corpus: Corpus,
+    count: int,
+    positions: int | None,
+    samples: int = 1,
+    sampling: Sampling = AS_SAVED,
 ) -> Questions:
-    """What `eval` asks, with the prompts of up to `count` examples of `corpus`."""
+    """What `eval` asks, with the prompts of up to `count` examples of `corpus`, each `samples` times."""
     wanted = config.eval
     prompts, notes = prompts_of(corpus, encoder, count, wanted.new_tokens, positions)
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     texts = [prompt.text for prompt in prompts]
     references = [prompt.reference for prompt in prompts]
     tried = score(wanted.metrics, texts, references, references) if prompts else {}
@@ -64,6 +73,7 @@ def questions_on(
         general=read_general(config, encoder) if prompts else None,
         scored=list(tried),
         notes=notes,
+        sampling=sampling,
     )
 
 
@@ -88,7 +98,7 @@ def prompts_of(
         elif positions is not None and len(prompt.ids) + new_tokens > positions:
             too_long += 1
         else:
-            found.append(prompt)
+            found.append(replace(prompt, number=number))
     said = [
         (without, "have no prompt before an output"),
         (shortened, "are longer than data.max_length"),

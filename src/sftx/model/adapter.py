@@ -170,7 +170,8 @@ def _continued(
     with boundary(f"adapter.path: {path} cannot be continued"):
         wrapped = load_adapter(model, path)
     config: Any = wrapped.peft_config["default"]
-    method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    used = (("dora", config.use_dora), ("rslora", config.use_rslora))
+    method = " and ".join(name for name, is_used in used if is_used) or "lora"
     found = {
         "method": method,
         "rank": config.r,

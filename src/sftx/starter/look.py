@@ -78,7 +78,7 @@ def look(model: str, data: str, progress: Callable[[int, int], None]) -> Seen:
             form, first = _first_row(config, encoder)
             corpus, _ = load_corpora(config, tokenizer, encoder.max_length, progress, encoder)
         except UserError as error:
-            _heed(str(error), encoder, needed, error)
+            _heed(str(error), config, encoder, needed, error)
             continue
         if corpus.ledger.dropped and "on_bad_row" in needed:
             if corpus.ledger.dropped > FEW * corpus.ledger.read:
@@ -94,7 +94,11 @@ def look(model: str, data: str, progress: Callable[[int, int], None]) -> Seen:
 
 
 def _heed(
-    message: str, encoder: Encoder, needed: dict[str, tuple[object, str]], error: UserError
+    message: str,
+    config: Config,
+    encoder: Encoder,
+    needed: dict[str, tuple[object, str]],
+    error: UserError,
 ) -> None:
     """Set what the error asks for; raise it again where that has been tried or is nothing."""
     columns = _COLUMNS.search(message)
@@ -102,11 +106,29 @@ def _heed(
         names = yaml.safe_load(columns[1])
         needed["columns"] = (names, "what these columns are called here")
     elif encoder.missing_template() and "template" not in needed and "chat template" in message:
-        needed["template"] = ("plain", "the model has no chat template: turns as plain lines")
+        plain = ("plain", "the model has no chat template: turns as plain lines")
+        with_calls = ("chatml", "the model has no chat template, and the rows call tools")
+        needed["template"] = with_calls if _call_tools(config) else plain
     elif "data.on_bad_row" in message and "on_bad_row" not in needed:
         needed["on_bad_row"] = ("skip", "the first: " + message.partition("\n")[0])
     else:
         raise error
+
+
+def _call_tools(config: Config) -> bool:
+    """Whether a row among the first has tools, or calls or answers of them."""
+    with raw_tables(config) as tables:
+        for table in tables:
+            for _, row in islice(read_rows(table), 1000):
+                if isinstance(row, Row) and (row.tools or _has_calls(row)):
+                    return True
+    return False
+
+
+def _has_calls(row: Row) -> bool:
+    return any(
+        message.get("tool_calls") or message.get("role") == "tool" for message in row.messages
+    )
 
 
 def _first_row(config: Config, encoder: Encoder) -> tuple[str, list[Turn]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +25,10 @@ from sftx.data.chat.limits import watched
 from sftx.data.chat.thoughts import may_think, open_tag
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.tokenizer import Tokenizer
-from sftx.model_config import POSITIONS
+from sftx.eval.call_forms import form_of, template_of
+from sftx.eval.sampling import Sampling, generation_config
+from sftx.model_config import positions_in
+from sftx.talk.call_stream import CallStream
 from sftx.talk.thought_stream import Piece, ThoughtStream
 from sftx.types import Json, Message, UserError
 
@@ -33,19 +38,6 @@ if TYPE_CHECKING:
 
 Reason = Literal["stop", "length", "interrupted"]
 """Why an answer ended: a stop token or stop text, the limit, or the reader."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. None: as the model's generation_config.json says."""
-
-    max_tokens: int = 1024
-    temperature: float | None = None  # 0 = always the most probable token
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()  # texts at which the answer is cut
 
 
 @dataclass(slots=True)
@@ -58,6 +50,7 @@ class Answer:
     prompt_tokens: int = 0
     seconds: float = 0.0
     ids: list[int] = field(default_factory=list[int])  # of the tokens generated
+    calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # of tools
 
     @property
     def tokens(self) -> int:
@@ -76,6 +69,8 @@ class Answer:
         message: Message = {"role": "assistant", "content": self.content}
         if self.thought:
             message["reasoning_content"] = self.thought
+        if self.calls:
+            message["tool_calls"] = self.calls
         return message
 
 
@@ -84,8 +79,9 @@ class Assistant:
 
     The prompt is the rendering of the chat template, with a generation prompt; generation stops at
     the tokens at which servers stop: the tokenizer's EOS and those of generation_config.json.
-    Without a template (None) the contents of the turns are joined as they are. Of assistants that
-    share one `lock` one at a time answers.
+    `templates`: by name, "default" and maybe "tool_use"; without any the contents of the turns are
+    joined as they are. `calls`: how the model writes tool calls, where its folder says so
+    (`response_template`). Of assistants that share one `lock` one at a time answers.
     """
 
     def __init__(
@@ -93,15 +89,17 @@ class Assistant:
         name: str,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
-        template: ChatTemplate | None,
+        templates: Mapping[str, ChatTemplate],
         lock: Lock,
         adapter: PeftModel | None = None,
         base: bool = False,
+        calls: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self._model = model
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = templates
+        self._calls = calls
         self._lock = lock
         self._adapter = adapter
         self._base = base
@@ -109,10 +107,11 @@ class Assistant:
     @property
     def notes(self) -> list[str]:
         """What a user should know: a stop token that was trained, but that no server knows."""
-        if self._template is None:
+        template = self._template(with_tools=False)
+        if template is None:
             return []
         with watched():
-            stop = self._template.stop_id
+            stop = template.stop_id
         if stop is None or stop in self._tokenizer.stop_ids:
             return []
         text = self._tokenizer.backend.id_to_token(stop)
@@ -126,9 +125,7 @@ class Assistant:
         """How many tokens prompt and answer may have together; None where the model sets no
         limit.
         """
-        config = self._model.config.get_text_config()
-        known = (getattr(config, name, None) for name in POSITIONS)
-        return next((int(number) for number in known if number), None)
+        return positions_in(self._model.config.get_text_config().to_dict())
 
     def prompt(
         self,
@@ -139,14 +136,47 @@ class Assistant:
         """The text that asks for the next answer.
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: the template refuses the conversation, or does not write its tools.
         """
-        if self._template is None:
+        template = self._template(with_tools=bool(tools))
+        text = self._rendered(template, messages, tools, kwargs)
+        if tools and self._rendered(template, messages, None, kwargs) == text:
+            raise UserError(
+                "tools: the chat template does not write tools into the prompt, so the model would "
+                "not know them; leave them out"
+            )
+        return text
+
+    def _rendered(
+        self,
+        template: ChatTemplate | None,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        kwargs: dict[str, Json] | None,
+    ) -> str:
+        if template is None:
             return "".join(message.get("content", "") for message in messages)
         read = [as_read(message) for message in messages]
-        conversation = Conversation(read, [0.0] * len(read), tools, kwargs or {})
+        conversation = Conversation(read, [0.0] * len(read), tools or None, kwargs or {})
         with watched():
-            return self._template.render(conversation, len(read), True)
+            return template.render(conversation, len(read), True)
+
+    def _template(self, with_tools: bool) -> ChatTemplate | None:
+        """The template that writes conversations with or without tools."""
+        default = self._templates.get("default")
+        return self._templates.get("tool_use", default) if with_tools else default
+
+    @cached_property
+    def call_template(self) -> dict[str, Any] | None:
+        """How the model writes tool calls, as transformers takes it; None where that is not known."""
+        if self._calls is not None:
+            return self._calls
+        template = self._template(with_tools=True)
+        if template is None:
+            return None
+        with watched():
+            form = form_of(template)
+        return template_of(form) if form else None
 
     def stream(
         self,
@@ -164,13 +194,15 @@ class Assistant:
         """
         text = self.prompt(messages, tools, kwargs)
         ids = self._tokenizer.encode(text)
-        if self._template is None and self._tokenizer.adds_bos:
+        if not self._templates and self._tokenizer.adds_bos:
             ids = [self._tokenizer.bos_id or 0, *ids]
         room = self._room(len(ids), sampling)
         answer.prompt_tokens = len(ids)
         began = time.perf_counter()
         try:
-            yield from self._pieces(ids, open_tag(text), room, sampling, answer)
+            template = self.call_template if tools else None
+            calls = CallStream(template, tools or [], self._tokenizer.control)
+            yield from self._pieces(ids, open_tag(text), room, sampling, answer, calls)
         finally:
             answer.seconds = time.perf_counter() - began
 
@@ -186,27 +218,36 @@ class Assistant:
         return min(sampling.max_tokens, self.positions - prompt)
 
     def _pieces(
-        self, ids: list[int], tag: str, room: int, sampling: Sampling, answer: Answer
+        self,
+        ids: list[int],
+        tag: str,
+        room: int,
+        sampling: Sampling,
+        answer: Answer,
+        calls: CallStream,
     ) -> Iterator[Piece]:
         thoughts, stops = ThoughtStream(tag), StopTexts(sampling.stop)
         reason: Reason = "length"
         with closing(self._generated(ids, room, sampling)) as tokens:
-            for text in self._texts(tokens, answer):
+            for text in self._texts(tokens, answer, calls.reads):
                 for piece in thoughts.feed(stops.feed(text)):
-                    answer.add(piece)
-                    yield piece
+                    yield from _without_calls(piece, calls, answer)
                 if stops.found:
                     break
         if stops.found or (answer.ids and answer.ids[-1] in self._tokenizer.stop_ids):
             reason = "stop"
         for piece in [*thoughts.feed(stops.rest()), *thoughts.end()]:
-            answer.add(piece)
-            yield piece
+            yield from _without_calls(piece, calls, answer)
+        if rest := calls.end():
+            answer.add(Piece("content", rest))
+            yield Piece("content", rest)
+        answer.calls = [_as_call(name, arguments) for name, arguments in calls.calls]
         answer.reason = reason
 
-    def _texts(self, tokens: Iterator[int], answer: Answer) -> Iterator[str]:
+    def _texts(self, tokens: Iterator[int], answer: Answer, with_calls: bool) -> Iterator[str]:
         """What each token adds to the text, up to a stop token. Special tokens add nothing, as with
-        a server, but for those that mark a thought; nor does half a character at the end.
+        a server, but for those that mark a thought (`with_calls`: or may mark a call); nor does half
+        a character at the end.
         """
         decoder = DecodeStream(skip_special_tokens=False)
         for token in tokens:
@@ -214,7 +255,8 @@ class Assistant:
             if token in self._tokenizer.stop_ids:
                 return
             text = decoder.step(self._tokenizer.backend, token) or ""
-            if token in self._tokenizer.control_ids and not may_think(text):
+            is_mark = with_calls or may_think(text)
+            if token in self._tokenizer.control_ids and not is_mark:
                 continue
             yield text
 
@@ -265,23 +307,26 @@ class Assistant:
         return self._adapter.disable_adapter()
 
     def _config(self, room: int, sampling: Sampling) -> GenerationConfig:
-        config = copy.deepcopy(self._model.generation_config)
-        assert config is not None
-        config.eos_token_id = sorted(self._tokenizer.stop_ids) or None
-        if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
-        config.max_new_tokens, config.max_length = room, None
+        stops = sorted(self._tokenizer.stop_ids)
+        config = generation_config(self._model, stops, room, sampling)
         config.num_beams = 1  # answers are shown while they are found
-        for name in ("top_p", "top_k", "repetition_penalty"):
-            value = getattr(sampling, name)
-            if value is not None:
-                setattr(config, name, value)
-        if sampling.temperature is not None:
-            config.do_sample = sampling.temperature > 0
-            config.temperature = sampling.temperature if config.do_sample else None
-        if not config.do_sample:
-            config.top_p = config.top_k = config.temperature = None
         return config
+
+
+def _without_calls(piece: Piece, calls: CallStream, answer: Answer) -> Iterator[Piece]:
+    """A piece of an answer without what belongs to a call, added to the answer."""
+    if piece.kind == "content":
+        piece = Piece("content", calls.feed(piece.text))
+    if piece.text:
+        answer.add(piece)
+        yield piece
+
+
+def _as_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call as the OpenAI API writes it: the arguments are JSON text."""
+    written = json.dumps(arguments, ensure_ascii=False)
+    made = {"name": name, "arguments": written}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": made}
 
 
 class StopTexts:

@@ -20,8 +20,9 @@ from ipaddress import ip_address
 from itertools import chain
 from typing import Any
 
+from sftx.eval.sampling import Sampling
 from sftx.report.shell import page
-from sftx.talk.assistant import Answer, Assistant, Sampling
+from sftx.talk.assistant import Answer, Assistant
 from sftx.talk.requests import Asked, RequestError, read_request
 from sftx.talk.thought_stream import Piece
 from sftx.types import UserError
@@ -189,8 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
         for _ in pieces:
             pass
         message = {**answer.message(), "refusal": None}
+        if answer.calls and not answer.content:
+            message["content"] = None
         choice = {"index": 0, "message": message, "logprobs": None}
-        choice["finish_reason"] = _FINISH[answer.reason]
+        choice["finish_reason"] = _finish(answer)
         head = _head("chat.completion", asked.model)
         self._json({**head, "choices": [choice], "usage": _usage(answer)})
 
@@ -209,7 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
         for piece in chain([] if first is None else [first], pieces):
             name = "content" if piece.kind == "content" else "reasoning_content"
             self._event({**head, "choices": [_delta({name: piece.text})]})
-        self._event({**head, "choices": [_delta({}, _FINISH[answer.reason])]})
+        for number, call in enumerate(answer.calls):
+            self._event({**head, "choices": [_delta({"tool_calls": [{"index": number, **call}]})]})
+        self._event({**head, "choices": [_delta({}, _finish(answer))]})
         if asked.with_usage:
             self._event({**head, "choices": [], "usage": _usage(answer)})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -256,7 +261,11 @@ def _head(kind: str, model: str) -> dict[str, object]:
     return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
-def _delta(delta: dict[str, str], finish: str | None = None) -> dict[str, object]:
+def _finish(answer: Answer) -> str:
+    return "tool_calls" if answer.calls else _FINISH[answer.reason]
+
+
+def _delta(delta: dict[str, Any], finish: str | None = None) -> dict[str, object]:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 

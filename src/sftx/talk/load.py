@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threading import Lock
+from typing import Any
 
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.turns import ChatTemplate
@@ -10,6 +11,7 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.eval.served import adapter_in, on_base, put_adapter
 from sftx.model.load import load_model
 from sftx.model.runtime import Machine
+from sftx.model_config import config_file, read_json
 from sftx.settings.schema import Model
 from sftx.talk.assistant import Assistant
 from sftx.types import UserError
@@ -38,14 +40,15 @@ def load_assistants(
     if adapter is not None:
         source = on_base(model, adapter, base_name)
     tokenizer = Tokenizer.of_model(source)
-    chat = chat_template(template, tokenizer, model.path)
+    chat = chat_templates(template, tokenizer, model.path)
+    calls = _response_template(source)
     loaded = load_model(source, here.device, here.precision).eval()
     loaded.config.use_cache = True
     lock = Lock()
     wrapped = None if adapter is None else put_adapter(loaded, adapter).eval()
-    found = [Assistant(_name(model.path), loaded, tokenizer, chat, lock, wrapped)]
+    found = [Assistant(_name(model.path), loaded, tokenizer, chat, lock, wrapped, calls=calls)]
     if base == OWN:
-        found.append(Assistant("base", loaded, tokenizer, chat, lock, wrapped, base=True))
+        found.append(Assistant("base", loaded, tokenizer, chat, lock, wrapped, True, calls))
     elif base:
         other = model.model_copy(update={"path": base, "tokenizer": None})
         found += load_assistants(other, template, "", "", here)
@@ -53,23 +56,30 @@ def load_assistants(
     return found
 
 
-def chat_template(setting: str, tokenizer: Tokenizer, path: str) -> ChatTemplate | None:
-    """The template that writes the prompts; None for `none`.
+def chat_templates(setting: str, tokenizer: Tokenizer, path: str) -> dict[str, ChatTemplate]:
+    """The templates that write the prompts, by name: "default", and "tool_use" where there is one;
+    {} for `none`.
 
     Raises:
         UserError: there is none, or it does not compile.
     """
     texts = template_texts(setting, tokenizer)
-    if texts:
-        text, label = texts["default"]
-        return ChatTemplate(text, tokenizer, name=label)
-    if setting == "none":
-        return None
+    if texts or setting == "none":
+        return {
+            name: ChatTemplate(text, tokenizer, name=label) for name, (text, label) in texts.items()
+        }
     raise UserError(
         f"{path} has no chat template: it was not trained to hold conversations. Set "
         "data.template= to the template it was trained with (plain, chatml, a .jinja file), or to "
         "none (the text goes to the model as it is)"
     )
+
+
+def _response_template(model: Model) -> dict[str, Any] | None:
+    """How the model writes tool calls, where its tokenizer's folder says so."""
+    config = config_file(model.tokenizer or model.path)
+    found = read_json(config.with_name("tokenizer_config.json")).get("response_template")
+    return found if isinstance(found, dict) else None
 
 
 def _name(path: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from sftx.talk.assistant import Sampling
-from sftx.types import Json, Message, ToolCall, UserError
+from sftx.data.sources.messages import MessageReader
+from sftx.eval.sampling import Sampling
+from sftx.types import Json, Message, RowError, UserError
 
 
 class RequestError(UserError):
@@ -66,6 +67,7 @@ class ChatRequest(_Request):
     stream_options: _StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue])
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
@@ -106,32 +108,28 @@ def read_request(body: bytes, defaults: Sampling) -> Asked:
             problem = "this field is not understood here; leave it out"
         raise RequestError(f"{place}: {problem}" if place else problem, place or None) from error
     options = request.stream_options
+    turns: list[Json] = [_turn(turn) for turn in request.messages]
+    try:
+        messages = MessageReader(request.tools or []).read(turns, "messages")
+    except RowError as error:
+        raise RequestError(str(error), "messages") from error
     return Asked(
         model=request.model,
-        messages=[_message(turn) for turn in request.messages],
+        messages=messages,
         sampling=_sampling(request, defaults),
         stream=request.stream,
         with_usage=options is not None and options.include_usage,
-        tools=request.tools,
+        tools=request.tools or None,
         kwargs=request.chat_template_kwargs,
     )
 
 
-def _message(turn: _Turn) -> Message:
-    content = turn.content
-    if isinstance(content, list):
-        content = "".join(part.text for part in content)
-    message: Message = {"role": turn.role, "content": content or ""}
+def _turn(turn: _Turn) -> dict[str, Json]:
+    """A turn as a row of data has it: a reader brings calls into the shape that templates read."""
+    message: dict[str, Json] = turn.model_dump(exclude_none=True)
+    message.setdefault("content", "")
     if turn.role == "developer":
         message["role"] = "system"
-    if turn.reasoning_content is not None:
-        message["reasoning_content"] = turn.reasoning_content
-    if turn.name is not None:
-        message["name"] = turn.name
-    if turn.tool_calls is not None:
-        message["tool_calls"] = cast("list[ToolCall]", turn.tool_calls)
-    if turn.tool_call_id is not None:
-        message["tool_call_id"] = turn.tool_call_id
     return message
 
 

@@ -26,7 +26,7 @@ from sftx.training.hand_over_adapter import check_adapter
 from sftx.training.hand_over_card import card_of
 from sftx.training.hand_over_gguf import kind_of, read_back, round_as_gguf, write
 from sftx.training.merging import Trained, beside
-from sftx.training.mixing import mix, read_averaged, read_base
+from sftx.training.mixing import general_text, mix, read_averaged, read_base, text_loss
 from sftx.training.parity import (
     LOOKED_AT,
     Measured,
@@ -67,7 +67,8 @@ class Checked:
 
     `merging`: by merging the adapter. `conversion`: what was read back, from the trained weights in
     the dtype of the file. `rounding`: the same from the trained weights in float32. `same_answers` of
-    `answers`. `forgotten`: KL from the base in nats per token, by name.
+    `answers`. `forgotten`: what is forgotten, by name of the model: KL from the base in nats per
+    token, and, where the run has `eval.general`, the loss on that text.
     """
 
     questions: int
@@ -77,13 +78,11 @@ class Checked:
     rounding: float = 0.0
     same_answers: int = 0
     answers: int = 0
-    forgotten: dict[str, float] = field(default_factory=dict[str, float])
+    forgotten: dict[str, str] = field(default_factory=dict[str, str])
 
     def line(self) -> str:
         """The whole in one line."""
-        forgotten = "".join(
-            f"; KL from the base, {name}: {value:.4f}" for name, value in self.forgotten.items()
-        )
+        forgotten = "".join(f"; {name}: {value}" for name, value in self.forgotten.items())
         return (
             f"{self.questions} rows give the token ids of training in {', '.join(self.readers)}; "
             f"logits moved by {self.merging:.1e} of the largest in merging, by {self.rounding:.1e} as "
@@ -135,9 +134,16 @@ def _model(folder: Path, wish: Wish, allowed: Allowed) -> tuple[Trained, PreTrai
     questions = questions_of(wish.rows or own_rows(), trained.encoder)[:LOOKED_AT]
     stops = sorted(trained.encoder.stop_ids)
 
+    text = general_text(trained)
+    if text:
+        checked.forgotten["base"] = f"loss on the general text {text_loss(base, text):.4f}"
+
     def gauge(name: str) -> None:
         said = continuations(questions, measure(model, questions, stops))
-        checked.forgotten[name] = divergence(_forward(model), _forward(base), said)
+        kl = divergence(_forward(model), _forward(base), said)
+        checked.forgotten[name] = f"KL from the base {kl:.4f}"
+        if text:
+            checked.forgotten[name] += f", loss on the general text {text_loss(model, text):.4f}"
 
     gauge("averaged" if wish.average else "trained")
     if wish.mix is not None:

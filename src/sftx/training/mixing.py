@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftx.data.encoder import DEFAULT_LENGTH, Encoder
+from sftx.eval.questions import read_general
 from sftx.model.load import load_model
 from sftx.model.trainable import add_rows
+from sftx.model_config import positions_in
+from sftx.settings.load import make_config
 from sftx.training.export import Allowed, read_trained, sources
 from sftx.training.merging import Trained
-from sftx.types import UserError
+from sftx.types import Example, UserError
 
 
 def read_averaged(
@@ -56,6 +61,43 @@ def read_base(folder: Path, trained: Trained, allowed: Allowed) -> PreTrainedMod
     ids = trained.encoder.tokenizer.added_token_ids
     add_rows(base, ids, seed if isinstance(seed, int) else 0)
     return base
+
+
+def general_text(trained: Trained) -> list[Example]:
+    """The text of the run's `eval.general`, encoded; [] where the run has none, or its file is not
+    here any more.
+    """
+    evaluated = trained.facts["config"].get("eval") or {}
+    general = evaluated.get("general", True)
+    if isinstance(general, str) and not Path(general).exists():
+        return []  # or rows that were in memory
+    if not evaluated.get("prompts") or general is False:
+        return []
+    config = make_config(
+        model="unused",
+        data={"format": "auto"},
+        output="unused",
+        eval={"prompts": "unused", "general": general},
+    )
+    known = positions_in(trained.model.config.get_text_config().to_dict()) or DEFAULT_LENGTH
+    data = trained.encoder.data
+    longest = data.max_length or min(known, DEFAULT_LENGTH)
+    corpus = read_general(config, Encoder(trained.encoder.tokenizer, data, longest))
+    return [] if corpus is None else [corpus.example(i) for i in range(len(corpus))]
+
+
+def text_loss(model: PreTrainedModel, text: Sequence[Example]) -> float:
+    """The loss of a model on some examples, in nats per unit of weight."""
+    total = weight = 0.0
+    with torch.no_grad():
+        for example in text:
+            ids = torch.from_numpy(example.ids.astype("int64"))[None]
+            weights = torch.from_numpy(example.weights[1:]).double()
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+            chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            total -= float((weights * chosen).sum())
+            weight += float(weights.sum())
+    return total / weight
 
 
 def mix(model: Any, base: PreTrainedModel, share: float) -> None:

@@ -22,6 +22,7 @@ from sftx.data.chat.conversation import conversation_of
 from sftx.data.encoder import Encoded, Encoder
 from sftx.eval.forgetting import Continuation
 from sftx.eval.generate import prompt_of
+from sftx.model_config import positions_in
 from sftx.training.merging import apart, probe
 from sftx.types import Json, Message, Row, RowError, UserError
 
@@ -167,7 +168,7 @@ def measure(
     model: PreTrainedModel, questions: Sequence[Question], stops: Sequence[int]
 ) -> Measured:
     """What a model says to the first `LOOKED_AT` questions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    positions = positions_in(model.config.get_text_config().to_dict()) or LONGEST
     longest = max(min(LONGEST, positions - NEW_TOKENS), 1)
     logits = [probe(model)]
     answers = list[list[int]]()

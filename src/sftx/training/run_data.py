@@ -17,6 +17,7 @@ from sftx.data.shared_packs import Saving
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.questions import Questions, read_questions
+from sftx.model_config import positions_in
 from sftx.report.progress import Progress
 from sftx.settings.schema import Config
 from sftx.training.best import chosen_by
@@ -50,12 +51,8 @@ class RunData:
 
 def longest_example(config: Config, model_config: PreTrainedConfig) -> int:
     """`data.max_length`, or the model's positions up to 8,192 tokens."""
-    positions = _positions(model_config) or DEFAULT_LENGTH
+    positions = positions_in(model_config.get_text_config().to_dict()) or DEFAULT_LENGTH
     return config.data.max_length or min(positions, DEFAULT_LENGTH)
-
-
-def _positions(model_config: PreTrainedConfig) -> int | None:
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def read_data(config: Config, model_config: PreTrainedConfig, progress: Progress) -> RunData:
@@ -68,7 +65,8 @@ def read_data(config: Config, model_config: PreTrainedConfig, progress: Progress
     plan = plan_of(corpus, config)
     progress.data(corpus.ledger, None if held_out is None else held_out.ledger, plan.num_steps)
     check_stop_token(corpus, encoder, config.data)
-    questions = read_questions(config, encoder, held_out, _positions(model_config))
+    positions = positions_in(model_config.get_text_config().to_dict())
+    questions = read_questions(config, encoder, held_out, positions)
     check_best(chosen_by(config.eval), held_out, questions)
     saving = possible_saving(config.runtime, plan, corpus)
     return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions, saving)

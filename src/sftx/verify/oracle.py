@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sftx.boundary import boundary
+from sftx.gguf.read import converted_folder, gguf_file, is_gguf
 from sftx.model.architecture import auto_class
 from sftx.types import Example, Message, Row
 
@@ -33,13 +34,24 @@ class Measured:
 
 
 def plain_model(path: str, adapter: str | None, trust: bool, device: torch.device) -> Any:
-    """The model in `path` in float32, as transformers loads it, under the adapter as peft loads it."""
+    """The model in `path` in float32, as transformers loads it, under the adapter as peft loads it.
+
+    Of a GGUF file transformers reads the tensors; the config is the one that sftx read, since its
+    own reading leaves settings out.
+    """
     transformers_logging.disable_progress_bar()
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    if is_gguf(path):
+        file = gguf_file(path)
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with boundary(f"model.path: {path} cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(
+            converted_folder(path) if is_gguf(path) else path, trust_remote_code=trust
+        )
+        source["config"] = config
         model: Any = auto_class(config).from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=trust, use_safetensors=True
+            **source, dtype=torch.float32, trust_remote_code=trust
         )
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)

@@ -185,13 +185,16 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
                 f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
             )
     values = {**default, **values}
+    alpha = float(values["lora_alpha"])
+    if values["use_dora"] and values["use_rslora"]:  # peft then scales by alpha / sqrt(r)
+        alpha *= math.sqrt(values["r"])
     targets = values["target_modules"]
     if targets is None:
         targets = _default_targets(config)
     return {
         "method": _method(values),
         "rank": values["r"],
-        "alpha": float(values["lora_alpha"]),
+        "alpha": alpha,
         "dropout": float(values["lora_dropout"]),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }

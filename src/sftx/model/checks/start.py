@@ -28,12 +28,12 @@ from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
+from sftx.model_config import positions_in
 from sftx.types import Pack, UserError
 
 
 def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
     """Refuse data whose tokens or positions the model does not have."""
-    config = loss.model.config.get_text_config()
     rows = bare(loss.model.get_input_embeddings()).weight.shape[0]
     if largest_id >= rows:
         raise UserError(
@@ -42,8 +42,7 @@ def check_sizes(loss: PackLoss, max_length: int, largest_id: int) -> None:
             "belong to this model, or its new tokens must be listed in model.add_tokens or "
             "model.add_special_tokens"
         )
-    # Absent in models without position limits.
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_in(loss.model.config.get_text_config().to_dict())
     if positions is not None and max_length > positions:
         raise UserError(
             f"data.max_length: {max_length} is more than the {positions} positions of the model"
