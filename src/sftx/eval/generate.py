@@ -7,7 +7,7 @@ those of the model's generation_config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,8 +86,10 @@ def answer(
     max_new_tokens: int,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    settings: Mapping[str, object] | None = None,
 ) -> list[Sample]:
-    """One answer to each prompt, in their order, by transformers' own `generate`.
+    """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
+    arguments of it that come before those of the generation_config.
 
     Prompts of about equal length are answered together, padded at the left; several ranks share
     such groups, and all get all answers, which do not depend on how many ranks there are. Where the
@@ -95,6 +97,7 @@ def answer(
     is not touched. `stop` is asked between groups; where it says so, [] is returned.
     """
     config = _generation_config(model, stop_ids, max_new_tokens)
+    others = config.update(**(settings or {}))  # what is no part of the configuration
     new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
     groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))
@@ -111,7 +114,7 @@ def answer(
                 # Where the model is in shards, a rank without a group takes part all the same.
                 members = groups[number] if is_mine else groups[0][-1:]
                 torch.manual_seed(seed + number)
-                answers = _generated(model, config, [prompts[i].ids for i in members])
+                answers = _generated(model, config, others, [prompts[i].ids for i in members])
                 for i, ids in zip(members if is_mine else (), answers, strict=False):
                     new[i, : len(ids)] = torch.tensor(ids)
                     counts[i] = len(ids)
@@ -134,6 +137,7 @@ def _generation_config(
         config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
     config.max_new_tokens = max_new_tokens
     config.max_length = None
+    config.num_return_sequences = 1
     return config
 
 
@@ -151,7 +155,10 @@ def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
 
 
 def _generated(
-    model: PreTrainedModel, config: GenerationConfig, prompts: Sequence[list[int]]
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    others: Mapping[str, object],
+    prompts: Sequence[list[int]],
 ) -> list[list[int]]:
     """The new tokens of each prompt, padding and all that follows a stop token cut off."""
     longest = max(map(len, prompts))
@@ -165,6 +172,7 @@ def _generated(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         generation_config=config,
+        **others,
         synced_gpus=distributed.is_joined(),
     )
     assert isinstance(out, torch.Tensor)

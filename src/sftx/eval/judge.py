@@ -7,7 +7,7 @@ Training asks at its evaluations, and `sftx eval` asks any model: the same quest
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ class Questions:
     """What is asked of a model, the same at every evaluation.
 
     `scored`: the names of the numbers that the metrics give. `notes`: what is not asked, and why.
+    `generation`: arguments of `generate` that come before those of the model's generation_config.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class Questions:
     general: Corpus | None = None
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    generation: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -135,6 +137,7 @@ class Judge:
                     asked.new_tokens,
                     asked.seed,
                     stop,
+                    asked.generation,
                 )
         finally:
             self.loss.use_segments(True)
