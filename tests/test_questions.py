@@ -395,9 +395,10 @@ def test_ranks_share_the_prompts_and_give_the_answers_of_one(monkeypatch: Any) -
 def test_each_prompt_has_its_own_answer_where_the_folder_asks_for_several() -> None:
     net = tiny.model().eval()
     tokenizer = Tokenizer.of(tiny.tokenizer())
-    prompts = [generate.Prompt(tokenizer.encode(row[0][:5]), "", "") for row in ROWS[:3]]
+    prompts = [generate.Prompt(tokenizer.encode(text), "", "") for text in ("abc", "xyz w", "q")]
     net.generation_config.update(do_sample=True, top_k=1)
     alone = generate.answer(net, tokenizer, prompts, [], 6)
+    assert len({sample.ids[0] for sample in alone}) == 3
     net.generation_config.num_return_sequences = 2
     assert generate.answer(net, tokenizer, prompts, [], 6) == alone
 

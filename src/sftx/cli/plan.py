@@ -23,6 +23,7 @@ from sftx.cli._resolved import resolved
 from sftx.data.encoder import DEFAULT_LENGTH, Encoder
 from sftx.data.plan import Plan, plan_of
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.generation_memory import most_memory
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.compile import planned
 from sftx.model.folder import load_config
@@ -91,19 +92,18 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         estimator.compiled = planned(
             config.runtime.compile, here.device, trainable(loss)[1], tokens
         )
-        facts["adapter"] = describe_adapter(loss.model)
-        facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
         facts |= {
+            "adapter": describe_adapter(loss.model),
+            "save_dtype": name_of(stored_dtype(config.model, model_config)),
             "device": f"{gpus} GPUs" if gpus else str(here.device),
             "precision": name_of(here.precision),
+            "answers": _answers(config, loss, here.precision),
         }
         try:
             chosen = choose_packing(config.runtime, estimator, load, available)
             facts |= {
                 "tokens_per_pack": chosen.tokens_per_pack,
                 "recomputed_layers": chosen.recomputed,
-            }
-            facts |= {
                 "layers": len(estimator.layers),
                 "memory": chosen.parts(),
                 "notes": list(chosen.notes),
@@ -173,6 +173,31 @@ def _facts(
         targets = round(load.tokens * load.target_share)
         facts |= {"steps": plan.num_steps, "tokens": round(load.tokens), "targets": targets}
     return facts
+
+
+def _answers(config: Config, loss: PackLoss, precision: torch.dtype) -> int:
+    """Bytes that answering the prompts of an evaluation takes at most; 0 where none are answered."""
+    asked = config.eval.prompts
+    prompts = asked if isinstance(asked, int) else MANY
+    if not prompts:
+        return 0
+    longest = longest_example(config, loss.model.config)
+    return most_memory(
+        loss.model.config, prompts, longest, config.eval.new_tokens, precision.itemsize
+    )
+
+
+def _answers_in_words(facts: dict[str, Any]) -> Iterator[str]:
+    """What answering takes, and whether it fits where a step has done its work."""
+    answers, memory = facts["answers"], facts["memory"]
+    kept = sum(memory[name] for name in ("weights", "optimizer", "allocator", "base"))
+    size, room = answers / 2**30, (facts["memory_at_hand"] - kept) / 2**30
+    yield f"answers  up to {size:.2f} GiB of keys, values and logits, while no step is taken"
+    if size > room:
+        yield (
+            f"warning  {room:.2f} GiB are left for them: ask fewer eval.prompts, or take fewer "
+            "eval.new_tokens"
+        )
 
 
 def _fill(plan: Plan, tokens_per_pack: int) -> float:
@@ -254,6 +279,8 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
             f"         {name:12}{size / 2**30:9.2f}" for name, size in facts["memory"].items()
         )
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+        if facts["answers"]:
+            yield from _answers_in_words(facts)
     if facts.get("seconds"):
         yield (
             f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "

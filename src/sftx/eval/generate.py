@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 16_384
 """Tokens of prompts and answers, padding included, that are generated together."""
+AS_SERVED: Mapping[str, object] = {}
+"""No arguments of `generate` beside the generation_config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def answer(
     max_new_tokens: int,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    settings: Mapping[str, object] | None = None,
+    settings: Mapping[str, object] = AS_SERVED,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
     arguments of it that come before those of the generation_config.
@@ -97,7 +99,7 @@ def answer(
     is not touched. `stop` is asked between groups; where it says so, [] is returned.
     """
     config = _generation_config(model, stop_ids, max_new_tokens)
-    others = config.update(**(settings or {}))  # what is no part of the configuration
+    others = config.update(**settings)  # what is no part of the configuration
     new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
     groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))

@@ -28,7 +28,7 @@ from sftx.eval.forgetting import (
     read_gauge,
     write_gauge,
 )
-from sftx.eval.generate import Prompt, Sample, answer
+from sftx.eval.generate import AS_SERVED, Prompt, Sample, answer
 from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import OwnMetric, score
 from sftx.model.adapter import bare
@@ -60,7 +60,7 @@ class Questions:
     general: Corpus | None = None
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    generation: Mapping[str, object] = field(default_factory=dict)
+    generation: Mapping[str, object] = AS_SERVED
 
 
 @dataclass(slots=True)

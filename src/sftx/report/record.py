@@ -115,14 +115,6 @@ class Run:
             sync(self.folder / SAMPLES)
         return found
 
-    def records_until(self, step: int) -> dict[str, str]:
-        """The records with the lines of steps up to `step` alone."""
-        found: dict[str, str] = {}
-        for name in RECORDS:
-            lines = [line for line in _lines(self._text(name)) if line["step"] <= step]
-            found[name] = "".join(json.dumps(line) + "\n" for line in lines)
-        return found
-
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
         """In words, a line for each record that is not as the checkpoint of `step` carries it."""
         said = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +15,7 @@ from sftx.compat.trlx.names import refuse
 from sftx.compat.trlx.pipeline import BasePipeline
 from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable, trusted
 from sftx.eval.generate import Prompt
-from sftx.eval.judge import Judge, Judgement, Questions
+from sftx.eval.judge import Judge, Questions
 from sftx.model.save import load_tokenizer
 from sftx.printable import printable
 from sftx.settings.schema import Model
@@ -190,12 +189,11 @@ class AccelerateRLTrainer:
             means[f"metrics/{name}{suffix}"] = values.mean().item()
             if values.shape == (len(asked),):
                 scores[name] = values.tolist()
-        samples = [
-            replace(sample, prompt=prompt, output=output)
-            for sample, prompt, output in zip(samples, texts[1], texts[2], strict=True)
-        ]
-        judged = Judgement(means, samples, scores)
-        self.job.samples += [line | swept for line in judged.records(self.iter_count)]
+        for number, sample in enumerate(samples):
+            line = sample.as_record(self.iter_count) | swept
+            line |= {"prompt": texts[1][number], "output": texts[2][number]}
+            line["scores"] = {name: values[number] for name, values in scores.items()}
+            self.job.samples.append(line)
         return means
 
     def _asked(self) -> tuple[list[Prompt], dict[str, Sequence[object]]]:

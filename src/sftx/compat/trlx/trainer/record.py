@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from pathlib import Path
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.model_config import read_json
 from sftx.report.facts import RunFacts
-from sftx.report.record import Run
+from sftx.report.record import RECORDS, Run, read_lines
 from sftx.report.tracker_clients import Card
 from sftx.report.trackers import Record, tracking
 from sftx.settings.schema import Config
@@ -37,7 +38,15 @@ class TrlxRun(Run):
     def start(self, step: int, carried: Mapping[str, str], facts: RunFacts) -> None:
         """Begin the record with the lines that are in the folder up to the step `begin`."""
         own = replace(facts, trlx=self.told, eval_before=self.eval_before, tracker_id=self.id)
-        super().start(step, self.records_until(self.begin), own)
+        super().start(step, self._records_so_far(), own)
+
+    def _records_so_far(self) -> dict[str, str]:
+        """The records with the lines of steps up to `begin` alone."""
+        found: dict[str, str] = {}
+        for name in RECORDS:
+            lines = [line for line in read_lines(self.folder / name) if line["step"] <= self.begin]
+            found[name] = "".join(json.dumps(line) + "\n" for line in lines)
+        return found
 
 
 def refuse_foreign_folder(folder: Path) -> None:
