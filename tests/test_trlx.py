@@ -569,7 +569,12 @@ def test_a_resumed_run_remembers_the_best(model: str, tmp_path: Path) -> None:
         "samples": SAMPLES,
         "metric_fn": lambda samples, prompts, outputs: {"reward": [next(rewards)]},
     }
-    train = {"total_steps": 4, "batch_size": 2, "eval_interval": 1, "checkpoint_interval": 2}
+    train: dict[str, Any] = {
+        "total_steps": 4,
+        "batch_size": 2,
+        "eval_interval": 1,
+        "checkpoint_interval": 2,
+    }
     trlx.train(**given, config=config(model, tmp_path, train=train))
     train["resume_from_checkpoint"] = str(tmp_path / "checkpoint_2")
     trlx.train(**given, config=config(model, tmp_path, train=train))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 16_384
 """Tokens of prompts and answers, padding included, that are generated together."""
-AS_SERVED: Mapping[str, object] = {}
+AS_SERVED: Mapping[str, Any] = {}
 """No arguments of `generate` beside the generation_config."""
 
 
@@ -88,7 +88,7 @@ def answer(
     max_new_tokens: int,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    settings: Mapping[str, object] = AS_SERVED,
+    settings: Mapping[str, Any] = AS_SERVED,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
     arguments of it that come before those of the generation_config.

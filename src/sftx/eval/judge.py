@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,7 +29,7 @@ from sftx.eval.forgetting import (
     read_gauge,
     write_gauge,
 )
-from sftx.eval.generate import AS_SERVED, Prompt, Sample, answer
+from sftx.eval.generate import Prompt, Sample, answer
 from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import OwnMetric, score
 from sftx.model.adapter import bare
@@ -60,7 +61,7 @@ class Questions:
     general: Corpus | None = None
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    generation: Mapping[str, object] = AS_SERVED
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

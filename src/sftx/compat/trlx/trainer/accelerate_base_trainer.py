@@ -190,7 +190,7 @@ class AccelerateRLTrainer:
             if values.shape == (len(asked),):
                 scores[name] = values.tolist()
         for number, sample in enumerate(samples):
-            line = sample.as_record(self.iter_count) | swept
+            line = {**sample.as_record(self.iter_count), **swept}
             line |= {"prompt": texts[1][number], "output": texts[2][number]}
             line["scores"] = {name: values[number] for name, values in scores.items()}
             self.job.samples.append(line)
