@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from sftx import cli
 from sftx.cli import plan
+from sftx.eval import generation_memory
 
 
 def test_for_this_machine(
@@ -39,6 +41,32 @@ def test_for_this_machine(
     assert facts["tokens"] > facts["targets"] > 0 < facts["seconds"]
     assert 0 < facts["fill"] <= 1
     assert not (tmp_path / "unused").exists()
+
+
+def test_what_answers_take_is_what_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(num_key_value_heads=1).eval()
+    prompts, longest, new = 3, 10, 6
+    out = model(torch.ones(prompts, longest + new, dtype=torch.int64), use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+    expected = held + 2 * out.logits[:, -1].nbytes
+    known = (model.config, prompts, longest, new, 4)
+    assert generation_memory.most_memory(*known) == expected
+    monkeypatch.setattr(generation_memory, "TOKENS_PER_BATCH", 2 * (longest + new))
+    cut = held * 2 // 3 + 2 * out.logits[:, -1].nbytes  # short prompts may still be three at once
+    assert generation_memory.most_memory(*known) == cut
+
+
+def test_answers_are_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.folder(tmp_path / "model")
+    arguments = ["plan", f"model={model}/config.json", "gpus=1", "gpu_memory=1GiB"]
+    assert cli.main(arguments) == 0
+    assert "answers" not in capsys.readouterr().out
+    asked = ["data.eval=held_out.jsonl", "eval.prompts=100"]
+    assert cli.main([*arguments, *asked]) == 0
+    assert "answers  up to 0.0" in (text := capsys.readouterr().out)
+    assert "warning" not in text
+    assert cli.main([*arguments, "eval.prompts=other.jsonl", "eval.new_tokens=900000"]) == 0
+    assert "ask fewer eval.prompts" in capsys.readouterr().out
 
 
 def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

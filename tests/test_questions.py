@@ -390,3 +390,32 @@ def test_ranks_share_the_prompts_and_give_the_answers_of_one(monkeypatch: Any) -
     first, second = parts[0], parts[2]
     assert bool(((first != 0).any(1) ^ (second != 0).any(1)).all())  # each prompt on one rank
     assert (first + second).tolist() == [sample.ids for sample in alone]
+
+
+def test_each_prompt_has_its_own_answer_where_the_folder_asks_for_several() -> None:
+    net = tiny.model().eval()
+    tokenizer = Tokenizer.of(tiny.tokenizer())
+    prompts = [generate.Prompt(tokenizer.encode(text), "", "") for text in ("abc", "xyz w", "q")]
+    net.generation_config.update(do_sample=True, top_k=1)
+    alone = generate.answer(net, tokenizer, prompts, [], 6)
+    assert len({sample.ids[0] for sample in alone}) == 3
+    net.generation_config.num_return_sequences = 2
+    assert generate.answer(net, tokenizer, prompts, [], 6) == alone
+
+
+def test_settings_come_before_those_of_the_folder() -> None:
+    net = tiny.model().eval()
+    tokenizer = Tokenizer.of(tiny.tokenizer())
+    prompts = [generate.Prompt(tokenizer.encode(row[0][:5]), "", "") for row in ROWS[:3]]
+    plain = generate.answer(net, tokenizer, prompts, [], 6)
+    first = {sample.ids[0] for sample in plain}
+    banned = generate.answer(net, tokenizer, prompts, [], 6, settings={"suppress_tokens": [*first]})
+    assert not first & {token for sample in banned for token in sample.ids}
+    calls: list[int] = []
+
+    def watch(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(input_ids.shape[1])
+        return scores
+
+    generate.answer(net, tokenizer, prompts, [], 6, settings={"logits_processor": [watch]})
+    assert calls

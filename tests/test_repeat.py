@@ -77,6 +77,22 @@ def test_rows_in_memory_stand_beside_those_of_files(model: str, tmp_path: Path) 
     assert [json.loads(line) for line in lines] == ROWS[1:]
 
 
+def test_prompts_in_memory_are_asked_again(model: str, tmp_path: Path) -> None:
+    asked = {
+        "every": 2,
+        "prompts": [["What is one?", "1"], ["Two?", "2"]],
+        "general": ["A text that the base knew."],
+        "new_tokens": 4,
+    }
+    first = sftx.train(**settings(model, tmp_path / "run", eval=asked))
+    again = tmp_path / "again"
+    assert cli.main(["train", str(first.folder / "config.yaml"), f"output={again}"]) == 0
+    numbers = [[line["eval"] for line in records(folder)] for folder in (first.folder, again)]
+    assert numbers[0] == numbers[1]
+    answers = [(folder / "samples.jsonl").read_text() for folder in (first.folder, again)]
+    assert answers[0] == answers[1] != ""
+
+
 def texts_in(value: Any) -> list[str]:
     """All texts of a JSON value."""
     if isinstance(value, dict):

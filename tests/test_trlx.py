@@ -37,6 +37,7 @@ from sftx.compat.trlx.pipeline.offline_pipeline import (
 from sftx.compat.trlx.trainer import register_trainer
 from sftx.compat.trlx.trainer.accelerate_sft_trainer import AccelerateSFTTrainer, SFTConfig
 from sftx.compat.trlx.utils.loading import get_pipeline, get_trainer
+from sftx.training import checkpoint
 from sftx.types import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -323,6 +324,7 @@ def test_reinforcement_learning_is_refused_in_one_sentence(argument: str) -> Non
         ({"scheduler": {"name": "cosine"}}, "scheduler.name"),
         ({"scheduler": {"kwargs": {"t_max": 1}}}, "t_max"),
         ({"train": {"seq_length": 4}}, "no room for a prompt"),
+        ({"method": {"gen_kwargs": {"num_return_sequences": 2}}}, "num_return_sequences"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_translated_is_refused(
@@ -549,6 +551,53 @@ def test_evaluation_layout_and_best_checkpoint(model: str, tmp_path: Path) -> No
     } | {"time/generate"}
 
 
+def test_answers_are_kept_with_the_run_and_are_what_generate_gives(
+    model: str, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+
+    def metric_fn(outputs: list[str], **_: Any) -> dict[str, Any]:
+        seen.append(outputs)
+        return {"length": [float(len(output)) for output in outputs], "total": 1.0}
+
+    bans = {"suppress_tokens": list(range(40, 60)), "max_new_tokens": [3, 6]}
+    ours = config(model, tmp_path, method={"gen_kwargs": bans})
+    asked = ["a", "a longer prompt", "ab"]
+    trainer = trlx.train(
+        samples=SAMPLES, eval_prompts=asked, metric_fn=metric_fn, config=ours, stop_sequences=["x"]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "sftx" / "samples.jsonl").open()]
+    keys = [(line["step"], line["max_new_tokens"], line["prompt"]) for line in lines]
+    assert keys == [(step, n, prompt) for step in (0, 3) for n in (3, 6) for prompt in asked]
+    assert [line["output"] for line in lines] == [output for outputs in seen for output in outputs]
+    assert [line["scores"] for line in lines] == [{"length": len(each["output"])} for each in lines]
+    for line in lines[-3:]:
+        ids = trainer.tokenizer(line["prompt"], return_tensors="pt").input_ids
+        (whole,) = trainer.generate(ids, max_new_tokens=6).tolist()
+        assert trainer.decode(ids.tolist(), [whole])[2] == [line["output"]]
+        assert len(whole) - ids.shape[1] == line["tokens"]
+
+
+def test_a_resumed_run_remembers_the_best(model: str, tmp_path: Path) -> None:
+    rewards = iter([0.0, 5.0, 1.0, 2.0, 3.0, 2.0, 3.0])
+    given: dict[str, Any] = {
+        "samples": SAMPLES,
+        "metric_fn": lambda samples, prompts, outputs: {"reward": [next(rewards)]},
+    }
+    train: dict[str, Any] = {
+        "total_steps": 4,
+        "batch_size": 2,
+        "eval_interval": 1,
+        "checkpoint_interval": 2,
+    }
+    trlx.train(**given, config=config(model, tmp_path, train=train))
+    train["resume_from_checkpoint"] = str(tmp_path / "checkpoint_2")
+    trlx.train(**given, config=config(model, tmp_path, train=train))
+    best = checkpoint.newest(tmp_path / "best_checkpoint")
+    assert best is not None
+    assert best.step == 1
+
+
 def test_default_prompts_and_the_default_tracker(model: str, tmp_path: Path) -> None:
     ours = config(model, tmp_path, train={"tracker": "wandb", "total_steps": 1})
     if find_spec("wandb") is not None:
@@ -576,6 +625,7 @@ def test_numbers_reach_the_tracker(
     wandb: Any = ModuleType("wandb")
     wandb.__spec__ = ModuleSpec("wandb", None)
     wandb.init = lambda **given: started.update(given) or Run()
+    wandb.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train = {
         "tracker": "wandb",
@@ -591,7 +641,7 @@ def test_numbers_reach_the_tracker(
     )
     assert (started["project"], started["group"], started["tags"]) == ("p", "g", ["t"])
     assert [step for step, _ in logged] == [0, 1, 2, -1]
-    assert {"loss", "learning_rate_group_0", "metrics/m"} <= set(logged[2][1])
+    assert {"loss", "learning_rate_group_0", "metrics/m", "samples"} <= set(logged[2][1])
     assert "metrics/m" not in logged[1][1]
 
 

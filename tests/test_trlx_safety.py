@@ -367,7 +367,7 @@ def test_dictionaries_are_no_dialogues_anywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "create_train_dataloader", "prepare_learning", "get_arch"]
+    "name", ["loss", "create_train_dataloader", "prepare_learning", "get_arch", "generate_eval"]
 )
 def test_methods_that_nothing_would_call_are_refused(model: str, tmp_path: Path, name: str) -> None:
     own = type("Own", (AccelerateSFTTrainer,), {name: lambda self: None})

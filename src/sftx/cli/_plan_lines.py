@@ -20,6 +20,8 @@ def plan_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         )
     if facts.get("memory"):
         yield from _memory_lines(facts)
+        if facts["answers"]:
+            yield from _answer_lines(facts)
     yield from _lines_of_sharing(facts)
     if facts.get("seconds"):
         yield (
@@ -78,6 +80,19 @@ def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, size in facts["memory"].items():
         yield f"         {name:12}{size / 2**30:9.2f}"
     yield f"         {'available':12}{facts['memory_at_hand'] / 2**30:9.2f}"
+
+
+def _answer_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """What answering takes, and whether it fits where a step has done its work."""
+    answers, memory = facts["answers"], facts["memory"]
+    kept = sum(memory[name] for name in ("weights", "optimizer", "allocator", "base"))
+    size, room = answers / 2**30, (facts["memory_at_hand"] - kept) / 2**30
+    yield f"answers  up to {size:.2f} GiB of keys, values and logits, while no step is taken"
+    if size > room:
+        yield (
+            f"warning  {room:.2f} GiB are left for them: ask fewer eval.prompts, or take fewer "
+            "eval.new_tokens"
+        )
 
 
 def _lines_of_sharing(facts: dict[str, Any]) -> Iterator[str]:

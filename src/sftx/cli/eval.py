@@ -16,11 +16,19 @@ weight (rejection sampling: what scores 0 is left out).
 
 min.METRIC=NUMBER makes the exit code 1 where the model scores less (max.METRIC= where it scores more):
 min.exact=0.8 max.loss=1.5.
+
+Standard benchmarks in place of rows: sftx eval MODEL tasks=NAME,NAME runs tasks of lm-eval (pip install
+'sftx[benchmarks]'), its own or those of tasks_path=FOLDER. They bring their own data and metrics: DATA,
+metrics,
+prompts, new_tokens, samples, rows, weight, settings of sampling, shown, general and html are not
+combined with them. Their numbers are called
+"TASK METRIC": "min.arc_easy acc=0.3".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +39,7 @@ from sftx.cli._output import write_json
 from sftx.cli._sampled import Sampled, sampled_of
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
+from sftx.eval.benchmarks import Scores, Tasks, find_tasks, score
 from sftx.eval.judge import Judge, Judgement, Questions
 from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import check_metric
@@ -67,12 +76,28 @@ EXTRA = {
     "weight": "The metric that is the weight of an answer's row; default: 1 for each.",
     "shown": "How many answers are shown; default: 3.",
     "general": "A file of text that the base knew; default: true, one that comes with sftx.",
+    "tasks": "Tasks of lm-eval, with commas between them, in place of DATA.",
+    "tasks_path": "A folder with task files (YAML) of your own.",
+    "limit": "How many rows of each task are asked, from its first; default: all.",
+    "chat": "true or false: a chat template writes the prompts of tasks; default: if there is one.",
     "html": "Write all numbers and answers to this page.",
     "json": "Write all numbers and answers to this file.",
     "min.": "min.METRIC=NUMBER: exit code 1 where the model scores less.",
     "max.": "max.METRIC=NUMBER: exit code 1 where the model scores more.",
 }
-DEFAULTS = ("output=unused",)
+DEFAULTS = ("output=unused", "data.template=auto")  # tasks bring their own data
+OF_ROWS = {
+    "metrics": "exact,f1",
+    "prompts": "100",
+    "new_tokens": "256",
+    "samples": "1",
+    "rows": "",
+    "weight": "",
+    "shown": "3",
+    "general": "true",
+    "html": "",
+}
+"""What holds for rows alone, and its defaults."""
 
 
 def run(
@@ -87,13 +112,24 @@ def run(
     shown: str = "3",
     general: str = "true",
     html: str = "",
+    tasks: str = "",
+    tasks_path: str = "",
+    limit: str = "",
+    chat: str = "",
     json: str = "",
     bounds: Mapping[str, str] | None = None,
     sampling: Mapping[str, str] | None = None,
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
-    names = _names(metrics)
     limits = _limits(bounds or {})
+    if tasks:
+        given = (metrics, prompts, new_tokens, samples, rows, weight, shown, general, html)
+        _check_alone(config, dict(zip(OF_ROWS, given, strict=True)), sampling or {})
+        with working("looking for the tasks", config.runtime.progress):
+            found = _tasks(tasks, tasks_path, limit, chat)
+        return _benchmarks(config, base, found, limits, json)
+    _check_rows(config, {"tasks_path": tasks_path, "limit": limit, "chat": chat})
+    names = _names(metrics)
     count = whole_number("eval: prompts", prompts, 0)
     longest_answer = whole_number("eval: new_tokens", new_tokens)
     drawn = sampled_of(samples, sampling, rows, weight)
@@ -107,15 +143,13 @@ def run(
     tokenizer, max_length = tokenizer_and_length(config)
     encoder = Encoder(tokenizer, config.data, max_length)
     corpus = encoded(config, encoder)
-    limit = positions(config.model.path, UNLIMITED)
-    questions = questions_on(config, encoder, corpus, count, limit, drawn.samples, drawn.sampling)
-    drawn.check(corpus, questions)
+    questions = _questions(config, encoder, corpus, count, drawn)
     console.print(f"data     {corpus.ledger.summary()}; {drawn.said(questions)}")
     for note in questions.notes:
         console.print(f"note     {note}", markup=False)
     other = "" if adapter is not None else base
     judged = _judged(config, adapter, other, corpus, questions, drawn)
-    _print(console, judged)
+    _print(console, {name: judgement.numbers for name, judgement in judged.items()})
     _show(console, judged, whole_number("eval: shown", shown, 0))
     if json:
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
@@ -123,7 +157,75 @@ def run(
         write_page(html, title, judged)
     if said := drawn.write(config, encoder, corpus, questions, judged["model"]):
         console.print(printable(said), markup=False)
-    missed = _missed(limits, judged["model"].numbers)
+    return _exit_code(console, limits, judged["model"].numbers)
+
+
+def _questions(
+    config: Config, encoder: Encoder, corpus: Corpus, count: int, drawn: Sampled
+) -> Questions:
+    """The prompts that are answered, `count` of them or all."""
+    longest = positions(config.model.path, UNLIMITED)
+    questions = questions_on(config, encoder, corpus, count, longest, drawn.samples, drawn.sampling)
+    drawn.check(corpus, questions)
+    return questions
+
+
+def _check_alone(config: Config, given: Mapping[str, str], sampling: Mapping[str, str]) -> None:
+    """UserError where something is given that tasks have no use for."""
+    odd = ["DATA"] if config.data.train is not None or config.data.rows is not None else []
+    odd += [key for key, value in given.items() if value != OF_ROWS[key]]
+    odd += sampling
+    if odd:
+        raise UserError(
+            f"sftx eval tasks=: tasks bring their own data and metrics; leave out {', '.join(odd)}"
+        )
+
+
+def _check_rows(config: Config, of_tasks: Mapping[str, str]) -> None:
+    """UserError where there is no data, or something is given that rows have no use for."""
+    if odd := [key for key, value in of_tasks.items() if value]:
+        raise UserError(f"sftx eval {odd[0]}=: it belongs to tasks=, which is not given")
+    if config.data.train is None and config.data.rows is None:
+        raise UserError("sftx eval: no data is named: sftx eval MODEL DATA, or MODEL tasks=NAME")
+
+
+def _tasks(names: str, folder: str, limit: str, chat: str) -> Tasks:
+    """The tasks that are named, each of them known."""
+    if chat not in ("", "true", "false"):
+        raise UserError(f"sftx eval chat={printable(chat)!r}: expected true or false")
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise UserError("sftx eval tasks=: no task is named")
+    count = whole_number("eval: limit", limit) if limit else None
+    return find_tasks(found, folder, count, None if not chat else chat == "true")
+
+
+def _benchmarks(
+    config: Config, base: str, tasks: Tasks, limits: list[tuple[str, str, float]], json: str
+) -> int:
+    """Print what the model scores on tasks, and its base where there is one; as `run` returns."""
+    adapter = adapter_in(config.model.path)
+    model, template = config.model, config.data.template
+    scores: dict[str, Scores] = {}
+    with machine(config.runtime) as here:
+        if adapter is not None:
+            model = on_base(model, adapter, base)
+        elif base:
+            other = model.model_copy(update={"path": base})
+            scores["base"] = score(other, None, template, tasks, here)["model"]
+        scores |= score(model, adapter, template, tasks, here)
+    console = Console(highlight=False, soft_wrap=True)
+    _print(console, {name: found.numbers for name, found in scores.items()})
+    if json:
+        write_json(json, {name: asdict(found) for name, found in scores.items()})
+    return _exit_code(console, limits, scores["model"].numbers)
+
+
+def _exit_code(
+    console: Console, limits: list[tuple[str, str, float]], numbers: Mapping[str, float]
+) -> int:
+    """1 where a bound is missed, which is printed, else 0."""
+    missed = _missed(limits, numbers)
     for line in missed:
         console.print(line, style="bold red", markup=False)
     return int(bool(missed))
@@ -217,15 +319,15 @@ def _missed(limits: list[tuple[str, str, float]], numbers: Mapping[str, float]) 
     return missed
 
 
-def _print(console: Console, judged: Mapping[str, Judgement]) -> None:
+def _print(console: Console, judged: Mapping[str, Mapping[str, float]]) -> None:
     """One row for each number, one column for each model."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     columns = [name for name in ("base", "model") if name in judged]
     for name in columns:
         table.add_column(name, justify="right")
-    for metric in judged["model"].numbers:
-        values = [judged[name].numbers.get(metric) for name in columns]
+    for metric in judged["model"]:
+        values = [judged[name].get(metric) for name in columns]
         table.add_row(
             printable(metric), *("" if value is None else f"{value:.4g}" for value in values)
         )

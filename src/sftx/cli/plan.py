@@ -29,6 +29,7 @@ from sftx.data.plan import Plan, plan_of
 from sftx.data.shared_packs import Saving, packs_of_step, saving_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.generation_memory import most_memory
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checks.isolation import measure_isolation
 from sftx.model.compile import planned
@@ -102,6 +103,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
         facts["device"] = f"{gpus} GPUs" if gpus else str(here.device)
         facts["precision"] = name_of(here.precision)
+        facts["answers"] = _answers(config, loss, here.precision)
         facts |= _packing(config, estimator, None if gpus else data, load, available)
         if gpus:
             facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
@@ -301,6 +303,18 @@ def _longest_that_fits(
     lengths = [tokens for tokens in steps if tokens <= positions]
     found = bisect_left(lengths, x=True, key=too_long)
     return lengths[found - 1] if found else None
+
+
+def _answers(config: Config, loss: PackLoss, precision: torch.dtype) -> int:
+    """Bytes that answering the prompts of an evaluation takes at most; 0 where none are answered."""
+    asked = config.eval.prompts
+    prompts = asked if isinstance(asked, int) else MANY
+    if not prompts:
+        return 0
+    longest = longest_example(config, loss.model.config)
+    return most_memory(
+        loss.model.config, prompts, longest, config.eval.new_tokens, precision.itemsize
+    )
 
 
 def _fewest_gpus(

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from sftx.data.encoder import encode
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval.forgetting import Continuation, divergence
+from sftx.eval.divergence import divergence
+from sftx.eval.forgetting import Continuation
 from sftx.eval.generate import Prompt, Sample, answer, prompt_of
 from sftx.model.runtime import machine
 from sftx.printable import printable

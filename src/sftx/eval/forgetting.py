@@ -40,8 +40,6 @@ class Continuation:
     said: list[int]
 
 
-Forward = Callable[[Tensor], Tensor]
-"""From ids int64[1, T] to logits [1, T, V]."""
 LogProbabilities = Callable[[Continuation], Tensor]
 """float32[said, V]: what a model thinks of every token of the vocabulary, before each token said."""
 
@@ -63,19 +61,6 @@ class Gauge:
             total += _divergence(tuned(continuation), self.base(number))
             tokens += len(continuation.said)
         return total / max(tokens, 1)
-
-
-def divergence(tuned: Forward, base: Forward, said: Sequence[Continuation]) -> float:
-    """KL(tuned || base) in nats, the mean over all tokens of answers that are given."""
-
-    def of(model: Forward, continuation: Continuation) -> Tensor:
-        ids = torch.tensor([continuation.prompt + continuation.said])
-        first = max(len(continuation.prompt), 1)  # nothing stands before the first token of a text
-        with torch.no_grad():
-            return torch.log_softmax(model(ids)[0, first - 1 : -1].double(), dim=-1)
-
-    gauge = Gauge(list(said), lambda number: of(base, said[number]))
-    return gauge.kl(lambda continuation: of(tuned, continuation))
 
 
 def _divergence(tuned: Tensor, base: Tensor) -> float:

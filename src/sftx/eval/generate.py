@@ -7,9 +7,9 @@ those of the model's generation_config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 16_384
 """Tokens of prompts and answers, padding included, that are generated together."""
+AS_SERVED: Mapping[str, Any] = {}
+"""No arguments of `generate` beside the generation_config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,10 @@ def answer(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     sampling: Sampling = AS_SAVED,
+    settings: Mapping[str, Any] = AS_SERVED,
 ) -> list[Sample]:
-    """One answer to each prompt, in their order, by transformers' own `generate`.
+    """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
+    arguments of it that come before those of the generation_config.
 
     Prompts of about equal length are answered together, padded at the left; several ranks share
     such groups, and all get all answers, which do not depend on how many ranks there are. Where the
@@ -99,6 +103,8 @@ def answer(
     """
     stops = serving_config(model, None, list(stop_ids)).eos_token_id
     config = generation_config(model, stops or [], max_new_tokens, sampling)
+    config.num_return_sequences = 1
+    others = config.update(**settings)  # what is no part of the configuration
     new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
     groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))
@@ -115,7 +121,7 @@ def answer(
                 # Where the model is in shards, a rank without a group takes part all the same.
                 members = groups[number] if is_mine else groups[0][-1:]
                 torch.manual_seed(seed + number)
-                answers = _generated(model, config, [prompts[i].ids for i in members])
+                answers = _generated(model, config, others, [prompts[i].ids for i in members])
                 for i, ids in zip(members if is_mine else (), answers, strict=False):
                     new[i, : len(ids)] = torch.tensor(ids)
                     counts[i] = len(ids)
@@ -143,7 +149,10 @@ def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
 
 
 def _generated(
-    model: PreTrainedModel, config: GenerationConfig, prompts: Sequence[list[int]]
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    others: Mapping[str, object],
+    prompts: Sequence[list[int]],
 ) -> list[list[int]]:
     """The new tokens of each prompt, padding and all that follows a stop token cut off."""
     longest = max(map(len, prompts))
@@ -157,6 +166,7 @@ def _generated(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         generation_config=config,
+        **others,
         synced_gpus=distributed.is_joined(),
     )
     assert isinstance(out, torch.Tensor)

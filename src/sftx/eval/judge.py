@@ -7,11 +7,12 @@ Training asks at its evaluations, and `sftx eval` asks any model: the same quest
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -49,6 +50,7 @@ class Questions:
     """What is asked of a model, the same at every evaluation.
 
     `scored`: the names of the numbers that the metrics give. `notes`: what is not asked, and why.
+    `generation`: arguments of `generate` that come before those of the model's generation_config.
     """
 
     tokenizer: Tokenizer
@@ -61,6 +63,7 @@ class Questions:
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sampling: Sampling = AS_SAVED
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -138,6 +141,7 @@ class Judge:
                     asked.seed,
                     stop,
                     asked.sampling,
+                    asked.generation,
                 )
         finally:
             self.loss.use_segments(True)

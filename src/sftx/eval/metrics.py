@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from sftx.boundary import boundary
@@ -143,41 +145,33 @@ def _parsed(arguments: object) -> object:
 
 def rouge_l(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """F-measure of the longest common subsequence of words, by the `rouge-score` package."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise _needs("rouge_l", "rouge-score") from error
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(references, outputs, strict=True)
-    return [
-        float(scorer.score(reference, output)["rougeL"].fmeasure) for reference, output in pairs
-    ]
+    scorer = _needed("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    pairs = zip(outputs, references, strict=True)
+    return [float(scorer.score(r, o)["rougeL"].fmeasure) for o, r in pairs]
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """BLEU of each sample, 0 to 100, by sacrebleu (`sentence_bleu`, with its smoothing)."""
-    try:
-        from sacrebleu import sentence_bleu
-    except ImportError as error:
-        raise _needs("bleu", "sacrebleu") from error
-    pairs = zip(outputs, references, strict=True)
-    return [float(sentence_bleu(output, [reference]).score) for output, reference in pairs]
+    of_one = _needed("bleu", "sacrebleu").sentence_bleu
+    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
 
 
 def chrf(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """chrF of each sample, 0 to 100, by sacrebleu (`sentence_chrf`)."""
+    of_one = _needed("chrf", "sacrebleu").sentence_chrf
+    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
+
+
+def _needed(metric: str, module: str) -> ModuleType:
+    """A module of the extra `eval`; UserError where it is not installed."""
     try:
-        from sacrebleu import sentence_chrf
+        return import_module(module)
     except ImportError as error:
-        raise _needs("chrf", "sacrebleu") from error
-    pairs = zip(outputs, references, strict=True)
-    return [float(sentence_chrf(output, [reference]).score) for output, reference in pairs]
-
-
-def _needs(metric: str, package: str) -> UserError:
-    return UserError(
-        f"eval.metrics: {metric} needs {package}, which is not installed: pip install 'sftx[eval]'"
-    )
+        package = module.partition(".")[0].replace("_", "-")
+        raise UserError(
+            f"eval.metrics: {metric} needs {package}, which is not installed: pip install "
+            "'sftx[eval]'"
+        ) from error
 
 
 def _of_each(metric: Callable[[str, str], float]) -> Metric:

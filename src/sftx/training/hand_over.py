@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sftx.eval.forgetting import divergence
+from sftx.eval.divergence import divergence
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
 from sftx.settings.schema import Model

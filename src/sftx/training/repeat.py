@@ -33,10 +33,18 @@ def write_settings(folder: Path, config: Config) -> None:
         (config.data.eval_rows, "eval_rows", "eval"),
     ):
         if rows is not None:
-            path = folder / f"{name}.jsonl"
-            write_text(path, "".join(as_line(row).decode() + "\n" for row in rows))
-            data[setting] = [*_listed(data.get(setting)), {"path": str(path), "name": MEMORY}]
+            path = _written(folder / f"{name}.jsonl", rows)
+            data[setting] = [*_listed(data.get(setting)), {"path": path, "name": MEMORY}]
+    for name, rows in (("prompts", config.eval.prompts), ("general", config.eval.general)):
+        if isinstance(rows, list):
+            settings["eval"][name] = _written(folder / f"eval_{name}.jsonl", rows)
     write_text(folder / CONFIG, _HEAD.format(file=folder / CONFIG) + dump(settings))
+
+
+def _written(path: Path, rows: list[Any]) -> str:
+    """The path of a file that holds `rows`."""
+    write_text(path, "".join(as_line(row).decode() + "\n" for row in rows))
+    return str(path)
 
 
 def _listed(sources: Any) -> list[Any]:

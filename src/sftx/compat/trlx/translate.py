@@ -104,6 +104,7 @@ def refuse_several_processes() -> None:
 def refuse_untranslatable(config: TRLConfig) -> None:
     """Raise UserError for what `config` asks for and sftx does not do."""
     model, train = config.model, config.train
+    generation = vars(config.method).get("gen_kwargs", {})
     if isinstance(config.method, StandIn):
         refuse(f"method {type(config.method).__name__}", config.method.INSTEAD)
     problems = [
@@ -134,6 +135,10 @@ def refuse_untranslatable(config: TRLConfig) -> None:
         (
             train.rollout_logging_dir is not None,
             "train.rollout_logging_dir: there are no rollouts in supervised fine-tuning",
+        ),
+        (
+            generation.get("num_return_sequences", 1) != 1,
+            "method.gen_kwargs: num_return_sequences: an evaluation takes one answer to each prompt",
         ),
         (
             train.tracker not in ("wandb", "tensorboard", None),

@@ -8,15 +8,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from sftx.compat.trlx.data.configs import TRLConfig
 from sftx.compat.trlx.names import refuse
 from sftx.compat.trlx.pipeline import BasePipeline
 from sftx.compat.trlx.translate import refuse_several_processes, refuse_untranslatable, trusted
+from sftx.eval.generate import Prompt
+from sftx.eval.judge import Judge, Questions
 from sftx.model.save import load_tokenizer
+from sftx.printable import printable
 from sftx.settings.schema import Model
 from sftx.training.job import Job
 from sftx.types import UserError
@@ -30,7 +31,7 @@ _LISTS_BY_NATURE = (
 )
 """Arguments of generation whose lists are values, not sweeps."""
 _SHOWN = 3
-"""Rows of an evaluation that are printed."""
+"""Answers of an evaluation that are printed."""
 
 
 class AccelerateRLTrainer:
@@ -151,15 +152,17 @@ class AccelerateRLTrainer:
         return texts, asked, outputs
 
     def evaluate(self) -> dict[str, float]:
-        """Continue the prompts, show the first of them, and return the means of the metrics.
+        """Let the model continue the prompts, show the first of them, and return the means of the
+        metrics.
 
         They are named `metrics/NAME` or, where an argument of generation is swept,
-        `metrics/NAME@ARGUMENT=VALUE`.
+        `metrics/NAME@ARGUMENT=VALUE`. `job.samples` holds what was generated.
         """
         if self.eval_pipeline is None:
             return {}
-        stats: dict[str, float] = {}
         began = perf_counter()
+        self.job.samples = []
+        stats: dict[str, float] = {}
         if self.generate_sweep_kwarg is None:
             stats |= self._evaluate_with({}, "")
         else:
@@ -167,39 +170,61 @@ class AccelerateRLTrainer:
             for value in values:
                 stats |= self._evaluate_with({name: value}, f"@{name}={value}")
         stats["time/generate"] = perf_counter() - began
+        self.job.hand_over()
+        self._show(stats)
         self.nth_evaluation += 1
         return stats
 
-    def _evaluate_with(self, given: Mapping[str, object], suffix: str) -> dict[str, float]:
+    def _evaluate_with(self, swept: Mapping[str, object], suffix: str) -> dict[str, float]:
         """The means of the metrics with these arguments of generation."""
-        columns = self._continued(given)
-        shown: dict[str, Sequence[object]] = {
-            "prompt": columns["prompts"],
-            "output": columns["outputs"],
-        }
+        asked, columns = self._asked()
+        samples = self._judge(asked, swept).answers()
+        whole = [prompt.ids + sample.ids for prompt, sample in zip(asked, samples, strict=True)]
+        texts = self.decode([prompt.ids for prompt in asked], whole)
+        columns |= zip(("samples", "prompts", "outputs"), texts, strict=True)
         means: dict[str, float] = {}
+        scores: dict[str, list[float]] = {}
         for name, numbers in self._measured(columns).items():
             values = _as_numbers(name, numbers)
             means[f"metrics/{name}{suffix}"] = values.mean().item()
-            if values.shape == (len(columns["prompts"]),):
-                shown[name] = values.tolist()
-        self._show(means, shown)
+            if values.shape == (len(asked),):
+                scores[name] = values.tolist()
+        for number, sample in enumerate(samples):
+            line = {**sample.as_record(self.iter_count), **swept}
+            line |= {"prompt": texts[1][number], "output": texts[2][number]}
+            line["scores"] = {name: values[number] for name, values in scores.items()}
+            self.job.samples.append(line)
         return means
 
-    def _continued(self, given: Mapping[str, object]) -> dict[str, list[object]]:
-        """The metric function's arguments: samples, prompts, outputs and the extra keys."""
-        columns: dict[str, list[object]] = {"samples": [], "prompts": [], "outputs": []}
+    def _asked(self) -> tuple[list[Prompt], dict[str, Sequence[object]]]:
+        """The prompts of evaluation, and the extra keys that the metric function gets."""
+        asked: list[Prompt] = []
+        extra: dict[str, Any] = {}
         for batch in self.eval_pipeline.create_loader(self.config.train.batch_size):
             found = dict(batch)
-            ids = found.pop("input_ids")
-            generated = self.generate_eval(ids, found.pop("attention_mask"), **given)
-            texts = self.decode(ids, generated)
-            found.update(zip(("samples", "prompts", "outputs"), texts, strict=True))
+            rows = zip(found.pop("input_ids"), found.pop("attention_mask"), strict=True)
+            asked += [Prompt(ids[mask.bool()].tolist(), "", "") for ids, mask in rows]
             for key, values in found.items():
-                columns.setdefault(key, []).extend(values)
-        return columns
+                extra.setdefault(key, []).extend(values)
+        return asked, extra
 
-    def _measured(self, columns: dict[str, list[object]]) -> Mapping[str, object]:
+    def _judge(self, asked: list[Prompt], swept: Mapping[str, object]) -> Judge:
+        """What lets the model answer, as every evaluation of sftx does."""
+        job = self.job
+        generation = {**self.generate_kwargs, **swept}
+        stop_id, _ = generation.pop("eos_token_id"), generation.pop("pad_token_id")
+        questions = Questions(
+            tokenizer=job.encoder.tokenizer,
+            stop_ids=frozenset([stop_id]),
+            prompts=asked,
+            metrics=[],
+            new_tokens=generation.pop("max_new_tokens"),
+            seed=self.config.train.seed,
+            generation=generation,
+        )
+        return Judge(questions, job.loss, job.adapted, job.machine, job.tokens_per_pack)
+
+    def _measured(self, columns: Mapping[str, Sequence[object]]) -> Mapping[str, object]:
         """What the metric function returns; one with a parameter `tokenizer` is given that too."""
         if self.metric_fn is None:
             return {}
@@ -214,13 +239,13 @@ class AccelerateRLTrainer:
             )
         return measured
 
-    def _show(self, means: dict[str, float], columns: dict[str, Sequence[object]]) -> None:
-        title = [f"Evaluation #{self.nth_evaluation}"]
-        title += [f"{name}: {_short(value)}" for name, value in means.items()]
-        table = Table(*columns, title=" ".join(title), show_lines=True)
-        for row in list(zip(*columns.values(), strict=True))[:_SHOWN]:
-            table.add_row(*map(_short, row))
-        Console(markup=False).print(table)  # what a model writes is no markup
+    def _show(self, stats: Mapping[str, float]) -> None:
+        """The numbers of an evaluation, and the first answers."""
+        numbers = [f"{name}: {value:.3g}" for name, value in stats.items()]
+        lines = [f"Evaluation #{self.nth_evaluation}  {'  '.join(numbers)}"]
+        for line in self.job.samples[:_SHOWN]:
+            lines += [f"  prompt  {line['prompt']}", f"  output  {line['output']}"]
+        print(printable("\n".join(lines)))
 
 
 def _load_tokenizer(config: TRLConfig) -> Any:
@@ -242,8 +267,3 @@ def _as_numbers(name: str, given: object) -> Tensor:
         return torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"metric_fn: {name} must be a number per sample: {error}") from error
-
-
-def _short(value: object) -> str:
-    """A number in three digits; a text as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

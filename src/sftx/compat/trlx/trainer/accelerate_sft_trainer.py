@@ -32,6 +32,7 @@ from sftx.model.save import save_model
 from sftx.report.lock import owned
 from sftx.report.progress import Progress
 from sftx.training import checkpoint
+from sftx.training.best import best_step
 from sftx.training.build import prepare
 from sftx.training.control import Control
 from sftx.training.job import Job
@@ -48,6 +49,7 @@ _OWN_LOOP = (
     "setup_scheduler",
     "prepare_learning",
     "create_train_dataloader",
+    "generate_eval",
 )
 """What trlx's own loop would call on a trainer, and sftx's does not."""
 _OF_A_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -76,10 +78,11 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
     def __init__(self, config: TRLConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         for name in _OWN_LOOP:
-            if hasattr(type(self), name):
+            own = getattr(type(self), name, None)
+            if own is not getattr(AccelerateRLTrainer, name, None):
                 raise UserError(
-                    f"{type(self).__name__}.{name}: sftx's step computes the loss; nothing would "
-                    "call this"
+                    f"{type(self).__name__}.{name}: sftx itself computes the loss and generates; "
+                    "nothing would call this"
                 )
         self._folder = Path(config.train.checkpoint_dir)
         self._resume_from: Path | None = None
@@ -129,7 +132,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             stack.enter_context(tracked(self.config, job.run, progress.say))
             stack.push(self._rescue)
             if self.iter_count == 0:
-                results = self.evaluate()
+                results = self._evaluated()
                 job.run.update(eval_before=results)
             job.take_back()
             for record in take_steps(job, Control(exact=True)):
@@ -163,7 +166,6 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         self.iter_count = 0
         self._saved = 0  # the step of the last checkpoint
         self._epoch = 0  # passes over the data that have ended
-        self._best = float("-inf")  # the highest reward of an evaluation
         self._is_updating = False
         if self._resume_from is not None:
             self._restore(job, self._resume_from)
@@ -187,12 +189,19 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
             self._checkpoint()
         if not last and record.step % train.eval_interval != 0:
             return {}
-        record.eval = results = self.evaluate()
+        record.eval = results = self._evaluated()
         self.job.run.write_evaluation(record.step, record.num_steps, results)
-        reward = results.get("reward/mean", results.get("metrics/reward", float("-inf")))
-        if train.save_best and reward > self._best:
-            self._best = reward
+        reward = "reward/mean" if "reward/mean" in results else "metrics/reward"
+        if train.save_best and best_step(self.job.evaluations, reward) == record.step:
             self._write(self._folder / "best_checkpoint")
+        return results
+
+    def _evaluated(self) -> dict[str, float]:
+        """Evaluate, and keep the numbers and the answers with the run."""
+        job, step = self.job, self.iter_count
+        results = self.evaluate()
+        job.run.write_samples(job.samples, again=step in job.evaluations)
+        job.evaluations[step] = results
         return results
 
     def _stop(self, why: str) -> None:
