@@ -6,6 +6,7 @@ code of each page runs in a fresh folder, on small models; files that a page nam
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,19 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import blocks
+import gguf_files
 import pytest
 import tiny
+import transformers
 from blocks import DOCS, PAGES, ROOT, Block, blocks_of, name_of
 
 import sftx
+from sftx.demo import smollm2
 from sftx.settings.describe import settings
 from sftx.settings.schema import SHORT_FORMS, Config
 
 README = ROOT / "README.md"
 LINKED = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 COMING_FROM = [*sorted((DOCS / "coming-from").glob("*.md")), DOCS / "migrating-from-trlx.md"]
-TRAINS = {"HuggingFaceTB/SmolLM2-135M": False}
-"""Names of models that have no chat template."""
+BASES = {"HuggingFaceTB/SmolLM2-135M"}
+"""Models that have no chat template."""
 
 
 def pages_with(language: str) -> list[Path]:
@@ -41,9 +45,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small new models under the names that the pages use."""
     folder = tmp_path_factory.mktemp("hub")
     for name in blocks.HUB_MODELS:
-        chat = TRAINS.get(name, True)
-        tiny.folder(folder / name, chat=chat, max_position_embeddings=1024)
+        tiny.folder(folder / name, chat=name not in BASES, max_position_embeddings=1024)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in the place of SmolLM2 in its package, which the tutorial takes."""
+    pytest.importorskip("gguf")
+    source = gguf_files.folder(tmp_path_factory.mktemp("source"), max_position_embeddings=1024)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    return gguf_files.gguf_of(source, model, source / "model.gguf")
 
 
 @pytest.fixture
@@ -151,8 +163,26 @@ def test_the_readme_runs_as_printed(home: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != README and does(page)], ids=name_of
 )
-def test_a_page_runs_as_printed(page: Path, home: Path) -> None:
+def test_a_page_runs_as_printed(page: Path, home: Path, request: pytest.FixtureRequest) -> None:
+    if page.name == "tutorial.md":
+        place = Path(os.environ["SFTX_CACHE"], "smollm2", Path(smollm2.MEMBER).name)
+        place.parent.mkdir(parents=True)
+        shutil.copy(request.getfixturevalue("gguf"), place)
     blocks.run(does(page))
+
+
+def test_the_notebook_is_made_from_the_tutorial() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import notebook
+
+    kept = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    made = notebook.cells()
+    assert ["".join(cell["source"]) for cell in kept] == [cell["source"] for cell in made], (
+        "run `python scripts/notebook.py`"
+    )
+    code = [cell for cell in kept if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
 
 
 @pytest.mark.parametrize("page", COMING_FROM, ids=name_of)
