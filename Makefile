@@ -7,7 +7,7 @@ SCORECARD ?=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest scorecard check lint format docs clean
+.PHONY: demo test test-oldest test-newest scorecard check lint format docs notebook clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
@@ -39,9 +39,14 @@ format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-docs: $(VENV)/.installed  ## pages made from the code
+docs: $(VENV)/.installed-docs  ## pages made from the code, then the site, in build/site
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
 	$(RUN) -m sftx schema format=python > keywords.tmp && mv keywords.tmp src/sftx/settings/keywords.py
+	$(RUN) scripts/reference.py
+	$(RUN) -m zensical build --clean --strict
+
+notebook: $(VENV)/.installed-docs $(VENV)/.installed-dev  ## the tutorial as a notebook, run anew: some minutes, and a model of 93 MB
+	$(RUN) scripts/notebook.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build
@@ -56,6 +61,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 --constraint requirements.txt
 	$(INSTALL) --requirement requirements.txt
 	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(INSTALL) --requirement requirements-docs.txt
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed

@@ -97,7 +97,16 @@ def inline_commands(page: Path) -> list[str]:
     """The commands of sftx in the sentences of a page, those with a placeholder left out."""
     text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     commands = [" ".join(each.split()) for each in _INLINE.findall(text)]
-    return [each for each in commands if not _PLACEHOLDER.search(each)]
+    return [_with_settings(each) for each in commands if not _PLACEHOLDER.search(each)]
+
+
+def _with_settings(command: str) -> str:
+    """The command with a file of settings, where it names none and needs one."""
+    verb, *arguments = _words(command)[1:]
+    if verb not in cli.verbs() or "config" not in cli.declared(verb).takes:
+        return command
+    named = [word for word in arguments if "=" not in word or word.startswith("model=")]
+    return command if named else " ".join(["sftx", verb, "run.yaml", *arguments])
 
 
 def commands_of(block: Block) -> list[str]:

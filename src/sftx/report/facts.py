@@ -23,7 +23,8 @@ class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
     `tracker_id`: what trackers know the run by.
-    `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
+    `gguf`: name and hash of the GGUF file the run started from. `card`: licence, base and data as
+    the model card names them. `changed`: settings that were
     changed on the way. `merged`: how far merging moved a logit.
     `best`: step, metric and value of the model that was written, where the best one was chosen.
     """
@@ -48,6 +49,7 @@ class RunFacts:
     predicted: dict[str, Any] | None = None
     trlx: dict[str, Any] | None = None
     gguf: dict[str, str] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
     eval_before: dict[str, float] | None = None
     changed: list[dict[str, Any]] | None = None
     ended_at: int | None = None
@@ -107,6 +109,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "started": (_is(list), "a list"),
     "changed": (_is(list), "a list"),
     "notes": (_is(list), "a list"),
+    "card": (_is(dict), "an object"),
     "num_steps": (_is_count, "a whole number"),
     "tokens_per_pack": (
         lambda value: _is_count(value, least=1) and not _is_count(value, least=2**31),
