@@ -12,15 +12,20 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "tutorial.md"
 NOTEBOOK = DOCS / "tutorial.ipynb"
 _BLOCK = re.compile(r"(<!-- not run:[^>]*-->\n)?```(\w+)([^\n]*)\n(.*?)```\n", re.DOTALL)
+PLAIN = """#!/bin/sh
+exec env -u FORCE_COLOR -u CLICOLOR_FORCE TERM=dumb "{}" -m sftx "$@" 2>&1
+"""
+"""sftx for the cells: what it prints into a file, with neither colours nor progress that redraws."""
 LONGEST = 1200  # seconds of one cell
 ITSELF = "This page is a [notebook](tutorial.ipynb) too, with what was printed.\n\n"
 
-Cell = dict[str, object]
+Cell = dict[str, Any]
 
 
 def cells() -> list[Cell]:
@@ -99,15 +104,25 @@ def run() -> dict[str, object]:
         home = Path(folder, "tutorial")
         home.mkdir()
         command = Path(folder, "sftx")
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sftx "$@" 2>&1\n')
+        command.write_text(PLAIN.format(sys.executable))
         command.chmod(0o755)
         os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
-        os.environ["COLUMNS"] = "110"
+        os.environ["COLUMNS"] = "100"
         NotebookClient(made, timeout=LONGEST, resources={"metadata": {"path": str(home)}}).execute()
         text = nbformat.writes(made).replace(str(home), "/home/you").replace(folder, "/home/you")
-    done: dict[str, object] = json.loads(text)
-    done["metadata"] = notebook([])["metadata"]
-    return done
+    done: dict[str, Any] = json.loads(text)
+    return notebook([_plain(cell) for cell in done["cells"]])
+
+
+def _plain(cell: Cell) -> Cell:
+    """A cell whose outputs are one text, without the warnings of libraries and the times."""
+    cell = {**cell, "source": "".join(cell["source"])}
+    if cell["cell_type"] != "code":
+        return cell
+    texts = ["".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout"]
+    errors = [out for out in cell["outputs"] if out["output_type"] == "error"]
+    stream = {"output_type": "stream", "name": "stdout", "text": "".join(texts)}
+    return {**cell, "metadata": {}, "outputs": [*([stream] if texts else []), *errors]}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from unittest import mock
@@ -42,6 +43,8 @@ HUB_MODELS = (
     "Qwen/Qwen3-0.6B",
 )
 """Names that pages use; small new models stand in for them."""
+VERBS = cli.verbs()
+declared = cache(cli.declared)
 _BLOCK = re.compile(
     r"^<!-- hidden (?P<hidden>\w+)\n(?P<code>.*?)^-->$"
     r"|^(?:[ ]*<!-- not run: (?P<reason>[^>]+?) -->\n\n?)?"
@@ -103,7 +106,7 @@ def inline_commands(page: Path) -> list[str]:
 def _with_settings(command: str) -> str:
     """The command with a file of settings, where it names none and needs one."""
     verb, *arguments = _words(command)[1:]
-    if verb not in cli.verbs() or "config" not in cli.declared(verb).takes:
+    if verb not in VERBS or "config" not in declared(verb).takes:
         return command
     named = [word for word in arguments if "=" not in word or word.startswith("model=")]
     return command if named else " ".join(["sftx", verb, "run.yaml", *arguments])
@@ -129,9 +132,9 @@ def check_command(command: str, folder: Path) -> None:
     """
     _, *words = _words(command)
     verb = words[0] if words else "help"
-    if "overrides" in cli.declared(verb).takes if verb in cli.verbs() else False:
+    if verb in VERBS and "overrides" in declared(verb).takes:
         keys = {word.partition("=")[0] for word in words[1:] if "=" in word}
-        unknown = keys - settings().keys() - cli.declared(verb).extra.keys() - SHORT_FORMS.keys()
+        unknown = keys - settings().keys() - declared(verb).extra.keys() - SHORT_FORMS.keys()
         assert not unknown, f"{command}: {unknown}"
         return
     for word in words[1:]:
@@ -141,10 +144,12 @@ def check_command(command: str, folder: Path) -> None:
     calls: list[str] = []
     stand_in = mock.Mock()
     stand_in.run.side_effect = lambda *_, **__: calls.append(verb) or 0
-    with mock.patch.object(cli, "_module", return_value=stand_in):
+    with mock.patch.multiple(
+        cli, _module=lambda *_: stand_in, verbs=lambda: VERBS, declared=declared
+    ):
         code = cli.main(words)
     assert code == 0, command
-    assert calls or verb not in cli.verbs() or "help" in command, command
+    assert calls or verb not in VERBS or "help" in command, command
 
 
 def check_settings(text: str, file: Path) -> None:

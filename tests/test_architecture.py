@@ -36,14 +36,7 @@ LAYERS = {
     ),
     3: ("training", "eval", "doctor"),
     2: ("model", "distributed"),
-    1: (
-        "data",
-        "report.record",
-        "report.facts",
-        "report.lock",
-        "report.model_card",
-        "report.provenance",
-    ),
+    1: ("data", "report.record", "report.facts", "report.lock", "report.model_card"),
     0: (
         "arrow",
         "boundary",

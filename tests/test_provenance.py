@@ -11,8 +11,9 @@ import yaml
 import sftx
 from sftx.cli import main
 from sftx.report import provenance
-from sftx.report.provenance import card_fields, licence_text
+from sftx.report.provenance import card_fields
 from sftx.settings.load import make_config
+from sftx.training.hand_over_card import licence_text
 
 CARD = """---
 license: llama3.2
@@ -53,6 +54,18 @@ def test_the_licence_is_the_users_else_the_bases_else_none(tmp_path: Path) -> No
     }
     assert licence_text(card_fields(own)) == "Licence: ours (https://x.org)."
     assert licence_text({}).startswith("Licence: not stated.")
+
+
+def test_a_gguf_file_states_its_licence(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.add_license_link("LICENSE")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    config = make_config(model=str(tmp_path / "model.gguf"), data=["a text"], output="x")
+    assert card_fields(config) == {"license": "apache-2.0"}
 
 
 @pytest.mark.parametrize(

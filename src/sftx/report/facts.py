@@ -109,7 +109,6 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "started": (_is(list), "a list"),
     "changed": (_is(list), "a list"),
     "notes": (_is(list), "a list"),
-    "card": (_is(dict), "an object"),
     "num_steps": (_is_count, "a whole number"),
     "tokens_per_pack": (
         lambda value: _is_count(value, least=1) and not _is_count(value, least=2**31),

@@ -6,7 +6,6 @@ A licence is the one that the user gives, else that of the base. None is made up
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -22,11 +21,12 @@ HUB = "https://huggingface.co"
 LARGEST = 1 << 20  # bytes of a card that are read
 _FIELD = re.compile(r"^(license(?:_name|_link)?):[ ]*(\S.*?)[ ]*$", re.MULTILINE)
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FIELDS = ("license", "license_name", "license_link", "base_model", "datasets")
 
 
 def card_fields(config: Config) -> dict[str, str | list[str]]:
-    """Those of `FIELDS` that are known, for run.json and the card."""
+    """The fields `license`, `license_name`, `license_link`, `base_model` and `datasets` as far as
+    they are known, for run.json and the card.
+    """
     fields: dict[str, str | list[str]] = {**_licence(config)}
     if base := hub_model(config.model.path):
         fields["base_model"] = base
@@ -40,15 +40,6 @@ def hub_model(path: str) -> str | None:
     is_here = Path(path).exists() or Path(path.partition("/")[0]).exists()
     is_name = bool(_HUB_MODEL.fullmatch(path)) and not path.endswith(".gguf")
     return path if is_name and not is_here else None
-
-
-def licence_text(fields: Mapping[str, object]) -> str:
-    """The licence as a sentence of the card."""
-    if "license" not in fields:
-        return "Licence: not stated. It must fit that of the base and of the data."
-    name = fields.get("license_name", fields["license"])
-    link = fields.get("license_link")
-    return f"Licence: {name}" + (f" ({link})." if link else ".")
 
 
 def _licence(config: Config) -> dict[str, str]:

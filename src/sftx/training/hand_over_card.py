@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 from sftx.report.model_card import public_name
-from sftx.report.provenance import FIELDS, licence_text
+
+FIELDS = ("license", "license_name", "license_link", "base_model", "datasets")
+"""What a hub reads of where a model comes from, and run.json has as far as it is known."""
 
 
 def card_of(facts: dict[str, Any], checked: str) -> str:
@@ -36,6 +39,15 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines += [f"Made with {told}.", ""]
     return "\n".join(lines)
+
+
+def licence_text(card: Mapping[str, object]) -> str:
+    """The licence as a sentence."""
+    if "license" not in card:
+        return "Licence: not stated. It must fit that of the base and of the data."
+    name = card.get("license_name", card["license"])
+    link = f" ({card['license_link']})" if "license_link" in card else ""
+    return f"Licence: {name}{link}."
 
 
 def _data(config: dict[str, Any]) -> list[str]:
