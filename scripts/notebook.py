@@ -120,8 +120,9 @@ def _plain(cell: Cell) -> Cell:
     if cell["cell_type"] != "code":
         return cell
     texts = ["".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout"]
+    text = re.sub(r"^.*\r.*\n", "", "".join(texts), flags=re.MULTILINE)  # bars that redraw
     errors = [out for out in cell["outputs"] if out["output_type"] == "error"]
-    stream = {"output_type": "stream", "name": "stdout", "text": "".join(texts)}
+    stream = {"output_type": "stream", "name": "stdout", "text": text}
     return {**cell, "metadata": {}, "outputs": [*([stream] if texts else []), *errors]}
 
 
