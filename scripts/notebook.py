@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,8 @@ def notebook(cells: list[Cell]) -> dict[str, object]:
 
 def run() -> dict[str, object]:
     """Run the notebook in a fresh folder, with `sftx` of this environment on the path."""
-    import nbformat
-    from nbclient import NotebookClient
-
+    # Not on everybody's machine, and in no other file.
+    nbformat, nbclient = import_module("nbformat"), import_module("nbclient")
     made = nbformat.reads(json.dumps(notebook(cells())), as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder, "tutorial")
@@ -108,7 +108,9 @@ def run() -> dict[str, object]:
         command.chmod(0o755)
         os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
         os.environ["COLUMNS"] = "100"
-        NotebookClient(made, timeout=LONGEST, resources={"metadata": {"path": str(home)}}).execute()
+        nbclient.NotebookClient(
+            made, timeout=LONGEST, resources={"metadata": {"path": str(home)}}
+        ).execute()
         text = nbformat.writes(made).replace(str(home), "/home/you").replace(folder, "/home/you")
     done: dict[str, Any] = json.loads(text)
     return notebook([_plain(cell) for cell in done["cells"]])
