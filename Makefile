@@ -12,7 +12,7 @@ PYTHON_VERSION ?= 3.12
 PLATFORM ?= x86_64
 WHEELS ?=
 
-.PHONY: demo test test-oldest test-newest scorecard check lint format docs wheelhouse clean
+.PHONY: demo test test-oldest test-newest scorecard check lint format docs notebook wheelhouse clean
 
 demo: $(VENV)/.installed  ## train the model that comes with the project, and see what it learned
 	@$(RUN) -m sftx.demo
@@ -44,9 +44,14 @@ format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-docs: $(VENV)/.installed  ## pages made from the code
+docs: $(VENV)/.installed-docs  ## pages made from the code, then the site, in build/site
 	$(RUN) -m sftx schema format=markdown > docs/settings.md
 	$(RUN) -m sftx schema format=python > keywords.tmp && mv keywords.tmp src/sftx/settings/keywords.py
+	$(RUN) scripts/reference.py
+	$(RUN) -m zensical build --clean --strict
+
+notebook: $(VENV)/.installed-docs $(VENV)/.installed-dev  ## the tutorial as a notebook, run anew: some minutes, and a model of 93 MB
+	$(RUN) scripts/notebook.py
 
 wheelhouse: $(VENV)/bin/python  ## wheels for a machine without internet that has torch and transformers, in wheelhouse/
 	@rm -rf wheelhouse
@@ -74,6 +79,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 --constraint requirements.txt
 	$(INSTALL) --requirement requirements.txt
 	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(INSTALL) --requirement requirements-docs.txt
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed

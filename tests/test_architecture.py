@@ -293,16 +293,3 @@ def test_no_leftovers() -> None:
 )
 def test_every_example_loads(path: Path) -> None:
     assert load_config(str(path)).output.startswith("runs/")
-
-
-def test_the_readme_is_true_to_the_schema(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
-        load_config(str(tmp_path / "run.yaml"))
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        compile(block, "README.md", "exec")
-    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / link).exists()]
-    assert not missing

@@ -54,6 +54,8 @@ def test_every_setting_is_read_by_a_run(read: set[str], tmp_path: Path) -> None:
         "data": {"rows": rows, "eval_rows": rows, "cache": cache, "workers": 0},
         "batch": {"examples_per_step": 4, "epochs": 2},
         "eval": {"prompts": 2, "new_tokens": 2},
+        "license": "mit",
+        "license_link": "https://example.org",
         "checkpoint": {"every": 1},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def block(language: str, number: int = 0) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", RECIPE, re.DOTALL)[number]
+    return re.findall(rf"```{language}[^\n]*\n(.*?)```", RECIPE, re.DOTALL)[number]
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, TEXTS], ids=["dialogues", "texts"])

@@ -23,7 +23,8 @@ class RunFacts:
     """What run.json says of a run, in its order; None and empty where it does not say it.
 
     `tracker_id`: what trackers know the run by. `padded`: packs ran as right-padded batches.
-    `gguf`: name and hash of the GGUF file the run started from. `changed`: settings that were
+    `gguf`: name and hash of the GGUF file the run started from. `card`: licence, base and data as
+    the model card names them. `changed`: settings that were
     changed on the way. `merged`: how far merging moved a logit.
     `best`: step, metric and value of the model that was written, where the best one was chosen.
     """
@@ -51,6 +52,7 @@ class RunFacts:
     predicted: dict[str, Any] | None = None
     trlx: dict[str, Any] | None = None
     gguf: dict[str, str] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
     eval_before: dict[str, float] | None = None
     changed: list[dict[str, Any]] | None = None
     ended_at: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,7 @@ def model_card(run: Run, sources: list[str], ledger: Ledger) -> str:
         "tags: [sft, sftx]",
     ]
     base = public_name(config.model.path)
-    if (
-        base == config.model.path and not Path(base).exists()
-    ):  # a folder here is nothing that others could find
-        lines.append(f"base_model: {base}")
+    lines += [f"{name}: {json.dumps(value)}" for name, value in facts.card.items()]
     lines += ["---", "", f"# {run.folder.resolve().name}", ""]
     taken = f"{facts.ended_at:,} of " if facts.ended_at is not None else ""
     kind = (

@@ -413,3 +413,10 @@ class Sections(TypedDict, total=False):
     """
     seed: int
     """Seed of shuffling, adapter initialisation and dropout."""
+    license: Text | None
+    """Licence of the trained model, for its card: an identifier of the hub, such as apache-2.0.
+    Default: that of the base, where its card or its GGUF file states one.
+    """
+    license_link: Text | None
+    """Where a licence can be read that the hub has no identifier for; `license` is then its name.
+    """

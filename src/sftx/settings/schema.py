@@ -341,6 +341,12 @@ class Config(Section):
     """
     seed: int = 0
     """Seed of shuffling, adapter initialisation and dropout."""
+    license: str | None = None
+    """Licence of the trained model, for its card: an identifier of the hub, such as apache-2.0.
+    Default: that of the base, where its card or its GGUF file states one.
+    """
+    license_link: str | None = None
+    """Where a licence can be read that the hub has no identifier for; `license` is then its name."""
 
     @model_validator(mode="after")
     def _trains_one_choice(self) -> Config:

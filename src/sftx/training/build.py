@@ -378,6 +378,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
         eval_before=found.eval_before,
         changed=found.changes,
         gguf=import_module("sftx.gguf.read").source_of(job.config.model.path),
+        card=import_module("sftx.report.provenance").card_fields(job.config),
     )
     run.start(job.state.step, found.carried, facts)
     job.evaluations = distributed.broadcast(run.evaluations())

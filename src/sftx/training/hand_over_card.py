@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 from sftx.report.model_card import public_name
 
+FIELDS = ("license", "license_name", "license_link", "base_model", "datasets")
+"""What a hub reads of where a model comes from, and run.json has as far as it is known."""
+
 
 def card_of(facts: dict[str, Any], checked: str) -> str:
-    """README.md for the model that a run.json tells of, with the metadata block model hubs read.
-
-    Fields that nobody but the author knows (the licence, that of the data) stand there to be filled.
-    """
+    """README.md for the model that a run.json tells of, with the metadata block model hubs read."""
     config = facts["config"]
     path = str(config["model"].get("path", ""))
     base = public_name(path)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines.append("tags: [sft, sftx]")
-    if base == path and not Path(path).exists():  # a name that others can find
-        lines.append(f"base_model: {json.dumps(base)}")
-    lines += ["license: other", "license_name: to-be-filled-in", "---", ""]
+    known = _object(facts.get("card"))
+    card = {name: known[name] for name in FIELDS if name in known}
+    lines += [f"{name}: {json.dumps(value)}" for name, value in card.items()]
+    lines += ["---", ""]
     lines += [
         f"# {base}, fine-tuned",
         "",
@@ -29,7 +30,7 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
     ]
     if gguf := _object(facts.get("gguf")):
         lines.append(f"The base was the file `{gguf.get('file')}` (sha256 `{gguf.get('sha256')}`).")
-    lines += ["", "Licence: to be filled in; it must fit that of the base and of the data.", ""]
+    lines += ["", licence_text(card), ""]
     lines += ["## Data", "", *_data(config), ""]
     lines += ["## Results", "", *_results(facts), ""]
     lines += ["## What the export measured", "", f"{checked}.", ""]
@@ -38,6 +39,15 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines += [f"Made with {told}.", ""]
     return "\n".join(lines)
+
+
+def licence_text(card: Mapping[str, object]) -> str:
+    """The licence as a sentence."""
+    if "license" not in card:
+        return "Licence: not stated. It must fit that of the base and of the data."
+    name = card.get("license_name", card["license"])
+    link = f" ({card['license_link']})" if "license_link" in card else ""
+    return f"Licence: {name}{link}."
 
 
 def _data(config: dict[str, Any]) -> list[str]:
