@@ -180,7 +180,7 @@ def test_thoughts_and_calls_are_written_apart(
         "tools": tools,
     }
     (tmp_path / "t.jinja").write_text(THINKS)
-    data = {"rows": [row], "template": str(tmp_path / "t.jinja"), "cache": str(tmp_path)}
+    data: Any = {"rows": [row], "template": str(tmp_path / "t.jinja"), "cache": str(tmp_path)}
     config = make_config(model="unused", data=data, output="unused")
     encoder = Encoder(Tokenizer.of(made), config.data, 512)
     corpus, _ = load_corpora(config, encoder.tokenizer, 512, encoder=encoder)

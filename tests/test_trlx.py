@@ -506,7 +506,7 @@ def test_dora_with_the_scale_of_rslora_is_both(model: str, tmp_path: Path) -> No
     layers = [layer for layer in theirs.modules() if hasattr(layer, "lora_magnitude_vector")]
     assert layers[0].scaling == {"default": 4.0}
     asked = config(model, tmp_path, model={"peft_config": {"peft_type": "LORA", **both}})
-    adapter = translate._adapter(asked)
+    adapter: Any = translate._adapter(asked)
     assert (adapter["method"], adapter["alpha"] / adapter["rank"]) == ("dora", 4.0)
 
 

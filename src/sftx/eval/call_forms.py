@@ -148,7 +148,7 @@ def read_calls(
     where there are none, or one is not whole.
     """
     try:
-        message = parse_response(text, response_template, prefix="", tools=tools)
+        message = parse_response(text, response_template, prefix="", tools=[*tools])
         calls = calls_of(message)
     except BROKEN:
         return text, []

@@ -39,6 +39,8 @@ def adapter_in(path: str) -> Adapter | None:
     Raises:
         UserError: adapter_config.json names no base.
     """
+    if Path(path).is_file():  # of GGUF: a whole model
+        return None
     with boundary(f"model.path: {path} cannot be looked at"):
         found = find_adapter_config_file(path)  # the name is the caller's own: it may be fetched
     if found is None:

@@ -35,7 +35,7 @@ class CallStream:
         self._parser: ResponseParser | None = None
         if response_template is not None:
             with boundary("tokenizer_config.json: response_template cannot be used"):
-                self._parser = ResponseParser(response_template, prefix="", tools=tools)
+                self._parser = ResponseParser(response_template, prefix="", tools=[*tools])
         self._held = ""  # text that was not given back
         self._after = ""  # text behind a call
         self._calling = self._broken = False

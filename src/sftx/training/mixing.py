@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from sftx.model_config import positions_in
 from sftx.settings.load import make_config
 from sftx.training.export import Allowed, read_trained, sources
 from sftx.training.merging import Trained
-from sftx.types import Example, UserError
+from sftx.types import Example, Json, UserError
 
 
 def read_averaged(
@@ -67,7 +67,7 @@ def general_text(trained: Trained) -> list[Example]:
     """The text of the run's `eval.general`, encoded; [] where the run has none, or its file is not
     here any more.
     """
-    evaluated = trained.facts["config"].get("eval") or {}
+    evaluated = cast("dict[str, Json]", trained.facts["config"].get("eval") or {})
     general = evaluated.get("general", True)
     if isinstance(general, str) and not Path(general).exists():
         return []  # or rows that were in memory
@@ -77,7 +77,7 @@ def general_text(trained: Trained) -> list[Example]:
         model="unused",
         data={"format": "auto"},
         output="unused",
-        eval={"prompts": "unused", "general": general},
+        eval={"prompts": "unused", "general": general if isinstance(general, str) else True},
     )
     known = positions_in(trained.model.config.get_text_config().to_dict()) or DEFAULT_LENGTH
     data = trained.encoder.data
