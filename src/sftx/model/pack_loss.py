@@ -84,14 +84,15 @@ def to_tensors(pack: Pack, device: torch.device) -> TensorPack:
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
+    index = [] if pack.parent is None else prefix_index(pack.cu_seqlens, pack.parent)
     counts: tuple[int, ...] = ()
     prefixes: tuple[Tensor, ...] = ()
-    if pack.parent is None or pack.parent.max() < 0:
-        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
-    else:
-        queries, keys, bounds, table = prefix_index(pack.cu_seqlens, pack.parent)
+    if index:
+        queries, keys, bounds, table = index
         on_device = [move(x, x.dtype) for x in (queries, keys, bounds)]
         prefixes = (*on_device, pinned(bounds, bounds.dtype), table)
+    else:
+        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
     return TensorPack(
         ids=move(pack.ids, torch.int64),
         positions=move(pack.positions, torch.int64),
