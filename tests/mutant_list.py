@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant("sharing-sinks-without-share", "model/prefix_attention.py",
            "            out *= (old - lse).exp().to(out.dtype)[..., None]\n", "", SHARED),
     Mutant("sharing-first-depth-alone", "model/prefix_index.py",
-           "range(max(map(len, ancestors), default=0))", "range(1)", SHARED),
+           "range(max(map(len, chains)))", "range(1)", SHARED),
     Mutant("sharing-check-of-roots", "model/checks/sharing.py", "shared = tree_pack(*chosen, parents)",
            "shared = tree_pack(whole, own, [-1] * len(order))", SHARED),
     Mutant("sharing-check-without-gradients", "model/checks/sharing.py",
