@@ -90,6 +90,13 @@ def test_a_tree_without_parents_is_a_plain_pack() -> None:
     assert torch.equal(pack.index, plain.index)
 
 
+def test_a_tree_of_empty_branches_is_a_plain_pack() -> None:
+    tree = tree_of([-1, 0, 1, -1], [9, 0, 0, 5], [2, 3])
+    pack = to_tensors(tree.pack, CPU)
+    assert not pack.prefixes
+    assert sum(pack.counts) == len(pack.index)
+
+
 def test_a_tree_in_several_packs_gives_the_same_sum() -> None:
     """As packs of one rank or of several are: what they share is computed in each."""
     parents, lengths = [-1, 0, 0, 0, 3], [30, 9, 14, 5, 8]

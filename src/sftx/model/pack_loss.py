@@ -101,15 +101,16 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         part = context.part(len(pack.ids))
         first = part.start
         mine = slice(*np.searchsorted(pack.index, [part.start, part.stop]).tolist())
+    index = [] if pack.parent is None else prefix_index(pack.cu_seqlens, pack.parent)
     counts: tuple[int, ...] = ()
     prefixes: tuple[Tensor, ...] = ()
-    if pack.parent is None or pack.parent.max() < 0:
-        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
-    else:
+    if index:
         assert context is None, "ranks that share a pack do not share prefixes"
-        queries, keys, bounds, table = prefix_index(pack.cu_seqlens, pack.parent)
+        queries, keys, bounds, table = index
         on_device = [move(x, x.dtype) for x in (queries, keys, bounds)]
         prefixes = (*on_device, pinned(bounds, bounds.dtype), table)
+    else:
+        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
     return TensorPack(
         ids=move(pack.ids[part], torch.int64),
         positions=move(pack.positions[part], torch.int64),

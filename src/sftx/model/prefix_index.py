@@ -19,7 +19,8 @@ Int64 = NDArray[np.int64]
 
 
 def prefix_index(cu_seqlens: Int32, parent: Int32) -> list[Tensor]:
-    """What `shared_segments` asks of a pack: (queries, keys, bounds, table), all on the host.
+    """What `shared_segments` asks of a pack: (queries, keys, bounds, table), all on the host; nothing
+    where no token continues another segment.
 
     For every depth, and for every segment of that depth that others continue: `queries` int64[Q] are
     the places of all tokens that continue it, `keys` int64[K] those of its own; `bounds` int32[B] are
@@ -36,11 +37,15 @@ def prefix_index(cu_seqlens: Int32, parent: Int32) -> list[Tensor]:
     table = [len(chains)]
     for depth in range(max(map(len, chains))):
         places, own = _of_depth(cu_seqlens, chains, depth)
+        if not own:
+            continue
         queries += places
         keys += own
         bounds.append(_bounds(places))
         bounds.append(_bounds(own))
         table += [len(own), int(bounds[-2][-1]), int(bounds[-1][-1])]
+    if not queries:
+        return []
     return [
         torch.from_numpy(np.concatenate(queries)),
         torch.from_numpy(np.concatenate(keys)),
