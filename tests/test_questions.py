@@ -331,7 +331,7 @@ def test_a_base_that_only_the_adapter_names_is_not_fetched(
         asked.append(local_files_only)
         raise FileNotFoundError(name)
 
-    monkeypatch.setattr("sftx.model.folder.snapshot_download", download)
+    monkeypatch.setattr("sftx.model.on_disk.snapshot_download", download)
     assert main(["eval", str(result.folder), str(held)]) == 2
     assert asked == [True]
     assert main(["eval", str(result.folder), str(held), f"base={model}", "new_tokens=4"]) == 0

@@ -14,8 +14,8 @@ from sftx.data.pack import probe_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.adapter import load_adapter
 from sftx.model.checks.start import check_paths, check_sizes
-from sftx.model.folder import on_disk
 from sftx.model.load import load_model
+from sftx.model.on_disk import on_disk
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine
 from sftx.model_config import read_json

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -106,16 +106,3 @@ def _names_in_index(path: str) -> list[str]:
                 "are read"
             )
     return sorted(set(names.values()))
-
-
-def on_disk(name: str, place: str, hint: str) -> str:
-    """The folder (or the GGUF file) of a model that a file names: a name on the hub only where its
-    files have been fetched before, since the caller did not ask for it.
-
-    Raises:
-        UserError: it is not on this disk; `place` says what is not, `hint` what to do.
-    """
-    with boundary(place, hint):  # the name may be anything
-        if Path(name).is_dir() or name.endswith(".gguf"):
-            return name
-        return snapshot_download(name, local_files_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,33 +121,21 @@ def _code(text: str) -> str:
 
 
 class _WithTables:
-    """A tracker that shows tables and sends by itself; `run` and `table` are its own."""
+    """A tracker that shows tables and sends by itself: its package, and the run there."""
 
-    run: _TableRun
-    table: Callable[..., object]
+    package: Any
+    run: Any
 
     def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
         """Numbers, and samples as a table."""
         logged: dict[str, object] = dict(numbers)
         if samples:
             columns, rows = table_of(samples)
-            logged["samples"] = self.table(columns=columns, data=rows)
+            logged["samples"] = self.package.Table(columns=columns, data=rows)
         self.run.log(logged, step=step)
 
     def flush(self) -> None:
         """Nothing to do: a process or a thread of the tracker sends."""
-
-
-class _TableRun(Protocol):
-    """A run of wandb or of Trackio."""
-
-    def log(self, numbers: dict[str, object], step: int) -> None:
-        """Take the numbers of a step."""
-        ...
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Wait until all is sent."""
-        ...
 
 
 class WeightsAndBiases(_WithTables):
@@ -158,7 +146,7 @@ class WeightsAndBiases(_WithTables):
     def __init__(self, card: Card) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self.table = wandb.Table
+        self.package = wandb
         self.run = wandb.init(
             project=card.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=card.entity,
@@ -232,7 +220,7 @@ class Trackio(_WithTables):
     def __init__(self, card: Card) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        self.table = trackio.Table
+        self.package = trackio
         self.run = trackio.init(
             project=card.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
             name=f"{card.name}-{card.id}",  # it knows a run by its name

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sftx.data.chat.thoughts import close_tag, may_begin_tag, tag_at_start
+from sftx.data.chat.tag_stream import may_begin_tag, tag_at_start
+from sftx.data.chat.thoughts import close_tag
 
 LONGEST_TAG = 40
 """Characters. What is longer and no opening tag yet is content."""

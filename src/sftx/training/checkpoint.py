@@ -260,7 +260,6 @@ def records(folder: Path, step: int) -> dict[str, str]:
 
 def _state(path: Path) -> State:
     told = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    told.pop("held_out_loss", None)  # of earlier versions; metrics.jsonl has it
     return State(**told)
 
 

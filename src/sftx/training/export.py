@@ -12,7 +12,7 @@ from typing import Any
 from sftx.data.chat.template_files import bundled_templates
 from sftx.data.encoder import Encoder
 from sftx.data.tokenizer import Tokenizer
-from sftx.model.folder import on_disk
+from sftx.model.on_disk import on_disk
 from sftx.model.pack_loss import PackLoss
 from sftx.report.facts import check_needed, damaged, read_facts, section
 from sftx.settings.schema import Adapter, Config, Data, Model

@@ -81,8 +81,8 @@ def load_trained(
 def trained_by(run: Run) -> Trained:
     """What a run that has just finished has trained, with the adapter in its folder."""
     config = run.config
-    kept = {"method": config.adapter.method, "quantize": config.adapter.quantize}
-    adapter = Adapter.model_validate({**kept, "path": str(run.folder)})
+    given = config.adapter
+    adapter = Adapter(method=given.method, quantize=given.quantize, path=str(run.folder))
     tokenizer = Tokenizer.of_model(config.model)
     encoder = Encoder(tokenizer, config.data, 1 << 20)
     ids = tokenizer.added_token_ids

@@ -7,12 +7,12 @@ from __future__ import annotations
 import re
 
 # Thoughts that are not marked by a pair of tags of the usual form.
-_ODD_TAGS = {
+ODD_TAGS = {
     "<|channel>thought": "<channel|>",
     "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",
 }
-_OPEN = re.compile(
-    "|".join(map(re.escape, _ODD_TAGS))
+OPEN = re.compile(
+    "|".join(map(re.escape, ODD_TAGS))
     + r"|<\|?(?!end)[^<>\s/|]*(?:think|thought|reason)[^<>\s/|]*\|?>|\[THINK\]",
     re.IGNORECASE,
 )
@@ -26,8 +26,8 @@ def close_tag(tag: str) -> str:
     """`</think>` for `<think>`, `[/THINK]` for `[THINK]`, `<|END_THINKING|>` for
     `<|START_THINKING|>`; "" for "".
     """
-    if tag in _ODD_TAGS or not tag:
-        return _ODD_TAGS.get(tag, "")
+    if tag in ODD_TAGS or not tag:
+        return ODD_TAGS.get(tag, "")
     for begin, end in (("START", "END"), ("start", "end"), ("begin", "end")):
         if begin in tag:
             return tag.replace(begin, end)
@@ -42,7 +42,7 @@ def opening_of(prompt: str) -> tuple[str, str]:
     hold its close tag.
     """
     window = prompt[-80:]
-    last = next(reversed(list(_OPEN.finditer(window))), None)
+    last = next(reversed(list(OPEN.finditer(window))), None)
     if last is None:
         return "", ""
     inside = window[last.end() :].strip()
@@ -71,7 +71,7 @@ def block_in(prompt: str, output: str, thought: str) -> tuple[int, int] | None:
     tag = open_tag(prompt)
     begin = 0
     if not tag:
-        found = _OPEN.match(output, len(output) - len(output.lstrip()))
+        found = OPEN.match(output, len(output) - len(output.lstrip()))
         if found is None:
             return None
         tag = found.group()
@@ -90,16 +90,3 @@ def may_think(content: str) -> bool:
     return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(
         content
     ) is not None
-
-
-def tag_at_start(text: str) -> str:
-    """The opening tag of a thought with which a text begins; "" if it begins with none."""
-    found = _OPEN.match(text)
-    return found.group() if found else ""
-
-
-def may_begin_tag(text: str) -> bool:
-    """Whether a text can become one that begins with an opening tag when more of it has come."""
-    if any(tag.startswith(text) for tag in _ODD_TAGS):
-        return True
-    return text[0] in "<[" and not any(sign in text[1:] for sign in "<>[] \n")
