@@ -96,7 +96,7 @@ def _train(folder: Path, scratch: Path, method: str, steps: int) -> Any:
     import sftx
 
     shutil.rmtree(folder, ignore_errors=True)
-    adapter = {"adapter": {"method": "lora"}} if method == "lora" else {}
+    adapter: dict[str, Any] = {"adapter": {"method": "lora"}} if method == "lora" else {}
     vocabulary = peers.SHAPES["stories260K"]["vocab_size"]
     return sftx.train(
         model=peers.folder("stories260K", scratch),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def test_a_question_that_kills_its_process_costs_no_other(
         return {"error": "CUDA error: an illegal memory access"}
 
     monkeypatch.setattr(gpu, "ask", ask)
-    args, found = SimpleNamespace(json=tmp_path / "gpu.json"), {"first": {}, "cells": []}
+    args = argparse.Namespace(json=tmp_path / "gpu.json")
+    found: dict[str, Any] = {"first": {}, "cells": []}
     assert gpu.first_stage(args, found, ["one", "kills", "two"], 60) == []
     assert asked == [["one", "kills", "two"], ["kills", "two"], ["two"]]
     kept = json.loads((tmp_path / "gpu.json").read_text())["first"]
@@ -78,7 +80,7 @@ def test_a_question_that_kills_its_process_costs_no_other(
 def test_a_part_that_fails_leaves_its_traceback(tmp_path: Path) -> None:
     import gpu
 
-    args = SimpleNamespace(scratch=tmp_path, smoke=True)
+    args = argparse.Namespace(scratch=tmp_path, smoke=True)
     done = gpu.ask(args, {"do": "cell", "system": "sftx", "shape": "unknown"}, 60)
     assert done["error"] == "KeyError: 'unknown'"
     assert "Traceback" in done["traceback"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ from sftx.model.runtime import machine
 from sftx.settings.schema import Runtime
 from sftx.types import UserError
 
+FILL: Any = import_module("torch.utils.deterministic")
+
 
 def switches() -> tuple[bool, ...]:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
-        torch.utils.deterministic.fill_uninitialized_memory,
+        FILL.fill_uninitialized_memory,
         inductor.deterministic,
     )
 

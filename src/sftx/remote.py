@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
-from fsspec.core import url_to_fs  # pyright: ignore[reportUnknownVariableType, reportMissingTypeStubs]
+from fsspec.core import url_to_fs
 
 from sftx.boundary import boundary
 from sftx.types import UserError

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ CUBLAS_WORKSPACE = 32 << 20
 """Bytes; PyTorch's default on Hopper (CUBLAS_WORKSPACE_CONFIG in its notes on CUDA), 8 MiB on other
 GPUs.
 """
+# A property that its module makes for itself.
+_FILLING: Any = import_module("torch.utils.deterministic")
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
 
 
@@ -124,7 +127,7 @@ def deterministic() -> Iterator[None]:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     was = (
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _FILLING.fill_uninitialized_memory,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
         inductor.deterministic,
@@ -148,7 +151,7 @@ def _set_deterministic(
 
     torch.use_deterministic_algorithms(algorithms)
     # Nothing here reads memory that was not written: filling it would only cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    _FILLING.fill_uninitialized_memory = fill
     torch.backends.cudnn.deterministic = cudnn
     torch.backends.cudnn.benchmark = benchmark
     inductor.deterministic = compiled
