@@ -236,11 +236,11 @@ def unrepeated() -> dict[str, float]:
     """
     from sftx.model import attention as ours
 
-    repeat, ours._repeat_heads = ours._repeat_heads, lambda states, heads: states
+    repeat, ours.repeat_heads = ours.repeat_heads, lambda states, heads: states
     try:
         return attention("bfloat16", 0)
     finally:
-        ours._repeat_heads = repeat
+        ours.repeat_heads = repeat
 
 
 def _model(family: str) -> Any:

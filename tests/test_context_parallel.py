@@ -136,7 +136,7 @@ def test_what_cannot_be_shared_is_refused_by_name(folder: Path) -> None:
     }
     for path, message in cases.values():
         with pytest.raises(UserError, match=message):
-            plan(load_config(path))
+            plan(load_config(str(path)))
     heads = make_config(
         model=str(folder / "model"),
         data={"train": str(folder / "rows.jsonl")},

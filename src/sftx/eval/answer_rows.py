@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-from sftx.data.chat.conversation import as_read, conversation_of
-from sftx.data.chat.thoughts import close_tag, open_tag, tag_at_start
+from sftx.data.chat.conversation import ChatMessage, as_read, conversation_of
+from sftx.data.chat.tag_stream import tag_at_start
+from sftx.data.chat.thoughts import close_tag, open_tag
 from sftx.data.dataset import TURNS
 from sftx.data.encoder import Encoded, Encoder
 from sftx.data.sources.rows import parse
@@ -168,9 +169,9 @@ class _Writer:
         return found is not None and (found.ids, found.reference) == (prompt.ids, sample.output)
 
 
-def _context(message: dict[str, Json]) -> dict[str, Json]:
+def _context(message: ChatMessage) -> dict[str, Json]:
     """A message before the answer, of which nothing is trained."""
-    read = as_read(message)
+    read = cast("dict[str, Json]", dict(as_read(message)))
     for name in ("thinking", "reasoning"):
         read.pop(name, None)
     return {**read, "train": False} if read["role"] == "assistant" else read

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils.chat_parsing import parse_response
 
 from sftx.data.chat.conversation import Conversation
-from sftx.data.chat.renderer import TOOL, USER, says
+from sftx.data.chat.renderer import TOOL, USER, calls, says, says_calls
 from sftx.data.chat.turns import ChatTemplate
 from sftx.types import Json, RowError
 
@@ -100,7 +100,8 @@ _TOOLS: list[dict[str, Json]] = [
     {
         "type": "function",
         "function": {
-            **TOOL,
+            "name": TOOL,
+            "description": "qz",
             "parameters": {
                 "type": "object",
                 "properties": {"place": {"type": "string"}, "days": {"type": "integer"}},
@@ -122,12 +123,7 @@ def form_of(template: ChatTemplate) -> str:
     """The name in `FORMS` of the form in which a chat template writes calls; "" where it is none of
     them, or the template writes no calls.
     """
-    call: dict[str, Json] = {
-        "type": "function",
-        "id": "call00000",
-        "function": {"name": TOOL["name"], "arguments": _ARGUMENTS},
-    }
-    answer = {**says("assistant", ""), "tool_calls": [call]}
+    answer = says_calls(calls(_ARGUMENTS))
     conversation = Conversation([says("user", USER), answer], [0.0, 1.0], _TOOLS)
     try:
         written = template.turn(conversation, 1).output
@@ -136,7 +132,7 @@ def form_of(template: ChatTemplate) -> str:
     stop = template.traits.ending.stop or ""
     written = written.removesuffix(stop).removesuffix("<|eom_id|>")
     for form in FORMS:
-        if read_calls(written, template_of(form), _TOOLS)[1] == [(TOOL["name"], _ARGUMENTS)]:
+        if read_calls(written, template_of(form), _TOOLS)[1] == [(TOOL, _ARGUMENTS)]:
             return form
     return ""
 
@@ -149,10 +145,10 @@ def read_calls(
     """
     try:
         message = parse_response(text, response_template, prefix="", tools=[*tools])
-        calls = calls_of(message)
+        found = calls_of(message)
     except BROKEN:
         return text, []
-    return (message.get("content", ""), calls) if calls else (text, [])
+    return (message.get("content", ""), found) if found else (text, [])
 
 
 def calls_of(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

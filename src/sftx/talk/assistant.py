@@ -30,7 +30,7 @@ from sftx.eval.sampling import Sampling, generation_config
 from sftx.model_config import positions_in
 from sftx.talk.call_stream import CallStream
 from sftx.talk.thought_stream import Piece, ThoughtStream
-from sftx.types import Json, Message, UserError
+from sftx.types import Json, Message, ToolCall, UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +50,7 @@ class Answer:
     prompt_tokens: int = 0
     seconds: float = 0.0
     ids: list[int] = field(default_factory=list[int])  # of the tokens generated
-    calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # of tools
+    calls: list[ToolCall] = field(default_factory=list[ToolCall])  # of tools
 
     @property
     def tokens(self) -> int:
