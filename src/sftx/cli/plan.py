@@ -187,11 +187,10 @@ def _answers(config: Config, loss: PackLoss, precision: torch.dtype) -> int:
     )
 
 
-def _answers_in_words(facts: dict[str, Any]) -> Iterator[str]:
+def _answers_in_words(answers: int, memory: dict[str, int], available: int) -> Iterator[str]:
     """What answering takes, and whether it fits where a step has done its work."""
-    answers, memory = facts["answers"], facts["memory"]
     kept = sum(memory[name] for name in ("weights", "optimizer", "allocator", "base"))
-    size, room = answers / 2**30, (facts["memory_at_hand"] - kept) / 2**30
+    size, room = answers / 2**30, (available - kept) / 2**30
     yield f"answers  up to {size:.2f} GiB of keys, values and logits, while no step is taken"
     if size > room:
         yield (
@@ -280,7 +279,7 @@ def _lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
         )
         yield f"         {'at hand':12}{facts['memory_at_hand'] / 2**30:9.2f}"
         if facts["answers"]:
-            yield from _answers_in_words(facts)
+            yield from _answers_in_words(facts["answers"], facts["memory"], facts["memory_at_hand"])
     if facts.get("seconds"):
         yield (
             f"time     about {facts['seconds']:,.0f} s for all steps, while nothing else runs "
