@@ -65,7 +65,7 @@ def test_answers_are_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main([*arguments, *asked]) == 0
     assert "\nanswers  up to 0.0" in (text := capsys.readouterr().out)
     assert "\nwarning" not in text
-    assert cli.main([*arguments, "eval.prompts=other.jsonl", "eval.new_tokens=900000"]) == 0
+    assert cli.main([*arguments, "eval.prompts=other.jsonl", "eval.new_tokens=90000000"]) == 0
     assert "ask fewer eval.prompts" in capsys.readouterr().out
 
 
