@@ -60,12 +60,12 @@ def test_answers_are_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model = tiny.folder(tmp_path / "model")
     arguments = ["plan", f"model={model}/config.json", "gpus=1", "gpu_memory=1GiB"]
     assert cli.main(arguments) == 0
-    assert "answers" not in capsys.readouterr().out
+    assert "\nanswers  " not in capsys.readouterr().out
     asked = ["data.eval=held_out.jsonl", "eval.prompts=100"]
     assert cli.main([*arguments, *asked]) == 0
-    assert "answers  up to 0.0" in (text := capsys.readouterr().out)
-    assert "warning" not in text
-    assert cli.main([*arguments, "eval.prompts=other.jsonl", "eval.new_tokens=900000"]) == 0
+    assert "\nanswers  up to 0.0" in (text := capsys.readouterr().out)
+    assert "\nwarning" not in text
+    assert cli.main([*arguments, "eval.prompts=other.jsonl", "eval.new_tokens=90000000"]) == 0
     assert "ask fewer eval.prompts" in capsys.readouterr().out
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 16_384
 """Tokens of prompts and answers, padding included, that are generated together."""
-AS_SERVED: Mapping[str, Any] = {}
+Arguments = Mapping[str, Any]
+"""Arguments of transformers' `generate`, by name."""
+AS_SERVED: Arguments = {}
 """No arguments of `generate` beside the generation_config."""
 
 
@@ -91,7 +93,7 @@ def answer(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     sampling: Sampling = AS_SAVED,
-    settings: Mapping[str, Any] = AS_SERVED,
+    settings: Arguments = AS_SERVED,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
     arguments of it that come before those of the generation_config.
@@ -151,7 +153,7 @@ def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
 def _generated(
     model: PreTrainedModel,
     config: GenerationConfig,
-    others: Mapping[str, object],
+    others: Arguments,
     prompts: Sequence[list[int]],
 ) -> list[list[int]]:
     """The new tokens of each prompt, padding and all that follows a stop token cut off."""

@@ -7,12 +7,11 @@ Training asks at its evaluations, and `sftx eval` asks any model: the same quest
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,7 +28,7 @@ from sftx.eval.forgetting import (
     read_gauge,
     write_gauge,
 )
-from sftx.eval.generate import Prompt, Sample, answer
+from sftx.eval.generate import Arguments, Prompt, Sample, answer
 from sftx.eval.loss import held_out_loss
 from sftx.eval.metrics import OwnMetric, score
 from sftx.eval.sampling import AS_SAVED, Sampling
@@ -63,7 +62,7 @@ class Questions:
     scored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sampling: Sampling = AS_SAVED
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Arguments = field(default_factory=dict)
 
 
 @dataclass(slots=True)
