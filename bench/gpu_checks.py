@@ -74,6 +74,13 @@ def checks(scratch: Path, smoke: bool) -> dict[str, Any]:
         "attention_bf16_window": lambda: attention("bfloat16", 50),
         "attention_bf16_unrepeated": unrepeated,
         "attention_bf16_softcap": lambda: attention("bfloat16", 0, softcap=20.0),
+        "attention_bf16_shared": lambda: shared_attention("bfloat16"),
+        "attention_fp32_shared": lambda: shared_attention("float32"),
+        "attention_bf16_shared_window": lambda: shared_attention("bfloat16", window=50),
+        "attention_bf16_shared_softcap": lambda: shared_attention("bfloat16", softcap=20.0),
+        "shared_prefixes_llama_bf16": lambda: shared_prefixes("Llama"),
+        "shared_prefixes_qwen3_bf16": lambda: shared_prefixes("Qwen3"),
+        "shared_prefixes_gemma2_bf16": lambda: shared_prefixes("Gemma2"),
         "gradient_llama_fp32": lambda: gradient("Llama", "float32"),
         "gradient_llama_bf16": lambda: gradient("Llama", "bfloat16"),
         "gradient_qwen3_bf16": lambda: gradient("Qwen3", "bfloat16"),
@@ -144,6 +151,101 @@ def attention(dtype: str, window: int, softcap: float | None = None) -> dict[str
     wanted = torch.autograd.grad(expected, exact, grad)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *found), (expected, *wanted), strict=True)
     return {name: float((a.detach().cpu().double() - b).norm() / b.norm()) for name, a, b in pairs}
+
+
+def _tree() -> Any:
+    """A pack of two trees, 3 deep; every token that has one before it is a target."""
+    import numpy as np
+
+    from sftx.model.checks.sharing import tree_pack
+
+    rng = np.random.RandomState(1)
+    lengths = [700, 64, 1, 300, 129, 23, 31, 200]
+    tokens = [rng.randint(3, 1024, length).astype(np.int32) for length in lengths]
+    weights = [np.ones(length, np.float32) for length in lengths]
+    weights[0][0] = weights[6][0] = 0.0
+    return tree_pack(tokens, weights, [-1, 0, 0, 1, 3, 0, -1, 6])
+
+
+def shared_attention(dtype: str, window: int = 0, softcap: float | None = None) -> dict[str, float]:
+    """Largest relative error (L2) of output and gradients of attention over shared prefixes against
+    blocks in float64 on the CPU; and milliseconds of a forward and backward pass on a device.
+    """
+    import torch
+
+    from sftx.model.attention import segment_attention
+    from sftx.model.pack_loss import to_tensors
+
+    torch.manual_seed(0)
+    where, half = _device(), getattr(torch, dtype)
+    tokens = len(_tree().ids)
+    drawn = [torch.randn(1, heads, tokens, 64).to(half) for heads in (4, 2, 2)]
+    grad = torch.randn(1, tokens, 4, 64).to(half)
+    results, seconds = [], 0.0
+    out, found = grad, ()
+    for device, kind in ((where, half), (torch.device("cpu"), torch.float64)):
+        given = [x.to(device, kind).requires_grad_() for x in drawn]
+        pack = to_tensors(_tree(), device)
+        segments = pack.segments()
+        for _ in range(3 if device.type == "cuda" else 1):  # the last one is timed
+            began = time.perf_counter()
+            out, _ = segment_attention(
+                torch.nn.Module(),
+                given[0],
+                given[1],
+                given[2],
+                None,
+                scaling=0.1,
+                sliding_window=window or None,
+                softcap=softcap,
+                cu_seq_lens_q=segments["cu_seq_lens_q"],
+                max_length_q=pack.longest,
+                cu_seqlens_cpu=pack.cu_seqlens_cpu,
+                prefix_index=segments["prefix_index"],
+            )
+            found = torch.autograd.grad(out, given, grad.to(device, out.dtype))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - began
+        results.append([out.detach(), *found])
+    pairs = zip(("out", "dq", "dk", "dv"), *results, strict=True)
+    errors = {name: float((a.cpu().double() - b).norm() / b.norm()) for name, a, b in pairs}
+    return {**errors, "milliseconds": 1000 * seconds}
+
+
+def shared_prefixes(family: str) -> dict[str, Any]:
+    """Whether the start-up check lets the model share; and the relative L2 error of the gradient of a
+    pack with shared prefixes against float64 on the CPU.
+    """
+    import torch
+
+    from sftx.data.pack import probe_pack
+    from sftx.model.checks.start import check_paths
+    from sftx.model.pack_loss import PackLoss, Paths, to_tensors
+
+    where = _device()
+    model = _model(family)
+    exact = PackLoss(copy.deepcopy(model).double())
+    exact.take(Paths(shares_prefixes=True))
+    reference = exact(to_tensors(_tree(), torch.device("cpu")))
+    reference.backward()
+    loss = PackLoss(model.to(where)).train()
+    notes = check_paths(loss, probe_pack(_examples()), torch.bfloat16, 1400, 4096, share=True)
+    if not loss.paths.shares_prefixes:
+        return {"shares": False, "notes": notes}
+    with torch.autocast(where.type, torch.bfloat16):
+        value = loss(to_tensors(_tree(), where))
+    value.backward()
+    difference = norm = 0.0
+    for ours, theirs in zip(loss.parameters(), exact.parameters(), strict=True):
+        if theirs.grad is not None and ours.grad is not None:
+            difference += float(((ours.grad.cpu().double() - theirs.grad) ** 2).sum())
+            norm += float((theirs.grad**2).sum())
+    return {
+        "shares": True,
+        "loss": abs(float(value.detach()) / float(reference.detach()) - 1),
+        "gradient": math.sqrt(difference / norm),
+    }
 
 
 def unrepeated() -> dict[str, float]:

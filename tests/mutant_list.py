@@ -27,6 +27,7 @@ LOSS = ("test_loss.py test_objective.py",)
 STEP = ("test_step.py test_loss.py", "test_train.py")
 PACK = ("test_pack.py",)
 BLOCKS = ("test_attention.py",)
+SHARED = ("test_prefix_attention.py", "test_sharing.py")
 ENCODE = ("test_encode.py test_template.py test_cache.py",)
 OPTIM = ("test_step.py", "test_train.py -k schedule", "test_train.py -k decay")
 SAVED = ("test_saved_state.py",)
@@ -172,6 +173,22 @@ MUTANTS = [
            "not softcap and", BLOCKS),
     Mutant("attention-gradient-of-keys-set", "model/cpu_attention.py", "d_k[:, seen] += torch.bmm(d_z.mT, block)",
            "d_k[:, seen] = torch.bmm(d_z.mT, block)", BLOCKS),
+    Mutant("sharing-parts-not-weighed", "model/prefix_attention.py", ".mul_(kept).addcmul_(more, added)",
+           ".add_(more)", SHARED),
+    Mutant("sharing-lse-not-kept", "model/prefix_attention.py", "            lse.index_copy_(0, part.queries, new)\n",
+           "", SHARED),
+    Mutant("sharing-keys-of-last-part", "model/prefix_attention.py", "total.index_add_(0, rows, more",
+           "total.index_copy_(0, rows, more", SHARED),
+    Mutant("sharing-window-too-wide", "model/prefix_attention.py", "hidden |= distance >= window",
+           "hidden |= distance > window", SHARED),
+    Mutant("sharing-sinks-without-share", "model/prefix_attention.py",
+           "            out *= (old - lse).exp().to(out.dtype)[..., None]\n", "", SHARED),
+    Mutant("sharing-first-depth-alone", "model/prefix_index.py",
+           "range(max(map(len, ancestors), default=0))", "range(1)", SHARED),
+    Mutant("sharing-check-of-roots", "model/checks/sharing.py", "shared = tree_pack(*chosen, parents)",
+           "shared = tree_pack(whole, own, [-1] * len(order))", SHARED),
+    Mutant("sharing-check-without-gradients", "model/checks/sharing.py",
+           "for a, b in zip(gradients, others, strict=True)", "for a, b in ()", SHARED),
     # --- the cache and its key
     Mutant("key-without-form", "data/dataset.py", "{VERSION} {digest} {form} {fingerprint}",
            "{VERSION} {digest} {fingerprint}", ENCODE),

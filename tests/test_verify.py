@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sftx import cli
 from sftx.cli import verify as verify_verb
-from sftx.model.pack_loss import PackLoss, TensorPack
+from sftx.model.pack_loss import PackLoss, Paths, TensorPack
 from sftx.model.runtime import machine
 from sftx.settings.keywords import RuntimeSettings
 from sftx.settings.load import make_config
@@ -76,7 +76,7 @@ class Given:
         return runs.run_through(runs.settings_of(self.sample, adapter, name))
 
     def losses(self) -> dict[str, str]:
-        """The verdicts of the four properties of the loss."""
+        """The verdicts of the properties of the loss."""
         config = self.config()
         with machine(config.runtime) as here:
             found = losses.compare_losses(config.model, None, self.examples, self.alone, here)
@@ -95,6 +95,7 @@ def test_the_properties_of_the_loss_hold(given: Given) -> None:
         "packed = separate",
         "any pack size",
         "any order",
+        "shared prefixes = separate",
     ]
     assert {*verdicts.values()} == {"equal"}
 
@@ -110,6 +111,7 @@ FAULTS: dict[str, Callable[[TensorPack, list[Example]], bool]] = {
     "any order": lambda pack, data: (
         _segments(pack) == len(data) and pack.longest > 0 and not _same_first(pack, data)
     ),
+    "shared prefixes = separate": lambda pack, data: bool(pack.prefixes),
 }
 """When a small error is put into the loss, so that the property no longer holds."""
 
@@ -129,7 +131,11 @@ def test_a_property_of_the_loss_that_is_broken_is_seen(
         value = forward(self, pack)
         return value * 1.001 if FAULTS[what](pack, given.examples) else value
 
-    monkeypatch.setattr(losses, "check_paths", lambda *_: [])
+    def allow(loss: PackLoss, *_: object, **__: object) -> list[str]:
+        loss.take(Paths(shares_prefixes=True))
+        return []
+
+    monkeypatch.setattr(losses, "check_paths", allow)
     monkeypatch.setattr(PackLoss, "forward", wrong)
     verdicts = given.losses()
     assert verdicts[what] == "differs"
@@ -313,7 +319,7 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(
 ) -> None:
     assert verb("rows=6", "json=table.json") == 0
     out = capsys.readouterr()
-    assert "10 properties in" in out.out
+    assert "11 properties in" in out.out
     assert "all of it will take about" in out.err
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["verdict"] for row in table] == ["equal"] * 10
@@ -396,7 +402,7 @@ def test_the_table_of_families() -> None:
 def test_a_family_that_is_not_exact_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = PackLoss.forward
     monkeypatch.setattr(PackLoss, "forward", lambda self, pack: forward(self, pack) * 1.01)
-    monkeypatch.setattr("sftx.verify.families.check_paths", lambda *_: [])
+    monkeypatch.setattr("sftx.verify.families.check_paths", lambda *_, **__: [])
     (family,) = try_families(["gpt2"], shown=False)
     assert family.verdict == "wrong"
 

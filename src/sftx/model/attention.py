@@ -28,6 +28,10 @@ from sftx.model.cpu_attention import by_segment, segments
 from sftx.model.prefix_attention import shared_segments
 
 NAME = "sftx_segments"
+WITHOUT_SEGMENTS = "segment attention was called without segments: the model does not pass them on"
+WITH_MASK = (
+    "segment attention was called with a mask: the model hides or weighs keys in a way of its own"
+)
 estimating_gpu = (
     False  # set by `memory`, whose tensors without contents are on the CPU whatever they stand for
 )
@@ -58,21 +62,15 @@ def segment_attention(
     `key` and `value` [1, H_kv, T, D] -> ([1, T, H, D], None).
 
     `cu_seq_lens_q` int32[n + 1] are where segments begin and end, `cu_seqlens_cpu` the same on the
-    host;
-    `max_length_q` is at least the longest segment, with its ancestors. `prefix_index`, where segments
-    share prefixes: see `shared_segments`. Raises ValueError when called without them, so
-    that no code path attends across segments unnoticed.
+    host; `max_length_q` is at least the longest segment, with its ancestors. `prefix_index`: see
+    `shared_segments`. Raises ValueError when called without segments, so that no code path attends
+    across them unnoticed.
     """
     if cu_seq_lens_q is None or max_length_q is None or cu_seqlens_cpu is None:
-        raise ValueError(
-            "segment attention was called without segments: the model does not pass them on"
-        )
+        raise ValueError(WITHOUT_SEGMENTS)
     # Transformers makes none for this attention: it is the model's own, for itself.
     if attention_mask is not None:
-        raise ValueError(
-            "segment attention was called with a mask: the model hides or weighs keys in a way of "
-            "its own"
-        )
+        raise ValueError(WITH_MASK)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
     plain = not softcap and s_aux is None and dropout == 0.0
@@ -89,13 +87,8 @@ def segment_attention(
     if not on_host and query.dtype != value.dtype:
         query, key, value = query.float(), key.float(), value.float()
     if prefix_index is not None:
-        if dropout:
-            raise ValueError("attention drops keys, which segments with shared prefixes do not")
-        flash = flash and not window
-        if flash and not _HAS_GROUPS:
-            key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
-        numbers = (scale, window, softcap or 0.0, flash)
-        return shared_segments(query, key, value, s_aux, prefix_index, *numbers)[0], None
+        numbers = (scale, window, softcap or 0.0, flash and not window)
+        return _shared(query, key, value, s_aux, prefix_index, numbers, dropout), None
     if dropout == 0.0 and (on_host or not plain):
         return segments(
             query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0
@@ -108,6 +101,26 @@ def segment_attention(
 
 
 AttentionInterface.register(NAME, segment_attention)
+
+
+def _shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    prefix_index: list[Tensor],
+    numbers: tuple[float, int, float, bool],
+    dropout: float,
+) -> Tensor:
+    """Segments that share prefixes; `numbers` = scale, window, soft-cap, and whether flash attention
+    computes the parts.
+    """
+    if dropout:
+        raise ValueError("attention drops keys, which segments with shared prefixes do not")
+    if numbers[-1] and not _HAS_GROUPS:
+        key = _repeat_heads(key, query.shape[1])
+        value = _repeat_heads(value, query.shape[1])
+    return shared_segments(query, key, value, sinks, prefix_index, *numbers)[0]
 
 
 def _repeat_heads(states: Tensor, heads: int) -> Tensor:

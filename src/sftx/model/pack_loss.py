@@ -22,7 +22,7 @@ from sftx.model.loss import (
     cross_entropy_sum,
     fused_cross_entropy_sum,
 )
-from sftx.model.prefix_attention import prefix_index
+from sftx.model.prefix_index import prefix_index
 from sftx.model.regularization import embedding_noise, router_balance
 from sftx.settings.schema import Loss
 from sftx.types import Pack, UserError

@@ -22,80 +22,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sftx.model.cpu_attention import FILL, ROWS, at_least_fp32, scores
-from sftx.types import Int32
+from sftx.model.prefix_index import Part, parts_of
 
 UNSEEN = float("-inf")
-
-
-def prefix_index(cu_seqlens: Int32, parent: Int32) -> list[Tensor]:
-    """What `shared_segments` asks of a pack: (queries, keys, bounds, table), all on the host.
-
-    For every depth, and for every segment of that depth that others continue: `queries` int64[Q] are
-    the places of all tokens that continue it, `keys` int64[K] those of its own; `bounds` int32[B] are
-    the `cu_seqlens` of the pack, then of each depth those of its queries and those of its keys;
-    `table` int64[1 + 3 x depths] holds the number of segments, and of each depth those of its
-    ancestors, queries and keys.
-    """
-    lengths = np.diff(cu_seqlens).tolist()
-    ancestors: list[tuple[int, ...]] = []
-    for up in parent.tolist():
-        ancestors.append((*ancestors[up], up) if up >= 0 else ())
-    queries: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    bounds: list[Any] = [cu_seqlens]
-    table = [len(lengths)]
-    for depth in range(max(map(len, ancestors), default=0)):
-        below: dict[int, list[int]] = {}
-        for segment, above in enumerate(ancestors):
-            if len(above) > depth and lengths[segment] and lengths[above[depth]]:
-                below.setdefault(above[depth], []).append(segment)
-        if not below:
-            continue
-        places = [
-            np.concatenate([np.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in some])
-            for some in below.values()
-        ]
-        own = [np.arange(cu_seqlens[a], cu_seqlens[a + 1]) for a in below]
-        queries += places
-        keys += own
-        for parts in (places, own):
-            bounds.append(np.cumsum([0, *map(len, parts)]))
-        table += [len(own), sum(map(len, places)), sum(map(len, own))]
-    found = (*((np.concatenate(x) if x else np.zeros(0)) for x in (queries, keys, bounds)), table)
-    dtypes = (torch.int64, torch.int64, torch.int32, torch.int64)
-    return [torch.as_tensor(x).to(dtype) for x, dtype in zip(found, dtypes, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Sequences of queries and the sequence of keys that each sees, causally in the first part."""
-
-    queries: Tensor | None  # int64, their places in the pack; None: all of them, as they stand
-    keys: Tensor | None
-    cu_q: Tensor  # int32, on the device
-    cu_k: Tensor
-    bounds_q: list[int]
-    bounds_k: list[int]
-
-    @property
-    def causal(self) -> bool:
-        """Whether the keys are the queries' own segments."""
-        return self.queries is None
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Tokens of the longest sequence of queries, and of keys."""
-        found = [
-            max(b - a for a, b in itertools.pairwise(bounds))
-            for bounds in (self.bounds_q, self.bounds_k)
-        ]
-        return found[0], found[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,29 +42,6 @@ class _Rule:
     scale: float
     window: int
     softcap: float
-
-
-def _parts(index: list[Tensor]) -> Iterator[_Part]:
-    """The parts of a pack; `index` = (positions, queries, keys, bounds, bounds on the host, table)."""
-    _, queries, keys, bounds, host, table = index
-    limits = host.tolist()
-    segments, *counts = table.tolist()
-    at = segments + 1
-    yield _Part(None, None, bounds[:at], bounds[:at], limits[:at], limits[:at])
-    first_query = first_key = 0
-    for number, some_queries, some_keys in zip(*[iter(counts)] * 3, strict=True):
-        q, k = slice(at, at + number + 1), slice(at + number + 1, at + 2 * number + 2)
-        yield _Part(
-            queries[first_query : first_query + some_queries],
-            keys[first_key : first_key + some_keys],
-            bounds[q],
-            bounds[k],
-            limits[q],
-            limits[k],
-        )
-        at += 2 * number + 2
-        first_query += some_queries
-        first_key += some_keys
 
 
 @torch.library.custom_op("sftx::shared_segments", mutates_args=())
@@ -156,7 +67,7 @@ def shared_segments(
     forward = _flash_forward if flash else _blocks_forward
     out = lse = q.new_empty(0)
     with torch.autocast(q.device.type, enabled=False):
-        for part in _parts(index):
+        for part in parts_of(index):
             more, more_lse = forward(
                 _at(q, part.queries), _at(k, part.keys), _at(v, part.keys), part, rule
             )
@@ -195,16 +106,20 @@ def _shared_segments_backward(
     backward = _flash_backward if flash else _blocks_backward
     totals = [torch.zeros_like(x, dtype=at_least_fp32(x[:0]).dtype) for x in (q, k, v)]
     with torch.autocast(grad.device.type, enabled=False):
-        for part in _parts(index):
-            of_queries = [_at(x, part.queries) for x in (grad, out, lse, q)]
-            of_keys = [_at(x, part.keys) for x in (k, v)]
-            found = backward(*of_queries, *of_keys, part, rule)
-            places = (part.queries, part.keys, part.keys)
-            for total, more, rows in zip(totals, found, places, strict=True):
-                if rows is None:
-                    total += more
-                else:
-                    total.index_add_(0, rows, more.to(total.dtype))
+        for part in parts_of(index):
+            found = backward(
+                _at(grad, part.queries),
+                _at(out, part.queries),
+                _at(lse, part.queries),
+                _at(q, part.queries),
+                _at(k, part.keys),
+                _at(v, part.keys),
+                part,
+                rule,
+            )
+            for total, more in zip(totals, found, strict=True):
+                rows = part.queries if total is totals[0] else part.keys
+                _add(total, rows, more)
     gradients = [
         total.transpose(0, 1)[None].to(x.dtype).contiguous()
         for total, x in zip(totals, qkv, strict=True)
@@ -235,10 +150,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(q, k, v, sinks, *output, *index)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     q, k, v, sinks, out, lse, *index = ctx.saved_tensors
     found = _shared_segments_backward(grad, [q, k, v], out, lse, sinks, index, *ctx.numbers)
-    return *found[:3], None if sinks is None else found[3], [None] * len(index), *[None] * 4
+    d_sinks = None if sinks is None else found[3]
+    return *found[:3], d_sinks, [None for _ in index], None, None, None, None
 
 
 shared_segments.register_autograd(_backward, setup_context=_save)
@@ -248,12 +164,20 @@ def _at(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
+def _add(total: Tensor, rows: Tensor | None, more: Tensor) -> None:
+    """Add to these rows, none of which is named twice; in place."""
+    if rows is None:
+        total += more
+    else:
+        total.index_add_(0, rows, more.to(total.dtype))
+
+
 def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, part: _Part, rule: _Rule
+    q: Tensor, k: Tensor, v: Tensor, part: Part, rule: _Rule
 ) -> tuple[Tensor, Tensor]:
     """One part: [q, H, D], [k, H_kv, D] twice -> its output, and its log-sum-exp [q, H]."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, part.cu_q, part.cu_k, *part.longest, 0.0, part.causal, False, scale=rule.scale
+        q, k, v, part.cu_q, part.cu_k, *part.longest(), 0.0, part.causal, False, scale=rule.scale
     )
     return out, lse.t()
 
@@ -265,7 +189,7 @@ def _flash_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    part: _Part,
+    part: Part,
     rule: _Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the part's q, k and v, given the `out` and `lse` of the whole."""
@@ -279,7 +203,7 @@ def _flash_backward(
         lse.t().float().contiguous(),
         part.cu_q,
         part.cu_k,
-        *part.longest,
+        *part.longest(),
         0.0,
         part.causal,
         state,
@@ -289,7 +213,7 @@ def _flash_backward(
 
 
 def _blocks_forward(
-    q: Tensor, k: Tensor, v: Tensor, part: _Part, rule: _Rule
+    q: Tensor, k: Tensor, v: Tensor, part: Part, rule: _Rule
 ) -> tuple[Tensor, Tensor]:
     """What `_flash_forward` returns, in at least fp32; the log-sum-exp in fp64."""
     out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=at_least_fp32(q[:0]).dtype)
@@ -312,7 +236,7 @@ def _blocks_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    part: _Part,
+    part: Part,
     rule: _Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_flash_backward` returns, in at least fp32."""
@@ -360,7 +284,7 @@ class _Block:
         return x.unflatten(1, (-1, filled))[:, :, :rows].flatten(0, 1).transpose(0, 1)
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, part: _Part, rule: _Rule) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, part: Part, rule: _Rule) -> Iterator[_Block]:
     """The blocks of a part, those that see the same keys one after another."""
     step = ROWS * (1 if q.device.type == "cpu" else 8)
     here = _at(rule.positions, part.queries)

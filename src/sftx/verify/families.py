@@ -4,7 +4,8 @@ packed?
 Of each class a small model with random weights is made from its own default configuration, with
 windows, chunks and the like shortened to 40 tokens. Its loss and gradients over examples of up to
 120 tokens, in one pack, are compared with each example alone through a fresh float64 copy of the
-plain model and torch's cross-entropy.
+plain model and torch's cross-entropy; so are those of examples that share a prefix, where the checks
+let the model share it.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sftx.boundary import boundary
 from sftx.cores import usable_cores
 from sftx.data.pack import build_pack, probe_pack
+from sftx.model.checks.sharing import tree_pack
 from sftx.model.checks.stand_in import stand_in
 from sftx.model.checks.start import check_paths
 from sftx.model.pack_loss import PackLoss, to_tensors
-from sftx.types import Example, UserError
+from sftx.types import Example, Pack, UserError
 
 Verdict = Literal["packed", "one at a time", "refused", "wrong", "not tried"]
 LENGTHS = [120, 9, 97, 43, 110, 5]
@@ -195,26 +197,35 @@ def try_family(name: str) -> Family:
             model = small_model(name)
             data = examples(_vocabulary(model))
             value, gradients = alone_in_float64(model, data)
+            whole, shared = behind_a_prefix(data)
+            shared_value, shared_gradients = alone_in_float64(model, whole)
     except UserError as error:
         return Family(name, "not tried", str(error)[:300])
     loss = PackLoss(model).eval()
     try:
         with boundary(CRASHED):
-            notes = check_paths(loss, probe_pack(data), torch.float32, max(LENGTHS), 2048)
+            probe = probe_pack(data)
+            notes = check_paths(loss, probe, torch.float32, max(LENGTHS), 2048, share=True)
     except UserError as error:
         verdict: Verdict = "wrong" if str(error).startswith(CRASHED) else "refused"
         return Family(name, verdict, str(error)[:300])
-    errors = _errors(loss, data, value, gradients)
+    errors = _errors(loss, build_pack(data), data, value, gradients)
+    if loss.paths.shares_prefixes:
+        loss.zero_grad()
+        others = _errors(loss, shared, whole, shared_value, shared_gradients)
+        errors = {key: max(errors[key], others[key]) for key in errors}
     right = all(errors[key] < limit for key, limit in LIMITS.items())
     exact: Verdict = "packed" if loss.paths.isolate else "one at a time"
     return Family(name, exact if right else "wrong", "; ".join(notes), **errors)
 
 
 def _errors(
-    loss: PackLoss, data: list[Example], value: float, gradients: list[Tensor]
+    loss: PackLoss, pack: Pack, data: list[Example], value: float, gradients: list[Tensor]
 ) -> dict[str, float]:
-    """Relative differences of the packed loss and of all its gradients (L2) from those alone."""
-    total = loss(to_tensors(build_pack(data), torch.device("cpu"))) / _weight(data)
+    """Relative differences of the loss of `pack` and of all its gradients (L2) from those of the
+    examples alone.
+    """
+    total = loss(to_tensors(pack, torch.device("cpu"))) / _weight(data)
     total.backward()
     apart = squares = 0.0
     for parameter, wanted in zip(loss.model.parameters(), gradients, strict=True):
@@ -259,6 +270,23 @@ def examples(vocabulary: int) -> list[Example]:
         weights[-1], weights[0] = 1.0, 0.0
         made.append(Example(rng.randint(3, vocabulary, length).astype(np.int32), weights))
     return made
+
+
+def behind_a_prefix(data: list[Example]) -> tuple[list[Example], Pack]:
+    """Three examples that begin with the first 60 tokens of the first, one of them going on where
+    another does, and the pack that holds what they share once.
+    """
+    root = Example(data[0].ids[:60], data[0].weights[:60])
+    first, second, third = data[0], data[1], data[3]
+    tokens = [root.ids, first.ids[60:], second.ids, third.ids]
+    weights = [3 * root.weights, first.weights[60:], 2 * second.weights, third.weights]
+    whole = [first, _joined(root, second), _joined(root, second, third)]
+    return whole, tree_pack(tokens, weights, [-1, 0, 0, 2])
+
+
+def _joined(*parts: Example) -> Example:
+    ids = np.concatenate([part.ids for part in parts])
+    return Example(ids, np.concatenate([part.weights for part in parts]))
 
 
 def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[float, list[Tensor]]:

@@ -6,19 +6,21 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sftx.boundary import boundary
 from sftx.data.pack import balanced, build_pack, probe_pack
 from sftx.data.store.corpus import Corpus
 from sftx.model.adapter import load_adapter
+from sftx.model.checks.sharing import tree_pack
 from sftx.model.checks.start import check_paths, check_sizes
 from sftx.model.load import load_model
 from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.model.runtime import Machine, name_of
 from sftx.settings.schema import Model
-from sftx.types import Example
-from sftx.verify.finding import Finding, compared
+from sftx.types import Example, Pack
+from sftx.verify.finding import Finding, compared, does_not_apply
 from sftx.verify.oracle import Measured, losses_alone, plain_model, train_embeddings_only
 
 EXAMPLES, TOKENS = 6, 1024
@@ -56,9 +58,11 @@ def chosen(corpus: Corpus) -> list[Example]:
 def oracle(
     model: Model, adapter: str | None, examples: Sequence[Example], machine: Machine
 ) -> list[Measured]:
-    """Each example alone, through the model as transformers loads it."""
+    """Each example alone, through the model as transformers loads it; then those with a common
+    beginning, see `_with_a_prefix`.
+    """
     plain = plain_model(model.path, adapter, model.trust_remote_code, machine.device)
-    return list(losses_alone(plain, examples))
+    return list(losses_alone(plain, [*examples, *_with_a_prefix(examples)]))
 
 
 def compare_losses(
@@ -68,7 +72,8 @@ def compare_losses(
     alone: Sequence[Measured],
     machine: Machine,
 ) -> Losses:
-    """Four properties of the loss: that of the model's logits, for packs, for any size, any order.
+    """Five properties of the loss: that of the model's logits, for packs, for any size, any order,
+    and for shared prefixes. `alone` = what `oracle` returns.
 
     Raises:
         UserError: the model cannot be loaded, or its start-up checks refuse it.
@@ -80,7 +85,10 @@ def compare_losses(
     loss = PackLoss(loaded).eval()
     longest = max(len(example.ids) for example in examples)
     check_sizes(loss, longest, max(int(example.ids.max()) for example in examples))
-    notes = check_paths(loss, probe_pack(examples), machine.precision, longest, TOKENS)
+    probe = probe_pack(examples)
+    notes = check_paths(loss, probe, machine.precision, longest, TOKENS, share=True)
+    shared_alone = alone[len(examples) :]
+    alone = alone[: len(examples)]
     total = _sum(alone)
     limits = LIMITS[machine.precision]
     kind = f"{name_of(machine.precision)}, {len(examples)} examples"
@@ -106,8 +114,54 @@ def compare_losses(
             packed,
             _any_size(loss, examples, total, machine),
             _any_order(loss, examples, total, machine),
+            _shared_prefixes(loss, examples, shared_alone, machine),
         ],
         notes,
+    )
+
+
+def _with_a_prefix(examples: Sequence[Example]) -> list[Example]:
+    """The examples behind the first half of the first one, with its weights; none is longer than the
+    longest was. Nothing where that leaves no room.
+    """
+    longest = max(len(example.ids) for example in examples)
+    half = len(examples[0].ids) // 2
+    made: list[Example] = []
+    for example in examples if 0 < half < longest else ():
+        rest = slice(half, None) if example is examples[0] else slice(longest - half)
+        weights = example.weights[rest].copy()
+        weights[:1] = 1.0
+        made.append(
+            Example(
+                np.concatenate([examples[0].ids[:half], example.ids[rest]]),
+                np.concatenate([examples[0].weights[:half], weights]),
+            )
+        )
+    return made
+
+
+def _shared_prefixes(
+    loss: PackLoss, examples: Sequence[Example], alone: Sequence[Measured], machine: Machine
+) -> Finding:
+    what = "shared prefixes = separate"
+    how = (
+        "all examples behind half of the first one, which is computed once; each whole, alone "
+        "through the plain model"
+    )
+    if not loss.paths.shares_prefixes:
+        return does_not_apply(what, how, "the start-up checks leave this model without them")
+    if not alone:
+        return does_not_apply(what, how, "the examples are too short to share anything")
+    half = len(examples[0].ids) // 2
+    whole = _with_a_prefix(examples)
+    tokens = [whole[0].ids[:half], *(example.ids[half:] for example in whole)]
+    weights = [len(whole) * whole[0].weights[:half], *(example.weights[half:] for example in whole)]
+    pack = tree_pack(tokens, weights, [-1, *(0 for _ in whole)])
+    return compared(
+        what,
+        how,
+        _apart(_measured_packs(loss, [pack], machine), _sum(alone)),
+        LIMITS[machine.precision],
     )
 
 
@@ -142,12 +196,16 @@ def _any_order(
 
 def _measured(loss: PackLoss, packs: Sequence[Sequence[Example]], machine: Machine) -> Measured:
     """Loss and gradient of a step cut into these packs, by the path that training takes."""
+    return _measured_packs(loss, [build_pack(examples) for examples in packs], machine)
+
+
+def _measured_packs(loss: PackLoss, packs: Sequence[Pack], machine: Machine) -> Measured:
     weight = train_embeddings_only(loss.model)
     weight.grad = None
     total = 0.0
-    for examples in packs:
+    for pack in packs:
         with machine.autocast():
-            value = loss(to_tensors(build_pack(examples), machine.device))
+            value = loss(to_tensors(pack, machine.device))
         value.backward()
         total += float(value.detach())
     assert weight.grad is not None

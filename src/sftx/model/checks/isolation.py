@@ -64,7 +64,7 @@ Gradients = list[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class _Alone:
     """What a segment gives alone, through the unchanged model; float64."""
 
     logits: Tensor  # [M, V], at its targets
@@ -86,41 +86,39 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
         return Isolation(reaches == 0, 0, reaches, None)
     pack = random_pack(lengths, vocabulary(small))
     try:
-        parts = [alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
+        alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
     except FOREIGN_ERRORS:
         return Isolation(reaches == 0, 0, reaches, None)
     order = places(settings, lengths, largest_pack)
-    if _packs(small, _both_ways(pack, parts, order), in_order(pack, [0, 2, 4])):
+    if _packs(small, pack, alone, order):
         return Isolation(True, max(lengths), reaches)
-    one_by_one = _both_ways(pack, parts, list(range(len(parts))))
-    return Isolation(False, max(lengths), reaches, _forget(small, one_by_one))
+    return Isolation(False, max(lengths), reaches, _forget(small, pack, alone))
 
 
-def _packs(
-    small: PreTrainedModel, packs: list[tuple[TensorPack, list[Alone]]], short: TensorPack
-) -> bool:
+def _packs(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone], order: list[int]) -> bool:
     """Whether the trainer's fast path is exact."""
     loss = PackLoss(copy.deepcopy(small)).eval()
     try:
         with torch.no_grad():
-            transform = matching_transform(loss, short, EQUAL)
+            transform = matching_transform(loss, in_order(pack, [0, 2, 4]), EQUAL)
         loss.take(Paths(transform=transform))
-        return exact(loss, packs, loss.own_logits)
+        return _exact(loss, pack, alone, order, loss.own_logits)
     except FOREIGN_ERRORS:  # the model's forward does not take segments
         return False
 
 
-def _forget(small: PreTrainedModel, packs: list[tuple[TensorPack, list[Alone]]]) -> Names:
+def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Names:
     """What must be put back before each segment, so that one at a time is exact."""
     loss = PackLoss(copy.deepcopy(small)).eval()
+    order = list(range(len(alone)))
     fresh = ForwardState(loss.model)
     loss.take(Paths(isolate=False))
-    if exact(loss, packs, loss.logits_one_by_one):
+    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
         return frozenset()
     names = fresh.changed()
     fresh.put_back()
     loss.take(Paths(isolate=False, forgets=ForwardState(loss.model, names)))
-    if exact(loss, packs, loss.logits_one_by_one):
+    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
         return names
     raise UserError(
         f"model.path: {type(small).__name__} does not give an example the same loss each time "
@@ -130,50 +128,41 @@ def _forget(small: PreTrainedModel, packs: list[tuple[TensorPack, list[Alone]]])
     )
 
 
-def alone(fresh: PreTrainedModel, one: TensorPack) -> Alone:
+def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
     """A segment through a fresh model, by nothing but the model's own forward."""
     logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
     losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
     value = (losses * one.weight.double()).sum()
     value.backward()
-    return Alone(logits.detach(), float(value.detach()), [p.grad for p in fresh.parameters()])
+    return _Alone(logits.detach(), float(value.detach()), [p.grad for p in fresh.parameters()])
 
 
-def exact(
+def _exact(
     loss: PackLoss,
-    packs: list[tuple[TensorPack, list[Alone]]],
+    pack: TensorPack,
+    alone: list[_Alone],
+    order: list[int],
     logits_of: Callable[[TensorPack], Tensor],
 ) -> bool:
-    """Whether the trainer's path gives the logits that segments give alone in every pack, and in the
-    first the loss and the gradients.
+    """Whether the trainer's path gives the logits, the loss and the gradients that segments give
+    alone; the logits in the opposite order too.
     """
-    for pack, parts in packs:
+    for numbers in (order, order[::-1]):
         with torch.no_grad():
-            found = logits_of(pack)
-        expected = torch.cat([part.logits for part in parts])
+            found = logits_of(in_order(pack, numbers))
+        expected = torch.cat([alone[number].logits for number in numbers])
         if found.shape != expected.shape:
             return False
         if float((found - expected).abs().max()) > EQUAL * float(expected.abs().max()):
             return False
-    pack, parts = packs[0]
     loss.zero_grad()
-    value = loss(pack)
+    value = loss(in_order(pack, order))
     value.backward()
-    expected_loss = sum(part.loss for part in parts)
+    expected_loss = sum(alone[number].loss for number in order)
     if abs(float(value.detach()) - expected_loss) > EQUAL * abs(expected_loss):
         return False
-    wanted = _sum([part.gradients for part in parts])
+    wanted = _sum([alone[number].gradients for number in order])
     return _furthest([p.grad for p in loss.model.parameters()], wanted) <= EQUAL
-
-
-def _both_ways(
-    pack: TensorPack, parts: list[Alone], order: list[int]
-) -> list[tuple[TensorPack, list[Alone]]]:
-    """The segments of `pack` in this order, and in the opposite one, with what each gives alone."""
-    return [
-        (in_order(pack, numbers), [parts[number] for number in numbers])
-        for numbers in (order, order[::-1])
-    ]
 
 
 def _sum(parts: list[Gradients]) -> Gradients:

@@ -1,14 +1,13 @@
-"""Whether segments may share prefixes: tried on a small stand-in, as `isolation` tries packs, and on
-the model itself.
+"""Whether segments may share prefixes: tried on a small stand-in, in float64, and on the model itself.
 
-What a segment gives with its ancestors in a pack must be what its whole sequence gives alone. A model
-that does something of its own with segments (a state, a convolution, positions that it counts
-itself), or that drops attention while it trains, does not pass.
+What segments give behind shared prefixes must be what whole sequences give in a pack, which
+`isolation` has found to be exact: logits, loss and gradients. A model that does something of its own
+with segments (a state, a convolution, positions that it counts itself), or that drops attention
+while it trains, does not pass.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftx.model.checks.isolation import EQUAL, alone, exact, matching_transform
+from sftx.model.checks.isolation import EQUAL, matching_transform
 from sftx.model.checks.probe import LONGEST, segment_lengths
 from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
@@ -31,6 +30,8 @@ KERNELS_EQUAL = 3e-2
 """Relative difference (L2) that rounding to half precision explains."""
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.enable_grad()
 def shares_prefixes(loss: PackLoss, longest: int) -> bool:
     """Whether a stand-in for the model of `loss` is exact with shared prefixes, in sequences up to
     `longest` tokens. What cannot be tried is not.
@@ -40,24 +41,44 @@ def shares_prefixes(loss: PackLoss, longest: int) -> bool:
     if small is None:
         return False
     tokens, weights = _random_segments(long, vocabulary(small))
+    pairs = [_both_ways(tokens, weights, order) for order in ORDERS]
+    ours = PackLoss(small).eval()
     try:
-        parts = [
-            alone(copy.deepcopy(small), _whole_sequence(tokens, weights, segment))
-            for segment in range(len(PARENTS))
-        ]
-        ours = PackLoss(copy.deepcopy(small)).eval()
-        packs = [_arranged(tokens, weights, order) for order in ORDERS]
         with torch.no_grad():
-            transform = matching_transform(ours, packs[0], EQUAL)
+            transform = matching_transform(ours, pairs[0][1], EQUAL)
         ours.take(Paths(transform=transform, shares_prefixes=True))
-        wanted = [[parts[segment] for segment in order] for order in ORDERS]
-        if not exact(ours, list(zip(packs, wanted, strict=True)), ours.own_logits):
+        if not all(_same(ours, *pair) for pair in pairs):
             return False
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            ours.train().own_logits(packs[0])
+            ours.train().own_logits(pairs[0][0])
     except FOREIGN_ERRORS:  # the model's forward does not take such segments
         return False
     return True
+
+
+def _same(loss: PackLoss, shared: TensorPack, separate: TensorPack) -> bool:
+    """Whether two packs give the same logits, loss and gradient of every weight."""
+    with torch.no_grad():
+        logits, wanted = loss.own_logits(shared), loss.own_logits(separate)
+    if logits.shape != wanted.shape:
+        return False
+    if float((logits - wanted).abs().max()) > EQUAL * float(wanted.abs().max()):
+        return False
+    (value, gradients), (same, others) = _step(loss, shared), _step(loss, separate)
+    least = 1e-3 * max(float(g.norm()) for g in others)  # what has no gradient but by rounding
+    return abs(value - same) <= EQUAL * abs(same) and all(
+        float((a - b).norm()) <= EQUAL * max(float(b.norm()), least)
+        for a, b in zip(gradients, others, strict=True)
+    )
+
+
+def _step(loss: PackLoss, pack: TensorPack) -> tuple[float, list[Tensor]]:
+    """The loss of a pack, and the gradient of every weight."""
+    loss.zero_grad()
+    value = loss(pack)
+    value.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in loss.parameters()]
+    return float(value.detach()), found
 
 
 def apart(loss: PackLoss, probe: TensorPack) -> float:
@@ -82,6 +103,7 @@ def apart(loss: PackLoss, probe: TensorPack) -> float:
     return float((ours.float() - theirs.float()).abs().amax(-1).mean())
 
 
+@torch.enable_grad()
 def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether flash attention, merged, gives the output and the gradients of merged blocks."""
     parents, lengths = [-1, 0, 0, 2, -1], [70, 33, 1, 150, 9]
@@ -143,20 +165,23 @@ def _random_segments(long: int, ids: int) -> tuple[list[Int32], list[Float32]]:
     return tokens, weights
 
 
-def _whole_sequence(tokens: list[Int32], weights: list[Float32], segment: int) -> TensorPack:
-    """A segment behind its ancestors, alone; its own targets."""
-    path = [segment]
-    while PARENTS[path[0]] >= 0:
-        path.insert(0, PARENTS[path[0]])
-    ids = np.concatenate([tokens[number] for number in path])
-    own = np.zeros(len(ids), np.float32)
-    own[len(ids) - len(tokens[segment]) :] = weights[segment]
-    return to_tensors(tree_pack([ids], [own], [-1]), CPU)
-
-
-def _arranged(tokens: list[Int32], weights: list[Float32], order: Sequence[int]) -> TensorPack:
-    """The segments as a pack, in this order."""
+def _both_ways(
+    tokens: list[Int32], weights: list[Float32], order: Sequence[int]
+) -> tuple[TensorPack, TensorPack]:
+    """The segments in this order, behind shared prefixes, and each as a whole sequence of its own,
+    the weights of its ancestors 0.
+    """
     place = {-1: -1} | {segment: number for number, segment in enumerate(order)}
     parents = [place[PARENTS[segment]] for segment in order]
+    whole, own = [], []
+    for segment in order:
+        above = PARENTS[segment]
+        before = tokens[segment][:0]
+        while above >= 0:
+            before = np.concatenate([tokens[above], before])
+            above = PARENTS[above]
+        whole.append(np.concatenate([before, tokens[segment]]))
+        own.append(np.concatenate([np.zeros(len(before), np.float32), weights[segment]]))
     chosen = [tokens[segment] for segment in order], [weights[segment] for segment in order]
-    return to_tensors(tree_pack(*chosen, parents), CPU)
+    shared = tree_pack(*chosen, parents)
+    return to_tensors(shared, CPU), to_tensors(tree_pack(whole, own, [-1] * len(order)), CPU)

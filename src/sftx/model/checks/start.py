@@ -96,35 +96,34 @@ def check_paths(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
                 "probe"
             )
-        moved = apart(loss, pack) if share else 0.0
-    refusal = ""
-    if share:
-        refusal = _why_not_shared(loss, moved <= tolerance * scale, precision, longest)
-    loss.take(replace(loss.paths, shares_prefixes=share and not refusal))
-    notes = [refusal] if refusal else []
+        notes: list[str] = []
+        if share and loss.paths.isolate:
+            notes = _let_share(loss, pack, tolerance * scale, precision, longest)
     if loss.paths.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
         notes.append(f"the head of {name} is not a plain matrix (measured): {how}")
     return notes
 
 
-def _why_not_shared(loss: PackLoss, near: bool, precision: torch.dtype, longest: int) -> str:
-    """Why segments may not share prefixes, in words; empty where they may. `near`: the model itself
-    gives the same through them, but for rounding.
+def _let_share(
+    loss: PackLoss, pack: TensorPack, limit: float, precision: torch.dtype, longest: int
+) -> list[str]:
+    """Let segments share prefixes where that is found to be exact; else why not, in words. `limit` =
+    how far rounding moves the model's own logits.
     """
-    how = "prefixes are not shared: every example computes its own"
-    if loss.objective.neftune_alpha:
-        return f"loss.neftune_alpha draws noise for each example: {how}"
-    if loss.objective.router_aux:
-        return f"loss.router_aux balances the experts of each example: {how}"
-    device = next(loss.parameters()).device
+    device = pack.ids.device
     half_on_gpu = device.type == "cuda" and precision != torch.float32
-    if half_on_gpu and not kernels_agree(device, precision):
-        return f"attention over shared prefixes is not exact on this device (measured): {how}"
-    if not near or not shares_prefixes(loss, longest):
-        name = type(loss.model).__name__
-        return f"{name} was not found to give the same through shared prefixes: {how}"
-    return ""
+    why = ""
+    if loss.objective.neftune_alpha:
+        why = "loss.neftune_alpha draws noise for each example"
+    elif loss.objective.router_aux:
+        why = "loss.router_aux balances the experts of each example"
+    elif half_on_gpu and not kernels_agree(device, precision):
+        why = "attention over shared prefixes is not exact on this device (measured)"
+    elif apart(loss, pack) > limit or not shares_prefixes(loss, longest):
+        why = f"{type(loss.model).__name__} was not found to give the same through shared prefixes"
+    loss.take(replace(loss.paths, shares_prefixes=not why))
+    return [f"{why}: every example computes its own prefix"] if why else []
 
 
 def _one_at_a_time(name: str, found: Isolation) -> str:
