@@ -69,7 +69,7 @@ def test_a_model_that_cannot_share_is_refused_only_where_it_must(tmp_path: Path)
     result = sftx.train(**settings(tmp_path, "auto", loss=noise, batch={"steps": 1}))
     facts = json.loads((result.folder / "run.json").read_text())
     assert not facts["shares_prefixes"]
-    assert any("prefixes are not shared" in note for note in facts["notes"])
+    assert any("every example computes its own prefix" in note for note in facts["notes"])
 
 
 @pytest.mark.slow

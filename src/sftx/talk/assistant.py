@@ -30,7 +30,7 @@ from sftx.eval.sampling import Sampling, generation_config
 from sftx.model_config import positions_in
 from sftx.talk.call_stream import CallStream
 from sftx.talk.thought_stream import Piece, ThoughtStream
-from sftx.types import Json, Message, ToolCall, UserError
+from sftx.types import Function, Json, Message, ToolCall, UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -322,10 +322,10 @@ def _without_calls(piece: Piece, calls: CallStream, answer: Answer) -> Iterator[
         yield piece
 
 
-def _as_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _as_call(name: str, arguments: dict[str, Any]) -> ToolCall:
     """A call as the OpenAI API writes it: the arguments are JSON text."""
     written = json.dumps(arguments, ensure_ascii=False)
-    made = {"name": name, "arguments": written}
+    made: Function = {"name": name, "arguments": written}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": made}
 
 

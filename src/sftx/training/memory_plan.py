@@ -40,7 +40,7 @@ MARGIN = 0.92
 last byte.
 """
 SHARED_SIZES = (65536, 32768, 16384, 8192, 4096, 2048)
-PREFIXES = 16
+PREFIXES = 4
 """Packs that share a prefix may get this many times its tokens: it is computed again in each pack.
 """
 
