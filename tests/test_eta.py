@@ -13,7 +13,7 @@ from sftx.data.plan import Plan
 from sftx.report.progress import Progress, duration
 from sftx.settings.schema import Batch
 from sftx.training.metrics import Eta
-from sftx.types import StepRecord, untrained
+from sftx.types import StepRecord
 
 
 def plan(lengths: list[int], **batch: Any) -> Plan:
@@ -56,7 +56,7 @@ def test_a_run_that_is_continued_counts_its_own_steps_only() -> None:
 
 
 def record(step: int, left: float | None) -> StepRecord:
-    made = untrained(10)
+    made = StepRecord(0, 10)
     made.step, made.loss, made.seconds_left = step, 1.0, left
     return made
 

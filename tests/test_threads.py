@@ -95,7 +95,7 @@ def test_what_is_asked_for_comes_first(
 
 
 def test_as_many_processes_encode_as_there_is_time_for(sixteen: Path) -> None:
-    from sftx.data.store.encode_pool import cores as workers
+    from sftx.data.store.encode_pool import usable_cores as workers
 
     write(sixteen / "PROC/self/cgroup", "0::/\n")
     write(sixteen / "CGROUPS/cpu.max", "300000 100000\n")

@@ -400,8 +400,8 @@ def test_a_merge_that_was_interrupted_is_made_up_for(
     config = settings(
         model, tmp_path / "run", batch={"epochs": 0.2}, adapter={"method": "lora", "merge": True}
     )
-    export = Mock(wraps=loop.export, side_effect=[OSError("no space"), DEFAULT])
-    monkeypatch.setattr(loop, "export", export)
+    export = Mock(wraps=loop.write_merged, side_effect=[OSError("no space"), DEFAULT])
+    monkeypatch.setattr(loop, "write_merged", export)
     with pytest.raises(OSError, match="no space"):
         sftx.train(**config)
     for _ in range(2):
