@@ -27,8 +27,8 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "tokens on the run path": Limit(now=134_000, aim=55_000),
-    "tokens per line of code": Limit(now=8.8, aim=8.5),
+    "tokens on the run path": Limit(now=139_000, aim=55_000),
+    "tokens per line of code": Limit(now=8.9, aim=8.5),
     "annotations with Any, in percent": Limit(now=6.8, aim=5),
     "functions of a complexity over 10": Limit(now=54, aim=0),
     "lines of the longest file": Limit(now=400, aim=400),

@@ -41,7 +41,7 @@ from sftx.report.facts import RunFacts
 from sftx.report.progress import Progress
 from sftx.report.record import Run
 from sftx.settings.schema import Config
-from sftx.training import checkpoint
+from sftx.training import checkpoint, prefix_sharing
 from sftx.training.best import chosen_by
 from sftx.training.checks import check_best, check_ranks, check_same_tokens, check_stop_token
 from sftx.training.job import Job
@@ -55,12 +55,6 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import build_optimizer, learning_rate, peak_learning_rate
-from sftx.training.prefix_sharing import (
-    possible_saving,
-    refuse_unshared,
-    shares_prefixes,
-    wants_to_share,
-)
 from sftx.training.run_identity import (
     dotted,
     find_beginning,
@@ -197,7 +191,7 @@ def _read_data(config: Config, model_config: PreTrainedConfig, progress: Progres
     positions = getattr(text, "max_position_embeddings", None)
     questions = read_questions(config, encoder, held_out, positions)
     check_best(chosen_by(config.eval), held_out, questions)
-    saving = possible_saving(config.runtime, plan, corpus)
+    saving = prefix_sharing.possible_saving(config.runtime, plan, corpus)
     return RunData(tokenizer, max_length, encoder, corpus, held_out, plan, questions, saving)
 
 
@@ -289,9 +283,9 @@ def _check_model(
     longest = max(int(corpus.lengths.max(initial=1)) for corpus in corpora)
     largest = largest_pack(config.runtime, machine.device, profile.sharing(data.saving))
     probe = probe_pack([data.corpus.example(i) for i in range(min(len(data.corpus), 3))])
-    share = wants_to_share(config.runtime, data.saving)
+    share = prefix_sharing.wants_to_share(config.runtime, data.saving)
     notes = check_paths(loss, probe, machine.precision, longest, largest, share)
-    refuse_unshared(config.runtime, loss, notes)
+    prefix_sharing.refuse_unshared(config.runtime, loss, notes)
     return notes
 
 
@@ -332,7 +326,7 @@ def _choose_packing(
     )
     same_device = run.facts.device.partition(":")[0] == machine.device.type
     earlier = run.facts.tokens_per_pack if same_device else None
-    shares = shares_prefixes(config.runtime, run.facts, loss)
+    shares = prefix_sharing.shares_prefixes(config.runtime, run.facts, loss)
     profile = profile.sharing(data.saving) if shares else profile
     chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
     # Of layers as they are, before they are compiled.
