@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sftx.data.sources.read import parse_line
 from sftx.data.sources.tables import Table
 from sftx.data.store.corpus import Corpus
-from sftx.types import UserError
+from sftx.types import Json, UserError
 
 Int64 = NDArray[np.int64]
 WITHOUT_FIELD = ("none", "row", "prompt")
@@ -54,7 +54,7 @@ def fields_of(
         hashes: list[int] = [0]
         for line, raw, _ in table.rows(scratch):
             row = parse_line(raw)  # before `data.columns` names its fields anew
-            key = ["alone", number, line]
+            key: list[Json] = ["alone", number, line]
             if isinstance(row, dict) and group_by in row:
                 key, known = ["field", row[group_by]], True
             hashes += [0] * (line + 1 - len(hashes))

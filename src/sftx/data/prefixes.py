@@ -40,12 +40,14 @@ def shared_order(tokens: Sequence[Int32]) -> SharedOrder:
     """
     count = len(tokens)
     alike = _with_equal_beginnings(tokens)
-    keys = [tokens[i].astype(">u4").tobytes() for i in alike.tolist()]  # compares as tokens do
-    alike = alike[sorted(range(len(keys)), key=keys.__getitem__)]
+    candidates: list[int] = alike.tolist()
+    keys = {i: tokens[i].astype(">u4").tobytes() for i in candidates}  # they compare as tokens do
+    candidates.sort(key=keys.__getitem__)
+    alike = np.array(candidates, np.int64)
     common = np.zeros(len(alike), np.int64)
-    for k, (a, b) in enumerate(pairwise(alike.tolist()), 1):
+    for k, (a, b) in enumerate(pairwise(candidates), 1):
         common[k] = _common(tokens[a], tokens[b])
-    lengths = np.array([len(tokens[i]) for i in alike.tolist()], np.int64)
+    lengths = np.array([len(tokens[i]) for i in candidates], np.int64)
     worth = _worth_sharing(common, lengths)
     if worth.sum() < GAIN * sum(map(len, tokens)):
         return SharedOrder(np.arange(count), np.zeros(count, np.int64))
@@ -58,10 +60,11 @@ def _with_equal_beginnings(tokens: Sequence[Int32]) -> Int64:
     """Numbers of the examples whose first `LEAST` tokens are those of another one too, by a hash of
     them.
     """
-    long = np.array([i for i, ids in enumerate(tokens) if len(ids) >= LEAST], np.int64)
+    numbers = [i for i, ids in enumerate(tokens) if len(ids) >= LEAST]
+    long = np.array(numbers, np.int64)
     if len(long) < 2:
         return long[:0]
-    beginnings = np.stack([tokens[i][:LEAST] for i in long.tolist()]).astype(np.uint64)
+    beginnings = np.stack([tokens[i][:LEAST] for i in numbers]).astype(np.uint64)
     hashes = (beginnings * _FACTORS).sum(axis=1, dtype=np.uint64)
     _, which, times = np.unique(hashes, return_inverse=True, return_counts=True)
     return long[times[which] > 1]
