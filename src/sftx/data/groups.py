@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ def fields_of(
             row = parse_line(raw)  # before `data.columns` names its fields anew
             key: list[Json] = ["alone", number, line]
             if isinstance(row, dict) and group_by in row:
-                key, known = ["field", row[group_by]], True
+                key, known = ["field", cast(dict[str, Json], row)[group_by]], True
             hashes += [0] * (line + 1 - len(hashes))
             hashes[line] = _hash(json.dumps(key, sort_keys=True).encode())
         found.append(np.array(hashes, np.uint64))
