@@ -324,7 +324,7 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(
     assert "11 properties in" in out.out
     assert "all of it will take about" in out.err
     table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["verdict"] for row in table] == ["equal"] * 10
+    assert [row["verdict"] for row in table] == ["equal"] * 11
     assert all(row["differences"].keys() == row["limits"].keys() for row in table)
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 

@@ -110,9 +110,15 @@ class Corpus:
 
     def _joined(self) -> Table:
         """The tables of all parts as one."""
-        tables = [self._collected(number) for number in range(len(self._parts))]
-        filled = [table for table in tables if len(table)]
-        return np.concatenate(filled or [np.zeros(0, EXAMPLE)])
+        collected = (self._collected(number) for number in range(len(self._parts)))
+        filled = [table for table in collected if len(table)]
+        end = sum(map(len, filled))
+        whole = np.empty(end, filled[0].dtype if filled else EXAMPLE)
+        while filled:  # each goes as soon as it is copied, so that all are never held twice
+            table = filled.pop()
+            whole[end - len(table) : end] = table
+            end -= len(table)
+        return whole
 
     def _collected(self, number: int) -> Table:
         """The table of a part, with its place in the data; the facts of its rows are added up."""
