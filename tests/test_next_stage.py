@@ -53,7 +53,9 @@ def _blocks(page: str, mark: str = "") -> list[str]:
     """The Python blocks of a page that hold `mark`."""
     text = (DOCS / page).read_text(encoding="utf-8")
     found = [
-        block for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL) if mark in block
+        block
+        for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL)
+        if mark in block
     ]
     return [
         block.replace("report_to=[]", "report_to=[], use_cpu=True, bf16=False") for block in found

@@ -29,15 +29,19 @@ def plan_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:
             "on this machine"
         )
     if "gpus_needed" in facts:
-        needed = facts["gpus_needed"] or f"more than {MANY}"
-        yield f"GPUs     {needed} of this size are needed at least"
-    if "longest_that_fits" in facts:
-        longest = facts["longest_that_fits"]
-        said = f"of {longest:,} tokens" if longest else "of less than 1,024 tokens"
-        yield f"longest  an example {said} fits, with {facts['context_parallel']} GPUs to each pack"
+        yield from _gpu_lines(facts)
     yield from (f"note     {note}" for note in facts.get("notes", []))
     if "refused" in facts:
         yield f"refused  {facts['refused']}"
+
+
+def _gpu_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """How many GPUs are needed, and the longest example for which those of the plan do."""
+    needed = facts["gpus_needed"] or f"more than {MANY}"
+    yield f"GPUs     {needed} of this size are needed at least"
+    longest = facts["longest_that_fits"]
+    said = f"of {longest:,} tokens" if longest else "of less than 1,024 tokens"
+    yield f"longest  an example {said} fits, with {facts['context_parallel']} GPUs to each pack"
 
 
 def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:

@@ -120,12 +120,8 @@ def _views_of_step(
     """The examples of a step in pack order, or those of one of its packs, where what several share
     is one view; and how packs run, where that is not the usual way.
     """
-    step = whole_number("inspect: step", asked)
     plan = plan_of(corpus, config)
-    if not 1 <= step <= plan.num_steps:
-        raise UserError(
-            f"sftx inspect: step={step}: the run has {plan.num_steps:,} steps, from 1 on"
-        )
+    step = _checked_step(asked, plan.num_steps)
     facts = Run(config).facts
     size = config.runtime.tokens_per_pack or facts.tokens_per_pack or CPU_PACK
     share = _shares(config) and not facts.padded
@@ -141,6 +137,13 @@ def _views_of_step(
         return views, ""
     padding = f"{100 * plan.padding(size):.1f} % padding"
     return views, f"packs run padded, in batches of like lengths, {padding}"
+
+
+def _checked_step(asked: str, num_steps: int) -> int:
+    step = whole_number("inspect: step", asked)
+    if not 1 <= step <= num_steps:
+        raise UserError(f"sftx inspect: step={step}: the run has {num_steps:,} steps, from 1 on")
+    return step
 
 
 def _shares(config: Config) -> bool:

@@ -61,6 +61,13 @@ def held_out_loss(
                     totals[number] += model(tensors, tallies[number]).double()
     both = torch.stack([totals, torch.stack([tally.correct for tally in tallies])])
     sums, correct = distributed.all_reduce_sum(both).tolist()
+    return _numbers(corpus, sums, correct, weights)
+
+
+def _numbers(
+    corpus: Corpus, sums: list[float], correct: list[float], weights: list[float]
+) -> dict[str, float]:
+    """What is said of the rows, from the sums over the targets of each source."""
     loss = sum(sums) / sum(weights)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     numbers = {"loss": loss, "perplexity": perplexity, "targets": float(corpus.targets.sum())}

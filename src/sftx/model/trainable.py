@@ -60,9 +60,8 @@ def freeze(model: PreTrainedModel, settings: Model) -> None:
         model.requires_grad_(False)
         for parameter in chosen:
             parameter.requires_grad_(True)
-    for parameter in _matching(model, "freeze", settings.freeze or []):
-        parameter.requires_grad_(False)
-    for parameter in beside_text(model).values():
+    frozen = _matching(model, "freeze", settings.freeze or [])
+    for parameter in (*frozen, *beside_text(model).values()):
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze: it matches every parameter, and nothing is left to train")

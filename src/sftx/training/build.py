@@ -13,7 +13,7 @@ from importlib import import_module
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from sftx import distributed
 from sftx.data.plan import Plan
@@ -29,7 +29,6 @@ from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine, name_of
-from sftx.model.save import load_tokenizer
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import choose_threads
 from sftx.model.trainable import choose_weights
@@ -39,7 +38,7 @@ from sftx.report.record import Run
 from sftx.settings.flat import flat
 from sftx.settings.schema import Config
 from sftx.training import checkpoint
-from sftx.training.checks import check_ranks, check_same_tokens
+from sftx.training.checks import check_ranks, load_same_tokenizer
 from sftx.training.context import ProfileOf, check_context_size, choose_size, join_context
 from sftx.training.job import Job
 from sftx.training.memory_plan import (
@@ -99,7 +98,7 @@ def prepare(
     run.facts = distributed.broadcast(run.facts)
     threads, thread_notes = choose_threads(config.runtime, machine.device, run.facts.threads)
     torch.manual_seed(config.seed)
-    tokenizer = _load_tokenizer(config, data)
+    tokenizer = load_same_tokenizer(config.model, data.tokenizer, data.corpus)
     available, reserved = machine.available_memory()
     _begin_phase(progress, "loading the model")
     model = build_model(config, model_config, machine, data.tokenizer.added_token_ids)
@@ -136,13 +135,6 @@ def prepare(
     _begin(job, packing, threads, peak, notes)
     progress.model(_summary(job, peak), notes, job.state.step, available)
     return job
-
-
-def _load_tokenizer(config: Config, data: RunData) -> PreTrainedTokenizerBase:
-    """The tokenizer that is saved with the model, which must be the one that encoded the data."""
-    tokenizer = load_tokenizer(config.model)
-    check_same_tokens(data.tokenizer, tokenizer, data.corpus)
-    return tokenizer
 
 
 def _begin_phase(progress: Progress, name: str) -> None:
@@ -328,12 +320,17 @@ def _choose_packing(
     if distributed.is_joined() and not (loss.paths.isolate or loss.paths.padded):
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
+    notes = [*chosen.notes, *_pack_notes(data, loss, chosen.tokens_per_pack, shares)]
+    chosen = replace(chosen, shares_prefixes=shares, context=context, notes=tuple(notes))
+    return chosen, seconds
+
+
+def _pack_notes(data: RunData, loss: PackLoss, tokens_per_pack: int, shares: bool) -> list[str]:
+    """What there is to say of the packs."""
     if loss.paths.padded:
-        padding = _padding(data.plan, loss, chosen.tokens_per_pack)
-        note = f"padded in batches of like lengths, {100 * padding:.1f} % padding"
-        chosen = replace(chosen, notes=(*chosen.notes, note))
-    notes = (*chosen.notes, *data.saving.notes()) if shares else chosen.notes
-    return replace(chosen, shares_prefixes=shares, context=context, notes=notes), seconds
+        padding = _padding(data.plan, loss, tokens_per_pack)
+        return [f"padded in batches of like lengths, {100 * padding:.1f} % padding"]
+    return data.saving.notes() if shares else []
 
 
 def _padding(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> float:

@@ -106,9 +106,9 @@ def _save(
         return
     needed = _size(texts, tensors)
     problem = distributed.broadcast(_shortage(folder, needed) if main else "", saving=True)
-    if problem and not optional:
-        raise UserError(problem)
     if problem:
+        if not optional:
+            raise UserError(problem)
         _warn_of_nothing_saved(final, problem)
         return
     check_replicas(tensors["weights"])

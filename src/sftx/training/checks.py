@@ -15,7 +15,8 @@ from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.judge import Questions
-from sftx.settings.schema import Data
+from sftx.model.save import load_tokenizer
+from sftx.settings.schema import Data, Model
 from sftx.types import UserError
 
 
@@ -43,8 +44,11 @@ def check_stop_token(corpus: Corpus, encoder: Encoder, data: Data) -> None:
     )
 
 
-def check_same_tokens(fast: Tokenizer, served: PreTrainedTokenizerBase, corpus: Corpus) -> None:
-    """UserError where training and serving would cut a text into different tokens."""
+def load_same_tokenizer(model: Model, fast: Tokenizer, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with the model; UserError where training and serving would cut a
+    text into different tokens.
+    """
+    served = load_tokenizer(model)
     for i in range(min(len(corpus), 5)):
         text = fast.decode(corpus.example(i).ids[:200].tolist())
         ours = list(fast.encode_batch([text])[0])
@@ -55,6 +59,7 @@ def check_same_tokens(fast: Tokenizer, served: PreTrainedTokenizerBase, corpus: 
                 "text differently, so a server would not see what was trained: "
                 f"{text[:60]!r} -> {ours[:12]} and {theirs[:12]}"
             )
+    return served
 
 
 def check_best(wanted: str | None, held_out: Corpus | None, questions: Questions | None) -> None:

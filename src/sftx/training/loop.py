@@ -127,13 +127,20 @@ def _run(
                     report.after(record)
             control.job = None  # the model is no longer needed
         # The other ranks need not wait for this.
-        if config.adapter.merge and run.facts.merged is None and distributed.is_main():
-            with working("merging the adapter", config.runtime.progress):
-                moved, _ = write_merged(trained_by(run), run.folder / "merged")
-            run.update(merged=moved)
+        if config.adapter.merge and distributed.is_main():
+            _merge(config, run)
         if mirror is not None and run.finished:
             with working("sending the run to its mirror", config.runtime.progress):
                 mirror.finish(whole=True)
+
+
+def _merge(config: Config, run: Run) -> None:
+    """Write the model with its adapter merged, where that was not done yet."""
+    if run.facts.merged is not None:
+        return
+    with working("merging the adapter", config.runtime.progress):
+        moved, _ = write_merged(trained_by(run), run.folder / "merged")
+    run.update(merged=moved)
 
 
 def _mirror(config: Config) -> Mirror | None:

@@ -193,9 +193,7 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
     alpha = float(values["lora_alpha"])
     if values["use_dora"] and values["use_rslora"]:  # peft then scales by alpha / sqrt(r)
         alpha *= math.sqrt(values["r"])
-    targets = values["target_modules"]
-    if targets is None:
-        targets = _default_targets(config)
+    targets = values["target_modules"] or _default_targets(config)
     return {
         "method": _method(values),
         "rank": values["r"],

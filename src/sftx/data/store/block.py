@@ -219,6 +219,9 @@ def open_block(path: Path) -> Block | None:
     text = said[_HASH:].tobytes()
     if table.dtype not in (EXAMPLE, BY_KIND) or digest != _digest(table, ids, weights, text):
         return None
+    # The pages that were read to be checked go back; what is used of them is read again.
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
     facts = json.loads(text)
     for name in ("unused", "renamed", "noted"):
         facts[name] = Counter(facts[name])
