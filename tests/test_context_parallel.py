@@ -83,7 +83,7 @@ def test_two_ranks_that_share_every_pack_train_as_one_does(folder: Path) -> None
     assert_same_run(folder, "two", "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_way_of_training_is_the_same_on_ranks_that_share_packs(folder: Path) -> None:
     """2 ranks in one group, 4 in one and in two: everything that changes what a layer computes."""
     untied = tiny.folder(folder / "untied", num_hidden_layers=3, tie_word_embeddings=False)

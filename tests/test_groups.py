@@ -92,11 +92,12 @@ def corpus_of(
     tiny.tokenizer().save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cache = str(folder / "c")
-    given: dict[str, Any] = {"train": str(folder / "rows.jsonl"), "workers": 0, "cache": cache}
+    given = {"train": str(folder / "rows.jsonl"), "workers": 0, "cache": cache, **data}
+    sections: dict[str, Any] = {"data": given}
     config = make_config(
         model=str(folder / "model"),
         output=str(folder / "out"),
-        data={**given, **data},
+        **sections,
         batch={"group_by": group_by, "examples_per_step": 4, "shuffle": False},
     )
     corpus, _ = load_corpora(config, Tokenizer.load(str(folder / "model")), 64)
