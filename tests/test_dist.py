@@ -78,7 +78,7 @@ def test_two_ranks_with_a_rank_that_has_no_pack_train_as_one_does(folder: Path) 
     assert output.count("plan     3 steps") == 1, "only rank 0 prints"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(folder: Path) -> None:
     def runs(count: int) -> list[str]:
         names = []
