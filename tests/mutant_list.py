@@ -956,7 +956,7 @@ MUTANTS = [
     Mutant(
         "checks-gradients-not-compared",
         "model/checks/isolation.py",
-        "<= EQUAL_GRADIENT\n\n\ndef _sum",
+        "<= limit\n\n\ndef _sum",
         "<= 9\n\n\ndef _sum",
         LENGTHS,
     ),

@@ -43,8 +43,8 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
     return ranks.write_run(folder, str(folder / "model"), name, **changes)
 
 
-def assert_equal(folder: Path, name: str, reference: str) -> None:
-    """Every number of the record that is not of the machine, and the weights."""
+def assert_equal(folder: Path, name: str, reference: str, weights: float = 1e-6) -> None:
+    """Every number of the record that is not of the machine, and the weights, within `weights`."""
     ours, theirs = ranks.records(folder / name), ranks.records(folder / reference)
     machine = {"seconds", "seconds_left", "tokens_per_second", "memory", "packs"}
     for mine, other in zip(ours, theirs, strict=True):
@@ -58,7 +58,7 @@ def assert_equal(folder: Path, name: str, reference: str) -> None:
                 )
             else:
                 assert mine[key] == other[key], (name, key)
-    assert ranks.difference(folder / name, folder / reference) < 1e-6
+    assert ranks.difference(folder / name, folder / reference) < weights
     for when in ("eval_before", "eval_after"):
         mine, other = ranks.facts(folder / name)[when], ranks.facts(folder / reference)[when]
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-6)
@@ -110,7 +110,8 @@ def test_padded_batches_on_two_ranks_give_the_numbers_of_one_process(folder: Pat
         runtime = {"tokens_per_pack": 150, "parallel": "fsdp" if count else "auto"}
         ranks.run(ranks.write_run(folder, model, name, runtime=runtime), count)
         assert ranks.facts(folder / name)["padded"]
-    assert_equal(folder, "padded-2", "padded-1")
+    # Batches of other sizes round otherwise, and AdamW makes steps of 3e-3 of the smallest gradient.
+    assert_equal(folder, "padded-2", "padded-1", weights=1e-5)
 
 
 TRACED = """

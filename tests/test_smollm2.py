@@ -67,7 +67,7 @@ def test_it_answers_and_reads_as_transformers_reads_it(real_model: Path) -> None
         assert torch.equal(theirs(**ids).logits, model(**ids).logits)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_trains_and_is_handed_over(
     real_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
