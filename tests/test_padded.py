@@ -297,3 +297,20 @@ def test_padding_takes_no_part_in_the_loss() -> None:
     alone.take(Paths(isolate=False))
     assert float(loss(pack).detach()) == pytest.approx(float(alone(pack).detach()), rel=1e-6)
     assert loss.hidden(pack).shape == (34, 32)
+
+
+def test_a_model_whose_decoder_cannot_be_called_alone_trains(tmp_path: Path) -> None:
+    """Llama 4's text model gives no hidden states, so that its speed cannot be told beforehand."""
+    chunks = {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64}
+    model = tiny.folder(tmp_path / "m", family="Llama4Text", attention_chunk_size=40, **chunks)
+    rows = [[f"{i}: ", "abcdefghij" * 12] for i in range(4)]
+    result = sftx.train(
+        model=model,
+        data={"rows": rows, "workers": 0, "cache": str(tmp_path / "cache")},
+        output=str(tmp_path / "run"),
+        batch={"steps": 1},
+        runtime={"device": "cpu", "threads": 1, "progress": False},
+    )
+    facts = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
+    assert facts["padded"]
+    assert facts["status"] == "finished"

@@ -117,7 +117,7 @@ def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     new = f"model.add_tokens=[{','.join(f'<{i}>' for i in range(1000))}]"
     more = weights(f"model.tokenizer={tmp_path / 'tokens'}", new) - 4 * (layers + rest)
     assert more == pytest.approx(4 * 1000 * 256, rel=0.01)
-    few = planned("60MiB", 1, "runtime.tokens_per_pack=256")
+    few = planned("60MiB", 1, "runtime.tokens_per_pack=256", "runtime.context_parallel=1")
     assert "predicted to need" in str(few["refused"])
     assert "refused" in capsys.readouterr().out
     assert cli.main(["plan", f"model={config}", "gpus=8"]) == 2

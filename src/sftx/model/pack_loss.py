@@ -274,7 +274,8 @@ class PackLoss(nn.Module):
         batch = as_batch(pack.cu_seqlens_cpu, pack.ids.device)
         if self._noise is not None:
             self._noise = self._noise.to(pack.ids.device)[batch.rows]
-        found: Tensor = self._run(module, pack.ids[batch.rows])[name]
+        # AttributeError where the model has no such part, as in `hidden`: its speed is then unknown.
+        found: Tensor = getattr(self._run(module, pack.ids[batch.rows]), name)
         self._router_logits = tuple(batch.flat(logits) for logits in self._router_logits)
         return batch.flat(found)
 
