@@ -301,7 +301,7 @@ def test_padding_takes_no_part_in_the_loss() -> None:
 
 def test_a_model_whose_decoder_cannot_be_called_alone_trains(tmp_path: Path) -> None:
     """Llama 4's text model gives no hidden states, so that its speed cannot be told beforehand."""
-    chunks = {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64}
+    chunks: dict[str, Any] = {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64}
     model = tiny.folder(tmp_path / "m", family="Llama4Text", attention_chunk_size=40, **chunks)
     rows = [[f"{i}: ", "abcdefghij" * 12] for i in range(4)]
     result = sftx.train(
