@@ -13,6 +13,7 @@ from sftx.data.pack import Float64, balanced
 from sftx.data.plan import Plan
 from sftx.data.prefixes import Int64, build_shared_pack, shared_order
 from sftx.data.store.corpus import Corpus
+from sftx.evenly import evenly
 from sftx.types import Example, Pack
 
 FINER = (1, 2, 4, 8)
@@ -98,8 +99,7 @@ def saving_of(plan: Plan, corpus: Corpus, tokens_per_pack: int = 1 << 60) -> Sav
     """What sharing saves in a sample of the steps of a run, on one process."""
     squares = plan.lengths.astype(np.float64) ** 2
     sums = np.zeros(6)
-    steps = np.linspace(0, max(plan.num_steps - 1, 0), min(plan.num_steps, SAMPLE)).astype(int)
-    for step in np.unique(steps).tolist():
+    for step in evenly(plan.num_steps, SAMPLE):
         examples, chosen = _examples(plan, corpus, step), plan.examples(step)
         sums[::2] += [x[chosen].sum() for x in (plan.lengths, squares, plan.work)]
         for members in shared_packs(plan, step, tokens_per_pack, 1, examples)[0]:
