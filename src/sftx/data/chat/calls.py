@@ -28,12 +28,16 @@ def lost_call(message: ChatMessage, output: str) -> str:
     needed: Counter[str] = Counter()
     for k, call in enumerate(calls):
         where = f"call {k + 1} of {len(calls)} ({call['name']})"
+        fewest = len(output)
         for text, forms in _parts(call):
             needed[text] += 1
-            spoken = sum(other.count(text) for other in said)
-            if max([output.count(form) for form in forms]) < needed[text] + spoken:
+            spoken = sum([other.count(text) for other in said])
+            found = max([output.count(form) for form in forms])
+            if found < needed[text] + spoken:
                 return f"{where} is missing or not whole: {text[:80]!r} is not there"
-        if _is_doubled(call, calls, output):
+            fewest = min(fewest, found)
+        # What stands there twice has all its parts there twice.
+        if fewest > 1 and _is_doubled(call, calls, output):
             return f"{where} stands there more than once"
     return ""
 

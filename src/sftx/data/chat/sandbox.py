@@ -191,6 +191,8 @@ def _written(value: object) -> object:
     A list that holds another many times over is small in memory, but its text is not, and nothing
     can interrupt the writing of it.
     """
+    if isinstance(value, str):
+        return value
     waiting = [value]
     elements = 0
     while waiting:

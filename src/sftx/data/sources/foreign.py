@@ -27,6 +27,8 @@ _MESSAGE = {
 }
 """Fields of a message that are refused unless they are empty, and what to do."""
 
+_MARKS = {*_MESSAGE, *_TRAIN}
+
 _PART = ("train", "training", "loss", "weight", "loss_scale", "loss_weight")
 """Marks on one part of a content."""
 
@@ -51,6 +53,8 @@ def own_marks(message: dict[str, Json], at: str) -> None:
     Raises:
         RowError: a mark has no equal here, is neither true nor false, or contradicts another.
     """
+    if message.keys().isdisjoint(_MARKS):
+        return
     for field, advice in _MESSAGE.items():
         if not _is_empty(message.get(field)):
             raise RowError(f"{at}.{field} is not read: {advice}")

@@ -31,8 +31,8 @@ SHAREGPT_ROLES = {
     "system": "system",
     "developer": "developer",
 }
-_FIELDS = list(Message.__annotations__)
-_KNOWN = {*_FIELDS, "thinking", "reasoning"}
+_FIELDS = frozenset(Message.__annotations__)
+_KNOWN = _FIELDS | {"thinking", "reasoning"}
 
 
 def other_fields(messages: Sequence[Message]) -> set[str]:
@@ -154,8 +154,8 @@ def _check_role(role: Json, at: str) -> None:
 
 def _check_names(message: dict[str, Json], at: str) -> None:
     """`RowError` for a name that is almost one of ours; others are left to the template."""
-    for key in message.keys() - set(_FIELDS):
-        if close := difflib.get_close_matches(str(key), _FIELDS, 1, 0.8):
+    for key in message.keys() - _FIELDS:
+        if close := difflib.get_close_matches(str(key), sorted(_FIELDS), 1, 0.8):
             raise RowError(f"{at} has an unknown field {key!r}; did you mean {close[0]!r}?")
         if key == "function_call":
             raise RowError(f"{at}.function_call is not read: write it as tool_calls")
@@ -169,7 +169,7 @@ def _check_values(message: dict[str, Json], at: str) -> None:
         checked_weight(message["weight"], f"{at}.weight")
     if not isinstance(message.get("train", True), bool):
         raise RowError(f"{at}.train must be true or false, not {message['train']!r}")
-    if "tool_calls" in message or not message.keys() <= set(_FIELDS):
+    if "tool_calls" in message or not message.keys() <= _FIELDS:
         check_spelling(message, at)
 
 
