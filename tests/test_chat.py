@@ -351,6 +351,7 @@ def test_nothing_of_the_callers_process_is_touched(monkeypatch: pytest.MonkeyPat
     assert {"setrlimit", "setitimer"} <= set(touched)
 
 
+@pytest.mark.slow
 def test_another_thread_may_allocate_while_a_row_is_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

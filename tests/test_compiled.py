@@ -127,6 +127,7 @@ def test_generated_code_has_the_gradients_of_eager_layers(family: str) -> None:
     assert difference(gradients(loss), reference) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_what_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = make("Llama")
@@ -167,6 +168,7 @@ def test_compiling_has_to_repay() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")

@@ -547,6 +547,7 @@ print(load_corpora(config, Tokenizer.load(sys.argv[2]), 64)[0].fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_and_survive_a_kill(tmp_path: Path) -> None:
     path = many(tmp_path, 1500)
     folder = str(tmp_path / "tokenizer")

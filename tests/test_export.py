@@ -118,6 +118,7 @@ def test_what_cannot_be_exported_is_refused(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_is_taken_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

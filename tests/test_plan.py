@@ -69,6 +69,7 @@ def test_answers_are_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "ask fewer eval.prompts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_for_gpus_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (
         Path(tiny.folder(tmp_path / "model", hidden_size=256, intermediate_size=1024))

@@ -420,6 +420,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_forgotten(
     assert (flag(), flag(), flag.signal) == (False, True, signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_names_the_checkpoint_that_is_being_written(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
