@@ -259,8 +259,8 @@ MUTANTS = [
     Mutant(
         "plan-example-beyond-budget",
         "data/plan.py",
-        "min(max(start + 1, int(",
-        "min(max(start, int(",
+        "max(end, start + 1)",
+        "max(end, start)",
         PACK,
     ),
     Mutant(
@@ -301,8 +301,8 @@ MUTANTS = [
     Mutant(
         "plan-stream-cut-at-epochs",
         "data/plan.py",
-        "self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)]",
-        "self._order(e)[max(start - self._begin(e), 0) :]",
+        "order[max(start - begin, 0) : stop - begin]",
+        "order[max(start - begin, 0) :]",
         PACK,
     ),
     Mutant(
@@ -333,7 +333,7 @@ MUTANTS = [
     Mutant(
         "pack-order-by-bin",
         "data/pack.py",
-        "rank = min(open_ranks, key=lambda r: (total[r], r))",
+        "rank = min(open_ranks, key=total.__getitem__)",
         "rank = open_ranks[0]",
         PACK,
     ),
