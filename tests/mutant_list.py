@@ -498,7 +498,7 @@ MUTANTS = [
     Mutant(
         "cache-digest-of-ids-alone",
         "data/store/block.py",
-        '    content.update(weights.data if len(weights) else b"")\n',
+        "    content.update(weights.tobytes())\n",
         "",
         ENCODE,
     ),
