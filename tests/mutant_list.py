@@ -1200,8 +1200,8 @@ MUTANTS = [
     Mutant(
         "weights-content-in-each-piece",
         "data/shorten.py",
-        "._replace(content=0.0) if i in self.used",
-        "._replace(content=0.0) if i is None",
+        "if i in self.used:",
+        "if i is None:",
         WEIGHTS,
     ),
     Mutant(
