@@ -1277,8 +1277,8 @@ MUTANTS = [
     Mutant(
         "chat-skeleton-not-to-the-letter",
         "data/chat/skeleton.py",
-        "return [found[i] for i in trained] if at == len(text) else None",
-        "return [found[i] for i in trained]",
+        "if at != len(text):",
+        "if False:",
         CHAT,
     ),
     Mutant(

@@ -265,10 +265,11 @@ class Encoder:
             if len(self._skeletons) <= _KINDS:
                 self._skeletons[kind] = learn_skeleton(template, self.tokenizer, kwargs)
         skeleton = self._skeletons[kind]
-        turns = skeleton.turns(template, conversation) if skeleton else None
-        if turns is None:
-            return [template.turn(conversation, t) for t in conversation.trained]
-        return turns
+        if skeleton is not None:
+            turns = skeleton.turns(template, conversation)
+            if turns is not None:
+                return turns
+        return template.turns(conversation)
 
     def _fitted(self, plan: _Plan, sequences: list[TokenSequence]) -> list[Fitted]:
         """The sequences at most `max_length` tokens long."""
