@@ -1015,29 +1015,29 @@ MUTANTS = [
     Mutant(
         "chat-stop-token-not-trained",
         "data/chat/answer.py",
-        "output[: at + len(ending.stop)], True",
-        "output[:at], True",
+        "output = output[: at + len(stop)]",
+        "output = output[:at]",
         CHAT,
     ),
     Mutant(
         "chat-space-after-the-stop-trained",
         "data/chat/answer.py",
-        "output[: at + len(ending.stop)], True",
-        "output, True",
+        "output = output[: at + len(stop)]",
+        "pass",
         CHAT,
     ),
     Mutant(
         "chat-cut-at-the-first-stop",
         "data/chat/answer.py",
-        "at = output.find(ending.stop, spoken)",
-        "at = output.find(ending.stop)",
+        "at = output.find(stop, spoken)",
+        "at = output.find(stop)",
         CHAT,
     ),
     Mutant(
         "chat-space-after-another-stop-trained",
         "data/chat/answer.py",
-        "Turn(prompt, output[: last.end()], True",
-        "Turn(prompt, output, True",
+        "output = output[:end]",
+        "pass",
         CHAT,
     ),
     Mutant(
@@ -1071,8 +1071,8 @@ MUTANTS = [
     Mutant(
         "chat-header-trained-after-rewriting",
         "data/chat/answer.py",
-        "return None if at < 0 else at + len(header)",
-        "return None if at < 0 else at",
+        "return at + len(header)",
+        "return at",
         CHAT,
     ),
     Mutant(
@@ -1113,7 +1113,7 @@ MUTANTS = [
     Mutant(
         "chat-thought-closed-twice",
         "data/chat/answer.py",
-        "return tail.lstrip().removeprefix(closing) if is_closed else tail",
+        "return tail.lstrip().removeprefix(closing)",
         "return tail",
         CHAT,
     ),
@@ -1151,7 +1151,7 @@ MUTANTS = [
     Mutant(
         "chat-html-escapes-not-noticed",
         "data/chat/calls.py",
-        "return not HTML_ESCAPE.search(json.dumps(message, ensure_ascii=False))",
+        "return not HTML_ESCAPE.search(written)",
         "return False",
         CHAT,
     ),
