@@ -8,6 +8,7 @@ were written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,11 @@ class Shape:
     item: Shape | None = None  # of a list
     structs: int = 0  # how many structs stand here
     # In how many of them each field is not null.
-    filled: dict[str, int] = field(default_factory=dict)
+    filled: Counter[str] = field(default_factory=Counter)
 
     def invents(self) -> bool:
         """Whether some struct here may have keys that its row did not have."""
-        return any(0 < self.filled.get(name, 0) < self.structs for name in self.fields)
+        return any(0 < self.filled[name] < self.structs for name in self.fields)
 
 
 def shape_of(batches: Iterable[Any]) -> Shape:
@@ -41,18 +42,17 @@ def _count(shape: Shape, values: Any) -> None:
     import pyarrow as arrow
 
     kind = values.type
-    if arrow.types.is_struct(kind):
+    of = arrow.types
+    if of.is_struct(kind):
         present = values.drop_null()
         shape.structs += len(present)
-        for name, child in zip((f.name for f in kind), present.flatten(), strict=True):
-            shape.filled[name] = shape.filled.get(name, 0) + len(child) - child.null_count
+        names = [column.name for column in kind]
+        for name, child in zip(names, present.flatten(), strict=True):
+            shape.filled[name] += len(child) - child.null_count
             _count(shape.fields.setdefault(name, Shape()), child)
-    elif (
-        arrow.types.is_list(kind)
-        or arrow.types.is_large_list(kind)
-        or arrow.types.is_fixed_size_list(kind)
-    ):
-        shape.item = shape.item or Shape()
+    elif of.is_list(kind) or of.is_large_list(kind) or of.is_fixed_size_list(kind):
+        if shape.item is None:
+            shape.item = Shape()
         _count(shape.item, values.flatten())
 
 
@@ -63,16 +63,22 @@ def as_written(row: object, shape: Shape | None = None) -> object:
     """
     if not isinstance(row, dict):
         return row
-    if shape is None:
-        return {name: _without_nulls(value) for name, value in row.items()}
-    return {name: _clean(value, shape.fields.get(name)) for name, value in row.items()}
+    made: dict[str, object] = {}
+    for name, value in row.items():
+        if shape is None:
+            made[name] = _without_nulls(value)
+        else:
+            made[name] = _clean(value, shape.fields.get(name))
+    return made
 
 
-def rows_of(dataset: Any) -> Iterator[Any]:
+def rows_of(dataset: Any) -> Iterator[object]:
     """The rows of a data set of `datasets`, which keeps them in Arrow."""
     # A data set that streams has no table.
     table = getattr(getattr(dataset, "data", None), "table", None)
-    shape = None if table is None else shape_of(table.to_batches())
+    shape = None
+    if table is not None:
+        shape = shape_of(table.to_batches())
     for row in dataset:
         yield as_written(row, shape)
 
@@ -82,10 +88,10 @@ def from_numpy(row: dict[str, object]) -> dict[str, object]:
 
     What pandas read from Arrow it holds as arrays, in whose structs no null is certain.
     """
-    made: dict[str, object] = {}
+    made = dict(row)
     for name, value in row.items():
-        is_array = getattr(value, "ndim", 0) > 0
-        made[name] = _without_nulls(_plain(value)) if is_array else value
+        if getattr(value, "ndim", 0) > 0:
+            made[name] = _without_nulls(_plain(value))
     return made
 
 
@@ -93,9 +99,11 @@ def _plain(value: Any) -> object:
     """Arrays as lists, all the way down."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist") and getattr(value, "ndim", 0):
+    if getattr(value, "ndim", 0):
         value = value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _clean(value: Any, shape: Shape | None) -> object:
@@ -116,4 +124,6 @@ def _clean(value: Any, shape: Shape | None) -> object:
 def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -19,7 +19,7 @@ from sftx.data.groups import fields_of
 from sftx.data.mixture import choose, weighted, weighted_held_out
 from sftx.data.sources.tables import Table, bad_row, named_sources, open_tables
 from sftx.data.store.cache import VERSION, Cache
-from sftx.data.store.corpus import Corpus, Part
+from sftx.data.store.corpus import Corpus, Drop, Part
 from sftx.data.store.encode_pool import Progress, encode_jobs
 from sftx.data.store.encode_worker import Job
 from sftx.data.tokenizer import Tokenizer
@@ -85,14 +85,16 @@ def load_corpora(
 
 def _require_template(encoder: Encoder, tables: Sequence[Table]) -> None:
     """A chat template that is missing is one mistake of the run, not of each row."""
-    with_turns = next((table for table in tables if table.form in TURNS), None)
-    if with_turns is not None and (problem := encoder.missing_template()):
-        raise UserError(f"{with_turns.origin.name} ({with_turns.form}): {problem}")
+    problem = encoder.missing_template()
+    for table in tables:
+        if problem and table.form in TURNS:
+            raise UserError(f"{table.origin.name} ({table.form}): {problem}")
 
 
 def block_key(digest: str, form: str, fingerprint: str) -> str:
     """The name in the cache of a block: its bytes, how they are read, and how they are encoded."""
-    return blake2b(f"{VERSION} {digest} {form} {fingerprint}".encode(), digest_size=20).hexdigest()
+    decides = f"{VERSION} {digest} {form} {fingerprint}"
+    return blake2b(decides.encode(), digest_size=20).hexdigest()
 
 
 def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: Path) -> list[Job]:
@@ -101,10 +103,14 @@ def _missing(tables: Sequence[Table], fingerprint: str, cache: Cache, scratch: P
         for block in table.blocks:
             key = block_key(block.digest, table.form, fingerprint)
             if key not in jobs and cache.load(key) is None:
-                path = table.open_lines(scratch)
-                place = table.origin.place(block.line)
                 jobs[key] = Job(
-                    key, str(path), block.start, block.stop, table.form, block.lines, place
+                    key=key,
+                    path=str(table.open_lines(scratch)),
+                    start=block.start,
+                    stop=block.stop,
+                    form=table.form,
+                    lines=block.lines,
+                    place=table.origin.place(block.line),
                 )
     return list(jobs.values())
 
@@ -115,8 +121,9 @@ def _assemble(
     parts: list[Part] = []
     for origin, table in enumerate(tables):
         for block in table.blocks:
-            path = cache.path(block_key(block.digest, table.form, fingerprint))
-            parts.append(Part(path, table.source, origin, block.line))
+            key = block_key(block.digest, table.form, fingerprint)
+            part = Part(cache.path(key), table.source, origin, block.line)
+            parts.append(part)
     names = [source.name or source.path for source in sources]
     origins = [replace(table.origin, form=table.form) for table in tables]
     return Corpus(parts, names, origins)
@@ -128,27 +135,30 @@ def _check(corpus: Corpus, data: Data) -> None:
     """
     bad = [drop for drop in corpus.drops if drop.bad]
     if bad and data.on_bad_row == "stop":
-        place = corpus.origins[bad[0].origin].place(bad[0].line)
-        raise bad_row(place, bad[0].reason, others=len(bad) - 1)
+        first = bad[0]
+        raise bad_row(_place(corpus, first), first.reason, others=len(bad) - 1)
     for number, (name, ledger) in enumerate(corpus.ledgers.items()):
         if not ledger.read:
             raise UserError(f"{name}: the data set is empty")
-        first = _first_dropped(corpus, number)
+        example = _first_dropped(corpus, number)
         if ledger.dropped == ledger.read:
-            raise UserError(f"{name}: all {ledger.read:,} rows were dropped{first}")
+            raise UserError(f"{name}: all {ledger.read:,} rows were dropped{example}")
         if ledger.dropped > 0.01 * ledger.read:
             share = 100 * ledger.dropped / ledger.read
-            lost = f"{share:.1f} % of {ledger.read:,} rows were dropped"
-            log.warning("warning: %s", printable(f"{name}: {lost}{first}"))
+            lost = f"{name}: {share:.1f} % of {ledger.read:,} rows were dropped{example}"
+            log.warning("warning: %s", printable(lost))
 
 
 def _first_dropped(corpus: Corpus, source: int) -> str:
     """Which row of a source was dropped first, and why."""
     for drop in corpus.drops:
         if drop.source == source:
-            place = corpus.origins[drop.origin].place(drop.line)
-            return f"; the first, {place}: {drop.reason}"
+            return f"; the first, {_place(corpus, drop)}: {drop.reason}"
     return ""
+
+
+def _place(corpus: Corpus, drop: Drop) -> str:
+    return corpus.origins[drop.origin].place(drop.line)
 
 
 def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
@@ -171,16 +181,20 @@ def _warn_of_idle_weights(data: Data, corpus: Corpus, held_out: Corpus | None) -
     """Warn where `data.weights` weighs something that no row has."""
     found = {*corpus.ledger.kinds}
     if held_out is not None:
-        found |= {*held_out.ledger.kinds}
+        found.update(held_out.ledger.kinds)
+    if "output" in found:
+        found.add("assistant")
     for name in data.weights:
-        kind = "output" if name == "assistant" else name
-        if kind not in found:
+        if name not in found:
             log.warning("warning: data.weights.%s: no row has a text of this kind", name)
 
 
 def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
+    found = {*corpus.renamed}
+    if held_out is not None:
+        found.update(held_out.renamed)
     for column in data.columns:
-        if not corpus.renamed[column] and (held_out is None or not held_out.renamed[column]):
+        if column not in found:
             raise UserError(f"data.columns: {column}: no row has a column of this name")
 
 
@@ -207,17 +221,22 @@ def write_ledger(corpus: Corpus, folder: str | Path) -> list[str]:
     dropped: list[str] = []
     for drop in corpus.drops:
         origin = corpus.origins[drop.origin]
-        file = origin.names[drop.line - 1] if origin.names else origin.name
-        row = {"file": file, "line": 1 if origin.names else drop.line, "reason": drop.reason}
+        file = origin.name
+        line = drop.line
+        if origin.names:  # each of these files is one row
+            file = origin.names[line - 1]
+            line = 1
+        row = {"file": file, "line": line, "reason": drop.reason}
         dropped.append(json.dumps(row, ensure_ascii=False) + "\n")
     texts = {
         "ledger.json": json.dumps(counts, indent=2, ensure_ascii=False) + "\n",
         "dropped.jsonl": "".join(dropped),
     }
-    make_folder(Path(folder))
+    folder = Path(folder)
+    make_folder(folder)
     new: list[str] = []
     for name, text in texts.items():
-        path = Path(folder) / name
+        path = folder / name
         if not path.exists() or path.read_bytes() != text.encode():
             write_text(path, text)
             new.append(name)

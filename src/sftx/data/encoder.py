@@ -110,8 +110,10 @@ class Encoder:
         """The token that ends every trained output; None if the tokenizer has no EOS and no
         template gives one.
         """
+        if not self._templates:
+            return self.tokenizer.eos_id
         with watched():
-            return self._templates["default"].stop_id if self._templates else self.tokenizer.eos_id
+            return self._templates["default"].stop_id
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -144,10 +146,13 @@ class Encoder:
             plans = [self._plan(row) for row in rows]
         texts = [plan.texts for plan in plans if isinstance(plan, _Plan)]
         sequences = iter(self._spans.sequences(texts))
-        return [
-            plan if isinstance(plan, RowError) else self._finish(plan, next(sequences))
-            for plan in plans
-        ]
+        results: list[Encoded | RowError] = []
+        for plan in plans:
+            if isinstance(plan, RowError):
+                results.append(plan)
+            else:
+                results.append(self._finish(plan, next(sequences)))
+        return results
 
     def missing_template(self) -> str:
         """What to say where rows of turns come and there is no chat template to write them with;
@@ -170,10 +175,9 @@ class Encoder:
 
     def template(self, with_tools: bool) -> ChatTemplate:
         """The template that renders rows with or without tools."""
-        return (
-            self._templates.get("tool_use" if with_tools else "default")
-            or self._templates["default"]
-        )
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        return self._templates["default"]
 
     def _plan(self, row: Row) -> _Plan | RowError:
         if not row.weight:
@@ -250,7 +254,10 @@ class Encoder:
         if conversation.shares:
             template = self.template(conversation.tools is not None)
             notes += set_weights(texts, turns, conversation, template)
-        done = {note for turn in turns if turn.note for note in turn.note.split("; ")}
+        done: set[str] = set()
+        for turn in turns:
+            if turn.note:
+                done.update(turn.note.split("; "))
         return _Plan(texts, notes=notes + sorted(done))
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
@@ -265,10 +272,11 @@ class Encoder:
             if len(self._skeletons) <= _KINDS:
                 self._skeletons[kind] = learn_skeleton(template, self.tokenizer, kwargs)
         skeleton = self._skeletons[kind]
-        turns = skeleton.turns(template, conversation) if skeleton else None
-        if turns is None:
-            return [template.turn(conversation, t) for t in conversation.trained]
-        return turns
+        if skeleton is not None:
+            turns = skeleton.turns(template, conversation)
+            if turns is not None:
+                return turns
+        return template.turns(conversation)
 
     def _fitted(self, plan: _Plan, sequences: list[TokenSequence]) -> list[Fitted]:
         """The sequences at most `max_length` tokens long."""
@@ -355,21 +363,24 @@ def encode(row: object, tokenizer: object, **settings: Unpack[DataSettings]) -> 
         UserError: the row or a setting is wrong; the message names the field.
     """
     if strange := settings.keys() - ENCODING:
-        raise UserError(
-            f"encode: no setting {', '.join(sorted(strange))}; known: {', '.join(sorted(ENCODING))}"
-        )
+        names = ", ".join(sorted(strange))
+        known = ", ".join(sorted(ENCODING))
+        raise UserError(f"encode: no setting {names}; known: {known}")
     try:
         data = Data.model_validate(settings)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems: list[str] = []
+        for problem in error.errors():
+            place = ".".join(map(str, problem["loc"]))
+            problems.append(f"{place}: {problem['msg']}")
         raise UserError("encode: " + "; ".join(problems)) from None
-    encoder = _encoder(
-        as_tokenizer(tokenizer), json.dumps(data.model_dump()), data.max_length or DEFAULT_LENGTH
-    )
+    state = json.dumps(data.model_dump())
+    encoder = _encoder(as_tokenizer(tokenizer), state, data.max_length or DEFAULT_LENGTH)
     try:
         check_names(data.columns)
         plain = renamed(as_json(row), data.columns)
-        parsed = parse(plain, detect(plain) if data.format == "auto" else data.format)
+        form = detect(plain) if data.format == "auto" else data.format
+        parsed = parse(plain, form)
         check_size(parsed, encoder.tokenizer)
         encoded = encoder.encode([parsed])[0]
         if isinstance(encoded, RowError):

@@ -31,15 +31,17 @@ def weighted(corpus: Corpus, sources: Sequence[Source], mix_by: str, seed: int) 
     for number, (source, shown) in enumerate(zip(sources, times, strict=True)):
         mine = np.flatnonzero(corpus.source == number)
         starts = np.flatnonzero(corpus.part[mine] == 0)
-        copies, fraction = divmod(shown, 1)
+        copies = int(shown)
+        fraction = shown - copies
         rows = copies * len(starts)
-        order += [mine] * int(copies)
+        order += [mine] * copies
         if fraction and len(mine):
             per_epoch = fraction * len(starts)
             if not copies:
                 per_epoch = max(per_epoch, 1.0)
-            keys = _keys(corpus.table["row"][mine[starts]], f"{source.name} {seed}")
-            begin = sum(len(part) for part in order)
+            hashes = corpus.table["row"][mine[starts]]
+            keys = _keys(hashes, f"{source.name} {seed}")
+            begin = sum(map(len, order))
             borders = np.append(starts, len(mine))
             rotations.append(_circle(keys, borders, begin, per_epoch))
             order.append(mine)
@@ -61,9 +63,10 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
     order: list[Indices] = []
     for number, source in enumerate(sources):
         mine = corpus.source == number
-        copies, fraction = divmod(source.weight, 1)
+        copies = int(source.weight)
+        fraction = source.weight - copies
         some = choose(corpus.table, mine, fraction, f"{source.name} {seed}")
-        order += [np.flatnonzero(mine)] * int(copies)
+        order += [np.flatnonzero(mine)] * copies
         order.append(np.flatnonzero(some))
     mixed = corpus.subset(np.concatenate(order))
     mixed.count_shown(np.ones(len(mixed), np.bool_))
@@ -77,11 +80,13 @@ def choose(
     and salt.
     """
     first = mask & (table["part"] == 0)
-    number = max(least, round(share * int(first.sum())))
+    rows = int(first.sum())
+    number = max(least, round(share * rows))
     if not number:
         return np.zeros(len(mask), np.bool_)
     keys = _keys(table["row"], salt)
-    last = np.partition(keys[first], number - 1)[number - 1]
+    ascending = np.sort(keys[first])
+    last = ascending[number - 1]
     return mask & (keys <= last)
 
 
@@ -90,14 +95,13 @@ def _times(corpus: Corpus, sources: Sequence[Source], mix_by: str) -> list[float
     times = [source.weight for source in sources]
     if mix_by == "rows":
         return times
-    tokens: list[int] = []
-    for number in range(len(sources)):
-        mine = corpus.source == number
-        tokens.append(int(corpus.lengths[mine].sum()))
+    total = int(corpus.lengths.sum())
     scaled: list[float] = []
-    for weight, count in zip(times, tokens, strict=True):
-        wanted = weight * sum(tokens) / sum(times)  # tokens in an epoch
-        scaled.append(round(wanted / max(count, 1), 9))  # 1 stays 1
+    for number, weight in enumerate(times):
+        mine = corpus.lengths[corpus.source == number]
+        tokens = max(int(mine.sum()), 1)
+        wanted = weight * total / sum(times)  # tokens in an epoch
+        scaled.append(round(wanted / tokens, 9))  # 1 stays 1
     return scaled
 
 
@@ -106,9 +110,12 @@ def _keys(rows: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
     salted = blake2b(salt.encode(), digest_size=8).digest()
     keys = rows ^ np.uint64(int.from_bytes(salted, "little"))
     # The mixing of splitmix64.
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-    return keys ^ (keys >> np.uint64(31))
+    keys ^= keys >> np.uint64(30)
+    keys *= np.uint64(0xBF58476D1CE4E5B9)
+    keys ^= keys >> np.uint64(27)
+    keys *= np.uint64(0x94D049BB133111EB)
+    keys ^= keys >> np.uint64(31)
+    return keys
 
 
 def _circle(keys: NDArray[np.uint64], starts: Indices, begin: int, per_epoch: float) -> Rotation:
@@ -118,8 +125,9 @@ def _circle(keys: NDArray[np.uint64], starts: Indices, begin: int, per_epoch: fl
     rank = np.argsort(keys, kind="stable")
     sizes = np.diff(starts)[rank]
     ends = np.cumsum(sizes)
-    first_of_row = np.repeat(ends - sizes, sizes)
-    number_in_row = np.arange(int(starts[-1])) - first_of_row
-    order = begin + np.repeat(starts[:-1][rank], sizes) + number_in_row
-    row_starts = np.concatenate([[0], ends])
+    total = int(starts[-1])
+    number_in_row = np.arange(total) - np.repeat(ends - sizes, sizes)
+    first_of_row = begin + np.repeat(starts[:-1][rank], sizes)
+    order = first_of_row + number_in_row
+    row_starts = np.append(0, ends)
     return Rotation(order.astype(np.int64), row_starts.astype(np.int64), per_epoch)

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from sftx.types import Example, Pack
 
 Bins = list[tuple[int, ...]]
+"""Some packs, each as the indices of its examples."""
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 Lengths = Sequence[int] | NDArray[np.integer]
 PADDING = 0.1
 """Share of a right-padded batch that is padding, at most."""
@@ -31,16 +33,43 @@ def balanced(
     rank takes part in every collective. `work` = the lengths, where none is given.
     """
     sizes = np.asarray(lengths, np.int64)
-    costs = np.asarray(sizes if work is None else work, np.float64)
-    by_tokens = -(-int(sizes.sum()) // (capacity * world_size))
-    by_examples = -(
-        -len(sizes) // world_size
-    )  # more bins would be empty, where examples are longer than `capacity`
-    each = max(min(by_tokens, by_examples), 1)  # bins of a rank
-    while (bins := _spread(sizes, costs, capacity, each * world_size)) is None:
-        each += 1 + each // 50
+    costs = sizes.astype(np.float64)
+    if work is not None:
+        costs = work
+    by_tokens = rounded_up(int(sizes.sum()), capacity * world_size)
+    # More bins would be empty, where examples are longer than `capacity`.
+    by_examples = rounded_up(len(sizes), world_size)
+    bins_per_rank = max(min(by_tokens, by_examples), 1)
+    bins = _spread(sizes, costs, capacity, bins_per_rank * world_size)
+    while bins is None:
+        bins_per_rank += 1 + bins_per_rank // 50
+        bins = _spread(sizes, costs, capacity, bins_per_rank * world_size)
     load = np.array([costs[list(members)].sum() for members in bins])
     return _dealt(bins, load, world_size)
+
+
+def rounded_up(number: int, divisor: int) -> int:
+    """The quotient of two whole numbers, rounded up."""
+    return -(-number // divisor)
+
+
+def _spread(sizes: Int64, costs: Float64, capacity: int, count: int) -> Bins | None:
+    """`count` bins about equal in cost, each of at most `capacity` tokens or one example; None if
+    an example finds no room.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    full = np.zeros(count, np.int64)  # tokens in each bin
+    load = np.zeros(count)  # cost of each bin
+    most_cost_first = np.argsort(-costs, kind="stable")
+    for i in most_cost_first.tolist():
+        has_room = (full + sizes[i] <= capacity) | (full == 0)
+        if not has_room.any():
+            return None
+        least_load = int(np.where(has_room, load, np.inf).argmin())
+        bins[least_load].append(i)
+        full[least_load] += sizes[i]
+        load[least_load] += costs[i]
+    return [tuple(sorted(members)) for members in bins]
 
 
 def like_lengths(lengths: Lengths, capacity: int, world_size: int = 1) -> list[Bins]:
@@ -53,29 +82,52 @@ def like_lengths(lengths: Lengths, capacity: int, world_size: int = 1) -> list[B
     """
     sizes = np.asarray(lengths, np.int64)
     bins: list[list[int]] = []
-    longest = tokens = 0
-    for i in np.argsort(-sizes, kind="stable").tolist():
-        padded = longest * (len(bins[-1]) + 1) if bins else capacity + 1
-        if padded > capacity or tokens + sizes[i] < (1 - PADDING) * padded:
+    longest = 0  # tokens of the longest example in the last bin, which is its first
+    tokens = 0  # of all examples in the last bin
+    longest_first = np.argsort(-sizes, kind="stable")
+    for i in longest_first.tolist():
+        size = int(sizes[i])
+        fits = False
+        if bins:
+            padded = longest * (len(bins[-1]) + 1)
+            fits = padded <= capacity and tokens + size >= (1 - PADDING) * padded
+        if not fits:
             bins.append([])
-            longest, tokens = int(sizes[i]), 0
+            longest = size
+            tokens = 0
         bins[-1].append(i)
-        tokens += int(sizes[i])
-    while len(bins) % world_size and max(map(len, bins)) > 1:
-        several = [members for members in bins if len(members) > 1]
-        largest = max(several, key=lambda members: len(members) * int(sizes[members[0]]))
-        half = len(largest) // 2
-        bins.remove(largest)
-        bins += [largest[:half], largest[half:]]
+        tokens += size
+    _halve_largest(bins, sizes, world_size)
     made: Bins = [tuple(sorted(members)) for members in bins]
-    made += [()] * (-len(made) % world_size)
+    while len(made) % world_size:
+        made.append(())
     load = np.array([batch_tokens(sizes, members) for members in made], np.float64)
     return _dealt(made, load, world_size)
 
 
+def _halve_largest(bins: list[list[int]], sizes: Int64, world_size: int) -> None:
+    """Halve the largest bin, and again, until the bins can be dealt evenly or no bin has two
+    examples.
+    """
+
+    def padded(members: list[int]) -> int:
+        return len(members) * int(sizes[members[0]])
+
+    while len(bins) % world_size:
+        several = [members for members in bins if len(members) > 1]
+        if not several:
+            return
+        largest = max(several, key=padded)
+        half = len(largest) // 2
+        bins.remove(largest)
+        bins.append(largest[:half])
+        bins.append(largest[half:])
+
+
 def batch_tokens(lengths: NDArray[np.integer], members: tuple[int, ...]) -> int:
     """Tokens of a bin as a right-padded batch, padding included."""
-    return len(members) * int(lengths[list(members)].max(initial=0))
+    longest = int(lengths[list(members)].max(initial=0))
+    return len(members) * longest
 
 
 def _dealt(bins: Bins, load: Float64, world_size: int) -> list[Bins]:
@@ -83,29 +135,13 @@ def _dealt(bins: Bins, load: Float64, world_size: int) -> list[Bins]:
     each = len(bins) // world_size
     ranks: list[Bins] = [[] for _ in range(world_size)]
     total = [0.0] * world_size
-    for b in np.argsort(-load, kind="stable"):
+    largest_first = np.argsort(-load, kind="stable")
+    for b in largest_first.tolist():
         open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
-        rank = min(open_ranks, key=lambda r: (total[r], r))
-        ranks[rank].append(bins[int(b)])
+        rank = min(open_ranks, key=total.__getitem__)  # of equal ones the first
+        ranks[rank].append(bins[b])
         total[rank] += float(load[b])
     return ranks
-
-
-def _spread(sizes: NDArray[np.int64], costs: Float64, capacity: int, count: int) -> Bins | None:
-    """`count` bins about equal in cost, each of at most `capacity` tokens or one example; None if
-    too few are found.
-    """
-    members: Bins = [()] * count
-    full, load = np.zeros(count, np.int64), np.zeros(count)
-    for i in np.argsort(-costs, kind="stable").tolist():
-        room = (full + sizes[i] <= capacity) | (full == 0)
-        if not room.any():
-            return None
-        b = int(np.where(room, load, np.inf).argmin())
-        members[b] += (i,)
-        full[b] += sizes[i]
-        load[b] += costs[i]
-    return [tuple(sorted(some)) for some in members]
 
 
 def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pack:
@@ -113,18 +149,15 @@ def build_pack(examples: Sequence[Example], indices: tuple[int, ...] = ()) -> Pa
     exactly 0.
     """
     if not examples:
-        nothing = np.zeros(0, np.int32)
-        one = np.zeros(1, np.int32)
-        return Pack(one, one, np.array([0, 1], np.int32), nothing, nothing, np.zeros(0, np.float32))
+        examples = [Example(np.zeros(1, np.int32), np.zeros(1, np.float32))]
     lengths = [len(example.ids) for example in examples]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([example.ids for example in examples]).astype(np.int32)
     weights = np.concatenate([example.weights for example in examples]).astype(np.float32)
     label_at = np.flatnonzero(weights)
     return Pack(
         ids=ids,
         positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
         index=(label_at - 1).astype(np.int32),
         label=ids[label_at],
         weight=weights[label_at],
@@ -136,14 +169,23 @@ def probe_pack(examples: Sequence[Example], tokens: int = 32) -> Pack:
     """Three short segments to measure with: the beginnings of examples, every token of them a
     target.
     """
-    beginnings = [examples[i % len(examples)].ids[: tokens - 5 * i] for i in range(3)]
-    return build_pack([Example(ids, np.ones(len(ids), np.float32)) for ids in beginnings])
+    beginnings: list[Example] = []
+    for i in range(3):
+        example = examples[i % len(examples)]
+        ids = example.ids[: tokens - 5 * i]
+        beginnings.append(Example(ids, np.ones(len(ids), np.float32)))
+    return build_pack(beginnings)
 
 
 def blank_pack(tokens: int, longest: int, target_share: float) -> Pack:
     """A pack of `tokens` meaningless tokens in examples of at most `longest`, the last share of
     each being targets.
     """
-    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    weights = [(np.arange(n, 0, -1) <= round(target_share * n)).astype(np.float32) for n in lengths]
-    return build_pack([Example(np.zeros(len(w), np.int32), w) for w in weights])
+    examples: list[Example] = []
+    for start in range(0, tokens, longest):
+        length = min(longest, tokens - start)
+        targets = round(target_share * length)
+        weights = np.zeros(length, np.float32)
+        weights[length - targets :] = 1
+        examples.append(Example(np.zeros(length, np.int32), weights))
+    return build_pack(examples)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.data.groups import ends_of, grouped, groups_of
-from sftx.data.pack import Bins, Float64, balanced, batch_tokens, like_lengths
-from sftx.data.rotation import Int64, Rotation
+from sftx.data.pack import Bins, Float64, Int64, balanced, batch_tokens, like_lengths, rounded_up
+from sftx.data.rotation import Rotation
 from sftx.data.store.corpus import Corpus
 from sftx.settings.schema import Batch, Config
 from sftx.types import Int32, UserError
@@ -26,14 +26,9 @@ from sftx.types import Int32, UserError
 
 def plan_of(corpus: Corpus, config: Config) -> Plan:
     """The plan of a run over `corpus`, whose ledgers then know how many rows it shows."""
-    plan = Plan(
-        corpus.lengths,
-        corpus.weights,
-        config.batch,
-        config.seed,
-        corpus.rotations,
-        groups_of(corpus, config.batch.group_by),
-    )
+    batch = config.batch
+    groups = groups_of(corpus, batch.group_by)
+    plan = Plan(corpus.lengths, corpus.weights, batch, config.seed, corpus.rotations, groups)
     corpus.count_shown(plan.shown())
     return plan
 
@@ -102,18 +97,23 @@ class Plan:
         """Hash of everything that decides the steps; a run may be continued only under the same
         one.
         """
-        arrays = b"".join(array.tobytes() for array in (self.lengths, self.weights, self._starts))
-        state = b"".join(rotation.state() for rotation in self._rotations)
-        decides = arrays + f"{self.seed} {self.batch.shuffle}".encode() + state
+        content = hashlib.blake2b(digest_size=16)
+        for array in (self.lengths, self.weights, self._starts):
+            content.update(array.tobytes())
+        content.update(f"{self.seed} {self.batch.shuffle}".encode())
+        for rotation in self._rotations:
+            content.update(rotation.state())
         if self.groups is not None:
-            decides += self.groups.tobytes()
-        return hashlib.blake2b(decides, digest_size=16).hexdigest()
+            content.update(self.groups.tobytes())
+        return content.hexdigest()
 
     def examples(self, step: int) -> Int64:
         """Indices of the examples of `step` (0-based), in stream order; int64[examples in the
         step].
         """
-        return self._stream(int(self._starts[step]), int(self._starts[step + 1]))
+        start = int(self._starts[step])
+        stop = int(self._starts[step + 1])
+        return self._stream(start, stop)
 
     def total_weight(self, step: int) -> float:
         """The step's divisor: the weights of all its targets, over all packs and processes, summed
@@ -127,13 +127,15 @@ class Plan:
         if not self._rotations:
             return float(position / len(self.lengths))
         epoch = self._epoch_at(position)
-        begin, end = self._begin(epoch), self._begin(epoch + 1)
+        begin = self._begin(epoch)
+        end = self._begin(epoch + 1)
         return epoch + (position - begin) / (end - begin)
 
     def shown(self) -> NDArray[np.bool_]:
         """bool[examples]: those that at least one step shows."""
         shown = np.zeros(len(self.lengths), np.bool_)
-        epoch, end = 0, int(self._starts[-1])
+        epoch = 0
+        end = int(self._starts[-1])
         while self._begin(epoch) < end and not shown.all():
             shown[self._order(epoch)[: end - self._begin(epoch)]] = True
             epoch += 1
@@ -146,25 +148,33 @@ class Plan:
         `padded` each is to run as a right-padded batch.
         """
         chosen = self.examples(step)
+        lengths = self.lengths[chosen]
         if padded:
-            ranks = like_lengths(self.lengths[chosen], tokens_per_pack, world_size)
-            return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
-        # One process has nobody to wait for: there equal tokens are better, which make the largest
-        # pack smallest.
-        work = self.work[chosen] if world_size > 1 else None
-        ranks = balanced(self.lengths[chosen], tokens_per_pack, world_size, work)
-        return [[tuple(int(chosen[i]) for i in members) for members in bins] for bins in ranks]
+            ranks = like_lengths(lengths, tokens_per_pack, world_size)
+        elif world_size == 1:
+            # One process waits for no other: equal tokens make the largest pack smallest.
+            ranks = balanced(lengths, tokens_per_pack)
+        else:
+            ranks = balanced(lengths, tokens_per_pack, world_size, self.work[chosen])
+        packs: list[Bins] = []
+        for bins in ranks:
+            packs.append([tuple(chosen[list(members)].tolist()) for members in bins])
+        return packs
 
     def padding(self, tokens_per_pack: int, world_size: int = 1) -> float:
         """The share of right-padded batches that is padding, in the first (at most 50) steps."""
-        tokens = padded = 0
+        tokens = 0
+        padded = 0
         for step in range(min(self.num_steps, 50)):
             tokens += int(self.lengths[self.examples(step)].sum())
             for bins in self.packs(step, tokens_per_pack, world_size, padded=True):
                 padded += sum(batch_tokens(self.lengths, members) for members in bins)
-        return 1 - tokens / padded if padded else 0.0
+        if not padded:
+            return 0.0
+        return 1 - tokens / padded
 
     def _shuffled(self, epoch: int) -> Int64:
+        """The examples of an epoch, in its order."""
         members = self._always
         if self._rotations:
             shares = [rotation.members(epoch) for rotation in self._rotations]
@@ -172,16 +182,21 @@ class Plan:
         # RandomState, not Generator: numpy promises that its stream never changes between releases.
         random = np.random.RandomState([self.seed % 2**32, epoch])
         if self.groups is not None:
-            return members[grouped(self.groups[members], random if self.batch.shuffle else None)]
-        if not self.batch.shuffle:
-            return members
-        return members[random.permutation(len(members))]
+            shuffle = random if self.batch.shuffle else None
+            return members[grouped(self.groups[members], shuffle)]
+        if self.batch.shuffle:
+            return members[random.permutation(len(members))]
+        return members
 
     def _stream(self, start: int, stop: int) -> Int64:
-        epochs = range(self._epoch_at(start), self._epoch_at(stop - 1) + 1)
-        parts = [
-            self._order(e)[max(start - self._begin(e), 0) : stop - self._begin(e)] for e in epochs
-        ]
+        """The examples at the positions from `start` to before `stop`."""
+        first = self._epoch_at(start)
+        last = self._epoch_at(stop - 1)
+        parts: list[Int64] = []
+        for epoch in range(first, last + 1):
+            begin = self._begin(epoch)
+            order = self._order(epoch)
+            parts.append(order[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts)
 
     def _begin(self, epoch: int) -> int:
@@ -189,7 +204,9 @@ class Plan:
         if not self._rotations:
             return epoch * len(self.lengths)
         while len(self._epochs) <= epoch:
-            self._epochs.append(self._epochs[-1] + len(self._order(len(self._epochs) - 1)))
+            newest = len(self._epochs) - 1
+            size = len(self._order(newest))
+            self._epochs.append(self._epochs[newest] + size)
         return self._epochs[epoch]
 
     def _epoch_at(self, position: int) -> int:
@@ -205,40 +222,52 @@ class Plan:
         if not self._rotations:
             return max(1, round(epochs * len(self.lengths)))
         whole = int(epochs)
-        begin, end = self._begin(whole), self._begin(whole + 1)
-        return max(1, begin + round((epochs - whole) * (end - begin)))
+        begin = self._begin(whole)
+        size = self._begin(whole + 1) - begin
+        return max(1, begin + round((epochs - whole) * size))
 
     def _cut(self) -> Int64:
         """Positions in the stream where steps begin, and the end; int64[num_steps + 1]."""
         batch = self.batch
-        steps = sys.maxsize if batch.steps is None else batch.steps
-        total = self._end_of(batch.epochs) if batch.steps is None else sys.maxsize
-        if batch.tokens_per_step is None and self.groups is None:
-            size = batch.examples_per_step
-            return np.minimum(
-                np.arange(min(steps, -(-total // size)) + 1, dtype=np.int64) * size, total
-            )
-        if batch.tokens_per_step is None:
-            return self._filled(batch.examples_per_step, np.ones_like(self.lengths), steps, total)
-        return self._filled(batch.tokens_per_step, self.lengths, steps, total)
+        if batch.steps is None:
+            steps = sys.maxsize
+            total = self._end_of(batch.epochs)
+        else:
+            steps = batch.steps
+            total = sys.maxsize
+        if batch.tokens_per_step is not None:
+            return self._filled(batch.tokens_per_step, self.lengths, steps, total)
+        size = batch.examples_per_step
+        if self.groups is not None:
+            return self._filled(size, np.ones_like(self.lengths), steps, total)
+        count = min(steps, rounded_up(total, size))
+        starts = np.arange(count + 1, dtype=np.int64) * size
+        return np.minimum(starts, total)
 
     def _filled(self, room: int, sizes: Int64, steps: int, total: int) -> Int64:
         """The same where a step has `room` for examples of these `sizes`, and takes whole groups."""
         starts = [0]
-        # `ends` holds the running sum of the epochs looked at so far, `bounds` where their groups
-        # end; they grow as steps need it.
-        ends, bounds, epoch = np.cumsum(sizes[self._order(0)]), self._bounds(0), 1
+        # Of the epochs looked at so far; steps that need more make them grow.
+        sums = np.cumsum(sizes[self._order(0)])
+        bounds = np.append(0, self._bounds(0))
+        epochs = 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
-            while len(ends) < start + len(self.lengths):
-                more = np.cumsum(sizes[self._order(epoch)])
-                bounds = np.concatenate([bounds, len(ends) + self._bounds(epoch)])
-                ends, epoch = np.concatenate([ends, ends[-1] + more]), epoch + 1
-            budget = room + (int(ends[start - 1]) if start else 0)
-            end = min(max(start + 1, int(np.searchsorted(ends, budget, side="right"))), total)
-            groups = bisect_right(bounds, end)
-            whole = int(bounds[groups - 1]) if groups else 0
-            starts.append(whole if whole > start else end)
+            while len(sums) < start + len(self.lengths):
+                bounds = np.append(bounds, len(sums) + self._bounds(epochs))
+                more = np.cumsum(sizes[self._order(epochs)])
+                sums = np.append(sums, sums[-1] + more)
+                epochs += 1
+            budget = room
+            if start:
+                budget += int(sums[start - 1])
+            end = int(np.searchsorted(sums, budget, side="right"))
+            end = max(end, start + 1)  # one example that is too large is a step by itself
+            end = min(end, total)
+            whole_groups = int(bounds[bisect_right(bounds, end) - 1])
+            if whole_groups > start:
+                end = whole_groups
+            starts.append(end)
         return np.array(starts, dtype=np.int64)
 
     def _bounds(self, epoch: int) -> Int64:

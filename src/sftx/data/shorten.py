@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import NamedTuple
 
 from sftx.data.chat.conversation import ChatMessage, Conversation, Share, reasoning_of
@@ -41,22 +40,25 @@ def shorten(
     Where no cut between turns helps (one message and its answer are longer than that), tokens are
     cut as `fit` does.
     """
-    trained = iter(conversation.trained)
-    groups = [list(islice(trained, len(sequence.spans))) for sequence in sequences]
-    if sum(map(len, groups)) != len(conversation.trained):
+    trained = conversation.trained
+    outputs = sum(len(sequence.spans) for sequence in sequences)
+    if outputs != len(trained):
         # An output without tokens: whose the spans are is not known.
         return [fit(sequence, max_length, "split") for sequence in sequences]
     sizes = count([_text(message) for message in conversation.messages])
     used: set[int] = set()  # messages that stand in some piece
     results: list[Fitted] = []
-    for sequence, turns in zip(sequences, groups, strict=True):
+    done = 0
+    for sequence in sequences:
+        turns = trained[done : done + len(sequence.spans)]
+        done += len(turns)
         if len(sequence.ids) <= max_length:
             results.append(Fitted([sequence]))
             used.update(range(turns[-1] + 1))
         else:
             cut = _Cut(conversation, render, sizes, max_length, used)
             results.append(cut.pieces(sequence, turns))
-    gone = set(range(conversation.trained[-1] + 1)) - used
+    gone = set(range(trained[-1] + 1)) - used
     results[0] = _with_losses(results[0], conversation, gone, sizes)
     return results
 
@@ -65,10 +67,12 @@ def _with_losses(
     first: Fitted, conversation: Conversation, gone: set[int], sizes: Sequence[int]
 ) -> Fitted:
     """The first sequence of a row, with the loss of the messages that are in no piece."""
-    tokens = first.tokens_lost + sum(sizes[i] for i in gone)
+    tokens = first.tokens_lost
     targets = first.targets_lost
-    if conversation.shares:
-        targets += sum(sizes[i] for i in gone if conversation.shares[i].content)
+    for i in gone:
+        tokens += sizes[i]
+        if conversation.shares and conversation.shares[i].content:
+            targets += sizes[i]
     return replace(first, tokens_lost=tokens, targets_lost=targets)
 
 
@@ -97,21 +101,24 @@ class _Cut:
         self.render = render
         self.sizes = sizes  # tokens of the text of each message
         self.max_length = max_length
-        # Tokens of the sequence, and the messages in it.
-        self.whole: tuple[int, list[int]] = (0, [])
+        self.length = 0  # tokens of the sequence
+        self.whole: list[int] = []  # the messages in it
         self.markup = _MARKUP
         self.used = used  # messages that stand in some piece
         self.base = 0.0  # tokens that are there whatever messages are kept, such as those of tools
         roles = [message["role"] for message in self.messages]
-        others = (i for i, role in enumerate(roles) if role not in ("system", "developer"))
-        self.head = list(range(next(others, 0)))
+        others = [i for i, role in enumerate(roles) if role not in ("system", "developer")]
+        self.head: list[int] = []  # the messages before all others, which stay
+        if others:
+            self.head = list(range(others[0]))
         self.users = [i for i, role in enumerate(roles) if role == "user"]
         self.answers = [i for i, role in enumerate(roles) if role == "assistant"]
 
     def pieces(self, sequence: TokenSequence, turns: Sequence[int]) -> Fitted:
         """Pieces that train `turns`, each of them in one."""
-        self.whole = len(sequence.ids), list(range(turns[-1] + 1))
-        self.base = max(len(sequence.ids) - self._estimate(self.whole[1]), 0.0)
+        self.length = len(sequence.ids)
+        self.whole = list(range(turns[-1] + 1))
+        self.base = max(self.length - self._estimate(self.whole), 0.0)
         barest = self._openings(turns[0])[-1]
         self._rendered(self._kept(barest, turns[0]), turns[:1])  # measures what markup takes
         pieces: list[TokenSequence] = []
@@ -140,7 +147,8 @@ class _Cut:
         at = self._earliest(openings[: least + 1], turns[number - 1])
         shortest: tuple[list[int], TokenSequence] | None = None
         while at < len(openings):
-            kept = self._kept(openings[at], turns[number - 1])
+            last = turns[number - 1]
+            kept = self._kept(openings[at], last)
             piece = self._rendered(kept, turns[:number])
             if piece is None:
                 if number == 1:
@@ -171,12 +179,19 @@ class _Cut:
     def _openings(self, turn: int) -> list[_Opening]:
         """Where a piece that trains `turn` may begin, from the most context to the least."""
         begin = len(self.head)
-        users = [i for i in self.users if i <= turn]
         found = [_Opening((), begin)]
-        found += [_Opening((), i) for i in users if i > begin]
-        anchor = tuple(users[-1:])
-        last = users[-1] if users else begin
-        return found + [_Opening(anchor, i) for i in self.answers if last + 1 < i <= turn]
+        anchor: tuple[int, ...] = ()
+        last = begin
+        for i in self.users:
+            if i <= turn:
+                anchor = (i,)
+                last = i
+                if i > begin:
+                    found.append(_Opening((), i))
+        for i in self.answers:
+            if last + 1 < i <= turn:
+                found.append(_Opening(anchor, i))
+        return found
 
     def _guess(self, openings: Sequence[_Opening], turns: Sequence[int]) -> tuple[int, int]:
         """The opening with the least context to be content with, and how many turns fit behind it,
@@ -185,18 +200,24 @@ class _Cut:
         That is the question with all that follows it; where this is too long, the exchanges that
         fill half the room, and at least one.
         """
-        first = turns[0]
-        costs = [self._cost(opening, first) for opening in openings]
+        costs = [self._cost(opening, turns[0]) for opening in openings]
         least = max(i for i, opening in enumerate(openings) if not opening.anchor)
         if costs[least] > self.max_length:
-            barest = len(openings) - 1
-            half = (costs[barest] + self.max_length) / 2
-            rest = range(least + 1, barest)
-            half_full = [i for i in rest if costs[i] <= half]
-            fitting = [i for i in rest if costs[i] <= self.max_length]
-            least = next(iter(half_full or fitting), barest)
-        number = sum(self._cost(openings[least], turn) <= self.max_length for turn in turns)
-        return least, max(number, 1)
+            least = self._half_full(costs, least + 1)
+        fitting = [turn for turn in turns if self._cost(openings[least], turn) <= self.max_length]
+        return least, max(len(fitting), 1)
+
+    def _half_full(self, costs: Sequence[float], begin: int) -> int:
+        """The first opening from `begin` on that leaves half the room for turns; else the first
+        that fits, else the last.
+        """
+        barest = len(costs) - 1
+        half = (costs[barest] + self.max_length) / 2
+        for room in (half, self.max_length):
+            for i in range(begin, barest):
+                if costs[i] <= room:
+                    return i
+        return barest
 
     def _earliest(self, openings: Sequence[_Opening], end: int) -> int:
         """The opening with the most context that leaves room up to message `end`, by estimate; else
@@ -215,17 +236,20 @@ class _Cut:
         return self._estimate(self._kept(opening, end))
 
     def _estimate(self, kept: Sequence[int]) -> float:
-        return self.base + sum(self.sizes[i] for i in kept) + self.markup * len(kept)
+        return self.base + self._text(kept) + self.markup * len(kept)
+
+    def _text(self, kept: Sequence[int]) -> int:
+        """Tokens of the texts of some messages."""
+        return sum(self.sizes[i] for i in kept)
 
     def _learn(self, length: int, kept: Sequence[int]) -> None:
         """Fit the estimate to the whole sequence and to a piece of `length` tokens, both of which
         are known.
         """
-        more = len(self.whole[1]) - len(kept)
+        more = len(self.whole) - len(kept)
         if more:
-            text = sum(self.sizes[i] for i in self.whole[1])
-            text -= sum(self.sizes[i] for i in kept)
-            self.markup = (self.whole[0] - length - text) / more
+            text = self._text(self.whole) - self._text(kept)
+            self.markup = (self.length - length - text) / more
         self.base += length - self._estimate(kept)
 
     def _rendered(self, kept: Sequence[int], turns: Sequence[int]) -> TokenSequence | None:
@@ -233,20 +257,21 @@ class _Cut:
         share none.
         """
         whole = self.conversation
-        shorter = Conversation(
-            messages=[self.messages[i] for i in kept],
-            weights=[whole.weights[i] if i in turns else 0.0 for i in kept],
-            tools=whole.tools,
-            kwargs=dict(whole.kwargs),
-            shares=[self._share(i) for i in kept] if whole.shares else [],
-        )
+        messages = [self.messages[i] for i in kept]
+        weights = [0.0] * len(kept)
+        for k, i in enumerate(kept):
+            if i in turns:
+                weights[k] = whole.weights[i]
+        shorter = Conversation(messages, weights, whole.tools, dict(whole.kwargs))
+        if whole.shares:
+            shorter.shares = [self._share(i) for i in kept]
         try:
             sequences = self.render(shorter)
         except RowError:
             return None
         if len(sequences) != 1:
             return None
-        (sequence,) = sequences
+        sequence = sequences[0]
         self._learn(len(sequence.ids), kept)
         dropped = kept[-1] + 1 - len(kept)
         if not dropped:
@@ -259,11 +284,15 @@ class _Cut:
         there.
         """
         share = self.conversation.shares[i]
-        return share._replace(content=0.0) if i in self.used else share
+        if i in self.used:
+            return share._replace(content=0.0)
+        return share
 
 
 def _text(message: ChatMessage) -> str:
     """All that a message says."""
+    said = message["content"] + reasoning_of(message)
     calls = message.get("tool_calls")
-    written = json.dumps(calls, ensure_ascii=False) if calls else ""
-    return f"{message['content']}{reasoning_of(message)}{written}"
+    if calls:
+        said += json.dumps(calls, ensure_ascii=False)
+    return said

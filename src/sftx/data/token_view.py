@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
+from itertools import islice
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
@@ -63,7 +63,9 @@ class View:
 
     def begins_spelling(self, index: int) -> bool:
         """Whether a text that spells a special token begins with this token."""
-        return self.spelled[index] and not (index and self.spelled[index - 1])
+        if index > 0 and self.spelled[index - 1]:
+            return False
+        return self.spelled[index]
 
 
 def view(
@@ -72,25 +74,26 @@ def view(
     """An example with the text of each of its tokens. `lost`: tokens of its row that no example
     holds.
     """
-    behind = "prompt shortened" if example.shortened else ""
-    note = "; ".join(
-        filter(None, [example.note, behind, f"{lost:,} tokens of the row cut off" if lost else ""])
-    )
+    notes = [example.note] if example.note else []
+    if example.shortened:
+        notes.append("prompt shortened")
+    if lost:
+        notes.append(f"{lost:,} tokens of the row cut off")
     stream = DecodeStream(skip_special_tokens=False)
     ids = example.ids.tolist()
     texts = [stream.step(tokenizer.backend, token) or "" for token in ids]
     special = [token in tokenizer.control_ids for token in ids]
     return View(
-        place,
-        note,
-        example.part,
-        ids,
-        example.weights.tolist(),
-        texts,
-        special,
-        example.shortened,
-        prompt,
-        _spelled(texts, special, tokenizer),
+        place=place,
+        note="; ".join(notes),
+        part=example.part,
+        ids=ids,
+        weights=example.weights.tolist(),
+        texts=texts,
+        special=special,
+        shortened=example.shortened,
+        prompt=prompt,
+        spelled=_spelled(texts, special, tokenizer),
     )
 
 
@@ -107,12 +110,17 @@ def views_of_pack(
     views: list[View] = []
     for s in segments_of(lengths, members.shared or [0] * len(lengths)):
         count = s.last - s.first
-        place = f"{name}: {place_of(members.examples[s.first])}"
+        place = place_of(members.examples[s.first])
         note = ""
         if count > 1:
-            place = f"{name}: {count} examples begin alike, the first: {place_of(members.examples[s.first])}"
+            place = f"{count} examples begin alike, the first: {place}"
             ended = lengths[s.first : s.last].count(s.stop)
-            note = f"{ended} end here" if ended else ""
+            if ended:
+                note = f"{ended} end here"
+        place = f"{name}: {place}"
+        depth = 0
+        if s.parent >= 0:
+            depth = views[s.parent].depth + 1
         whole = view(examples[s.first], tokenizer, place)
         views.append(
             replace(
@@ -124,7 +132,7 @@ def views_of_pack(
                 special=whole.special[s.start : s.stop],
                 spelled=whole.spelled[s.start : s.stop],
                 start=s.start,
-                depth=views[s.parent].depth + 1 if s.parent >= 0 else 0,
+                depth=depth,
                 examples=count,
             )
         )
@@ -138,15 +146,20 @@ def _spelled(texts: list[str], special: list[bool], tokenizer: Tokenizer) -> lis
     for match in tokenizer.control.finditer(text):
         inside[match.start() : match.end()] = True
     spelled: list[bool] = []
-    for letters, stop, is_special in zip(texts, accumulate(map(len, texts)), special, strict=True):
-        spelled.append(not is_special and bool(inside[stop - len(letters) : stop].any()))
+    stop = 0
+    for letters, is_special in zip(texts, special, strict=True):
+        start = stop
+        stop += len(letters)
+        spells = bool(inside[start:stop].any())
+        spelled.append(spells and not is_special)
     return spelled
 
 
 @contextmanager
 def raw_tables(config: Config) -> Generator[list[Table]]:
     """All files of the run, training and held out, read but not encoded."""
-    data, cache = config.data, Cache(config.data.cache)
+    data = config.data
+    cache = Cache(data.cache)
     train = named_sources(data.train, data.rows)
     held = named_sources(data.eval, data.eval_rows)
     with cache.scratch() as scratch:
@@ -163,13 +176,19 @@ def read_rows(table: Table, line: int = 1) -> Iterator[tuple[int, Row | RowError
     before its block.
     """
     assert table.lines is not None
-    first = max((i for i, block in enumerate(table.blocks) if block.line <= line), default=0)
+    first = 0
+    for i, block in enumerate(table.blocks):
+        if block.line <= line:
+            first = i
     for number, _, value in table.rows(table.lines.parent, first):
-        if number >= line:
-            try:
-                yield number, value if isinstance(value, RowError) else parse(value, table.form)
-            except RowError as error:
-                yield number, error
+        if number < line:
+            continue
+        try:
+            if isinstance(value, RowError):
+                raise value
+            yield number, parse(value, table.form)
+        except RowError as error:
+            yield number, error
 
 
 def views_of_rows(
@@ -229,7 +248,9 @@ def _views_of_row(row: Row | RowError, encoder: Encoder, place: str) -> list[Vie
 def _last_prompt(row: Row, encoder: Encoder) -> str:
     turns = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
     turns += [i for i, phrase in enumerate(row.phrases) if phrase.weight]
-    return served_prompt(row, turns[-1], encoder) if turns else ""
+    if not turns:
+        return ""
+    return served_prompt(row, turns[-1], encoder)
 
 
 def served_prompt(row: Row, turn: int, encoder: Encoder) -> str:

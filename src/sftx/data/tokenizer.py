@@ -30,9 +30,11 @@ from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_adapted: WeakKeyDictionary[Any, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
+_adapted: WeakKeyDictionary[object, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
 Letters = NDArray[np.int64]
 """[T, 2]: the characters of each token of a text, as (begin, end)."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""The properties of an added token."""
 _FILES = ["tokenizer*", "vocab*", "*.json", "merges.txt", "*.model", "*.jinja"]
 
 
@@ -70,15 +72,16 @@ class Tokenizer:
             self.stop_ids |= {self.eos_id}
         self._added = backend.get_added_tokens_decoder()
         self._words = {plain: WordCache(backend) for plain in (False, True)}
-        self.adds_bos: bool = self.bos_id is not None and backend.encode("a").ids[:1] == [
-            self.bos_id
-        ]
+        first = backend.encode("a").ids[:1]
+        self.adds_bos: bool = self.bos_id is not None and first == [self.bos_id]
 
     @classmethod
     def load(cls, path: str) -> Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
         path = model_folder(path)
-        folder = Path(path) if Path(path).is_dir() else _download(path)
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _download(path)
         check_links(folder)
         with boundary(f"{path}: no usable tokenizer there"):
             return cls._of_folder(folder)
@@ -88,7 +91,8 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             # The slow way: a folder with only sentencepiece or vocab files.
             auto = import_module("transformers").AutoTokenizer
-            return cls.of(auto.from_pretrained(folder, trust_remote_code=False), _stop_ids(folder))
+            given = auto.from_pretrained(folder, trust_remote_code=False)
+            return cls.of(given, _stop_ids(folder))
         file = folder / "tokenizer_config.json"
         config = read_json(file)
         with boundary(folder / "special_tokens_map.json"):
@@ -100,29 +104,31 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(content)
         with boundary(file):
             _add_missing(backend, config, special)
-        content += json.dumps(config.get("added_tokens_decoder", {}), sort_keys=True).encode()
-        return cls(backend, special, _templates(folder, config), _stop_ids(folder), content)
+        added = config.get("added_tokens_decoder", {})
+        content += json.dumps(added, sort_keys=True).encode()
+        templates = _templates(folder, config)
+        return cls(backend, special, templates, _stop_ids(folder), content)
 
     @classmethod
     def of_model(cls, model: Model) -> Tokenizer:
         """The tokenizer of a run: the model's, with the tokens the run adds."""
         made = cls.load(model.tokenizer or model.path)
-        texts = [(text, False) for text in model.add_tokens] + [
-            (text, True) for text in model.add_special_tokens
-        ]
+        texts = [*model.add_tokens, *model.add_special_tokens]
         if not texts:
             return made
-        if not all(text for text, _ in texts):
+        if not all(texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
         known = made.vocab_size
-        backend: Any = made.backend
-        backend.add_tokens(
-            [tokenizers.AddedToken(t, normalized=False, special=special) for t, special in texts]
-        )
-        ids: list[Any] = [made.backend.token_to_id(text) for text, _ in texts]
-        added_token_ids = {i: i >= known for i in ids}
+        tokens: list[str | tokenizers.AddedToken] = []
+        for k, text in enumerate(texts):
+            is_special = k >= len(model.add_tokens)
+            tokens.append(tokenizers.AddedToken(text, normalized=False, special=is_special))
+        made.backend.add_tokens(tokens)
         made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
-        made.added_token_ids = added_token_ids
+        for text in texts:
+            number = made.backend.token_to_id(text)
+            assert number is not None  # it was just added
+            made.added_token_ids[number] = number >= known
         return made
 
     @classmethod
@@ -134,15 +140,17 @@ class Tokenizer:
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one"
             )
-        template = tokenizer.chat_template
-        templates = {"default": template} if isinstance(template, str) else dict(template or {})
+        templates = tokenizer.chat_template or {}
+        if isinstance(templates, str):
+            templates = {"default": templates}
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        return cls(backend, dict(tokenizer.special_tokens_map), templates, stop_ids)
+        return cls(backend, dict(tokenizer.special_tokens_map), dict(templates), stop_ids)
 
     @cached_property
     def vocab_size(self) -> int:
         """The largest id + 1; there may be holes beneath it."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        return max(ids) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -157,17 +165,16 @@ class Tokenizer:
         """Matches the special tokens: those that `special_tokens: escape` keeps out of the data's
         own text.
         """
-        return _pattern(token.content for token in self._added.values() if token.special)
+        return _pattern(self._added[i].content for i in self.control_ids)
 
     @cached_property
     def control_as_json(self) -> re.Pattern[str]:
         """Matches the special tokens inside JSON text."""
-        texts = (
-            json.dumps(token.content, ensure_ascii=False)
-            for token in self._added.values()
-            if token.special
-        )
-        return _pattern(text[1:-1] for text in texts)
+        texts: list[str] = []
+        for i in self.control_ids:
+            written = json.dumps(self._added[i].content, ensure_ascii=False)
+            texts.append(written[1:-1])
+        return _pattern(texts)
 
     @cached_property
     def splitting(self) -> re.Pattern[str]:
@@ -183,9 +190,11 @@ class Tokenizer:
         A token that is matched after normalisation, or only as a whole word, does not cut text
         wherever its letters stand.
         """
-        return [
-            i for i, token in self._added.items() if not token.normalized and not token.single_word
-        ]
+        found: list[int] = []
+        for i, token in self._added.items():
+            if not token.normalized and not token.single_word:
+                found.append(i)
+        return found
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -251,16 +260,16 @@ class Tokenizer:
         state = self.backend.to_str()
         if '"prepend_scheme":"first"' not in state.replace(" ", ""):
             return self.backend
-        return tokenizers.Tokenizer.from_str(
-            re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', state)
-        )
+        state = re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', state)
+        return tokenizers.Tokenizer.from_str(state)
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the texts at a place, as the tokenizer itself does."""
-    return re.compile(
-        _alternatives(sorted({text for text in texts if text})) or "(?!)"
-    )  # (?!) never matches
+    different = {text for text in texts if text}
+    if not different:
+        return re.compile("(?!)")  # never matches
+    return re.compile(_alternatives(sorted(different)))
 
 
 def _alternatives(texts: list[str]) -> str:
@@ -297,31 +306,33 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
         value = config.get(name)
         if not value:
             continue
-        text = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
+        text = value
+        if isinstance(value, dict):
+            text = cast("dict[str, object]", value).get("content")
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a text, found {value!r}")
         texts[name] = text
     return texts
 
 
-def _add_missing(backend: Any, config: dict[str, Any], special: dict[str, str]) -> None:
+def _add_missing(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
+) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
-    for _, token in sorted(
-        config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
-    ):
-        if backend.token_to_id(token["content"]) is None:
-            flags = {
-                key: token.get(key, False)
-                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            }
-            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
-    known = {
-        token.content for token in backend.get_added_tokens_decoder().values() if token.special
-    }
-    missing = [text for text in special.values() if text not in known]
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(text, normalized=False, special=True) for text in missing]
-    )
+    declared = config.get("added_tokens_decoder", {})
+    for number in sorted(declared, key=int):
+        token = declared[number]
+        content = token["content"]
+        if backend.token_to_id(content) is None:
+            flags = {key: token.get(key, False) for key in _FLAGS}
+            backend.add_tokens([tokenizers.AddedToken(content, **flags)])
+    added = backend.get_added_tokens_decoder().values()
+    known = {token.content for token in added if token.special}
+    missing: list[str | tokenizers.AddedToken] = []
+    for text in special.values():
+        if text not in known:
+            missing.append(tokenizers.AddedToken(text, normalized=False, special=True))
+    backend.add_special_tokens(missing)
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -336,19 +347,19 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         for entry in declared or []:
             templates[_text(entry["name"])] = _text(entry["template"])
     with boundary(folder / "chat_template.json"):
-        if alone := read_json(folder / "chat_template.json"):
-            templates["default"] = _text(alone["chat_template"])
-    for path in (
-        *(folder / "additional_chat_templates").glob("*.jinja"),
-        *folder.glob("chat_template.jinja"),
-    ):
-        name = "default" if path.parent == folder else path.stem
+        if saved := read_json(folder / "chat_template.json"):
+            templates["default"] = _text(saved["chat_template"])
+    for path in (folder / "additional_chat_templates").glob("*.jinja"):
         with boundary(path):
-            templates[name] = path.read_text(encoding="utf-8")
+            templates[path.stem] = path.read_text(encoding="utf-8")
+    alone = folder / "chat_template.jinja"
+    if alone.exists():
+        with boundary(alone):
+            templates["default"] = alone.read_text(encoding="utf-8")
     return templates
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"chat_template must be a text, found {value!r}")
     return value
@@ -360,7 +371,9 @@ def _stop_ids(folder: Path) -> list[int]:
     eos = read_json(file).get("eos_token_id")
     if eos is None:
         return []
-    given = cast("list[Any]", eos) if isinstance(eos, list) else [eos]
+    given: list[object] = [eos]
+    if isinstance(eos, list):
+        given = eos
     found = [i for i in given if type(i) is int]
     if len(found) < len(given):
         raise UserError(
@@ -376,10 +389,13 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     if isinstance(tokenizer, str | Path):
         return _load_tokenizer(str(tokenizer))
     state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
-    known = _adapted.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _adapted[tokenizer] = (state, Tokenizer.of(tokenizer))
-    return known[1]
+    if tokenizer in _adapted:
+        earlier, made = _adapted[tokenizer]
+        if earlier == state:
+            return made
+    made = Tokenizer.of(tokenizer)
+    _adapted[tokenizer] = state, made
+    return made
 
 
 _load_tokenizer = lru_cache(4)(Tokenizer.load)

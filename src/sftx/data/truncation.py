@@ -47,8 +47,11 @@ class Fitted:
 
 def runs(weights: Float32 | NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     """The (begin, end) of the stretches of weights other than 0."""
-    edges = np.flatnonzero(np.diff(weights != 0, prepend=False, append=False)).tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
+    changes = np.diff(weights != 0, prepend=False, append=False)
+    edges = np.flatnonzero(changes).tolist()
+    begins = edges[::2]
+    ends = edges[1::2]
+    return tuple(zip(begins, ends, strict=True))
 
 
 def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
@@ -78,7 +81,10 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
         case "truncate_right":
             piece, _ = _piece(sequence, 0, max_length, max_length)
             lost = length - max_length
-    return Fitted([piece] if piece.targets else [], lost, targets - piece.targets)
+    targets_lost = targets - piece.targets
+    if not piece.targets:
+        return Fitted([], lost, targets_lost)
+    return Fitted([piece], lost, targets_lost)
 
 
 def _piece(
@@ -87,15 +93,20 @@ def _piece(
     """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after
     making room.
     """
-    ids = sequence.ids
-    weights = sequence.weights
-    head: list[int] = []
-    needs_one = sequence.begins_with_bos or weights[begin] != 0
-    if begin > 0 and sequence.bos is not None and needs_one:
-        head = [sequence.bos]
+    needs_one = sequence.begins_with_bos or sequence.weights[begin] != 0
+    has_bos = begin > 0 and sequence.bos is not None and needs_one
+    if has_bos:
         begin = max(begin, end - max_length + 1)
-    piece_ids = np.concatenate([np.array(head, np.int32), ids[begin:end]])
-    piece_weights = np.concatenate([np.zeros(len(head), np.float32), weights[begin:end]])
+    ids = sequence.ids[begin:end]
+    weights = sequence.weights[begin:end]
+    kinds = sequence.kinds
+    if kinds is not None:
+        kinds = kinds[begin:end]
+    if has_bos:
+        ids = np.insert(ids, 0, sequence.bos)
+        weights = np.insert(weights, 0, 0)
+        if kinds is not None:
+            kinds = np.insert(kinds, 0, 0)
     is_prompt = ~sequence.said
     # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
     is_output = not is_prompt[1:2].all()
@@ -103,16 +114,13 @@ def _piece(
     gone = is_prompt[first:begin]
     piece = replace(
         sequence,
-        ids=piece_ids,
-        weights=piece_weights,
+        ids=ids,
+        weights=weights.copy(),
+        kinds=None if kinds is None else kinds.copy(),
         spans=(),
         asked=(),
         shortened=sequence.shortened or bool(gone.any()),
     )
-    if sequence.kinds is not None:
-        before = np.zeros(len(head), np.uint8)
-        kinds = np.concatenate([before, sequence.kinds[begin:end]])
-        piece = replace(piece, kinds=kinds)
     return piece, begin
 
 
@@ -120,16 +128,16 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     spans = _chunks(sequence, max_length)
     pieces: list[TokenSequence] = []
     covered = np.zeros(len(sequence.ids), dtype=np.bool_)
-    done = before = 0  # spans that are in a piece; outputs that end before the next of them
+    done = 0  # spans that are in a piece
     while done < len(spans):
         first = spans[done][0]
-        # Room for the whole prompt of the first output: no answer is trained without its question
-        # where both fit.
-        while before < len(sequence.spans) and sequence.spans[before][1] <= first:
-            before += 1
-        asked = (sequence.spans[before - 1][1] if before else 0) - sequence.begins_with_bos
-        context, prompt = max_length, min(asked, first - 1)  # something stands before it
-        if sequence.context is not None:
+        if sequence.context is None:
+            # Room for the whole prompt of the first output: no answer is trained without its
+            # question where both fit.
+            context = max_length
+            asked = _end_before(sequence.spans, first) - sequence.begins_with_bos
+            prompt = min(asked, first - 1)  # something stands before it
+        else:
             context = sequence.context
             prompt = first - 1
         count = 1
@@ -138,14 +146,20 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
         end = spans[done + count - 1][1]
         start = max(end - max_length, first - context, 0)
         piece, begin = _piece(sequence, start, end, max_length)
-        head = len(piece.ids) - (end - first)
-        _make_context(piece, head)
+        own = end - first
+        _make_context(piece, len(piece.ids) - own)
         pieces.append(piece)
         covered[begin:end] = True
         covered[0] |= sequence.begins_with_bos
         done += count
     assert sum(piece.targets for piece in pieces) == sequence.targets
     return Fitted(pieces, int(np.count_nonzero(~covered)))
+
+
+def _end_before(spans: tuple[tuple[int, int], ...], at: int) -> int:
+    """Where the last of the spans that end before `at` ends; 0 if none does."""
+    ends = [end for _, end in spans if end <= at]
+    return max(ends, default=0)
 
 
 def _make_context(piece: TokenSequence, head: int) -> None:
@@ -159,7 +173,9 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
     """The trained spans, those that fit in no piece cut so that each continuation keeps left
     context.
     """
-    context = max_length // 4 if sequence.context is None else sequence.context
+    context = sequence.context
+    if context is None:
+        context = max_length // 4
     size = max_length - max(1, context)
     chunks: list[tuple[int, int]] = []
     for begin, end in sorted(sequence.spans + sequence.asked):
@@ -168,10 +184,10 @@ def _chunks(sequence: TokenSequence, max_length: int) -> list[tuple[int, int]]:
             continue
         if end - begin < max_length:
             chunks.append((begin, end))
-        else:
-            first = size
-            if begin < size:  # with the whole prompt
-                first = max(max_length - begin, 0)
-            starts = [begin, *range(begin + first, end, size)]
-            chunks += list(pairwise([*starts, end]))
+            continue
+        first = size
+        if begin < size:  # with the whole prompt
+            first = max(max_length - begin, 0)
+        cuts = range(begin + first, end, size)
+        chunks += pairwise([begin, *cuts, end])
     return chunks

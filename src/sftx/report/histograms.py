@@ -36,10 +36,14 @@ class WeightCount(TypedDict):
 
 def lengths_of(corpus: Corpus, most: int | None = None) -> Lengths:
     """How many examples have which length; those over `most` tokens count in the last bar."""
-    top = max(int(corpus.lengths.max(initial=1)), 8)
-    top = top if most is None else min(top, most)
-    edges = np.unique(np.linspace(0, top, BARS + 1).astype(np.int64))
-    counts, _ = np.histogram(np.clip(corpus.lengths, 0, edges[-1]), edges)
+    longest = int(corpus.lengths.max(initial=1))
+    top = max(longest, 8)
+    if most is not None:
+        top = min(top, most)
+    even = np.linspace(0, top, BARS + 1).astype(np.int64)
+    edges = np.unique(even)
+    lengths = np.minimum(corpus.lengths, edges[-1])
+    counts, _ = np.histogram(lengths, edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
@@ -47,15 +51,26 @@ def weights_of(corpus: Corpus) -> list[WeightCount]:
     """How many tokens have which weight, over `LOOKED_AT` examples; 0 first."""
     counts: Counter[float] = Counter()
     for index in evenly(len(corpus), LOOKED_AT):
-        found, tokens = np.unique(corpus.example(index).weights, return_counts=True)
-        counts.update(dict(zip(found.tolist(), tokens.tolist(), strict=True)))
-    if len(counts) <= KINDS:
-        return [{"weight": f"{weight:.4g}", "tokens": counts[weight]} for weight in sorted(counts)]
-    weights = np.array(sorted(counts))
-    tokens = np.array([counts[weight] for weight in weights])
-    tokens[weights == 0] = 0
+        weights = corpus.example(index).weights
+        found, tokens = np.unique(weights, return_counts=True)
+        for weight, count in zip(found.tolist(), tokens.tolist(), strict=True):
+            counts[weight] += count
+    if len(counts) > KINDS:
+        return _spans_of(counts)
+    shown: list[WeightCount] = []
+    for weight in sorted(counts):
+        shown.append({"weight": f"{weight:.4g}", "tokens": counts[weight]})
+    return shown
+
+
+def _spans_of(counts: Counter[float]) -> list[WeightCount]:
+    """The tokens of weight 0, and of equal spans of weights."""
+    weights = sorted(counts)
+    tokens = [counts[weight] if weight else 0 for weight in weights]
     inside, edges = np.histogram(weights, KINDS - 1, weights=tokens)
     spans: list[WeightCount] = [{"weight": "0", "tokens": counts[0.0]}]
-    for count, low, high in zip(inside, edges, edges[1:], strict=False):
+    for i, count in enumerate(inside):
+        low = edges[i]
+        high = edges[i + 1]
         spans.append({"weight": f"{low:.3g} to {high:.3g}", "tokens": int(count)})
     return spans

@@ -31,7 +31,8 @@ from sftx.report.facts import RunFacts, check_needed, read_facts
 from sftx.settings.schema import Config
 from sftx.types import StepRecord, UserError
 
-RECORDS = ("metrics.jsonl", "bad_steps.jsonl")
+METRICS = "metrics.jsonl"
+RECORDS = (METRICS, "bad_steps.jsonl")
 """Files of one line per step, which a checkpoint carries up to its own."""
 SAMPLES = "samples.jsonl"
 """The record of answers. A checkpoint does not carry it: what it holds of later steps is cut off."""
@@ -81,14 +82,17 @@ class Run:
         """Begin at `step`: write run.json, and make the records those that the checkpoint of `step`
         carries.
         """
-        earlier = self.facts.started if step else []
-        known_by = self.facts.tracker_id if step else facts.tracker_id
-        self.facts = replace(facts, tracker_id=known_by)
+        started: list[str] = []
+        if step:
+            started += self.facts.started
+            facts = replace(facts, tracker_id=self.facts.tracker_id)
+        started.append(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        self.facts = facts
         if self.writes:
             make_folder(self.folder)
         self.update(  # first of all files: what has a run.json is known to be a run
             status="running",
-            started=[*earlier, time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            started=started,
             config=self.config.model_dump(mode="json", exclude={"data": {"rows", "eval_rows"}}),
             versions=_versions(),
         )
@@ -99,34 +103,39 @@ class Run:
         """Make the files of one line per step those of the checkpoint of `step`."""
         for name in RECORDS:
             kept = carried.get(name, "")
-            if kept or name == "metrics.jsonl" or (self.folder / name).exists():
-                write_text(self.folder / name, kept)
+            path = self.folder / name
+            if kept or name == METRICS or path.exists():
+                write_text(path, kept)
         if (self.folder / SAMPLES).exists():
             self._cut_samples(step + 1 if step else 0)
 
     def records(self) -> dict[str, str]:
         """The records so far, for a checkpoint to carry; what is returned is on the disk."""
         found: dict[str, str] = {}
+        if not self.writes:
+            return found
         for name in RECORDS:
-            if self.writes and (self.folder / name).exists():
-                sync(self.folder / name)
+            path = self.folder / name
+            if path.exists():
+                sync(path)
                 found[name] = self._text(name)
-        if self.writes and (self.folder / SAMPLES).exists():
-            sync(self.folder / SAMPLES)
+        samples = self.folder / SAMPLES
+        if samples.exists():
+            sync(samples)
         return found
 
     def unlike(self, step: int, carried: Mapping[str, str]) -> list[str]:
         """In words, a line for each record that is not as the checkpoint of `step` carries it."""
-        said = []
+        said: list[str] = []
         for name in RECORDS:
             kept = _steps(carried.get(name, ""))
             found = _steps(self._text(name))
+            more = len(found) - len(kept)
             if found[: len(kept)] != kept:
                 said.append(
                     f"{name} was damaged: it is again as the checkpoint of step {step:,} has it"
                 )
-            elif len(found) > len(kept):
-                more = len(found) - len(kept)
+            elif more > 0:
                 said.append(
                     f"{name} is cut after step {step:,}: {more:,} lines of later steps come anew"
                 )
@@ -136,11 +145,12 @@ class Run:
         """In words, what is missing in the record of a finished run; what can be read of it stays."""
         lines = self.metrics()
         expected = self.facts.ended_at or self.facts.num_steps
-        missing = expected - len({line["step"] for line in lines} - {0})
+        found = {line["step"] for line in lines if line["step"] != 0}
+        missing = expected - len(found)
         if not missing:
             return []
         if self.writes:
-            self._rewrite("metrics.jsonl", lines)
+            self._rewrite(METRICS, lines)
         return [
             f"metrics.jsonl was damaged: {missing:,} of {expected:,} steps are lost from it, none "
             "from the model"
@@ -148,7 +158,7 @@ class Run:
 
     def write(self, record: StepRecord) -> StepRecord:
         """Append one step to metrics.jsonl."""
-        self._append("metrics.jsonl", asdict(record))
+        self._append(METRICS, asdict(record))
         return record
 
     def bad_step(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
@@ -172,7 +182,7 @@ class Run:
         for line in lines:
             if line["step"] == step:
                 line["eval"] = numbers
-        self._rewrite("metrics.jsonl", lines)
+        self._rewrite(METRICS, lines)
 
     def write_samples(self, lines: list[dict[str, object]], again: bool) -> None:
         """Append the answers of a step to samples.jsonl; those of the same step that stand there
@@ -185,23 +195,28 @@ class Run:
 
     def _cut_samples(self, step: int) -> None:
         """Take the answers at `step` and later out of samples.jsonl."""
-        lines = [line for line in _lines(self._text(SAMPLES)) if line["step"] < step]
-        self._rewrite(SAMPLES, lines)
+        lines = _lines(self._text(SAMPLES))
+        earlier = [line for line in lines if line["step"] < step]
+        self._rewrite(SAMPLES, earlier)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """The numbers of all evaluations recorded so far, by step."""
-        return {line["step"]: line["eval"] for line in self.metrics() if line.get("eval")}
+        found: dict[int, dict[str, float]] = {}
+        for line in self.metrics():
+            if line.get("eval"):
+                found[line["step"]] = line["eval"]
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far, without lines that cannot be read."""
         return read_metrics(self.folder)
 
     def _text(self, name: str) -> str:
-        path = self.folder / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return _text_of(self.folder / name)
 
     def _rewrite(self, name: str, lines: list[dict[str, object]]) -> None:
-        write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_text(self.folder / name, text)
 
     def _append(self, name: str, line: dict[str, object]) -> None:
         if self.writes:
@@ -211,12 +226,19 @@ class Run:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The steps recorded in a run's folder, as `Run.metrics` reads them."""
-    return read_lines(folder / "metrics.jsonl")
+    return read_lines(folder / METRICS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a record of steps; none where there is no such file."""
-    return _lines(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+    return _lines(_text_of(path))
+
+
+def _text_of(path: Path) -> str:
+    """What stands in a record; empty where there is no such file."""
+    if not path.exists():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _steps(text: str) -> list[int]:
@@ -225,7 +247,7 @@ def _steps(text: str) -> list[int]:
 
 def _lines(text: str) -> list[dict[str, Any]]:
     """The whole lines of a record; a power loss can leave it cut, or NULs in it."""
-    found = []
+    found: list[dict[str, Any]] = []
     for line in text.split("\n")[:-1]:
         with suppress(ValueError):
             value = json.loads(line)

@@ -7,6 +7,7 @@ spans of steps, of each of which the page gets the lowest, the highest and the m
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -98,10 +99,10 @@ def spikes(folder: Path, steps: Lines) -> list[Spike]:
     """
     chosen: dict[int, Spike] = {}
     for line in read_lines(folder / "bad_steps.jsonl")[:SPIKES]:
-        step = int(str(line["step"]))
+        step = _step(line)
         chosen[step] = Spike(step, "not finite: the update was not applied")
-    found = _outliers(steps, "loss", 1.1)
-    found += _outliers(steps, "grad_norm", 3.0)
+    found = _outliers(steps, "loss", "loss", 1.1)
+    found += _outliers(steps, "grad_norm", "gradient norm", 3.0)
     found.sort(key=lambda pair: -pair[0])
     for _, spike in found:
         if len(chosen) < SPIKES:
@@ -109,44 +110,54 @@ def spikes(folder: Path, steps: Lines) -> list[Spike]:
     return sorted(chosen.values())
 
 
-def _outliers(steps: Lines, name: str, least: float) -> list[tuple[float, Spike]]:
+def _step(line: Mapping[str, Json]) -> int:
+    return int(str(line["step"]))
+
+
+def _outliers(steps: Lines, name: str, word: str, least: float) -> list[tuple[float, Spike]]:
     """(how far out, spike) where a number is six deviations and `least` times above the median of
-    the `BEFORE` steps before it.
+    the `BEFORE` steps before it; the page calls it by the `word`.
     """
     where, values = _column(steps, name)
     if len(values) <= BEFORE:
         return []
     windows = np.lib.stride_tricks.sliding_window_view(values, BEFORE)[:-1]
     usual = np.median(windows, axis=1)
-    deviation = 1.4826 * np.median(np.abs(windows - usual[:, None]), axis=1)
+    distances = np.abs(windows - usual[:, None])
+    deviation = 1.4826 * np.median(distances, axis=1)
+    smallest = 1e-9 + 0.01 * np.abs(usual)
     here = values[BEFORE:]
-    height = (here - usual) / np.maximum(deviation, 1e-9 + 0.01 * np.abs(usual))
+    height = (here - usual) / np.maximum(deviation, smallest)
     out = (height > 6) & (here > least * usual)
-    word = {"grad_norm": "gradient norm"}.get(name, name)
     found: list[tuple[float, Spike]] = []
     for i in np.flatnonzero(out):
+        step = int(where[BEFORE + i])
         why = f"{word} {here[i]:.4g}; the median of the {BEFORE} steps before is {usual[i]:.4g}"
-        found.append((float(height[i]), Spike(int(where[BEFORE + i]), why)))
+        found.append((float(height[i]), Spike(step, why)))
     return found
 
 
 def _column(lines: Lines, name: str) -> tuple[Float64, Float64]:
     """(steps, values) of a number, where it is one."""
-    found = [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
-    pairs = np.array(found, np.float64).reshape(-1, 2)
-    pairs = pairs[np.isfinite(pairs[:, 1])]
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    steps: list[int] = []
+    values: list[float] = []
+    for line in lines:
+        value = line.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isfinite(value):
+            steps.append(_step(line))
+            values.append(value)
+    return np.array(steps, np.float64), np.array(values, np.float64)
 
 
 def _series(steps: Lines) -> dict[str, object]:
     for line in steps:
         line["targets_per_second"] = _rate(line)
-    names = (*COLUMNS, "targets_per_second", "tokens", "targets")
-    return {name: _drawn(steps, name) for name in names}
+    series: dict[str, object] = {}
+    for name in (*COLUMNS, "targets_per_second", "tokens", "targets"):
+        series[name] = _drawn(steps, name)
+    return series
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:
@@ -161,7 +172,7 @@ def _drawn(lines: Lines, name: str) -> dict[str, object]:
     """A series as the page gets it: `steps` and `values`, and of a long one `means` as well."""
     steps, values = _column(lines, name)
     if len(steps) <= 2 * BUCKETS:
-        return {"steps": steps.astype(int).tolist(), "values": _short(values)}
+        return _points(steps, values)
     edges = np.linspace(0, len(steps), BUCKETS + 1).astype(int)
     kept: list[int] = []
     for begin, end in pairwise(edges):
@@ -169,19 +180,20 @@ def _drawn(lines: Lines, name: str) -> dict[str, object]:
         lowest = int(begin + span.argmin())
         highest = int(begin + span.argmax())
         kept += sorted({lowest, highest})
-    counts = np.diff(edges)
-    means = np.add.reduceat(values, edges[:-1]) / counts
-    middles = steps[(edges[:-1] + edges[1:] - 1) // 2]
-    return {
-        "steps": steps[kept].astype(int).tolist(),
-        "values": _short(values[kept]),
-        "means": {"steps": middles.astype(int).tolist(), "values": _short(means)},
-        "of": len(steps),
-    }
+    begins = edges[:-1]
+    ends = edges[1:]
+    means = np.add.reduceat(values, begins) / (ends - begins)
+    middles = (begins + ends - 1) // 2
+    drawn = _points(steps[kept], values[kept])
+    drawn["means"] = _points(steps[middles], means)
+    drawn["of"] = len(steps)
+    return drawn
 
 
-def _short(values: Float64) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
+def _points(steps: Float64, values: Float64) -> dict[str, object]:
+    """Points as the page gets them, of six digits."""
+    short = [float(f"{value:.6g}") for value in values]
+    return {"steps": steps.astype(int).tolist(), "values": short}
 
 
 def _held(lines: Lines) -> dict[str, object]:
@@ -198,20 +210,27 @@ def _held(lines: Lines) -> dict[str, object]:
 
 def _evaluations(facts: RunFacts, lines: Lines) -> dict[str, object]:
     """Held-out numbers before training, of the best model where one was kept, and at the end."""
-    evaluated = {int(str(line["step"])): line["eval"] for line in lines if line.get("eval")}
+    evaluated: dict[int, Json] = {}
+    for line in lines:
+        if line.get("eval"):
+            evaluated[_step(line)] = line["eval"]
+    moments: dict[str, object] = {}
+    before = facts.eval_before or evaluated.get(0)
+    if before:
+        moments["before training"] = before
     best = facts.to_json().get("best")
-    last = max(evaluated, default=0)
-    moments: dict[str, object] = {"before training": facts.eval_before or evaluated.get(0)}
     if isinstance(best, dict) and best.get("step") in evaluated:
-        moments[f"best, step {best['step']}"] = evaluated[best["step"]]
+        step = best["step"]
+        moments[f"best, step {step}"] = evaluated[step]
+    last = max(evaluated, default=0)
     if last:
         moments[f"after step {last}"] = facts.eval_after or evaluated[last]
-    return {when: numbers for when, numbers in moments.items() if numbers}
+    return moments
 
 
 def _samples(lines: Lines) -> dict[str, object]:
     """Answers by prompt: `steps`, and for each prompt its reference and its answer at each step."""
-    steps = sorted({int(str(line["step"])) for line in lines})
+    steps = sorted({_step(line) for line in lines})
     shown = [steps[i] for i in evenly(len(steps), MOMENTS)]
     prompts: dict[tuple[str, str], dict[str, object]] = {}
     for line in lines:
@@ -236,21 +255,29 @@ def _samples(lines: Lines) -> dict[str, object]:
 
 def _cut(text: str) -> str:
     more = len(text) - LONGEST
-    return text if more <= 0 else f"{text[:LONGEST]} … and {more:,} more characters"
+    if more <= 0:
+        return text
+    return f"{text[:LONGEST]} … and {more:,} more characters"
 
 
 def _dropped(path: Path) -> list[Json]:
     """The first dropped rows."""
     if not path.is_file():
         return []
+    found: list[Json] = []
     with path.open("rb") as file:
-        found = [_parsed(line) for line in islice(file, DROPPED)]
-    return [line for line in found if isinstance(line, dict)]
+        for line in islice(file, DROPPED):
+            row = _parsed(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found
 
 
 def _json(path: Path) -> Json:
     """What a file of JSON holds; None where there is none that can be read."""
-    return _parsed(path.read_bytes()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return _parsed(path.read_bytes())
 
 
 def _parsed(text: bytes) -> Json:
@@ -264,7 +291,9 @@ def _parsed(text: bytes) -> Json:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder, all different."""
     names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else str(folder)
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    different: list[str] = []
+    for name, folder in zip(names, folders, strict=True):
+        if names.count(name) > 1:
+            name = str(folder)
+        different.append(name)
+    return different

@@ -20,18 +20,27 @@ from pydantic.fields import FieldInfo
 
 from sftx.settings.schema import SHORT_FORMS, Config, Section
 
-FOREIGN_NAMES: dict[str, tuple[str, str]] = {
-    name: (entry.get("ours", ""), entry.get("note", ""))
-    for entry in yaml.safe_load((files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8"))
-    for name in entry["names"]
-}
+
+def _foreign_names() -> dict[str, tuple[str, str]]:
+    text = (files("sftx") / "foreign_names.yaml").read_text(encoding="utf-8")
+    names: dict[str, tuple[str, str]] = {}
+    for entry in yaml.safe_load(text):
+        meaning = (entry.get("ours", ""), entry.get("note", ""))
+        for name in entry["names"]:
+            names[name] = meaning
+    return names
+
+
+FOREIGN_NAMES = _foreign_names()
 """The names other tools use: our dotted key, and a sentence where the meaning differs."""
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section class of a field that is a section, else None."""
     annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
 
 
 def fields(prefix: str = "", section: type[Section] = Config) -> Iterator[tuple[str, FieldInfo]]:
@@ -56,15 +65,30 @@ def doc(field: FieldInfo) -> str:
 def allowed(field: FieldInfo) -> str:
     """What a field allows, in words: `a whole number >= 1, or null`."""
     if inner := section_of(field):
-        return "settings (" + ", ".join(inner.model_fields) + ")"
+        names = ", ".join(inner.model_fields)
+        return f"settings ({names})"
     words, null, _ = _type_in_words(field.annotation).partition(", or null")
     return words + _limits(field.metadata) + null
 
 
+_SIGNS: dict[type, str] = {
+    Ge: ">= {0.ge}",
+    Gt: "> {0.gt}",
+    Le: "<= {0.le}",
+    Lt: "< {0.lt}",
+}
+
+
 def _limits(metadata: Sequence[object]) -> str:
-    signs: dict[type, str] = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
-    limits = [signs[type(limit)].format(limit) for limit in metadata if type(limit) in signs]
-    return " " + " and ".join(limits) if limits else ""
+    """The limits of a number in words, after a space; "" if it has none."""
+    limits: list[str] = []
+    for limit in metadata:
+        sign = _SIGNS.get(type(limit))
+        if sign is not None:
+            limits.append(sign.format(limit))
+    if not limits:
+        return ""
+    return " " + " and ".join(limits)
 
 
 _SIMPLE: dict[object, str] = {
@@ -87,17 +111,23 @@ def _type_in_words(annotation: Any) -> str:
 
 def _union(parts: Sequence[object]) -> str:
     words = " or ".join(_type_in_words(part) for part in parts if part is not type(None))
-    return words + ", or null" if type(None) in parts else words
+    if type(None) in parts:
+        words += ", or null"
+    return words
 
 
 def _list(items: Sequence[object]) -> str:
-    item = "rows" if items[0] is Any else _type_in_words(items[0])
-    return "a list of " + item.removeprefix("one of ").replace(" or ", " / ")
+    if items[0] is Any:
+        return "a list of rows"
+    item = _type_in_words(items[0]).removeprefix("one of ")
+    return "a list of " + item.replace(" or ", " / ")
 
 
 def _dictionary(types: Sequence[object]) -> str:
     keys, values = types
-    names = " / ".join(map(str, get_args(keys))) if get_origin(keys) is Literal else "name"
+    names = "name"
+    if get_origin(keys) is Literal:
+        names = " / ".join(map(str, get_args(keys)))
     words = _type_in_words(values).replace(", or null", " or null")
     return f"{{{names}: {words}}}"
 
@@ -117,15 +147,20 @@ _IN_WORDS: dict[object, Callable[[Sequence[object]], str]] = {
 
 def suggestion(key: str, section: type[Section] = Config, prefix: str = "") -> str:
     """What to write instead of the unknown `key` in `section`, whose dotted name is `prefix`."""
-    name = key.strip("-").replace("-", "_").rpartition(".")[2]
-    same_name = [dotted for dotted in settings() if dotted.rpartition(".")[2] == name]
+    name = _leaf(key.strip("-").replace("-", "_"))
+    same_name = [f"`{dotted}`" for dotted in settings() if _leaf(dotted) == name]
     if same_name:
-        return "it is " + " or ".join(f"`{dotted}`" for dotted in same_name)
+        return "it is " + " or ".join(same_name)
     if name.lower() in FOREIGN_NAMES:
         return _of_another_tool(name.lower())
     if close := get_close_matches(name, section.model_fields, 1, 0.75):
         return f"did you mean `{prefix}{close[0]}`?"
     return _close_elsewhere(name) or f"known here: {', '.join(section.model_fields)}"
+
+
+def _leaf(dotted: str) -> str:
+    """The last part of a dotted key."""
+    return dotted.rpartition(".")[2]
 
 
 def _of_another_tool(name: str) -> str:
@@ -134,21 +169,26 @@ def _of_another_tool(name: str) -> str:
     if not ours:
         return meaning
     here = f"here it is `{ours}`"
-    return f"{here}, which {meaning}" if meaning else here
+    if meaning:
+        here += f", which {meaning}"
+    return here
 
 
 def _close_elsewhere(name: str) -> str:
     """What to write instead of a name that is almost one of another section or tool; else ""."""
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(settings())}
-    leaves |= {section: section for section in SHORT_FORMS}
+    leaves = {_leaf(dotted): dotted for dotted in reversed(settings())}
+    for section in SHORT_FORMS:
+        leaves[section] = section
     close = get_close_matches(name, [*leaves, *FOREIGN_NAMES], 1, 0.7)
     if not close:
         return ""
-    ours = leaves.get(close[0], "")
-    meaning = ""
-    if not ours:
+    if close[0] in leaves:
+        ours = leaves[close[0]]
+    else:
         ours, meaning = FOREIGN_NAMES[close[0]]
-    return f"did you mean `{ours}`?" if ours else meaning
+        if not ours:
+            return meaning
+    return f"did you mean `{ours}`?"
 
 
 def shown(value: object) -> str:
@@ -157,18 +197,23 @@ def shown(value: object) -> str:
         text = json.dumps(value)
     elif isinstance(value, list | tuple):
         items = cast("Sequence[object]", value)
-        more = ", ..." if len(items) > 8 else ""
-        text = "[" + ", ".join(map(shown, items[:8])) + more + "]"
+        shown_items = [shown(item) for item in items[:8]]
+        if len(items) > 8:
+            shown_items.append("...")
+        text = "[" + ", ".join(shown_items) + "]"
     elif isinstance(value, dict):
-        pairs = list(cast("dict[object, object]", value).items())[:8]
-        text = "{" + ", ".join(f"{name}: {shown(item)}" for name, item in pairs) + "}"
+        pairs = list(cast("dict[object, object]", value).items())
+        shown_pairs = [f"{name}: {shown(item)}" for name, item in pairs[:8]]
+        text = "{" + ", ".join(shown_pairs) + "}"
     else:
         text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    if len(text) > 80:
+        text = text[:77] + "..."
+    return text
 
 
 def in_words(field: FieldInfo) -> str:
     """What a setting allows, and `required` or its default as YAML would show it."""
-    return f"{allowed(field)}; " + (
-        "required" if field.is_required() else f"default {shown(field.default)}"
-    )
+    if field.is_required():
+        return f"{allowed(field)}; required"
+    return f"{allowed(field)}; default {shown(field.default)}"

@@ -45,11 +45,17 @@ def load_config(
     data = {} if value is None else _mapping(value)
     if data is None:
         raise UserError(f"{path}: found {shown(value)}; a run is a mapping such as `model: PATH`")
-    given = {re.split("[.=]", override)[0] for override in overrides} | set(data)
-    absent = [default for default in defaults if re.split("[.=]", default)[0] not in given]
+    given = set(data)
+    given.update(map(_top_level, overrides))
+    absent = [default for default in defaults if _top_level(default) not in given]
     for override in (*absent, *overrides):
         _override(data, override, places, problems)
     return _checked(data, places, problems, source=path or "")
+
+
+def _top_level(override: str) -> str:
+    """The first part of the key of an override."""
+    return re.split("[.=]", override)[0]
 
 
 def make_config(**sections: Unpack[Sections]) -> Config:
@@ -80,7 +86,9 @@ def _read(path: str) -> str:
 
 def _mapping(value: object) -> dict[str, object] | None:
     """`value` if it is a dictionary, else None."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return cast("dict[str, object]", value)
+    return None
 
 
 def _is_path(value: object) -> bool:
@@ -142,7 +150,8 @@ def _override(data: dict[str, object], override: str, places: Places, problems: 
             return
         if places.get(at) == _COMMAND_LINE:
             problems.append(f"{_COMMAND_LINE}: {dotted(at)}: given twice")
-        inner[at[-1]] = item
+        name = at[-1]
+        inner[name] = item
     for written in (path, *given):
         places[written] = _COMMAND_LINE
     for rest in below:
@@ -166,12 +175,15 @@ def _holder(
     """
     inner = data
     for depth, part in enumerate(at[:-1], 1):
-        below = _long_form(part, inner.get(part)) if depth == 1 else inner.get(part, {})
+        path = at[:depth]
+        below = inner.get(part, {})
+        if depth == 1:
+            below = _long_form(part, inner.get(part))
         inner[part] = below
-        places.setdefault(at[:depth], _COMMAND_LINE)
+        places.setdefault(path, _COMMAND_LINE)
         found = _mapping(below)
         if found is None:
-            return dotted(at[:depth])
+            return dotted(path)
         inner = found
     return inner
 
@@ -187,8 +199,11 @@ def _checked(
     else:
         if not problems:
             return config
-    more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
-    raise UserError("\n".join(problems[:_SHOWN] + more))
+    lines = problems[:_SHOWN]
+    more = len(problems) - _SHOWN
+    if more > 0:
+        lines.append(f"and {more:,} more")
+    raise UserError("\n".join(lines))
 
 
 def _place(path: KeyPath, places: Places) -> str:
@@ -196,9 +211,11 @@ def _place(path: KeyPath, places: Places) -> str:
 
     Empty for Python.
     """
-    while path not in places and path:
+    while path not in places:
+        if not path:
+            return ""
         path = path[:-1]
-    return f"{places[path]}: " if path in places else ""
+    return f"{places[path]}: "
 
 
 def _known(
@@ -235,12 +252,16 @@ def _plain(value: object, *, as_tuple: bool) -> object:
     if not isinstance(value, list | tuple):
         return _as_text(value)
     items = [_as_text(item) for item in cast("Sequence[object]", value)]
-    return tuple(items) if as_tuple else items
+    if as_tuple:
+        return tuple(items)
+    return items
 
 
 def _as_text(value: object) -> object:
     """A path as text, anything else as it is."""
-    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    return value
 
 
 def _paths_for_rows(value: object, at: KeyPath, place: str) -> list[str]:
@@ -249,8 +270,10 @@ def _paths_for_rows(value: object, at: KeyPath, place: str) -> list[str]:
         return []
     items = cast("list[object]", value)
     texts = [str(_as_text(item)) for item in items if _is_path(item)]
+    if not texts or len(texts) < len(items):
+        return []
     # Where the list is written down in YAML, any text is a path.
-    if not texts or len(texts) < len(items) or not (place or all(map(_names_a_file, texts))):
+    if not place and not all(map(_names_a_file, texts)):
         return []
     return [
         f"{place}{dotted(at)}: found a list of paths; a list here means rows in memory; for files "
@@ -273,14 +296,17 @@ def _unknown(path: KeyPath, value: object, section: type[Section], places: Place
     place = _place(path, places)
     if "." in key:
         head, _, tail = key.partition(".")
-        nested = f"`{head}:` with `{tail}:` beneath it" if place else f"{head}={{{tail!r}: ...}}"
+        nested = f"{head}={{{tail!r}: ...}}"
+        if place:
+            nested = f"`{head}:` with `{tail}:` beneath it"
         return [f"{place}{dotted(path)}: dotted keys are for the command line; write {nested}"]
     prefix = "".join(f"{part}." for part in at)
     inner = _mapping(value)
     if inner and not get_close_matches(key, section.model_fields, 1, 0.75):
         lines: list[str] = []
         for name in inner:
-            where = f"{_place((*path, name), places)}{dotted((*path, name))}"
+            below = (*path, name)
+            where = _place(below, places) + dotted(below)
             lines.append(f"{where}: no such setting; {suggestion(name)}")
         return lines
     return [f"{place}{dotted(path)}: no such setting; {suggestion(key, section, prefix)}"]
@@ -301,7 +327,8 @@ def _translated(
         rest = problem["loc"][len(path) :]
         name = f"{_place(path, places)}{dotted(path)}"
         if kind == "value_error":
-            whole[path] = f"{name}: {problem.get('ctx', {})['error']}".removeprefix(": ")
+            reason = problem.get("ctx", {})["error"]
+            whole[path] = f"{name}: {reason}".removeprefix(": ")
         elif field is None:
             whole[path] = f"{source}: found {shown(data)}"
         elif kind == "missing" and not rest:
@@ -309,7 +336,7 @@ def _translated(
             whole[path] = f"{first}{dotted(path)}: missing: {doc(field)}"
         elif kind in _INSIDE:
             keys = path + _keys(rest)
-            where = f"{_place(keys, places)}{dotted(keys)}"
+            where = _place(keys, places) + dotted(keys)
             inside[keys] = f"{where}: {_INSIDE[kind]}; allowed: {allowed(field)}"
         else:
             whole.setdefault(path, f"{name}: found {shown(found)}; allowed: {allowed(field)}")
@@ -343,5 +370,6 @@ def _refused(
         section = section_of(field)
         path = (*path, part)
         inner = _mapping(found)
-        found = found if inner is None else inner.get(str(part))
+        if inner is not None:
+            found = inner.get(str(part))
     return path, field, found

@@ -77,23 +77,27 @@ class Answer:
         note = self._note(prompt, close_opening)
         output = self._continuation(prompt)
         self._check(output)
-        if not note and not self._thought and self._content.strip() not in output:
+        content = self._content.strip()
+        if not note and not self._thought and content not in output:
             note = CHANGED
-        calls = self._message.get("tool_calls", [])
+        said = [content, self._thought]
         unwritten = self._traits.ending.unwritten
-        if unwritten and calls:
-            unwritten = self._traits.unwritten_after_call
-        names = [call["function"]["name"] for call in calls]
-        said = filter(None, [self._content.strip(), self._thought, *names])
-        return self._ended(prompt, output, note, list(said), unwritten)
+        for call in self._message.get("tool_calls", ()):
+            said.append(call["function"]["name"])
+            if unwritten:
+                unwritten = self._traits.unwritten_after_call
+        said = [text for text in said if text]
+        return self._ended(prompt, output, note, said, unwritten)
 
     def turn_of_another(self) -> Turn:
         """A turn that no model is asked for: its prompt ends where the content begins."""
-        before, found, _ = self._rendered_with({"content": MODEL}).rpartition(MODEL)
+        probe = self._rendered_with({"content": MODEL})
+        before, found, _ = probe.rpartition(MODEL)
         if not found or not self.full.startswith(before):
             raise self._unfaithful("")
         output = self.full[len(before) :]
-        return self._ended(before, output, "", [self._content], self._traits.ending.unwritten)
+        unwritten = self._traits.ending.unwritten
+        return self._ended(before, output, "", [self._content], unwritten)
 
     def prompt(self) -> str:
         """What a server sends for the turn."""
@@ -108,7 +112,7 @@ class Answer:
                 )
             return self.full[:begin]
         prompt = self._rendered(self._t, generate=True)
-        before = self._conversation.messages[self._t - 1]["role"]
+        before = self._before["role"]
         asks = before in _ASKS or (before != "assistant" and not header)
         served_without_asking = not asks and prompt == self._rendered(self._t)
         if not prompt or served_without_asking:
@@ -119,6 +123,11 @@ class Answer:
             )
         return prompt
 
+    @property
+    def _before(self) -> ChatMessage:
+        """The message before the turn."""
+        return self._conversation.messages[self._t - 1]
+
     def _rendered(self, end: int, generate: bool = False) -> str:
         render = self._traits.renderer.render
         return render(self._conversation, end, generate, **self._switch)
@@ -126,7 +135,8 @@ class Answer:
     def _rendered_with(self, changes: _Changes) -> str:
         """The text of the messages up to this one, with changes to it."""
         changed: ChatMessage = {**self._message, **changes}
-        probe = self._conversation.with_messages([*self._conversation.messages[: self._t], changed])
+        earlier = self._conversation.messages[: self._t]
+        probe = self._conversation.with_messages([*earlier, changed])
         return self._traits.renderer.render(probe, self._t + 1, False, **self._switch)
 
     def _note(self, prompt: str, close_opening: bool) -> str:
@@ -149,7 +159,7 @@ class Answer:
         """What must follow `prompt` so that the turn has been said."""
         if self.full.startswith(prompt):
             rest = self.full[len(prompt) :]
-            if self._t and self._conversation.messages[self._t - 1]["role"] == "tool":
+            if self._t and self._before["role"] == "tool":
                 return rest.removeprefix(self._traits.header)
             return rest
         opening, tag = opening_of(prompt)
@@ -161,21 +171,27 @@ class Answer:
         else:
             begin = self._begin_after_rewriting(base)
         rest = self.full[begin:]
-        return self._behind_opening(opening, tag, rest, prompt) if tag else rest
+        if not tag:
+            return rest
+        return self._behind_opening(opening, tag, rest, prompt)
 
     def _behind_opening(self, opening: str, tag: str, rest: str, prompt: str) -> str:
         """The answer `rest`, which does not know that the prompt ends in `opening`, as it must go
         on behind that.
         """
         shared = common_length(opening, rest)
-        tail = rest[shared:] if shared >= len(tag) else rest
+        tail = rest
+        if shared >= len(tag):
+            tail = rest[shared:]
         closing = close_tag(tag)
         is_said = bool(self._thought) and self._thought in tail
         is_closed = tail.lstrip().startswith(closing)
         if closing in opening:  # the prompt holds an empty thought
             if is_said:
                 raise self._unfaithful(prompt)
-            return tail.lstrip().removeprefix(closing) if is_closed else tail
+            if not is_closed:
+                return tail
+            return tail.lstrip().removeprefix(closing)
         if is_said and closing in tail:
             return tail
         if self._thought:
@@ -193,8 +209,11 @@ class Answer:
         # The thought stands in the content.
         closing = close_tag(tag)
         inside, _, after = self._content.partition(closing)
-        gap = "" if tail[:1].isspace() else after.removesuffix(after.lstrip())
-        return inside.lstrip().removeprefix(opening).removeprefix(tag) + closing + gap + tail
+        thought = inside.lstrip().removeprefix(opening).removeprefix(tag)
+        if not tail[:1].isspace():
+            gap = after.removesuffix(after.lstrip())
+            tail = gap + tail
+        return thought + closing + tail
 
     def _continues_without_header(self, base: str) -> bool:
         """Whether the text goes on where the prompt has a header, as some templates do behind a
@@ -207,7 +226,8 @@ class Answer:
         begin = len(base) - len(header)
         if not self.full.startswith(base[:begin]):
             return False
-        return first.group() not in self.full[begin : self._begin_of_payload()]
+        between = self.full[begin : self._begin_of_payload()]
+        return first.group() not in between
 
     def _begin_after_rewriting(self, base: str) -> int:
         """Where the turn begins if the template writes earlier turns otherwise once it is there:
@@ -215,14 +235,15 @@ class Answer:
         them.
         """
         last = last_added(self._tokenizer, base)
-        header = base[last.start() :] if last else self._traits.header
+        header = self._traits.header
+        if last is not None:
+            header = base[last.start() :]
         begin = self._behind_header(header)
         if begin is None:
             raise self._unfaithful(base)
-        before = self._conversation.messages[self._t - 1]
-        if before["content"]:
+        if self._before["content"]:
             messages = list(self._conversation.messages)
-            messages[self._t - 1] = {**before, "content": NEXT}
+            messages[self._t - 1] = {**self._before, "content": NEXT}
             probe = self._conversation.with_messages(messages)
             other = Answer(self._traits, probe, self._t, self._switch)
             at = other._behind_header(header)
@@ -233,8 +254,10 @@ class Answer:
     def _behind_header(self, header: str) -> int | None:
         """The end of the last `header` before what the turn says; None if there is none."""
         payload = self._begin_of_payload()
-        at = self.full[:payload].rfind(header) if header.strip() else -1
-        return None if at < 0 else at + len(header)
+        at = self.full.rfind(header, 0, payload)
+        if at < 0 or not header.strip():
+            return None
+        return at + len(header)
 
     def _begin_of_payload(self) -> int:
         """Where the first thing that the turn says begins: before it, another turn would read the
@@ -251,7 +274,8 @@ class Answer:
             changes["tool_calls"] = [_to_the_probe(call) for call in calls]
         if {**message, **changes} == message:
             changes = {"content": MODEL}
-        return len(common(self.full, self._rendered_with(changes)))
+        probe = self._rendered_with(changes)
+        return len(common(self.full, probe))
 
     def _check(self, output: str) -> None:
         """`RowError` if a part of what the turn says is not in its output."""
@@ -269,7 +293,8 @@ class Answer:
         if content in output or thought_inside:
             return
         # Does the template write a content at this turn at all?
-        if MODEL not in self._rendered_with({"content": MODEL}).lower():
+        probe = self._rendered_with({"content": MODEL})
+        if MODEL not in probe.lower():
             raise RowError(
                 f"turn {self._t}: the {self._name} leaves out the content of the answer "
                 f"({content[:80]!r})"
@@ -280,21 +305,36 @@ class Answer:
         or with the `unwritten` one added.
         """
         ending = self._traits.ending
-        if ending.stop is not None and ending.stop in output and not unwritten:
-            ends = [output.rfind(text) + len(text) for text in said if text in output]
-            spoken = max(ends, default=0)
-            at = output.find(ending.stop, spoken)
+        stop = ending.stop
+        ends = True
+        if stop is not None and stop in output and not unwritten:
+            spoken = 0
+            for text in said:
+                if text in output:
+                    spoken = max(spoken, output.rfind(text) + len(text))
+            at = output.find(stop, spoken)
             if at < 0:
-                at = output.rfind(ending.stop)
-            return Turn(prompt, output[: at + len(ending.stop)], True, note, self._switch)
+                at = output.rfind(stop)
+            output = output[: at + len(stop)]
+        elif (end := self._end_of_special(output)) is not None:
+            output = output[:end]
+        else:
+            output = output.removesuffix(ending.written) + unwritten
+            ends = bool(unwritten)
+        return Turn(prompt, output, ends, note, self._switch)
+
+    def _end_of_special(self, output: str) -> int | None:
+        """Where the special token ends that an output ends in; None if it ends in none."""
         last = last_added(self._tokenizer, output)
-        if last and self._tokenizer.is_special(last.group()) and not output[last.end() :].strip():
-            return Turn(prompt, output[: last.end()], True, note, self._switch)
-        output = output.removesuffix(ending.written) + unwritten
-        return Turn(prompt, output, bool(unwritten), note, self._switch)
+        if last is None or not self._tokenizer.is_special(last.group()):
+            return None
+        if output[last.end() :].strip():
+            return None
+        return last.end()
 
     def _unfaithful(self, prompt: str) -> RowError:
-        at = max(common_length(prompt, self.full) - 40, 0)
+        shared = common_length(prompt, self.full)
+        at = max(shared - 40, 0)
         return RowError(
             f"turn {self._t}: the chat template does not continue the prompt that a server would "
             f"send.\n  prompt:       ...{prompt[at:][:200]!r}\n"
@@ -315,4 +355,7 @@ def thought_of(message: ChatMessage, tag: str) -> str:
 
 def last_added(tokenizer: Tokenizer, text: str) -> re.Match[str] | None:
     """The last added token in a text; None if it has none."""
-    return next(reversed(list(tokenizer.splitting.finditer(text))), None)
+    last = None
+    for match in tokenizer.splitting.finditer(text):
+        last = match
+    return last

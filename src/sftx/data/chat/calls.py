@@ -23,19 +23,19 @@ def lost_call(message: ChatMessage, output: str) -> str:
     calls = [call["function"] for call in message.get("tool_calls", ())]
     if not calls:
         return ""
-    texts = filter(None, [message["content"], message.get("reasoning_content")])
+    texts = [message["content"], message.get("reasoning_content", "")]
     said = [text for text in texts if text in output]
     needed: Counter[str] = Counter()
-    for k, call in enumerate(calls):
-        where = f"call {k + 1} of {len(calls)} ({call['name']})"
+    for k, call in enumerate(calls, 1):
+        where = f"call {k} of {len(calls)} ({call['name']})"
         fewest = len(output)
         for text, forms in _parts(call):
             needed[text] += 1
             spoken = sum([other.count(text) for other in said])
-            found = max([output.count(form) for form in forms])
-            if found < needed[text] + spoken:
+            written = max([output.count(form) for form in forms])
+            if written < needed[text] + spoken:
                 return f"{where} is missing or not whole: {text[:80]!r} is not there"
-            fewest = min(fewest, found)
+            fewest = min(fewest, written)
         # What stands there twice has all its parts there twice.
         if fewest > 1 and _is_doubled(call, calls, output):
             return f"{where} stands there more than once"
@@ -44,9 +44,12 @@ def lost_call(message: ChatMessage, output: str) -> str:
 
 def _is_doubled(call: Function, calls: list[Function], output: str) -> bool:
     """Whether an output has the arguments of a call more often than its message."""
-    whole = json.dumps(call["arguments"], ensure_ascii=False)
-    alike = [other for other in calls if other["arguments"] == call["arguments"]]
-    return len(whole) > _TELLING and output.count(whole) > len(alike)
+    arguments = call["arguments"]
+    whole = json.dumps(arguments, ensure_ascii=False)
+    if len(whole) <= _TELLING:
+        return False
+    alike = [other for other in calls if other["arguments"] == arguments]
+    return output.count(whole) > len(alike)
 
 
 def _parts(call: Function) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -55,24 +58,26 @@ def _parts(call: Function) -> Iterator[tuple[str, tuple[str, ...]]]:
     """
     yield call["name"], (call["name"],)
     for leaf in _leaves(call["arguments"]):
-        if isinstance(leaf, str):
-            if leaf.strip():
-                yield leaf.strip(), _forms(leaf.strip())
-        else:
-            yield json.dumps(leaf), (json.dumps(leaf), str(leaf))
+        if not isinstance(leaf, str):
+            written = json.dumps(leaf)
+            yield written, (written, str(leaf))
+        elif text := leaf.strip():
+            yield text, _forms(text)
 
 
 def _forms(text: str) -> tuple[str, ...]:
     """A text as it is, inside JSON, and inside JSON that is a text inside JSON."""
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+    needs_no_escape = text.isprintable() and '"' not in text and "\\" not in text
+    if needs_no_escape and text.isascii():
         return (text,)
-    once = [_inside_json(text), json.dumps(text)[1:-1]]
-    twice = [_inside_json(form) for form in once]
-    return (text, *once, *twice)
+    once = _inside_json(text)
+    once_in_ascii = json.dumps(text)[1:-1]
+    return (text, once, once_in_ascii, _inside_json(once), _inside_json(once_in_ascii))
 
 
 def _inside_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    written = json.dumps(text, ensure_ascii=False)
+    return written[1:-1]
 
 
 def _leaves(value: Json) -> Iterator[Json]:
@@ -92,4 +97,5 @@ def has_new_escapes(output: str, message: ChatMessage) -> bool:
     """Whether an output holds HTML escapes such as `&#34;` that its message does not have."""
     if "&" not in output or not HTML_ESCAPE.search(output):
         return False
-    return not HTML_ESCAPE.search(json.dumps(message, ensure_ascii=False))
+    written = json.dumps(message, ensure_ascii=False)
+    return not HTML_ESCAPE.search(written)

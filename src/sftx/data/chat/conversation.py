@@ -50,9 +50,11 @@ class Conversation:
     kwargs: dict[str, Json] = field(default_factory=dict[str, Json])
     renderings: dict[tuple[object, ...], str] = field(
         default_factory=dict[tuple[object, ...], str], compare=False
-    )  # those made so far
+    )
+    """Those made so far."""
     shares: list[Share] = field(default_factory=list[Share])
-    trained: list[int] = field(init=False)  # the turns that carry weight
+    trained: list[int] = field(init=False)
+    """The turns that carry weight."""
 
     def __post_init__(self) -> None:
         self.trained = [t for t, weight in enumerate(self.weights) if weight]
@@ -73,11 +75,13 @@ def conversation_of(
     """
     messages = list(row.messages) or _messages_of_phrases(row)
     chosen = _chosen(messages, train_on)
-    own = [product(float(message.get("weight", 1.0)), row.weight) for message in messages]
+    own: list[float] = []
     weights: list[float] = []
     for t, message in enumerate(messages):
+        weight = product(float(message.get("weight", 1.0)), row.weight)
+        own.append(weight)
         is_trained = message.get("train", t in chosen)
-        weights.append(own[t] if is_trained else 0.0)
+        weights.append(weight if is_trained else 0.0)
     conversation = Conversation(
         messages=[as_read(message) for message in messages],
         weights=weights,
@@ -87,7 +91,10 @@ def conversation_of(
     if given:
         prompts = _prompts(row, messages)
         for t, message in enumerate(messages):
-            share = _share(message, own[t], bool(weights[t]), t in prompts, given)
+            if weights[t]:
+                share = _share_of_output(message, own[t], given)
+            else:
+                share = _share_of_prompt(message, own[t], t in prompts, given)
             conversation.shares.append(share)
     return conversation
 
@@ -115,23 +122,30 @@ def _prompts(row: Row, messages: Sequence[Message]) -> Set[int]:
     return {t for t, message in enumerate(messages) if message["role"] == "user"}
 
 
-def _share(
-    message: Message, own: float, is_output: bool, is_prompt: bool, given: Mapping[str, float]
-) -> Share:
-    """What a message counts whose own weight is `own`."""
+def _share_of_output(message: Message, own: float, given: Mapping[str, float]) -> Share:
+    """What a trained message counts whose own weight is `own`."""
     role = message["role"]
-    if is_output:
-        answer = product(own, given.get(role, 1.0))
-        if role != "assistant":
-            return Share(role, answer=answer)
-        thought = product(own, given["reasoning"]) if "reasoning" in given else answer
-        return Share("output", answer=answer, thought=thought)
+    answer = product(own, given.get(role, 1.0))
+    if role != "assistant":
+        return Share(role, answer=answer)
+    thought = answer
+    if "reasoning" in given:
+        thought = product(own, given["reasoning"])
+    return Share("output", answer=answer, thought=thought)
+
+
+def _share_of_prompt(
+    message: Message, own: float, is_prompt: bool, given: Mapping[str, float]
+) -> Share:
+    """What another message counts; `is_prompt`: it is the prompt of a row that has only one."""
+    role = message["role"]
     if is_prompt and "prompt" in given:
         return Share("prompt", product(own, given["prompt"]))
     if role == "assistant":
         return Share("context")
-    is_left_out = message.get("train") is False and not is_prompt
-    return Share(role, 0.0 if is_left_out else product(own, given.get(role, 0.0)))
+    if message.get("train") is False and not is_prompt:
+        return Share(role)
+    return Share(role, product(own, given.get(role, 0.0)))
 
 
 def as_read(message: Mapping[str, object]) -> ChatMessage:
@@ -142,16 +156,20 @@ def as_read(message: Mapping[str, object]) -> ChatMessage:
     for key, value in message.items():
         if key not in ("weight", "train") and value is not None:
             plain[key] = value
-    reasoning = next((plain[key] for key in REASONING if key in plain), None)
-    if reasoning is not None:
-        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    for key in REASONING:
+        if key in plain:
+            reasoning = plain[key]
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+            break
     return cast("ChatMessage", plain)
 
 
 def reasoning_of(message: ChatMessage) -> str:
     """The thought in a message's own field; "" if it has none."""
-    thoughts = (message.get(name) for name in REASONING)
-    return next(filter(None, thoughts), "")
+    for name in REASONING:
+        if thought := message.get(name):
+            return thought
+    return ""
 
 
 def spells(
@@ -161,11 +179,18 @@ def spells(
     inside JSON.
     """
     messages = conversation.messages
-    rest = [conversation.tools, conversation.kwargs]
-    is_plain = not any(rest) and all(len(message) == 2 for message in messages)
-    if is_plain:  # role and content, as in most rows
-        return control.search("\0".join([message["content"] for message in messages])) is not None
-    return control_as_json.search(json.dumps([messages, *rest], ensure_ascii=False)) is not None
+    has_more = conversation.tools or conversation.kwargs
+    if not has_more and all(len(message) == 2 for message in messages):
+        # Role and content, as in most rows.
+        text = "\0".join([message["content"] for message in messages])
+        return control.search(text) is not None
+    return control_as_json.search(_as_json(conversation)) is not None
+
+
+def _as_json(conversation: Conversation) -> str:
+    """All that a template reads of the row."""
+    everything = [conversation.messages, conversation.tools, conversation.kwargs]
+    return json.dumps(everything, ensure_ascii=False)
 
 
 def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conversation, str]:
@@ -174,13 +199,13 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
 
     The special tokens of the rendered text are then those of the template alone.
     """
-    everything = [conversation.messages, conversation.tools, conversation.kwargs]
-    text = json.dumps(everything, ensure_ascii=False)
-    mark = next((mark for mark in _MARKS if mark not in text), None)
-    if mark is None:
+    text = _as_json(conversation)
+    free = [mark for mark in _MARKS if mark not in text]
+    if not free:
         raise RowError(
             "the text spells special tokens, and holds every character that could keep them apart"
         )
+    mark = free[0]
 
     def with_mark(match: re.Match[str]) -> str:
         token = match.group()
@@ -189,13 +214,18 @@ def marked(conversation: Conversation, control: re.Pattern[str]) -> tuple[Conver
     def broken(value: Json) -> Json:
         if isinstance(value, str):
             return control.sub(with_mark, value)
-        if isinstance(value, dict):
-            return {cast("str", broken(key)): broken(item) for key, item in value.items()}
         if isinstance(value, list):
             return [broken(item) for item in value]
-        return value
+        if not isinstance(value, dict):
+            return value
+        made: dict[str, Json] = {}
+        for key, item in value.items():
+            made[cast("str", broken(key))] = broken(item)
+        return made
 
-    messages, tools, kwargs = (broken(cast("Json", value)) for value in everything)
+    messages = broken(cast("Json", conversation.messages))
+    tools = broken(cast("Json", conversation.tools))
+    kwargs = broken(conversation.kwargs)
     made = Conversation(
         messages=cast("list[ChatMessage]", messages),
         weights=conversation.weights,

@@ -28,6 +28,7 @@ from sftx.types import Json, RowError
 _PLAIN = {"role", "content"}
 _WORDS = (USER, MODEL, NEXT, "qzfirstqz", "qzsecondqz", "qzthirdqz")
 """What users and answers say in the probe of plain turns."""
+_SYSTEM = says("system", "qzsystemqz")
 # What may stand before a message of each role in a conversation that is cut at headers; None = the
 # beginning.
 _BEFORE: dict[str, tuple[str | None, ...]] = {
@@ -85,28 +86,34 @@ class Skeleton:
             return None  # turn by turn it is found out what is wrong
         if pairs is None:
             return self._cut_at_headers(text, messages, conversation.trained)
+        turns = self._take_apart(text, pairs)
+        if turns is None:
+            return None
         first = end - 2 * len(pairs)  # message of the first pair
-        return self._take_apart(text, pairs, [(t - first) // 2 for t in conversation.trained])
+        return [turns[(t - first) // 2] for t in conversation.trained]
 
     def _may_fit(self, messages: list[ChatMessage], trained: list[int]) -> bool:
         if any(messages[t]["role"] != "assistant" for t in trained):
             return False
         return self.system or messages[0]["role"] != "system"
 
-    def _take_apart(
-        self, text: str, pairs: list[tuple[str, str]], trained: list[int]
-    ) -> list[Turn] | None:
-        """The turns of the `trained` pairs; None if the text is not made of the constant texts and
-        the contents.
+    def _take_apart(self, text: str, pairs: list[tuple[str, str]]) -> list[Turn] | None:
+        """The turns of all pairs; None if the text is not made of the constant texts and the
+        contents.
         """
-        gap = self.last_gap if len(pairs) == 1 else self.gap
-        at = max(text.find(form + gap) for form in _forms(pairs[0][0]))
-        if at < 0:
-            return None
+        gap = self.gap
+        close = self.between
+        newest = len(pairs) - 1
+        at = 0
         found: list[Turn] = []
         for i, (user, answer) in enumerate(pairs):
-            newest = i == len(pairs) - 1
-            gap, close = (self.last_gap, self.last_close) if newest else (self.gap, self.between)
+            if i == newest:
+                gap = self.last_gap
+                close = self.last_close
+            if i == 0:
+                at = max(text.find(form + gap) for form in _forms(user))
+                if at < 0:
+                    return None
             user_end = _after(text, at, user, gap)
             if user_end is None:
                 return None
@@ -114,12 +121,13 @@ class Skeleton:
             end = _after(text, begin, answer, close)
             if end is None:
                 return None
-            output = f"{self.lead}{text[begin:end]}{self.close}"
-            found.append(
-                Turn(text[:user_end] + self.served, output, self.ends, self.note, self.switch)
-            )
+            prompt = text[:user_end] + self.served
+            output = self.lead + text[begin:end] + self.close
+            found.append(Turn(prompt, output, self.ends, self.note, self.switch))
             at = end + len(close)
-        return [found[i] for i in trained] if at == len(text) else None
+        if at != len(text):
+            return None
+        return found
 
     def _fits_headers(self, messages: list[ChatMessage]) -> bool:
         """Whether a conversation may be cut at headers: each message follows one that a probe had
@@ -153,27 +161,32 @@ class Skeleton:
         count tells. Where prompts do not continue each other, only the newest turn has its lead in
         the rendering.
         """
-        lead = "" if self.joined else self.lead
         answers = [t for t, message in enumerate(messages) if message["role"] == "assistant"]
-        begins = [match.end() for match in re.finditer(re.escape(self.header), text)]
+        headers = re.finditer(re.escape(self.header), text)
+        begins = [header.end() for header in headers]
         if len(begins) != len(answers):
             return None
+        limits = [*begins[1:], len(text)]
         found: list[Turn] = []
-        for t, begin, limit in zip(answers, begins, [*begins[1:], len(text)], strict=True):
+        for t, begin, limit in zip(answers, begins, limits, strict=True):
             output = self._output(text, begin, limit, messages[t])
             if output is None:
                 return None
+            if not self.joined and not text.startswith(self.lead, begin):
+                output = self.lead + output
             if t in trained:
-                missing = "" if text.startswith(lead, begin) else lead
-                found.append(Turn(text[:begin], missing + output, True))
+                found.append(Turn(text[:begin], output, True))
         return found
 
     def _output(self, text: str, begin: int, limit: int, message: ChatMessage) -> str | None:
         """What the message says in `text[begin:limit]`, up to and with the stop token; None if a
         part of it is not there.
         """
-        found = [(text.find(stop, begin, limit), stop) for stop in self.stops]
-        ends = [(at, stop) for at, stop in found if at >= 0]
+        ends: list[tuple[int, str]] = []
+        for stop in self.stops:
+            at = text.find(stop, begin, limit)
+            if at >= 0:
+                ends.append((at, stop))
         if not ends:
             return None
         end, stop = min(ends)
@@ -221,25 +234,29 @@ def _is_plain(messages: list[ChatMessage]) -> bool:
 def _is_special(message: ChatMessage) -> bool:
     """Whether templates may treat the content of a message in special ways."""
     content = message["content"]
-    if message.keys() & {*REASONING} or may_think(content):
+    if may_think(content) or not message.keys().isdisjoint(REASONING):
         return True
     if message["role"] != "assistant":
         return False
-    says_nothing = not content and not message.get("tool_calls")
-    return says_nothing or content != content.strip()
+    if content != content.strip():
+        return True
+    return not content and not message.get("tool_calls")
 
 
 def learn_skeleton(
     template: ChatTemplate, tokenizer: Tokenizer, kwargs: dict[str, Json]
 ) -> Skeleton | None:
     """The skeleton of a template with these settings of a row, if the turns of a probe fit one."""
-    messages = [says("assistant" if i % 2 else "user", word) for i, word in enumerate(_WORDS)]
+    messages: list[ChatMessage] = []
+    for i, word in enumerate(_WORDS):
+        role = "assistant" if i % 2 else "user"
+        messages.append(says(role, word))
     conversation = Conversation(messages, [0.0, 1.0] * 3, None, kwargs)
     skeleton = _of_plain_turns(template, conversation)
-    if skeleton is None:
+    if skeleton is None or not _agrees(skeleton, template, conversation):
         return None
-    probes = conversation, Conversation(messages[:2], [0.0, 1.0], None, kwargs)
-    if not all(_agrees(skeleton, template, probe) for probe in probes):
+    one_turn = Conversation(messages[:2], [0.0, 1.0], None, kwargs)
+    if not _agrees(skeleton, template, one_turn):
         return None
     skeleton = _with_headers(skeleton, template, tokenizer, kwargs)
     return _with_system(skeleton, template, messages, kwargs)
@@ -248,29 +265,33 @@ def learn_skeleton(
 def _of_plain_turns(template: ChatTemplate, conversation: Conversation) -> Skeleton | None:
     """The texts between the `_WORDS` of three plain turns; None if they do not stand in order."""
     try:
-        turns = [template.turn(conversation, t) for t in conversation.trained]
-        text = template.render(conversation, len(_WORDS), False, **turns[0].switch)
+        turns = template.turns(conversation)
+        first, second, third = turns
+        text = template.render(conversation, len(_WORDS), False, **first.switch)
     except RowError:
         return None
     begins = [text.find(word) for word in _WORDS]
     if -1 in begins or sorted(begins) != begins:
         return None
-    if len({(turn.ends, turn.note) for turn in turns}) > 1:
-        return None
-    ends = [begin + len(word) for begin, word in zip(begins, _WORDS, strict=True)]
-    lead, _, close = turns[0].output.partition(MODEL)
+    for turn in (second, third):
+        if turn.ends != first.ends or turn.note != first.note:
+            return None
+    ends: list[int] = []
+    for begin, word in zip(begins, _WORDS, strict=True):
+        ends.append(begin + len(word))
+    lead, _, close = first.output.partition(MODEL)
     return Skeleton(
         gap=text[ends[0] : begins[1]],
         between=text[ends[1] : begins[2]],
         last_gap=text[ends[4] : begins[5]],
         last_close=text[ends[5] :],
-        served=turns[0].prompt[ends[0] :],
+        served=first.prompt[ends[0] :],
         lead=lead,
         close=close,
-        ends=turns[0].ends,
-        note=turns[0].note,
-        switch=turns[0].switch,
-        joined=all(text.startswith(turn.prompt + turn.output) for turn in turns[:2]),
+        ends=first.ends,
+        note=first.note,
+        switch=first.switch,
+        joined=all(text.startswith(turn.prompt + turn.output) for turn in (first, second)),
     )
 
 
@@ -282,19 +303,21 @@ def _calls_probe(
     interrupted: bool = False,
 ) -> Conversation:
     """A conversation with plain answers and with calls behind users and behind results."""
-    call = says_calls(calls({"qz": 1}))
+    call = calls({"qz": 1})
     answer = result("qzresultqz")
-    several = call
-    results = [answer]
+    called = [says_calls(call), answer]
+    called_again = called
     if parallel:
-        several = says_calls(calls({"qz": 1}), calls({"qz": 2}, 1, "qzother"))
-        results = [answer, result("qzresultqz", 1, "qzother")]
-    messages = [says("user", USER), call, answer, says("assistant", "qzfirstqz")]
-    messages += [says("user", NEXT), call, answer, several, *results, says("assistant", MODEL)]
+        other_call = calls({"qz": 2}, 1, "qzother")
+        other_answer = result("qzresultqz", 1, "qzother")
+        called_again = [says_calls(call, other_call), answer, other_answer]
+    messages: list[ChatMessage] = []
     if system:
-        messages = [says("system", "qzsystemqz"), *messages]
+        messages.append(_SYSTEM)
+    messages += [says("user", USER), *called, says("assistant", "qzfirstqz")]
+    messages += [says("user", NEXT), *called, *called_again, says("assistant", MODEL)]
     if interrupted:
-        messages += [says("user", "qzsecondqz"), call, answer]
+        messages += [says("user", "qzsecondqz"), *called]
         messages += [says("user", "qzthirdqz"), says("assistant", "qzlastqz")]
     weights = [float(message["role"] == "assistant") for message in messages]
     return Conversation(messages, weights, TOOLS, kwargs)
@@ -310,7 +333,7 @@ def _with_headers(
         return skeleton
     conversation = _calls_probe(kwargs)
     try:
-        turns = [template.turn(conversation, t) for t in conversation.trained]
+        turns = template.turns(conversation)
     except RowError:
         return skeleton
     header = _header(turns, tokenizer)
@@ -332,7 +355,9 @@ def _header(turns: list[Turn], tokenizer: Tokenizer) -> str:
     reversed_end = commonprefix([turn.prompt[::-1] for turn in turns])  # noqa: RUF071 (of letters)
     end = reversed_end[::-1]
     first = tokenizer.splitting.search(end)
-    return end[first.start() :] if first else ""
+    if first is None:
+        return ""
+    return end[first.start() :]
 
 
 def _stops(turns: list[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -357,15 +382,18 @@ def _with_system(
     """
     extended = replace(skeleton, system=True)
     weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
-    probes = [Conversation([says("system", "qzsystemqz"), *messages], weights, None, kwargs)]
+    probes = [Conversation([_SYSTEM, *messages], weights, None, kwargs)]
     if skeleton.header:
         probes.append(_calls_probe(kwargs, system=True))
-    return extended if all(_agrees(extended, template, probe) for probe in probes) else skeleton
+    for probe in probes:
+        if not _agrees(extended, template, probe):
+            return skeleton
+    return extended
 
 
 def _agrees(skeleton: Skeleton, template: ChatTemplate, conversation: Conversation) -> bool:
     try:
-        turns = [template.turn(conversation, t) for t in conversation.trained]
+        turns = template.turns(conversation)
     except RowError:
         return False
     return skeleton.turns(template, conversation) == turns
@@ -374,7 +402,9 @@ def _agrees(skeleton: Skeleton, template: ChatTemplate, conversation: Conversati
 def _forms(content: str) -> tuple[str, ...]:
     """A content as templates write it: as it is, or without the white space around it."""
     trimmed = content.strip()
-    return (content,) if trimmed == content else (content, trimmed)
+    if trimmed == content:
+        return (content,)
+    return content, trimmed
 
 
 def _after(text: str, at: int, content: str, then: str) -> int | None:
@@ -382,6 +412,7 @@ def _after(text: str, at: int, content: str, then: str) -> int | None:
     there.
     """
     for form in _forms(content):
-        if text.startswith(form, at) and text.startswith(then, at + len(form)):
-            return at + len(form)
+        end = at + len(form)
+        if text.startswith(form, at) and text.startswith(then, end):
+            return end
     return None

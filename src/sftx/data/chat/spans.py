@@ -10,8 +10,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ APART = "prompt and output tokenised apart"
 _REMEMBERED = 20_000  # pieces
 _SHORT = 100  # characters of a piece worth remembering beyond its batch
 _ID_BYTES = np.dtype(np.int32).itemsize
+_NO_LETTERS: Letters = np.zeros((0, 2), np.int64)
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class _Pieces:
 
     raw: list[str]
     pieces: list[str]
-    ids: list[bytes]
+    mark: str
+    ids: list[bytes] = field(default_factory=list[bytes])
 
 
 class SpanTokenizer:
@@ -66,36 +68,33 @@ class SpanTokenizer:
 
     def sequences(self, rows: Sequence[Sequence[TextSequence]]) -> list[list[TokenSequence]]:
         """The token sequences of the text sequences of each row."""
-        cut: list[list[_Pieces]] = []
+        cut: list[_Pieces] = []
         alone: list[str] = []
         for row in rows:
-            cut.append([self._cut(each.text, each.mark) for each in row if not each.alone])
             for each in row:
                 if each.alone:
                     alone += [chunk for chunk, _ in each.chunks]
-        self._tokenise(rows, cut)
+                else:
+                    cut.append(self._cut(each.text, each.mark))
+        self._tokenise(cut)
+        pieces = iter(cut)
         ids = iter(self._tokenizer.encode_batch(alone, plain=self._escape))
         results: list[list[TokenSequence]] = []
-        for row, pieces_of_row in zip(rows, cut, strict=True):
-            results.append(self._of_row(row, iter(pieces_of_row), ids))
+        for row in rows:
+            found: list[TokenSequence] = []
+            for each in row:
+                if each.alone:
+                    chunks = [next(ids) for _ in each.chunks]
+                    found.append(self._of_chunks(each, chunks))
+                else:
+                    found += self._of_text(each, next(pieces))
+            results.append(found)
         self._forget()
         return results
 
-    def _of_row(
-        self, row: Sequence[TextSequence], pieces: Iterator[_Pieces], ids: Iterator[Int32]
-    ) -> list[TokenSequence]:
-        """The sequences of a row; `pieces` and `ids` give what belongs to each."""
-        sequences: list[TokenSequence] = []
-        for each in row:
-            if each.alone:
-                chunks = [next(ids) for _ in each.chunks]
-                sequences.append(self._of_chunks(each, chunks))
-            else:
-                sequences += self._of_text(each, next(pieces))
-        return sequences
-
     def _cut(self, text: str, mark: str) -> _Pieces:
-        raw = self._split_marked(text) if mark else self._split(text)
+        split = self._split_marked if mark else self._split
+        raw = split(text)
         pieces = raw
         if self._lstrip or self._rstrip:
             pieces = list(raw)
@@ -104,39 +103,45 @@ class SpanTokenizer:
                     pieces[k - 1] = pieces[k - 1].rstrip()
                 if raw[k] in self._rstrip:
                     pieces[k + 1] = pieces[k + 1].lstrip()
-        return _Pieces(raw, pieces, [])
+        return _Pieces(raw, pieces, mark)
 
-    def _tokenise(
-        self, rows: Sequence[Sequence[TextSequence]], cut: Sequence[Sequence[_Pieces]]
-    ) -> None:
+    def _tokenise(self, cut: Sequence[_Pieces]) -> None:
         """Find the tokens of all pieces of a batch, those of the pieces that are not known yet in
         one call.
         """
         texts: list[_Pieces] = []
-        for row, pieces_of_row in zip(rows, cut, strict=True):
-            if any(sequence.mark for sequence in row):  # marks are rare
-                for pieces in pieces_of_row:
-                    pieces.ids = self._ids_marked(pieces.pieces, row[0].mark)
+        for text in cut:
+            if text.mark:  # marks are rare
+                text.ids = self._ids_marked(text.pieces, text.mark)
             else:
-                texts += pieces_of_row
+                texts.append(text)
         beginnings = [text.pieces[0] for text in texts]
+        self._learn(beginnings, inside=False)
         others = [piece for text in texts for piece in text.pieces[1:]]
-        self._learn(dict.fromkeys(beginnings), self._first, inside=False)
-        self._learn(dict.fromkeys(others), self._inside, inside=True)
+        self._learn(others, inside=True)
         for text in texts:
-            text.ids = [
-                self._first[text.pieces[0]],
-                *map(self._inside.__getitem__, text.pieces[1:]),
-            ]
+            text.ids = self._known_ids(text.pieces, inside=False)
 
-    def _learn(self, pieces: Iterable[str], known: dict[str, bytes], inside: bool) -> None:
-        new = [piece for piece in pieces if piece not in known]
+    def _known(self, inside: bool) -> dict[str, bytes]:
+        return self._inside if inside else self._first
+
+    def _learn(self, pieces: Iterable[str], inside: bool) -> None:
+        """Tokenise those of the pieces that are not known."""
+        known = self._known(inside)
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
         if new:
             found = self._tokenizer.encode_batch(new, inside=inside)
-            known.update(zip(new, [ids.tobytes() for ids in found], strict=True))
+            for piece, ids in zip(new, found, strict=True):
+                known[piece] = ids.tobytes()
+
+    def _known_ids(self, pieces: Sequence[str], inside: bool) -> list[bytes]:
+        """The tokens of the pieces of one text, which begins there or stands `inside` another."""
+        ids = [self._known(inside)[pieces[0]]]
+        ids += map(self._inside.__getitem__, pieces[1:])
+        return ids
 
     def _ids_marked(self, pieces: Sequence[str], mark: str, inside: bool = False) -> list[bytes]:
-        """The tokens of pieces in which `mark` stands inside each special token that is meant as
+        """The same of pieces in which `mark` stands inside each special token that is meant as
         ordinary text.
         """
         ids: list[bytes] = []
@@ -156,10 +161,9 @@ class SpanTokenizer:
         pieces = self._cut(text, mark).pieces
         if mark:
             return b"".join(self._ids_marked(pieces, mark, inside))
-        known = self._inside if inside else self._first
-        self._learn([pieces[0]], known, inside)
-        self._learn(pieces[1:], self._inside, inside=True)
-        return known[pieces[0]] + b"".join(map(self._inside.__getitem__, pieces[1:]))
+        self._learn(pieces[:1], inside)
+        self._learn(pieces[1:], inside=True)
+        return b"".join(self._known_ids(pieces, inside))
 
     def _forget(self) -> None:
         """Forget the pieces of a batch; short ones recur (the headers of turns) and are kept for
@@ -168,7 +172,9 @@ class SpanTokenizer:
         for known in (self._first, self._inside):
             kept = {piece: ids for piece, ids in known.items() if len(piece) <= _SHORT}
             known.clear()
-            known.update(kept if len(kept) <= _REMEMBERED else {"": b""})
+            if len(kept) <= _REMEMBERED:
+                known.update(kept)
+            known[""] = b""
         self._inside.update(self._added)
 
     def _of_text(self, sequence: TextSequence, cut: _Pieces) -> list[TokenSequence]:
@@ -181,20 +187,19 @@ class SpanTokenizer:
         if borders is None:
             return self._apart(sequence)
         everything = b"".join(cut.ids) + self._eos(sequence)
-        borders.append(len(everything))
+        borders.append(_count(everything))
         served = self._served(everything, borders, sequence.weights, sequence.note)
-        if not sequence.own:
-            return [served]
-        letters = self._letters(cut, sequence.mark, inside=False)
-        tokens = [border // _ID_BYTES for border in borders]
-        return [with_weights(served, tokens, sequence.own, sequence.stretches, letters)]
+        if sequence.own:
+            letters = self._letters(cut, inside=False)
+            served = with_weights(served, borders, sequence.own, sequence.stretches, letters)
+        return [served]
 
     def _borders(self, sequence: TextSequence, cut: _Pieces) -> list[int] | None:
-        """Where each chunk begins in the ids of the text, in bytes; None where a token lies across
-        the border of two.
+        """At which token of the text each chunk begins; None where a token lies across the border
+        of two chunks.
         """
         ends = list(itertools.accumulate(map(len, cut.raw)))  # in characters
-        sizes = [0, *itertools.accumulate(map(len, cut.ids))]  # in bytes
+        sizes = [0, *itertools.accumulate(map(_count, cut.ids))]  # in tokens
         borders = [0]
         at = 0
         for chunk, _ in sequence.chunks[:-1]:
@@ -209,24 +214,30 @@ class SpanTokenizer:
             head_ids = self._ids_of(head, sequence.mark, inside=k > 0)
             if not cut.ids[k].startswith(head_ids):
                 return None
-            borders.append(sizes[k] + len(head_ids))
+            borders.append(sizes[k] + _count(head_ids))
         return borders
 
-    def _letters(self, cut: _Pieces, mark: str, inside: bool) -> Letters:
+    def _letters(self, cut: _Pieces, inside: bool) -> Letters:
         """The characters of each token of a text, as (begin, end)."""
-        found = [np.zeros((0, 2), np.int64)]
+        found = [_NO_LETTERS]
         at = 0
-        for k, (raw, piece) in enumerate(zip(cut.raw, cut.pieces, strict=True)):
+        for k, raw in enumerate(cut.raw):
+            piece = cut.pieces[k]
+            end = at + len(raw)
             if k % 2:
-                found.append(np.array([[at, at + len(raw)]]))
+                found.append(np.array([[at, end]]))
             elif piece:
-                plain = piece.replace(mark, "") if mark else piece
-                letters = self._tokenizer.letters(plain, plain=bool(mark), inside=inside or k > 0)
-                if mark in piece:  # also where there is none
-                    letters = with_marks(letters, piece, mark)
-                found.append(letters + at + raw.index(piece))
-            at += len(raw)
+                begin = at + raw.index(piece)
+                found.append(begin + self._letters_of_piece(piece, cut.mark, inside or k > 0))
+            at = end
         return np.concatenate(found)
+
+    def _letters_of_piece(self, piece: str, mark: str, inside: bool) -> Letters:
+        if not mark:
+            return self._tokenizer.letters(piece, inside=inside)
+        plain = piece.replace(mark, "")
+        letters = self._tokenizer.letters(plain, plain=True, inside=inside)
+        return with_marks(letters, piece, mark)
 
     def _apart(self, sequence: TextSequence) -> list[TokenSequence]:
         """Prompt and output tokenised apart, each output in a sequence of its own."""
@@ -236,41 +247,45 @@ class SpanTokenizer:
         note = joined_notes(sequence.note, APART)
         last = len(sequence.chunks) - 1
         for i, (chunk, weight) in enumerate(sequence.chunks):
-            if weight:
-                prompt = self._ids_of(text, sequence.mark, inside=False)
-                output = self._ids_of(chunk, sequence.mark, inside=True)
-                if i == last:
-                    output += self._eos(sequence)
-                borders = [0, len(prompt), len(prompt) + len(output)]
-                served = self._served(prompt + output, borders, [0.0, weight], note)
-                if sequence.own:
-                    own = [("context", 0.0), sequence.own[i]]
-                    stretches = within(sequence.stretches, counted, len(text) + len(chunk))
-                    letters = self._letters_apart(text, chunk, sequence.mark)
-                    tokens = [border // _ID_BYTES for border in borders]
-                    served = with_weights(served, tokens, own, stretches, letters)
-                    counted = len(text) + len(chunk)
-                sequences.append(served)
+            before = text
             text += chunk
+            if not weight:
+                continue
+            prompt = self._ids_of(before, sequence.mark, inside=False)
+            output = self._ids_of(chunk, sequence.mark, inside=True)
+            if i == last:
+                output += self._eos(sequence)
+            everything = prompt + output
+            borders = [0, _count(prompt), _count(everything)]
+            served = self._served(everything, borders, [0.0, weight], note)
+            if sequence.own:
+                own = [("context", 0.0), sequence.own[i]]
+                stretches = within(sequence.stretches, counted, len(text))
+                letters = self._letters_apart(before, chunk, sequence.mark)
+                served = with_weights(served, borders, own, stretches, letters)
+                counted = len(text)
+            sequences.append(served)
         return sequences
 
     def _letters_apart(self, text: str, chunk: str, mark: str) -> Letters:
-        prompt = self._letters(self._cut(text, mark), mark, inside=False)
-        output = self._letters(self._cut(chunk, mark), mark, inside=True)
+        prompt = self._letters(self._cut(text, mark), inside=False)
+        output = self._letters(self._cut(chunk, mark), inside=True)
         return np.concatenate([prompt, output + len(text)])
 
     def _eos(self, sequence: TextSequence) -> bytes:
         eos = self._tokenizer.eos_id
-        return _bytes([eos]) if sequence.eos and eos is not None else b""
+        if not sequence.eos or eos is None:
+            return b""
+        return _bytes([eos])
 
     def _served(
         self, everything: bytes, borders: list[int], weights: list[float], note: str
     ) -> TokenSequence:
-        """A sequence of these tokens; the borders of its chunks are in bytes."""
+        """A sequence of these tokens, whose chunks end at the `borders`."""
         ids = np.frombuffer(everything, np.int32)
         begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_id
         bos = self._tokenizer.bos_id if begins else None
-        targets, spans = _targets([border // _ID_BYTES for border in borders], weights)
+        targets, spans = _targets(borders, weights)
         return TokenSequence(ids, targets, note, spans=spans, bos=bos, begins_with_bos=begins)
 
     def _of_chunks(self, sequence: TextSequence, chunks: list[Int32]) -> TokenSequence:
@@ -285,8 +300,8 @@ class SpanTokenizer:
         if begins is None:  # only before a target
             begins = bool(_first_weight(chunks, weights))
         if bos is not None and begins:
-            chunks = [np.array([bos], np.int32), *chunks]
-            weights = [0.0, *weights]
+            chunks.insert(0, np.array([bos], np.int32))
+            weights.insert(0, 0.0)
             own = [("context", 0.0), *own]
             letters = np.concatenate([np.zeros((1, 2), np.int64), letters])
         borders = [0, *itertools.accumulate(map(len, chunks))]
@@ -315,16 +330,23 @@ class SpanTokenizer:
 
     def _letters_of_chunks(self, sequence: TextSequence) -> Letters:
         """The characters of each token of chunks that are tokenised one by one."""
-        found = [np.zeros((0, 2), np.int64)]
-        at = 0
-        for chunk, _ in sequence.chunks if sequence.stretches else ():
-            found.append(self._tokenizer.letters(chunk, plain=self._escape) + at)
-            at += len(chunk)
+        found = [_NO_LETTERS]
+        if sequence.stretches:
+            at = 0
+            for chunk, _ in sequence.chunks:
+                letters = self._tokenizer.letters(chunk, plain=self._escape)
+                found.append(letters + at)
+                at += len(chunk)
         return np.concatenate(found)
 
 
 def _bytes(ids: Sequence[int]) -> bytes:
     return np.array(ids, np.int32).tobytes()
+
+
+def _count(ids: bytes) -> int:
+    """How many tokens the bytes hold."""
+    return len(ids) // _ID_BYTES
 
 
 def _targets(
@@ -333,7 +355,9 @@ def _targets(
     """The weight of each token, and the spans of the outputs; chunks end at the `borders`."""
     array = np.zeros(borders[-1], np.float32)
     spans: list[tuple[int, int]] = []
-    for begin, end, weight in zip(borders, borders[1:], weights, strict=False):
+    for k, weight in enumerate(weights):
+        begin = borders[k]
+        end = borders[k + 1]
         if weight and begin < end:
             array[begin:end] = weight
             spans.append((begin, end))

@@ -24,9 +24,10 @@ class Stretch(NamedTuple):
 
 def with_marks(letters: Letters, piece: str, mark: str) -> Letters:
     """Places in a piece without its marks, as places in the piece."""
-    kept = [i for i, letter in enumerate(piece) if letter != mark]
-    begins = np.array([*kept, len(piece)])
-    ends = np.array([0, *(i + 1 for i in kept)])
+    is_kept = np.array([letter != mark for letter in piece], np.bool_)
+    kept = np.flatnonzero(is_kept)
+    begins = np.append(kept, len(piece))
+    ends = np.insert(kept + 1, 0, 0)
     first = begins[letters[:, 0]]
     last = ends[letters[:, 1]]
     return np.stack([first, last], axis=1)
@@ -59,9 +60,10 @@ def with_weights(
     count = len(tokens.ids)
     weights: Float32 = np.zeros(count, np.float32)
     kinds: UInt8 = np.zeros(count, np.uint8)
-    for (kind, weight), begin, end in zip(own, borders, borders[1:], strict=False):
-        weights[begin:end] = weight
-        kinds[begin:end] = KINDS.index(kind)
+    for k, (kind, weight) in enumerate(own):
+        chunk = slice(borders[k], borders[k + 1])
+        weights[chunk] = weight
+        kinds[chunk] = KINDS.index(kind)
     is_output = np.zeros(count, np.bool_)
     for begin, end in tokens.spans:
         is_output[begin:end] = True

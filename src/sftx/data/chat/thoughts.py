@@ -42,25 +42,32 @@ def opening_of(prompt: str) -> tuple[str, str]:
     hold its close tag.
     """
     window = prompt[-80:]
-    last = next(reversed(list(OPEN.finditer(window))), None)
-    if last is None:
+    found = list(OPEN.finditer(window))
+    if not found:
         return "", ""
+    last = found[-1]
+    tag = last.group()
     inside = window[last.end() :].strip()
-    if inside not in ("", close_tag(last.group())):
+    if inside and inside != close_tag(tag):
         return "", ""
-    return window[last.start() :], last.group()
+    return window[last.start() :], tag
 
 
 def open_tag(prompt: str) -> str:
     """The tag of the open thought that a prompt ends in; "" if it does not end in one."""
     opening, tag = opening_of(prompt)
-    return tag if tag and close_tag(tag) not in opening else ""
+    if not tag or close_tag(tag) in opening:
+        return ""
+    return tag
 
 
 def thought_in(content: str, tag: str) -> str:
     """The thought that a content holds between `tag` and its close tag; "" if it holds none."""
     closing = close_tag(tag)
-    return content.partition(closing)[0].rpartition(tag)[2] if tag and closing in content else ""
+    if not tag or closing not in content:
+        return ""
+    before_close = content.partition(closing)[0]
+    return before_close.rpartition(tag)[2]
 
 
 def block_in(prompt: str, output: str, thought: str) -> tuple[int, int] | None:
@@ -77,16 +84,23 @@ def block_in(prompt: str, output: str, thought: str) -> tuple[int, int] | None:
         tag = found.group()
         begin = found.end()
     at = output.find(thought, begin) if thought else -1
-    end = at + len(thought) if at >= 0 else output.find(close_tag(tag), begin)
-    inside = output[max(at, begin) : end] if end >= 0 else ""
-    if not inside.strip():
+    if at >= 0:
+        begin = at
+        end = at + len(thought)
+    else:
+        end = output.find(close_tag(tag), begin)
+    if end < 0:
         return None
-    begin = max(at, begin) + len(inside) - len(inside.lstrip())
-    return begin, begin + len(inside.strip())
+    inside = output[begin:end]
+    said = inside.strip()
+    if not said:
+        return None
+    begin += inside.index(said)
+    return begin, begin + len(said)
 
 
 def may_think(content: str) -> bool:
     """Whether a template may see a thought in a content; most hold no character of a tag."""
-    return ("<" in content or ">" in content or "[" in content) and _THOUGHT.search(
-        content
-    ) is not None
+    if "<" in content or ">" in content or "[" in content:
+        return _THOUGHT.search(content) is not None
+    return False

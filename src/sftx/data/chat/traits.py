@@ -107,8 +107,10 @@ class Traits:
     def unwritten_after_call(self) -> str:
         """`Ending.unwritten` for a tool call, behind which a result stands and not a user."""
         turns = _QUESTION, says_calls(calls({"qz": MODEL}))
-        newest = (self._probe(*turns, tools=TOOLS) or "").rpartition(MODEL)[2]
-        later = (self._probe(*turns, result(NEXT), tools=TOOLS) or "").rpartition(MODEL)[2]
+        text = self._probe(*turns, tools=TOOLS) or ""
+        newest = text.rpartition(MODEL)[2]
+        text = self._probe(*turns, result(NEXT), tools=TOOLS) or ""
+        later = text.rpartition(MODEL)[2]
         if later.startswith(newest):
             first = self.tokenizer.control.search(later, len(newest))
             if first and self._stops(first.group()):
@@ -125,9 +127,10 @@ class Traits:
         if known:
             return known[0]
         lasting = [token for token in found if token in between]
-        if lasting:
-            return lasting[-1]
-        return found[-1] if found else None
+        candidates = lasting or found
+        if not candidates:
+            return None
+        return candidates[-1]
 
     def _first_tokens(self, text: str) -> list[str]:
         """The first special tokens of a text with nothing between them, up to one that opens a
@@ -156,19 +159,22 @@ class Traits:
 
     def _switch(self, thinking: bool) -> Switch:
         for key in _SWITCHES:
-            if re.search(rf"\b{key}\b", self._source):
-                prompt = (
-                    self._probe(_QUESTION, generate=True, switch={key: thinking}) or self._prompt
-                )
-                if prompt != self._prompt and (thinking or not open_tag(prompt)):
-                    return {key: thinking}
+            if not re.search(rf"\b{key}\b", self._source):
+                continue
+            switch = {key: thinking}
+            prompt = self._probe(_QUESTION, generate=True, switch=switch)
+            if not prompt or prompt == self._prompt:
+                continue
+            if thinking or not open_tag(prompt):
+                return switch
         return {}
 
     def closing(self, tag: str) -> str:
         """The text between a thought and the answer: the template's own, else the usual one."""
         full = self._probe(_QUESTION, _THOUGHTFUL) or ""
         closing = close_tag(tag)
-        between = full.partition(THOUGHT)[2].partition(MODEL)[0] if THOUGHT in full else ""
+        behind_thought = full.partition(THOUGHT)[2]
+        between = behind_thought.partition(MODEL)[0]
         if closing in between:
             begun = self._full[: self._full.rfind(MODEL)]
             before_every_answer = begun.removeprefix(common(begun, self._prompt))
@@ -194,14 +200,18 @@ class Traits:
         named = set(_ABOUT_THOUGHTS.findall(self._source)) - {*REASONING}
         for key in sorted(named | {*_SWITCHES}):
             for value in (True, False):
-                if THOUGHT in (self._probe(_QUESTION, _THOUGHTFUL, switch={key: value}) or ""):
-                    return {key: value}
+                switch = {key: value}
+                text = self._probe(_QUESTION, _THOUGHTFUL, switch=switch) or ""
+                if THOUGHT in text:
+                    return switch
         return {}
 
 
 def _behind_answer(text: str) -> str:
     """What stands behind the answer of the probe; "" where the template leaves that out."""
-    return text.rpartition(MODEL)[2] if MODEL in text else ""
+    if MODEL not in text:
+        return ""
+    return text.rpartition(MODEL)[2]
 
 
 def _without_header(between: str, before: str) -> str:

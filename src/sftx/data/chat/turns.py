@@ -39,23 +39,33 @@ class ChatTemplate:
     def stop_id(self) -> int | None:
         """The token that ends an output with this template: its stop token, else EOS."""
         stop = self.traits.ending.stop
-        return self._tokenizer.eos_id if stop is None else self._tokenizer.backend.token_to_id(stop)
+        if stop is None:
+            return self._tokenizer.eos_id
+        return self._tokenizer.backend.token_to_id(stop)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end outputs: `stop_id`, and the one after a tool call where that is
         another.
         """
-        found = {self.stop_id}
+        found = {self.stop_id, self._stop_id_of_call()}
+        return frozenset(token for token in found if token is not None)
+
+    def _stop_id_of_call(self) -> int | None:
+        """The token that ends a tool call; None where none does."""
         called = [says("user", USER), says_calls(calls({}))]
         try:
             turn = self.turn(Conversation(called, [0.0, 1.0], TOOLS), 1)
         except RowError:
-            turn = Turn("", "", False)
-        last = last_added(self._tokenizer, turn.output) if turn.ends else None
-        if last:
-            found.add(self._tokenizer.backend.token_to_id(last.group()))
-        return frozenset(token for token in found if token is not None)
+            return None
+        last = last_added(self._tokenizer, turn.output)
+        if last is None or not turn.ends:
+            return None
+        return self._tokenizer.backend.token_to_id(last.group())
+
+    def turns(self, conversation: Conversation) -> list[Turn]:
+        """All trained turns, as `turn` gives them."""
+        return [self.turn(conversation, t) for t in conversation.trained]
 
     def turn(self, conversation: Conversation, t: int) -> Turn:
         """Prompt and output of turn `t`. `RowError` if no faithful rendering exists."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +13,17 @@ from numpy.typing import NDArray
 from sftx.data.chat.turns import LOST_REASONING
 from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
+from sftx.data.lint.calls import Calls
+from sftx.data.lint.finding import Finding, finding
 from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.texts import problems, texts
-from sftx.data.sources.arguments import INVENTED, parameters
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.truncation import runs
-from sftx.settings.schema import Config, Data
-from sftx.types import Int32, Json, Message, Row, RowError
+from sftx.settings.schema import Config, Data, Source
+from sftx.types import Int32, Row, RowError
 
-FEW = 5  # calls; fewer are no pattern
-Place = Callable[[int], str]
+_Sources: TypeAlias = str | list[str | Source] | None
 _TEXTS = (  # the name in `problems`, the check, and what it says
     ("secrets", "secrets", "rows with what looks like a key, password or card number"),
     ("markers", "template mismatch", "rows with markers of another chat template"),
@@ -36,20 +35,6 @@ _TEXTS = (  # the name in `problems`, the check, and what it says
     ("html", "html", "rows with an answer that holds HTML outside code"),
     ("echo", "echo", "rows with an answer that begins by repeating its prompt"),
 )
-
-
-@dataclass(slots=True)
-class Finding:
-    """One kind of problem: how many rows have it, where they stand, and which row each of them is
-    like.
-    """
-
-    check: str
-    serious: bool
-    message: str
-    count: int
-    places: list[str]
-    partners: list[str]  # as many as places; none where a row has the problem by itself
 
 
 def lint(
@@ -75,31 +60,32 @@ def lint(
     found += _of_texts(once, encoder, seen)
     if kinds := corpus.ledger.by_kind():
         found.append(Finding("weights", False, f"examples; {kinds}", len(corpus), [], []))
-    return sorted((f for f in found if f.count), key=lambda f: (not f.serious, -f.count))
+    found = [each for each in found if each.count]
+    return sorted(found, key=lambda each: (not each.serious, -each.count))
 
 
 def _once(data: Data) -> Data:
     """The same data with every row once, bad rows left out."""
 
-    changes: dict[str, Any] = {"on_bad_row": "skip", "mix_by": "rows"}
-    for name, given in (("train", data.train), ("eval", data.eval)):
-        if isinstance(given, list):
-            changes[name] = [
-                source if isinstance(source, str) else source.model_copy(update={"weight": 1.0})
-                for source in given
-            ]
+    changes = {
+        "on_bad_row": "skip",
+        "mix_by": "rows",
+        "train": _of_weight_one(data.train),
+        "eval": _of_weight_one(data.eval),
+    }
     return data.model_copy(update=changes)
 
 
-def _finding(
-    check: str, serious: bool, message: str, where: Any, place: Place, partner: Place | None = None
-) -> Finding:
-    """A finding at the given indices or lines, each row named once."""
-    indices = [int(i) for i in where]
-    rows = {place(i): partner(i) if partner else "" for i in indices}
-    return Finding(
-        check, serious, message, len(indices), list(rows), list(rows.values()) if partner else []
-    )
+def _of_weight_one(given: _Sources) -> _Sources:
+    """The sources of a setting without their weights."""
+    if not isinstance(given, list):
+        return given
+    sources: list[str | Source] = []
+    for source in given:
+        if isinstance(source, Source):
+            source = source.model_copy(update={"weight": 1.0})
+        sources.append(source)
+    return sources
 
 
 def _of_drops(corpus: Corpus) -> list[Finding]:
@@ -107,12 +93,16 @@ def _of_drops(corpus: Corpus) -> list[Finding]:
         drop = corpus.drops[index]
         return f"{corpus.origins[drop.origin].place(drop.line)}: {drop.reason}"
 
-    kinds = {
-        bad: [i for i, drop in enumerate(corpus.drops) if drop.bad == bad] for bad in (True, False)
-    }
+    bad: list[int] = []
+    dropped: list[int] = []
+    for i, drop in enumerate(corpus.drops):
+        if drop.bad:
+            bad.append(i)
+        else:
+            dropped.append(i)
     return [
-        _finding("bad rows", True, "rows that cannot be encoded", kinds[True], place),
-        _finding("dropped rows", True, "rows that the settings drop", kinds[False], place),
+        finding("bad rows", True, "rows that cannot be encoded", bad, place),
+        finding("dropped rows", True, "rows that the settings drop", dropped, place),
     ]
 
 
@@ -122,7 +112,9 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     """
     table = corpus.table
     outputs = _Outputs(corpus, encoder)
-    typical = float(np.median(corpus.lengths)) if len(corpus) else 0.0
+    typical = 0.0
+    if len(corpus):
+        typical = float(np.median(corpus.lengths))
     extreme = np.flatnonzero((corpus.lengths > 30 * typical) | (corpus.lengths < 4))
     lost = np.flatnonzero(table["cut_targets"] > 0)
     cut = np.flatnonzero((table["cut_tokens"] > 0) & (table["cut_targets"] == 0))
@@ -135,29 +127,27 @@ def _of_tokens(corpus: Corpus, encoder: Encoder) -> list[Finding]:
     if outputs.thoughtless:
         reasoning += f"; {encoder.how_to_keep_reasoning()}"
     return [
-        _finding("lost reasoning", True, reasoning, outputs.thoughtless, place),
-        _finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
-        _finding(
+        finding("lost reasoning", True, reasoning, outputs.thoughtless, place),
+        finding("lost targets", True, f"rows that lose targets at {limit}", lost, place),
+        finding(
             "endless outputs",
             True,
             "outputs that do not end in a stop token",
             outputs.endless,
             place,
         ),
-        _finding(
-            "empty outputs", True, "outputs of nothing but a stop token", outputs.empty, place
-        ),
-        _finding("short outputs", False, "outputs of one token", outputs.single, place),
-        _finding("lost context", False, f"rows that lose context at {limit}", cut, place),
-        _finding(
+        finding("empty outputs", True, "outputs of nothing but a stop token", outputs.empty, place),
+        finding("short outputs", False, "outputs of one token", outputs.single, place),
+        finding("lost context", False, f"rows that lose context at {limit}", cut, place),
+        finding(
             "shortened prompts",
             many,
             f"examples without the oldest turns of their prompt at {limit}",
             behind,
             place,
         ),
-        _finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
-        _finding(
+        finding("split rows", False, f"rows cut in pieces at {limit}", split, place),
+        finding(
             "extreme lengths",
             False,
             f"examples far from the median of {typical:.0f} tokens",
@@ -183,7 +173,8 @@ class _Outputs:
         first = 0
         for index in range(len(corpus)):
             example = corpus.example(index)
-            first = index if example.part == 0 else first
+            if example.part == 0:
+                first = index
             if LOST_REASONING in example.note:
                 self.thoughtless[first] = None
             whole = bool(last_of_row[index]) or not split[index]
@@ -208,12 +199,13 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
     rows = _row_digests(corpus)
     known, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     starts = np.flatnonzero(corpus.part == 0)
-    original = dict(zip(starts.tolist(), starts[first[inverse]].tolist(), strict=True))
+    first_alike = starts[first[inverse]]
+    original = dict(zip(starts.tolist(), first_alike.tolist(), strict=True))
     again = [i for i, earlier in original.items() if i != earlier]
     many = len(again) > 0.01 * len(rows)
     message = "rows that repeat another"
     found = [
-        _finding(
+        finding(
             "exact duplicates",
             many,
             message,
@@ -230,7 +222,7 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
         twins = dict(zip(overlap.tolist(), trained.tolist(), strict=True))
         message = "held-out rows that are also trained on"
         found.append(
-            _finding(
+            finding(
                 "overlap", True, message, overlap, held_out.place, lambda i: corpus.place(twins[i])
             )
         )
@@ -240,9 +232,12 @@ def _of_copies(corpus: Corpus, held_out: Corpus | None) -> list[Finding]:
 def _row_digests(corpus: Corpus) -> NDArray[np.uint64]:
     """uint64[rows]: a hash of all examples of each row."""
     starts = np.flatnonzero(corpus.part == 0)
-    odd = corpus.part.astype(np.uint64) * np.uint64(2) + np.uint64(1)
+    numbers = corpus.part.astype(np.uint64)
+    odd = numbers * np.uint64(2) + np.uint64(1)
     mixed = corpus.table["digest"] * odd
-    return np.add.reduceat(mixed, starts) if len(starts) else mixed
+    if not len(starts):
+        return mixed
+    return np.add.reduceat(mixed, starts)
 
 
 def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Finding]:
@@ -256,7 +251,8 @@ def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Fi
             for line, row in read_rows(table):
                 if not isinstance(row, RowError):
                     said.add(row, table.origin.place(line))
-            trained = trained if table.held_out else len(said.places)
+            if not table.held_out:
+                trained = len(said.places)
     places = said.places
     like = said.like
     hits = said.hits
@@ -268,16 +264,16 @@ def _of_texts(config: Config, encoder: Encoder, seen: NearDuplicates) -> list[Fi
         return places[like[index]]
 
     found = [
-        _finding(
+        finding(
             "near overlap", True, "held-out rows much like a training row", across, place, partner
         ),
-        _finding("near duplicates", False, "rows much like an earlier one", inside, place, partner),
+        finding("near duplicates", False, "rows much like an earlier one", inside, place, partner),
     ]
     for name, check, message in _TEXTS:
         serious = check == "secrets" or (
             check == "template mismatch" and len(hits[name]) > 0.01 * len(places)
         )
-        found.append(_finding(check, serious, message, hits[name], place))
+        found.append(finding(check, serious, message, hits[name], place))
     return found + said.calls.findings(place)
 
 
@@ -288,7 +284,7 @@ class _Texts:
         self.places: list[str] = []
         self.like: dict[int, int] = {}
         self.hits: dict[str, list[int]] = defaultdict(list)
-        self.calls = _Calls()
+        self.calls = Calls()
         self._seen = seen
         self._control = encoder.tokenizer.control
         self._hashes: list[int] = []
@@ -297,80 +293,22 @@ class _Texts:
         """Look at one more row."""
         number = len(self.places)
         self.places.append(place)
-        said = list(texts(row))
-        text = "\n".join(text for text, _ in said) or " ".join(map(str, row.ids))
+        everything: list[str] = []
+        answers: list[str] = []
+        asked: list[str] = []
+        for said, role in texts(row):
+            everything.append(said)
+            if role == "assistant":
+                answers.append(said)
+            elif role not in ("system", "developer"):
+                asked.append(said)
+        text = "\n".join(everything) or " ".join(map(str, row.ids))
         self._hashes.append(hash(text))
-        answers = [text for text, role in said if role == "assistant"]
-        others = ("assistant", "system", "developer")
-        asked = "\n".join(text for text, role in said if role not in others)
-        earlier = self._seen.add("\n".join(answers) or text, asked)
+        answered = "\n".join(answers) or text
+        earlier = self._seen.add(answered, "\n".join(asked))
         # Exact copies are another finding.
         if earlier is not None and self._hashes[earlier] != self._hashes[number]:
             self.like[number] = earlier
         for name in problems(row, text, self._control):
             self.hits[name].append(number)
         self.calls.add(number, row)
-
-
-def _calls_of(messages: Sequence[Message]) -> Iterator[tuple[str, dict[str, Json]]]:
-    """(name, arguments) of every call whose arguments are an object."""
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            if isinstance(function["arguments"], dict):
-                yield function["name"], function["arguments"]
-
-
-class _Calls:
-    """The arguments of all tool calls: which are null almost everywhere, and which the tool does
-    not have.
-    """
-
-    def __init__(self) -> None:
-        self._times: Counter[tuple[str, str]] = Counter()
-        self._null: dict[tuple[str, str], list[int]] = defaultdict(list)
-        self._strange: dict[int, set[str]] = defaultdict(set)
-        self._left_out: list[int] = []
-
-    def add(self, number: int, row: Row) -> None:
-        """Look at the calls of row `number`."""
-        if INVENTED in row.notes:
-            self._left_out.append(number)
-        known = parameters(row.tools)
-        for name, arguments in _calls_of(row.messages):
-            for key, value in arguments.items():
-                self._times[name, key] += 1
-                if value is None:
-                    self._null[name, key].append(number)
-                if name in known and key not in known[name]:
-                    self._strange[number].add(f"{name}.{key}")
-
-    def findings(self, place: Place) -> list[Finding]:
-        """What was found in all rows."""
-        empty = {
-            key for key, rows in self._null.items() if len(rows) >= max(0.9 * self._times[key], FEW)
-        }
-        rows = sorted({number for key in empty for number in self._null[key]})
-        names = _named([".".join(key) for key in sorted(empty)])
-        strange = _named(sorted({name for found in self._strange.values() for name in found}))
-        return [
-            _finding(
-                "null arguments",
-                False,
-                f"rows with arguments that are null almost everywhere{names}",
-                rows,
-                place,
-            ),
-            _finding("invented nulls", False, f"rows with {INVENTED}", self._left_out, place),
-            _finding(
-                "strange arguments",
-                True,
-                f"rows with arguments that the tool does not have{strange}",
-                sorted(self._strange),
-                place,
-            ),
-        ]
-
-
-def _named(names: Sequence[str]) -> str:
-    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""

@@ -23,11 +23,18 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_FIELDS = 1000
 """Fields of a message; comparing the names of more would take minutes."""
 SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(
-        ("gpt", "assistant", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"
-    ),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
     "system": "system",
     "developer": "developer",
 }
@@ -83,14 +90,15 @@ class MessageReader:
         if _is_plain(raw):
             return cast(Message, raw)
         _check_role(raw["role"], at)
-        message: dict[str, Json] = {k: value for k, value in raw.items() if value is not None}
+        message = {key: value for key, value in raw.items() if value is not None}
         foreign.own_marks(message, at)
         _check_names(message, at)
         if "tool_calls" in message:
             message["tool_calls"] = self._calls(message["tool_calls"], f"{at}.tool_calls")
             message.setdefault("content", "")
         if "content" not in message:
-            raise RowError(f"{at}.content is {'null' if 'content' in raw else 'missing'}")
+            found = "null" if "content" in raw else "missing"
+            raise RowError(f"{at}.content is {found}")
         message["content"] = _joined(message["content"], f"{at}.content")
         _check_values(message, at)
         return cast(Message, message)
@@ -105,15 +113,20 @@ class MessageReader:
             raise RowError(f"{calls_at} must be a list of calls")
         at = f"{calls_at}[{number}]"
         outer = dict(call)
-        flat = {key: outer.pop(key) for key in ("name", "arguments") if key in outer}
+        flat: dict[str, Json] = {}
+        for key in ("name", "arguments"):
+            if key in outer:
+                flat[key] = outer.pop(key)
         function = call.get("function", flat)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{at} must hold function: {{name, arguments}}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             # Servers hand the template an object, whatever the client sent.
-            filled = arguments.strip()
-            arguments = from_json(arguments, f"{at}.function.arguments") if filled else {}
+            text = arguments
+            arguments = {}
+            if text.strip():
+                arguments = from_json(text, f"{at}.function.arguments")
         elif isinstance(arguments, dict):
             arguments = self._without_invented(arguments, function["name"])
         return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
@@ -122,9 +135,12 @@ class MessageReader:
         own = self._parameters.get(str(tool))
         if own is None:
             return arguments
-        kept = {key: value for key, value in arguments.items() if value is not None or key in own}
-        if len(kept) < len(arguments):
-            self.notes = (INVENTED,)
+        kept: dict[str, Json] = {}
+        for key, value in arguments.items():
+            if value is not None or key in own:
+                kept[key] = value
+            else:
+                self.notes = (INVENTED,)
         return kept
 
 

@@ -11,7 +11,6 @@ from hashlib import blake2b, file_digest
 from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 from sftx.arrow import rows_of
 from sftx.data.sources import to_jsonl
@@ -49,9 +48,12 @@ class Table:
         if self.lines is None:
             name = blake2b(str(self.files).encode(), digest_size=12).hexdigest()
             self.lines = scratch / f"{name}.lines"
+            numbers = {"weight"}
+            for column, ours in self.columns.items():
+                if ours == "weight":
+                    numbers.add(column)
             with self.lines.open("wb") as out:
-                renamed = {column for column, name in self.columns.items() if name == "weight"}
-                to_jsonl.convert(self.files, out, {"weight", *renamed})
+                to_jsonl.convert(self.files, out, numbers)
         return self.lines
 
     def rows(self, scratch: Path, start: int = 0) -> Iterator[tuple[int, bytes, Json | RowError]]:
@@ -61,21 +63,30 @@ class Table:
         with self.open_lines(scratch).open("rb") as file:
             for block in self.blocks[start:]:
                 file.seek(block.start)
-                for line, raw, value in rows_in(file.read(block.stop - block.start), block.line):
+                data = file.read(block.stop - block.start)
+                for line, raw, value in rows_in(data, block.line):
                     yield line, raw, _renamed(value, self.columns)
 
 
 def _renamed(value: Json | RowError, columns: Mapping[str, str | None]) -> Json | RowError:
+    if isinstance(value, RowError):
+        return value
     try:
-        return value if isinstance(value, RowError) else renamed(value, columns)
+        return renamed(value, columns)
     except RowError as error:
         return error
 
 
-def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None) -> list[Source]:
+def named_sources(
+    given: str | list[str | Source] | None, rows: list[object] | None
+) -> list[Source]:
     """The sources of a setting, each with a name; rows held in memory come last."""
     listed = [given] if isinstance(given, str) else given or []
-    sources = [Source(path=item) if isinstance(item, str) else item for item in listed]
+    sources: list[Source] = []
+    for item in listed:
+        if isinstance(item, str):
+            item = Source(path=item)
+        sources.append(item)
     if rows is not None:
         sources.append(Source(path=MEMORY))
     named: dict[str, Source] = {}
@@ -91,7 +102,7 @@ def named_sources(given: str | list[str | Source] | None, rows: list[Any] | None
 
 
 def open_tables(
-    sources: Sequence[Source], rows: list[Any] | None, data: Data, cache: Cache, scratch: Path
+    sources: Sequence[Source], rows: list[object] | None, data: Data, cache: Cache, scratch: Path
 ) -> list[Table]:
     """Every file of `sources`, cut into blocks by content.
 
@@ -141,7 +152,9 @@ def _grouped(path: str, cache: Cache) -> Iterator[tuple[Origin, list[Path]]]:
             unit = "line" if kind in (".jsonl", ".csv", ".tsv") else "row"
             yield Origin(shown.get(file, str(file)), unit), [file]
     if texts:
-        name = str(texts[0]) if len(texts) == 1 else path
+        name = path
+        if len(texts) == 1:
+            name = str(texts[0])
         yield Origin(name, "row", tuple(map(str, texts))), texts
 
 
@@ -152,10 +165,8 @@ def _open_file(
     if len(files) == 1 and is_lines(files[0]):
         table.lines = files[0]
         return _cut(table, data, scratch)
-    decides = (
-        f"{to_jsonl.VERSION} {data.format} {data.on_bad_row} "
-        f"{json.dumps(data.columns, sort_keys=True)}"
-    )
+    columns = json.dumps(data.columns, sort_keys=True)
+    decides = f"{to_jsonl.VERSION} {data.format} {data.on_bad_row} {columns}"
     key = blake2b(decides.encode(), digest_size=20)
     for file in files:
         with file.open("rb") as stream:
@@ -167,7 +178,8 @@ def _open_file(
         _cut(table, data, scratch)
         cache.write_note(note, {"blocks": table.blocks, "form": table.form})
     else:
-        table.blocks, table.form = [Block(*block) for block in known["blocks"]], known["form"]
+        table.blocks = [Block(*block) for block in known["blocks"]]
+        table.form = known["form"]
     return table
 
 
@@ -195,18 +207,19 @@ def bad_row(place: str, reason: str, others: int = 0) -> UserError:
 
 def _detect_first(table: Table, skip: bool, scratch: Path) -> str:
     """The format of the first row (of the first good one, if bad rows are skipped)."""
-    first: UserError | None = None
+    first = ""
     for line, _, value in table.rows(scratch):
         try:
             if isinstance(value, RowError):
                 raise value
             return detect(value)
         except RowError as error:
+            place = table.origin.place(line)
             if not skip:
-                raise bad_row(table.origin.place(line), str(error)) from None
-            first = first or UserError(f"{table.origin.place(line)}: {error}")
+                raise bad_row(place, str(error)) from None
+            first = first or f"{place}: {error}"
     if first:
-        raise first
+        raise UserError(first)
     return "text"  # no rows at all
 
 

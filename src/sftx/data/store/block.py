@@ -101,28 +101,28 @@ class Block:
             UserError: the tokens are not those that were written.
         """
         begin = int(entry["start"])
-        span = slice(begin, begin + int(entry["length"]))
-        ids = self.ids[span]
-        weights = self.weights[span].astype(np.float32, copy=False)
-        kinds = self.kinds[span] if len(self.kinds) else None
-        if example_digest(ids, weights, kinds) != int(entry["digest"]):
+        end = begin + int(entry["length"])
+        ids = self.ids[begin:end]
+        weights = self.weights[begin:end].astype(np.float32, copy=False)
+        kinds = None
+        if len(self.kinds):
+            kinds = self.kinds[begin:end]
+        digest = example_digest(ids, weights, kinds)
+        if digest != int(entry["digest"]):
             raise UserError(
                 "a file of the token cache is damaged; delete the cache folder and start again"
             )
-        return Example(
-            ids=ids,
-            weights=weights,
-            note=self.facts.notes[int(entry["note"])],
-            part=int(entry["part"]),
-            shortened=bool(entry["shortened"]),
-            kinds=kinds,
-        )
+        note = self.facts.notes[int(entry["note"])]
+        part = int(entry["part"])
+        shortened = bool(entry["shortened"])
+        return Example(ids, weights, note, part, shortened, kinds)
 
 
 def example_digest(ids: Int32, weights: Float32, kinds: UInt8 | None = None) -> int:
     """64-bit hash of one example's tokens and weights, and of their kinds where these are known."""
-    content = blake2b(ids.data if len(ids) else b"", digest_size=8)
-    content.update(weights.data if len(weights) else b"")
+    content = blake2b(digest_size=8)
+    content.update(ids.tobytes())
+    content.update(weights.tobytes())
     if kinds is not None:
         content.update(kinds.tobytes())
     return int.from_bytes(content.digest(), "little")
@@ -134,19 +134,33 @@ def make_block(rows: Sequence[tuple[int, int, Encoded]], facts: Facts | None = N
     A row is its line (counted from the first of the block), its hash, and what became of it.
     """
     facts = facts or Facts()
-    examples = [example for _, _, encoded in rows for example in encoded.examples]
-    no_ids: Int32 = np.zeros(0, np.int32)
-    no_weights: Weights = np.zeros(0, np.float32)
-    ids = np.concatenate([no_ids, *(example.ids for example in examples)])
-    weights = np.concatenate([no_weights, *(example.weights for example in examples)])
-    if bool(((weights == 0) | (weights == 1)).all()):
-        weights = weights.astype(np.uint8)
-    found = [example.kinds for example in examples if example.kinds is not None]
-    kinds = np.concatenate([np.zeros(0, np.uint8), *found])
-    table = _table_of(examples, facts, BY_KIND if found else EXAMPLE)
+    examples: list[Example] = []
+    for _, _, encoded in rows:
+        examples += encoded.examples
+    ids: list[Int32] = [np.zeros(0, np.int32)]
+    weights: list[Float32] = [np.zeros(0, np.float32)]
+    kinds: list[UInt8] = [np.zeros(0, np.uint8)]
+    dtype = EXAMPLE
+    for example in examples:
+        ids.append(example.ids)
+        weights.append(example.weights)
+        if example.kinds is not None:
+            kinds.append(example.kinds)
+            dtype = BY_KIND
+    table = _table_of(examples, facts, dtype)
     _add_rows(table, rows, facts)
-    facts.largest_id = int(ids.max(initial=-1))
-    return Block(table, ids, weights, facts, kinds)
+    all_ids = np.concatenate(ids)
+    facts.largest_id = int(all_ids.max(initial=-1))
+    all_weights = _small(np.concatenate(weights))
+    return Block(table, all_ids, all_weights, facts, np.concatenate(kinds))
+
+
+def _small(weights: Float32) -> Weights:
+    """Weights as a block keeps them: in a byte each where all are 0 or 1."""
+    is_plain = (weights == 0) | (weights == 1)
+    if is_plain.all():
+        return weights.astype(np.uint8)
+    return weights
 
 
 def _add_rows(table: Table, rows: Sequence[tuple[int, int, Encoded]], facts: Facts) -> None:
@@ -155,7 +169,7 @@ def _add_rows(table: Table, rows: Sequence[tuple[int, int, Encoded]], facts: Fac
     end = 0
     for line, digest, encoded in rows:
         begin = end
-        end = end + len(encoded.examples)
+        end += len(encoded.examples)
         of_row = table[begin:end]
         of_row["line"] = line
         of_row["row"] = digest
@@ -180,17 +194,20 @@ def _table_of(examples: list[Example], facts: Facts, dtype: np.dtype[np.void]) -
         if example.kinds is not None:
             entry["kinds"] = _counts(example.kinds, example.weights)
         entry["note"] = notes.setdefault(example.note, len(notes))
-    table["start"] = np.cumsum(table["length"]) - table["length"]
+    lengths = table["length"]
+    table["start"] = np.cumsum(lengths) - lengths
     facts.notes = list(notes)
     return table
 
 
 def _counts(kinds: UInt8, weights: Float32) -> NDArray[np.void]:
     """COUNT[kinds]: what an example has of each kind."""
-    found = np.zeros(len(KINDS), COUNT)
-    found["tokens"] = np.bincount(kinds, minlength=len(KINDS))
-    found["targets"] = np.bincount(kinds[weights != 0], minlength=len(KINDS))
-    found["weight"] = np.bincount(kinds, weights.astype(np.float64), len(KINDS))
+    count = len(KINDS)
+    found = np.zeros(count, COUNT)
+    found["tokens"] = np.bincount(kinds, minlength=count)
+    kinds_of_targets = kinds[weights != 0]
+    found["targets"] = np.bincount(kinds_of_targets, minlength=count)
+    found["weight"] = np.bincount(kinds, weights.astype(np.float64), count)
     return found
 
 
@@ -200,7 +217,8 @@ def block_bytes(block: Block) -> bytes:
     digest = _digest(block.table, block.ids, block.weights, text)
     said = np.frombuffer(digest + text, np.uint8)
     file = io.BytesIO()
-    for array in (block.table, block.ids, block.weights, block.kinds, said):
+    arrays = (block.table, block.ids, block.weights, block.kinds, said)
+    for array in arrays:
         npy.write_array(file, array)
     return file.getvalue()
 
@@ -210,14 +228,20 @@ def open_block(path: Path) -> Block | None:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        table, ids, weights, kinds, said = (_next_array(mapped) for _ in range(5))
+        table = _next_array(mapped)
+        ids = _next_array(mapped)
+        weights = _next_array(mapped)
+        kinds = _next_array(mapped)
+        said = _next_array(mapped).tobytes()
     except (FileNotFoundError, PermissionError):
         return None
     except (ValueError, OverflowError, SyntaxError, tokenize.TokenError):  # a damaged header
         return None
-    digest = said[:_HASH].tobytes()
-    text = said[_HASH:].tobytes()
-    if table.dtype not in (EXAMPLE, BY_KIND) or digest != _digest(table, ids, weights, text):
+    if table.dtype not in (EXAMPLE, BY_KIND):
+        return None
+    digest = said[:_HASH]
+    text = said[_HASH:]
+    if digest != _digest(table, ids, weights, text):
         return None
     # The pages that were read to be checked go back; what is used of them is read again.
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
@@ -232,8 +256,9 @@ def _next_array(mapped: mmap.mmap) -> NDArray[Any]:
     """The array in .npy format at the position of a file, which moves behind it."""
     npy.read_magic(mapped)
     shape, _, dtype = npy.read_array_header_1_0(mapped)
-    array = np.frombuffer(mapped, dtype, shape[0], mapped.tell())
-    mapped.seek(mapped.tell() + array.nbytes)
+    begin = mapped.tell()
+    array = np.frombuffer(mapped, dtype, shape[0], begin)
+    mapped.seek(begin + array.nbytes)
     return array
 
 

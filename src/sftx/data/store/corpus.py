@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.rotation import Rotation
-from sftx.data.store.block import COUNT, EXAMPLE, Block, Facts, Table, open_block
+from sftx.data.store.block import EXAMPLE, Block, Facts, Table, open_block
 from sftx.types import KINDS, ONE_EACH, Example, Int32, KindCount, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
@@ -37,7 +37,9 @@ class Origin:
         """`file:line`, or `file, row n` where rows are not lines."""
         if 0 < line <= len(self.names):
             return self.names[line - 1]
-        return f"{self.name}:{line}" if self.unit == "line" else f"{self.name}, row {line}"
+        if self.unit == "line":
+            return f"{self.name}:{line}"
+        return f"{self.name}, row {line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ class Corpus:
     def __init__(
         self, parts: Sequence[Part], sources: Sequence[str], origins: Sequence[Origin]
     ) -> None:
-        self.sources, self.origins = list(sources), list(origins)
+        self.sources = list(sources)
+        self.origins = list(origins)
         self.largest_id = -1
         self.renamed: Counter[str] = Counter()
         self.fields: tuple[NDArray[np.uint64], ...] = ()
@@ -110,14 +113,19 @@ class Corpus:
 
     def _joined(self) -> Table:
         """The tables of all parts as one."""
-        collected = (self._collected(number) for number in range(len(self._parts)))
-        filled = [table for table in collected if len(table)]
-        end = sum(map(len, filled))
-        whole = np.empty(end, filled[0].dtype if filled else EXAMPLE)
-        while filled:  # each goes as soon as it is copied, so that all are never held twice
-            table = filled.pop()
-            whole[end - len(table) : end] = table
-            end -= len(table)
+        tables: list[Table] = []
+        for number in range(len(self._parts)):
+            table = self._collected(number)
+            if len(table):
+                tables.append(table)
+        dtype = tables[0].dtype if tables else EXAMPLE
+        end = sum(map(len, tables))
+        whole = np.empty(end, dtype)
+        while tables:  # each goes as soon as it is copied, so that all are never held twice
+            table = tables.pop()
+            begin = end - len(table)
+            whole[begin:end] = table
+            end = begin
         return whole
 
     def _collected(self, number: int) -> Table:
@@ -127,16 +135,20 @@ class Corpus:
         facts = block.facts
         self.largest_id = max(self.largest_id, facts.largest_id)
         self.renamed.update(facts.renamed)
+        notes = self._notes[part.source]
         for column, rows in facts.unused.items():
-            self._notes[part.source][f"column {column!r} not used"] += rows
-        self._notes[part.source].update(facts.noted)
+            notes[f"column {column!r} not used"] += rows
+        notes.update(facts.noted)
         self._add_drops(part, facts)
         table = block.table.copy()
         table["block"] = number
         table["source"] = part.source
         table["origin"] = part.origin
         table["line"] += part.line
-        codes = [self._abouts.setdefault(tuple(about), len(self._abouts)) for about in facts.abouts]
+        codes: list[int] = []
+        for about in facts.abouts:
+            code = self._abouts.setdefault(tuple(about), len(self._abouts))
+            codes.append(code)
         if codes:
             table["about"] = np.array(codes)[table["about"]]
         return table
@@ -171,12 +183,14 @@ class Corpus:
             UserError: the cache was damaged after it was written.
         """
         entry = self.table[index]
-        return self._open(int(entry["block"])).example(entry)
+        block = self._open(int(entry["block"]))
+        return block.example(entry)
 
     def place(self, index: int) -> str:
         """`file:line` of the row that example `index` came from."""
         entry = self.table[index]
-        return self.origins[int(entry["origin"])].place(int(entry["line"]))
+        origin = self.origins[int(entry["origin"])]
+        return origin.place(int(entry["line"]))
 
     def subset(self, indices: ArrayLike) -> Corpus:
         """The examples at `indices`, in that order, repeats allowed. The ledgers stay those of the
@@ -191,10 +205,11 @@ class Corpus:
         """Write into the ledgers how many different rows a run shows, of whose examples it shows
         those in `shown`.
         """
-        rows = self.table["origin"].astype(np.int64) << 40 | self.line
+        origin = self.table["origin"].astype(np.int64)
+        rows = (origin << 40) | self.line
         for number, name in enumerate(self.sources):
-            mine = (self.source == number) & shown
-            self.ledgers[name].shown = len(np.unique(rows[mine]))
+            mine = rows[(self.source == number) & shown]
+            self.ledgers[name].shown = len(np.unique(mine))
 
     def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
         """(the others, those held out), each with a ledger of its own. Dropped rows stay with the
@@ -204,7 +219,8 @@ class Corpus:
         held = self.subset(np.flatnonzero(held_out))
         rest.ledgers = rest._ledgers(self.drops, self._notes)
         held.drops = []
-        held.ledgers = held._ledgers([], [Counter() for _ in self.sources])
+        no_notes = [Counter[str]() for _ in self.sources]
+        held.ledgers = held._ledgers([], no_notes)
         return rest, held
 
     def _load(self, number: int) -> Block:
@@ -229,74 +245,94 @@ class Corpus:
             mine = self.table
             if len(self.sources) > 1:
                 mine = mine[self.source == number]
-            first = mine["part"] == 0
-            rows = int(first.sum())
-            dropped = sum(drop.source == number for drop in drops)
-            split = int(mine["split"][first].sum())
-            cut_tokens = mine["cut_tokens"][first]
-            ledgers[name] = Ledger(
-                read=rows + dropped,
-                trained=rows - split,
-                split=split,
-                dropped=dropped,
-                shown=rows,
-                truncated=int((cut_tokens > 0).sum()),
-                examples=len(mine),
-                tokens=int(mine["length"].sum()),
-                targets=int(mine["targets"].sum()),
-                tokens_truncated=int(cut_tokens.sum()),
-                targets_truncated=int(mine["cut_targets"][first].sum()),
-                targets_shortened=int(mine["targets"][mine["shortened"]].sum()),
-                tokens_repeated=self._repeated(mine),
-                kinds=self._kinds(mine),
-                notes=dict(notes[number] + self._notes_of(mine["about"][first])),
-            )
+            ledger = self._counted(mine)
+            ledger.dropped = sum(drop.source == number for drop in drops)
+            ledger.read = ledger.shown + ledger.dropped
+            abouts = mine["about"][mine["part"] == 0]
+            ledger.notes = dict(notes[number] + self._notes_of(abouts))
+            ledgers[name] = ledger
         return ledgers
+
+    def _counted(self, mine: Table) -> Ledger:
+        """The ledger of the rows that gave examples; `mine` is the table of these."""
+        first = mine["part"] == 0
+        rows = int(first.sum())
+        split = int(mine["split"][first].sum())
+        cut_tokens = mine["cut_tokens"][first]
+        cut_targets = mine["cut_targets"][first]
+        targets = mine["targets"]
+        of_shortened = targets[mine["shortened"]]
+        return Ledger(
+            trained=rows - split,
+            split=split,
+            shown=rows,
+            truncated=int((cut_tokens > 0).sum()),
+            examples=len(mine),
+            tokens=int(mine["length"].sum()),
+            targets=int(targets.sum()),
+            tokens_truncated=int(cut_tokens.sum()),
+            targets_truncated=int(cut_targets.sum()),
+            targets_shortened=int(of_shortened.sum()),
+            tokens_repeated=self._repeated(mine),
+            kinds=self._kinds(mine),
+        )
 
     def _notes_of(self, abouts: Int32) -> Counter[str]:
         """How many rows have each note; `abouts` int32[rows] are the numbers of what is known of
         each.
         """
         found: Counter[str] = Counter()
-        rows = np.bincount(abouts, minlength=len(self._abouts)).tolist()
-        for about, count in zip(self._abouts, rows, strict=True):
+        rows = np.bincount(abouts, minlength=len(self._abouts))
+        for about, number in self._abouts.items():
             for note in dict.fromkeys(about):
-                found[note] += count
+                found[note] += int(rows[number])
         return found
 
     def _kinds(self, mine: Table) -> dict[str, KindCount]:
         """What there is of each kind of text."""
         if "kinds" in (mine.dtype.names or ()):
             return _counted_kinds(mine)
-        found = Ledger()
         texts = [number for number, origin in enumerate(self.origins) if origin.form == "text"]
         is_text = np.isin(mine["origin"], texts)
-        for kind, some in (("output", ~is_text), ("text", is_text)):
-            if not some.any():
-                continue
-            tokens = int(mine["length"][some].sum())
-            targets = int(mine["targets"][some].sum())
-            found.count(kind, targets, targets, float(mine["weight"][some].sum()))
-            found.count("context", tokens - targets, 0, 0.0)
+        found = Ledger()
+        _add_kind(found, "output", mine, ~is_text)
+        _add_kind(found, "text", mine, is_text)
         return found.kinds
 
     def _repeated(self, mine: Table) -> int:
         """Tokens of rows that give a sequence for each turn, beyond the longest sequence of each
         row.
         """
-        several = [code for about, code in self._abouts.items() if ONE_EACH in about]
-        chosen = mine[np.isin(mine["about"], several)] if several else mine[:0]
+        several = [number for about, number in self._abouts.items() if ONE_EACH in about]
+        if not several:
+            return 0
+        chosen = mine[np.isin(mine["about"], several)]
         if not len(chosen):
             return 0
         starts = np.flatnonzero(chosen["part"] == 0)
         lengths = chosen["length"].astype(np.int64)
-        return int(lengths.sum() - np.maximum.reduceat(lengths, starts).sum())
+        longest = np.maximum.reduceat(lengths, starts)
+        return int(lengths.sum() - longest.sum())
+
+
+def _add_kind(ledger: Ledger, kind: str, mine: Table, some: NDArray[np.bool_]) -> None:
+    """Count the targets of `some` examples as one kind of text, and all else in them as context."""
+    if not some.any():
+        return
+    tokens = int(mine["length"][some].sum())
+    targets = int(mine["targets"][some].sum())
+    weight = float(mine["weight"][some].sum())
+    ledger.count(kind, targets, targets, weight)
+    ledger.count("context", tokens - targets, 0, 0.0)
 
 
 def _counted_kinds(mine: Table) -> dict[str, KindCount]:
     """What there is of each kind of text, where the encoder counted it example by example."""
     found = Ledger()
-    tokens, targets, weights = (mine["kinds"][name].sum(0) for name in COUNT.names or ())
+    counts = mine["kinds"]
+    tokens = counts["tokens"].sum(0)
+    targets = counts["targets"].sum(0)
+    weights = counts["weight"].sum(0)
     for number, kind in enumerate(KINDS):
         if tokens[number]:
             weight = float(weights[number])
