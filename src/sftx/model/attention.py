@@ -17,7 +17,7 @@ layer waits for the device.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ estimating_gpu = (
 # Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are
 # repeated.
 _HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class _Form(NamedTuple):
+    """The formula of `cpu_attention`; `window` and `softcap` are 0 where there is none."""
+
+    scale: float
+    window: int
+    softcap: float
 
 
 def segment_attention(
@@ -70,33 +78,81 @@ def segment_attention(
     # Transformers makes none for this attention: it is the model's own, for itself.
     if attention_mask is not None:
         raise ValueError(WITH_MASK)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = sliding_window if sliding_window and sliding_window < max_length_q else 0
-    plain = not softcap and s_aux is None and dropout == 0.0
-    on_host = query.device.type == "cpu" and not estimating_gpu
-    if not on_host and torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels
-        # cast here as well.
-        query, key, value = (
-            x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
-        )
-    flash = plain and not on_host and _flash_takes(query, value, cu_seq_lens_q)
+    form = _form(query, scaling, sliding_window, max_length_q, softcap)
+    query, key, value = _under_autocast(query, key, value)
+    is_plain = _is_plain(form.softcap, s_aux, dropout)
+    flash = is_plain and not _on_host(query) and _flash_takes(query, value, cu_seq_lens_q)
     if flash and prefix_index is None:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
-    if not on_host and query.dtype != value.dtype:
-        query, key, value = query.float(), key.float(), value.float()
+        longest = max_length_q
+        out = _varlen(query, key, value, cu_seq_lens_q, longest, form.scale, form.window)
+        return out, None
+    query, key, value = _of_one_dtype(query, key, value)
     if prefix_index is not None:
-        numbers = (scale, window, softcap or 0.0, flash and not window)
-        return _shared(query, key, value, s_aux, prefix_index, numbers, dropout), None
-    if dropout == 0.0 and (on_host or not plain):
-        return segments(
-            query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0
-        ), None
-    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    out = by_segment(
-        query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout
-    )
-    return out.transpose(1, 2).contiguous(), None
+        return _shared(query, key, value, s_aux, prefix_index, form, flash, dropout), None
+    return _alone(query, key, value, s_aux, cu_seqlens_cpu, form, dropout), None
+
+
+def _form(
+    query: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    longest: int,
+    softcap: float | None,
+) -> _Form:
+    """The formula, from the arguments that transformers gives."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window = 0
+    if sliding_window and sliding_window < longest:
+        window = sliding_window
+    return _Form(scale, window, softcap or 0.0)
+
+
+def _on_host(query: Tensor) -> bool:
+    return query.device.type == "cpu" and not estimating_gpu
+
+
+def _is_plain(softcap: float, sinks: Tensor | None, dropout: float) -> bool:
+    """Whether it is the softmax of the scores and nothing more."""
+    return not softcap and sinks is None and dropout == 0.0
+
+
+def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as autocast would, on a GPU.
+
+    Rotary embeddings and norms leave fp32 behind; transformers' own kernels cast here as well.
+    """
+    device = query.device.type
+    if _on_host(query) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In fp32 where they are of several dtypes; a CPU's kernel casts by itself."""
+    if _on_host(query) or query.dtype == value.dtype:
+        return query, key, value
+    return query.float(), key.float(), value.float()
+
+
+def _alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_cpu: Tensor,
+    form: _Form,
+    dropout: float,
+) -> Tensor:
+    """Segments that share nothing, and that flash attention does not take."""
+    is_plain = _is_plain(form.softcap, sinks, dropout)
+    if dropout == 0.0 and (_on_host(query) or not is_plain):
+        return segments(query, key, value, sinks, cu_seqlens_cpu, *form)
+    heads = query.shape[1]
+    key = repeat_heads(key, heads)
+    value = repeat_heads(value, heads)
+    out = by_segment(query, key, value, sinks, cu_seqlens_cpu, *form, dropout)
+    return out.transpose(1, 2).contiguous()
 
 
 def _shared(
@@ -105,49 +161,56 @@ def _shared(
     value: Tensor,
     sinks: Tensor | None,
     prefix_index: list[Tensor],
-    numbers: tuple[float, int, float, bool],
+    form: _Form,
+    flash: bool,
     dropout: float,
 ) -> Tensor:
-    """Segments that share prefixes; `numbers` = scale, window, soft-cap, and whether flash attention
-    computes the parts.
+    """Segments that share prefixes; `flash`: whether flash attention computes those parts that
+    have no window.
     """
     if dropout:
         raise ValueError("attention drops keys, which segments with shared prefixes do not")
-    if numbers[-1] and not _HAS_GROUPS:
+    flash = flash and not form.window
+    if flash and not _HAS_GROUPS:
         key = repeat_heads(key, query.shape[1])
         value = repeat_heads(value, query.shape[1])
-    return shared_segments(query, key, value, sinks, prefix_index, *numbers)[0]
+    out, _ = shared_segments(query, key, value, sinks, prefix_index, *form, flash)
+    return out
 
 
 def repeat_heads(states: Tensor, heads: int) -> Tensor:
     """Grouped-query attention: repeat key or value heads up to the number of query heads."""
     groups = heads // states.shape[1]
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+    if groups == 1:
+        return states
+    return states.repeat_interleave(groups, dim=1)
 
 
 def _flash_takes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
     """What flash attention 2 computes. Its backward pass counts elements of a padded fp32 buffer in
     32 bits.
     """
-    tokens, heads, size = q.shape[2], q.shape[1], q.shape[3]
-    padded = (tokens + 128 * cu_seqlens.shape[0]) * heads * (-(-size // 32) * 32)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and size == v.shape[3] and size % 8 == 0 and size <= 256 and padded < 2**31
+    _, heads, tokens, size = q.shape
+    padded_size = -(-size // 32) * 32
+    padded_tokens = tokens + 128 * cu_seqlens.shape[0]
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    has_size = size == v.shape[3] and size % 8 == 0 and size <= 256
+    return is_half and has_size and padded_tokens * heads * padded_size < 2**31
 
 
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int
 ) -> Tensor:
-    groups: dict[str, Any] = (
-        {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
-    )
-    if not groups:
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    heads = q.shape[1]
+    options: dict[str, Any] = {"scale": scale}
+    if _HAS_GROUPS and heads != k.shape[1]:
+        options["enable_gqa"] = True
+    else:
+        k = repeat_heads(k, heads)
+        v = repeat_heads(v, heads)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
     # (left, right): how many further positions are seen. (-1, 0) is plain causal attention.
-    size = (window - 1 if window else -1, 0)
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=size, **groups
-    )
+    options["window_size"] = (window - 1, 0) if window else (-1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out[None]
