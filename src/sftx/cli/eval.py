@@ -205,7 +205,8 @@ def _benchmarks(
 ) -> int:
     """Print what the model scores on tasks, and its base where there is one; as `run` returns."""
     adapter = adapter_in(config.model.path)
-    model, template = config.model, config.data.template
+    model = config.model
+    template = config.data.template
     scores: dict[str, Scores] = {}
     with machine(config.runtime) as here:
         if adapter is not None:
@@ -266,7 +267,8 @@ def _judged(
             with working("measuring the base", shown):
                 judge = judge_of(load_served(other, None, corpus, here))
                 judge.remember(is_start=True)
-                gauge, judge.gauge = judge.gauge, None
+                gauge = judge.gauge
+                judge.gauge = None
                 judged["base"] = _measured(judge, corpus)
             del judge  # one model in memory at a time
         with working("measuring the model", shown):
@@ -275,7 +277,8 @@ def _judged(
             drawn.check_model(served)
             if served.adapter is not None:
                 judge.remember(is_start=True)
-                gauge, judge.gauge = judge.gauge, None
+                gauge = judge.gauge
+                judge.gauge = None
                 with judge.without_adapter():
                     judged["base"] = _measured(judge, corpus)
             judge.gauge = gauge

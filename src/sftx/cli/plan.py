@@ -244,7 +244,9 @@ def _packs(config: Config, data: _Data, paths: Paths, chosen: Packing) -> dict[s
     """How full the packs of the first (at most 50) steps are, and the largest tree of the first; or
     how much of padded batches is padding.
     """
-    size, share, lengths = chosen.tokens_per_pack, may_share(config), data.plan.lengths
+    size = chosen.tokens_per_pack
+    share = may_share(config)
+    lengths = data.plan.lengths
     if paths.padded:
         return {"padding": data.plan.padding(size)}
     share = share and paths.isolate

@@ -255,7 +255,8 @@ class Sweep:
             self.config(point)
             self._run(trial, progress)
         except UserError as error:
-            trial.state, trial.why = "failed", str(error)
+            trial.state = "failed"
+            trial.why = str(error)
         trial.seconds += time.monotonic() - began
         if trial.state == "failed":
             progress.say(f"         failed: {trial.why}")

@@ -160,7 +160,8 @@ class _Writer:
             return False
         if not isinstance(encoded, Encoded) or not encoded.examples:
             return False
-        tokenizer, example = self._encoder.tokenizer, encoded.examples[-1]
+        tokenizer = self._encoder.tokenizer
+        example = encoded.examples[-1]
         if example.ids[: len(prompt.ids) + len(sample.ids)].tolist() == prompt.ids + sample.ids:
             return True
         if tokenizer.control_ids & {*sample.ids[:-1]}:

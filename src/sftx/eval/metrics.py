@@ -54,7 +54,8 @@ def number(output: str, reference: str) -> float:
 
     Commas between digits do not count: 1,200 is 1200. A text without a number equals nothing.
     """
-    ours, theirs = _last_number(output), _last_number(reference)
+    ours = _last_number(output)
+    theirs = _last_number(reference)
     return float(ours is not None and ours == theirs)
 
 
@@ -68,7 +69,8 @@ def f1(output: str, reference: str) -> float:
 
     Case, punctuation and English articles do not count. Two texts without words are equal.
     """
-    ours, theirs = _words(output), _words(reference)
+    ours = _words(output)
+    theirs = _words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
     shared = sum((Counter(ours) & Counter(theirs)).values())
@@ -115,7 +117,8 @@ def calls_in(text: str) -> list[tuple[str, object]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = None, at + 1
+            value = None
+            end = at + 1
         call = _call(value)
         if call is None:
             end = at + 1  # a call may stand inside: {"function": {"name": ...}}

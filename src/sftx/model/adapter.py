@@ -234,7 +234,8 @@ def _check_folder(folder: Path) -> None:
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError(f"adapter.path: {folder} has no adapter_config.json")
-    config, default = read_json(file), LoraConfig().to_dict()
+    config = read_json(file)
+    default = LoraConfig().to_dict()
     for name in sorted(config.keys() - READ):
         value = config[name]
         if value and value != default.get(name):

@@ -64,7 +64,8 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
             tensor.detach().normal_(std=0.02)
         # Its gradient has the size of the vocabulary.
         loss.model.get_input_embeddings().requires_grad_(False)
-        inputs, loss = to_tensors(pack, estimator.machine.device), loss.to(estimator.machine.device)
+        inputs = to_tensors(pack, estimator.machine.device)
+        loss = loss.to(estimator.machine.device)
         for _ in range(3):
             start = _now()
             with estimator.machine.autocast():

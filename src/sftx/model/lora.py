@@ -58,8 +58,10 @@ class LoraLinear(Linear):
             or not _is_plain(self)
         ):
             return super().forward(x, *args, **kwargs)
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        base, low_rank = x.dtype, down.dtype
+        down = self.lora_A[name].weight
+        up = self.lora_B[name].weight
+        base = x.dtype
+        low_rank = down.dtype
         if torch.is_autocast_enabled(x.device.type):
             base = low_rank = torch.get_autocast_dtype(x.device.type)
         settings = self.scaling[name], base, low_rank
@@ -90,11 +92,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, down, up = ctx.saved_tensors
         scaling, base, low_rank = ctx.settings
-        flat_grad, flat_x, a = (
-            grad.flatten(0, -2).to(low_rank),
-            x.flatten(0, -2).to(low_rank),
-            down.to(low_rank),
-        )
+        flat_grad = grad.flatten(0, -2).to(low_rank)
+        flat_x = x.flatten(0, -2).to(low_rank)
+        a = down.to(low_rank)
         small_grad = (flat_grad @ up.to(low_rank)) * scaling
         d_up = flat_grad.t() @ ((flat_x @ a.t()) * scaling)
         d_down = small_grad.t() @ flat_x

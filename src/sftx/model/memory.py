@@ -94,14 +94,14 @@ class MemoryEstimator:
         shards: int | None = None,
         nf4: bool = False,
     ):
-        self.loss, self.layers = loss, decoder_layers(loss.model)
-        self.machine, self.precision, self.base, self.shards = (
-            machine,
-            machine.precision,
-            base,
-            shards,
-        )
-        self.on_gpu, self.compiled = machine.device.type == "cuda", False
+        self.loss = loss
+        self.layers = decoder_layers(loss.model)
+        self.machine = machine
+        self.precision = machine.precision
+        self.base = base
+        self.shards = shards
+        self.on_gpu = machine.device.type == "cuda"
+        self.compiled = False
         self.context: Context | None = None
         self.packed = {
             p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad
@@ -126,21 +126,17 @@ class MemoryEstimator:
         # How much a GPU's compiled layers keep was not measured.
         if self.compiled and not self.on_gpu:
             less = (1 - KEPT) * body
-            body, forward, backward = (
-                body - less,
-                forward - less,
-                [mark - less for mark in backward],
-            )
+            body = body - less
+            forward = forward - less
+            backward = [mark - less for mark in backward]
         if recomputed and self.layers:
             every = self._marks(pack, True, accumulate)
             saved = recomputed / len(self.layers) * (body - every[0])
             # What the backward pass computes again lifts it up to the peak it has when all layers
             # are recomputed.
-            body, forward, backward = (
-                body - saved,
-                forward - saved,
-                [max(backward) - saved, *every[2:]],
-            )
+            body = body - saved
+            forward = forward - saved
+            backward = [max(backward) - saved, *every[2:]]
         shards = self.shards or 1
         # Gradients before the backward pass.
         earlier = self.trained / shards if accumulate or self.shards else 0
@@ -187,7 +183,8 @@ class MemoryEstimator:
 
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""
-        longest, depth = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()), len(self.layers)
+        longest = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max())
+        depth = len(self.layers)
         key = (self.context_size, len(pack.ids), longest, len(pack.index), every, accumulate)
         if key not in self._known:
             shapes = {
@@ -313,7 +310,8 @@ def _quiet(name: str) -> Iterator[None]:
     it in words.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    before = log.disabled
+    log.disabled = True
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -355,7 +353,8 @@ class _Count(TorchDispatchMode):
 
     def cut(self, mark: int) -> None:
         """Note the peak so far, and begin anew."""
-        self.marks[mark], self.peak = self.peak, self.alive
+        self.marks[mark] = self.peak
+        self.peak = self.alive
 
     def _freed(self, key: int, size: int) -> None:
         del self._storages[key]

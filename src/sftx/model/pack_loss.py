@@ -95,7 +95,9 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
-    part, mine, first = slice(None), slice(None), 0
+    part = slice(None)
+    mine = slice(None)
+    first = 0
     if context is not None:
         pack = context.filled(pack)
         part = context.part(len(pack.ids))
@@ -238,7 +240,8 @@ class PackLoss(nn.Module):
         """Hidden states after the final norm, [T, h]."""
         if self.paths.padded:
             return self._padded(self.model.base_model, pack, "last_hidden_state")
-        positions, ids = pack.positions[None], pack.ids[None]
+        positions = pack.positions[None]
+        ids = pack.ids[None]
         out = self._run(self.model.base_model, ids, position_ids=positions, **pack.segments())
         return out.last_hidden_state[0]
 
@@ -288,7 +291,8 @@ class PackLoss(nn.Module):
                 continue
             self._noise = None if noise is None else noise[a:b]
             logits = self._logits_alone(pack.ids[a:b])[at]
-            label, weight = pack.label[mine], pack.weight[mine]
+            label = pack.label[mine]
+            weight = pack.weight[mine]
             total = total + cross_entropy_sum(logits, label, weight, objective)
             tally.add(correct_weight(logits, label, weight))
             if objective.router_aux:
@@ -332,5 +336,6 @@ class PackLoss(nn.Module):
 
     def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         # Once: whatever runs the model next is not this training pack.
-        noise, self._noise = self._noise, None
+        noise = self._noise
+        self._noise = None
         return out if noise is None else out + noise.to(out)

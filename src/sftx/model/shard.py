@@ -67,7 +67,8 @@ def choose_layout(runtime: Runtime, device: torch.device, weights: int, trainabl
 
 def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMesh:
     """The mesh (replicas, shards) of a layout, every group of it with the run's timeout in seconds."""
-    size, per_node = distributed.world_size(), distributed.local_size()
+    size = distributed.world_size()
+    per_node = distributed.local_size()
     if parallel == "hsdp" and size % per_node:
         raise UserError(
             f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of "
@@ -149,7 +150,8 @@ def unread_model(
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
-    places, filled = [], dict[int, nn.Parameter]()
+    places = []
+    filled = dict[int, nn.Parameter]()
     for name in model.state_dict():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)

@@ -133,7 +133,8 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
     """
     if not added_token_ids:
         return []
-    rows, needed = _matrices(model)[0].shape[0], max(added_token_ids) + 1
+    rows = _matrices(model)[0].shape[0]
+    needed = max(added_token_ids) + 1
     if unlisted := sorted(set(range(rows, needed)) - set(added_token_ids)):
         raise UserError(
             f"model.add_tokens: tokens beyond the model's {rows} embeddings are not listed: ids "
@@ -157,7 +158,8 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
 
 def _matrices(model: Any) -> list[Tensor]:
     """The embeddings, and where they are not tied the head's matrix and bias; without gradients."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     own = (
         []
         if head is None or head.weight is embeddings.weight

@@ -20,7 +20,8 @@ from sftx.report.shell import asset, page
 from sftx.settings.schema import Config
 from sftx.types import Ledger
 
-SHOWN, TOKENS = 240, 400_000
+SHOWN = 240
+TOKENS = 400_000
 """Examples on a page, and tokens of them at most: a page should open at once."""
 DROPPED = 200
 """Dropped rows that are listed."""

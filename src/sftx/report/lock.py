@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from sftx.files import make_folder, write_json
 from sftx.types import UserError
 
-LOCK, OWNER = ".owner.lock", ".owner.json"
+LOCK = ".owner.lock"
+OWNER = ".owner.json"
 BEAT = 10.0
 """Seconds between two renewals of `.owner.json`."""
 PATIENCE = 3.5 * BEAT

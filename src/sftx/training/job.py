@@ -177,7 +177,8 @@ class Job:
 
     def remember_base(self) -> None:
         """Let the base answer the prompts, for the distance from it at later evaluations."""
-        judge, path = self.judge, self.checkpoints / GAUGE
+        judge = self.judge
+        path = self.checkpoints / GAUGE
         assert judge is not None
         at_start = self.state.step == 0
         if at_start or judge.adapted is not None:

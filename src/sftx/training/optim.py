@@ -116,7 +116,8 @@ class StochasticAdamW(torch.optim.AdamW):
         first = self.seed * 0x9E3779B9  # number of the weight that comes next
         for group in self.param_groups:
             for p in group["params"]:
-                state, first = self.state[p], first + p.numel()
+                state = self.state[p]
+                first = first + p.numel()
                 if p.grad is None:
                     continue
                 settings = {
@@ -125,7 +126,8 @@ class StochasticAdamW(torch.optim.AdamW):
                 }
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
                 shard, start = local_shard(p)
-                weight, grad = shard.float(), local_shard(p.grad)[0].float()
+                weight = shard.float()
+                grad = local_shard(p.grad)[0].float()
                 means = [local_shard(state["exp_avg"])[0]], [local_shard(state["exp_avg_sq"])[0]]
                 adamw(
                     [weight],

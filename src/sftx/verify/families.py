@@ -290,7 +290,9 @@ def behind_a_prefix(data: list[Example]) -> tuple[list[Example], Pack]:
     another does, and the pack that holds what they share once.
     """
     root = Example(data[0].ids[:60], data[0].weights[:60])
-    first, second, third = data[0], data[1], data[3]
+    first = data[0]
+    second = data[1]
+    third = data[3]
     tokens = [root.ids, first.ids[60:], second.ids, third.ids]
     weights = [3 * root.weights, first.weights[60:], 2 * second.weights, third.weights]
     whole = [first, _joined(root, second), _joined(root, second, third)]

@@ -23,7 +23,8 @@ from sftx.types import Example, Pack
 from sftx.verify.finding import Finding, compared, does_not_apply
 from sftx.verify.oracle import Measured, losses_alone, plain_model, train_embeddings_only
 
-EXAMPLES, TOKENS = 6, 1024
+EXAMPLES = 6
+TOKENS = 1024
 """The most examples, and tokens of them together, that run through the model."""
 LIMITS = {
     torch.float32: {"loss": 1e-5, "gradient": 1e-3},

@@ -24,7 +24,9 @@ from sftx.verify.finding import Finding, compared, does_not_apply
 from sftx.verify.oracle import logits_of, plain_model
 from sftx.verify.sample import Sample
 
-STEPS, EACH, STOP_AFTER = 4, 2, 2
+STEPS = 4
+EACH = 2
+STOP_AFTER = 2
 SECONDS = 900
 """For which two processes may run."""
 LOGITS = 1e-5

@@ -65,7 +65,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _problem_of(spec: Mapping[str, Any]) -> str:
     """What is wrong with a parameter's strategy and values; empty if nothing."""
-    strategy, values = spec.get("strategy"), spec.get("values")
+    strategy = spec.get("strategy")
+    values = spec.get("values")
     if strategy not in _STRATEGIES:
         return f"strategy {strategy!r}; known: {', '.join(_STRATEGIES)}"
     low, high = _STRATEGIES[strategy]
@@ -99,7 +100,8 @@ def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
 
 def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
-    search, scheduler = tune.get("search_alg") or "random", tune.get("scheduler") or "fifo"
+    search = tune.get("search_alg") or "random"
+    scheduler = tune.get("scheduler") or "fifo"
     for key, value, known in (
         ("search_alg", search, _SAMPLERS),
         ("scheduler", scheduler, _PRUNERS),

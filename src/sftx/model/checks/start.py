@@ -71,7 +71,8 @@ def check_paths(
     says. Returns what had to be changed, in words. Raises UserError where the loss is wrong on every
     path.
     """
-    name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
+    name = type(loss.model).__name__
+    pack = to_tensors(probe, next(loss.parameters()).device)
     longest = max(longest, pack.longest)
     found = measure_isolation(loss.model, longest, max(longest, largest_pack))
     forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
@@ -96,7 +97,8 @@ def check_paths(
             return [_one_at_a_time(name, found)]
         transform = matching_transform(loss, pack, tolerance)
         loss.take(replace(loss.paths, transform=transform))
-        fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
+        fused = float(loss(pack))
+        own = float(cross_entropy_sum(reference, pack.label, pack.weight))
         if abs(fused - own) > tolerance * abs(own):
             raise UserError(
                 f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
@@ -208,10 +210,8 @@ def _isolated(
     that follows.
     """
     loss.take(way)
-    ids, positions = (
-        torch.cat([pack.ids, pack.ids[:1]]),
-        torch.cat([pack.positions, pack.positions[:1] + longest - 1]),
-    )
+    ids = torch.cat([pack.ids, pack.ids[:1]])
+    positions = torch.cat([pack.positions, pack.positions[:1] + longest - 1])
     larger = replace(
         pack,
         ids=ids,
@@ -229,7 +229,8 @@ def _isolated(
         changed = loss.own_logits(replace(larger, ids=changed_ids)).float()
     except FOREIGN_ERRORS:  # the model's forward does not take segments
         return False
-    moved, leaked = _by_row(packed, reference), _by_row(changed, packed)[pack.index >= first]
+    moved = _by_row(packed, reference)
+    leaked = _by_row(changed, packed)[pack.index >= first]
     if float(moved.max()) <= limit and float(leaked.max()) <= 1e-3 * limit:
         return True
     if not only_rounding:
