@@ -80,7 +80,9 @@ class Trial:
     def cost(self) -> float:
         """The value, as a number of which less is better."""
         assert self.value is not None
-        return self.value if lower_is_better(self.metric) else -self.value
+        if lower_is_better(self.metric):
+            return self.value
+        return -self.value
 
     def __str__(self) -> str:
         return " ".join(f"{key}={text}" for key, text in self.point.items())

@@ -175,7 +175,9 @@ def _context(message: ChatMessage) -> dict[str, Json]:
     read = cast("dict[str, Json]", dict(as_read(message)))
     for name in ("thinking", "reasoning"):
         read.pop(name, None)
-    return {**read, "train": False} if read["role"] == "assistant" else read
+    if read["role"] == "assistant":
+        return {**read, "train": False}
+    return read
 
 
 def _apart(prompt: str, output: str) -> tuple[str, str]:
@@ -188,7 +190,9 @@ def _apart(prompt: str, output: str) -> tuple[str, str]:
         tag = tag_at_start(output.lstrip())
         inside = output.lstrip()[len(tag) :]
     thought, closing, content = inside.partition(close_tag(tag)) if tag else ("", "", output)
-    return (thought.strip(), content.lstrip()) if closing else ("", output)
+    if closing:
+        return (thought.strip(), content.lstrip())
+    return ("", output)
 
 
 def as_lines(made: AnswerRows) -> str:

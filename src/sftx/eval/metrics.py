@@ -61,7 +61,9 @@ def number(output: str, reference: str) -> float:
 
 def _last_number(text: str) -> Decimal | None:
     found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    if found:
+        return Decimal(found[-1].replace(",", ""))
+    return None
 
 
 def f1(output: str, reference: str) -> float:

@@ -276,7 +276,9 @@ def _add_edges(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
 def _edge(vocabulary: Vocabulary, name: str) -> list[int]:
     """The token put before (bos) or after (eos) a text, if the file says so."""
     at = vocabulary.named.get(f"{name}_token")
-    return [at] if vocabulary.adds[name] and at is not None else []
+    if vocabulary.adds[name] and at is not None:
+        return [at]
+    return []
 
 
 def _byte_level(vocabulary: Vocabulary, ids: Mapping[str, int]) -> tokenizers.Tokenizer:

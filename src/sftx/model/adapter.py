@@ -249,7 +249,9 @@ def bare(module: Any) -> Any:
     """The embeddings or the head without trained rows; with them, a weight in shards cannot be
     looked at.
     """
-    return module.original_module if isinstance(module, TrainableTokensWrapper) else module
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
+    return module
 
 
 def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

@@ -55,7 +55,9 @@ def _is_plain(value: Any) -> bool:
 
 def _copied(value: Any) -> Any:
     """A copy that no operation in place reaches."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value
 
 
 def _equal(one: Any, other: Any) -> bool:

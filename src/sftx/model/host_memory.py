@@ -62,7 +62,9 @@ def _rooms() -> Iterator[int]:
 def _field(path: Path, name: str) -> int:
     """A line such as `VmRSS:  123 kB`, in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB", read(path), re.MULTILINE)
-    return int(found[1]) << 10 if found else 0
+    if found:
+        return int(found[1]) << 10
+    return 0
 
 
 def read(path: Path) -> str:

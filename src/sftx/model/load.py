@@ -28,7 +28,9 @@ def stored_dtype(model: Model, config: PreTrainedConfig | None = None) -> torch.
     if model.save_dtype != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[model.save_dtype]
     stored = (config or load_config(model)).dtype
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    if isinstance(stored, torch.dtype):
+        return stored
+    return torch.float32
 
 
 def load_model(

@@ -113,7 +113,9 @@ class MemoryEstimator:
     @property
     def context_size(self) -> int:
         """How many processes compute a pack together."""
-        return 1 if self.context is None else self.context.size
+        if self.context is None:
+            return 1
+        return self.context.size
 
     def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.

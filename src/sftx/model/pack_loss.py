@@ -90,7 +90,9 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
 
     def pinned(array: Any, dtype: torch.dtype) -> Tensor:
         tensor = torch.as_tensor(array).to(dtype)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
+        if device.type == "cuda":
+            return tensor.pin_memory()
+        return tensor
 
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
@@ -258,7 +260,9 @@ class PackLoss(nn.Module):
             return self._run(self.model, ids, **pack.segments(), **more).logits[0][pack.index]
         more["logits_to_keep"] = pack.index
         logits = self._run(self.model, ids, **pack.segments(), **more).logits[0]
-        return logits if len(logits) == len(pack.index) else logits[pack.index]
+        if len(logits) == len(pack.index):
+            return logits
+        return logits[pack.index]
 
     def logits_one_by_one(self, pack: TensorPack) -> Tensor:
         """Logits [M, V] at `pack.index`, segments one at a time."""
@@ -332,10 +336,14 @@ class PackLoss(nn.Module):
         numbers = pack.examples or range(len(lengths))
         seeds = [self.noise_seed * 1_000_003 + example for example in numbers]
         noise = embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
-        return noise if pack.context is None else noise[pack.context.part(len(noise))]
+        if pack.context is None:
+            return noise
+        return noise[pack.context.part(len(noise))]
 
     def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         # Once: whatever runs the model next is not this training pack.
         noise = self._noise
         self._noise = None
-        return out if noise is None else out + noise.to(out)
+        if noise is None:
+            return out
+        return out + noise.to(out)

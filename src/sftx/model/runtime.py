@@ -55,9 +55,9 @@ class Machine:
         `forget_peak`.
         """
         on_gpu = self.device.type == "cuda"
-        return (
-            torch.cuda.max_memory_allocated(self.device) if on_gpu else host_memory.resident_peak()
-        )
+        if on_gpu:
+            return torch.cuda.max_memory_allocated(self.device)
+        return host_memory.resident_peak()
 
     def forget_peak(self) -> None:
         """Begin a new peak."""

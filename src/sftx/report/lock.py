@@ -105,7 +105,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], int]:
             renewed = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError):
         return {}, 0
-    return (owner, renewed) if isinstance(owner, dict) else ({}, renewed)
+    if isinstance(owner, dict):
+        return (owner, renewed)
+    return ({}, renewed)
 
 
 def _owner_soon(folder: Path) -> dict[str, Any]:

@@ -164,7 +164,9 @@ class Assistant:
     def _template(self, with_tools: bool) -> ChatTemplate | None:
         """The template that writes conversations with or without tools."""
         default = self._templates.get("default")
-        return self._templates.get("tool_use", default) if with_tools else default
+        if with_tools:
+            return self._templates.get("tool_use", default)
+        return default
 
     @cached_property
     def call_template(self) -> dict[str, Any] | None:

@@ -330,12 +330,16 @@ def _pack_notes(data: RunData, loss: PackLoss, tokens_per_pack: int, shares: boo
     if loss.paths.padded:
         padding = _padding(data.plan, loss, tokens_per_pack)
         return [f"padded in batches of like lengths, {100 * padding:.1f} % padding"]
-    return data.saving.notes() if shares else []
+    if shares:
+        return data.saving.notes()
+    return []
 
 
 def _padding(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> float:
     """The share of what the model computes that is padding."""
-    return plan.padding(tokens_per_pack, distributed.world_size()) if loss.paths.padded else 0.0
+    if loss.paths.padded:
+        return plan.padding(tokens_per_pack, distributed.world_size())
+    return 0.0
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:

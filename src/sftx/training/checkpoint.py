@@ -304,7 +304,9 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _shortage(folder: Path, needed: int) -> str:
-    return _no_room(folder, needed) if shortage(folder, needed) else ""
+    if shortage(folder, needed):
+        return _no_room(folder, needed)
+    return ""
 
 
 def _no_room(folder: Path, needed: int) -> str:

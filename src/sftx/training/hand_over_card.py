@@ -72,11 +72,15 @@ def _results(facts: dict[str, Any]) -> list[str]:
 
 def _object(value: object) -> dict[str, object]:
     """The value where it is an object, else {}."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return cast("dict[str, object]", value)
+    return {}
 
 
 def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    return ""
 
 
 def _settings(config: dict[str, Any]) -> list[str]:

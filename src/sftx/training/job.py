@@ -83,7 +83,9 @@ class Job:
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
         """What is saved: the adapter where there is one, else the model."""
-        return self.loss.model if self.adapted is None else self.adapted
+        if self.adapted is None:
+            return self.loss.model
+        return self.adapted
 
     @property
     def checkpoints(self) -> Path:

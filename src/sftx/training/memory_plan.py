@@ -108,7 +108,9 @@ class Packing:
         """Bytes by what holds them, and their sum at the peak; {} where they could not be
         predicted.
         """
-        return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
+        if self.memory is None:
+            return {}
+        return {**asdict(self.memory), "peak": self.memory.peak}
 
 
 def meta_model(
@@ -229,7 +231,9 @@ def seconds_of(
         speed = reached_speed(estimator, pack)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
         return None
-    return work / (1 - padding) / (speed * distributed.world_size()) if speed else None
+    if speed:
+        return work / (1 - padding) / (speed * distributed.world_size())
+    return None
 
 
 def predict(

@@ -83,7 +83,9 @@ def general_text(trained: Trained) -> list[Example]:
     data = trained.encoder.data
     longest = data.max_length or min(known, DEFAULT_LENGTH)
     corpus = read_general(config, Encoder(trained.encoder.tokenizer, data, longest))
-    return [] if corpus is None else [corpus.example(i) for i in range(len(corpus))]
+    if corpus is None:
+        return []
+    return [corpus.example(i) for i in range(len(corpus))]
 
 
 def text_loss(model: PreTrainedModel, text: Sequence[Example]) -> float:

@@ -25,11 +25,9 @@ experts (GPT-OSS).
 
 def peak_learning_rate(optim: Optim, adapter: Adapter) -> float:
     """The learning rate that was set, or the default of the method."""
-    return (
-        DEFAULT_LEARNING_RATE[adapter.method]
-        if optim.learning_rate is None
-        else optim.learning_rate
-    )
+    if optim.learning_rate is None:
+        return DEFAULT_LEARNING_RATE[adapter.method]
+    return optim.learning_rate
 
 
 def learning_rate(step: int, num_steps: int, optim: Optim, peak: float) -> float:

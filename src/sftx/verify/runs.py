@@ -231,7 +231,9 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _method(config: Config) -> str:
-    return "all weights" if config.adapter.method == "none" else f"a {config.adapter.method}"
+    if config.adapter.method == "none":
+        return "all weights"
+    return f"a {config.adapter.method}"
 
 
 def _records(folder: Path) -> list[Mapping[str, Any]]:

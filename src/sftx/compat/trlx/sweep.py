@@ -142,7 +142,9 @@ def run_trial(
     values = measured(folder, metric)
     if code is None:
         return "PRUNED", values[-1][1]
-    return ("COMPLETE", values[-1][1]) if code == 0 and values else ("FAIL", None)
+    if code == 0 and values:
+        return ("COMPLETE", values[-1][1])
+    return ("FAIL", None)
 
 
 def sweep(config: str, script: str, output: Path) -> dict[str, Any]:

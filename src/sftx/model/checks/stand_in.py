@@ -156,7 +156,9 @@ def _build(model: PreTrainedModel, narrow: Any, depth: int, seed: int) -> PreTra
             logits = copy.deepcopy(made)(input_ids=ids, use_cache=False).logits
     except FOREIGN_ERRORS:
         return None
-    return made if bool(logits.isfinite().all()) else None
+    if bool(logits.isfinite().all()):
+        return made
+    return None
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -336,7 +338,9 @@ def _small_ids(value: Any) -> Any:
     """Ids of tokens, or a list of them, inside a small vocabulary."""
     if isinstance(value, list):
         return [_small_ids(one) for one in value]
-    return value % 128 if isinstance(value, int) else value
+    if isinstance(value, int):
+        return value % 128
+    return value
 
 
 def _spread(model: nn.Module) -> None:
