@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "loss-one-by-one-index",
         "model/pack_loss.py",
-        "label, weight = pack.label[mine], pack.weight[mine]",
-        "label, weight = pack.label[mine], pack.weight[: len(at)]",
+        "weight = pack.weight[mine]",
+        "weight = pack.weight[: len(at)]",
         LOSS,
     ),
     Mutant(

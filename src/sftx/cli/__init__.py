@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None, said: bool = False) -> int:
     try:
         return _dispatch(arguments, own_process, said)
     except UserError as error:
-        if rank := int(os.environ.get("RANK", "0")):
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
             time.sleep(
                 2
                 # Rank 0 mostly says the same; the launcher then ends this rank before it does.
@@ -118,7 +119,8 @@ class Declared(NamedTuple):
 
 def declared(verb: str) -> Declared:
     """What the module of a verb says, read from its file without importing it."""
-    if module := sys.modules.get(f"sftx.cli.{verb}"):
+    module = sys.modules.get(f"sftx.cli.{verb}")
+    if module:
         known = vars(module)
         takes = tuple(signature(module.run).parameters)
         return _declared((module.__doc__ or "").strip(), known, takes)

@@ -155,7 +155,8 @@ def run(
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
     if html:
         write_page(html, title, judged)
-    if said := drawn.write(config, encoder, corpus, questions, judged["model"]):
+    said = drawn.write(config, encoder, corpus, questions, judged["model"])
+    if said:
         console.print(printable(said), markup=False)
     return _exit_code(console, limits, judged["model"].numbers)
 
@@ -183,7 +184,8 @@ def _check_alone(config: Config, given: Mapping[str, str], sampling: Mapping[str
 
 def _check_rows(config: Config, of_tasks: Mapping[str, str]) -> None:
     """UserError where there is no data, or something is given that rows have no use for."""
-    if odd := [key for key, value in of_tasks.items() if value]:
+    odd = [key for key, value in of_tasks.items() if value]
+    if odd:
         raise UserError(f"sftx eval {odd[0]}=: it belongs to tasks=, which is not given")
     if config.data.train is None and config.data.rows is None:
         raise UserError("sftx eval: no data is named: sftx eval MODEL DATA, or MODEL tasks=NAME")

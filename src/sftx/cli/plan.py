@@ -210,7 +210,8 @@ def _load(config: Config, loss: PackLoss) -> tuple[_Data | None, ProfileOf]:
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus = encoded(config, Encoder(tokenizer, config.data, max_length))
-        if kinds := corpus.ledger.by_kind():
+        kinds = corpus.ledger.by_kind()
+        if kinds:
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)

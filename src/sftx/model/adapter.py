@@ -186,7 +186,8 @@ def _continued(
                 f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it "
                 "out"
             )
-    if (has := config.trainable_token_indices) != rows:
+    has = config.trainable_token_indices
+    if has != rows:
         raise UserError(
             f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same"
         )

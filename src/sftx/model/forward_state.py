@@ -32,11 +32,11 @@ class ForwardState:
 
     def changed(self) -> Names:
         """What is no longer as it was."""
-        return frozenset(
-            (type(module).__name__, name)
-            for module, name, value in self._held
-            if not _equal(getattr(module, name), value)
-        )
+        names: set[tuple[str, str]] = set()
+        for module, name, value in self._held:
+            if not _equal(getattr(module, name), value):
+                names.add((type(module).__name__, name))
+        return frozenset(names)
 
     def put_back(self) -> None:
         """Make everything as it was."""
@@ -48,9 +48,9 @@ def _is_plain(value: Any) -> bool:
     """Numbers, tensors, and None in place of one; not switches and names, which others set between
     two passes.
     """
-    return value is None or (
-        isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
-    )
+    if isinstance(value, bool):
+        return False
+    return value is None or isinstance(value, int | float | torch.Tensor)
 
 
 def _copied(value: Any) -> Any:
@@ -61,6 +61,8 @@ def _copied(value: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and bool((one == other).all())
-    return type(one) is type(other) and one == other
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return type(one) is type(other) and one == other
+    if one.shape != other.shape:
+        return False
+    return bool((one == other).all())

@@ -62,7 +62,8 @@ def load_model(
             output_loading_info=True,
             **quantised,
         )
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
             f"(first: {missing[0]}); training would start from random numbers there"

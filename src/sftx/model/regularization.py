@@ -26,7 +26,9 @@ def embedding_noise(
     for length, seed in zip(lengths, seeds, strict=True):
         bound = alpha / math.sqrt(length * hidden_size)
         generator = torch.Generator().manual_seed(seed % 2**63)
-        parts.append(torch.empty(length, hidden_size).uniform_(-bound, bound, generator=generator))
+        part = torch.empty(length, hidden_size)
+        part.uniform_(-bound, bound, generator=generator)
+        parts.append(part)
     return torch.cat(parts)
 
 
@@ -42,15 +44,18 @@ def router_balance(
     """
     lengths = cu_seqlens.diff().long()
     tokens, experts = router_logits[0].shape
-    segment = torch.repeat_interleave(
-        torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens
-    )
-    chosen = torch.zeros(len(lengths), experts, device=lengths.device)
+    device = lengths.device
+    numbers = torch.arange(len(lengths), device=device)
+    segment = torch.repeat_interleave(numbers, lengths, output_size=tokens)
+    chosen = torch.zeros(len(lengths), experts, device=device)
     total = torch.zeros_like(chosen)
     for logits in router_logits:
         probability = torch.softmax(logits.float(), dim=-1)
-        choice = torch.zeros_like(probability).scatter_(-1, probability.topk(top_k).indices, 1.0)
+        best = probability.topk(top_k).indices
+        choice = torch.zeros_like(probability).scatter_(-1, best, 1.0)
         chosen.index_add_(0, segment, choice)
         total = total.index_add(0, segment, probability)
     rows = (lengths * len(router_logits))[:, None]
-    return (share * experts * (chosen / rows * total / rows).sum(-1)).sum()
+    products = chosen / rows * total / rows
+    balance = share * experts * products.sum(-1)
+    return balance.sum()

@@ -37,7 +37,8 @@ def choose_weights(
     """
     notes = add_rows(model, added_token_ids, seed)
     freeze(model, settings)
-    if other := beside_text(model):
+    other = beside_text(model)
+    if other:
         count = sum(parameter.numel() for parameter in other.values())
         notes.append(
             f"{type(model).__name__}: its text part trains; {count:,} other parameters (first: "
@@ -135,7 +136,8 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
         return []
     rows = _matrices(model)[0].shape[0]
     needed = max(added_token_ids) + 1
-    if unlisted := sorted(set(range(rows, needed)) - set(added_token_ids)):
+    unlisted = sorted(set(range(rows, needed)) - set(added_token_ids))
+    if unlisted:
         raise UserError(
             f"model.add_tokens: tokens beyond the model's {rows} embeddings are not listed: ids "
             f"{unlisted[:8]} ..."

@@ -144,7 +144,8 @@ def check_needed(facts: dict[str, object], path: Path) -> None:
     """
     if not facts.keys() & set(NEEDED):
         raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
-    if missing := [name for name in NEEDED if name not in facts]:
+    missing = [name for name in NEEDED if name not in facts]
+    if missing:
         raise damaged(path, f"{', '.join(missing)} is missing")
 
 

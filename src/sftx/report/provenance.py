@@ -28,9 +28,11 @@ def card_fields(config: Config) -> dict[str, str | list[str]]:
     they are known, for run.json and the card.
     """
     fields: dict[str, str | list[str]] = {**_licence(config)}
-    if base := hub_model(config.model.path):
+    base = hub_model(config.model.path)
+    if base:
         fields["base_model"] = base
-    if data := _datasets(config):
+    data = _datasets(config)
+    if data:
         fields["datasets"] = data
     return fields
 

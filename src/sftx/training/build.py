@@ -384,7 +384,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     run.start(job.state.step, found.carried, facts)
     job.evaluations = distributed.broadcast(run.evaluations())
     notes += job.write_ledger(again)
-    if lacking := job.no_room():
+    lacking = job.no_room()
+    if lacking:
         raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
 
 

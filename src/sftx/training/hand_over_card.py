@@ -28,14 +28,16 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
         "",
         f"Exported by sftx from a run that started from `{base}`.",
     ]
-    if gguf := _object(facts.get("gguf")):
+    gguf = _object(facts.get("gguf"))
+    if gguf:
         lines.append(f"The base was the file `{gguf.get('file')}` (sha256 `{gguf.get('sha256')}`).")
     lines += ["", licence_text(card), ""]
     lines += ["## Data", "", *_data(config), ""]
     lines += ["## Results", "", *_results(facts), ""]
     lines += ["## What the export measured", "", f"{checked}.", ""]
     lines += ["## Settings", "", "```json", *_settings(config), "```", ""]
-    if versions := _object(facts.get("versions")):
+    versions = _object(facts.get("versions"))
+    if versions:
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines += [f"Made with {told}.", ""]
     return "\n".join(lines)

@@ -128,11 +128,13 @@ def compare_resumed(straight: ShortRun) -> Finding:
 def compare_ranks(straight: ShortRun, parameters: int) -> Finding:
     """The same run by two processes that torchrun starts."""
     how = f"{STEPS} steps by one process, and by two that torchrun starts: loss and gradient norm"
-    if why := _no_two_ranks(straight, parameters):
+    why = _no_two_ranks(straight, parameters)
+    if why:
         return does_not_apply(RANKS, how, why)
     output = straight.folder.with_name("two-ranks")
     config = straight.config.model_copy(update={"output": str(output)})
-    if problem := _run_two_ranks(config):
+    problem = _run_two_ranks(config)
+    if problem:
         return Finding(RANKS, how, "differs", why=problem)
     numbers = _difference_of_records(straight.folder, output)
     bf16 = config.runtime.precision == "bf16"
@@ -150,7 +152,8 @@ def _no_two_ranks(straight: ShortRun, parameters: int) -> str:
         return "there is one GPU, and each process needs its own (runtime.device=cpu tries the CPU)"
     if not torch.distributed.is_available():
         return "this build of PyTorch has no torch.distributed"
-    if name := _dropout(straight):
+    name = _dropout(straight)
+    if name:
         return f"the run has dropout ({name}): each process draws its own"
     needed = 2 * parameters * (4 if config.adapter.method != "none" else _BYTES_PER_WEIGHT)
     if not gpus and needed > 0.8 * free():

@@ -338,7 +338,8 @@ def _rows(store: Any) -> list[dict[str, list[int]]]:
         targets = [int(label) for label in element.get("labels", ids)[1:]]
         if any(label != IGNORED for label in targets):
             rows.append({"input_ids": ids, "labels": [IGNORED, *targets]})
-    if empty := len(store) - len(rows):
+    empty = len(store) - len(rows)
+    if empty:
         print(
             f"note: {empty} of {len(store)} samples have no target left and are not trained on",
             file=sys.stderr,
