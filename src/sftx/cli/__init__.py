@@ -31,6 +31,7 @@ from sftx import __version__
 from sftx.cli._flags import message as flag_message
 from sftx.cli._groups import group_of, keys_of
 from sftx.cli._map import overview, verb_of
+from sftx.cli._output import check_files
 from sftx.first_line import first_line
 from sftx.printable import printable
 from sftx.types import UserError
@@ -124,7 +125,8 @@ def declared(verb: str) -> Declared:
         known = vars(module)
         takes = tuple(signature(module.run).parameters)
         return _declared((module.__doc__ or "").strip(), known, takes)
-    tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
+    file = Path(__file__).with_name(f"{verb}.py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
     takes: tuple[str, ...] = ()
     for node in tree.body:
@@ -153,6 +155,7 @@ def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int
     given = _Given(verb, told)
     for argument in arguments:
         given.add(argument)
+    check_files(verb, given.extra)
     if "overrides" in told.takes:
         given.extra |= {"path": given.path or "", "overrides": given.overrides}
         given.path = None

@@ -65,12 +65,11 @@ def by_segment(
         if softcap or sinks is not None:
             whole = slice(0, length)
             scaled = query[0] * scale
-            p, _, _ = _probabilities(scaled, key[0], sinks, whole, whole, window, softcap)
-            kept = F.dropout(p[None].to(v.dtype), dropout)
-            part = kept @ value
+            p = _probabilities(scaled, key[0], sinks, whole, whole, window, softcap)[0]
+            part = F.dropout(p[None].to(v.dtype), dropout) @ value
         else:
-            square = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            seen = square.tril().triu(1 - (window or length))
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            seen = seen.tril().triu(1 - (window or length))
             part = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale)
         parts.append(part)
     return torch.cat(parts, dim=2)
@@ -101,8 +100,15 @@ def segments(
             length = keys.shape[1]
             whole = torch.empty(length, heads, width, dtype=keys.dtype, device=q.device)
             for rows, seen in _blocks(length, window, q):
-                block = queries[:, :, rows].flatten(1, 2) * scale
-                p, _, _ = _probabilities(block, keys[:, seen], sinks, rows, seen, window, softcap)
+                p = _probabilities(
+                    queries[:, :, rows].flatten(1, 2) * scale,
+                    keys[:, seen],
+                    sinks,
+                    rows,
+                    seen,
+                    window,
+                    softcap,
+                )[0]
                 part = torch.bmm(p.to(values.dtype), values[:, seen])
                 whole[rows] = part.view(heads, -1, width).transpose(0, 1)
             out[0, a:b] = whole[: b - a]
@@ -125,7 +131,7 @@ def _segments_backward(
     with torch.autocast(grad.device.type, enabled=False):
         for a, b in segments_of(cu_seqlens_cpu):
             queries, keys, values = _cut(a, b, *qkv)
-            grads, _, _ = _cut(a, b, grad.transpose(1, 2), *qkv[1:])
+            grads = _cut(a, b, grad.transpose(1, 2), *qkv[1:])[0]
             d_q = torch.empty_like(queries)
             d_k = torch.zeros_like(keys)
             d_v = torch.zeros_like(values)
@@ -142,8 +148,8 @@ def _segments_backward(
                 if slope is not None:
                     d_z = d_z * slope
                 d_z = d_z.to(keys.dtype)
-                d_block = torch.bmm(d_z, key).mul_(scale)
-                d_q[:, :, rows] = d_block.view_as(d_q[:, :, rows])
+                d_rows = d_q[:, :, rows]
+                d_rows.copy_(torch.bmm(d_z, key).mul_(scale).view_as(d_rows))
                 d_k[:, seen] += torch.bmm(d_z.mT, block)
                 d_v[:, seen] += torch.bmm(p.to(g.dtype).mT, g)
             for total, part in zip(found, (d_q, d_k, d_v), strict=True):

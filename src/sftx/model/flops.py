@@ -34,12 +34,9 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
     """
     layers = decoder_layers(loss.model)
     width = bare(loss.model.get_input_embeddings()).weight.shape[-1]
-    body = 0
-    for number, layer in enumerate(layers):
-        matrices = [p for p in layer.parameters() if p.ndim >= 2]
-        body += sum(map(_flops_of, matrices))
-        if number < recomputed:
-            body += sum(2 * p.numel() for p in matrices)
+    body = sum(_flops_of(p) for p in layers.parameters() if p.ndim >= 2)
+    for layer in list(layers)[:recomputed]:
+        body += sum(2 * p.numel() for p in layer.parameters() if p.ndim >= 2)
     head = _flops_of(bare(loss.model.get_output_embeddings()).weight)
     attention = 6 * len(layers) * width * squares
     return body * tokens + head * targets + attention

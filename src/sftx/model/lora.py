@@ -80,8 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(base)
         out = F.linear(x.to(base), weight.to(base), bias)
-        flat_x = x.flatten(0, -2).to(low_rank)
-        small = flat_x @ down.to(low_rank).t()
+        small = x.flatten(0, -2).to(low_rank) @ down.to(low_rank).t()
         flat = out.flatten(0, -2).to(low_rank)
         flat.addmm_(small, up.to(low_rank).t(), alpha=scaling)
         return flat.to(base).view(out.shape)
