@@ -77,12 +77,17 @@ def open_client(name: Tracker, card: Card) -> Client:
 
 def table_of(samples: Sequence[Sample]) -> tuple[list[str], list[list[object]]]:
     """Names of the columns, and rows: answers with their scores."""
-    scores = list(dict.fromkeys(name for sample in samples for name in sample.get("scores", {})))
-    rows = []
+    scores: list[str] = []
+    for sample in samples:
+        for name in sample.get("scores", {}):
+            if name not in scores:
+                scores.append(name)
+    rows: list[list[object]] = []
     for sample in samples:
         given = sample.get("scores", {})
-        said = [sample.get(name) for name in COLUMNS]
-        rows.append([*said, *(given.get(name) for name in scores)])
+        row = [sample.get(name) for name in COLUMNS]
+        row += [given.get(name) for name in scores]
+        rows.append(row)
     return [*COLUMNS, *scores], rows
 
 
@@ -92,7 +97,8 @@ class TensorBoard:
     def __init__(self, card: Card) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(card.logs or str(card.folder / "tensorboard"))
+        folder = card.logs or str(card.folder / "tensorboard")
+        self.writer = SummaryWriter(folder)
         settings = json.dumps(card.settings, indent=2, default=str)
         self.writer.add_text("settings", _code(settings), 0)
 
@@ -102,9 +108,11 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         if samples:
             columns, rows = table_of(samples)
-            shown = [dict(zip(columns, row, strict=True)) for row in rows]
-            text = "\n".join(json.dumps(row, ensure_ascii=False, indent=1) for row in shown)
-            self.writer.add_text("samples", _code(text), step)
+            shown: list[str] = []
+            for row in rows:
+                named = dict(zip(columns, row, strict=True))
+                shown.append(json.dumps(named, ensure_ascii=False, indent=1))
+            self.writer.add_text("samples", _code("\n".join(shown)), step)
 
     def flush(self) -> None:
         """Write to the event file."""
@@ -147,8 +155,9 @@ class WeightsAndBiases(_WithTables):
         import wandb  # pyright: ignore[reportMissingImports]
 
         self.package = wandb
+        project = card.project or os.environ.get("WANDB_PROJECT")
         self.run = wandb.init(
-            project=card.project or os.environ.get("WANDB_PROJECT") or PROJECT,
+            project=project or PROJECT,
             entity=card.entity,
             name=card.name,
             group=card.group,
@@ -161,7 +170,8 @@ class WeightsAndBiases(_WithTables):
 
     def close(self, status: str) -> None:
         """Wait until all is sent; a run that did not finish is shown as failed."""
-        self.run.finish(exit_code=0 if status == "finished" else 1)
+        failed = status != "finished"
+        self.run.finish(exit_code=int(failed))
 
 
 class Mlflow:
@@ -172,7 +182,8 @@ class Mlflow:
 
         self.client = MlflowClient()
         self.waiting: list[Metric] = []
-        name = card.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        project = card.project or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        name = project or PROJECT
         experiment = self.client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         found = self.client.search_runs([number], f"tags.`sftx.id` = '{card.id}'")
@@ -188,24 +199,31 @@ class Mlflow:
     def _add_params(self, settings: Settings) -> None:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-        params = [Param(key, str(value)[:500]) for key, value in flat(settings).items()]
+        params: list[Param] = []
+        for key, value in flat(settings).items():
+            text = str(value)
+            params.append(Param(key, text[:500]))
         for start in range(0, len(params), 100):  # as many as it takes at once
-            self.client.log_batch(self.run_id, params=params[start : start + 100])
+            batch = params[start : start + 100]
+            self.client.log_batch(self.run_id, params=batch)
 
     def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
         """Numbers wait for `flush`; samples are an artifact, samples/STEP.jsonl."""
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(1000 * time.time())
-        self.waiting += [Metric(name, value, now, step) for name, value in numbers.items()]
+        for name, value in numbers.items():
+            self.waiting.append(Metric(name, value, now, step))
         if samples:
-            text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+            text = "\n".join(lines) + "\n"
             self.client.log_text(self.run_id, text, f"samples/{step:06d}.jsonl")
 
     def flush(self) -> None:
         """Hand over what waits."""
         for start in range(0, len(self.waiting), 1000):  # as many as it takes at once
-            self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 1000])
+            batch = self.waiting[start : start + 1000]
+            self.client.log_batch(self.run_id, metrics=batch)
         self.waiting = []
 
     def close(self, status: str) -> None:
@@ -221,11 +239,13 @@ class Trackio(_WithTables):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self.package = trackio
+        project = card.project or os.environ.get("TRACKIO_PROJECT")
+        settings = json.dumps(card.settings, default=str)
         self.run = trackio.init(
-            project=card.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
+            project=project or PROJECT,
             name=f"{card.name}-{card.id}",  # it knows a run by its name
             group=card.group,
-            config=json.loads(json.dumps(card.settings, default=str)),
+            config=json.loads(settings),
             resume="allow",
             embed=False,
         )
