@@ -136,10 +136,11 @@ def _segments_backward(
             d_k = torch.zeros_like(keys)
             d_v = torch.zeros_like(values)
             for rows, seen in _blocks(keys.shape[1], window, grad):
-                key = keys[:, seen]
                 block = queries[:, :, rows].flatten(1, 2) * scale
                 g = grads[:, :, rows].flatten(1, 2)
-                p, slope, sink = _probabilities(block, key, sinks, rows, seen, window, softcap)
+                p, slope, sink = _probabilities(
+                    block, keys[:, seen], sinks, rows, seen, window, softcap
+                )
                 d_p = at_least_fp32(torch.bmm(g, values[:, seen].mT))
                 if sink is not None:  # what a sink gives is 0, and so is its d_p
                     pull = sink * (p * d_p).sum(-1, keepdim=True)
@@ -148,13 +149,12 @@ def _segments_backward(
                 if slope is not None:
                     d_z = d_z * slope
                 d_z = d_z.to(keys.dtype)
-                d_rows = d_q[:, :, rows]
-                d_rows.copy_(torch.bmm(d_z, key).mul_(scale).view_as(d_rows))
+                # Neither in a name of its own, which would keep memory into the next segment.
+                d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
                 d_k[:, seen] += torch.bmm(d_z.mT, block)
                 d_v[:, seen] += torch.bmm(p.to(g.dtype).mT, g)
             for total, part in zip(found, (d_q, d_k, d_v), strict=True):
-                by_head = part.view(-1, *part.shape[-2:])
-                total[0, :, a:b] = by_head[:, : b - a]
+                total[0, :, a:b] = part.view(-1, *part.shape[-2:])[:, : b - a]
     if sinks is not None:
         found.append(d_sinks.to(sinks.dtype))
     return found
