@@ -390,8 +390,8 @@ MUTANTS = [
     Mutant(
         "attention-flash-without-sinks",
         "model/attention.py",
-        "not softcap and sinks is None and",
-        "not softcap and",
+        "_on_host(query) or softcap or sinks is not None:",
+        "_on_host(query) or softcap:",
         BLOCKS,
     ),
     Mutant(

@@ -38,6 +38,7 @@ from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss, Paths
+from sftx.model.regularization import of_each_example
 from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
 from sftx.model_config import positions_in
 from sftx.printable import printable
@@ -53,7 +54,6 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
-from sftx.training.prefix_sharing import may_share
 from sftx.training.run_data import longest_example
 from sftx.types import UserError
 
@@ -230,13 +230,18 @@ def _load(config: Config, loss: PackLoss) -> tuple[_Data | None, ProfileOf]:
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
         alone = partial(StepProfile.of_plan, plan, int(corpus.targets.sum()))
-        saving = saving_of(plan, corpus) if may_share(config) else Saving()
+        saving = saving_of(plan, corpus) if _may_share(config) else Saving()
         data = _Data(corpus, plan, alone(1), saving)
         return data, lambda processes: alone(processes).sharing(saving)
     longest = longest_example(config, loss.model.config)
     size = config.runtime.tokens_per_pack or DEFAULT_LENGTH
     full = StepProfile(min(longest, size), 1 << 20, 1.0)
     return None, lambda processes: full
+
+
+def _may_share(config: Config) -> bool:
+    """Whether the settings allow shared prefixes; the start of a run checks whether the model does."""
+    return config.runtime.share_prefixes != "off" and not of_each_example(config.loss)
 
 
 def _facts(config: Config, data: _Data | None, loss: PackLoss, available: int) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def _packs(config: Config, data: _Data, paths: Paths, chosen: Packing) -> dict[s
     """How full the packs of the first (at most 50) steps are, and the largest tree of the first."""
     size = chosen.tokens_per_pack
     plan = data.plan
-    share = may_share(config) and paths.isolate
+    share = _may_share(config) and paths.isolate
     tokens = 0
     count = 0
     tree: list[str] = []

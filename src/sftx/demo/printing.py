@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -25,7 +24,7 @@ _PARTS = dict(re.findall(r"^\[(\w+)\]\n(.*?)\n(?=\n\[|\Z)", _STORY, re.MULTILINE
 _console = Console(highlight=False, markup=False)
 
 
-def tell(part: str, **facts: Any) -> None:
+def tell(part: str, **facts: object) -> None:
     """Print a part of the story; its title, if it has one, stands out on a terminal."""
     title, line, text = _PARTS[part].format(**facts).rpartition("===\n")
     heading = (f"\n{title}{line}", "bold cyan")

@@ -150,21 +150,20 @@ def _parsed(arguments: object) -> object:
 
 def rouge_l(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """F-measure of the longest common subsequence of words, by the `rouge-score` package."""
-    scorer = _needed("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    pairs = zip(outputs, references, strict=True)
-    return [float(scorer.score(r, o)["rougeL"].fmeasure) for o, r in pairs]
+    score = _needed("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"]).score
+    return _of_each(lambda o, r: float(score(r, o)["rougeL"].fmeasure))(outputs, references)
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """BLEU of each sample, 0 to 100, by sacrebleu (`sentence_bleu`, with its smoothing)."""
-    of_one = _needed("bleu", "sacrebleu").sentence_bleu
-    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
+    score = _needed("bleu", "sacrebleu").sentence_bleu
+    return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
 
 
 def chrf(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """chrF of each sample, 0 to 100, by sacrebleu (`sentence_chrf`)."""
-    of_one = _needed("chrf", "sacrebleu").sentence_chrf
-    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
+    score = _needed("chrf", "sacrebleu").sentence_chrf
+    return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
 
 
 def _needed(metric: str, module: str) -> ModuleType:

@@ -137,15 +137,16 @@ def cast_frozen_weights(
     and what was read of it, in memory. `unread` weights are still to be read from their files, and
     are not touched.
     """
-    adapted = [
-        module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)
-    ]
-    for p in [p for module in adapted for p in module.base_layer.parameters()]:
-        p.data = torch.empty_like(p, dtype=precision) if unread else p.data.to(precision)
+    modules = decoder_layers(model).modules()
+    adapted = [module for module in modules if isinstance(module, lora.LoraLinear)]
+    for module in adapted:
+        for p in module.base_layer.parameters():
+            p.data = torch.empty_like(p, dtype=precision) if unread else p.data.to(precision)
     if unread or not adapted or precision == torch.float32:
         return
     for p in model.parameters():
-        p.data = p.data.clone() if p.device.type == "cpu" else p.data
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:

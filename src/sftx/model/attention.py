@@ -17,7 +17,7 @@ layer waits for the device.
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,14 +38,6 @@ estimating_gpu = (
 # Since torch 2.12 grouped-query attention has to be asked for; before, key and value heads are
 # repeated.
 _HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-class _Form(NamedTuple):
-    """The formula of `cpu_attention`; `window` and `softcap` are 0 where there is none."""
-
-    scale: float
-    window: int
-    softcap: float
 
 
 def segment_attention(
@@ -78,81 +70,64 @@ def segment_attention(
     # Transformers makes none for this attention: it is the model's own, for itself.
     if attention_mask is not None:
         raise ValueError(WITH_MASK)
-    form = _form(query, scaling, sliding_window, max_length_q, softcap)
-    query, key, value = _under_autocast(query, key, value)
-    is_plain = _is_plain(form.softcap, s_aux, dropout)
-    flash = is_plain and not _on_host(query) and _flash_takes(query, value, cu_seq_lens_q)
-    if flash and prefix_index is None:
-        longest = max_length_q
-        out = _varlen(query, key, value, cu_seq_lens_q, longest, form.scale, form.window)
-        return out, None
-    query, key, value = _of_one_dtype(query, key, value)
-    if prefix_index is not None:
-        return _shared(query, key, value, s_aux, prefix_index, form, flash, dropout), None
-    return _alone(query, key, value, s_aux, cu_seqlens_cpu, form, dropout), None
-
-
-def _form(
-    query: Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-    longest: int,
-    softcap: float | None,
-) -> _Form:
-    """The formula, from the arguments that transformers gives."""
+    # The formula of `cpu_attention`.
+    window = _window(sliding_window, max_length_q)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = 0
-    if sliding_window and sliding_window < longest:
-        window = sliding_window
-    return _Form(scale, window, softcap or 0.0)
+    form = (scale, window, softcap or 0.0)
+    query, key, value = _cast(query, key, value)
+    kernel = _kernel(query, value, cu_seq_lens_q, softcap, s_aux, dropout)
+    if prefix_index is not None:
+        return _shared(query, key, value, s_aux, prefix_index, form, kernel, dropout), None
+    if kernel == "flash":
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
+    if kernel == "formula":
+        return segments(query, key, value, s_aux, cu_seqlens_cpu, *form), None
+    key = repeat_heads(key, query.shape[1])
+    value = repeat_heads(value, query.shape[1])
+    out = by_segment(query, key, value, s_aux, cu_seqlens_cpu, *form, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _window(given: int | None, longest: int) -> int:
+    """The window that hides something of the longest segment, else 0."""
+    return given if given and given < longest else 0
 
 
 def _on_host(query: Tensor) -> bool:
     return query.device.type == "cpu" and not estimating_gpu
 
 
-def _is_plain(softcap: float, sinks: Tensor | None, dropout: float) -> bool:
-    """Whether it is the softmax of the scores and nothing more."""
-    return not softcap and sinks is None and dropout == 0.0
+def _kernel(
+    query: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Literal["flash", "formula", "autograd"]:
+    """What computes segments that share nothing."""
+    if dropout:
+        return "autograd"
+    if _on_host(query) or softcap or sinks is not None:
+        return "formula"
+    return "flash" if _flash_takes(query, value, cu_seqlens) else "autograd"
 
 
-def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast as autocast would, on a GPU.
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype that autocast asks for, or fp32 where they are of several; a CPU's kernel casts
+    by itself.
 
     Rotary embeddings and norms leave fp32 behind; transformers' own kernels cast here as well.
     """
+    dtype = query.dtype
     device = query.device.type
-    if _on_host(query) or not torch.is_autocast_enabled(device):
+    if _on_host(query):
         return query, key, value
-    dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif value.dtype != dtype:
+        dtype = torch.float32
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In fp32 where they are of several dtypes; a CPU's kernel casts by itself."""
-    if _on_host(query) or query.dtype == value.dtype:
-        return query, key, value
-    return query.float(), key.float(), value.float()
-
-
-def _alone(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens_cpu: Tensor,
-    form: _Form,
-    dropout: float,
-) -> Tensor:
-    """Segments that share nothing, and that flash attention does not take."""
-    is_plain = _is_plain(form.softcap, sinks, dropout)
-    if dropout == 0.0 and (_on_host(query) or not is_plain):
-        return segments(query, key, value, sinks, cu_seqlens_cpu, *form)
-    heads = query.shape[1]
-    key = repeat_heads(key, heads)
-    value = repeat_heads(value, heads)
-    out = by_segment(query, key, value, sinks, cu_seqlens_cpu, *form, dropout)
-    return out.transpose(1, 2).contiguous()
 
 
 def _shared(
@@ -161,21 +136,20 @@ def _shared(
     value: Tensor,
     sinks: Tensor | None,
     prefix_index: list[Tensor],
-    form: _Form,
-    flash: bool,
+    form: tuple[float, int, float],
+    kernel: str,
     dropout: float,
 ) -> Tensor:
-    """Segments that share prefixes; `flash`: whether flash attention computes those parts that
-    have no window.
+    """Segments that share prefixes; `form` = scale, window, soft-cap. Flash attention computes the
+    parts where it is the `kernel`, and there is no window.
     """
     if dropout:
         raise ValueError("attention drops keys, which segments with shared prefixes do not")
-    flash = flash and not form.window
+    flash = kernel == "flash" and not form[1]
     if flash and not _HAS_GROUPS:
         key = repeat_heads(key, query.shape[1])
         value = repeat_heads(value, query.shape[1])
-    out, _ = shared_segments(query, key, value, sinks, prefix_index, *form, flash)
-    return out
+    return shared_segments(query, key, value, sinks, prefix_index, *form, flash)[0]
 
 
 def repeat_heads(states: Tensor, heads: int) -> Tensor:

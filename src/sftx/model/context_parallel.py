@@ -42,17 +42,14 @@ class Context:
 
     def filled(self, pack: Pack) -> Pack:
         """The pack with a last segment without weight, so that its tokens make equal parts."""
-        tokens = len(pack.ids)
-        lacking = -tokens % self.size
+        lacking = -len(pack.ids) % self.size
         if not lacking:
             return pack
-        filler = np.zeros(lacking, np.int32)
-        places = np.arange(lacking, dtype=np.int32)
-        end = np.array([tokens + lacking], np.int32)
+        end = np.array([len(pack.ids) + lacking], np.int32)
         return replace(
             pack,
-            ids=np.concatenate([pack.ids, filler]),
-            positions=np.concatenate([pack.positions, places]),
+            ids=np.concatenate([pack.ids, np.zeros(lacking, np.int32)]),
+            positions=np.concatenate([pack.positions, np.arange(lacking, dtype=np.int32)]),
             cu_seqlens=np.concatenate([pack.cu_seqlens, end]),
             examples=(*pack.examples, FILLER) if pack.examples else (),
         )
@@ -73,10 +70,9 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
     """UserError where the heads cannot be dealt to `size` ranks."""
     heads = config.get_text_config().num_attention_heads
     if heads % size:
-        good = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise UserError(
             f"runtime.context_parallel: {size} ranks cannot share {heads} attention heads equally; "
-            f"take one of {', '.join(good)}"
+            f"take one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
         )
 
 
@@ -114,9 +110,8 @@ def share_of_heads(x: Tensor, size: int, group: str) -> Tensor:
     heads.
     """
     _, heads, tokens, width = x.shape
-    share = heads // size
-    parts = exchange(x.reshape(size, share, tokens, width), group)
-    return parts.transpose(0, 1).reshape(1, share, size * tokens, width)
+    parts = exchange(x.reshape(size, heads // size, tokens, width), group)
+    return parts.transpose(0, 1).reshape(1, heads // size, size * tokens, width)
 
 
 def share_of_tokens(x: Tensor, size: int, group: str) -> Tensor:
@@ -124,9 +119,8 @@ def share_of_tokens(x: Tensor, size: int, group: str) -> Tensor:
     heads.
     """
     _, tokens, heads, width = x.shape
-    share = tokens // size
-    parts = exchange(x.reshape(size, share, heads, width), group)
-    return parts.transpose(0, 1).reshape(1, share, size * heads, width)
+    parts = exchange(x.reshape(size, tokens // size, heads, width), group)
+    return parts.transpose(0, 1).reshape(1, tokens // size, size * heads, width)
 
 
 def attention(
@@ -151,11 +145,10 @@ def attention(
         return segment_attention(module, query, key, value, attention_mask, s_aux=s_aux, **rest)
     heads = query.shape[1]
     enough = _key_heads(heads, key.shape[1], context_size)
-    key = repeat_heads(key, enough)
-    value = repeat_heads(value, enough)
-    query = share_of_heads(query, context_size, context_group)
-    key = share_of_heads(key, context_size, context_group)
-    value = share_of_heads(value, context_size, context_group)
+    query, key, value = (
+        share_of_heads(x, context_size, context_group)
+        for x in (query, repeat_heads(key, enough), repeat_heads(value, enough))
+    )
     if s_aux is not None:
         s_aux = s_aux.chunk(context_size)[context_rank]
     # Keys and values were made equally many for every rank, and no more.

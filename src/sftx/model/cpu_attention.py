@@ -160,31 +160,25 @@ def _segments_backward(
     return found
 
 
-@segments.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+segments.register_fake(lambda q, k, v, *_: q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]))
 
 
 @_segments_backward.register_fake
 def _(grad: Tensor, qkv: list[Tensor], sinks: Tensor | None, *_: object) -> list[Tensor]:
-    found = [x.new_empty(x.shape) for x in qkv]
-    if sinks is not None:
-        found.append(sinks.new_empty(sinks.shape))
-    return found
+    given = qkv if sinks is None else [*qkv, sinks]
+    return [x.new_empty(x.shape) for x in given]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.numbers = inputs[5:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *qkv, sinks, cu_seqlens_cpu = ctx.saved_tensors
-    d_q, d_k, d_v, *rest = _segments_backward(grad, qkv, sinks, cu_seqlens_cpu, *ctx.numbers)
-    d_sinks = None
-    if sinks is not None:
-        d_sinks = rest[0]
-    return d_q, d_k, d_v, d_sinks, None, None, None, None
+    found = _segments_backward(grad, qkv, sinks, cu_seqlens_cpu, *ctx.numbers)
+    numbers = [None] * (8 - len(found))
+    return *found, *numbers
 
 
 segments.register_autograd(_backward, setup_context=_save)

@@ -32,11 +32,11 @@ class ForwardState:
 
     def changed(self) -> Names:
         """What is no longer as it was."""
-        names: set[tuple[str, str]] = set()
-        for module, name, value in self._held:
-            if not _equal(getattr(module, name), value):
-                names.add((type(module).__name__, name))
-        return frozenset(names)
+        return frozenset(
+            (type(module).__name__, name)
+            for module, name, value in self._held
+            if not _equal(getattr(module, name), value)
+        )
 
     def put_back(self) -> None:
         """Make everything as it was."""
@@ -44,7 +44,7 @@ class ForwardState:
             setattr(module, name, _copied(value))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Numbers, tensors, and None in place of one; not switches and names, which others set between
     two passes.
     """
@@ -60,7 +60,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return type(one) is type(other) and one == other
     if one.shape != other.shape:

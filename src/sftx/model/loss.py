@@ -56,12 +56,6 @@ class LogitTransform:
             x = self.softcap * torch.tanh(x / self.softcap)
         return x
 
-    def slope(self, z: Tensor) -> Tensor | None:
-        """The derivative of soft-capping at its result `z`; None without it."""
-        if not self.softcap:
-            return None
-        return 1 - (z / self.softcap) ** 2
-
     def backward(self, grad: Tensor, slope: Tensor | None) -> None:
         """Make the gradient of the result that of the head's output, in place."""
         if slope is not None:
@@ -80,8 +74,7 @@ def cross_entropy_sum(
     lse = torch.logsumexp(logits, dim=-1)
     mean = logits.mean(-1) if objective.label_smoothing else None
     losses, _ = _losses(_at(logits, label), mean, lse, objective)
-    total = (losses.double() * weight).sum()
-    return total.float()
+    return (losses.double() * weight).sum().float()
 
 
 def correct_weight(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
@@ -152,7 +145,7 @@ def fused_cross_entropy_sum(
         z = transform(x)
         at_label = _at(z, label[s])
         mean = z.mean(-1) if eps else None
-        slope = transform.slope(z)
+        slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
         peak, best = z.max(-1)
         correct.add_(_weight_where(best == label[s], weight[s]))
         grad = z.sub_(peak[:, None]).exp_()
@@ -163,8 +156,7 @@ def fused_cross_entropy_sum(
         of_lse = pull
         if objective.z_loss:
             of_lse = pull + 2 * objective.z_loss * weight[s] * lse
-        per_mass = of_lse / mass
-        grad *= per_mass[:, None]
+        grad *= (of_lse / mass)[:, None]
         column = pull[:, None]
         grad.scatter_add_(-1, label[s, None], (eps - 1) * column)
         if eps:

@@ -227,7 +227,7 @@ class MemoryEstimator:
                 if args and args[0].requires_grad:
                     args[0].register_hook(lambda _: count.cut(2))
 
-            def leaving_the_layers(*_: Any) -> None:
+            def leaving_the_layers(*_: object) -> None:
                 count.marks[0] = count.alive
 
             if depth:

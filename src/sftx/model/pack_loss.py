@@ -48,7 +48,7 @@ class TensorPack:
     weight: Tensor  # float32[M]
     longest: int  # tokens of the longest segment, with its ancestors
     counts: tuple[int, ...]  # targets of each segment; () where they share prefixes
-    examples: tuple[int, ...]  # their numbers, by which noise is drawn
+    examples: tuple[int, ...] = ()  # their numbers, by which noise is drawn
     prefixes: tuple[Tensor, ...] = ()  # `prefix_index`, where segments share them
     context: Context | None = None  # the ranks that compute the pack together
 
@@ -348,7 +348,7 @@ class PackLoss(nn.Module):
             return noise
         return noise[pack.context.part(len(noise))]
 
-    def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+    def _add_noise(self, _module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
         # Once: whatever runs the model next is not this training pack.
         noise = self._noise
         self._noise = None

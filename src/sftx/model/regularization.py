@@ -12,6 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sftx.settings.schema import Loss
+
+
+def of_each_example(objective: Loss) -> str:
+    """Why every example must be computed as a whole, by itself; empty where nothing asks for it."""
+    if objective.neftune_alpha:
+        return "loss.neftune_alpha draws noise for each example"
+    if objective.router_aux:
+        return "loss.router_aux balances the experts of each example"
+    return ""
+
 
 def embedding_noise(
     lengths: Sequence[int], hidden_size: int, alpha: float, seeds: Sequence[int]
@@ -44,10 +55,9 @@ def router_balance(
     """
     lengths = cu_seqlens.diff().long()
     tokens, experts = router_logits[0].shape
-    device = lengths.device
-    numbers = torch.arange(len(lengths), device=device)
+    numbers = torch.arange(len(lengths), device=lengths.device)
     segment = torch.repeat_interleave(numbers, lengths, output_size=tokens)
-    chosen = torch.zeros(len(lengths), experts, device=device)
+    chosen = torch.zeros(len(lengths), experts, device=lengths.device)
     total = torch.zeros_like(chosen)
     for logits in router_logits:
         probability = torch.softmax(logits.float(), dim=-1)
@@ -57,5 +67,4 @@ def router_balance(
         total = total.index_add(0, segment, probability)
     rows = (lengths * len(router_logits))[:, None]
     products = chosen / rows * total / rows
-    balance = share * experts * products.sum(-1)
-    return balance.sum()
+    return (share * experts * products.sum(-1)).sum()

@@ -77,12 +77,10 @@ def open_client(name: Tracker, card: Card) -> Client:
 
 def table_of(samples: Sequence[Sample]) -> tuple[list[str], list[list[object]]]:
     """Names of the columns, and rows: answers with their scores."""
-    scores: list[str] = []
+    scores: dict[str, None] = {}
     for sample in samples:
-        for name in sample.get("scores", {}):
-            if name not in scores:
-                scores.append(name)
-    rows: list[list[object]] = []
+        scores |= dict.fromkeys(sample.get("scores", {}))
+    rows = []
     for sample in samples:
         given = sample.get("scores", {})
         row = [sample.get(name) for name in COLUMNS]
@@ -97,8 +95,7 @@ class TensorBoard:
     def __init__(self, card: Card) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = card.logs or str(card.folder / "tensorboard")
-        self.writer = SummaryWriter(folder)
+        self.writer = SummaryWriter(card.logs or str(card.folder / "tensorboard"))
         settings = json.dumps(card.settings, indent=2, default=str)
         self.writer.add_text("settings", _code(settings), 0)
 
@@ -108,7 +105,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         if samples:
             columns, rows = table_of(samples)
-            shown: list[str] = []
+            shown = []
             for row in rows:
                 named = dict(zip(columns, row, strict=True))
                 shown.append(json.dumps(named, ensure_ascii=False, indent=1))
@@ -155,9 +152,8 @@ class WeightsAndBiases(_WithTables):
         import wandb  # pyright: ignore[reportMissingImports]
 
         self.package = wandb
-        project = card.project or os.environ.get("WANDB_PROJECT")
         self.run = wandb.init(
-            project=project or PROJECT,
+            project=card.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=card.entity,
             name=card.name,
             group=card.group,
@@ -170,8 +166,7 @@ class WeightsAndBiases(_WithTables):
 
     def close(self, status: str) -> None:
         """Wait until all is sent; a run that did not finish is shown as failed."""
-        failed = status != "finished"
-        self.run.finish(exit_code=int(failed))
+        self.run.finish(exit_code=int(status != "finished"))
 
 
 class Mlflow:
@@ -182,8 +177,7 @@ class Mlflow:
 
         self.client = MlflowClient()
         self.waiting: list[Metric] = []
-        project = card.project or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        name = project or PROJECT
+        name = card.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         experiment = self.client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         found = self.client.search_runs([number], f"tags.`sftx.id` = '{card.id}'")
@@ -199,13 +193,9 @@ class Mlflow:
     def _add_params(self, settings: Settings) -> None:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-        params: list[Param] = []
-        for key, value in flat(settings).items():
-            text = str(value)
-            params.append(Param(key, text[:500]))
+        params = [Param(key, str(value)[:500]) for key, value in flat(settings).items()]
         for start in range(0, len(params), 100):  # as many as it takes at once
-            batch = params[start : start + 100]
-            self.client.log_batch(self.run_id, params=batch)
+            self.client.log_batch(self.run_id, params=params[start : start + 100])
 
     def add(self, step: int, numbers: Mapping[str, float], samples: Sequence[Sample]) -> None:
         """Numbers wait for `flush`; samples are an artifact, samples/STEP.jsonl."""
@@ -222,8 +212,7 @@ class Mlflow:
     def flush(self) -> None:
         """Hand over what waits."""
         for start in range(0, len(self.waiting), 1000):  # as many as it takes at once
-            batch = self.waiting[start : start + 1000]
-            self.client.log_batch(self.run_id, metrics=batch)
+            self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 1000])
         self.waiting = []
 
     def close(self, status: str) -> None:
@@ -239,13 +228,11 @@ class Trackio(_WithTables):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self.package = trackio
-        project = card.project or os.environ.get("TRACKIO_PROJECT")
-        settings = json.dumps(card.settings, default=str)
         self.run = trackio.init(
-            project=project or PROJECT,
+            project=card.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
             name=f"{card.name}-{card.id}",  # it knows a run by its name
             group=card.group,
-            config=json.loads(settings),
+            config=json.loads(json.dumps(card.settings, default=str)),
             resume="allow",
             embed=False,
         )

@@ -241,8 +241,7 @@ class Assistant:
             reason = "stop"
         for piece in [*thoughts.feed(stops.rest()), *thoughts.end()]:
             yield from _without_calls(piece, calls, answer)
-        rest = calls.end()
-        if rest:
+        if rest := calls.end():
             answer.add(Piece("content", rest))
             yield Piece("content", rest)
         answer.calls = [_as_call(name, arguments) for name, arguments in calls.calls]

@@ -188,11 +188,7 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
     if kind.upper() != "LORA":
         raise UserError(f"model.peft_config: peft_type {kind} is not offered; LORA is")
     default = LoraConfig().to_dict()
-    for key, value in values.items():
-        if key not in (*_LORA, *_ABOUT_PEFT) and value != default.get(key):
-            raise UserError(
-                f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
-            )
+    _check_peft(values, default)
     values = {**default, **values}
     alpha = float(values["lora_alpha"])
     if values["use_dora"] and values["use_rslora"]:  # peft then scales by alpha / sqrt(r)
@@ -205,6 +201,15 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
         "dropout": float(values["lora_dropout"]),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
+
+
+def _check_peft(values: Mapping[str, object], default: Mapping[str, object]) -> None:
+    """UserError where a peft configuration asks for what sftx does not do."""
+    for key, value in values.items():
+        if key not in (*_LORA, *_ABOUT_PEFT) and value != default.get(key):
+            raise UserError(
+                f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
+            )
 
 
 def _method(values: Mapping[str, object]) -> Literal["lora", "rslora", "dora"]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sftx.model.checks.stand_in import WIDTHS
 from sftx.model.pack_loss import TensorPack
@@ -113,7 +112,6 @@ def random_pack(lengths: list[int], vocabulary: int, seed: int = 0) -> TensorPac
         weight=weights[label_at],
         longest=max(lengths),
         counts=tuple(counts.tolist()),
-        examples=(),
     )
 
 
@@ -125,11 +123,11 @@ def part(pack: TensorPack, number: int) -> TensorPack:
 def in_order(pack: TensorPack, order: list[int]) -> TensorPack:
     """A pack of segments of `pack`, by their numbers."""
     parts = list(pack.parts())
-    ids: list[Tensor] = []
-    positions: list[Tensor] = []
-    index: list[Tensor] = []
-    label: list[Tensor] = []
-    weight: list[Tensor] = []
+    ids = []
+    positions = []
+    index = []
+    label = []
+    weight = []
     cu_seqlens = [0]
     for number in order:
         a, b, at, mine = parts[number]
@@ -149,5 +147,4 @@ def in_order(pack: TensorPack, order: list[int]) -> TensorPack:
         weight=torch.cat(weight),
         longest=int(cu_seqlens_cpu.diff().max()),
         counts=tuple(pack.counts[number] for number in order),
-        examples=(),
     )
