@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "loss-one-by-one-index",
         "model/pack_loss.py",
-        "label, weight = pack.label[mine], pack.weight[mine]",
-        "label, weight = pack.label[mine], pack.weight[: len(at)]",
+        "weight = pack.weight[mine]",
+        "weight = pack.weight[: len(at)]",
         LOSS,
     ),
     Mutant(
@@ -341,15 +341,15 @@ MUTANTS = [
     Mutant(
         "attention-window-too-wide",
         "model/cpu_attention.py",
-        "hidden.tril(rows.start - seen.start - window)",
-        "hidden.tril(rows.start - seen.start - window - 1)",
+        "hidden.tril(before - window)",
+        "hidden.tril(before - window - 1)",
         BLOCKS,
     ),
     Mutant(
         "attention-window-too-narrow",
         "model/cpu_attention.py",
-        "slice(max(0, a - window + 1) if window else 0, b)",
-        "slice(max(0, a - window + 2) if window else 0, b)",
+        "first = max(0, a - window + 1)",
+        "first = max(0, a - window + 2)",
         BLOCKS,
     ),
     Mutant(
@@ -362,14 +362,14 @@ MUTANTS = [
     Mutant(
         "attention-softcap-slope",
         "model/cpu_attention.py",
-        "d_z if slope is None else d_z * slope",
-        "d_z",
+        "d_z = d_z * slope",
+        "pass",
         BLOCKS,
     ),
     Mutant(
         "attention-dropout-without-window",
         "model/cpu_attention.py",
-        ".triu(1 - (window or b - a))",
+        ".triu(1 - (window or length))",
         "",
         BLOCKS,
     ),
@@ -390,8 +390,8 @@ MUTANTS = [
     Mutant(
         "attention-flash-without-sinks",
         "model/attention.py",
-        "not softcap and s_aux is None and",
-        "not softcap and",
+        "_on_host(query) or softcap or sinks is not None:",
+        "_on_host(query) or softcap:",
         BLOCKS,
     ),
     Mutant(

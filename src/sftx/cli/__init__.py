@@ -31,6 +31,7 @@ from sftx import __version__
 from sftx.cli._flags import message as flag_message
 from sftx.cli._groups import group_of, keys_of
 from sftx.cli._map import overview, verb_of
+from sftx.cli._output import check_files
 from sftx.first_line import first_line
 from sftx.printable import printable
 from sftx.types import UserError
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None, said: bool = False) -> int:
     try:
         return _dispatch(arguments, own_process, said)
     except UserError as error:
-        if rank := int(os.environ.get("RANK", "0")):
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
             time.sleep(
                 2
                 # Rank 0 mostly says the same; the launcher then ends this rank before it does.
@@ -118,11 +120,13 @@ class Declared(NamedTuple):
 
 def declared(verb: str) -> Declared:
     """What the module of a verb says, read from its file without importing it."""
-    if module := sys.modules.get(f"sftx.cli.{verb}"):
+    module = sys.modules.get(f"sftx.cli.{verb}")
+    if module:
         known = vars(module)
         takes = tuple(signature(module.run).parameters)
         return _declared((module.__doc__ or "").strip(), known, takes)
-    tree = ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))
+    file = Path(__file__).with_name(f"{verb}.py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
     takes: tuple[str, ...] = ()
     for node in tree.body:
@@ -151,6 +155,7 @@ def _call(verb: str, arguments: list[str], own_process: bool, said: bool) -> int
     given = _Given(verb, told)
     for argument in arguments:
         given.add(argument)
+    check_files(verb, given.extra)
     if "overrides" in told.takes:
         given.extra |= {"path": given.path or "", "overrides": given.overrides}
         given.path = None

@@ -88,9 +88,11 @@ def _memory_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def _answer_lines(facts: dict[str, Any]) -> Iterator[str]:
     """What answering takes, and whether it fits where a step has done its work."""
-    answers, memory = facts["answers"], facts["memory"]
+    answers = facts["answers"]
+    memory = facts["memory"]
     kept = sum(memory[name] for name in ("weights", "optimizer", "allocator", "base"))
-    size, room = answers / 2**30, (facts["memory_at_hand"] - kept) / 2**30
+    size = answers / 2**30
+    room = (facts["memory_at_hand"] - kept) / 2**30
     yield f"answers  up to {size:.2f} GiB of keys, values and logits, while no step is taken"
     if size > room:
         yield (

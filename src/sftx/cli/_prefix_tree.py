@@ -29,7 +29,8 @@ def largest_tree(packs: Sequence[Members], lengths: NDArray[np.integer]) -> list
         for tree in _trees(segments_of(sizes, members.shared)):
             saved = sum((s.last - s.first - 1) * (s.stop - s.start) for s in tree)
             if saved > most:
-                best, most = tree, saved
+                best = tree
+                most = saved
     if not best:
         return []
     return ["the largest tree of step 1:", *_lines(best)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftx.cli._inputs import whole_number
+from sftx.cli._output import check_file
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
 from sftx.eval.answer_rows import answer_rows, as_lines, check_turns
@@ -83,6 +84,5 @@ def sampled_of(samples: str, sampling: Mapping[str, str] | None, rows: str, weig
     count = whole_number("eval: samples", samples)
     if weight and not rows:
         raise UserError("sftx eval weight=: it weighs the rows of rows=FILE, which is not given")
-    if rows and not Path(rows).absolute().parent.is_dir():
-        raise UserError(f"sftx eval rows={rows}: there is no folder {Path(rows).parent}")
+    check_file("eval", "rows", rows)
     return Sampled(count, sampling_of(sampling or {}), rows, weight)

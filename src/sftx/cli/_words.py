@@ -38,7 +38,8 @@ def words() -> Words:
             with_settings.append(verb.name)
     values: dict[str, list[str]] = {}
     for key, field in settings().items():
-        if allowed := literals(field.annotation):
+        allowed = literals(field.annotation)
+        if allowed:
             values[key] = allowed
     values |= {
         section: values[f"{section}.{main}"]

@@ -137,7 +137,9 @@ def run(
     config = config.model_copy(update={"eval": config.eval.model_copy(update=asked)})
     adapter = adapter_in(config.model.path)
     title = config.model.path
+    other = base
     if adapter is not None:
+        other = ""
         config = config.model_copy(update={"model": on_base(config.model, adapter, base)})
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, max_length = tokenizer_and_length(config)
@@ -147,17 +149,22 @@ def run(
     console.print(f"data     {corpus.ledger.summary()}; {drawn.said(questions)}")
     for note in questions.notes:
         console.print(f"note     {note}", markup=False)
-    other = "" if adapter is not None else base
     judged = _judged(config, adapter, other, corpus, questions, drawn)
     _print(console, {name: judgement.numbers for name, judgement in judged.items()})
     _show(console, judged, whole_number("eval: shown", shown, 0))
+    _write(judged, title, json, html)
+    said = drawn.write(config, encoder, corpus, questions, judged["model"])
+    if said:
+        console.print(printable(said), markup=False)
+    return _exit_code(console, limits, judged["model"].numbers)
+
+
+def _write(judged: Mapping[str, Judgement], title: str, json: str, html: str) -> None:
+    """Write the files that are asked for."""
     if json:
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
     if html:
         write_page(html, title, judged)
-    if said := drawn.write(config, encoder, corpus, questions, judged["model"]):
-        console.print(printable(said), markup=False)
-    return _exit_code(console, limits, judged["model"].numbers)
 
 
 def _questions(
@@ -183,7 +190,8 @@ def _check_alone(config: Config, given: Mapping[str, str], sampling: Mapping[str
 
 def _check_rows(config: Config, of_tasks: Mapping[str, str]) -> None:
     """UserError where there is no data, or something is given that rows have no use for."""
-    if odd := [key for key, value in of_tasks.items() if value]:
+    odd = [key for key, value in of_tasks.items() if value]
+    if odd:
         raise UserError(f"sftx eval {odd[0]}=: it belongs to tasks=, which is not given")
     if config.data.train is None and config.data.rows is None:
         raise UserError("sftx eval: no data is named: sftx eval MODEL DATA, or MODEL tasks=NAME")
@@ -193,11 +201,12 @@ def _tasks(names: str, folder: str, limit: str, chat: str) -> Tasks:
     """The tasks that are named, each of them known."""
     if chat not in ("", "true", "false"):
         raise UserError(f"sftx eval chat={printable(chat)!r}: expected true or false")
-    found = [name.strip() for name in names.split(",") if name.strip()]
+    found = _listed(names)
     if not found:
         raise UserError("sftx eval tasks=: no task is named")
     count = whole_number("eval: limit", limit) if limit else None
-    return find_tasks(found, folder, count, None if not chat else chat == "true")
+    wants_chat = chat == "true" if chat else None
+    return find_tasks(found, folder, count, wants_chat)
 
 
 def _benchmarks(
@@ -205,7 +214,8 @@ def _benchmarks(
 ) -> int:
     """Print what the model scores on tasks, and its base where there is one; as `run` returns."""
     adapter = adapter_in(config.model.path)
-    model, template = config.model, config.data.template
+    model = config.model
+    template = config.data.template
     scores: dict[str, Scores] = {}
     with machine(config.runtime) as here:
         if adapter is not None:
@@ -233,10 +243,16 @@ def _exit_code(
 
 def _names(metrics: str) -> list[str]:
     """The metrics, each of them known."""
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = _listed(metrics)
     for name in names:
         check_metric(name)
     return names
+
+
+def _listed(names: str) -> list[str]:
+    """The names in a text, with commas between them."""
+    stripped = [name.strip() for name in names.split(",")]
+    return [name for name in stripped if name]
 
 
 def _general(given: str) -> bool | str:
@@ -266,7 +282,8 @@ def _judged(
             with working("measuring the base", shown):
                 judge = judge_of(load_served(other, None, corpus, here))
                 judge.remember(is_start=True)
-                gauge, judge.gauge = judge.gauge, None
+                gauge = judge.gauge
+                judge.gauge = None
                 judged["base"] = _measured(judge, corpus)
             del judge  # one model in memory at a time
         with working("measuring the model", shown):
@@ -275,7 +292,8 @@ def _judged(
             drawn.check_model(served)
             if served.adapter is not None:
                 judge.remember(is_start=True)
-                gauge, judge.gauge = judge.gauge, None
+                gauge = judge.gauge
+                judge.gauge = None
                 with judge.without_adapter():
                     judged["base"] = _measured(judge, corpus)
             judge.gauge = gauge
@@ -306,7 +324,7 @@ def _limits(bounds: Mapping[str, str]) -> list[tuple[str, str, float]]:
 
 
 def _missed(limits: list[tuple[str, str, float]], numbers: Mapping[str, float]) -> list[str]:
-    missed = []
+    missed: list[str] = []
     for kind, metric, limit in limits:
         if metric not in numbers:
             known = ", ".join(numbers)
@@ -314,7 +332,10 @@ def _missed(limits: list[tuple[str, str, float]], numbers: Mapping[str, float]) 
                 f"sftx eval {kind}.{printable(metric)}=: no such number; there are: {known}"
             )
         value = numbers[metric]
-        if (value < limit) if kind == "min" else (value > limit):
+        is_missed = value > limit
+        if kind == "min":
+            is_missed = value < limit
+        if is_missed:
             missed.append(f"missed: {metric} is {value:.6g}, and {kind}.{metric}={limit:g}")
     return missed
 
@@ -327,10 +348,11 @@ def _print(console: Console, judged: Mapping[str, Mapping[str, float]]) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for metric in judged["model"]:
-        values = [judged[name].get(metric) for name in columns]
-        table.add_row(
-            printable(metric), *("" if value is None else f"{value:.4g}" for value in values)
-        )
+        row = [printable(metric)]
+        for name in columns:
+            value = judged[name].get(metric)
+            row.append("" if value is None else f"{value:.4g}")
+        table.add_row(*row)
     console.print(table)
 
 
@@ -341,9 +363,11 @@ def _show(console: Console, judged: Mapping[str, Judgement], count: int) -> None
         lines = [("prompt", sample.prompt), ("reference", sample.reference)]
         if "base" in judged:
             lines.append(("base", judged["base"].samples[number].output))
-        lines.append(("model", sample.output + ("" if sample.ended else " [cut]")))
+        cut = "" if sample.ended else " [cut]"
+        lines.append(("model", sample.output + cut))
         for name, text in lines:
-            console.print(f"{name + ':':11}{printable(text)}", markup=False)
+            label = f"{name}:"
+            console.print(f"{label:11}{printable(text)}", markup=False)
 
 
 def _as_json(judgement: Judgement) -> dict[str, object]:

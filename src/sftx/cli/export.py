@@ -70,7 +70,8 @@ def run(
     template: str = "",
 ) -> int:
     """Export the run in `path`. Raises UserError where what was written is not what was trained."""
-    folder, target = Path(path), Path(to or Path(path) / "exported")
+    folder = Path(path)
+    target = Path(to or Path(path) / "exported")
     if (folder / "sftx" / "run.json").is_file():  # the checkpoint_dir of a trlx script
         folder = folder / "sftx"
     if not (folder / "run.json").is_file():

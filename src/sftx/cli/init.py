@@ -19,10 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sftx.cli._durations import duration
 from sftx.data.sources.read import find_files, is_hub_name
 from sftx.model.folder import load_config
 from sftx.printable import printable
+from sftx.report.progress import duration
 from sftx.settings.load import load_config as load_settings
 from sftx.settings.schema import Model
 from sftx.starter.choose import GOALS, Choice, Goal, choose

@@ -161,7 +161,8 @@ def _number_of_examples(views: Sequence[View]) -> int:
 
 def _shared(views: Sequence[View]) -> str:
     """What is saved by showing, and computing, shared pieces once."""
-    once, each = sum(len(v.ids) for v in views), sum(v.examples * len(v.ids) for v in views)
+    once = sum(len(v.ids) for v in views)
+    each = sum(v.examples * len(v.ids) for v in views)
     if once == each:
         return ""
     return f"; shared prefixes are computed once, {each:,} tokens without ({1 - once / each:.0%} saved)"

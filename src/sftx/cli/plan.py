@@ -38,7 +38,9 @@ from sftx.model.load import stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss, Paths
+from sftx.model.regularization import of_each_example
 from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
+from sftx.model_config import positions_in
 from sftx.printable import printable
 from sftx.report.progress import working
 from sftx.settings.schema import Config
@@ -52,7 +54,6 @@ from sftx.training.memory_plan import (
     set_example_cost,
 )
 from sftx.training.optim import peak_learning_rate
-from sftx.training.prefix_sharing import may_share
 from sftx.training.run_data import longest_example
 from sftx.types import UserError
 
@@ -84,8 +85,9 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     check_context_size(config, model_config, count)
     data, profile_of = _load(config, loss)
     _choose_path(loss, min(profile_of(count).longest, LENGTH_TRIED))
-    shown = working("planning memory and time", config.runtime.progress)
-    with machine(config.runtime) as here, shown:
+    runtime = config.runtime
+    shown = working("planning memory and time", runtime.progress)
+    with machine(runtime) as here, shown:
         if gpus:
             available = _bytes(gpu_memory)
             reserved = CUBLAS_WORKSPACE
@@ -94,10 +96,10 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             available, reserved = here.available_memory()
         estimator = _estimator(config, loss, here, reserved, count)
         sizes = context_sizes(config, model_config, count)
-        load = choose_context(config.runtime, sizes, count, estimator, profile_of, available)
-        wish = config.runtime.compile
-        estimator.compiled = planned(wish, here.device, trainable(loss)[1], load.tokens)
-        facts = _facts(config, data, load, loss, available)
+        load = choose_context(runtime, sizes, count, estimator, profile_of, available)
+        _, weights = trainable(loss)
+        estimator.compiled = planned(runtime.compile, here.device, weights, load.tokens)
+        facts = _facts(config, data, loss, available)
         facts["context_parallel"] = estimator.context_size
         facts["adapter"] = describe_adapter(loss.model)
         facts["save_dtype"] = name_of(stored_dtype(config.model, model_config))
@@ -109,7 +111,9 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
             facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
             facts["longest_that_fits"] = _longest_that_fits(config, estimator, load, available)
     facts["settings"] = resolved(config, DEFAULTS, _defaults_here(config, loss, facts))
-    print(printable("\n".join([*resolved_lines(facts["settings"]), *plan_lines(facts, config)])))
+    lines = resolved_lines(facts["settings"])
+    lines += plan_lines(facts, config)
+    print(printable("\n".join(lines)))
     if json:
         write_json(json, facts)
     return 1 if "refused" in facts else 0
@@ -134,7 +138,8 @@ def _estimator(
     """What predicts the memory of a step on one device, or in shards over `count` of them."""
     nf4 = config.adapter.quantize == "nf4"
     cast_frozen_weights(loss.model, here.precision)
-    return MemoryEstimator(loss, here, reserved, count if count > 1 else None, nf4)
+    shards = count if count > 1 else None
+    return MemoryEstimator(loss, here, reserved, shards, nf4)
 
 
 def _with_gpus(here: Machine, config: Config) -> Machine:
@@ -165,9 +170,15 @@ def _packing(
         "memory": chosen.parts(),
         "notes": list(chosen.notes),
     }
-    if data is not None:
+    if data is None:
+        return facts
+    padding = None
+    if estimator.loss.paths.padded:
+        padding = data.plan.padding(chosen.tokens_per_pack)
+        facts["padding"] = padding
+    else:
         facts |= _packs(config, data, estimator.loss.paths, chosen)
-        facts |= _seconds(estimator, data, load, chosen)
+    facts |= _seconds(estimator, data, chosen, padding)
     return facts
 
 
@@ -188,7 +199,10 @@ def _bytes(value: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B", value)
     if not found:
         raise UserError(f"sftx plan: gpu_memory={value!r}: expected a size such as 141GiB or 80GB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
+    number, letter, is_binary = found.groups()
+    base = 1024 if is_binary else 1000
+    power = "KMGT".index(letter) + 1
+    return int(float(number) * base**power)
 
 
 @dataclass(frozen=True)
@@ -210,26 +224,31 @@ def _load(config: Config, loss: PackLoss) -> tuple[_Data | None, ProfileOf]:
     if config.data.train or config.data.rows:
         tokenizer, max_length = tokenizer_and_length(config)
         corpus = encoded(config, Encoder(tokenizer, config.data, max_length))
-        if kinds := corpus.ledger.by_kind():
+        kinds = corpus.ledger.by_kind()
+        if kinds:
             print(printable(f"data     {kinds}"))
         plan = plan_of(corpus, config)
         set_example_cost(plan, loss, corpus.targets)
         alone = partial(StepProfile.of_plan, plan, int(corpus.targets.sum()))
-        saving = saving_of(plan, corpus) if may_share(config) else Saving()
-        return _Data(corpus, plan, alone(1), saving), lambda count: alone(count).sharing(saving)
-    sizes = (
-        longest_example(config, loss.model.config),
-        config.runtime.tokens_per_pack or DEFAULT_LENGTH,
-    )
-    full = StepProfile(min(sizes), 1 << 20, 1.0)
+        saving = saving_of(plan, corpus) if _may_share(config) else Saving()
+        data = _Data(corpus, plan, alone(1), saving)
+        return data, lambda processes: alone(processes).sharing(saving)
+    longest = longest_example(config, loss.model.config)
+    size = config.runtime.tokens_per_pack or DEFAULT_LENGTH
+    full = StepProfile(min(longest, size), 1 << 20, 1.0)
     return None, lambda processes: full
 
 
-def _facts(
-    config: Config, data: _Data | None, load: StepProfile, loss: PackLoss, available: int
-) -> dict[str, Any]:
-    facts: dict[str, Any] = dict(zip(("trainable", "weights"), trainable(loss), strict=True))
-    facts |= {
+def _may_share(config: Config) -> bool:
+    """Whether the settings allow shared prefixes; the start of a run checks whether the model does."""
+    return config.runtime.share_prefixes != "off" and not of_each_example(config.loss)
+
+
+def _facts(config: Config, data: _Data | None, loss: PackLoss, available: int) -> dict[str, Any]:
+    trained, weights = trainable(loss)
+    facts: dict[str, Any] = {
+        "trainable": trained,
+        "weights": weights,
         "memory_at_hand": available,
         "learning_rate": peak_learning_rate(config.optim, config.adapter),
     }
@@ -241,38 +260,37 @@ def _facts(
 
 
 def _packs(config: Config, data: _Data, paths: Paths, chosen: Packing) -> dict[str, Any]:
-    """How full the packs of the first (at most 50) steps are, and the largest tree of the first; or
-    how much of padded batches is padding.
-    """
-    size, share, lengths = chosen.tokens_per_pack, may_share(config), data.plan.lengths
-    if paths.padded:
-        return {"padding": data.plan.padding(size)}
-    share = share and paths.isolate
-    tokens = count = 0
+    """How full the packs of the first (at most 50) steps are, and the largest tree of the first."""
+    size = chosen.tokens_per_pack
+    plan = data.plan
+    share = _may_share(config) and paths.isolate
+    tokens = 0
+    count = 0
     tree: list[str] = []
-    for step in range(min(data.plan.num_steps, 50)):
-        ranks, _ = packs_of_step(data.plan, data.corpus, step, size, share)
-        for members in ranks[0]:
-            count += 1
-            tokens += int(lengths[list(members.examples)].sum()) - sum(members.shared)
+    for step in range(min(plan.num_steps, 50)):
+        ranks, _ = packs_of_step(plan, data.corpus, step, size, share)
+        packs = ranks[0]
+        count += len(packs)
+        for members in packs:
+            whole = plan.lengths[list(members.examples)].sum()
+            tokens += int(whole) - sum(members.shared)
         if step == 0:
-            tree = largest_tree(ranks[0], lengths)
+            tree = largest_tree(packs, plan.lengths)
     return {"fill": tokens / (size * max(count, 1)), "tree": tree}
 
 
 def _seconds(
-    estimator: MemoryEstimator, data: _Data, load: StepProfile, chosen: Packing
+    estimator: MemoryEstimator, data: _Data, chosen: Packing, padding: float | None
 ) -> dict[str, Any]:
-    """The seconds of all steps, and what shared prefixes save in packs of the chosen size."""
+    """The seconds of all steps, and what shared prefixes save in packs of the chosen size.
+
+    `padding`: the share of padded batches that is padding; None where there are none.
+    """
     paths = estimator.loss.paths
-    if paths.padded:
-        padding = data.plan.padding(chosen.tokens_per_pack)
-        seconds = seconds_of(estimator, data.alone, chosen, CALIBRATION, padding)
-        return {"seconds": seconds}
-    if not (data.saving.saved_tokens and paths.isolate):
-        return {"seconds": seconds_of(estimator, data.alone, chosen, CALIBRATION)}
+    alone = seconds_of(estimator, data.alone, chosen, CALIBRATION, padding or 0.0)
+    if padding is not None or not (data.saving.saved_tokens and paths.isolate):
+        return {"seconds": alone}
     saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
-    alone = seconds_of(estimator, data.alone, chosen, CALIBRATION)
     # By their work, from one measurement: two would differ by chance.
     seconds = None if alone is None else alone * (1 - saving.work_share)
     shared = {"tokens": saving.share, "flops": saving.work_share, "seconds_without": alone}
@@ -285,7 +303,8 @@ def _longest_that_fits(
     """The longest example that is sure to fit, of 1,024, 1,536, 2,048, 3,072 ... tokens, where a
     step has more than one of them; None where none does.
     """
-    positions = getattr(estimator.loss.model.config, "max_position_embeddings", None) or 1 << 20
+    settings = estimator.loss.model.config.get_text_config().to_dict()
+    positions = positions_in(settings) or 1 << 20
     least: dict[str, object] = {"tokens_per_pack": 1}
     if config.runtime.recompute == "auto":
         least["recompute"] = "all"
@@ -311,10 +330,9 @@ def _answers(config: Config, loss: PackLoss, precision: torch.dtype) -> int:
     prompts = asked if isinstance(asked, int) else MANY
     if not prompts:
         return 0
-    longest = longest_example(config, loss.model.config)
-    return most_memory(
-        loss.model.config, prompts, longest, config.eval.new_tokens, precision.itemsize
-    )
+    about = loss.model.config
+    longest = longest_example(config, about)
+    return most_memory(about, prompts, longest, config.eval.new_tokens, precision.itemsize)
 
 
 def _fewest_gpus(
@@ -324,17 +342,17 @@ def _fewest_gpus(
     `MANY`.
     """
     # One that knows shards already has measured most of what is asked here.
-    sharded = (
-        copy.copy(estimator)
-        if estimator.shards
-        else MemoryEstimator(
-            estimator.loss, estimator.machine, estimator.base, 2, bool(estimator.packed)
-        )
-    )
+    if estimator.shards:
+        sharded = copy.copy(estimator)
+    else:
+        nf4 = bool(estimator.packed)
+        sharded = MemoryEstimator(estimator.loss, estimator.machine, estimator.base, 2, nf4)
 
     def fits(count: int) -> bool:
         sharded.shards = count
-        used = estimator if count == 1 and not estimator.shards else sharded
+        used = sharded
+        if count == 1 and not estimator.shards:
+            used = estimator
         sizes = context_sizes(config, estimator.loss.model.config, count)
         if count % sizes[0]:
             return False
@@ -345,4 +363,7 @@ def _fewest_gpus(
             return False
         return True
 
-    return next((count for count in (*range(1, 65), *range(72, MANY + 1, 8)) if fits(count)), None)
+    for count in (*range(1, 65), *range(72, MANY + 1, 8)):
+        if fits(count):
+            return count
+    return None

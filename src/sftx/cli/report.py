@@ -47,4 +47,6 @@ def run(paths: Sequence[str] = (), to: str = "") -> int:
 def _folder(path: str) -> Path:
     """The folder of a run; that of a trlx script holds it inside."""
     inside = Path(path) / "sftx"
-    return inside if (inside / "run.json").is_file() else Path(path)
+    if (inside / "run.json").is_file():
+        return inside
+    return Path(path)

@@ -80,7 +80,9 @@ class Trial:
     def cost(self) -> float:
         """The value, as a number of which less is better."""
         assert self.value is not None
-        return self.value if lower_is_better(self.metric) else -self.value
+        if lower_is_better(self.metric):
+            return self.value
+        return -self.value
 
     def __str__(self) -> str:
         return " ".join(f"{key}={text}" for key, text in self.point.items())
@@ -255,7 +257,8 @@ class Sweep:
             self.config(point)
             self._run(trial, progress)
         except UserError as error:
-            trial.state, trial.why = "failed", str(error)
+            trial.state = "failed"
+            trial.why = str(error)
         trial.seconds += time.monotonic() - began
         if trial.state == "failed":
             progress.say(f"         failed: {trial.why}")

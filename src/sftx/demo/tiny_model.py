@@ -11,7 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+END = "<|end|>"
 # A dialogue is <|user|> question<|end|><|assistant|> answer<|end|> and so on.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ "<|" + message.role + "|> " + message.content + "<|end|>" }}

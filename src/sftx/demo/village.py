@@ -47,10 +47,11 @@ class _Section:
     def ask(self, name: str, value: str) -> list[Question]:
         """Every way to ask for this trait of somebody."""
         answer = self.sentences[0].format(name=name, value=value)
-        return [
-            Question(text.format(name=name), answer, answer.partition(f" {value}")[0], value)
-            for text in self.questions
-        ]
+        opening, _, _ = answer.partition(f" {value}")
+        questions: list[Question] = []
+        for text in self.questions:
+            questions.append(Question(text.format(name=name), answer, opening, value))
+        return questions
 
     def deal(self, rng: random.Random, count: int) -> list[str]:
         """`count` values in random order, each about equally often."""
@@ -72,25 +73,27 @@ def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
     firsts, families, openings, *traits = _sections()
     if not 1 <= people <= len(firsts.values):
         raise UserError(f"people: from 1 to {len(firsts.values)} have names, not {people}")
-    names = [
-        f"{first} {family}"
-        for first, family in zip(firsts.values, families.deal(rng, people), strict=False)
-    ]
-    columns = [trait.deal(rng, people) for trait in traits]
-    facts = {
-        name: list(zip(traits, values, strict=True))
-        for name, *values in zip(names, *columns, strict=True)
-    }
+    facts: dict[str, list[_Fact]] = {}
+    for first, family in zip(firsts.values, families.deal(rng, people), strict=False):
+        facts[f"{first} {family}"] = []
+    for trait in traits:
+        values = trait.deal(rng, people)
+        for known, value in zip(facts.values(), values, strict=True):
+            known.append((trait, value))
 
     village = Village([], [], [])
     for _ in range(retellings):
         for name, known in facts.items():
-            village.chronicle.append(_portrait(rng, name, known, openings.sentences))
-        village.chronicle.extend(_gatherings(rng, facts, openings.sentences))
+            paragraph = _portrait(rng, name, known, openings.sentences)
+            village.chronicle.append(paragraph)
+        paragraphs = _gatherings(rng, facts, openings.sentences)
+        village.chronicle.extend(paragraphs)
     for name, known in facts.items():
-        (trait, value), *asked = rng.sample(known, len(known))
-        village.held_out.append(rng.choice(trait.ask(name, value)))
-        village.dialogues.extend(_dialogues(rng, name, asked))
+        in_random_order = rng.sample(known, len(known))
+        trait, value = in_random_order.pop(0)
+        ways_to_ask = trait.ask(name, value)
+        village.held_out.append(rng.choice(ways_to_ask))
+        village.dialogues.extend(_dialogues(rng, name, in_random_order))
     rng.shuffle(village.chronicle)
     rng.shuffle(village.dialogues)
     return village
@@ -98,15 +101,20 @@ def build(seed: int = 0, people: int = 80, retellings: int = 8) -> Village:
 
 def _tell(rng: random.Random, name: str, fact: _Fact) -> str:
     trait, value = fact
-    return rng.choice(trait.sentences).format(name=name, value=value)
+    sentence = rng.choice(trait.sentences)
+    return sentence.format(name=name, value=value)
 
 
 def _portrait(rng: random.Random, name: str, known: list[_Fact], openings: list[str]) -> str:
     """A paragraph on one villager; the first sentence on a fact has the full name."""
-    sentences = [rng.choice(openings)] if rng.random() < 0.3 else []
+    sentences: list[str] = []
+    if rng.random() < 0.3:
+        sentences.append(rng.choice(openings))
     for i, fact in enumerate(rng.sample(known, len(known))):
-        is_short = i > 0 and rng.random() < 0.5
-        sentences.append(_tell(rng, name.split()[0] if is_short else name, fact))
+        called = name
+        if i > 0 and rng.random() < 0.5:
+            called = name.split()[0]
+        sentences.append(_tell(rng, called, fact))
     return " ".join(sentences)
 
 
@@ -114,11 +122,16 @@ def _gatherings(
     rng: random.Random, facts: dict[str, list[_Fact]], openings: list[str]
 ) -> list[str]:
     """Paragraphs of five sentences, on whomever chance brings together."""
-    sentences = [_tell(rng, name, fact) for name, known in facts.items() for fact in known]
+    sentences: list[str] = []
+    for name, known in facts.items():
+        for fact in known:
+            sentences.append(_tell(rng, name, fact))
     rng.shuffle(sentences)
     paragraphs: list[str] = []
     for i in range(0, len(sentences), 5):
-        paragraphs.append(" ".join([rng.choice(openings), *sentences[i : i + 5]]))
+        opening = rng.choice(openings)
+        paragraph = [opening, *sentences[i : i + 5]]
+        paragraphs.append(" ".join(paragraph))
     return paragraphs
 
 
@@ -126,7 +139,8 @@ def _dialogues(rng: random.Random, name: str, asked: list[_Fact]) -> list[list[s
     """All ways to ask for these facts, in dialogues of one turn or two."""
     turns: list[list[str]] = []
     for trait, value in asked:
-        turns += [[question.text, question.answer] for question in trait.ask(name, value)]
+        for question in trait.ask(name, value):
+            turns.append([question.text, question.answer])
     rng.shuffle(turns)
     dialogues: list[list[str]] = []
     while turns:
@@ -139,14 +153,16 @@ def _dialogues(rng: random.Random, name: str, asked: list[_Fact]) -> list[list[s
 
 def _sections() -> list[_Section]:
     sections: list[_Section] = []
-    for line in Path(__file__).with_name("village.txt").read_text(encoding="utf-8").splitlines():
+    file = Path(__file__).with_name("village.txt")
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line[2:]
         match line[:1]:
             case "[":
                 sections.append(_Section())
             case "=":
-                sections[-1].values.extend(line[2:].rstrip(",").split(", "))
+                sections[-1].values.extend(text.rstrip(",").split(", "))
             case "+":
-                sections[-1].sentences.append(line[2:])
+                sections[-1].sentences.append(text)
             case "?":
-                sections[-1].questions.append(line[2:])
+                sections[-1].questions.append(text)
     return sections

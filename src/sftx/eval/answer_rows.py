@@ -96,7 +96,8 @@ def answer_rows(
 def _row_at(tables: Sequence[Table], corpus: Corpus, number: int) -> Row:
     """The row that an example of the corpus came from."""
     entry = corpus.table[number]
-    _, row = next(read_rows(tables[int(entry["origin"])], int(entry["line"])))
+    table = tables[int(entry["origin"])]
+    _, row = next(read_rows(table, int(entry["line"])))
     assert isinstance(row, Row), "it was encoded before"
     return row
 
@@ -132,10 +133,10 @@ class _Writer:
             message["reasoning_content"] = thought
         if row.tools and self._call_template:
             said, calls = read_calls(content, self._call_template, list(row.tools))
-            functions: list[Json] = [
-                {"type": "function", "function": {"name": name, "arguments": arguments}}
-                for name, arguments in calls
-            ]
+            functions: list[Json] = []
+            for name, arguments in calls:
+                function: Json = {"name": name, "arguments": arguments}
+                functions.append({"type": "function", "function": function})
             if functions:
                 yield {**message, "content": said, "tool_calls": functions}
         yield message
@@ -160,13 +161,17 @@ class _Writer:
             return False
         if not isinstance(encoded, Encoded) or not encoded.examples:
             return False
-        tokenizer, example = self._encoder.tokenizer, encoded.examples[-1]
-        if example.ids[: len(prompt.ids) + len(sample.ids)].tolist() == prompt.ids + sample.ids:
+        tokenizer = self._encoder.tokenizer
+        example = encoded.examples[-1]
+        wanted = prompt.ids + sample.ids
+        if example.ids[: len(wanted)].tolist() == wanted:
             return True
         if tokenizer.control_ids & {*sample.ids[:-1]}:
             return False  # a special token that the model said would be trained as text
         found = prompt_of(example, tokenizer, self._encoder.stop_ids)
-        return found is not None and (found.ids, found.reference) == (prompt.ids, sample.output)
+        if found is None:
+            return False
+        return found.ids == prompt.ids and found.reference == sample.output
 
 
 def _context(message: ChatMessage) -> dict[str, Json]:
@@ -174,7 +179,9 @@ def _context(message: ChatMessage) -> dict[str, Json]:
     read = cast("dict[str, Json]", dict(as_read(message)))
     for name in ("thinking", "reasoning"):
         read.pop(name, None)
-    return {**read, "train": False} if read["role"] == "assistant" else read
+    if read["role"] == "assistant":
+        read["train"] = False
+    return read
 
 
 def _apart(prompt: str, output: str) -> tuple[str, str]:
@@ -184,12 +191,20 @@ def _apart(prompt: str, output: str) -> tuple[str, str]:
     tag = open_tag(prompt)
     inside = output
     if not tag:
-        tag = tag_at_start(output.lstrip())
-        inside = output.lstrip()[len(tag) :]
-    thought, closing, content = inside.partition(close_tag(tag)) if tag else ("", "", output)
-    return (thought.strip(), content.lstrip()) if closing else ("", output)
+        inside = output.lstrip()
+        tag = tag_at_start(inside)
+        inside = inside[len(tag) :]
+    if not tag:
+        return "", output
+    thought, closing, content = inside.partition(close_tag(tag))
+    if not closing:
+        return "", output
+    return thought.strip(), content.lstrip()
 
 
 def as_lines(made: AnswerRows) -> str:
     """The rows as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
+    text = ""
+    for row in made.rows:
+        text += json.dumps(row, ensure_ascii=False) + "\n"
+    return text

@@ -148,7 +148,9 @@ def read_calls(
         found = calls_of(message)
     except BROKEN:
         return text, []
-    return (message.get("content", ""), found) if found else (text, [])
+    if found:
+        return (message.get("content", ""), found)
+    return (text, [])
 
 
 def calls_of(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

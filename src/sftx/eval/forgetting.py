@@ -72,7 +72,8 @@ def _divergence(tuned: Tensor, base: Tensor) -> float:
 
 def log_probabilities(loss: PackLoss, continuation: Continuation) -> Tensor:
     """float32[said, V] of the model, by the path that the trainer computes by."""
-    prompt, said = continuation.prompt, continuation.said
+    prompt = continuation.prompt
+    said = continuation.said
     ids = np.array(prompt + said, np.int32)
     weights = np.zeros(len(ids), np.float32)
     weights[len(prompt) :] = 1

@@ -131,10 +131,11 @@ def answer(
             model.config.use_cache = cache_was_used
     distributed.all_reduce_sum(new)
     distributed.all_reduce_sum(counts)
-    said = [ids[:count] for ids, count in zip(new.tolist(), counts.tolist(), strict=True)]
-    return [
-        _sample(prompt, ids, config, tokenizer) for prompt, ids in zip(prompts, said, strict=True)
-    ]
+    samples: list[Sample] = []
+    for number, prompt in enumerate(prompts):
+        ids = new[number, : int(counts[number])].tolist()
+        samples.append(_sample(prompt, ids, config, tokenizer))
+    return samples
 
 
 def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:

@@ -25,7 +25,8 @@ def most_memory(
     tokens = min(prompts * widest, max(TOKENS_PER_BATCH, widest))
     rows = min(prompts, max(TOKENS_PER_BATCH // (new_tokens + 1), 1))
     of_a_token = 0
-    if queries := getattr(text, "num_attention_heads", 0):
+    queries = getattr(text, "num_attention_heads", 0)
+    if queries:
         head = getattr(text, "head_dim", None) or text.hidden_size // queries
         heads = getattr(text, "num_key_value_heads", None) or queries
         of_a_token = 2 * text.num_hidden_layers * heads * head * itemsize

@@ -54,13 +54,16 @@ def number(output: str, reference: str) -> float:
 
     Commas between digits do not count: 1,200 is 1200. A text without a number equals nothing.
     """
-    ours, theirs = _last_number(output), _last_number(reference)
+    ours = _last_number(output)
+    theirs = _last_number(reference)
     return float(ours is not None and ours == theirs)
 
 
 def _last_number(text: str) -> Decimal | None:
     found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    if found:
+        return Decimal(found[-1].replace(",", ""))
+    return None
 
 
 def f1(output: str, reference: str) -> float:
@@ -68,7 +71,8 @@ def f1(output: str, reference: str) -> float:
 
     Case, punctuation and English articles do not count. Two texts without words are equal.
     """
-    ours, theirs = _words(output), _words(reference)
+    ours = _words(output)
+    theirs = _words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
     shared = sum((Counter(ours) & Counter(theirs)).values())
@@ -115,7 +119,8 @@ def calls_in(text: str) -> list[tuple[str, object]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            value, end = None, at + 1
+            value = None
+            end = at + 1
         call = _call(value)
         if call is None:
             end = at + 1  # a call may stand inside: {"function": {"name": ...}}
@@ -145,21 +150,20 @@ def _parsed(arguments: object) -> object:
 
 def rouge_l(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """F-measure of the longest common subsequence of words, by the `rouge-score` package."""
-    scorer = _needed("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    pairs = zip(outputs, references, strict=True)
-    return [float(scorer.score(r, o)["rougeL"].fmeasure) for o, r in pairs]
+    score = _needed("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"]).score
+    return _of_each(lambda o, r: float(score(r, o)["rougeL"].fmeasure))(outputs, references)
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """BLEU of each sample, 0 to 100, by sacrebleu (`sentence_bleu`, with its smoothing)."""
-    of_one = _needed("bleu", "sacrebleu").sentence_bleu
-    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
+    score = _needed("bleu", "sacrebleu").sentence_bleu
+    return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
 
 
 def chrf(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     """chrF of each sample, 0 to 100, by sacrebleu (`sentence_chrf`)."""
-    of_one = _needed("chrf", "sacrebleu").sentence_chrf
-    return [float(of_one(o, [r]).score) for o, r in zip(outputs, references, strict=True)]
+    score = _needed("chrf", "sacrebleu").sentence_chrf
+    return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
 
 
 def _needed(metric: str, module: str) -> ModuleType:

@@ -19,7 +19,8 @@ Scalar: TypeAlias = int | float | str
 Value: TypeAlias = Scalar | list[Scalar]
 
 MOST_DIMENSIONS = 4
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS[12] = "d"
 _LEAST_ENTRY = 13  # bytes of the smallest metadata: an empty key, its type, a byte

@@ -65,7 +65,9 @@ def is_gguf(path: str) -> bool:
 
 def model_folder(path: str) -> str:
     """`path`, or the folder that the GGUF file there is converted into."""
-    return converted_folder(path) if is_gguf(path) else path
+    if is_gguf(path):
+        return converted_folder(path)
+    return path
 
 
 def converted_folder(path: str) -> str:
@@ -164,7 +166,9 @@ def _dtype(header: Header) -> Json:
     """The dtype in which the matrices are stored; float32 where one is quantised."""
     kinds = {entry.kind for entry in header.tensors.values() if len(entry.shape) > 1}
     [kind, *others] = kinds or {0}
-    return "float32" if others or kind not in _FLOATS else _FLOATS[kind][0]
+    if others or kind not in _FLOATS:
+        return "float32"
+    return _FLOATS[kind][0]
 
 
 def _write_weights(header: Header, config: dict[str, Json], folder: Path) -> None:
@@ -254,7 +258,9 @@ def _read(header: Header, entry: TensorEntry) -> NDArray[np.float32]:
 
 def _stored_as(entry: TensorEntry) -> str:
     """The dtype by safetensors' name: floats keep their own, others become float32."""
-    return _FLOATS[entry.kind][1] if entry.kind in _FLOATS else "F32"
+    if entry.kind in _FLOATS:
+        return _FLOATS[entry.kind][1]
+    return "F32"
 
 
 def _content(header: Header, layout: Layout, name: str, entry: TensorEntry) -> bytes:

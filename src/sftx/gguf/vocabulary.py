@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers.models import BPE
 
 from sftx.boundary import boundary
-from sftx.gguf.header import Header
+from sftx.gguf.header import Header, Value
 from sftx.types import Json, UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -71,8 +71,9 @@ def read_vocabulary(header: Header) -> Vocabulary:
     reader = _Reader(header)
     model = reader.text("model", "")
     if model not in ("gpt2", "llama"):
+        kind = model or "none"
         raise UserError(
-            f"{header.path}: its tokenizer is of the kind {model or 'none'!r}; sftx reads gpt2 "
+            f"{header.path}: its tokenizer is of the kind {kind!r}; sftx reads gpt2 "
             "(byte-level BPE) and llama (SentencePiece BPE)"
         )
     tokens, kinds = _tokens(reader)
@@ -92,8 +93,10 @@ def read_vocabulary(header: Header) -> Vocabulary:
 def _tokens(reader: _Reader) -> tuple[list[str], list[int]]:
     """The tokens and their kinds, without those at the end that only fill the embeddings up."""
     tokens = reader.texts("tokens")
-    kinds = [int(kind) for kind in reader.numbers("token_type", [NORMAL] * len(tokens))]
-    if not tokens or len(set(tokens)) < len(tokens) or len(kinds) != len(tokens):
+    all_normal = [NORMAL] * len(tokens)
+    kinds = [int(kind) for kind in reader.numbers("token_type", all_normal)]
+    has_twice = len(set(tokens)) < len(tokens)
+    if not tokens or has_twice or len(kinds) != len(tokens):
         raise UserError(
             f"{reader.header.path}: tokenizer.ggml.tokens is empty, holds a token twice, or has "
             "not one token_type for each"
@@ -117,11 +120,14 @@ def _add_special(vocabulary: Vocabulary, reader: _Reader) -> None:
         at = reader.token(key, count)
         if at is not None:
             vocabulary.named[name] = at
-    stops = [reader.token(key, count) for key in STOPS]
-    vocabulary.stop_ids = list(dict.fromkeys(at for at in stops if at is not None))
+    for key in STOPS:
+        at = reader.token(key, count)
+        if at is not None and at not in vocabulary.stop_ids:
+            vocabulary.stop_ids.append(at)
     is_llama = vocabulary.model == "llama"
+    often_has_bos = is_llama or vocabulary.rule in WHOLE_WORDS_FIRST
     vocabulary.adds = {
-        "bos": reader.flag("add_bos_token", is_llama or vocabulary.rule in WHOLE_WORDS_FIRST),
+        "bos": reader.flag("add_bos_token", often_has_bos),
         "eos": reader.flag("add_eos_token", False),
         "space": reader.flag("add_space_prefix", is_llama),
     }
@@ -140,23 +146,26 @@ def tokenizer_files(vocabulary: Vocabulary, place: object) -> dict[str, str]:
         "add_bos_token": vocabulary.adds["bos"],
         "add_eos_token": vocabulary.adds["eos"],
     }
-    config |= {name: vocabulary.tokens[at] for name, at in vocabulary.named.items()}
-    generation = {
-        "bos_token_id": vocabulary.named.get("bos_token"),
-        "eos_token_id": vocabulary.stop_ids or None,
-        "pad_token_id": vocabulary.named.get("pad_token"),
-    }
-    known = {name: value for name, value in generation.items() if value is not None}
+    named = vocabulary.named
+    for name, at in named.items():
+        config[name] = vocabulary.tokens[at]
+    generation: dict[str, object] = {}
+    if "bos_token" in named:
+        generation["bos_token_id"] = named["bos_token"]
+    if vocabulary.stop_ids:
+        generation["eos_token_id"] = vocabulary.stop_ids
+    if "pad_token" in named:
+        generation["pad_token_id"] = named["pad_token"]
     files = {
         "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False),
-        "generation_config.json": json.dumps(known, indent=1),
+        "generation_config.json": json.dumps(generation, indent=1),
     }
     for name, text in vocabulary.templates.items():
-        is_default = name == "default"
-        files[
-            "chat_template.jinja" if is_default else f"additional_chat_templates/{name}.jinja"
-        ] = text
+        file = f"additional_chat_templates/{name}.jinja"
+        if name == "default":
+            file = "chat_template.jinja"
+        files[file] = text
     return files
 
 
@@ -165,11 +174,23 @@ def merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tup
     cuts of the best token first.
     """
     at = {token: number for number, token in enumerate(tokens)}
+
+    def score_of(token: str) -> float:
+        return scores[at[token]]
+
+    def numbers_of(pair: tuple[str, str]) -> tuple[int, int]:
+        left, right = pair
+        return at[left], at[right]
+
     merges: list[tuple[str, str]] = []
-    for token in sorted(tokens, key=lambda each: -scores[at[each]]):
-        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in cuts if left in at and right in at]
-        merges += sorted(known, key=lambda pair: (at[pair[0]], at[pair[1]]))
+    for token in sorted(tokens, key=lambda each: -score_of(each)):
+        known: list[tuple[str, str]] = []
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            right = token[cut:]
+            if left in at and right in at:
+                known.append((left, right))
+        merges += sorted(known, key=numbers_of)
     return merges
 
 
@@ -179,20 +200,30 @@ class _Reader:
     def __init__(self, header: Header) -> None:
         self.header = header
 
+    def _value(self, key: str) -> Value | None:
+        return self.header.metadata.get(f"tokenizer.ggml.{key}")
+
     def text(self, key: str, default: str) -> str:
-        value = self.header.metadata.get(f"tokenizer.ggml.{key}", default)
+        value = self._value(key)
+        if value is None:
+            return default
         if not isinstance(value, str):
             raise self._wrong(key, "a text")
         return value
 
     def texts(self, key: str) -> list[str]:
-        value = self.header.metadata.get(f"tokenizer.ggml.{key}")
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        value = self._value(key)
+        if not isinstance(value, list):
             raise self._wrong(key, "a list of texts")
-        return [str(each) for each in value]
+        found = [each for each in value if isinstance(each, str)]
+        if len(found) < len(value):
+            raise self._wrong(key, "a list of texts")
+        return found
 
     def numbers(self, key: str, default: list[int] | None) -> list[float]:
-        value: object = self.header.metadata.get(f"tokenizer.ggml.{key}", default)
+        value = self._value(key)
+        if value is None and default is not None:
+            return [float(each) for each in default]
         if not isinstance(value, list):
             raise self._wrong(key, "a list of numbers")
         found: list[float] = [each for each in value if isinstance(each, int | float)]
@@ -201,20 +232,24 @@ class _Reader:
         return found
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.header.metadata.get(f"tokenizer.ggml.{key}", default)
+        value = self._value(key)
+        if value is None:
+            return default
         if not isinstance(value, bool):
             raise self._wrong(key, "true or false")
         return value
 
     def token(self, key: str, count: int) -> int | None:
         """The id of a named token; None where the file names none."""
-        value = self.header.metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and (type(value) is not int or not 0 <= value < count):
+        value = self._value(key)
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < count:
             raise self._wrong(key, f"the number of one of its {count:,} tokens")
         return value
 
     def _wrong(self, key: str, wanted: str) -> UserError:
-        found = str(self.header.metadata.get(f"tokenizer.ggml.{key}"))[:40]
+        found = str(self._value(key))[:40]
         return UserError(f"{self.header.path}: tokenizer.ggml.{key} is {found}; {wanted} is needed")
 
 
@@ -238,7 +273,9 @@ def _templates(header: Header) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in header.metadata.items():
         prefix, _, name = key.partition("tokenizer.chat_template")
-        if prefix or not isinstance(value, str) or not (name == "" or name.startswith(".")):
+        if prefix or not isinstance(value, str):
+            continue
+        if name and not name.startswith("."):
             continue
         called = name.removeprefix(".") or "default"
         if not called.replace("_", "").isalnum():
@@ -265,23 +302,34 @@ def _add_edges(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     """Let the tokenizer put BOS and EOS around a text, where the file says so."""
     first = _edge(vocabulary, "bos")
     last = _edge(vocabulary, "eos")
-    named = {at: vocabulary.tokens[at] for at in (*first, *last)}
-    if named:
-        edges = [*(f"{named[at]}:0" for at in first), "$A:0", *(f"{named[at]}:0" for at in last)]
-        backend.post_processor = processors.TemplateProcessing(
-            single=edges, special_tokens=[(text, at) for at, text in named.items()]
-        )
+    special: dict[str, int] = {}
+    for at in (*first, *last):
+        special[vocabulary.tokens[at]] = at
+    if not special:
+        return
+    single = ["$A:0"]
+    for at in first:
+        single.insert(0, f"{vocabulary.tokens[at]}:0")
+    for at in last:
+        single.append(f"{vocabulary.tokens[at]}:0")
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=list(special.items())
+    )
 
 
 def _edge(vocabulary: Vocabulary, name: str) -> list[int]:
     """The token put before (bos) or after (eos) a text, if the file says so."""
     at = vocabulary.named.get(f"{name}_token")
-    return [at] if vocabulary.adds[name] and at is not None else []
+    if vocabulary.adds[name] and at is not None:
+        return [at]
+    return []
 
 
 def _byte_level(vocabulary: Vocabulary, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
-    pairs = [merge.split(" ", 1) for merge in vocabulary.merges]
-    merges = [(left, right) for left, right in pairs]
+    merges: list[tuple[str, str]] = []
+    for merge in vocabulary.merges:
+        left, right = merge.split(" ", 1)
+        merges.append((left, right))
     whole = vocabulary.rule in WHOLE_WORDS_FIRST
     backend = tokenizers.Tokenizer(BPE(dict(ids), merges, ignore_merges=whole))
     if vocabulary.rule == "qwen2":
@@ -302,19 +350,21 @@ def _byte_level(vocabulary: Vocabulary, ids: Mapping[str, int]) -> tokenizers.To
 
 
 def _sentence_piece(vocabulary: Vocabulary, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
-    mergeable = [
-        token
-        for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
-        if kind in (NORMAL, USER_DEFINED)
-    ]
-    scores = [vocabulary.scores[ids[token]] for token in mergeable]
-    unknown = vocabulary.named.get("unk_token")
+    mergeable: list[str] = []
+    scores: list[float] = []
+    for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
+        if kind in (NORMAL, USER_DEFINED):
+            mergeable.append(token)
+            scores.append(vocabulary.scores[ids[token]])
+    unknown = None
+    if "unk_token" in vocabulary.named:
+        unknown = vocabulary.tokens[vocabulary.named["unk_token"]]
     model = BPE(
         dict(ids),
         merges_of_scores(mergeable, scores),
         byte_fallback=BYTE in vocabulary.kinds,
         fuse_unk=True,
-        unk_token=None if unknown is None else vocabulary.tokens[unknown],
+        unk_token=unknown,
     )
     backend = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)

@@ -67,7 +67,9 @@ def _refused(why: str) -> UserError:
 
 
 def _json(path: Path) -> Object:
-    return cast("Object", json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if path.exists():
+        return cast("Object", json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def _tokens(
@@ -98,7 +100,9 @@ def _kind(token: str, unknown: Json) -> int:
     """The kind of a token of SentencePiece."""
     if token == unknown:
         return UNKNOWN
-    return BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return BYTE
+    return NORMAL
 
 
 def _pair(merge: Json) -> tuple[str, str]:

@@ -94,7 +94,9 @@ def type_of(kind: str, shape: tuple[int, ...]) -> str:
     """The type of one tensor: vectors stay float32, and rows that no whole blocks fill are F16."""
     if len(shape) < 2:
         return "F32"
-    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
+    if kind == "Q8_0" and shape[-1] % 32:
+        return "F16"
+    return kind
 
 
 def rounded(kind: str, values: Float32) -> Float32:

@@ -137,15 +137,16 @@ def cast_frozen_weights(
     and what was read of it, in memory. `unread` weights are still to be read from their files, and
     are not touched.
     """
-    adapted = [
-        module for module in decoder_layers(model).modules() if isinstance(module, lora.LoraLinear)
-    ]
-    for p in [p for module in adapted for p in module.base_layer.parameters()]:
-        p.data = torch.empty_like(p, dtype=precision) if unread else p.data.to(precision)
+    modules = decoder_layers(model).modules()
+    adapted = [module for module in modules if isinstance(module, lora.LoraLinear)]
+    for module in adapted:
+        for p in module.base_layer.parameters():
+            p.data = torch.empty_like(p, dtype=precision) if unread else p.data.to(precision)
     if unread or not adapted or precision == torch.float32:
         return
     for p in model.parameters():
-        p.data = p.data.clone() if p.device.type == "cpu" else p.data
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -186,7 +187,8 @@ def _continued(
                 f"adapter.{name}: {given}, but the adapter in {path} has {found[name]}; leave it "
                 "out"
             )
-    if (has := config.trainable_token_indices) != rows:
+    has = config.trainable_token_indices
+    if has != rows:
         raise UserError(
             f"model.add_tokens: {path} trains the rows {has}, this run {rows}; list the same"
         )
@@ -234,7 +236,8 @@ def _check_folder(folder: Path) -> None:
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError(f"adapter.path: {folder} has no adapter_config.json")
-    config, default = read_json(file), LoraConfig().to_dict()
+    config = read_json(file)
+    default = LoraConfig().to_dict()
     for name in sorted(config.keys() - READ):
         value = config[name]
         if value and value != default.get(name):
@@ -248,7 +251,9 @@ def bare(module: Any) -> Any:
     """The embeddings or the head without trained rows; with them, a weight in shards cannot be
     looked at.
     """
-    return module.original_module if isinstance(module, TrainableTokensWrapper) else module
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
+    return module
 
 
 def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ layer waits for the device.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,33 +70,64 @@ def segment_attention(
     # Transformers makes none for this attention: it is the model's own, for itself.
     if attention_mask is not None:
         raise ValueError(WITH_MASK)
+    # The formula of `cpu_attention`.
+    window = _window(sliding_window, max_length_q)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = sliding_window if sliding_window and sliding_window < max_length_q else 0
-    plain = not softcap and s_aux is None and dropout == 0.0
-    on_host = query.device.type == "cpu" and not estimating_gpu
-    if not on_host and torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings and norms leave fp32 behind under autocast; transformers' own kernels
-        # cast here as well.
-        query, key, value = (
-            x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
-        )
-    flash = plain and not on_host and _flash_takes(query, value, cu_seq_lens_q)
-    if flash and prefix_index is None:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
-    if not on_host and query.dtype != value.dtype:
-        query, key, value = query.float(), key.float(), value.float()
+    form = (scale, window, softcap or 0.0)
+    query, key, value = _cast(query, key, value)
+    kernel = _kernel(query, value, cu_seq_lens_q, softcap, s_aux, dropout)
     if prefix_index is not None:
-        numbers = (scale, window, softcap or 0.0, flash and not window)
-        return _shared(query, key, value, s_aux, prefix_index, numbers, dropout), None
-    if dropout == 0.0 and (on_host or not plain):
-        return segments(
-            query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0
-        ), None
-    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    out = by_segment(
-        query, key, value, s_aux, cu_seqlens_cpu, scale, window, softcap or 0.0, dropout
-    )
+        return _shared(query, key, value, s_aux, prefix_index, form, kernel, dropout), None
+    if kernel == "flash":
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, window), None
+    if kernel == "formula":
+        return segments(query, key, value, s_aux, cu_seqlens_cpu, *form), None
+    key = repeat_heads(key, query.shape[1])
+    value = repeat_heads(value, query.shape[1])
+    out = by_segment(query, key, value, s_aux, cu_seqlens_cpu, *form, dropout)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(given: int | None, longest: int) -> int:
+    """The window that hides something of the longest segment, else 0."""
+    return given if given and given < longest else 0
+
+
+def _on_host(query: Tensor) -> bool:
+    return query.device.type == "cpu" and not estimating_gpu
+
+
+def _kernel(
+    query: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Literal["flash", "formula", "autograd"]:
+    """What computes segments that share nothing."""
+    if dropout:
+        return "autograd"
+    if _on_host(query) or softcap or sinks is not None:
+        return "formula"
+    return "flash" if _flash_takes(query, value, cu_seqlens) else "autograd"
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype that autocast asks for, or fp32 where they are of several; a CPU's kernel casts
+    by itself.
+
+    Rotary embeddings and norms leave fp32 behind; transformers' own kernels cast here as well.
+    """
+    dtype = query.dtype
+    device = query.device.type
+    if _on_host(query):
+        return query, key, value
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif value.dtype != dtype:
+        dtype = torch.float32
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _shared(
@@ -105,49 +136,55 @@ def _shared(
     value: Tensor,
     sinks: Tensor | None,
     prefix_index: list[Tensor],
-    numbers: tuple[float, int, float, bool],
+    form: tuple[float, int, float],
+    kernel: str,
     dropout: float,
 ) -> Tensor:
-    """Segments that share prefixes; `numbers` = scale, window, soft-cap, and whether flash attention
-    computes the parts.
+    """Segments that share prefixes; `form` = scale, window, soft-cap. Flash attention computes the
+    parts where it is the `kernel`, and there is no window.
     """
     if dropout:
         raise ValueError("attention drops keys, which segments with shared prefixes do not")
-    if numbers[-1] and not _HAS_GROUPS:
+    flash = kernel == "flash" and not form[1]
+    if flash and not _HAS_GROUPS:
         key = repeat_heads(key, query.shape[1])
         value = repeat_heads(value, query.shape[1])
-    return shared_segments(query, key, value, sinks, prefix_index, *numbers)[0]
+    return shared_segments(query, key, value, sinks, prefix_index, *form, flash)[0]
 
 
 def repeat_heads(states: Tensor, heads: int) -> Tensor:
     """Grouped-query attention: repeat key or value heads up to the number of query heads."""
     groups = heads // states.shape[1]
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+    if groups == 1:
+        return states
+    return states.repeat_interleave(groups, dim=1)
 
 
 def _flash_takes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> bool:
     """What flash attention 2 computes. Its backward pass counts elements of a padded fp32 buffer in
     32 bits.
     """
-    tokens, heads, size = q.shape[2], q.shape[1], q.shape[3]
-    padded = (tokens + 128 * cu_seqlens.shape[0]) * heads * (-(-size // 32) * 32)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and size == v.shape[3] and size % 8 == 0 and size <= 256 and padded < 2**31
+    _, heads, tokens, size = q.shape
+    padded_size = -(-size // 32) * 32
+    padded_tokens = tokens + 128 * cu_seqlens.shape[0]
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    has_size = size == v.shape[3] and size % 8 == 0 and size <= 256
+    return is_half and has_size and padded_tokens * heads * padded_size < 2**31
 
 
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int
 ) -> Tensor:
-    groups: dict[str, Any] = (
-        {"enable_gqa": True} if _HAS_GROUPS and q.shape[1] != k.shape[1] else {}
-    )
-    if not groups:
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    heads = q.shape[1]
+    options: dict[str, Any] = {"scale": scale}
+    if _HAS_GROUPS and heads != k.shape[1]:
+        options["enable_gqa"] = True
+    else:
+        k = repeat_heads(k, heads)
+        v = repeat_heads(v, heads)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
     # (left, right): how many further positions are seen. (-1, 0) is plain causal attention.
-    size = (window - 1 if window else -1, 0)
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=size, **groups
-    )
+    options["window_size"] = (window - 1, 0) if window else (-1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out[None]

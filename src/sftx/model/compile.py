@@ -63,7 +63,8 @@ def compile_layers(
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    began, paths = time.perf_counter(), loss.paths
+    began = time.perf_counter()
+    paths = loss.paths
     # A layer with hooks inside stays as it is: what they do is not part of a graph. Those on the
     # layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
     hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}

@@ -31,7 +31,9 @@ every shape.
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in fp64 where it is so already, else in fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
 def segments_of(cu_seqlens_cpu: Tensor) -> list[tuple[int, int]]:
@@ -56,20 +58,20 @@ def by_segment(
     """
     parts = []
     for a, b in segments_of(cu_seqlens_cpu):
-        query, key, value = (x[:, :, a:b] for x in (q, k, v))
+        length = b - a
+        query = q[:, :, a:b]
+        key = k[:, :, a:b]
+        value = v[:, :, a:b]
         if softcap or sinks is not None:
-            whole = slice(0, b - a)
-            p = _probabilities(query[0] * scale, key[0], sinks, whole, whole, window, softcap)[0]
-            parts.append(F.dropout(p[None].to(v.dtype), dropout) @ value)
+            whole = slice(0, length)
+            scaled = query[0] * scale
+            p = _probabilities(scaled, key[0], sinks, whole, whole, window, softcap)[0]
+            part = F.dropout(p[None].to(v.dtype), dropout) @ value
         else:
-            seen = (
-                torch.ones(b - a, b - a, dtype=torch.bool, device=q.device)
-                .tril()
-                .triu(1 - (window or b - a))
-            )
-            parts.append(
-                F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale)
-            )
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            seen = seen.tril().triu(1 - (window or length))
+            part = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=scale)
+        parts.append(part)
     return torch.cat(parts, dim=2)
 
 
@@ -89,14 +91,15 @@ def segments(
 
     `cu_seqlens_cpu` int32[n + 1] lies on the host; on a GPU `q`, `k` and `v` have one dtype.
     """
-    out = q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+    heads = q.shape[1]
+    width = v.shape[3]
+    out = q.new_zeros(1, q.shape[2], heads, width)
     with torch.autocast(q.device.type, enabled=False):
         for a, b in segments_of(cu_seqlens_cpu):
             queries, keys, values = _cut(a, b, q, k, v)
-            whole = torch.empty(
-                keys.shape[1], q.shape[1], v.shape[3], dtype=keys.dtype, device=q.device
-            )
-            for rows, seen in _blocks(len(whole), window, q):
+            length = keys.shape[1]
+            whole = torch.empty(length, heads, width, dtype=keys.dtype, device=q.device)
+            for rows, seen in _blocks(length, window, q):
                 p = _probabilities(
                     queries[:, :, rows].flatten(1, 2) * scale,
                     keys[:, seen],
@@ -107,7 +110,7 @@ def segments(
                     softcap,
                 )[0]
                 part = torch.bmm(p.to(values.dtype), values[:, seen])
-                whole[rows] = part.view(q.shape[1], -1, v.shape[3]).transpose(0, 1)
+                whole[rows] = part.view(heads, -1, width).transpose(0, 1)
             out[0, a:b] = whole[: b - a]
     return out
 
@@ -129,43 +132,44 @@ def _segments_backward(
         for a, b in segments_of(cu_seqlens_cpu):
             queries, keys, values = _cut(a, b, *qkv)
             grads = _cut(a, b, grad.transpose(1, 2), *qkv[1:])[0]
-            parts = d_q, d_k, d_v = (
-                torch.empty_like(queries),
-                torch.zeros_like(keys),
-                torch.zeros_like(values),
-            )
+            d_q = torch.empty_like(queries)
+            d_k = torch.zeros_like(keys)
+            d_v = torch.zeros_like(values)
             for rows, seen in _blocks(keys.shape[1], window, grad):
-                block, g = (
-                    queries[:, :, rows].flatten(1, 2) * scale,
-                    grads[:, :, rows].flatten(1, 2),
-                )
+                block = queries[:, :, rows].flatten(1, 2) * scale
+                g = grads[:, :, rows].flatten(1, 2)
                 p, slope, sink = _probabilities(
                     block, keys[:, seen], sinks, rows, seen, window, softcap
                 )
                 d_p = at_least_fp32(torch.bmm(g, values[:, seen].mT))
                 if sink is not None:  # what a sink gives is 0, and so is its d_p
-                    d_sinks -= (
-                        (sink * (p * d_p).sum(-1, keepdim=True)).view(len(d_sinks), -1).sum(1)
-                    )
+                    pull = sink * (p * d_p).sum(-1, keepdim=True)
+                    d_sinks -= pull.view(len(d_sinks), -1).sum(1)
                 d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-                d_z = (d_z if slope is None else d_z * slope).to(keys.dtype)
+                if slope is not None:
+                    d_z = d_z * slope
+                d_z = d_z.to(keys.dtype)
+                # Neither in a name of its own, which would keep memory into the next segment.
                 d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
                 d_k[:, seen] += torch.bmm(d_z.mT, block)
                 d_v[:, seen] += torch.bmm(p.to(g.dtype).mT, g)
-            for total, part in zip(found, parts, strict=True):
+            for total, part in zip(found, (d_q, d_k, d_v), strict=True):
                 total[0, :, a:b] = part.view(-1, *part.shape[-2:])[:, : b - a]
-    return found if sinks is None else [*found, d_sinks.to(sinks.dtype)]
+    if sinks is not None:
+        found.append(d_sinks.to(sinks.dtype))
+    return found
 
 
 segments.register_fake(lambda q, k, v, *_: q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]))
-_segments_backward.register_fake(
-    lambda grad, qkv, sinks, *_: [
-        x.new_empty(x.shape) for x in (*qkv, *([] if sinks is None else [sinks]))
-    ]
-)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+@_segments_backward.register_fake
+def _(grad: Tensor, qkv: list[Tensor], sinks: Tensor | None, *_: object) -> list[Tensor]:
+    given = qkv if sinks is None else [*qkv, sinks]
+    return [x.new_empty(x.shape) for x in given]
+
+
+def _save(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.numbers = inputs[5:]
 
@@ -173,7 +177,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *qkv, sinks, cu_seqlens_cpu = ctx.saved_tensors
     found = _segments_backward(grad, qkv, sinks, cu_seqlens_cpu, *ctx.numbers)
-    return *found[:3], None if sinks is None else found[3], None, None, None, None
+    numbers = [None] * (8 - len(found))
+    return *found, *numbers
 
 
 segments.register_autograd(_backward, setup_context=_save)
@@ -184,15 +189,24 @@ def _cut(a: int, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     parts = [x[0, :, a:b] for x in (q, k, v)]
     # What is filled up comes last, where no query of the segment sees it.
     if q.device.type == "cpu":
-        parts = [F.pad(at_least_fp32(x), (0, 0, 0, (a - b) % FILL)) for x in parts]
-    return parts[0].unflatten(0, (k.shape[1], -1)), parts[1].contiguous(), parts[2].contiguous()
+        missing = (a - b) % FILL
+        parts = [F.pad(at_least_fp32(x), (0, 0, 0, missing)) for x in parts]
+    query, key, value = parts
+    by_key_head = query.unflatten(0, (k.shape[1], -1))
+    return by_key_head, key.contiguous(), value.contiguous()
 
 
 def _blocks(length: int, window: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
     """(queries, the keys that some of them see)."""
-    for a in range(0, length, step := ROWS * (1 if like.device.type == "cpu" else 8)):
+    step = ROWS
+    if like.device.type != "cpu":
+        step *= 8
+    for a in range(0, length, step):
         b = min(a + step, length)
-        yield slice(a, b), slice(max(0, a - window + 1) if window else 0, b)
+        first = 0
+        if window:
+            first = max(0, a - window + 1)
+        yield slice(a, b), slice(first, b)
 
 
 def _probabilities(
@@ -209,13 +223,16 @@ def _probabilities(
     """
     z, slope = scores(queries, keys, softcap)
     count = rows.stop - rows.start
-    by_row, hidden = z.unflatten(1, (-1, count)), z.new_full((count, z.shape[2]), float("-inf"))
-    by_row[..., rows.start - seen.start :].add_(hidden[:, -count:].triu(1))
-    if window and rows.stop - seen.start > window:
-        by_row.add_(hidden.tril(rows.start - seen.start - window))
+    before = rows.start - seen.start
+    by_row = z.unflatten(1, (-1, count))
+    hidden = z.new_full((count, z.shape[2]), float("-inf"))
+    by_row[..., before:].add_(hidden[:, -count:].triu(1))
+    if window and before + count > window:
+        by_row.add_(hidden.tril(before - window))
     if sinks is None:
         return torch.softmax(z, -1), slope, None
-    column = sinks.to(z.dtype).view(len(z), -1, 1).expand(-1, -1, count).reshape(len(z), -1, 1)
+    by_head = sinks.to(z.dtype).view(len(z), -1, 1)
+    column = by_head.expand(-1, -1, count).reshape(len(z), -1, 1)
     p = torch.softmax(torch.cat([z, column], -1), -1)
     return p[..., :-1].contiguous(), slope, p[..., -1:]
 
@@ -228,4 +245,5 @@ def scores(queries: Tensor, keys: Tensor, softcap: float) -> tuple[Tensor, Tenso
     if not softcap:
         return z, None
     z = torch.tanh(z / softcap)
-    return z * softcap, 1 - z**2
+    slope = 1 - z**2
+    return z * softcap, slope

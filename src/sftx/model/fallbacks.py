@@ -34,7 +34,8 @@ def causal_conv(
     """
     if cu_seqlens is not None or seq_idx is not None:
         raise ValueError("without its kernel the convolution cannot keep packed segments apart")
-    tokens, taps = hidden_states.shape[-1], weight.shape[-1]
+    tokens = hidden_states.shape[-1]
+    taps = weight.shape[-1]
     seen = nn.functional.pad(hidden_states.to(weight.dtype), (taps - 1, 0))
     out = seen[..., :tokens] * weight[:, :1]
     for tap in range(1, taps):
@@ -79,6 +80,7 @@ def own_fallbacks() -> Iterator[None]:
 
 def _falls_back(function: Any) -> bool:
     """Whether the wrapper that transformers puts around a function of its own has found no kernel."""
-    code, cells = function.__code__, function.__closure__ or ()
+    code = function.__code__
+    cells = function.__closure__ or ()
     found = dict(zip(code.co_freevars, cells, strict=True)).get("is_new_implementation")
     return found is not None and not found.cell_contents

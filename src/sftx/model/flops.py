@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.model.adapter import bare
@@ -33,19 +34,18 @@ def flops(loss: PackLoss, tokens: Any, targets: Any, squares: Any, recomputed: i
     """
     layers = decoder_layers(loss.model)
     width = bare(loss.model.get_input_embeddings()).weight.shape[-1]
-    body = sum(
-        p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters() if p.ndim >= 2
-    )
-    head = bare(loss.model.get_output_embeddings())
-    once = sum(
-        p.numel() for layer in list(layers)[:recomputed] for p in layer.parameters() if p.ndim >= 2
-    )
+    body = sum(_flops_of(p) for p in layers.parameters() if p.ndim >= 2)
+    for layer in list(layers)[:recomputed]:
+        body += sum(2 * p.numel() for p in layer.parameters() if p.ndim >= 2)
+    head = _flops_of(bare(loss.model.get_output_embeddings()).weight)
     attention = 6 * len(layers) * width * squares
-    return (
-        (body + 2 * once) * tokens
-        + (6 if head.weight.requires_grad else 4) * head.weight.numel() * targets
-        + attention
-    )
+    return body * tokens + head * targets + attention
+
+
+def _flops_of(weight: Tensor) -> int:
+    """FLOPs of a token in the products of a weight, forward and backward."""
+    each = 6 if weight.requires_grad else 4
+    return each * weight.numel()
 
 
 def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
@@ -58,13 +58,17 @@ def reached_speed(estimator: MemoryEstimator, pack: Pack) -> float | None:
     paths = estimator.loss.paths
     at_once = paths.isolate or paths.padded
     period = _period(estimator.loss.model) if at_once else 0
-    for number, depth in enumerate((1, 1 + period) if period else ()):
+    device = estimator.machine.device
+    depths = (1, 1 + period) if period else ()
+    for number, depth in enumerate(depths):
         loss, layers = estimator.shadow(depth)
-        for tensor in filter(torch.is_floating_point, (*layers.parameters(), *loss.buffers())):
-            tensor.detach().normal_(std=0.02)
+        for tensor in (*layers.parameters(), *loss.buffers()):
+            if tensor.is_floating_point():
+                tensor.detach().normal_(std=0.02)
         # Its gradient has the size of the vocabulary.
         loss.model.get_input_embeddings().requires_grad_(False)
-        inputs, loss = to_tensors(pack, estimator.machine.device), loss.to(estimator.machine.device)
+        inputs = to_tensors(pack, device)
+        loss = loss.to(device)
         for _ in range(3):
             start = _now()
             with estimator.machine.autocast():

@@ -44,21 +44,25 @@ class ForwardState:
             setattr(module, name, _copied(value))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Numbers, tensors, and None in place of one; not switches and names, which others set between
     two passes.
     """
-    return value is None or (
-        isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
-    )
+    if isinstance(value, bool):
+        return False
+    return value is None or isinstance(value, int | float | torch.Tensor)
 
 
 def _copied(value: Any) -> Any:
     """A copy that no operation in place reaches."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and bool((one == other).all())
-    return type(one) is type(other) and one == other
+def _equal(one: object, other: object) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return type(one) is type(other) and one == other
+    if one.shape != other.shape:
+        return False
+    return bool((one == other).all())

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def resident() -> int:
@@ -61,7 +62,9 @@ def _rooms() -> Iterator[int]:
 def _field(path: Path, name: str) -> int:
     """A line such as `VmRSS:  123 kB`, in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB", read(path), re.MULTILINE)
-    return int(found[1]) << 10 if found else 0
+    if found:
+        return int(found[1]) << 10
+    return 0
 
 
 def read(path: Path) -> str:

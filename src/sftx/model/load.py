@@ -28,7 +28,9 @@ def stored_dtype(model: Model, config: PreTrainedConfig | None = None) -> torch.
     if model.save_dtype != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[model.save_dtype]
     stored = (config or load_config(model)).dtype
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    if isinstance(stored, torch.dtype):
+        return stored
+    return torch.float32
 
 
 def load_model(
@@ -60,7 +62,8 @@ def load_model(
             output_loading_info=True,
             **quantised,
         )
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise UserError(
             f"model.path: {model.path} lacks {len(missing)} weights of {type(loaded).__name__} "
             f"(first: {missing[0]}); training would start from random numbers there"

@@ -49,23 +49,18 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` [..., in] -> [..., out], in the dtype that the base layer alone would return."""
         name = next(iter(self.active_adapters), "")
-        if (
-            args
-            or kwargs
-            or self.disable_adapters
-            or self.merged
-            or name not in self.lora_A
-            or not _is_plain(self)
-        ):
+        is_off = self.disable_adapters or self.merged or name not in self.lora_A
+        if args or kwargs or is_off or not _is_plain(self):
             return super().forward(x, *args, **kwargs)
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        base, low_rank = x.dtype, down.dtype
+        down = self.lora_A[name].weight
+        up = self.lora_B[name].weight
+        base = x.dtype
+        low_rank = down.dtype
         if torch.is_autocast_enabled(x.device.type):
             base = low_rank = torch.get_autocast_dtype(x.device.type)
         settings = self.scaling[name], base, low_rank
-        return _LoraLinear.apply(
-            x, self.base_layer.weight, self.base_layer.bias, down, up, settings
-        )
+        plain = self.base_layer
+        return _LoraLinear.apply(x, plain.weight, plain.bias, down, up, settings)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,28 +75,29 @@ class _LoraLinear(torch.autograd.Function):
         settings: Settings,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
-        ctx.settings = scaling, base, low_rank = settings
-        out = F.linear(x.to(base), weight.to(base), None if bias is None else bias.to(base))
+        ctx.settings = settings
+        scaling, base, low_rank = settings
+        if bias is not None:
+            bias = bias.to(base)
+        out = F.linear(x.to(base), weight.to(base), bias)
         small = x.flatten(0, -2).to(low_rank) @ down.to(low_rank).t()
-        flat = out.flatten(0, -2).to(low_rank).addmm_(small, up.to(low_rank).t(), alpha=scaling)
+        flat = out.flatten(0, -2).to(low_rank)
+        flat.addmm_(small, up.to(low_rank).t(), alpha=scaling)
         return flat.to(base).view(out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, down, up = ctx.saved_tensors
         scaling, base, low_rank = ctx.settings
-        flat_grad, flat_x, a = (
-            grad.flatten(0, -2).to(low_rank),
-            x.flatten(0, -2).to(low_rank),
-            down.to(low_rank),
-        )
+        flat_grad = grad.flatten(0, -2).to(low_rank)
+        flat_x = x.flatten(0, -2).to(low_rank)
+        a = down.to(low_rank)
         small_grad = (flat_grad @ up.to(low_rank)) * scaling
         d_up = flat_grad.t() @ ((flat_x @ a.t()) * scaling)
         d_down = small_grad.t() @ flat_x
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (
-                (grad.flatten(0, -2).to(base) @ weight.to(base)).to(low_rank).addmm_(small_grad, a)
-            )
+            d_x = grad.flatten(0, -2).to(base) @ weight.to(base)
+            d_x = d_x.to(low_rank).addmm_(small_grad, a)
             d_x = d_x.to(x.dtype).view(x.shape)
         return d_x, None, None, d_down.to(down.dtype), d_up.to(up.dtype), None

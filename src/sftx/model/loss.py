@@ -50,8 +50,18 @@ class LogitTransform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to logits of any shape."""
-        x = x * self.scale if self.scale != 1.0 else x
-        return self.softcap * torch.tanh(x / self.softcap) if self.softcap else x
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.softcap:
+            x = self.softcap * torch.tanh(x / self.softcap)
+        return x
+
+    def backward(self, grad: Tensor, slope: Tensor | None) -> None:
+        """Make the gradient of the result that of the head's output, in place."""
+        if slope is not None:
+            grad *= slope
+        if self.scale != 1.0:
+            grad *= self.scale
 
 
 def cross_entropy_sum(
@@ -61,11 +71,10 @@ def cross_entropy_sum(
     float32.
     """
     logits = logits.float()
-    lse, mean = (
-        torch.logsumexp(logits, dim=-1),
-        logits.mean(-1) if objective.label_smoothing else None,
-    )
-    return (_losses(_at(logits, label), mean, lse, objective)[0].double() * weight).sum().float()
+    lse = torch.logsumexp(logits, dim=-1)
+    mean = logits.mean(-1) if objective.label_smoothing else None
+    losses, _ = _losses(_at(logits, label), mean, lse, objective)
+    return (losses.double() * weight).sum().float()
 
 
 def correct_weight(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
@@ -90,10 +99,13 @@ def _losses(
     nll = lse - at_label
     share = torch.exp(-nll.detach()) if objective.dft else None
     if mean is not None:
-        nll = (1 - objective.label_smoothing) * nll + objective.label_smoothing * (lse - mean)
+        eps = objective.label_smoothing
+        nll = (1 - eps) * nll + eps * (lse - mean)
     if share is not None:
         nll = share * nll
-    return nll + objective.z_loss * lse**2 if objective.z_loss else nll, share
+    if objective.z_loss:
+        nll = nll + objective.z_loss * lse**2
+    return nll, share
 
 
 def fused_cross_entropy_sum(
@@ -112,11 +124,13 @@ def fused_cross_entropy_sum(
     none twice). Under autocast the products run in its dtype, as the model's own head would; the
     sums stay in fp32.
     """
-    device, eps = hidden.device.type, objective.label_smoothing
+    device = hidden.device.type
+    eps = objective.label_smoothing
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     if not torch.is_grad_enabled():  # which an autograd function cannot see
-        head, bias = head.detach(), None if bias is None else bias.detach()
+        head = head.detach()
+        bias = None if bias is None else bias.detach()
     correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
     def chunk(s: slice, hidden: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +143,8 @@ def fused_cross_entropy_sum(
         if bias is not None:
             x += bias
         z = transform(x)
-        at_label, mean = _at(z, label[s]), z.mean(-1) if eps else None
+        at_label = _at(z, label[s])
+        mean = z.mean(-1) if eps else None
         slope = 1 - (z / transform.softcap) ** 2 if transform.softcap else None
         peak, best = z.max(-1)
         correct.add_(_weight_where(best == label[s], weight[s]))
@@ -138,16 +153,15 @@ def fused_cross_entropy_sum(
         lse = peak + mass.log()
         losses, share = _losses(at_label, mean, lse, objective)
         pull = weight[s] if share is None else weight[s] * share
-        grad *= (
-            (pull + 2 * objective.z_loss * weight[s] * lse if objective.z_loss else pull) / mass
-        )[:, None]
-        grad.scatter_add_(-1, label[s, None], (eps - 1) * pull[:, None])
+        of_lse = pull
+        if objective.z_loss:
+            of_lse = pull + 2 * objective.z_loss * weight[s] * lse
+        grad *= (of_lse / mass)[:, None]
+        column = pull[:, None]
+        grad.scatter_add_(-1, label[s, None], (eps - 1) * column)
         if eps:
-            grad -= (eps / z.shape[1]) * pull[:, None]
-        if slope is not None:
-            grad *= slope
-        if transform.scale != 1.0:
-            grad *= transform.scale
+            grad -= (eps / z.shape[1]) * column
+        transform.backward(grad, slope)
         return (losses.double() * weight[s]).sum(), grad
 
     return _FusedCrossEntropy.apply(hidden, head, bias, chunk), correct
@@ -159,18 +173,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk: Chunk
     ) -> Tensor:
         needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
+        vocabulary = head.shape[0]
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        fill = torch.empty if len(hidden) else torch.zeros  # without targets no chunk writes it
-        d_head = fill(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
-        d_bias = (
-            torch.zeros(head.shape[0], dtype=torch.float32, device=head.device)
-            if needs_bias
-            else None
-        )
-        rows = max(
-            1, CHUNK_BYTES * (1 if hidden.device.type == "cpu" else 16) // (4 * head.shape[0])
-        )
+        d_hidden = d_head = d_bias = None
+        if needs_hidden:
+            d_hidden = torch.empty_like(hidden)
+        if needs_head:
+            fill = torch.empty if len(hidden) else torch.zeros  # without targets no chunk writes it
+            d_head = fill(head.shape, dtype=torch.float32, device=head.device)
+        if needs_bias:
+            d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=head.device)
+        budget = CHUNK_BYTES
+        if hidden.device.type != "cpu":
+            budget *= 16
+        rows = max(1, budget // (4 * vocabulary))
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = head.detach().to(hidden.dtype)
             for a in range(0, hidden.shape[0], rows):

@@ -94,18 +94,19 @@ class MemoryEstimator:
         shards: int | None = None,
         nf4: bool = False,
     ):
-        self.loss, self.layers = loss, decoder_layers(loss.model)
-        self.machine, self.precision, self.base, self.shards = (
-            machine,
-            machine.precision,
-            base,
-            shards,
-        )
-        self.on_gpu, self.compiled = machine.device.type == "cuda", False
+        self.loss = loss
+        self.layers = decoder_layers(loss.model)
+        self.machine = machine
+        self.precision = machine.precision
+        self.base = base
+        self.shards = shards
+        self.on_gpu = machine.device.type == "cuda"
+        self.compiled = False
         self.context: Context | None = None
-        self.packed = {
-            p for p in self.layers.parameters() if nf4 and p.ndim == 2 and not p.requires_grad
-        }
+        self.packed: set[nn.Parameter] = set()
+        if nf4:
+            weights = self.layers.parameters()
+            self.packed = {p for p in weights if p.ndim == 2 and not p.requires_grad}
         self.weights = _bytes({*loss.parameters(), *loss.buffers()} - self.packed)
         self.trained = _bytes(_trained(loss))
         self._known: dict[tuple[int, int, int, int, bool, bool], Marks] = {}
@@ -113,7 +114,9 @@ class MemoryEstimator:
     @property
     def context_size(self) -> int:
         """How many processes compute a pack together."""
-        return 1 if self.context is None else self.context.size
+        if self.context is None:
+            return 1
+        return self.context.size
 
     def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
@@ -126,39 +129,38 @@ class MemoryEstimator:
         # How much a GPU's compiled layers keep was not measured.
         if self.compiled and not self.on_gpu:
             less = (1 - KEPT) * body
-            body, forward, backward = (
-                body - less,
-                forward - less,
-                [mark - less for mark in backward],
-            )
+            body = body - less
+            forward = forward - less
+            backward = [mark - less for mark in backward]
         if recomputed and self.layers:
             every = self._marks(pack, True, accumulate)
             saved = recomputed / len(self.layers) * (body - every[0])
             # What the backward pass computes again lifts it up to the peak it has when all layers
             # are recomputed.
-            body, forward, backward = (
-                body - saved,
-                forward - saved,
-                [max(backward) - saved, *every[2:]],
-            )
+            body = body - saved
+            forward = forward - saved
+            backward = [max(backward) - saved, *every[2:]]
         shards = self.shards or 1
+        trained = self.trained / shards
         # Gradients before the backward pass.
-        earlier = self.trained / shards if accumulate or self.shards else 0
+        earlier = trained if accumulate or self.shards else 0
         gathered, reduced = self._buffers()
-        peak, gradients = max(
-            (earlier + forward + gathered, earlier),
-            (earlier + max(backward) + gathered + reduced, self.trained / shards),
-        )
+        at_forward = (earlier + forward + gathered, earlier)
+        at_backward = (earlier + max(backward) + gathered + reduced, trained)
+        peak, gradients = max(at_forward, at_backward)
         activations = min(body, peak - gradients)
         weights = self.weights // shards + int(NF4 * _count(self.packed))
         optimizer = 8 * _count(_trained(self.loss)) // shards
+        allocator = 0
+        if not self.on_gpu:
+            allocator = min(HEAP, FIRST_USE + int(weights + optimizer + peak))
         return Memory(
             weights=weights,
             gradients=int(gradients),
             optimizer=optimizer,
             activations=int(activations),
             workspace=int(peak - gradients - activations),
-            allocator=0 if self.on_gpu else min(HEAP, FIRST_USE + int(weights + optimizer + peak)),
+            allocator=allocator,
             base=self.base,
         )
 
@@ -175,30 +177,35 @@ class MemoryEstimator:
         one = size * max((p.numel() for p in self.packed), default=0)
         if self.shards is None:
             return one, 0
-        layer = max(
-            (_count({*layer.parameters()} - self.packed) for layer in self.layers), default=0
-        )
-        trained = max((_count(_trained(layer)) for layer in self.layers), default=0)
+        widest = 0
+        trained = 0
+        for layer in self.layers:
+            widest = max(widest, _count({*layer.parameters()} - self.packed))
+            trained = max(trained, _count(_trained(layer)))
         inside = {id(p) for p in self.layers.parameters()}
         root = [p for p in self.loss.parameters() if id(p) not in inside]
-        return one + 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(
-            p for p in root if p.requires_grad
-        )
+        trained_root = [p for p in root if p.requires_grad]
+        gathered = one + 3 * size * widest + _bytes(root)
+        reduced = (size + 8) * trained + _bytes(trained_root)
+        return gathered, reduced
 
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""
-        longest, depth = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max()), len(self.layers)
+        longest = int((pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).max())
+        depth = len(self.layers)
         key = (self.context_size, len(pack.ids), longest, len(pack.index), every, accumulate)
-        if key not in self._known:
-            shapes = {
-                (_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers
-            }
-            if depth <= 3 or len(shapes) > 1:
-                self._known[key] = self._measure_step(pack, depth, every, accumulate)
-            else:
-                two, three = (self._measure_step(pack, few, every, accumulate) for few in (2, 3))
-                self._known[key] = two + (depth - 2) * (three - two)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        measure = partial(self._measure_step, pack, every=every, accumulate=accumulate)
+        shapes = {(_count(layer.parameters()), _count(_trained(layer))) for layer in self.layers}
+        if depth <= 3 or len(shapes) > 1:
+            marks = measure(depth)
+        else:
+            two = measure(2)
+            three = measure(3)
+            marks = two + (depth - 2) * (three - two)
+        self._known[key] = marks
+        return marks
 
     def _measure_step(self, pack: Pack, depth: int, every: bool, accumulate: bool) -> Marks:
         """Run `depth` layers once, forward and backward, on fake tensors."""
@@ -207,31 +214,30 @@ class MemoryEstimator:
             loss, layers = self.shadow(depth)
             _choose_no_experts(loss.model)
             recompute(loss.model, depth if every else 0)
-            sharded = {id(p) for p in layers.parameters()} if self.shards else set()
+            earlier = _trained(loss) if accumulate else []
+            if self.shards:
+                earlier = _trained(layers)
             for p in _trained(loss):
-                p.grad = (
-                    torch.empty_like(p)
-                    if (id(p) in sharded if self.shards else accumulate)
-                    else None
-                )
+                p.grad = None
+            for p in earlier:
+                p.grad = torch.empty_like(p)
             count = _Count()
 
             def entering_the_last_layer(_: nn.Module, args: tuple[Any, ...]) -> None:
                 if args and args[0].requires_grad:
                     args[0].register_hook(lambda _: count.cut(2))
 
-            def leaving_the_layers(*_: Any) -> None:
+            def leaving_the_layers(*_: object) -> None:
                 count.marks[0] = count.alive
 
             if depth:
                 layers[-1].register_forward_pre_hook(entering_the_last_layer)
             loss.model.base_model.register_forward_hook(leaving_the_layers)
             attention.estimating_gpu = self.on_gpu
+            is_half = self.precision != torch.float32
             try:
                 with count:
-                    with torch.autocast(
-                        "cpu", torch.bfloat16, enabled=self.precision != torch.float32
-                    ):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
                         value = loss(tensors)
                     count.cut(1)
                     value.backward()
@@ -250,11 +256,9 @@ class MemoryEstimator:
             cast = tensor in self.packed or (id(tensor) in inside and tensor.is_floating_point())
             dtype = self.precision if cast else tensor.dtype
             fake = torch.empty(tensor.shape, dtype=dtype)
-            memo[id(tensor)] = (
-                nn.Parameter(fake, tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else fake
-            )
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, tensor.requires_grad)
+            memo[id(tensor)] = fake
         shadow = copy.deepcopy(self.loss, memo)
         # NEFTune draws by the lengths of segments, which fake tensors do not tell; it is one more
         # hidden state.
@@ -282,17 +286,18 @@ def _experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tens
     `grouped_mm_experts_experts_forward`.
     """
     tokens, each = chosen.shape
-    order = chosen.reshape(-1).sort()[1]
+    flat = chosen.reshape(-1)
+    order = flat.sort()[1]
     pairs = hidden[order // each]
     inner = experts.gate_up_proj if experts.has_gate else experts.up_proj
     out = _first_expert(experts, pairs, inner)
     if experts.has_bias:
         bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
-        out = out + bias[chosen.reshape(-1)]
+        out = out + bias[flat]
     out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
     out = _first_expert(experts, out, experts.down_proj)
     if experts.has_bias:
-        out = out + experts.down_proj_bias[chosen.reshape(-1)]
+        out = out + experts.down_proj_bias[flat]
     weighted = (out * weights.reshape(-1)[order, None])[order]
     return weighted.view(tokens, each, -1).sum(1).to(hidden.dtype)
 
@@ -313,7 +318,8 @@ def _quiet(name: str) -> Iterator[None]:
     it in words.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    before = log.disabled
+    log.disabled = True
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -340,24 +346,24 @@ class _Count(TorchDispatchMode):
 
     def _note(self, tensors: Any, made_here: bool) -> None:
         for tensor in tree_leaves(tensors):
-            if (
-                not isinstance(tensor, Tensor)
-                or (key := tensor.untyped_storage()._cdata) in self._storages
-            ):
+            if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._storages:
+                continue
             size = storage.nbytes() if made_here else 0
-            self._storages[key] = weakref.ref(
-                storage, lambda _, key=key, size=size: self._freed(key, size)
-            )
+            gone = partial(self._freed, key, size)
+            self._storages[key] = weakref.ref(storage, gone)
             self.alive += size
             self.peak = max(self.peak, self.alive)
 
     def cut(self, mark: int) -> None:
         """Note the peak so far, and begin anew."""
-        self.marks[mark], self.peak = self.peak, self.alive
+        self.marks[mark] = self.peak
+        self.peak = self.alive
 
-    def _freed(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int, _: object) -> None:
         del self._storages[key]
         self.alive -= size
 

@@ -48,7 +48,7 @@ class TensorPack:
     weight: Tensor  # float32[M]
     longest: int  # tokens of the longest segment, with its ancestors
     counts: tuple[int, ...]  # targets of each segment; () where they share prefixes
-    examples: tuple[int, ...]  # their numbers, by which noise is drawn
+    examples: tuple[int, ...] = ()  # their numbers, by which noise is drawn
     prefixes: tuple[Tensor, ...] = ()  # `prefix_index`, where segments share them
     context: Context | None = None  # the ranks that compute the pack together
 
@@ -65,7 +65,8 @@ class TensorPack:
         if self.prefixes:
             known["prefix_index"] = [self.positions, *self.prefixes]
         if self.context is not None:
-            known |= {f"context_{name}": value for name, value in asdict(self.context).items()}
+            for name, value in asdict(self.context).items():
+                known[f"context_{name}"] = value
         return known
 
     def parts(self) -> Iterator[tuple[int, int, Tensor, slice]]:
@@ -90,17 +91,22 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
 
     def pinned(array: Any, dtype: torch.dtype) -> Tensor:
         tensor = torch.as_tensor(array).to(dtype)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
+        if device.type == "cuda":
+            return tensor.pin_memory()
+        return tensor
 
     def move(array: Any, dtype: torch.dtype) -> Tensor:
         return pinned(array, dtype).to(device, non_blocking=True)
 
-    part, mine, first = slice(None), slice(None), 0
+    part = slice(None)
+    mine = slice(None)
+    first = 0
     if context is not None:
         pack = context.filled(pack)
         part = context.part(len(pack.ids))
         first = part.start
-        mine = slice(*np.searchsorted(pack.index, [part.start, part.stop]).tolist())
+        begin, end = np.searchsorted(pack.index, [first, part.stop]).tolist()
+        mine = slice(begin, end)
     index = [] if pack.parent is None else prefix_index(pack.cu_seqlens, pack.parent)
     counts: tuple[int, ...] = ()
     prefixes: tuple[Tensor, ...] = ()
@@ -110,7 +116,10 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         on_device = [move(x, x.dtype) for x in (queries, keys, bounds)]
         prefixes = (*on_device, pinned(bounds, bounds.dtype), table)
     else:
-        counts = tuple(np.diff(np.searchsorted(pack.index, pack.cu_seqlens)).tolist())
+        bounds = np.searchsorted(pack.index, pack.cu_seqlens)
+        counts = tuple(np.diff(bounds).tolist())
+    longest = int(np.diff(pack.cu_seqlens).max())
+    deepest = int(pack.positions.max()) + 1
     return TensorPack(
         ids=move(pack.ids[part], torch.int64),
         positions=move(pack.positions[part], torch.int64),
@@ -118,7 +127,7 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         index=move(pack.index[mine] - first, torch.int64),
         label=move(pack.label[mine], torch.int64),
         weight=move(pack.weight[mine], torch.float32),
-        longest=max(int(np.diff(pack.cu_seqlens).max()), int(pack.positions.max()) + 1),
+        longest=max(longest, deepest),
         counts=counts,
         examples=pack.examples,
         prefixes=prefixes,
@@ -183,9 +192,8 @@ class PackLoss(nn.Module):
         text = model.config.get_text_config()
         self._experts_per_token: int = getattr(text, "num_experts_per_tok", None) or 0
         if objective.router_aux and not self._experts_per_token:
-            raise UserError(
-                f"loss.router_aux: {type(model).__name__} has no experts to balance; leave it out"
-            )
+            name = type(model).__name__
+            raise UserError(f"loss.router_aux: {name} has no experts to balance; leave it out")
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._own_attention = model.config._attn_implementation or "eager"
@@ -238,7 +246,8 @@ class PackLoss(nn.Module):
         """Hidden states after the final norm, [T, h]."""
         if self.paths.padded:
             return self._padded(self.model.base_model, pack, "last_hidden_state")
-        positions, ids = pack.positions[None], pack.ids[None]
+        positions = pack.positions[None]
+        ids = pack.ids[None]
         out = self._run(self.model.base_model, ids, position_ids=positions, **pack.segments())
         return out.last_hidden_state[0]
 
@@ -248,18 +257,25 @@ class PackLoss(nn.Module):
         """
         if self.paths.padded:
             return self._padded(self.model, pack, "logits")[pack.index]
-        more = {"position_ids": pack.positions[None]}
-        ids = pack.ids[None]
-        # Some models ignore it. Where segments share prefixes, targets may be as many as tokens.
-        if len(pack.index) == len(pack.ids):
-            return self._run(self.model, ids, **pack.segments(), **more).logits[0][pack.index]
-        more["logits_to_keep"] = pack.index
-        logits = self._run(self.model, ids, **pack.segments(), **more).logits[0]
-        return logits if len(logits) == len(pack.index) else logits[pack.index]
+        index = pack.index
+        more = {"position_ids": pack.positions[None], **pack.segments()}
+        # Where segments share prefixes, targets may be as many as tokens.
+        keeps = len(index) != len(pack.ids)
+        if keeps:
+            more["logits_to_keep"] = index
+        logits = self._run(self.model, pack.ids[None], **more).logits[0]
+        # Some models ignore it.
+        if keeps and len(logits) == len(index):
+            return logits
+        return logits[index]
 
     def logits_one_by_one(self, pack: TensorPack) -> Tensor:
         """Logits [M, V] at `pack.index`, segments one at a time."""
-        return torch.cat([self._logits_alone(pack.ids[a:b])[at] for a, b, at, _ in pack.parts()])
+        logits = []
+        for a, b, at, _ in pack.parts():
+            of_segment = self._logits_alone(pack.ids[a:b])
+            logits.append(of_segment[at])
+        return torch.cat(logits)
 
     def _logits_alone(self, ids: Tensor) -> Tensor:
         """Logits [T, V] of one segment, whatever ran before it."""
@@ -276,7 +292,7 @@ class PackLoss(nn.Module):
             self._noise = self._noise.to(pack.ids.device)[batch.rows]
         # AttributeError where the model has no such part, as in `hidden`: its speed is then unknown.
         found: Tensor = getattr(self._run(module, pack.ids[batch.rows]), name)
-        self._router_logits = tuple(batch.flat(logits) for logits in self._router_logits)
+        self._router_logits = tuple(map(batch.flat, self._router_logits))
         return batch.flat(found)
 
     def _one_by_one(self, pack: TensorPack, objective: Loss, tally: Tally) -> Tensor:
@@ -288,7 +304,8 @@ class PackLoss(nn.Module):
                 continue
             self._noise = None if noise is None else noise[a:b]
             logits = self._logits_alone(pack.ids[a:b])[at]
-            label, weight = pack.label[mine], pack.weight[mine]
+            label = pack.label[mine]
+            weight = pack.weight[mine]
             total = total + cross_entropy_sum(logits, label, weight, objective)
             tally.add(correct_weight(logits, label, weight))
             if objective.router_aux:
@@ -304,9 +321,8 @@ class PackLoss(nn.Module):
         out = module(input_ids=ids, use_cache=False, output_router_logits=True, **inputs)
         self._router_logits = getattr(out, "router_logits", None) or ()
         if not self._router_logits:
-            raise UserError(
-                f"loss.router_aux: {type(self.model).__name__} does not return its routers' logits"
-            )
+            name = type(self.model).__name__
+            raise UserError(f"loss.router_aux: {name} does not return its routers' logits")
         return out
 
     def _balance(self, cu_seqlens_cpu: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -328,9 +344,14 @@ class PackLoss(nn.Module):
         numbers = pack.examples or range(len(lengths))
         seeds = [self.noise_seed * 1_000_003 + example for example in numbers]
         noise = embedding_noise(lengths, width, self.objective.neftune_alpha, seeds)
-        return noise if pack.context is None else noise[pack.context.part(len(noise))]
+        if pack.context is None:
+            return noise
+        return noise[pack.context.part(len(noise))]
 
-    def _add_noise(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+    def _add_noise(self, _module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
         # Once: whatever runs the model next is not this training pack.
-        noise, self._noise = self._noise, None
-        return out if noise is None else out + noise.to(out)
+        noise = self._noise
+        self._noise = None
+        if noise is None:
+            return out
+        return out + noise.to(out)

@@ -35,7 +35,10 @@ def as_batch(cu_seqlens_cpu: Tensor, device: torch.device) -> Batch:
     column = np.arange(lengths.max())
     rows = bounds[:-1, None] + np.minimum(column, lengths - 1)
     places = np.flatnonzero(column < lengths)
-    tensors = [torch.from_numpy(array) for array in (rows, places)]
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    found: list[Tensor] = []
+    for array in (rows, places):
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        found.append(tensor.to(device, non_blocking=True))
+    return Batch(*found)

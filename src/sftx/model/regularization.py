@@ -12,6 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sftx.settings.schema import Loss
+
+
+def of_each_example(objective: Loss) -> str:
+    """Why every example must be computed as a whole, by itself; empty where nothing asks for it."""
+    if objective.neftune_alpha:
+        return "loss.neftune_alpha draws noise for each example"
+    if objective.router_aux:
+        return "loss.router_aux balances the experts of each example"
+    return ""
+
 
 def embedding_noise(
     lengths: Sequence[int], hidden_size: int, alpha: float, seeds: Sequence[int]
@@ -26,7 +37,9 @@ def embedding_noise(
     for length, seed in zip(lengths, seeds, strict=True):
         bound = alpha / math.sqrt(length * hidden_size)
         generator = torch.Generator().manual_seed(seed % 2**63)
-        parts.append(torch.empty(length, hidden_size).uniform_(-bound, bound, generator=generator))
+        part = torch.empty(length, hidden_size)
+        part.uniform_(-bound, bound, generator=generator)
+        parts.append(part)
     return torch.cat(parts)
 
 
@@ -42,15 +55,16 @@ def router_balance(
     """
     lengths = cu_seqlens.diff().long()
     tokens, experts = router_logits[0].shape
-    segment = torch.repeat_interleave(
-        torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens
-    )
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    segment = torch.repeat_interleave(numbers, lengths, output_size=tokens)
     chosen = torch.zeros(len(lengths), experts, device=lengths.device)
     total = torch.zeros_like(chosen)
     for logits in router_logits:
         probability = torch.softmax(logits.float(), dim=-1)
-        choice = torch.zeros_like(probability).scatter_(-1, probability.topk(top_k).indices, 1.0)
+        best = probability.topk(top_k).indices
+        choice = torch.zeros_like(probability).scatter_(-1, best, 1.0)
         chosen.index_add_(0, segment, choice)
         total = total.index_add(0, segment, probability)
     rows = (lengths * len(router_logits))[:, None]
-    return (share * experts * (chosen / rows * total / rows).sum(-1)).sum()
+    products = chosen / rows * total / rows
+    return (share * experts * products.sum(-1)).sum()

@@ -24,7 +24,9 @@ from sftx.settings.schema import Runtime
 from sftx.types import UserError
 
 # glibc's mallopt parameters (malloc.h) and their documented defaults.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_MAX = -4
 _DEFAULTS = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}
 CUBLAS_WORKSPACE = 32 << 20
 """Bytes; PyTorch's default on Hopper (CUBLAS_WORKSPACE_CONFIG in its notes on CUDA), 8 MiB on other
@@ -53,9 +55,9 @@ class Machine:
         `forget_peak`.
         """
         on_gpu = self.device.type == "cuda"
-        return (
-            torch.cuda.max_memory_allocated(self.device) if on_gpu else host_memory.resident_peak()
-        )
+        if on_gpu:
+            return torch.cuda.max_memory_allocated(self.device)
+        return host_memory.resident_peak()
 
     def forget_peak(self) -> None:
         """Begin a new peak."""
@@ -87,7 +89,8 @@ def machine(runtime: Runtime) -> Iterator[Machine]:
     """Choose the device and apply the settings of `runtime`; everything is put back on leaving."""
     device = _choose_device(runtime)
     half = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
-    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    matmul = torch.get_float32_matmul_precision()
     stack = ExitStack()
     if runtime.deterministic:
         stack.enter_context(deterministic())

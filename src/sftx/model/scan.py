@@ -38,15 +38,23 @@ def selective_scan(
     if delta_softplus:
         dt = nn.functional.softplus(dt)
     exact = torch.promote_types(A.dtype, dt.dtype)  # float32 at least: that of A
-    inputs = (hidden_states, dt, B, C)
-    u, step, b, c = (x.to(exact).movedim(-1, 0).contiguous() for x in inputs)
+
+    def tokens_first(x: Tensor) -> Tensor:
+        return x.to(exact).movedim(-1, 0).contiguous()
+
+    u = tokens_first(hidden_states)
+    step = tokens_first(dt)
+    b = tokens_first(B)
+    c = tokens_first(C)
     found, last = _Scan.apply(u, step, A.to(exact), b, c)
     out = found.movedim(0, -1).to(dtype)
     if D is not None:
         out = out + hidden_states * D[:, None]
     if z is not None:
         out = out * nn.functional.silu(z)
-    return (out, last) if return_last_state else out
+    if return_last_state:
+        return out, last
+    return out
 
 
 def _states(u: Tensor, step: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,25 +73,29 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, step: Tensor, A: Tensor, b: Tensor, c: Tensor) -> Any:
         with torch.autocast(u.device.type, enabled=False):
             _, states = _states(u, step, A, b)
-            out = (states @ c[..., None])[..., 0]
+            out = states @ c[..., None]
         ctx.save_for_backward(u, step, A, b, c)
         last = states[-1].clone()
         ctx.mark_non_differentiable(last)
-        return out, last
+        return out[..., 0], last
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         u, step, A, b, c = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
             decay, states = _states(u, step, A, b)
-            d_c = (grad[..., None, :] @ states)[..., 0, :]
+            d_c = grad[..., None, :] @ states
             pull = grad[..., None] * c[:, :, None, :]  # the gradient of every state
-            for t in range(len(pull) - 2, -1, -1):
+            for t in reversed(range(len(pull) - 1)):
                 pull[t].addcmul_(decay[t + 1], pull[t + 1])
-            d_b = ((step * u)[..., None, :] @ pull)[..., 0, :]
-            d_input = (pull @ b[..., None])[..., 0]  # of step * u
+            inputs = step * u
+            d_b = inputs[..., None, :] @ pull
+            d_inputs = pull @ b[..., None]
+            d_inputs = d_inputs[..., 0]
             d_power = pull[1:] * states[:-1] * decay[1:]  # of step * A; the first state has none
-            d_step = d_input * u
+            d_step = d_inputs * u
             d_step[1:] += (d_power * A).sum(-1)
-            d_a = (d_power * step[1:, ..., None]).sum((0, 1))
-        return d_input * step, d_step, d_a, d_b, d_c
+            d_a = d_power * step[1:, ..., None]
+            d_a = d_a.sum((0, 1))
+            d_u = d_inputs * step
+        return d_u, d_step, d_a, d_b[..., 0, :], d_c[..., 0, :]

@@ -58,16 +58,15 @@ def choose_layout(runtime: Runtime, device: torch.device, weights: int, trainabl
     if device.type != "cuda":
         return "replicate"
     needed = 4 * weights + 12 * trainable  # float32: weights; gradients and AdamW's two moments
-    return (
-        "replicate"
-        if needed <= torch.cuda.get_device_properties(device).total_memory / 2
-        else "fsdp"
-    )
+    if needed <= torch.cuda.get_device_properties(device).total_memory / 2:
+        return "replicate"
+    return "fsdp"
 
 
 def build_mesh(parallel: str, device: torch.device, timeout: float) -> DeviceMesh:
     """The mesh (replicas, shards) of a layout, every group of it with the run's timeout in seconds."""
-    size, per_node = distributed.world_size(), distributed.local_size()
+    size = distributed.world_size()
+    per_node = distributed.local_size()
     if parallel == "hsdp" and size % per_node:
         raise UserError(
             f"runtime.parallel: hsdp needs nodes of equal size, but {size} is not a multiple of "
@@ -149,7 +148,8 @@ def unread_model(
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         stored = tensor_facts(folder).keys() if any(folder.glob("*.safetensors")) else set()
-    places, filled = [], dict[int, nn.Parameter]()
+    places = []
+    filled = dict[int, nn.Parameter]()
     for name in model.state_dict():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -188,11 +188,9 @@ def whole_state(
         state[name] = tied[id(parameter)]
     if not distributed.is_main():
         return {}
-    return (
-        state
-        if trained_only
-        else state | {n: t for n, t in model.state_dict().items() if n not in state}
-    )
+    if trained_only:
+        return state
+    return state | {n: t for n, t in model.state_dict().items() if n not in state}
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -267,4 +265,6 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor

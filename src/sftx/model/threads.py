@@ -98,7 +98,9 @@ def _trial(threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     a, b, out = (torch.ones(SIZE, SIZE) for _ in range(3))
     torch.mm(a, b, out=out)  # threads are made
-    start, used, done = time.perf_counter(), time.process_time(), 0
+    start = time.perf_counter()
+    used = time.process_time()
+    done = 0
     while done < LEAST or time.perf_counter() - start < SECONDS:
         torch.mm(a, b, out=out)
         done += 1

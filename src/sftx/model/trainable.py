@@ -37,7 +37,8 @@ def choose_weights(
     """
     notes = add_rows(model, added_token_ids, seed)
     freeze(model, settings)
-    if other := beside_text(model):
+    other = beside_text(model)
+    if other:
         count = sum(parameter.numel() for parameter in other.values())
         notes.append(
             f"{type(model).__name__}: its text part trains; {count:,} other parameters (first: "
@@ -133,8 +134,10 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
     """
     if not added_token_ids:
         return []
-    rows, needed = _matrices(model)[0].shape[0], max(added_token_ids) + 1
-    if unlisted := sorted(set(range(rows, needed)) - set(added_token_ids)):
+    rows = _matrices(model)[0].shape[0]
+    needed = max(added_token_ids) + 1
+    unlisted = sorted(set(range(rows, needed)) - set(added_token_ids))
+    if unlisted:
         raise UserError(
             f"model.add_tokens: tokens beyond the model's {rows} embeddings are not listed: ids "
             f"{unlisted[:8]} ..."
@@ -157,7 +160,8 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
 
 def _matrices(model: Any) -> list[Tensor]:
     """The embeddings, and where they are not tied the head's matrix and bias; without gradients."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     own = (
         []
         if head is None or head.weight is embeddings.weight

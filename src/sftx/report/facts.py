@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -86,7 +87,7 @@ def _is_count(value: object, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _is(kind: type) -> Callable[[object], bool]:
+def _is(kind: type | UnionType) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
@@ -112,8 +113,8 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
         "a whole number of at least 1",
     ),
     "shares_prefixes": (_is(bool), "true or false"),
-    "eval_before": (lambda value: value is None or isinstance(value, dict), "an object"),
-    "eval_after": (lambda value: value is None or isinstance(value, dict), "an object"),
+    "eval_before": (_is(dict | None), "an object"),
+    "eval_after": (_is(dict | None), "an object"),
 }
 NEEDED = ("status", "config", "mathematics", "precision", "device", "tokens_per_pack", "num_steps")
 """The facts without which a run cannot be continued or exported."""
@@ -144,7 +145,8 @@ def check_needed(facts: dict[str, object], path: Path) -> None:
     """
     if not facts.keys() & set(NEEDED):
         raise UserError(f"{path} is a run.json that sftx did not write; choose another folder")
-    if missing := [name for name in NEEDED if name not in facts]:
+    missing = [name for name in NEEDED if name not in facts]
+    if missing:
         raise damaged(path, f"{', '.join(missing)} is missing")
 
 

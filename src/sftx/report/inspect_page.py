@@ -20,7 +20,8 @@ from sftx.report.shell import asset, page
 from sftx.settings.schema import Config
 from sftx.types import Ledger
 
-SHOWN, TOKENS = 240, 400_000
+SHOWN = 240
+TOKENS = 400_000
 """Examples on a page, and tokens of them at most: a page should open at once."""
 DROPPED = 200
 """Dropped rows that are listed."""
@@ -39,25 +40,30 @@ def write_page(
     seen = {(v.place, v.part) for v in first}
     for index in _chosen(corpus):
         length = int(corpus.lengths[index])
-        if (corpus.place(index), int(corpus.part[index])) not in seen and tokens + length <= TOKENS:
-            tokens += length
-            lost = int(corpus.table["cut_tokens"][index])
-            views.append(view(corpus.example(index), encoder.tokenizer, corpus.place(index), lost))
+        place = corpus.place(index)
+        part = int(corpus.part[index])
+        if (place, part) in seen or tokens + length > TOKENS:
+            continue
+        tokens += length
+        lost = int(corpus.table["cut_tokens"][index])
+        views.append(view(corpus.example(index), encoder.tokenizer, place, lost))
+    ledgers = corpus.ledgers.items()
     facts = {
         "title": ", ".join(corpus.sources),
-        "ledgers": {name: _in_words(ledger) for name, ledger in corpus.ledgers.items()},
+        "ledgers": {name: _in_words(ledger) for name, ledger in ledgers},
         "notes": corpus.ledger.notes,
         "dropped": _dropped(corpus),
         "examples": len(corpus),
         "maxLength": encoder.max_length,
         "lengths": lengths_of(corpus, encoder.max_length),
-        "shares": [_share(name, ledger) for name, ledger in corpus.ledgers.items()],
+        "shares": [_share(name, ledger) for name, ledger in ledgers],
         "steps": _steps(config, corpus),
         "rows": [_row(v) for v in views],
     }
     script = asset("inspect_page.js")
     body = asset("inspect_page.html")
-    Path(path).write_text(page("sftx inspect", body, facts, script), encoding="utf-8")
+    text = page("sftx inspect", body, facts, script)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _in_words(ledger: Ledger) -> str:
@@ -89,38 +95,42 @@ def _chosen(corpus: Corpus) -> list[int]:
     table = corpus.table
     each = SHOWN // 6
     cut = np.flatnonzero(table["split"] | (table["cut_tokens"] > 0))
+    step = max(len(cut) // each, 1)
     share = corpus.targets / np.maximum(corpus.lengths, 1)
-    picks = [
-        np.argsort(-corpus.lengths, kind="stable")[:each],
-        cut[:: max(len(cut) // each, 1)][:each],
-        np.argsort(share, kind="stable")[:each],
-        evenly(len(corpus), SHOWN),
-    ]
-    return list(dict.fromkeys(np.concatenate(picks).tolist()))[:SHOWN]
+    by_length = np.argsort(-corpus.lengths, kind="stable")
+    by_share = np.argsort(share, kind="stable")
+    evenly_spaced = evenly(len(corpus), SHOWN)
+    picks = [by_length[:each], cut[::step][:each], by_share[:each], evenly_spaced]
+    all_picks = np.concatenate(picks).tolist()
+    different = list(dict.fromkeys(all_picks))
+    return different[:SHOWN]
 
 
 def _row(shown: View) -> dict[str, object]:
     row = asdict(shown)
     weights = np.array(row.pop("weights"), np.float64)
-    starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
+    runs: list[list[float]] = []
+    for start in np.flatnonzero(np.diff(weights, prepend=np.nan) != 0):
+        weight = round(float(weights[start]), 6)
+        runs.append([int(start), weight])
     return {
         **row,
         "targets": shown.targets,
         "special": [i for i, special in enumerate(shown.special) if special],
         "spelled": [i for i, spelled in enumerate(shown.spelled) if spelled],
-        # The weights, run by run.
-        "runs": [[int(start), round(float(weights[start]), 6)] for start in starts],
+        "runs": runs,  # of equal weights
     }
 
 
 def _steps(config: Config, corpus: Corpus) -> dict[str, object]:
     """Tokens and targets of (at most `POINTS`) evenly spaced steps."""
     plan = plan_of(corpus, config)
-    steps = evenly(plan.num_steps, POINTS)
-    chosen = [plan.examples(step) for step in steps]
-    return {
-        "count": plan.num_steps,
-        "step": [step + 1 for step in steps],
-        "tokens": [int(corpus.lengths[c].sum()) for c in chosen],
-        "targets": [int(corpus.targets[c].sum()) for c in chosen],
-    }
+    numbers: list[int] = []
+    tokens: list[int] = []
+    targets: list[int] = []
+    for step in evenly(plan.num_steps, POINTS):
+        members = plan.examples(step)
+        numbers.append(step + 1)
+        tokens.append(int(corpus.lengths[members].sum()))
+        targets.append(int(corpus.targets[members].sum()))
+    return {"count": plan.num_steps, "step": numbers, "tokens": tokens, "targets": targets}

@@ -22,7 +22,8 @@ from sftx.types import StepRecord, UserError
 
 SHARE = 0.01
 """Of the time of a run, what its pages may take; that of the end is always written."""
-ROWS, LETTERS = 32, 200
+ROWS = 32
+LETTERS = 200
 """Rows of a step that are kept, and characters of each."""
 
 

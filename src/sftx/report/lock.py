@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from sftx.files import make_folder, write_json
 from sftx.types import UserError
 
-LOCK, OWNER = ".owner.lock", ".owner.json"
+LOCK = ".owner.lock"
+OWNER = ".owner.json"
 BEAT = 10.0
 """Seconds between two renewals of `.owner.json`."""
 PATIENCE = 3.5 * BEAT
@@ -104,7 +105,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], int]:
             renewed = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError):
         return {}, 0
-    return (owner, renewed) if isinstance(owner, dict) else ({}, renewed)
+    if isinstance(owner, dict):
+        return (owner, renewed)
+    return ({}, renewed)
 
 
 def _owner_soon(folder: Path) -> dict[str, Any]:

@@ -100,4 +100,6 @@ def public_name(path: str) -> str:
     """
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)*(:[^/]*)?", path) and path.count("/") in (1, 2)
     is_here = Path(path).exists() or Path(path.partition("/")[0]).exists()
-    return path if is_hub_name and not is_here else Path(path).name or Path(path).resolve().name
+    if is_hub_name and not is_here:
+        return path
+    return Path(path).name or Path(path).resolve().name

@@ -27,17 +27,20 @@ def card_fields(config: Config) -> dict[str, str | list[str]]:
     """The fields `license`, `license_name`, `license_link`, `base_model` and `datasets` as far as
     they are known, for run.json and the card.
     """
-    fields: dict[str, str | list[str]] = {**_licence(config)}
-    if base := hub_model(config.model.path):
+    fields: dict[str, str | list[str]] = dict(_licence(config))
+    base = hub_model(config.model.path)
+    if base:
         fields["base_model"] = base
-    if data := _datasets(config):
+    data = _datasets(config)
+    if data:
         fields["datasets"] = data
     return fields
 
 
 def hub_model(path: str) -> str | None:
     """The model's name, if it is one on the hub: a folder here is nothing that others could find."""
-    is_here = Path(path).exists() or Path(path.partition("/")[0]).exists()
+    first, _, _ = path.partition("/")
+    is_here = Path(path).exists() or Path(first).exists()
     is_name = bool(_HUB_MODEL.fullmatch(path)) and not path.endswith(".gguf")
     return path if is_name and not is_here else None
 
@@ -60,8 +63,11 @@ def _of_base(path: str) -> dict[str, str]:
     if is_gguf(path):
         metadata = read_header(gguf_file(path)).metadata
         keys = {"license": "", "license_name": ".name", "license_link": ".link"}
-        told = {name: metadata.get(f"general.license{end}") for name, end in keys.items()}
-        found = {name: value for name, value in told.items() if isinstance(value, str) and value}
+        found: dict[str, str] = {}
+        for name, end in keys.items():
+            value = metadata.get(f"general.license{end}")
+            if isinstance(value, str) and value:
+                found[name] = value
     else:
         found = _in_card(_card(path))
     link = found.get("license_link", "https://")
@@ -90,15 +96,27 @@ def _card(path: str) -> str:
 def _in_card(card: str) -> dict[str, str]:
     """The licence in the metadata block at the beginning of a card; only texts on one line."""
     block = re.match(r"---\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
-    pairs = _FIELD.findall(block[1]) if block else []
-    found = {name: value.strip("'\"") for name, value in pairs}
-    return {name: value for name, value in found.items() if not re.search(r"[\[{|>#]", value)}
+    if not block:
+        return {}
+    found: dict[str, str] = {}
+    for name, quoted in _FIELD.findall(block[1]):
+        value = quoted.strip("'\"")
+        if not re.search(r"[\[{|>#]", value):
+            found[name] = value
+    return found
 
 
 def _datasets(config: Config) -> list[str]:
     """The data sets on the hub that the run trains on, without configuration and split."""
     train = config.data.train
-    entries = train if isinstance(train, list) else [train] if train else []
-    paths = [entry.path if isinstance(entry, Source) else entry for entry in entries]
-    names = ["/".join(path.partition(":")[0].split("/")[:2]) for path in paths if is_hub_name(path)]
-    return sorted(set(names))
+    if not train:
+        return []
+    entries = train if isinstance(train, list) else [train]
+    names: set[str] = set()
+    for entry in entries:
+        path = entry.path if isinstance(entry, Source) else entry
+        if is_hub_name(path):
+            without_configuration, _, _ = path.partition(":")
+            parts = without_configuration.split("/")
+            names.add("/".join(parts[:2]))
+    return sorted(names)

@@ -77,12 +77,15 @@ def open_client(name: Tracker, card: Card) -> Client:
 
 def table_of(samples: Sequence[Sample]) -> tuple[list[str], list[list[object]]]:
     """Names of the columns, and rows: answers with their scores."""
-    scores = list(dict.fromkeys(name for sample in samples for name in sample.get("scores", {})))
+    scores: dict[str, None] = {}
+    for sample in samples:
+        scores |= dict.fromkeys(sample.get("scores", {}))
     rows = []
     for sample in samples:
         given = sample.get("scores", {})
-        said = [sample.get(name) for name in COLUMNS]
-        rows.append([*said, *(given.get(name) for name in scores)])
+        row = [sample.get(name) for name in COLUMNS]
+        row += [given.get(name) for name in scores]
+        rows.append(row)
     return [*COLUMNS, *scores], rows
 
 
@@ -102,9 +105,11 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         if samples:
             columns, rows = table_of(samples)
-            shown = [dict(zip(columns, row, strict=True)) for row in rows]
-            text = "\n".join(json.dumps(row, ensure_ascii=False, indent=1) for row in shown)
-            self.writer.add_text("samples", _code(text), step)
+            shown = []
+            for row in rows:
+                named = dict(zip(columns, row, strict=True))
+                shown.append(json.dumps(named, ensure_ascii=False, indent=1))
+            self.writer.add_text("samples", _code("\n".join(shown)), step)
 
     def flush(self) -> None:
         """Write to the event file."""
@@ -161,7 +166,7 @@ class WeightsAndBiases(_WithTables):
 
     def close(self, status: str) -> None:
         """Wait until all is sent; a run that did not finish is shown as failed."""
-        self.run.finish(exit_code=0 if status == "finished" else 1)
+        self.run.finish(exit_code=int(status != "finished"))
 
 
 class Mlflow:
@@ -197,9 +202,11 @@ class Mlflow:
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(1000 * time.time())
-        self.waiting += [Metric(name, value, now, step) for name, value in numbers.items()]
+        for name, value in numbers.items():
+            self.waiting.append(Metric(name, value, now, step))
         if samples:
-            text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+            text = "\n".join(lines) + "\n"
             self.client.log_text(self.run_id, text, f"samples/{step:06d}.jsonl")
 
     def flush(self) -> None:

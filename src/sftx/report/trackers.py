@@ -69,7 +69,9 @@ def check_installed(track: Tracker | Sequence[Tracker]) -> None:
 
 
 def _names(track: Tracker | Sequence[Tracker]) -> list[Tracker]:
-    return [track] if isinstance(track, str) else list(dict.fromkeys(track))
+    if isinstance(track, str):
+        return [track]
+    return list(dict.fromkeys(track))
 
 
 @contextmanager

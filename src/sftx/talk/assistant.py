@@ -164,7 +164,9 @@ class Assistant:
     def _template(self, with_tools: bool) -> ChatTemplate | None:
         """The template that writes conversations with or without tools."""
         default = self._templates.get("default")
-        return self._templates.get("tool_use", default) if with_tools else default
+        if with_tools:
+            return self._templates.get("tool_use", default)
+        return default
 
     @cached_property
     def call_template(self) -> dict[str, Any] | None:
@@ -226,7 +228,8 @@ class Assistant:
         answer: Answer,
         calls: CallStream,
     ) -> Iterator[Piece]:
-        thoughts, stops = ThoughtStream(tag), StopTexts(sampling.stop)
+        thoughts = ThoughtStream(tag)
+        stops = StopTexts(sampling.stop)
         reason: Reason = "length"
         with closing(self._generated(ids, room, sampling)) as tokens:
             for text in self._texts(tokens, answer, calls.reads):
@@ -264,7 +267,8 @@ class Assistant:
         """The tokens that transformers' `generate` finds in a thread of its own; closing this stops
         it.
         """
-        stop, tokens = Event(), _Tokens()
+        stop = Event()
+        tokens = _Tokens()
         config = self._config(room, sampling)
 
         def work() -> None:
@@ -349,16 +353,19 @@ class StopTexts:
         match = self._pattern.search(self._held)
         if match:
             self.found = True
-            shown, self._held = self._held[: match.start()], ""
+            shown = self._held[: match.start()]
+            self._held = ""
             return shown
         keep = self._longest - 1
         certain = len(self._held) - keep if keep else len(self._held)
-        shown, self._held = self._held[: max(certain, 0)], self._held[max(certain, 0) :]
+        shown = self._held[: max(certain, 0)]
+        self._held = self._held[max(certain, 0) :]
         return shown
 
     def rest(self) -> str:
         """What was held back, when the answer has ended."""
-        rest, self._held = self._held, ""
+        rest = self._held
+        self._held = ""
         return rest
 
 

@@ -262,7 +262,9 @@ def _head(kind: str, model: str) -> dict[str, object]:
 
 
 def _finish(answer: Answer) -> str:
-    return "tool_calls" if answer.calls else _FINISH[answer.reason]
+    if answer.calls:
+        return "tool_calls"
+    return _FINISH[answer.reason]
 
 
 def _delta(delta: dict[str, Any], finish: str | None = None) -> dict[str, object]:

@@ -69,12 +69,14 @@ class ThoughtStream:
             return self._given("thought", len(certain.rstrip()))
         pieces = self._given("thought", len(self._held[:at].rstrip()))
         self._held = self._held.partition(closing)[2]
-        self._state, self._at_edge = "content", True
+        self._state = "content"
+        self._at_edge = True
         return pieces
 
     def _given(self, kind: Literal["thought", "content"], count: int) -> list[Piece]:
         """The first `count` characters held; white space at the edge of a thought is left out."""
-        text, self._held = self._held[:count], self._held[count:]
+        text = self._held[:count]
+        self._held = self._held[count:]
         if self._at_edge and self._tag:
             text = text.lstrip()
         if not text:

@@ -23,7 +23,6 @@ from sftx.model.checkpointing import recompute
 from sftx.model.checks.context import check_context
 from sftx.model.checks.start import check_paths, check_sizes, check_trainable
 from sftx.model.compile import compile_layers, planned
-from sftx.model.context_parallel import Context
 from sftx.model.folder import load_config
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
@@ -263,24 +262,6 @@ def _estimator(
     return MemoryEstimator(twin, machine, reserved, model.shards, nf4)
 
 
-def _join_context(
-    config: Config,
-    run: Run,
-    loss: PackLoss,
-    data: RunData,
-    profile_of: ProfileOf,
-    estimator: MemoryEstimator,
-    available: int,
-) -> tuple[Context | None, StepProfile]:
-    """The ranks that compute packs together with this one, and the load of a step that they share."""
-    earlier = run.facts.context_parallel
-    size, profile = choose_size(config, loss, estimator, profile_of, available, earlier)
-    context = join_context(size, config.runtime.rank_timeout)
-    if context is not None:
-        check_context(loss, data.probe(), context, estimator.machine.precision)
-    return context, profile
-
-
 def _choose_packing(
     config: Config,
     run: Run,
@@ -293,9 +274,13 @@ def _choose_packing(
     """Choose the ranks that share packs, the packs and the checkpointed layers, and compile where
     that is asked for or repays itself; the predicted seconds of all steps too.
     """
-    context, profile = _join_context(config, run, loss, data, profile_of, estimator, available)
     machine = estimator.machine
     wish = config.runtime.compile
+    ranks_before = run.facts.context_parallel
+    size, profile = choose_size(config, loss, estimator, profile_of, available, ranks_before)
+    context = join_context(size, config.runtime.rank_timeout)
+    if context is not None:
+        check_context(loss, data.probe(), context, machine.precision)
     parameters = trainable(loss)[1]
     estimator.compiled = not run.finished and planned(
         wish, machine.device, parameters, profile.tokens
@@ -315,27 +300,31 @@ def _choose_packing(
         if not loss.paths.compiled:  # layers as they are keep more
             estimator.compiled = False
             chosen = choose_packing(config.runtime, estimator, profile, available, earlier)
+            padding = _padding(data.plan, loss, chosen.tokens_per_pack)
             recompute(loss.model, chosen.recomputed)
         chosen = replace(chosen, notes=(*chosen.notes, note))
     if distributed.is_joined() and not (loss.paths.isolate or loss.paths.padded):
         # Ranks must run the model equally often, which they do where each pack is one example.
         chosen = replace(chosen, tokens_per_pack=1)
-    notes = [*chosen.notes, *_pack_notes(data, loss, chosen.tokens_per_pack, shares)]
+    notes = [*chosen.notes, *_pack_notes(data, loss, padding, shares)]
     chosen = replace(chosen, shares_prefixes=shares, context=context, notes=tuple(notes))
     return chosen, seconds
 
 
-def _pack_notes(data: RunData, loss: PackLoss, tokens_per_pack: int, shares: bool) -> list[str]:
+def _pack_notes(data: RunData, loss: PackLoss, padding: float, shares: bool) -> list[str]:
     """What there is to say of the packs."""
     if loss.paths.padded:
-        padding = _padding(data.plan, loss, tokens_per_pack)
         return [f"padded in batches of like lengths, {100 * padding:.1f} % padding"]
-    return data.saving.notes() if shares else []
+    if shares:
+        return data.saving.notes()
+    return []
 
 
 def _padding(plan: Plan, loss: PackLoss, tokens_per_pack: int) -> float:
     """The share of what the model computes that is padding."""
-    return plan.padding(tokens_per_pack, distributed.world_size()) if loss.paths.padded else 0.0
+    if loss.paths.padded:
+        return plan.padding(tokens_per_pack, distributed.world_size())
+    return 0.0
 
 
 def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[str]) -> None:
@@ -380,7 +369,8 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     run.start(job.state.step, found.carried, facts)
     job.evaluations = distributed.broadcast(run.evaluations())
     notes += job.write_ledger(again)
-    if lacking := job.no_room():
+    lacking = job.no_room()
+    if lacking:
         raise UserError(f"output: {run.folder}: there is no room for the trained model: {lacking}")
 
 

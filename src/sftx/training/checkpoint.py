@@ -210,7 +210,8 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
     """Weights, and where there is an optimizer its moments too."""
     facts = tensor_facts(path)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if odd := sorted({name for name in facts if "/" not in name} ^ parameters.keys()):
+    odd = sorted({name for name in facts if "/" not in name} ^ parameters.keys())
+    if odd:
         raise UserError(
             f"checkpoint {path} is of another model: {len(odd)} weights differ, first {odd[0]}"
         )
@@ -224,7 +225,8 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None 
 
 def _newest_good(folder: Path) -> Path | None:
     for path in folders(folder):
-        if not (problem := _verify(path)):
+        problem = _verify(path)
+        if not problem:
             return path
         print(
             printable(f"warning: checkpoint {path} is damaged ({problem}); trying the one before"),
@@ -304,7 +306,9 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _shortage(folder: Path, needed: int) -> str:
-    return _no_room(folder, needed) if shortage(folder, needed) else ""
+    if shortage(folder, needed):
+        return _no_room(folder, needed)
+    return ""
 
 
 def _no_room(folder: Path, needed: int) -> str:

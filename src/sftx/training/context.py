@@ -110,7 +110,9 @@ def join_context(size: int, timeout: float) -> Context | None:
 
 def _of_size(size: int) -> Context | None:
     """A context for predictions: that of the rank with the last tokens, which has most targets."""
-    return None if size == 1 else Context(size, size - 1, "")
+    if size == 1:
+        return None
+    return Context(size, size - 1, "")
 
 
 def _fits(

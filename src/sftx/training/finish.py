@@ -46,7 +46,8 @@ def finish(job: Job, progress: Progress) -> None:
             _write_model(job, tensors)
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    if problem := distributed.broadcast(problem):
+    problem = distributed.broadcast(problem)
+    if problem:
         rescued = _rescue(job, is_last=written == state.step)
         raise UserError(f"{run.folder}: the model cannot be written ({problem}); {rescued}")
     run.records()  # a finished run has all of them

@@ -17,25 +17,35 @@ def card_of(facts: dict[str, Any], checked: str) -> str:
     config = facts["config"]
     path = str(config["model"].get("path", ""))
     base = public_name(path)
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines.append("tags: [sft, sftx]")
     known = _object(facts.get("card"))
     card = {name: known[name] for name in FIELDS if name in known}
-    lines += [f"{name}: {json.dumps(value)}" for name, value in card.items()]
-    lines += ["---", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [sft, sftx]",
+    ]
+    for name, value in card.items():
+        lines.append(f"{name}: {json.dumps(value)}")
     lines += [
+        "---",
+        "",
         f"# {base}, fine-tuned",
         "",
         f"Exported by sftx from a run that started from `{base}`.",
     ]
-    if gguf := _object(facts.get("gguf")):
-        lines.append(f"The base was the file `{gguf.get('file')}` (sha256 `{gguf.get('sha256')}`).")
+    gguf = _object(facts.get("gguf"))
+    if gguf:
+        file = gguf.get("file")
+        digest = gguf.get("sha256")
+        lines.append(f"The base was the file `{file}` (sha256 `{digest}`).")
     lines += ["", licence_text(card), ""]
     lines += ["## Data", "", *_data(config), ""]
     lines += ["## Results", "", *_results(facts), ""]
     lines += ["## What the export measured", "", f"{checked}.", ""]
     lines += ["## Settings", "", "```json", *_settings(config), "```", ""]
-    if versions := _object(facts.get("versions")):
+    versions = _object(facts.get("versions"))
+    if versions:
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines += [f"Made with {told}.", ""]
     return "\n".join(lines)
@@ -53,8 +63,12 @@ def licence_text(card: Mapping[str, object]) -> str:
 def _data(config: dict[str, Any]) -> list[str]:
     train: object = config["data"].get("train")
     sources = cast("list[object]", train) if isinstance(train, list) else [train]
-    names = [_object(each).get("path", each) for each in sources if each]
-    return [f"- `{public_name(str(name))}`" for name in names] or ["- rows given in Python"]
+    lines: list[str] = []
+    for each in sources:
+        if each:
+            name = str(_object(each).get("path", each))
+            lines.append(f"- `{public_name(name)}`")
+    return lines or ["- rows given in Python"]
 
 
 def _results(facts: dict[str, Any]) -> list[str]:
@@ -66,22 +80,34 @@ def _results(facts: dict[str, Any]) -> list[str]:
         return lines
     lines += ["", "| | before | after |", "|---|---|---|"]
     for name, value in after.items():
-        lines.append(f"| {name} | {_number(before.get(name))} | {_number(value)} |")
+        first = _number(before.get(name))
+        last = _number(value)
+        lines.append(f"| {name} | {first} | {last} |")
     return lines
 
 
 def _object(value: object) -> dict[str, object]:
     """The value where it is an object, else {}."""
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return cast("dict[str, object]", value)
+    return {}
 
 
 def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    return ""
 
 
 def _settings(config: dict[str, Any]) -> list[str]:
     """The settings that decide the result, without paths of the machine."""
-    kept = {name: config.get(name) for name in ("batch", "optim", "loss", "adapter", "seed")}
-    adapter = _object(kept["adapter"])
-    kept["adapter"] = {name: value for name, value in adapter.items() if name != "path"}
+    adapter = dict(_object(config.get("adapter")))
+    adapter.pop("path", None)
+    kept = {
+        "batch": config.get("batch"),
+        "optim": config.get("optim"),
+        "loss": config.get("loss"),
+        "adapter": adapter,
+        "seed": config.get("seed"),
+    }
     return json.dumps(kept, indent=1).splitlines()

@@ -83,7 +83,9 @@ class Job:
     @property
     def trained(self) -> PreTrainedModel | PeftModel:
         """What is saved: the adapter where there is one, else the model."""
-        return self.loss.model if self.adapted is None else self.adapted
+        if self.adapted is None:
+            return self.loss.model
+        return self.adapted
 
     @property
     def checkpoints(self) -> Path:
@@ -177,7 +179,8 @@ class Job:
 
     def remember_base(self) -> None:
         """Let the base answer the prompts, for the distance from it at later evaluations."""
-        judge, path = self.judge, self.checkpoints / GAUGE
+        judge = self.judge
+        path = self.checkpoints / GAUGE
         assert judge is not None
         at_start = self.state.step == 0
         if at_start or judge.adapted is not None:

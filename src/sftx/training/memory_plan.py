@@ -31,7 +31,9 @@ from sftx.model.trainable import choose_weights
 from sftx.settings.schema import Config, Runtime
 from sftx.types import Int32, Pack, UserError
 
-GPU_SIZES, CPU_SIZES, COMPILED_CPU_SIZES = [16384, 8192], [1024, 512], [2048, 1024, 512]
+GPU_SIZES = [16384, 8192]
+CPU_SIZES = [1024, 512]
+COMPILED_CPU_SIZES = [2048, 1024, 512]
 """Tokens of a pack at which the device is about as fast as it gets, the largest first. Compiled
 layers keep half as much of every token.
 """
@@ -106,7 +108,9 @@ class Packing:
         """Bytes by what holds them, and their sum at the peak; {} where they could not be
         predicted.
         """
-        return {} if self.memory is None else {**asdict(self.memory), "peak": self.memory.peak}
+        if self.memory is None:
+            return {}
+        return {**asdict(self.memory), "peak": self.memory.peak}
 
 
 def meta_model(
@@ -227,7 +231,9 @@ def seconds_of(
         speed = reached_speed(estimator, pack)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # as in `fit`
         return None
-    return work / (1 - padding) / (speed * distributed.world_size()) if speed else None
+    if speed:
+        return work / (1 - padding) / (speed * distributed.world_size())
+    return None
 
 
 def predict(
@@ -238,7 +244,8 @@ def predict(
     """
     count = -(-load.step_tokens // tokens_per_pack)
     if estimator.loss.paths.padded:
-        pack, count = _largest_batch(load, tokens_per_pack), load.step_tokens // load.longest
+        pack = _largest_batch(load, tokens_per_pack)
+        count = load.step_tokens // load.longest
     else:
         tokens = max(-(-load.step_tokens // count), load.longest)
         pack = blank_pack(tokens, load.longest, load.target_share)

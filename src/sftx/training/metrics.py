@@ -72,7 +72,9 @@ class StepMetrics:
         computes; None where the step is read at once. Raises Diverged when too many steps in a row
         were not finite.
         """
-        job, plan, state = self.job, self.job.plan, self.job.state
+        job = self.job
+        plan = self.job.plan
+        state = self.job.state
         loss, accuracy, grad_norm, bad = result.read()
         now = time.perf_counter() if launched is None else launched
         seconds = now - self.clock
@@ -112,7 +114,8 @@ class StepMetrics:
         )
 
     def _stop_if_lost(self, loss: float, grad_norm: float) -> None:
-        job, state = self.job, self.job.state
+        job = self.job
+        state = self.job.state
         if state.bad_steps <= job.config.optim.max_bad_steps:
             return
         job.writer.wait()  # what is being written counts

@@ -35,7 +35,9 @@ class Mirror:
     """The copy at `url` of the run in `folder`; `say` is told what goes wrong."""
 
     def __init__(self, url: str, folder: Path, say: Callable[[str], None]) -> None:
-        self.url, self.folder, self.say = url, folder, say
+        self.url = url
+        self.folder = folder
+        self.say = say
         files, self.root = open_url(url, "checkpoint.mirror")
         self.files: Any = files
         self._thread: Thread | None = None
@@ -75,7 +77,8 @@ class Mirror:
             step = self._fetch_checkpoint(arriving / "checkpoints")
             for folder in ("", "checkpoints/"):
                 for name in self._names(f"{self.root}/{folder}", "file"):
-                    there, here = f"{self.root}/{folder}{name}", arriving / folder / name
+                    there = f"{self.root}/{folder}{name}"
+                    here = arriving / folder / name
                     self.files.get_file(there, str(here))
         for path in sorted(arriving.iterdir(), key=lambda path: path.name == "run.json"):
             path.replace(self.folder / path.name)
@@ -143,7 +146,8 @@ class Mirror:
 
     def _send_checkpoint(self, name: str) -> None:
         """One checkpoint, its manifest last; nothing where that is there already."""
-        there, here = f"{self.root}/checkpoints/{name}", self.folder / "checkpoints" / name
+        there = f"{self.root}/checkpoints/{name}"
+        here = self.folder / "checkpoints" / name
         manifest = here / checkpoint.MANIFEST
         sent = f"{there}/{checkpoint.MANIFEST}"
         if self.files.exists(sent) and self.files.cat_file(sent) == manifest.read_bytes():

@@ -67,23 +67,34 @@ def general_text(trained: Trained) -> list[Example]:
     """The text of the run's `eval.general`, encoded; [] where the run has none, or its file is not
     here any more.
     """
-    evaluated = cast("dict[str, Json]", trained.facts["config"].get("eval") or {})
-    general = evaluated.get("general", True)
-    if isinstance(general, str) and not Path(general).exists():
-        return []  # or rows that were in memory
-    if not evaluated.get("prompts") or general is False:
+    general = _general_of(cast("dict[str, Json]", trained.facts["config"].get("eval") or {}))
+    if general is False:
         return []
     config = make_config(
         model="unused",
         data={"format": "auto"},
         output="unused",
-        eval={"prompts": "unused", "general": general if isinstance(general, str) else True},
+        eval={"prompts": "unused", "general": general},
     )
     known = positions_in(trained.model.config.get_text_config().to_dict()) or DEFAULT_LENGTH
     data = trained.encoder.data
     longest = data.max_length or min(known, DEFAULT_LENGTH)
     corpus = read_general(config, Encoder(trained.encoder.tokenizer, data, longest))
-    return [] if corpus is None else [corpus.example(i) for i in range(len(corpus))]
+    if corpus is None:
+        return []
+    return [corpus.example(i) for i in range(len(corpus))]
+
+
+def _general_of(evaluated: dict[str, Json]) -> str | bool:
+    """What `eval.general` was; False where no prompts were asked, or its file is gone."""
+    if not evaluated.get("prompts"):
+        return False
+    general = evaluated.get("general", True)
+    if not isinstance(general, str):
+        return general is not False
+    if Path(general).exists():
+        return general
+    return False  # or rows that were in memory
 
 
 def text_loss(model: PreTrainedModel, text: Sequence[Example]) -> float:
@@ -91,10 +102,11 @@ def text_loss(model: PreTrainedModel, text: Sequence[Example]) -> float:
     total = weight = 0.0
     with torch.no_grad():
         for example in text:
-            ids = torch.from_numpy(example.ids.astype("int64"))[None]
+            ids = torch.from_numpy(example.ids.astype("int64"))
             weights = torch.from_numpy(example.weights[1:]).double()
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
-            chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            log_p = logits.double().log_softmax(-1)
+            chosen = log_p.gather(1, ids[1:, None])[:, 0]
             total -= float((weights * chosen).sum())
             weight += float(weights.sum())
     return total / weight

@@ -25,11 +25,9 @@ experts (GPT-OSS).
 
 def peak_learning_rate(optim: Optim, adapter: Adapter) -> float:
     """The learning rate that was set, or the default of the method."""
-    return (
-        DEFAULT_LEARNING_RATE[adapter.method]
-        if optim.learning_rate is None
-        else optim.learning_rate
-    )
+    if optim.learning_rate is None:
+        return DEFAULT_LEARNING_RATE[adapter.method]
+    return optim.learning_rate
 
 
 def learning_rate(step: int, num_steps: int, optim: Optim, peak: float) -> float:
@@ -116,7 +114,8 @@ class StochasticAdamW(torch.optim.AdamW):
         first = self.seed * 0x9E3779B9  # number of the weight that comes next
         for group in self.param_groups:
             for p in group["params"]:
-                state, first = self.state[p], first + p.numel()
+                state = self.state[p]
+                first = first + p.numel()
                 if p.grad is None:
                     continue
                 settings = {
@@ -125,7 +124,8 @@ class StochasticAdamW(torch.optim.AdamW):
                 }
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
                 shard, start = local_shard(p)
-                weight, grad = shard.float(), local_shard(p.grad)[0].float()
+                weight = shard.float()
+                grad = local_shard(p.grad)[0].float()
                 means = [local_shard(state["exp_avg"])[0]], [local_shard(state["exp_avg_sq"])[0]]
                 adamw(
                     [weight],

@@ -8,7 +8,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.model.context_parallel import Context
 from sftx.model.pack_loss import PackLoss
 from sftx.report.facts import RunFacts
-from sftx.settings.schema import Config, Runtime
+from sftx.settings.schema import Runtime
 from sftx.types import UserError
 
 
@@ -46,9 +46,3 @@ def shares_prefixes(
     if runtime.share_prefixes == "auto" and facts.mathematics and not facts.shares_prefixes:
         return False
     return runtime.share_prefixes != "off" and loss.paths.shares_prefixes
-
-
-def may_share(config: Config) -> bool:
-    """Whether the settings allow it; the start of a run checks whether the model does."""
-    for_each_example = config.loss.neftune_alpha or config.loss.router_aux
-    return config.runtime.share_prefixes != "off" and not for_each_example

@@ -51,4 +51,6 @@ def _listed(sources: Any) -> list[Any]:
     """The sources of a setting, as a list."""
     if sources is None:
         return []
-    return [sources] if isinstance(sources, str) else list(sources)
+    if isinstance(sources, str):
+        return [sources]
+    return list(sources)

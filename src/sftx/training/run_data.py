@@ -42,7 +42,9 @@ class RunData:
     @property
     def notes(self) -> list[str]:
         """What there is to say of the questions."""
-        return [] if self.questions is None else self.questions.notes
+        if self.questions is None:
+            return []
+        return self.questions.notes
 
     def probe(self) -> Pack:
         """A few tokens of the data, to try the model with."""

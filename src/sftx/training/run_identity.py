@@ -89,7 +89,8 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     then |= flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     settings = sorted(then.keys() | now.keys())
     keys = [key for key in settings if then.get(key) != now.get(key)]
-    if refused := [key for key in keys if not _within(key, allowed)]:
+    refused = [key for key in keys if not _within(key, allowed)]
+    if refused:
         lines = [f"  {key}: {then.get(key)!r} in the run, {now.get(key)!r} now" for key in refused]
         raise UserError(
             f"output: {run.folder} holds a run with other settings or data; choose another "

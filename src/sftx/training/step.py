@@ -70,7 +70,8 @@ def train_step(
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
     sums = distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))
-    loss, accuracy = sums[0].float(), sums[1] / total_weight
+    loss = sums[0].float()
+    accuracy = sums[1] / total_weight
 
     parameters = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -88,8 +89,10 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    numbers, arrived = torch.stack([loss, accuracy, grad_norm, bad]), None
+    numbers = torch.stack([loss, accuracy, grad_norm, bad])
+    arrived = None
     if numbers.is_cuda:
-        numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        numbers = numbers.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
         arrived.record()
     return StepResult(loss, accuracy, grad_norm, bad, numbers, arrived)

@@ -101,12 +101,16 @@ def names_of(only: Sequence[str]) -> list[str]:
     for begin in only:
         if not any(name.startswith(begin) for name in known):
             close = get_close_matches(begin, known, 3, 0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+            hint = f"known: {', '.join(known)}"
+            if close:
+                hint = f"did you mean {' or '.join(close)}?"
             raise UserError(
                 f"sftx verify families: only={begin}: transformers {transformers.__version__} has "
                 f"no causal language model of a type that begins so; {hint}"
             )
-    return [name for name in known if not only or name.startswith(tuple(only))]
+    if not only:
+        return known
+    return [name for name in known if name.startswith(tuple(only))]
 
 
 def try_families(only: Sequence[str], shown: bool) -> Iterator[Family]:
@@ -147,26 +151,33 @@ def _start(name: str) -> _Trial:
     process = context.Process(target=_answer, args=(name, theirs))
     process.start()
     theirs.close()
-    return _Trial(name, process, ours, time.monotonic() + PATIENCE * SECONDS)
+    until = time.monotonic() + PATIENCE * SECONDS
+    return _Trial(name, process, ours, until)
 
 
 def _ready(running: dict[Connection, _Trial]) -> list[Connection]:
     """Those that have answered, ended or taken too long; waits for up to a second."""
     answered = wait_for(list(running), timeout=1.0)
-    late = [answer for answer, trial in running.items() if time.monotonic() > trial.until]
-    return [answer for answer in running if answer in answered or answer in late]
+    now = time.monotonic()
+    ready: list[Connection] = []
+    for answer, trial in running.items():
+        if answer in answered or now > trial.until:
+            ready.append(answer)
+    return ready
 
 
 def _end(trial: _Trial) -> Family:
     """Its answer, or why there is none; the process is gone then."""
+    process = trial.process
+    found = None
     try:
-        found = trial.answer.recv() if trial.answer.poll() else None
+        if trial.answer.poll():
+            found = trial.answer.recv()
     except EOFError:
-        found = None
-        trial.process.join(5)
-    code = trial.process.exitcode
-    trial.process.kill()
-    trial.process.join()
+        process.join(5)
+    code = process.exitcode
+    process.kill()
+    process.join()
     trial.answer.close()
     if found is not None:
         return found
@@ -188,12 +199,11 @@ def _answer(name: str, pipe: Connection) -> None:
 def _eta(began: float, done: int, total: int) -> str:
     if not done:
         return ""
-    seconds = (time.monotonic() - began) * (total - done) / done
-    return (
-        f", about {seconds:,.0f} s left"
-        if seconds < 120
-        else f", about {seconds / 60:,.0f} min left"
-    )
+    passed = time.monotonic() - began
+    seconds = passed * (total - done) / done
+    if seconds < 120:
+        return f", about {seconds:,.0f} s left"
+    return f", about {seconds / 60:,.0f} min left"
 
 
 def try_family(name: str) -> Family:
@@ -219,9 +229,12 @@ def try_family(name: str) -> Family:
     if loss.paths.shares_prefixes:
         loss.zero_grad()
         others = _errors(loss, shared, whole, shared_value, shared_gradients)
-        errors = {key: max(errors[key], others[key]) for key in errors}
-    right = all(errors[key] < limit for key, limit in LIMITS.items())
-    return Family(name, _way(loss.paths) if right else "wrong", "; ".join(notes), **errors)
+        for key, other in others.items():
+            errors[key] = max(errors[key], other)
+    verdict = "wrong"
+    if all(errors[key] < limit for key, limit in LIMITS.items()):
+        verdict = _way(loss.paths)
+    return Family(name, verdict, "; ".join(notes), **errors)
 
 
 def _way(paths: Paths) -> Verdict:
@@ -241,13 +254,13 @@ def _errors(
     total.backward()
     apart = squares = 0.0
     for parameter, wanted in zip(loss.model.parameters(), gradients, strict=True):
-        ours = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad.double()
-        apart += float(((ours - wanted) ** 2).sum())
+        difference = wanted
+        if parameter.grad is not None:
+            difference = parameter.grad.double() - wanted
+        apart += float((difference**2).sum())
         squares += float((wanted**2).sum())
-    return {
-        "loss": abs(float(total.detach()) - value) / value,
-        "gradient": (apart / squares) ** 0.5,
-    }
+    off = abs(float(total.detach()) - value)
+    return {"loss": off / value, "gradient": (apart / squares) ** 0.5}
 
 
 def small_model(name: str) -> PreTrainedModel:
@@ -278,10 +291,12 @@ def examples(vocabulary: int) -> list[Example]:
     rng = np.random.RandomState(0)
     made = []
     for length in LENGTHS:
-        weights = ((rng.rand(length) < 0.5) * rng.rand(length) * 2).astype(np.float32)
+        is_target = rng.rand(length) < 0.5
+        weights = (is_target * rng.rand(length) * 2).astype(np.float32)
         weights[-1] = 1.0
         weights[0] = 0.0
-        made.append(Example(rng.randint(3, vocabulary, length).astype(np.int32), weights))
+        ids = rng.randint(3, vocabulary, length).astype(np.int32)
+        made.append(Example(ids, weights))
     return made
 
 
@@ -290,7 +305,9 @@ def behind_a_prefix(data: list[Example]) -> tuple[list[Example], Pack]:
     another does, and the pack that holds what they share once.
     """
     root = Example(data[0].ids[:60], data[0].weights[:60])
-    first, second, third = data[0], data[1], data[3]
+    first = data[0]
+    second = data[1]
+    third = data[3]
     tokens = [root.ids, first.ids[60:], second.ids, third.ids]
     weights = [3 * root.weights, first.weights[60:], 2 * second.weights, third.weights]
     whole = [first, _joined(root, second), _joined(root, second, third)]
@@ -299,7 +316,8 @@ def behind_a_prefix(data: list[Example]) -> tuple[list[Example], Pack]:
 
 def _joined(*parts: Example) -> Example:
     ids = np.concatenate([part.ids for part in parts])
-    return Example(ids, np.concatenate([part.weights for part in parts]))
+    weights = np.concatenate([part.weights for part in parts])
+    return Example(ids, weights)
 
 
 def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[float, list[Tensor]]:
@@ -312,8 +330,10 @@ def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[f
         ids = torch.tensor(example.ids.astype("int64"))[None]
         with own_fallbacks():
             logits = twin(input_ids=ids, use_cache=False).logits[0].double()
-        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
-        value = (losses * torch.tensor(example.weights[1:].astype("float64"))).sum() / weight
+        labels = ids[0, 1:]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="none")
+        weights = torch.tensor(example.weights[1:].astype("float64"))
+        value = (losses * weights).sum() / weight
         value.backward()
         total += float(value.detach())
         for kept, parameter in zip(gradients, twin.parameters(), strict=True):
@@ -324,15 +344,18 @@ def alone_in_float64(model: PreTrainedModel, data: Sequence[Example]) -> tuple[f
 
 def summary(found: Sequence[Family]) -> str:
     """How many there are of each verdict."""
-    counts = {
-        verdict: sum(family.verdict == verdict for family in found) for verdict in get_args(Verdict)
-    }
-    said = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items())
-    return f"transformers {transformers.__version__}: {said}"
+    parts: list[str] = []
+    for verdict in get_args(Verdict):
+        count = sum(family.verdict == verdict for family in found)
+        parts.append(f"{verdict}: {count}")
+    return f"transformers {transformers.__version__}: {', '.join(parts)}"
 
 
 def _weight(data: Sequence[Example]) -> float:
-    return sum(float(example.weights[1:].astype(float).sum()) for example in data)
+    total = 0.0
+    for example in data:
+        total += float(example.weights[1:].astype(float).sum())
+    return total
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -23,7 +23,8 @@ from sftx.types import Example, Pack
 from sftx.verify.finding import Finding, compared, does_not_apply
 from sftx.verify.oracle import Measured, losses_alone, plain_model, train_embeddings_only
 
-EXAMPLES, TOKENS = 6, 1024
+EXAMPLES = 6
+TOKENS = 1024
 """The most examples, and tokens of them together, that run through the model."""
 LIMITS = {
     torch.float32: {"loss": 1e-5, "gradient": 1e-3},
@@ -84,7 +85,8 @@ def compare_losses(
             load_adapter(loaded, adapter)
     loss = PackLoss(loaded).eval()
     longest = max(len(example.ids) for example in examples)
-    check_sizes(loss, longest, max(int(example.ids.max()) for example in examples))
+    largest_id = max(int(example.ids.max()) for example in examples)
+    check_sizes(loss, longest, largest_id)
     probe = probe_pack(examples)
     notes = check_paths(loss, probe, machine.precision, longest, TOKENS, share=True)
     shared_alone = alone[len(examples) :]
@@ -95,11 +97,10 @@ def compare_losses(
 
     single = [_measured(loss, [[example]], machine) for example in examples]
     apart = [_apart(ours, theirs) for ours, theirs in zip(single, alone, strict=True)]
-    worst = {name: max(one[name] for one in apart) for name in limits}
     fused = compared(
         "fused loss = the model's own logits",
         f"each example alone; the model as transformers loads it, cross-entropy in float64; {kind}",
-        worst,
+        _worst(apart),
         limits,
     )
     packed = compared(
@@ -108,16 +109,10 @@ def compare_losses(
         _apart(_measured(loss, [examples], machine), total),
         limits,
     )
-    return Losses(
-        [
-            fused,
-            packed,
-            _any_size(loss, examples, total, machine),
-            _any_order(loss, examples, total, machine),
-            _shared_prefixes(loss, examples, shared_alone, machine),
-        ],
-        notes,
-    )
+    any_size = _any_size(loss, examples, total, machine)
+    any_order = _any_order(loss, examples, total, machine)
+    shared = _shared_prefixes(loss, examples, shared_alone, machine)
+    return Losses([fused, packed, any_size, any_order, shared], notes)
 
 
 def _with_a_prefix(examples: Sequence[Example]) -> list[Example]:
@@ -125,18 +120,20 @@ def _with_a_prefix(examples: Sequence[Example]) -> list[Example]:
     longest was. Nothing where that leaves no room.
     """
     longest = max(len(example.ids) for example in examples)
-    half = len(examples[0].ids) // 2
+    first = examples[0]
+    half = len(first.ids) // 2
     made: list[Example] = []
-    for example in examples if 0 < half < longest else ():
-        rest = slice(half, None) if example is examples[0] else slice(longest - half)
+    if not 0 < half < longest:
+        return made
+    for example in examples:
+        rest = slice(longest - half)
+        if example is first:
+            rest = slice(half, None)
         weights = example.weights[rest].copy()
         weights[:1] = 1.0
-        made.append(
-            Example(
-                np.concatenate([examples[0].ids[:half], example.ids[rest]]),
-                np.concatenate([examples[0].weights[:half], weights]),
-            )
-        )
+        ids = np.concatenate([first.ids[:half], example.ids[rest]])
+        weights = np.concatenate([first.weights[:half], weights])
+        made.append(Example(ids, weights))
     return made
 
 
@@ -154,30 +151,32 @@ def _shared_prefixes(
         return does_not_apply(what, how, "the examples are too short to share anything")
     half = len(examples[0].ids) // 2
     whole = _with_a_prefix(examples)
-    tokens = [whole[0].ids[:half], *(example.ids[half:] for example in whole)]
-    weights = [len(whole) * whole[0].weights[:half], *(example.weights[half:] for example in whole)]
-    pack = tree_pack(tokens, weights, [-1, *(0 for _ in whole)])
-    return compared(
-        what,
-        how,
-        _apart(_measured_packs(loss, [pack], machine), _sum(alone)),
-        LIMITS[machine.precision],
-    )
+    tokens = [whole[0].ids[:half]]
+    weights = [len(whole) * whole[0].weights[:half]]
+    parents = [-1]
+    for example in whole:
+        tokens.append(example.ids[half:])
+        weights.append(example.weights[half:])
+        parents.append(0)
+    pack = tree_pack(tokens, weights, parents)
+    apart = _apart(_measured_packs(loss, [pack], machine), _sum(alone))
+    return compared(what, how, apart, LIMITS[machine.precision])
 
 
 def _any_size(
     loss: PackLoss, examples: Sequence[Example], total: Measured, machine: Machine
 ) -> Finding:
     lengths = [len(example.ids) for example in examples]
-    sizes = sorted({max(lengths), (max(lengths) + sum(lengths)) // 2})
-    found = []
+    longest = max(lengths)
+    sizes = sorted({longest, (longest + sum(lengths)) // 2})
+    found: list[dict[str, float]] = []
     for size in sizes:
-        packs = [[examples[i] for i in members] for members in balanced(lengths, size)[0]]
+        ranks = balanced(lengths, size)
+        packs = [[examples[i] for i in members] for members in ranks[0]]
         found.append(_apart(_measured(loss, packs, machine), total))
-    worst = {name: max(one[name] for one in found) for name in LIMITS[machine.precision]}
     named = " and ".join(f"{size:,}" for size in sizes)
     how = f"a step cut into packs of {named} tokens; each example alone through the plain model"
-    return compared("any pack size", how, worst, LIMITS[machine.precision])
+    return compared("any pack size", how, _worst(found), LIMITS[machine.precision])
 
 
 def _any_order(
@@ -185,13 +184,17 @@ def _any_order(
 ) -> Finding:
     shuffled = list(examples)
     random.Random(0).shuffle(shuffled)
-    found = [
-        _apart(_measured(loss, [order], machine), total)
-        for order in (list(reversed(examples)), shuffled)
-    ]
-    worst = {name: max(one[name] for one in found) for name in LIMITS[machine.precision]}
+    backwards = list(reversed(examples))
+    found: list[dict[str, float]] = []
+    for order in (backwards, shuffled):
+        found.append(_apart(_measured(loss, [order], machine), total))
     how = "the pack reversed, and shuffled; each example alone through the plain model"
-    return compared("any order", how, worst, LIMITS[machine.precision])
+    return compared("any order", how, _worst(found), LIMITS[machine.precision])
+
+
+def _worst(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The largest of each kind of difference."""
+    return {name: max(one[name] for one in found) for name in found[0]}
 
 
 def _measured(loss: PackLoss, packs: Sequence[Sequence[Example]], machine: Machine) -> Measured:
@@ -220,7 +223,9 @@ def _sum(parts: Sequence[Measured]) -> Measured:
 def _apart(ours: Measured, theirs: Measured) -> dict[str, float]:
     """Relative differences: of the loss, and of the gradient (L2)."""
     norm = max(float(theirs.gradient.norm()), 1e-30)
+    size = max(abs(theirs.loss), 1e-30)
+    difference = ours.gradient - theirs.gradient
     return {
-        "loss": abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-30),
-        "gradient": float((ours.gradient - theirs.gradient).norm()) / norm,
+        "loss": abs(ours.loss - theirs.loss) / size,
+        "gradient": float(difference.norm()) / norm,
     }

@@ -24,7 +24,9 @@ from sftx.verify.finding import Finding, compared, does_not_apply
 from sftx.verify.oracle import logits_of, plain_model
 from sftx.verify.sample import Sample
 
-STEPS, EACH, STOP_AFTER = 4, 2, 2
+STEPS = 4
+EACH = 2
+STOP_AFTER = 2
 SECONDS = 900
 """For which two processes may run."""
 LOGITS = 1e-5
@@ -73,20 +75,22 @@ def settings_of(sample: Sample, adapter: Adapter, name: str) -> Config:
         "threads": runtime.threads or default_threads(runtime),
         "tokens_per_pack": runtime.tokens_per_pack or 512,
     }
-    # Far enough that an adapter shows.
-    rate = {"learning_rate": None if adapter.method == "none" else 5e-3, "warmup": 0.0}
-    return config.model_copy(
-        update={
-            "output": str(sample.folder / name),
-            "adapter": adapter,
-            "model": config.model.model_copy(update={"save_dtype": "fp32"}),
-            "batch": Batch(examples_per_step=EACH, steps=STEPS, shuffle=config.batch.shuffle),
-            "optim": Optim(**{**config.optim.model_dump(exclude_unset=True), **rate}),
-            "eval": Eval(),
-            "checkpoint": Checkpoint(minutes=0),
-            "runtime": runtime.model_copy(update=fixed),
-        }
-    )
+    optim = config.optim.model_dump(exclude_unset=True)
+    optim["warmup"] = 0.0
+    optim["learning_rate"] = None
+    if adapter.method != "none":
+        optim["learning_rate"] = 5e-3  # far enough that an adapter shows
+    sections = {
+        "output": str(sample.folder / name),
+        "adapter": adapter,
+        "model": config.model.model_copy(update={"save_dtype": "fp32"}),
+        "batch": Batch(examples_per_step=EACH, steps=STEPS, shuffle=config.batch.shuffle),
+        "optim": Optim(**optim),
+        "eval": Eval(),
+        "checkpoint": Checkpoint(minutes=0),
+        "runtime": runtime.model_copy(update=fixed),
+    }
+    return config.model_copy(update=sections)
 
 
 def run_through(config: Config) -> ShortRun:
@@ -126,17 +130,18 @@ def compare_resumed(straight: ShortRun) -> Finding:
 def compare_ranks(straight: ShortRun, parameters: int) -> Finding:
     """The same run by two processes that torchrun starts."""
     how = f"{STEPS} steps by one process, and by two that torchrun starts: loss and gradient norm"
-    if why := _no_two_ranks(straight, parameters):
+    why = _no_two_ranks(straight, parameters)
+    if why:
         return does_not_apply(RANKS, how, why)
     output = straight.folder.with_name("two-ranks")
     config = straight.config.model_copy(update={"output": str(output)})
-    if problem := _run_two_ranks(config):
+    problem = _run_two_ranks(config)
+    if problem:
         return Finding(RANKS, how, "differs", why=problem)
     numbers = _difference_of_records(straight.folder, output)
-    bf16 = config.runtime.precision == "bf16"
-    limits = (
-        {"loss": 2e-2, "gradient norm": 1e-1} if bf16 else {"loss": 1e-4, "gradient norm": 1e-3}
-    )
+    limits = {"loss": 1e-4, "gradient norm": 1e-3}
+    if config.runtime.precision == "bf16":
+        limits = {"loss": 2e-2, "gradient norm": 1e-1}
     return compared(RANKS, how, numbers, limits)
 
 
@@ -148,18 +153,24 @@ def _no_two_ranks(straight: ShortRun, parameters: int) -> str:
         return "there is one GPU, and each process needs its own (runtime.device=cpu tries the CPU)"
     if not torch.distributed.is_available():
         return "this build of PyTorch has no torch.distributed"
-    if name := _dropout(straight):
+    name = _dropout(straight)
+    if name:
         return f"the run has dropout ({name}): each process draws its own"
-    needed = 2 * parameters * (4 if config.adapter.method != "none" else _BYTES_PER_WEIGHT)
-    if not gpus and needed > 0.8 * free():
-        return f"two copies need {needed / 2**30:.1f} GiB, and {free() / 2**30:.1f} are free"
+    each = _BYTES_PER_WEIGHT
+    if config.adapter.method != "none":
+        each = 4
+    needed = 2 * parameters * each
+    available = free()
+    if not gpus and needed > 0.8 * available:
+        return f"two copies need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} are free"
     return ""
 
 
 def _dropout(straight: ShortRun) -> str:
     """Its name and rate; empty where there is none."""
-    if straight.config.adapter.dropout:
-        return f"adapter.dropout {straight.config.adapter.dropout:g}"
+    of_adapter = straight.config.adapter.dropout
+    if of_adapter:
+        return f"adapter.dropout {of_adapter:g}"
     for name, rate in straight.model.config.to_dict().items():
         if "drop" in name and isinstance(rate, int | float) and rate > 0:
             return f"{name} {rate:g}"
@@ -177,9 +188,11 @@ def _run_two_ranks(config: Config) -> str:
         return f"the two processes were not done after {SECONDS} s"
     if done.returncode == 0:
         return ""
+    _, _, said = done.stderr.strip().rpartition("\n")
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    last = errors[0] if errors else done.stderr.strip().rpartition("\n")[2]
-    return f"the two processes ended with code {done.returncode}: {last}"
+    if errors:
+        said = errors[0]
+    return f"the two processes ended with code {done.returncode}: {said}"
 
 
 def compare_saved(run: ShortRun, texts: list[Example]) -> Finding:
@@ -218,23 +231,30 @@ def compare_merged(run: ShortRun, texts: list[Example]) -> Finding:
 
 
 def _loaded(config: Config) -> Any:
-    adapted = config.adapter.method != "none"
-    path, adapter = (config.model.path, config.output) if adapted else (config.output, None)
+    path = config.output
+    adapter = None
+    if config.adapter.method != "none":
+        path = config.model.path
+        adapter = config.output
     return plain_model(path, adapter, config.model.trust_remote_code, torch.device("cpu"))
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of two logits, relative to the largest one."""
-    return float((one - other).abs().max() / other.abs().max())
+    largest_difference = (one - other).abs().max()
+    return float(largest_difference / other.abs().max())
 
 
 def _method(config: Config) -> str:
-    return "all weights" if config.adapter.method == "none" else f"a {config.adapter.method}"
+    if config.adapter.method == "none":
+        return "all weights"
+    return f"a {config.adapter.method}"
 
 
 def _records(folder: Path) -> list[Mapping[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["step"]]
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    records = map(json.loads, text.splitlines())
+    return [record for record in records if record["step"]]
 
 
 def _difference_of_records(one: Path, other: Path) -> dict[str, float]:
@@ -250,7 +270,8 @@ def _difference_of_records(one: Path, other: Path) -> dict[str, float]:
         for name, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
             if a[key] is None or b[key] is None:
                 return dict.fromkeys(worst, float("inf"))
-            apart = abs(a[key] - b[key]) / max(abs(a[key]), 1e-30)
+            size = max(abs(a[key]), 1e-30)
+            apart = abs(a[key] - b[key]) / size
             worst[name] = max(worst[name], apart)
     return worst
 
@@ -262,5 +283,6 @@ def _difference_of_weights(one: Path, other: Path) -> float:
         first = load_file(file)
         second = load_file(other / file.name)
         for name, tensor in first.items():
-            worst = max(worst, float((tensor - second[name]).abs().max()))
+            apart = (tensor - second[name]).abs().max()
+            worst = max(worst, float(apart))
     return worst

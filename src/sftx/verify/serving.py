@@ -33,7 +33,8 @@ def compare_prompts(sample: Sample, server: Server) -> Finding:
         return does_not_apply(PROMPTS, how, "no turn of the assistant is trained")
     wrong = list(_wrong_prompts(turns, server))
     of = f"{len(turns):,} turns of {len(plain):,} rows"
-    if left_out := len(rows) - len(plain):
+    left_out = len(rows) - len(plain)
+    if left_out:
         of += f"; {left_out:,} rows that spell special tokens are left out: a server obeys them"
     return counted(PROMPTS, how, len(wrong), of, wrong[0] if wrong else "")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(tune_config, parameters by dotted name); UserError with everything wrong in the file."""
     problems: list[str] = []
     data, places = parse(Path(path).read_text(encoding="utf-8"), path, problems)
-    data = data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        data = {}
     tune = data.pop("tune_config", None) or {}
     for key in set(tune) - set(_TUNE_KEYS):
         known = ", ".join(_TUNE_KEYS)
@@ -55,7 +55,9 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     if "metric" not in tune or tune.get("mode") not in ("max", "min"):
         problems.append(f"{path}: tune_config: metric and mode (max or min) are needed")
     for name, spec in data.items():
-        problem = _problem_of(spec if isinstance(spec, dict) else {})
+        if not isinstance(spec, dict):
+            spec = {}
+        problem = _problem_of(spec)
         if problem:
             problems.append(f"{places[(name,)]}: {name}: {problem}")
     if problems:
@@ -65,55 +67,68 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _problem_of(spec: Mapping[str, Any]) -> str:
     """What is wrong with a parameter's strategy and values; empty if nothing."""
-    strategy, values = spec.get("strategy"), spec.get("values")
+    strategy = spec.get("strategy")
+    values = spec.get("values")
     if strategy not in _STRATEGIES:
         return f"strategy {strategy!r}; known: {', '.join(_STRATEGIES)}"
     low, high = _STRATEGIES[strategy]
-    if not isinstance(values, list) or not low <= len(values) <= (high or len(values)):
-        return f"{strategy} takes {low} to {high or 'many'} values, found {values}"
+    problem = f"{strategy} takes {low} to {high or 'many'} values, found {values}"
+    if not isinstance(values, list) or len(values) < low:
+        return problem
+    if high is not None and len(values) > high:
+        return problem
     return ""
 
 
 def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
     """A value for one parameter, drawn by `trial`; upper bounds of plain integers are exclusive."""
+    if strategy in ("choice", "grid"):
+        numbers = list(range(len(values)))
+        return values[trial.suggest_categorical(name, numbers)]
+    first, second, *rest = values
     log = "log" in strategy
     match strategy:
-        case "choice" | "grid":
-            return values[trial.suggest_categorical(name, list(range(len(values))))]
         case "randint" | "lograndint":
-            return trial.suggest_int(name, values[0], values[1] - 1, log=log)
+            return trial.suggest_int(name, first, second - 1, log=log)
         case "qrandint":
-            return trial.suggest_int(name, values[0], values[1], step=values[2])
+            return trial.suggest_int(name, first, second, step=rest[0])
         case "quniform":
-            return trial.suggest_float(name, values[0], values[1], step=values[2])
+            return trial.suggest_float(name, first, second, step=rest[0])
         case "randn" | "qrandn":
             share = trial.suggest_float(name, 1e-6, 1 - 1e-6)
-            value = NormalDist(values[0], values[1]).inv_cdf(share)
+            value = NormalDist(first, second).inv_cdf(share)
         case _:
-            value = trial.suggest_float(name, values[0], values[1], log=log)
+            value = trial.suggest_float(name, first, second, log=log)
     if not strategy.startswith("q"):
         return value
-    value = round(value / values[2]) * values[2]
+    step = rest[0]
+    value = round(value / step) * step
     return int(value) if strategy == "qlograndint" else value
 
 
 def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
-    search, scheduler = tune.get("search_alg") or "random", tune.get("scheduler") or "fifo"
-    for key, value, known in (
-        ("search_alg", search, _SAMPLERS),
-        ("scheduler", scheduler, _PRUNERS),
-    ):
-        if value not in known:
-            raise UserError(f"tune_config.{key}: found {value!r}; known: {', '.join(known)}")
-    return optuna_study(_SAMPLERS[search], seed, tune["mode"] == "min", _PRUNERS[scheduler])
+    search = tune.get("search_alg") or "random"
+    scheduler = tune.get("scheduler") or "fifo"
+    sampler = _known("search_alg", search, _SAMPLERS)
+    pruner = _known("scheduler", scheduler, _PRUNERS)
+    minimize = tune["mode"] == "min"
+    return optuna_study(sampler, seed, minimize, pruner)
+
+
+def _known(key: str, name: str, known: Mapping[str, str]) -> str:
+    """What optuna calls it."""
+    if name not in known:
+        raise UserError(f"tune_config.{key}: found {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of `metric`, a statistic of evaluation or `loss`, of the run in `folder`."""
     found: list[tuple[int, float]] = []
     for record in read_metrics(folder / "sftx"):
-        value = {**record, **(record["eval"] or {})}.get(metric)
+        numbers = {**record, **(record["eval"] or {})}
+        value = numbers.get(metric)
         if value is not None:
             found.append((record["step"], value))
     return found
@@ -140,7 +155,9 @@ def run_trial(
     values = measured(folder, metric)
     if code is None:
         return "PRUNED", values[-1][1]
-    return ("COMPLETE", values[-1][1]) if code == 0 and values else ("FAIL", None)
+    if code == 0 and values:
+        return "COMPLETE", values[-1][1]
+    return "FAIL", None
 
 
 def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
@@ -154,16 +171,17 @@ def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
     from optuna.trial import TrialState
 
     rows: list[dict[str, Any]] = []
-    for number, point in enumerate(_grid(space) * int(tune.get("num_samples", 1))):
+    points = _grid(space) * int(tune.get("num_samples", 1))
+    for number, point in enumerate(points):
         study.enqueue_trial(point)
         trial = study.ask()
-        hparams = {
-            name: suggest(trial, name, spec["strategy"], spec["values"])
-            for name, spec in space.items()
-        }
+        hparams: dict[str, Any] = {}
+        for name, spec in space.items():
+            hparams[name] = suggest(trial, name, spec["strategy"], spec["values"])
         folder = output / f"trial_{number}"
         state, value = run_trial(trial, script, hparams, folder, metric)
-        study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
+        result = value if state == "COMPLETE" else None
+        study.tell(trial, result, state=TrialState[state])
         row = {"trial": number, "state": state, metric: value, **hparams, "folder": str(folder)}
         rows.append(row)
         said = f"trial {number} {state.lower()}: {metric}={value} {json.dumps(hparams)}"
@@ -176,20 +194,25 @@ def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
         )
     choose = max if tune["mode"] == "max" else min
     best = choose(done, key=lambda row: row[metric])
-    result = {
+    found = {
         "value": best[metric],
         "hparams": {name: best[name] for name in space},
         "folder": best["folder"],
     }
-    (output / "best.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    text = json.dumps(found, indent=1)
+    (output / "best.json").write_text(text + "\n", encoding="utf-8")
+    return found
 
 
 def _grid(space: Mapping[str, Mapping[str, Any]]) -> list[dict[str, int]]:
     """Every combination of the parameters with the strategy `grid`, as numbers of their values."""
-    grid = {name: spec["values"] for name, spec in space.items() if spec["strategy"] == "grid"}
-    points = itertools.product(*[range(len(values)) for values in grid.values()])
-    return [dict(zip(grid, point, strict=True)) for point in points]
+    points: list[dict[str, int]] = [{}]
+    for name, spec in space.items():
+        if spec["strategy"] != "grid":
+            continue
+        numbers = range(len(spec["values"]))
+        points = [{**point, name: number} for point in points for number in numbers]
+    return points
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -201,9 +224,8 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 with one message for a mistake in the input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sftx.compat.trlx.sweep", description=(__doc__ or "").split("\n\n")[0]
-    )
+    summary, _, _ = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m sftx.compat.trlx.sweep", description=summary)
     parser.add_argument("script", help="a script with main(hparams)")
     parser.add_argument("--config", required=True, help="the sweep's YAML")
     parser.add_argument("--output", help="where results go; default: sweeps/SCRIPT")

@@ -47,8 +47,11 @@ _ABOUT_PEFT = (
 
 def to_config(config: TRLConfig, rows: list[dict[str, list[int]]]) -> Config:
     """The sftx run that `config` describes, over `rows` of final `input_ids` and `labels`."""
-    train, model, tokenizer = config.train, config.model, config.tokenizer.tokenizer_path
-    unfrozen, minibatch = model.num_layers_unfrozen, train.minibatch_size
+    train = config.train
+    model = config.model
+    tokenizer = config.tokenizer.tokenizer_path
+    unfrozen = model.num_layers_unfrozen
+    minibatch = train.minibatch_size
     longest = max(len(row["input_ids"]) for row in rows)
     all_steps = math.ceil(train.epochs * len(rows) / train.batch_size)
     decay = _ADAMW["weight_decay"] if _name(config.optimizer.name) == "adamw" else 0.0
@@ -103,7 +106,8 @@ def refuse_several_processes() -> None:
 
 def refuse_untranslatable(config: TRLConfig) -> None:
     """Raise UserError for what `config` asks for and sftx does not do."""
-    model, train = config.model, config.train
+    model = config.model
+    train = config.train
     generation = vars(config.method).get("gen_kwargs", {})
     if isinstance(config.method, StandIn):
         refuse(f"method {type(config.method).__name__}", config.method.INSTEAD)
@@ -184,11 +188,7 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
     if kind.upper() != "LORA":
         raise UserError(f"model.peft_config: peft_type {kind} is not offered; LORA is")
     default = LoraConfig().to_dict()
-    for key, value in values.items():
-        if key not in (*_LORA, *_ABOUT_PEFT) and value != default.get(key):
-            raise UserError(
-                f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
-            )
+    _check_peft(values, default)
     values = {**default, **values}
     alpha = float(values["lora_alpha"])
     if values["use_dora"] and values["use_rslora"]:  # peft then scales by alpha / sqrt(r)
@@ -201,6 +201,15 @@ def _adapter(config: TRLConfig) -> AdapterSettings:
         "dropout": float(values["lora_dropout"]),
         "targets": targets if isinstance(targets, str) else sorted(targets),
     }
+
+
+def _check_peft(values: Mapping[str, object], default: Mapping[str, object]) -> None:
+    """UserError where a peft configuration asks for what sftx does not do."""
+    for key, value in values.items():
+        if key not in (*_LORA, *_ABOUT_PEFT) and value != default.get(key):
+            raise UserError(
+                f"model.peft_config: {key}={value!r} is not understood; {', '.join(_LORA)} are"
+            )
 
 
 def _method(values: Mapping[str, object]) -> Literal["lora", "rslora", "dora"]:
@@ -249,7 +258,8 @@ def learning_rate(scheduler: SchedulerConfig, peak: float) -> Callable[[int], fl
         return low + (peak - low) * (1 + math.cos(math.pi * step / values["T_max"])) / 2
 
     def linear(step: int) -> float:
-        first, total = values["start_factor"], values["total_iters"]
+        first = values["start_factor"]
+        total = values["total_iters"]
         return peak * (first + (values["end_factor"] - first) * min(step, total) / total)
 
     return cosine if name == "cosine_annealing" else linear

@@ -97,61 +97,55 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
     except FOREIGN_ERRORS:
         return untried
     order = places(settings, lengths, largest_pack)
-    if _packs(small, pack, alone, order):
+    loss = _fresh_loss(small)
+    if _at_once(loss, Paths(), _Trial(pack, alone, order)):
         return Isolation(True, max(lengths), reaches)
-    forget = _forget(small, pack, alone)
-    pads = _pads(small, pack, alone, order, forget)
+    forget = _forget(_fresh_loss(small), _Trial(pack, alone, list(range(len(alone)))))
+    loss = _fresh_loss(small)
+    forgets = ForwardState(loss.model, forget) if forget else None
+    padded = Paths(isolate=False, padded=True, forgets=forgets)
+    pads = _at_once(loss, padded, _Trial(pack, alone, order))
     return Isolation(False, max(lengths), reaches, forget, pads)
 
 
-def _packs(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone], order: list[int]) -> bool:
-    """Whether the trainer's fast path is exact."""
-    return _at_once(PackLoss(copy.deepcopy(small)).eval(), Paths(), pack, alone, order)
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Segments, what each gives alone, and the order in which they follow one another."""
+
+    pack: TensorPack
+    alone: list[_Alone]
+    order: list[int]
 
 
-def _pads(
-    small: PreTrainedModel,
-    pack: TensorPack,
-    alone: list[_Alone],
-    order: list[int],
-    forget: Names,
-) -> bool:
-    """Whether segments of very unlike lengths are exact as the rows of a batch."""
-    loss = PackLoss(copy.deepcopy(small)).eval()
-    forgets = ForwardState(loss.model, forget) if forget else None
-    paths = Paths(isolate=False, padded=True, forgets=forgets)
-    return _at_once(loss, paths, pack, alone, order)
+def _fresh_loss(small: PreTrainedModel) -> PackLoss:
+    return PackLoss(copy.deepcopy(small)).eval()
 
 
-def _at_once(
-    loss: PackLoss, paths: Paths, pack: TensorPack, alone: list[_Alone], order: list[int]
-) -> bool:
+def _at_once(loss: PackLoss, paths: Paths, trial: _Trial) -> bool:
     """Whether the path by which all segments run at once is exact."""
     loss.take(paths)
     try:
         with torch.no_grad():
-            transform = matching_transform(loss, in_order(pack, [0, 2, 4]), EQUAL)
+            transform = matching_transform(loss, in_order(trial.pack, [0, 2, 4]), EQUAL)
         loss.take(replace(paths, transform=transform))
-        return _exact(loss, pack, alone, order, loss.own_logits)
+        return _exact(loss, trial, loss.own_logits)
     except FOREIGN_ERRORS:  # the model's forward does not take segments, or no batch
         return False
 
 
-def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Names:
+def _forget(loss: PackLoss, trial: _Trial) -> Names:
     """What must be put back before each segment, so that one at a time is exact."""
-    loss = PackLoss(copy.deepcopy(small)).eval()
-    order = list(range(len(alone)))
     fresh = ForwardState(loss.model)
     loss.take(Paths(isolate=False))
-    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
+    if _exact(loss, trial, loss.logits_one_by_one):
         return frozenset()
     names = fresh.changed()
     fresh.put_back()
     loss.take(Paths(isolate=False, forgets=ForwardState(loss.model, names)))
-    if _exact(loss, pack, alone, order, loss.logits_one_by_one):
+    if _exact(loss, trial, loss.logits_one_by_one):
         return names
     raise UserError(
-        f"model.path: {type(small).__name__} does not give an example the same loss each time "
+        f"model.path: {type(loss.model).__name__} does not give an example the same loss each time "
         "(measured): what it "
         "computes depends on the examples before it, and it cannot be made to forget them; it "
         "cannot be trained exactly"
@@ -161,49 +155,45 @@ def _forget(small: PreTrainedModel, pack: TensorPack, alone: list[_Alone]) -> Na
 def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
     """A segment through a fresh model, by nothing but the model's own forward."""
     with own_fallbacks():
-        logits = fresh(input_ids=one.ids[None], use_cache=False).logits[0][one.index].double()
+        out = fresh(input_ids=one.ids[None], use_cache=False)
+    logits = out.logits[0][one.index].double()
     losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
     value = (losses * one.weight.double()).sum()
     value.backward()
     return _Alone(logits.detach(), float(value.detach()), [p.grad for p in fresh.parameters()])
 
 
-def _exact(
-    loss: PackLoss,
-    pack: TensorPack,
-    alone: list[_Alone],
-    order: list[int],
-    logits_of: Callable[[TensorPack], Tensor],
-) -> bool:
+def _exact(loss: PackLoss, trial: _Trial, logits_of: Callable[[TensorPack], Tensor]) -> bool:
     """Whether the trainer's path gives the logits, the loss and the gradients that segments give
     alone; the logits in the opposite order too.
     """
+    order = trial.order
     for numbers in (order, order[::-1]):
         with torch.no_grad():
-            found = logits_of(in_order(pack, numbers))
-        expected = torch.cat([alone[number].logits for number in numbers])
+            found = logits_of(in_order(trial.pack, numbers))
+        expected = torch.cat([trial.alone[number].logits for number in numbers])
         if found.shape != expected.shape:
             return False
-        if float((found - expected).abs().max()) > EQUAL * float(expected.abs().max()):
+        apart = float((found - expected).abs().max())
+        if apart > EQUAL * float(expected.abs().max()):
             return False
     loss.zero_grad()
-    value = loss(in_order(pack, order))
+    value = loss(in_order(trial.pack, order))
     value.backward()
-    expected_loss = sum(alone[number].loss for number in order)
-    if abs(float(value.detach()) - expected_loss) > EQUAL * abs(expected_loss):
+    wanted_loss, wanted = _sum([trial.alone[number] for number in order])
+    if abs(float(value.detach()) - wanted_loss) > EQUAL * abs(wanted_loss):
         return False
-    wanted = _sum([alone[number].gradients for number in order])
     limit = EQUAL_IN_A_BATCH if loss.paths.padded else EQUAL
     return _furthest([p.grad for p in loss.model.parameters()], wanted) <= limit
 
 
-def _sum(parts: list[Gradients]) -> Gradients:
-    """The sums of the gradients of each weight; None where it has none."""
+def _sum(parts: list[_Alone]) -> tuple[float, Gradients]:
+    """The sums of the losses, and of the gradients of each weight; None where it has none."""
     sums: Gradients = []
-    for some in zip(*parts, strict=True):
+    for some in zip(*[one.gradients for one in parts], strict=True):
         there = [gradient for gradient in some if gradient is not None]
         sums.append(torch.stack(there).sum(0) if there else None)
-    return sums
+    return sum(one.loss for one in parts), sums
 
 
 def _furthest(found: Gradients, wanted: Gradients) -> float:
@@ -229,11 +219,9 @@ def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> Lo
     the known.
     """
     head: Any = loss.model.get_output_embeddings()
-    if (
-        type(head) not in (torch.nn.Linear, TrainableTokensWrapper)
-        or head._forward_hooks
-        or head._forward_pre_hooks
-    ):
+    if type(head) not in (torch.nn.Linear, TrainableTokensWrapper):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks:
         return None
     own = loss.own_logits(pack).float()
     try:
@@ -243,15 +231,18 @@ def matching_transform(loss: PackLoss, pack: TensorPack, tolerance: float) -> Lo
         return None
     if raw.shape != own.shape:
         return None
-    names = loss.model.config.get_text_config().to_dict()
-    softcap = float(names.get("final_logit_softcapping") or 0.0)
-    scales = [
-        1.0,
-        float(names.get("logit_scale") or 1.0),
-        1.0 / float(names.get("logits_scaling") or 1.0),
-    ]
-    candidates = (LogitTransform(scale, softcap) for scale in scales)
-    return next((c for c in candidates if nearly_equal(c(raw), own, tolerance)), None)
+    for transform in _known_transforms(loss.model.config.get_text_config().to_dict()):
+        if nearly_equal(transform(raw), own, tolerance):
+            return transform
+    return None
+
+
+def _known_transforms(settings: dict[str, Any]) -> list[LogitTransform]:
+    """What a configuration may say of the way from the head to the logits."""
+    softcap = float(settings.get("final_logit_softcapping") or 0.0)
+    factor = float(settings.get("logit_scale") or 1.0)
+    divisor = float(settings.get("logits_scaling") or 1.0)
+    return [LogitTransform(scale, softcap) for scale in (1.0, factor, 1.0 / divisor)]
 
 
 def nearly_equal(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

@@ -7,7 +7,6 @@ nothing up to that number of tokens. A probe that ends before it says nothing of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +37,17 @@ def lengths_named(settings: Any, name: str = "") -> Iterator[int]:
     elif isinstance(settings, list | tuple):
         for value in settings:
             yield from lengths_named(value, name)
-    elif isinstance(settings, int | float) and not isinstance(settings, bool):
-        whole = settings == int(settings) if abs(settings) < 1e15 else False
-        if whole and settings >= 2 and name not in WIDTHS and not name.endswith("_token_id"):
-            yield int(settings)
+    elif _is_length(settings, name):
+        yield int(settings)
+
+
+def _is_length(value: object, name: str) -> bool:
+    """Whether a value of that name could be compared with a position."""
+    if name in WIDTHS or name.endswith("_token_id"):
+        return False
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 2 <= value < 1e15 and value == int(value)
 
 
 def reach(settings: dict[str, Any], longest: int) -> int:
@@ -70,10 +76,13 @@ def places(settings: dict[str, Any], lengths: list[int], largest_pack: int) -> l
     """Which segments follow one another in a probe, by number; again and again until they reach
     beyond every named length below `largest_pack`, for what goes by the place in the pack.
     """
-    across = max((number for number in lengths_named(settings) if number < largest_pack), default=0)
+    inside = [number for number in lengths_named(settings) if number < largest_pack]
+    needed = max(inside, default=0) + max(lengths)
     order = list(range(len(lengths)))
-    while sum(lengths[number] for number in order) <= across + max(lengths):
+    tokens = sum(lengths)
+    while tokens <= needed:
         order += range(len(lengths))
+        tokens += sum(lengths)
     return order
 
 
@@ -85,23 +94,24 @@ def random_pack(lengths: list[int], vocabulary: int, seed: int = 0) -> TensorPac
     cu_seqlens_cpu = torch.tensor([0, *lengths]).cumsum(0)
     tokens = int(cu_seqlens_cpu[-1])
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (tokens,), generator=generator)
-    weights = torch.rand(tokens, generator=generator) * (
-        torch.rand(tokens, generator=generator) < 0.5
-    )
-    weights[cu_seqlens_cpu[1:] - 1] = 1.0
+    weights = torch.rand(tokens, generator=generator)
+    weights *= torch.rand(tokens, generator=generator) < 0.5
+    ends = cu_seqlens_cpu[1:]
+    weights[ends - 1] = 1.0
     weights[cu_seqlens_cpu[:-1]] = 0.0
     label_at = weights.nonzero()[:, 0]
-    inside = torch.bucketize(label_at, cu_seqlens_cpu[1:], right=True)
+    segment = torch.bucketize(label_at, ends, right=True)
+    counts = segment.bincount(minlength=len(lengths))
+    positions = [torch.arange(length) for length in lengths]
     return TensorPack(
         ids=ids,
-        positions=torch.cat([torch.arange(length) for length in lengths]),
+        positions=torch.cat(positions),
         cu_seqlens_cpu=cu_seqlens_cpu.to(torch.int32),
         index=label_at - 1,
         label=ids[label_at],
         weight=weights[label_at],
         longest=max(lengths),
-        counts=tuple(inside.bincount(minlength=len(lengths)).tolist()),
-        examples=(),
+        counts=tuple(counts.tolist()),
     )
 
 
@@ -113,17 +123,28 @@ def part(pack: TensorPack, number: int) -> TensorPack:
 def in_order(pack: TensorPack, order: list[int]) -> TensorPack:
     """A pack of segments of `pack`, by their numbers."""
     parts = list(pack.parts())
-    chosen = [parts[number] for number in order]
-    lengths = [b - a for a, b, _, _ in chosen]
-    starts = [0, *itertools.accumulate(lengths)]
+    ids = []
+    positions = []
+    index = []
+    label = []
+    weight = []
+    cu_seqlens = [0]
+    for number in order:
+        a, b, at, mine = parts[number]
+        ids.append(pack.ids[a:b])
+        positions.append(pack.positions[a:b])
+        index.append(at + cu_seqlens[-1])
+        label.append(pack.label[mine])
+        weight.append(pack.weight[mine])
+        cu_seqlens.append(cu_seqlens[-1] + b - a)
+    cu_seqlens_cpu = torch.tensor(cu_seqlens, dtype=torch.int32)
     return TensorPack(
-        ids=torch.cat([pack.ids[a:b] for a, b, _, _ in chosen]),
-        positions=torch.cat([pack.positions[a:b] for a, b, _, _ in chosen]),
-        cu_seqlens_cpu=torch.tensor(starts, dtype=torch.int32),
-        index=torch.cat([at + start for (_, _, at, _), start in zip(chosen, starts, strict=False)]),
-        label=torch.cat([pack.label[mine] for _, _, _, mine in chosen]),
-        weight=torch.cat([pack.weight[mine] for _, _, _, mine in chosen]),
-        longest=max(lengths),
+        ids=torch.cat(ids),
+        positions=torch.cat(positions),
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        index=torch.cat(index),
+        label=torch.cat(label),
+        weight=torch.cat(weight),
+        longest=int(cu_seqlens_cpu.diff().max()),
         counts=tuple(pack.counts[number] for number in order),
-        examples=(),
     )

@@ -10,7 +10,7 @@ become small; every other number stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,9 @@ MIXERS = (
 product of the others.
 """
 
+Settings = dict[str, Any]
+"""A configuration, or a section of it."""
+
 LARGEST_COPY = 60_000_000
 """Parameters of a copy whose widths could not be made small."""
 
@@ -124,7 +127,9 @@ def stand_in(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel | None:
     return None
 
 
-def _build(model: PreTrainedModel, narrow: Any, depth: int, seed: int) -> PreTrainedModel | None:
+def _build(
+    model: PreTrainedModel, narrow: Callable[[Settings], Settings], depth: int, seed: int
+) -> PreTrainedModel | None:
     settings = copy.deepcopy(model.config.to_dict())
     for name in (
         "quantization_config",
@@ -156,7 +161,9 @@ def _build(model: PreTrainedModel, narrow: Any, depth: int, seed: int) -> PreTra
             logits = copy.deepcopy(made)(input_ids=ids, use_cache=False).logits
     except FOREIGN_ERRORS:
         return None
-    return made if bool(logits.isfinite().all()) else None
+    if bool(logits.isfinite().all()):
+        return made
+    return None
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -190,10 +197,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def _depth(model: PreTrainedModel) -> int:
     """How many of the first layers hold every kind of layer; at least two."""
     layers = decoder_layers(model)
-    kinds = [
-        (kind, facts)
-        for kind, facts in zip(kinds_of_layers(model), _facts_of_layers(model), strict=True)
-    ]
+    kinds = list(zip(kinds_of_layers(model), _facts_of_layers(model), strict=True))
     seen: list[Any] = []
     depth = min(2, len(layers))
     for number, kind in enumerate(kinds):
@@ -205,22 +209,9 @@ def _depth(model: PreTrainedModel) -> int:
 
 def _facts_of_layers(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The plain values that every layer and its modules hold, but for those that number the layers."""
-    layers = list(decoder_layers(model))
-    facts: list[dict[str, Any]] = []
-    for layer in layers:
-        found: dict[str, Any] = {}
-        for path, module in layer.named_modules():
-            plain = {
-                name: value
-                for name, value in vars(module).items()
-                if isinstance(value, bool | int | float | str)
-            }
-            found |= {
-                f"{path}.{name}": value for name, value in plain.items() if name != "training"
-            }
-        facts.append(found)
-    names = set().union(*facts) if facts else set()
-    for name in names:
+    layers = decoder_layers(model)
+    facts = [_plain_values(layer) for layer in layers]
+    for name in set().union(*facts):
         if all(found.get(name, number) == number for number, found in enumerate(facts)):
             for found in facts:
                 found.pop(name, None)
@@ -230,7 +221,17 @@ def _facts_of_layers(model: PreTrainedModel) -> list[dict[str, Any]]:
     return facts
 
 
-def _lists_by_layer(settings: dict[str, Any], layers: int) -> Iterator[tuple[str, list[Any]]]:
+def _plain_values(layer: nn.Module) -> Settings:
+    """Numbers, texts and switches of a layer and its modules, by path and name."""
+    found: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if name != "training" and isinstance(value, bool | int | float | str):
+                found[f"{path}.{name}"] = value
+    return found
+
+
+def _lists_by_layer(settings: Settings, layers: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, value) of the settings that say something of every layer."""
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -239,7 +240,7 @@ def _lists_by_layer(settings: dict[str, Any], layers: int) -> Iterator[tuple[str
             yield name, value
 
 
-def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, Any]:
+def _few_layers(settings: Settings, layers: int, depth: int) -> Settings:
     """The settings of a model of the first `depth` of its `layers` layers."""
     if not layers:
         return settings
@@ -249,15 +250,20 @@ def _few_layers(settings: dict[str, Any], layers: int, depth: int) -> dict[str, 
             few[name] = _few_layers(_of_first_layers(value, layers, depth), layers, depth)
         elif name in LAYERS and value == layers:
             few[name] = depth
-        elif isinstance(value, list) and len(value) == layers and layers > 1:
-            few[name] = value[:depth]
-        elif str(name).endswith("_layers") and isinstance(
-            value, list
-        ):  # the numbers of some layers
-            few[name] = [one for one in value if not isinstance(one, int) or one <= depth]
+        elif isinstance(value, list):
+            few[name] = _few_of_list(str(name), value, layers, depth)
         else:
             few[name] = value
     return few
+
+
+def _few_of_list(name: str, value: list[Any], layers: int, depth: int) -> list[Any]:
+    """A list of a configuration, without what it says of layers that are gone."""
+    if len(value) == layers and layers > 1:
+        return value[:depth]
+    if name.endswith("_layers"):  # the numbers of some layers
+        return [one for one in value if not isinstance(one, int) or one <= depth]
+    return value
 
 
 def _of_first_layers(settings: dict[Any, Any], layers: int, depth: int) -> dict[Any, Any]:
@@ -270,28 +276,22 @@ def _of_first_layers(settings: dict[Any, Any], layers: int, depth: int) -> dict[
     return {name: value for name, value in settings.items() if int(name) < depth}
 
 
-def _narrow(settings: dict[str, Any]) -> dict[str, Any]:
+def _narrow(settings: Settings) -> Settings:
     """Everything narrow, heads included."""
     return _narrowed(settings, head_dim=16)
 
 
-def _narrow_with_whole_heads(settings: dict[str, Any]) -> dict[str, Any]:
+def _narrow_with_whole_heads(settings: Settings) -> Settings:
     """Heads as wide as they are: some lists of a configuration have an entry for each of their
     channels.
     """
     return _narrowed(settings, head_dim=None)
 
 
-def _narrowed(settings: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
-    hidden, heads = (_first_number(settings, names) for names in (HIDDEN, HEADS))
-    few_heads = min(heads, 4)
-    width = hidden // heads if head_dim is None and heads else head_dim or 16
-    numbers = {
-        **dict.fromkeys(HEADS, few_heads),
-        **dict.fromkeys(HIDDEN, width * few_heads or 64),
-    }
-    if head_dim is not None:
-        numbers["head_dim"] = head_dim
+def _narrowed(settings: Settings, head_dim: int | None) -> Settings:
+    heads = _first_number(settings, HEADS)
+    numbers = _narrow_widths(settings, heads, head_dim)
+    groups = max(1, settings.get("n_group") or 1)
     few: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -300,20 +300,37 @@ def _narrowed(settings: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
             few[name] = _small_ids(value)
         elif isinstance(value, bool) or not isinstance(value, int):
             few[name] = value
-        elif name in KEY_HEADS:
-            few[name] = few_heads if value == heads else min(value, 2)
-        elif name in EXPERTS:
-            few[name] = min(value, 4 * max(1, settings.get("n_group") or 1))
-        elif name in LINEAR_HEADS:
-            few[name] = max(1, value // 8)
-        elif name in LIMITS:
-            few[name] = min(value, LIMITS[name])
+        elif name in numbers:
+            few[name] = numbers[name]
         else:
-            few[name] = numbers.get(name, value)
+            few[name] = _narrow_number(name, value, heads, groups)
     return few | _heads_of_mixer(few, numbers["hidden_size"])
 
 
-def _heads_of_mixer(settings: dict[str, Any], width: int) -> dict[str, int]:
+def _narrow_widths(settings: Settings, heads: int, head_dim: int | None) -> dict[str, int]:
+    """The number of heads and what goes with it, by name; `heads` = how many there were."""
+    few_heads = min(heads, 4)
+    width = head_dim or 16
+    if head_dim is None and heads:
+        width = _first_number(settings, HIDDEN) // heads
+    numbers = dict.fromkeys(HEADS, few_heads) | dict.fromkeys(HIDDEN, width * few_heads or 64)
+    if head_dim is not None:
+        numbers["head_dim"] = head_dim
+    return numbers
+
+
+def _narrow_number(name: str, value: int, heads: int, groups: int) -> int:
+    """Any other number: small where it is a width; `groups` of experts must have some each."""
+    if name in KEY_HEADS:
+        return min(heads, 4) if value == heads else min(value, 2)
+    if name in EXPERTS:
+        return min(value, 4 * groups)
+    if name in LINEAR_HEADS:
+        return max(1, value // 8)
+    return min(value, LIMITS.get(name, value))
+
+
+def _heads_of_mixer(settings: Settings, width: int) -> dict[str, int]:
     """As many heads as a mixer with states has in a model of that width; nothing where it has
     none.
     """
@@ -325,18 +342,21 @@ def _heads_of_mixer(settings: dict[str, Any], width: int) -> dict[str, int]:
     return {}
 
 
-def _first_number(settings: dict[str, Any], names: set[str]) -> int:
+def _first_number(settings: Settings, names: set[str]) -> int:
     """The first whole number of settings that goes by one of the names; 0 where there is none."""
-    return next(
-        (value for name, value in settings.items() if name in names and isinstance(value, int)), 0
-    )
+    for name, value in settings.items():
+        if name in names and isinstance(value, int):
+            return value
+    return 0
 
 
 def _small_ids(value: Any) -> Any:
     """Ids of tokens, or a list of them, inside a small vocabulary."""
     if isinstance(value, list):
         return [_small_ids(one) for one in value]
-    return value % 128 if isinstance(value, int) else value
+    if isinstance(value, int):
+        return value % 128
+    return value
 
 
 def _spread(model: nn.Module) -> None:
@@ -347,11 +367,8 @@ def _spread(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     for tensor in (*model.parameters(), *model.buffers()):
-        if (
-            tensor.is_floating_point()
-            and not bool(tensor.isfinite().all())
-            and isinstance(tensor, nn.Parameter)
-        ):
+        is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        if is_weight and not bool(tensor.isfinite().all()):
             nn.init.normal_(tensor, std=0.02)
 
 

@@ -28,6 +28,7 @@ from sftx.model.fallbacks import own_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import cross_entropy_sum
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
+from sftx.model.regularization import of_each_example
 from sftx.model_config import positions_in
 from sftx.types import Pack, UserError
 
@@ -71,13 +72,12 @@ def check_paths(
     says. Returns what had to be changed, in words. Raises UserError where the loss is wrong on every
     path.
     """
-    name, pack = type(loss.model).__name__, to_tensors(probe, next(loss.parameters()).device)
+    name = type(loss.model).__name__
+    pack = to_tensors(probe, next(loss.parameters()).device)
     longest = max(longest, pack.longest)
     found = measure_isolation(loss.model, longest, max(longest, largest_pack))
-    forgets = None if found.forget == frozenset() else ForwardState(loss.model, found.forget)
-    alone = Paths(isolate=False, forgets=forgets)
-    ways = [Paths()] if found.packs else []
-    ways += [replace(alone, padded=True)] if found.pads else []
+    alone = Paths(isolate=False, forgets=ForwardState(loss.model, found.forget))
+    ways = ((found.packs, Paths()), (found.pads, replace(alone, padded=True)))
     tolerance = 1e-3 if precision == torch.float32 else 5e-2
     autocast = torch.autocast(pack.ids.device.type, precision, enabled=precision != torch.float32)
     with evaluating(loss), torch.no_grad(), autocast, _callable_in_parts(loss, pack):
@@ -87,28 +87,38 @@ def check_paths(
             raise UserError(
                 "the model's own logits are not finite before training: its weights are damaged"
             )
-        exact = any(
-            _isolated(loss, way, pack, reference, tolerance * scale, longest, found.tried > 0)
-            for way in ways
-        )
-        if not exact:
+        limit = tolerance * scale
+        for is_exact, way in ways:
+            if is_exact and _isolated(loss, way, pack, reference, limit, longest, found.tried > 0):
+                break
+        else:
             loss.take(alone)
             return [_one_at_a_time(name, found)]
-        transform = matching_transform(loss, pack, tolerance)
-        loss.take(replace(loss.paths, transform=transform))
-        fused, own = float(loss(pack)), float(cross_entropy_sum(reference, pack.label, pack.weight))
-        if abs(fused - own) > tolerance * abs(own):
-            raise UserError(
-                f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed "
-                "probe"
-            )
+        _choose_transform(loss, pack, reference, tolerance)
         notes = [_side_by_side(name, found)] if loss.paths.padded else []
         if share and loss.paths.isolate:
-            notes += _let_share(loss, pack, tolerance * scale, precision, longest)
+            notes += _let_share(loss, pack, limit, precision, longest)
     if loss.paths.transform is None:
         how = "logits come from the model's own forward, which needs more memory"
         notes.append(f"the head of {name} is not a plain matrix (measured): {how}")
     return notes
+
+
+def _choose_transform(
+    loss: PackLoss, pack: TensorPack, reference: Tensor, tolerance: float
+) -> None:
+    """Let the loss come from the head's matrix where that gives the model's own logits.
+
+    Raises UserError where the loss is then not that of the logits `reference`.
+    """
+    transform = matching_transform(loss, pack, tolerance)
+    loss.take(replace(loss.paths, transform=transform))
+    fused = float(loss(pack))
+    own = float(cross_entropy_sum(reference, pack.label, pack.weight))
+    if abs(fused - own) > tolerance * abs(own):
+        raise UserError(
+            f"the trainer's loss ({fused:.6f}) is not the model's own ({own:.6f}) on a packed probe"
+        )
 
 
 def _let_share(
@@ -119,14 +129,10 @@ def _let_share(
     """
     device = pack.ids.device
     half_on_gpu = device.type == "cuda" and precision != torch.float32
-    why = ""
-    if loss.objective.neftune_alpha:
-        why = "loss.neftune_alpha draws noise for each example"
-    elif loss.objective.router_aux:
-        why = "loss.router_aux balances the experts of each example"
-    elif half_on_gpu and not kernels_agree(device, precision):
+    why = of_each_example(loss.objective)
+    if not why and half_on_gpu and not kernels_agree(device, precision):
         why = "attention over shared prefixes is not exact on this device (measured)"
-    elif apart(loss, pack) > limit or not shares_prefixes(loss, longest):
+    if not why and (apart(loss, pack) > limit or not shares_prefixes(loss, longest)):
         why = f"{type(loss.model).__name__} was not found to give the same through shared prefixes"
     loss.take(replace(loss.paths, shares_prefixes=not why))
     return [f"{why}: every example computes its own prefix"] if why else []
@@ -208,15 +214,12 @@ def _isolated(
     that follows.
     """
     loss.take(way)
-    ids, positions = (
-        torch.cat([pack.ids, pack.ids[:1]]),
-        torch.cat([pack.positions, pack.positions[:1] + longest - 1]),
-    )
+    ends = pack.cu_seqlens_cpu
     larger = replace(
         pack,
-        ids=ids,
-        positions=positions,
-        cu_seqlens_cpu=torch.cat([pack.cu_seqlens_cpu, pack.cu_seqlens_cpu[-1:] + 1]),
+        ids=torch.cat([pack.ids, pack.ids[:1]]),
+        positions=torch.cat([pack.positions, pack.positions[:1] + longest - 1]),
+        cu_seqlens_cpu=torch.cat([ends, ends[-1:] + 1]),
     )
     first = int(pack.cu_seqlens_cpu[1])
     changed_ids = larger.ids.clone()
@@ -229,15 +232,16 @@ def _isolated(
         changed = loss.own_logits(replace(larger, ids=changed_ids)).float()
     except FOREIGN_ERRORS:  # the model's forward does not take segments
         return False
-    moved, leaked = _by_row(packed, reference), _by_row(changed, packed)[pack.index >= first]
+    moved = _by_row(packed, reference)
+    leaked = _by_row(changed, packed)[pack.index >= first]
     if float(moved.max()) <= limit and float(leaked.max()) <= 1e-3 * limit:
         return True
     if not only_rounding:
         return False
     rounding = _rounding(loss, pack, reference)
-    return float(moved.mean()) <= max(limit, 2 * rounding) and float(leaked.mean()) <= max(
-        1e-3 * limit, rounding
-    )
+    if float(moved.mean()) > max(limit, 2 * rounding):
+        return False
+    return float(leaked.mean()) <= max(1e-3 * limit, rounding)
 
 
 def _rounding(loss: PackLoss, pack: TensorPack, reference: Tensor) -> float:

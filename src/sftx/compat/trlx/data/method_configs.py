@@ -12,7 +12,8 @@ from sftx.types import UserError
 
 __getattr__ = by_name  # configurations of reinforcement learning
 _METHODS = Registry("method")
-register_method, get_method = _METHODS.register, _METHODS.get
+register_method = _METHODS.register
+get_method = _METHODS.get
 
 
 class Section:

@@ -101,7 +101,9 @@ def _phrases(dialogue: object) -> list[str]:
 
 def _cut(tokens: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:
     """The last `length` tokens where the rest is cut on the left, else the first."""
-    return tokens[max(len(tokens) - length, 0) :] if side == "left" else tokens[:length]
+    if side == "left":
+        return tokens[max(len(tokens) - length, 0) :]
+    return tokens[:length]
 
 
 class DialogStore(BaseRolloutStore):

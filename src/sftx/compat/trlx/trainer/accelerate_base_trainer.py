@@ -250,7 +250,8 @@ class AccelerateRLTrainer:
 
 def _load_tokenizer(config: TRLConfig) -> Any:
     """The tokenizer that the configuration names; without a pad token it gets EOS for it."""
-    path, extra = config.tokenizer.tokenizer_path, config.tokenizer.tokenizer_extra_configs
+    path = config.tokenizer.tokenizer_path
+    extra = config.tokenizer.tokenizer_extra_configs
     tokenizer = load_tokenizer(Model(path=path, trust_remote_code=trusted(extra)))
     if tokenizer.eos_token is None:
         raise UserError(f"tokenizer.tokenizer_path: {path} has no EOS token")

@@ -184,7 +184,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         if int(record.epoch) > self._epoch:
             self._epoch = int(record.epoch)
             self.post_epoch_callback()
-        train, last = self.config.train, record.step == record.num_steps
+        train = self.config.train
+        last = record.step == record.num_steps
         if last or record.step % train.checkpoint_interval == 0:
             self._checkpoint()
         if not last and record.step % train.eval_interval != 0:
@@ -198,7 +199,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def _evaluated(self) -> dict[str, float]:
         """Evaluate, and keep the numbers and the answers with the run."""
-        job, step = self.job, self.iter_count
+        job = self.job
+        step = self.iter_count
         results = self.evaluate()
         job.run.write_samples(job.samples, again=step in job.evaluations)
         job.evaluations[step] = results
@@ -255,7 +257,8 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def save(self, directory: str | None = None, **options: object) -> None:
         """Write weights, optimizer and step, to continue from; default: the checkpoint folder."""
-        job, step = self.job, self.iter_count
+        job = self.job
+        step = self.iter_count
         folder = Path(directory) if directory else self._folder
         for later in checkpoint.folders(folder):
             # An earlier run went further here: its state is not this one's.
@@ -335,7 +338,8 @@ def _rows(store: Any) -> list[dict[str, list[int]]]:
         targets = [int(label) for label in element.get("labels", ids)[1:]]
         if any(label != IGNORED for label in targets):
             rows.append({"input_ids": ids, "labels": [IGNORED, *targets]})
-    if empty := len(store) - len(rows):
+    empty = len(store) - len(rows)
+    if empty:
         print(
             f"note: {empty} of {len(store)} samples have no target left and are not trained on",
             file=sys.stderr,

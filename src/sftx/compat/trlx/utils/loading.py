@@ -7,4 +7,5 @@ import sftx.compat.trlx.trainer.accelerate_sft_trainer  # noqa: F401 - importing
 from sftx.compat.trlx.pipeline import _DATAPIPELINE
 from sftx.compat.trlx.trainer import _TRAINERS
 
-get_trainer, get_pipeline = _TRAINERS.get, _DATAPIPELINE.get
+get_trainer = _TRAINERS.get
+get_pipeline = _DATAPIPELINE.get

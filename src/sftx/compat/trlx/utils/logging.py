@@ -65,8 +65,10 @@ def get_log_levels_dict() -> dict[str, int]:
     return log_levels
 
 
-get_verbosity, set_verbosity = _root.getEffectiveLevel, _root.setLevel
-add_handler, remove_handler = _root.addHandler, _root.removeHandler
+get_verbosity = _root.getEffectiveLevel
+set_verbosity = _root.setLevel
+add_handler = _root.addHandler
+remove_handler = _root.removeHandler
 
 
 def enable_default_handler() -> None:
