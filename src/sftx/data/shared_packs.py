@@ -59,7 +59,7 @@ class Saving:
     saved_squares: float = 0.0
     work: float = 0.0
     saved_work: float = 0.0
-    pack_size: int = 0  # tokens of a pack, of `SIZES`, that are enough to save nearly all of it
+    pack_size: int = 0  # of `SIZES`, the smallest that saves nearly all of it
 
     @property
     def share(self) -> float:
@@ -100,28 +100,43 @@ def packs_of_step(
 def saving_of(plan: Plan, corpus: Corpus, tokens_per_pack: int = 1 << 60) -> Saving:
     """What sharing saves in a sample of the steps of a run, on one process."""
     longest = int(plan.lengths.max())
-    limit = max(tokens_per_pack, longest)
-    sums = np.zeros(6)
-    work_by_size = np.zeros(len(SIZES))
+    tokens, squares, work = 0.0, 0.0, 0.0
+    saved_tokens, saved_squares, saved_work = 0.0, 0.0, 0.0
+    saved_by_size = np.zeros(len(SIZES))
     for step in evenly(plan.num_steps, SAMPLE):
+        chosen = plan.examples(step)
+        lengths = plan.lengths[chosen].astype(np.float64)
+        tokens += float(lengths.sum())
+        squares += float((lengths**2).sum())
+        work += float(plan.work[chosen].sum())
         found = _in_shared_order(plan, step, _examples(plan, corpus, step))
-        once = found.computed_once(limit)
-        shared = np.where(once, found.shared, 0).astype(np.float64)
-        lengths = found.lengths.astype(np.float64)
-        work = found.work.sum()
-        sums += [
-            lengths.sum(),
-            shared.sum(),
-            (lengths**2).sum(),
-            (shared**2).sum(),
-            work,
-            found.saved[once].sum(),
-        ]
+        if found is None:
+            continue
+        once = found.computed_once(max(tokens_per_pack, longest))
+        shared = found.shared[once].astype(np.float64)
+        saved_tokens += float(shared.sum())
+        saved_squares += float((shared**2).sum())
+        saved_work += float(found.saved[once].sum())
         for place, size in enumerate(SIZES):
-            kept = found.computed_once(max(size, longest))
-            work_by_size[place] += work - found.saved[kept].sum()
-    enough = work_by_size <= MORE * work_by_size.min()
-    return Saving(*sums.tolist(), pack_size=SIZES[int(enough.argmax())])
+            once = found.computed_once(max(size, longest))
+            saved_by_size[place] += found.saved[once].sum()
+    return Saving(
+        tokens=tokens,
+        saved_tokens=saved_tokens,
+        squares=squares,
+        saved_squares=saved_squares,
+        work=work,
+        saved_work=saved_work,
+        pack_size=_enough(work - saved_by_size),
+    )
+
+
+def _enough(work: Float64) -> int:
+    """The smallest size of packs with which little more is computed than with any; `work`: with packs
+    of each of `SIZES`.
+    """
+    is_enough = work <= MORE * work.min()
+    return SIZES[int(is_enough.argmax())]
 
 
 def _examples(plan: Plan, corpus: Corpus, step: int) -> dict[int, Example]:
@@ -212,7 +227,7 @@ def shared_packs(
     Where nothing is worth sharing, these are the packs of `plan.packs`.
     """
     found = _in_shared_order(plan, step, examples)
-    if not found.shared.any():
+    if found is None:
         return _plain_packs(plan, step, tokens_per_pack, world_size)
     # No pack is larger than the longest example makes one anyway.
     most = max(tokens_per_pack, int(plan.lengths.max()))
@@ -235,13 +250,15 @@ def shared_packs(
     return best
 
 
-def _in_shared_order(plan: Plan, step: int, examples: Mapping[int, Example]) -> SharedStep:
+def _in_shared_order(plan: Plan, step: int, examples: Mapping[int, Example]) -> SharedStep | None:
+    """None where nothing is worth sharing."""
     chosen = plan.examples(step)
-    tokens = [examples[number].ids for number in chosen.tolist()]
-    order, shared = shared_order(tokens)
+    found = shared_order([examples[number].ids for number in chosen.tolist()])
+    if found is None:
+        return None
+    order, shared = found
     chosen = chosen[order]
-    # Of each example: the targets in what it shares.
-    targets = np.zeros(len(chosen))
+    targets = np.zeros(len(chosen))  # of each example, in what it shares
     for place in np.flatnonzero(shared).tolist():
         weights = examples[int(chosen[place])].weights
         targets[place] = np.count_nonzero(weights[: shared[place]])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftx.model.cpu_attention import FILL, ROWS, at_least_fp32, scores
-from sftx.model.prefix_index import families_of
+from sftx.model.prefix_index import Run, families_of
 
 UNSEEN = float("-inf")
 
@@ -124,10 +124,10 @@ shared_blocks.register_autograd(_backward, setup_context=_save)
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some queries of a family, and the keys that they may see: those of the chain, and those of the
-    run up to the last query. Only until the next block is asked for: the keys stand in a buffer.
+    """Some queries of a run, and the keys that they may see: those of the chain, and those of the run
+    up to the last query. It holds until the next block is asked for: the keys stand in a buffer.
 
-    A key's number counts from the root of the chain on; the run follows.
+    Keys have numbers: 0 is the first of the chain, and the run follows behind its last.
     """
 
     rows: slice  # of the pack: the queries
@@ -175,55 +175,70 @@ def _blocks(
     if q.device.type != "cpu":
         most *= 8
     by_token = q[0].transpose(0, 1)
-    for chain, runs in families_of(index, most):
-        before = sum(piece.stop - piece.start for piece in chain)
-        longest = max((run[-1].stop - run[0].start for run in runs), default=0)
-        keys = _buffer(k[0], chain, longest)
-        values = _buffer(v[0], chain, longest)
-        for run in runs:
-            whole = slice(run[0].start, run[-1].stop)
-            size = whole.stop - whole.start
-            keys[:, before : before + size] = k[0, :, whole]
-            values[:, before : before + size] = v[0, :, whole]
-            for start in range(whole.start, whole.stop, most):
-                rows = slice(start, min(start + most, whole.stop))
-                number = before + rows.start - whole.start  # of the first query
-                first = 0
-                if window:
-                    first = max(0, number - window + 1)
-                count = number + rows.stop - rows.start - first
-                stop = first + _filled_up(count, keys)
-                sure = first if window else before
+    for family in families_of(index, most):
+        before = family.before
+        longest = max((run.tokens for run in family.runs), default=0)
+        keys = _buffer(k[0], family.chain, longest)
+        values = _buffer(v[0], family.chain, longest)
+        for run in family.runs:
+            own = slice(before, before + run.tokens)
+            keys[:, own] = k[0, :, run.start : run.stop]
+            values[:, own] = v[0, :, run.start : run.stop]
+            for start in range(run.start, run.stop, most):
+                rows = slice(start, min(start + most, run.stop))
+                seen = _seen(run, rows, before, window)
+                filled = slice(seen.start, seen.start + _filled_up(len(seen), keys))
+                sure = 0 if window else before
                 yield _Block(
-                    rows,
-                    [*chain, slice(whole.start, rows.stop)],
-                    first,
-                    _laid_out(by_token[rows], len(keys)) * scale,
-                    keys[:, first:stop],
-                    values[:, first:stop],
-                    sure - first,
-                    _hidden(run, rows, before, range(sure, stop), window).to(q.device),
+                    rows=rows,
+                    places=[*family.chain, slice(run.start, rows.stop)],
+                    first=seen.start,
+                    queries=_laid_out(by_token[rows], len(keys)) * scale,
+                    keys=keys[:, filled],
+                    values=values[:, filled],
+                    sure=sure,
+                    hidden=_hidden(run, rows, before, filled, sure, window).to(q.device),
                 )
 
 
-def _hidden(run: list[slice], rows: slice, before: int, keys: range, window: int) -> Tensor:
-    """bool[rows, keys]: whether a query of the run does not see a key of that number; the chain has
-    the numbers up to `before`. What is filled up comes behind every query.
+def _seen(run: Run, rows: slice, before: int, window: int) -> range:
+    """The numbers of the keys that some of the queries see."""
+    first_query = before + rows.start - run.start
+    last_query = before + rows.stop - run.start
+    first = 0
+    if window:
+        first = max(0, first_query - window + 1)
+    return range(first, last_query)
+
+
+def _hidden(run: Run, rows: slice, before: int, keys: slice, sure: int, window: int) -> Tensor:
+    """bool[rows, keys - sure]: whether a query of the run does not see a key. The first `sure` of the
+    keys are left out. What is filled up has numbers behind every query.
     """
-    offset = before - run[0].start
-    key = torch.arange(keys.start, keys.stop)
+    offset = before - run.start
+    key = torch.arange(keys.start + sure, keys.stop)
     query = torch.arange(rows.start, rows.stop)[:, None] + offset
-    starts = torch.tensor([segment.start + offset for segment in run])
-    lengths = torch.tensor([segment.stop - segment.start for segment in run])
-    # Of each query: the number of the first token of its segment.
-    start = starts.repeat_interleave(lengths)[:, None] if len(run) > 1 else starts
+    start = _starts(run)[:, None] + offset
     in_chain = key < before
-    hidden = (key > query) | (key < start) & ~in_chain
+    is_later = key > query
+    of_another = (key < start) & ~in_chain
+    hidden = is_later | of_another
     if window:
         position = query - start + before
-        behind = torch.where(in_chain, position, query) - key
-        hidden |= behind >= window
+        distance = torch.where(in_chain, position, query) - key
+        hidden |= distance >= window
     return hidden
+
+
+def _starts(run: Run) -> Tensor:
+    """int64[tokens], or [1] where it is the same for all: where in the pack the segment of each token
+    begins.
+    """
+    starts = torch.tensor([segment.start for segment in run.segments])
+    if len(run.segments) == 1:
+        return starts
+    lengths = [segment.stop - segment.start for segment in run.segments]
+    return starts.repeat_interleave(torch.tensor(lengths))
 
 
 def _probabilities(

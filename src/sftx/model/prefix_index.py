@@ -157,11 +157,37 @@ def parts_of(index: list[Tensor]) -> Iterator[Part]:
         first_key = last_key
 
 
-class Family(NamedTuple):
-    """Segments that continue the same chain."""
+class Run(NamedTuple):
+    """Segments that continue the same chain, and stand beside each other in the pack."""
 
-    chain: list[slice]  # of the pack: where the pieces of the chain stand, from the root on
-    runs: list[list[slice]]  # their segments: those of a run stand beside each other in the pack
+    segments: list[slice]  # their places in the pack
+
+    @property
+    def start(self) -> int:
+        """Where the first begins."""
+        return self.segments[0].start
+
+    @property
+    def stop(self) -> int:
+        """Where the last ends."""
+        return self.segments[-1].stop
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all."""
+        return self.stop - self.start
+
+
+class Family(NamedTuple):
+    """A chain, and all segments that continue it directly."""
+
+    chain: list[slice]  # the places of its pieces in the pack, from the root on
+    runs: list[Run]
+
+    @property
+    def before(self) -> int:
+        """Tokens of the chain."""
+        return sum(piece.stop - piece.start for piece in self.chain)
 
 
 def families_of(index: list[Tensor], most: int) -> list[Family]:
@@ -172,18 +198,18 @@ def families_of(index: list[Tensor], most: int) -> list[Family]:
     host, table = index[4:]
     segments, *rest = table.tolist()
     parents = rest[:segments]
-    chains = _chains(parents)
     bounds: list[int] = host.tolist()
     places = [slice(*pair) for pair in itertools.pairwise(bounds[: segments + 1])]
     families: dict[int, Family] = {}
-    for own, parent, chain in zip(places, parents, chains, strict=True):
+    for own, parent, chain in zip(places, parents, _chains(parents), strict=True):
         if parent not in families:
             pieces = [places[ancestor] for ancestor in chain]
             families[parent] = Family(pieces, [])
+        if own.start == own.stop:  # a branch may be empty
+            continue
         runs = families[parent].runs
-        beside = bool(runs) and runs[-1][-1].stop == own.start
-        if beside and own.stop - runs[-1][0].start <= most:
-            runs[-1].append(own)
-        elif own.stop > own.start:  # a branch may be empty
-            runs.append([own])
+        if runs and runs[-1].stop == own.start and own.stop - runs[-1].start <= most:
+            runs[-1].segments.append(own)
+        else:
+            runs.append(Run([own]))
     return list(families.values())
