@@ -2,6 +2,9 @@
 
     python bench/prefix.py --data ../shared/data            # a, b, c and d
     python bench/prefix.py --data ../shared/data --case a d --rounds 3 --json out.json
+    python bench/prefix.py --data ../shared/data --trl-path trl-site    # TRL from that folder
+    python bench/prefix.py --data ../shared/data --pieces    # how short a shared piece may be
+    python bench/prefix.py --planning 1000000                # what looking for prefixes costs
 
 Four kinds of data, each one optimiser step: (a) prompts of GSM8K with 8 answers each; (b) one tool
 prompt of about 2,000 tokens before 64 short dialogues; (c) a story with 10 questions; (d) dialogues
@@ -9,16 +12,20 @@ of 6 turns with reasoning, whose template strips the reasoning of earlier turns,
 is a sequence of its own.
 
 Without and with sharing run in turn in one process, forward and backward over the packs that a run
-would take; CPU seconds are medians of the rounds after one of warm-up, memory is what a step adds to the
-memory of a process of its own at its peak (Linux). `saving` is the share of the FLOPs that need
-not be computed, `reached` how much of it became time: (1 - t_with / t_without) / saving. Where TRL
-is installed, `--trl` measures its SFTTrainer over the same rows (padded, as it does by default).
+would take; CPU seconds are medians of the rounds after one of warm-up. (b) has one layer
+instead of four, on all sides: it is 115,000 tokens. Memory is what a step adds at its peak to the memory of a process of its
+own that holds the model and its gradients (Linux). `saving` is the share of the FLOPs that need not be
+computed, `reached` how much of it became time: (1 - t_with / t_without) / saving, of the pairs of each
+round. TRL's SFTTrainer over the same rows (padded, as it does by default) is measured where it is
+installed, or lies in `--trl-path`, which only its process sees.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -28,6 +35,7 @@ import time
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +160,8 @@ def prepared(case: str, data: Path) -> tuple[Any, Any, Any]:
     for example in examples:
         object.__setattr__(example, "ids", (example.ids % 8192).astype(np.int32))
     config = transformers.LlamaConfig(**SHAPE, vocab_size=8192)
+    if case == "b":
+        config.num_hidden_layers = 1
     loss = PackLoss(transformers.AutoModelForCausalLM.from_config(config)).train()
     loss.take(Paths(shares_prefixes=True))
     set_example_cost(plan, loss, targets)
@@ -172,12 +182,11 @@ def packs_of(examples: Any, plan: Any, share: bool) -> list[Any]:
 
 def pack_size(plan: Any, known: dict[int, Any]) -> int:
     """What `choose_packing` takes where memory is plenty."""
-    from sftx.data.shared_packs import shared_packs
-    from sftx.training.memory_plan import PREFIXES, SHARED_SIZES
+    from sftx.data.shared_packs import saving_of
+    from sftx.training.memory_plan import LARGER
 
-    shared = np.array([s for m in shared_packs(plan, 0, 1 << 60, 1, known)[0] for s in m.shared])
-    prefix = float((shared**2).sum() / max(shared.sum(), 1))
-    return next((size for size in SHARED_SIZES if 1024 < size <= PREFIXES * prefix), 1024)
+    saving = saving_of(plan, SimpleNamespace(example=known.__getitem__))
+    return min(max(saving.pack_size, 1024), LARGER * 1024)
 
 
 def step_seconds(loss: Any, packs: list[Any], total: float) -> tuple[float, float]:
@@ -192,14 +201,17 @@ def step_seconds(loss: Any, packs: list[Any], total: float) -> tuple[float, floa
         part.backward()
         value += float(part.detach())
     seconds = time.process_time() - start
-    loss.zero_grad()
+    for parameter in loss.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
     return seconds, value
 
 
-def measure(case: str, data: Path, rounds: int) -> dict[str, float]:
+def measure(case: str, data: Path, rounds: int | None) -> dict[str, float]:
     """The figures of one case."""
     loss, examples, plan = prepared(case, data)
     both = {name: packs_of(examples, plan, name == "with") for name in ("without", "with")}
+    rounds = rounds or ROUNDS[case]
     seconds: dict[str, list[float]] = {name: [] for name in both}
     losses: dict[str, float] = {}
     step_seconds(loss, both["with"][:1], 1.0)
@@ -210,6 +222,8 @@ def measure(case: str, data: Path, rounds: int) -> dict[str, float]:
     work = {name: work_of(loss, packs) for name, packs in both.items()}
     median = {name: statistics.median(times) for name, times in seconds.items()}
     saving = 1 - work["with"] / work["without"]
+    pairs = zip(seconds["with"], seconds["without"], strict=True)
+    share = statistics.median(a / b for a, b in pairs)
     return {
         "examples": len(examples),
         "longest": int(plan.lengths.max()),
@@ -217,8 +231,8 @@ def measure(case: str, data: Path, rounds: int) -> dict[str, float]:
         **{f"packs {name}": len(packs) for name, packs in both.items()},
         **{f"seconds {name}": value for name, value in median.items()},
         "saving": saving,
-        "speed": median["without"] / median["with"],
-        "reached": (1 - median["with"] / median["without"]) / saving,
+        "speed": 1 / share,
+        "reached": (1 - share) / saving,
         "differs": abs(losses["with"] / losses["without"] - 1),
     }
 
@@ -238,11 +252,15 @@ def work_of(loss: Any, packs: list[Any]) -> float:
 def peak(case: str, data: Path, share: bool) -> float:
     """MiB by which the peak of a process grows over a step; run in a process of its own."""
     loss, examples, plan = prepared(case, data)
-    packs = packs_of(examples, plan, share)
-    step_seconds(loss, packs[:1], 1.0)  # gradients, and what libraries keep
+    packs = sorted(packs_of(examples, plan, share), key=lambda pack: -len(pack.ids))
+    loss.zero_grad()
+    for parameter in loss.parameters():
+        parameter.grad = parameter.detach().clone()
+    step_seconds(loss, packs[-1:], 1.0)  # what libraries keep
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = resident("VmRSS")
-    step_seconds(loss, packs, plan.total_weight(0))
+    step_seconds(loss, packs[:2], plan.total_weight(0))
     return (resident("VmHWM") - before) / 1024
 
 
@@ -252,12 +270,18 @@ def resident(name: str) -> int:
     return int(status.partition(f"{name}:")[2].split()[0])
 
 
-def of_other_process(case: str, data: Path, share: bool) -> float:
-    """`peak` of a new process."""
-    asked = ["--peak", "with" if share else "without", "--case", case, "--data", str(data)]
+def of_other_process(cell: str, case: str, data: Path, path: Path | None = None) -> float:
+    """A figure that a new process measures, see `CELLS`; with `path` it finds packages there too."""
+    asked = ["--cell", cell, "--case", case, "--data", str(data)]
+    environment = dict(os.environ)
+    if path is not None:
+        known = environment.get("PYTHONPATH", "")
+        environment["PYTHONPATH"] = os.pathsep.join([known, str(path)])
     done = subprocess.run(
-        [sys.executable, __file__, *asked], capture_output=True, text=True, check=True
+        [sys.executable, __file__, *asked], stdout=subprocess.PIPE, text=True, env=environment
     )
+    if done.returncode:
+        raise SystemExit(f"{cell} of case {case} failed, see above")
     return float(done.stdout.split()[-1])
 
 
@@ -291,36 +315,126 @@ def trl_seconds(case: str, data: Path) -> float:
     return clock.cpu[-1]
 
 
+def pieces(data: Path) -> None:
+    """Print what sharing a piece of so many tokens saves: pairs of examples that have it in common,
+    100 tokens behind it.
+    """
+    from sftx.data.prefixes import build_shared_pack
+    from sftx.types import Example
+
+    loss, _, _ = prepared("a", data)
+    draw = np.random.RandomState(0)
+    for length in (8, 16, 32):
+        examples = []
+        for _ in range(4):
+            piece = draw.randint(0, 8192, length)
+            for _ in range(2):
+                ids = np.concatenate([piece, draw.randint(0, 8192, 100)]).astype(np.int32)
+                examples.append(Example(ids, np.ones(len(ids), np.float32)))
+        packs = {
+            "without": [build_shared_pack(examples)],
+            "with": [build_shared_pack(examples, (), (0, length) * 4)],
+        }
+        shares = []
+        for number in range(16):
+            seconds = {name: step_seconds(loss, some, 1.0)[0] for name, some in packs.items()}
+            if number:
+                shares.append(seconds["with"] / seconds["without"])
+        saving = 1 - work_of(loss, packs["with"]) / work_of(loss, packs["without"])
+        print(
+            f"a piece of {length} tokens in two examples: FLOPs {saving:.1%}, "
+            f"time {1 - statistics.median(shares):.1%}",
+            flush=True,
+        )
+
+
+def planning(count: int) -> None:
+    """Print what looking for prefixes costs where nothing is shared: CPU seconds of planning all
+    steps of so many examples, and of laying out their packs.
+    """
+    from sftx.data.plan import Plan
+    from sftx.data.shared_packs import packs_of_step, saving_of
+    from sftx.settings.schema import Batch
+    from sftx.types import Example
+
+    draw = np.random.RandomState(0)
+    lengths = draw.randint(40, 200, count).astype(np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tokens = draw.randint(0, 50_000, int(ends[-1]), dtype=np.int32)
+    ones = np.ones(200, np.float32)
+
+    def example(i: int) -> Example:
+        return Example(tokens[ends[i] - lengths[i] : ends[i]], ones[: lengths[i]])
+
+    corpus: Any = SimpleNamespace(example=example)
+    plan = Plan(lengths, lengths.astype(np.float64), Batch(examples_per_step=32), 0)
+    start = time.process_time()
+    saving = saving_of(plan, corpus)
+    looking = time.process_time() - start
+    assert not saving.saved_tokens
+    print(f"{count:,} examples, {plan.num_steps:,} steps: looking whether to share {looking:.2f} s")
+    for name, share in (("off", False), ("on", True)):
+        start = time.process_time()
+        for step in range(plan.num_steps):
+            packs, read = packs_of_step(plan, corpus, step, 1024, share)
+            for members in packs[0]:
+                members.build(read)
+        print(f"share_prefixes {name}: {time.process_time() - start:.2f} s", flush=True)
+
+
+CELLS = {
+    "without": lambda case, data: peak(case, data, False),
+    "with": lambda case, data: peak(case, data, True),
+    "trl": lambda case, data: trl_seconds(case, data),
+}
+ROUNDS = {"a": 5, "b": 1, "c": 4, "d": 3}
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--data", type=Path, help="the folder of the data sets")
     parser.add_argument("--case", nargs="+", default=list("abcd"), choices=list("abcd"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trl", action="store_true", help="measure TRL too")
+    parser.add_argument("--rounds", type=int, help="of each case; default: see ROUNDS")
+    parser.add_argument("--trl-path", type=Path, help="a folder in which TRL is installed")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--peak", choices=["with", "without"], help=argparse.SUPPRESS)
+    parser.add_argument("--pieces", action="store_true", help="only: short shared pieces")
+    parser.add_argument("--planning", type=int, help="only: planning so many examples")
+    parser.add_argument("--cell", choices=CELLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print(peak(args.case[0], args.data, args.peak == "with"))
+    if args.planning:
+        planning(args.planning)
         return
-    if args.trl and find_spec("trl") is None:
-        parser.error("TRL is not installed")
+    if args.data is None:
+        parser.error("--data is needed")
+    if args.pieces:
+        pieces(args.data)
+    elif args.cell:
+        print(CELLS[args.cell](args.case[0], args.data))
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure the cases, and print a line of each and one of all."""
+    has_trl = args.trl_path is not None or find_spec("trl") is not None
     found: dict[str, dict[str, float]] = {}
     for case in args.case:
         figures = measure(case, args.data, args.rounds)
-        for name, share in (("without", False), ("with", True)):
-            figures[f"MiB {name}"] = of_other_process(case, args.data, share)
-        if args.trl:
-            figures["seconds trl"] = trl_seconds(case, args.data)
+        for name in ("without", "with"):
+            figures[f"MiB {name}"] = of_other_process(name, case, args.data)
+        if has_trl:
+            figures["seconds trl"] = of_other_process("trl", case, args.data, args.trl_path)
         found[case] = figures
         print(case, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
         if args.json:
             args.json.write_text(json.dumps(found, indent=1))
+    if not has_trl:
+        print("TRL is not installed: it was not measured")
     speeds = " ".join(f"{case}={figures['speed']:.2f}" for case, figures in found.items())
-    reached = statistics.median(figures["reached"] for figures in found.values())
+    reached = min(figures["reached"] for figures in found.values())
     print(f"prefix {speeds} saving_reached={reached:.2f}")
 
 

@@ -43,6 +43,35 @@ def test_for_this_machine(
     assert not (tmp_path / "unused").exists()
 
 
+def test_what_sharing_saves_is_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "CALIBRATION", 64)
+    rows = [{"prompt": "a long question " * 4, "completion": "so " * (i + 1)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = [
+        f"model={tiny.folder(tmp_path / 'model')}",
+        f"data={tmp_path / 'rows.jsonl'}",
+        f"data.cache={tmp_path / 'cache'}",
+        "runtime.device=cpu",
+        f"json={tmp_path / 'plan.json'}",
+    ]
+    assert cli.main(["plan", *run]) == 0
+    text, facts = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    shared = facts["shared_prefixes"]
+    assert f"prefixes are computed once: {shared['tokens']:.0%} of the tokens" in text
+    assert f"without, about {shared['seconds_without']:,.0f} s" in text
+    assert 0 < facts["seconds"] < shared["seconds_without"]
+    first, piece, tails = facts["tree"]
+    assert first == "the largest tree of step 1:"
+    assert piece.endswith("tokens, once for 4 examples")
+    assert tails.startswith("    then ")
+    assert tails.endswith("tokens in each of 4 examples")
+    assert f"\n         {piece}\n         {tails}\n" in text
+    assert cli.main(["plan", *run, "runtime.share_prefixes=off"]) == 0
+    assert "prefixes are computed once" not in capsys.readouterr().out
+
+
 def test_what_answers_take_is_what_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(num_key_value_heads=1).eval()
     prompts, longest, new = 3, 10, 6

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from trees import BUSHY, Tree, path_of, trees
 
-from sftx.model import attention, prefix_attention
+from sftx.model import attention, prefix_attention, prefix_blocks
 from sftx.model.pack_loss import TensorPack, to_tensors
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def compare(tree: Tree, window: int = 0, softcap: float = 0.0, sinks: bool = Fal
 def test_merged_blocks_are_plain_attention(
     monkeypatch: pytest.MonkeyPatch, window: int, softcap: float, sinks: bool, rows: int
 ) -> None:
-    monkeypatch.setattr(prefix_attention, "ROWS", rows)
+    monkeypatch.setattr(prefix_blocks, "ROWS", rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=rows == 8):  # rounds no product
         assert compare(BUSHY, window, softcap, sinks) < 1e-6
 
@@ -121,15 +121,22 @@ def one_sequence(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return z.masked_fill(torch.ones_like(z).triu(1) > 0, float("-inf")) if causal else z
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, part: Any, rule: Any) -> tuple[Tensor, Tensor]:
+def at(x: Tensor, places: Tensor | None) -> Tensor:
+    return x.float() if places is None else x[places].float()
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, part: Any, scale: float
+) -> tuple[Tensor, Tensor]:
     """What flash attention returns for sequences of queries and keys."""
+    q, k, v = at(q, part.queries), at(k, part.keys), at(v, part.keys)
     outs, sums = [], []
     assert part.cu_q.tolist() == part.bounds_q
     assert part.cu_k.tolist() == part.bounds_k
     for a, b, c, d in zip(part.cu_q, part.cu_q[1:], part.cu_k, part.cu_k[1:], strict=False):
         assert b - a <= part.longest()[0]
         assert d - c <= part.longest()[1]
-        z = one_sequence(q[a:b], k[c:d], part.causal, rule.scale)
+        z = one_sequence(q[a:b], k[c:d], part.causal, scale)
         values = v[c:d].repeat_interleave(q.shape[1] // v.shape[1], 1)
         outs.append(torch.einsum("hqk,khd->qhd", z.softmax(-1), values))
         sums.append(z.logsumexp(-1).t())
@@ -144,18 +151,18 @@ def flash_backward(
     k: Tensor,
     v: Tensor,
     part: Any,
-    rule: Any,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What flash attention's backward pass computes from `out` and `lse`, whatever these are."""
+    q, k, v = at(q, part.queries), at(k, part.keys), at(v, part.keys)
+    grad, out, lse = (at(x, part.queries) for x in (grad, out, lse))
     totals = [torch.zeros_like(x) for x in (q, k, v)]
     for a, b, c, d in zip(part.cu_q, part.cu_q[1:], part.cu_k, part.cu_k[1:], strict=False):
         groups = q.shape[1] // k.shape[1]
         keys, values = (x[c:d].repeat_interleave(groups, 1) for x in (k, v))
-        p = (
-            one_sequence(q[a:b], k[c:d], part.causal, rule.scale) - lse[a:b].float().t()[..., None]
-        ).exp()
+        p = (one_sequence(q[a:b], k[c:d], part.causal, scale) - lse[a:b].t()[..., None]).exp()
         d_p = torch.einsum("qhd,khd->hqk", grad[a:b], values)
-        d_z = p * (d_p - (grad[a:b] * out[a:b]).sum(-1).t()[..., None]) * rule.scale
+        d_z = p * (d_p - (grad[a:b] * out[a:b]).sum(-1).t()[..., None]) * scale
         totals[0][a:b] += torch.einsum("hqk,khd->qhd", d_z, keys)
         d_k = torch.einsum("hqk,qhd->khd", d_z, q[a:b])
         d_v = torch.einsum("hqk,qhd->khd", p, grad[a:b])
@@ -185,18 +192,18 @@ def test_flash_attention_is_merged(monkeypatch: pytest.MonkeyPatch, has_groups: 
     assert len(used) == 4
 
 
-def test_custom_ops_are_well_formed() -> None:
+def test_custom_ops_are_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     pack = to_tensors(BUSHY.pack, CPU)
     q, k, v = (x.detach().float().requires_grad_() for x in states(len(pack.ids), (2, 2, 2)))
     sinks = torch.zeros(2, requires_grad=True)
     index = pack.segments()["prefix_index"]
+    tried = ("test_schema", "test_faketensor")
     for softcap, column in ((0.0, None), (2.0, sinks)):
-        arguments = (q, k, v, column, index, 0.3, 7, softcap, False)
-        torch.library.opcheck(
-            prefix_attention.shared_segments,
-            arguments,
-            test_utils=("test_schema", "test_faketensor"),
-        )
+        arguments = (q, k, v, column, index, 0.3, 7, softcap)
+        torch.library.opcheck(prefix_blocks.shared_blocks, arguments, test_utils=tried)
+    monkeypatch.setattr(prefix_attention, "_flash_forward", flash_forward)
+    monkeypatch.setattr(prefix_attention, "_flash_backward", flash_backward)
+    torch.library.opcheck(prefix_attention.shared_flash, (q, k, v, index, 0.3), test_utils=tried)
 
 
 def test_what_drops_attention_does_not_share() -> None:

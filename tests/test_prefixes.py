@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from sftx.data import prefixes
 from sftx.data.pack import build_pack
 from sftx.data.plan import Plan
 from sftx.data.prefixes import build_shared_pack, segments_of, shared_order
-from sftx.data.shared_packs import Members, shared_packs
+from sftx.data.shared_packs import Members, saving_of, shared_packs
 from sftx.settings.schema import Batch
 from sftx.types import Example, Pack
 
@@ -125,7 +127,9 @@ def test_a_pack_says_what_its_examples_say(seed: int, everything: bool) -> None:
             common.append(differs[0] if differs else shortest)
     else:
         found = shared_order([example.ids for example in examples])
-        order, common = found.order.tolist(), found.shared.tolist()
+        order, common = list(range(len(examples))), [0] * len(examples)
+        if found is not None:
+            order, common = found.order.tolist(), found.shared.tolist()
     assert sorted(order) == list(range(len(examples)))
     inside = [examples[i] for i in order]
     pack = build_shared_pack(inside, tuple(order), common)
@@ -179,16 +183,14 @@ def test_an_example_that_ends_where_others_fork_has_no_segment_of_its_own() -> N
 
 def test_what_is_too_short_to_pay_is_not_shared() -> None:
     head = np.arange(prefixes.LEAST - 1, dtype=np.int32)
-    found = shared_order([np.append(head, i).astype(np.int32) for i in (50, 60, 70)])
-    assert found.order.tolist() == [0, 1, 2]
-    assert found.shared.tolist() == [0, 0, 0]
+    assert shared_order([np.append(head, i).astype(np.int32) for i in (50, 60, 70)]) is None
     deep = [branch(1, 2, *range(20 * i, 20 * i + 9)).ids for i in range(3)]  # 42 in common
     deep += [branch(9, *range(8)).ids]  # 40
-    assert sorted(shared_order(deep).shared.tolist()) == [0, 40, 40, 40]
+    found = shared_order(deep)
+    assert found is not None
+    assert sorted(found.shared.tolist()) == [0, 40, 40, 40]
     rare = [np.arange(1000 * i, 1000 * i + 900, dtype=np.int32) for i in range(9)]
-    found = shared_order([*rare, branch(1).ids, branch(2).ids])  # 40 of 8,182 tokens
-    assert not found.shared.any()
-    assert found.order.tolist() == list(range(11))
+    assert shared_order([*rare, branch(1).ids, branch(2).ids]) is None  # 40 of 8,182 tokens
 
 
 def test_without_anything_shared_the_pack_is_the_plain_one() -> None:
@@ -309,6 +311,20 @@ def test_a_tree_larger_than_a_pack_has_its_prefix_once_in_each() -> None:
         assert pack.parent is not None
         assert pack.parent.tolist() == [-1] + [0] * (len(pack.parent) - 1)
         assert len(pack.ids) <= 512
+
+
+@pytest.mark.parametrize(("answers", "size"), [(2, 512), (64, 2048)])
+def test_packs_are_as_large_as_cutting_trees_costs_much(answers: int, size: int) -> None:
+    """Of two answers a tree has about 230 tokens, of 64 about 3,600."""
+    examples = many_answers(4, answers)
+    plan = plan_of_examples(examples)
+    corpus: Any = SimpleNamespace(example=examples.__getitem__)
+    saving = saving_of(plan, corpus)
+    assert saving.saved_tokens == 4 * (answers - 1) * 120
+    assert saving.pack_size == size
+    cut = saving_of(plan, corpus, 1)
+    (bins,) = shared_packs(plan, 0, 1, 1, dict(enumerate(examples)))
+    assert cut.saved_tokens <= sum(sum(members.shared) for members in bins) < saving.saved_tokens
 
 
 def test_ranks_are_dealt_the_work_that_is_really_done() -> None:

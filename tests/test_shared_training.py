@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -70,6 +71,33 @@ def test_a_model_that_cannot_share_is_refused_only_where_it_must(tmp_path: Path)
     facts = json.loads((result.folder / "run.json").read_text())
     assert not facts["shares_prefixes"]
     assert any("every example computes its own prefix" in note for note in facts["notes"])
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_train_as_one_that_does_not(tmp_path: Path) -> None:
+    rows = [[QUESTION + str(i // 5), tiny.WORDS[i % 11] * (i % 4 + 1)] for i in range(40)]
+    for name in ("rows", "held"):
+        text = "\n".join(json.dumps(row) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    model = ranks.model(tmp_path / "model")
+    found = {}
+    for name, count, share in (("one", 0, "off"), ("two", 2, "on")):
+        path = ranks.write_run(
+            tmp_path,
+            model,
+            name,
+            batch={"examples_per_step": 20, "epochs": 2, "group_by": "prompt"},
+            runtime={"tokens_per_pack": 300, "share_prefixes": share},
+        )
+        ranks.run(path, count)
+        assert ranks.facts(tmp_path / name)["shares_prefixes"] == (share == "on")
+        found[name] = ranks.records(tmp_path / name)
+    for ours, theirs in zip(found["two"], found["one"], strict=True):
+        for key in ("loss", "grad_norm", "accuracy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=3e-6), key
+        for key in ("tokens", "targets", "weight", "examples"):
+            assert ours[key] == theirs[key]
+    assert ranks.difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import tiny
 import torch
 from hypothesis import given, settings
 from test_isolation import BY_LENGTH, alone_in_float64, sharpened
+from test_prefix_attention import flash_backward, flash_forward
 from trees import BUSHY, Tree, tree_of, trees
 
 from sftx.data.pack import build_pack, probe_pack
-from sftx.model import attention, compile, prefix_attention
+from sftx.model import attention, compile, prefix_attention, prefix_blocks
 from sftx.model.adapter import attach
 from sftx.model.checkpointing import recompute
 from sftx.model.checks import sharing, start
@@ -276,13 +277,14 @@ def test_what_is_random_by_example_does_not_share(
 def test_a_fault_in_sharing_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Roots are right in both: packed segments stay apart, and only sharing is off."""
     if fault == "a gradient":
-        backward = prefix_attention._blocks_backward
+        add_to = prefix_blocks._Block.add_to
 
-        def forgets_ancestors(*given: Any) -> Any:
-            found = backward(*given)
-            return found if given[6].causal else (found[0] * 0.99, *found[1:])
+        def forgets_ancestors(block: Any, total: Any, part: Any) -> None:
+            add_to(block, total, part)
+            for place in block.places[:-1]:
+                total[:, place] *= 0.99
 
-        monkeypatch.setattr(prefix_attention, "_blocks_backward", forgets_ancestors)
+        monkeypatch.setattr(prefix_blocks._Block, "add_to", forgets_ancestors)
     else:
         monkeypatch.setattr(start, "apart", lambda *_: 1.0)
     loss = PackLoss(sharpened("Llama", {}))
@@ -297,19 +299,23 @@ def test_the_model_itself_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = to_tensors(probe_pack(BUSHY.examples), CPU)
     with torch.no_grad():
         assert sharing.apart(loss, probe) < 1e-5
-        parts = prefix_attention.parts_of
-        monkeypatch.setattr(prefix_attention, "parts_of", lambda index: [next(parts(index))])
+        families = prefix_blocks.families_of
+        monkeypatch.setattr(
+            prefix_blocks,
+            "families_of",
+            lambda *given: [family._replace(chain=[]) for family in families(*given)],
+        )
         assert sharing.apart(loss, probe) > 1e-2
 
 
 def test_kernels_are_held_against_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention is the blocks here: what is tried is the comparison."""
-    monkeypatch.setattr(prefix_attention, "_flash_forward", prefix_attention._blocks_forward)
-    monkeypatch.setattr(prefix_attention, "_flash_backward", prefix_attention._blocks_backward)
+    """Flash attention is a stand-in here: what is tried is the comparison."""
+    monkeypatch.setattr(prefix_attention, "_flash_forward", flash_forward)
+    monkeypatch.setattr(prefix_attention, "_flash_backward", flash_backward)
     assert sharing.kernels_agree(CPU, torch.bfloat16)
 
     def wrong(*given: Any) -> Any:
-        q, k, v = prefix_attention._blocks_backward(*given)
+        q, k, v = flash_backward(*given)
         return q, k * 1.1, v
 
     monkeypatch.setattr(prefix_attention, "_flash_backward", wrong)

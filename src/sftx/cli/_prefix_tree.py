@@ -47,16 +47,39 @@ def _trees(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _lines(tree: Sequence[Segment]) -> list[str]:
+    """A line of each piece that several examples have, and one of what follows it in single ones."""
     lines: list[str] = []
     above: list[Segment] = []
+    tails: list[int] = []  # tokens that examples have alone, behind the same piece
+    indent = ""
     for segment in tree:
         while above and above[-1].last <= segment.first:
             above.pop()
+            lines += _tail_lines(indent, tails)
+            tails = []
+        indent = "    " * len(above)
+        tokens = segment.stop - segment.start
         count = segment.last - segment.first
-        of = f", once for {count} examples" if count > 1 else ""
-        lines.append(f"{'    ' * len(above)}{segment.stop - segment.start:,} tokens{of}")
+        if count == 1:
+            tails.append(tokens)
+            continue
+        lines += _tail_lines(indent, tails)
+        tails = []
+        lines.append(f"{indent}{tokens:,} tokens, once for {count} examples")
         above.append(segment)
+    lines += _tail_lines(indent, tails)
     hidden = len(lines) - LINES
     if hidden > 0:
         lines = [*lines[:LINES], f"    and {hidden} more pieces"]
     return lines
+
+
+def _tail_lines(indent: str, tails: Sequence[int]) -> list[str]:
+    """A line of single examples; nothing of none."""
+    if not tails:
+        return []
+    fewest, most = min(tails), max(tails)
+    tokens = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    if len(tails) == 1:
+        return [f"{indent}then {tokens} tokens in 1 example"]
+    return [f"{indent}then {tokens} tokens in each of {len(tails)} examples"]

@@ -27,15 +27,18 @@ def groups_of(corpus: Corpus, group_by: str) -> Int64 | None:
         case "none":
             return None
         case "row":
-            keys = corpus.table["origin"].astype(np.int64) << 40 | corpus.line
+            file = corpus.table["origin"].astype(np.int64)
+            keys = file << 40 | corpus.line
         case "prompt":
-            keys = np.array([_prompt_hash(corpus, i) for i in range(len(corpus))], np.uint64)
+            hashes = [_prompt_hash(corpus, i) for i in range(len(corpus))]
+            keys = np.array(hashes, np.uint64)
         case _:
             keys = np.zeros(len(corpus), np.uint64)
             for number, by_line in enumerate(corpus.fields):
                 mine = corpus.table["origin"] == number
                 keys[mine] = by_line[corpus.line[mine]]
-    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    _, groups = np.unique(keys, return_inverse=True)
+    return groups.astype(np.int64)
 
 
 def fields_of(
@@ -52,15 +55,19 @@ def fields_of(
     found: list[NDArray[np.uint64]] = []
     known = False
     for number, table in enumerate(tables):
-        hashes: list[int] = [0]
+        hashes: dict[int, int] = {}
         for line, raw, _ in table.rows(scratch):
             row = parse_line(raw)  # before `data.columns` names its fields anew
             key: list[Json] = ["alone", number, line]
             if isinstance(row, dict) and group_by in row:
-                key, known = ["field", cast(dict[str, Json], row)[group_by]], True
-            hashes += [0] * (line + 1 - len(hashes))
-            hashes[line] = _hash(json.dumps(key, sort_keys=True).encode())
-        found.append(np.array(hashes, np.uint64))
+                value = cast(dict[str, Json], row)[group_by]
+                key = ["field", value]
+                known = True
+            text = json.dumps(key, sort_keys=True)
+            hashes[line] = _hash(text.encode())
+        by_line = np.zeros(max(hashes, default=0) + 1, np.uint64)
+        by_line[list(hashes)] = list(hashes.values())
+        found.append(by_line)
     if not known:
         raise UserError(
             f"batch.group_by: {group_by}: no row has a field of this name; other values: "
@@ -74,23 +81,27 @@ def grouped(groups: Int64, random: np.random.RandomState | None) -> Int64:
     `random` order, or in that of their first examples; the order within a group stays.
     """
     _, first, which = np.unique(groups, return_index=True, return_inverse=True)
-    by_place = np.argsort(first) if random is None else random.permutation(len(first))
-    rank = np.empty(len(first), np.int64)
-    rank[by_place] = np.arange(len(first))
+    count = len(first)
+    by_place = np.argsort(first) if random is None else random.permutation(count)
+    rank = np.empty(count, np.int64)
+    rank[by_place] = np.arange(count)
     return np.argsort(rank[which], kind="stable")
 
 
 def ends_of(groups: Int64) -> Int64:
     """Where runs of equal numbers end."""
-    return np.append(np.flatnonzero(np.diff(groups)) + 1, len(groups))
+    changes = np.flatnonzero(np.diff(groups))
+    return np.append(changes + 1, len(groups))
 
 
 def _prompt_hash(corpus: Corpus, index: int) -> int:
     """Hash of the tokens before the first target."""
     example = corpus.example(index)
-    first = int((example.weights != 0).argmax())
-    return _hash(example.ids[:first].tobytes())
+    is_target = example.weights != 0
+    prompt = example.ids[: is_target.argmax()]
+    return _hash(prompt.tobytes())
 
 
 def _hash(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+    digest = blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "little")

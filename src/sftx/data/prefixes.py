@@ -7,6 +7,7 @@ apart is the least of the numbers between them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +25,6 @@ segment to attend to.
 """
 GAIN = 0.03
 """Share of a step's tokens that sharing must save; below it the step is packed as it is."""
-_FACTORS = np.random.RandomState(0).randint(1, 2**62, LEAST).astype(np.uint64) | np.uint64(1)
 
 
 class SharedOrder(NamedTuple):
@@ -34,48 +34,47 @@ class SharedOrder(NamedTuple):
     shared: Int64  # [n] how many tokens each shares with the one before it; 0 = nothing
 
 
-def shared_order(tokens: Sequence[Int32]) -> SharedOrder:
-    """The order of examples with these tokens, int32[T] each; the given one where nothing is worth
-    sharing.
-    """
-    count = len(tokens)
+def shared_order(tokens: Sequence[Int32]) -> SharedOrder | None:
+    """The order of examples with these tokens, int32[T] each; None where nothing is worth sharing."""
     alike = _with_equal_beginnings(tokens)
-    candidates: list[int] = alike.tolist()
-    keys = {i: tokens[i].astype(">u4").tobytes() for i in candidates}  # they compare as tokens do
-    candidates.sort(key=keys.__getitem__)
-    alike = np.array(candidates, np.int64)
+    if not alike:
+        return None
+    alike.sort(key=lambda i: tokens[i].astype(">u4").tobytes())  # bytes that compare as tokens do
     common = np.zeros(len(alike), np.int64)
-    for k, (a, b) in enumerate(pairwise(candidates), 1):
-        common[k] = _common(tokens[a], tokens[b])
-    lengths = np.array([len(tokens[i]) for i in candidates], np.int64)
+    for place, (before, example) in enumerate(pairwise(alike), 1):
+        common[place] = _common(tokens[before], tokens[example])
+    lengths = np.array([len(tokens[i]) for i in alike], np.int64)
     worth = _worth_sharing(common, lengths)
-    if worth.sum() < GAIN * sum(map(len, tokens)):
-        return SharedOrder(np.arange(count), np.zeros(count, np.int64))
-    others = np.delete(np.arange(count), alike)
-    shared = np.concatenate([worth, np.zeros(len(others), np.int64)])
-    return SharedOrder(np.concatenate([alike, others]), shared)
+    all_tokens = sum(len(ids) for ids in tokens)
+    if worth.sum() < GAIN * all_tokens:
+        return None
+    others = np.delete(np.arange(len(tokens)), alike)
+    order = np.concatenate([alike, others])
+    shared = np.zeros(len(tokens), np.int64)
+    shared[: len(alike)] = worth
+    return SharedOrder(order, shared)
 
 
-def _with_equal_beginnings(tokens: Sequence[Int32]) -> Int64:
-    """Numbers of the examples whose first `LEAST` tokens are those of another one too, by a hash of
-    them.
-    """
-    numbers = [i for i, ids in enumerate(tokens) if len(ids) >= LEAST]
-    long = np.array(numbers, np.int64)
-    if len(long) < 2:
-        return long[:0]
-    beginnings = np.stack([tokens[i][:LEAST] for i in numbers]).astype(np.uint64)
-    hashes = (beginnings * _FACTORS).sum(axis=1, dtype=np.uint64)
-    _, which, times = np.unique(hashes, return_inverse=True, return_counts=True)
-    return long[times[which] > 1]
+def _with_equal_beginnings(tokens: Sequence[Int32]) -> list[int]:
+    """Numbers of the examples whose first `LEAST` tokens are those of another one too."""
+    beginnings = [ids[:LEAST].tobytes() for ids in tokens]
+    times = Counter(beginnings)
+    if len(times) == len(tokens):
+        return []
+    alike: list[int] = []
+    for number, beginning in enumerate(beginnings):
+        if times[beginning] > 1 and len(tokens[number]) >= LEAST:
+            alike.append(number)
+    return alike
 
 
 def _common(a: Int32, b: Int32) -> int:
     """How many tokens two examples share from their beginnings on."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
-    first = int(differs.argmax())
-    return first if differs[first] else length
+    if not differs.any():
+        return length
+    return int(differs.argmax())
 
 
 def _worth_sharing(common: Int64, lengths: Int64) -> Int64:
@@ -89,16 +88,18 @@ def _worth_sharing(common: Int64, lengths: Int64) -> Int64:
     waiting = [(0, len(common), 0)]
     while waiting:
         first, last, depth = waiting.pop()
-        between = common[first + 1 : last]
-        if not len(between):
+        if last - first < 2:
             continue
+        between = common[first + 1 : last]
         fork = int(between.min())
-        all_end_here = int(lengths[first:last].max()) == fork
+        longest = int(lengths[first:last].max())
+        all_end_here = longest == fork
         if fork - depth >= LEAST or all_end_here:
             depth = fork
         cuts = first + 1 + np.flatnonzero(between == fork)
         worth[cuts] = depth
-        waiting += [(a, b, depth) for a, b in pairwise([first, *cuts.tolist(), last])]
+        for branch_first, branch_last in pairwise([first, *cuts.tolist(), last]):
+            waiting.append((branch_first, branch_last, depth))
     return worth
 
 
@@ -113,6 +114,11 @@ class Segment(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def tokens(self) -> slice:
+        """Where the tokens stand in each of its examples."""
+        return slice(self.start, self.stop)
+
 
 def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> list[Segment]:
     """The segments of a pack, parents before their children, of examples in shared order.
@@ -123,16 +129,16 @@ def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> list[Segment]:
     waiting = [(-1, 0, len(lengths), 0)]
     while waiting:
         parent, first, last, start = waiting.pop()
+        # Alone an example goes on to its end, together they go on to where they fork.
         stop = min(shared[first + 1 : last], default=lengths[first])
         if stop > start:
             found.append(Segment(parent, first, last, start, stop))
             parent = len(found) - 1
-        cuts = [k for k in range(first + 1, last) if shared[k] == stop]
-        branches = [
-            (parent, a, b, stop)
-            for a, b in pairwise([first, *cuts, last])
-            if b - a > 1 or lengths[a] > stop
-        ]
+        forks = [k for k in range(first + 1, last) if shared[k] == stop]
+        branches: list[tuple[int, int, int, int]] = []
+        for a, b in pairwise([first, *forks, last]):
+            if b - a > 1 or lengths[a] > stop:
+                branches.append((parent, a, b, stop))
         waiting += reversed(branches)
     return found
 
@@ -147,14 +153,17 @@ def build_shared_pack(
     if not any(shared):
         return build_pack(examples, indices)
     segments = segments_of([len(example.ids) for example in examples], shared)
-    ids = np.concatenate([examples[s.first].ids[s.start : s.stop] for s in segments])
+    ids = np.concatenate([examples[s.first].ids[s.tokens] for s in segments])
     weights = np.concatenate([summed_weights(examples, s) for s in segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in segments])
-    cu_seqlens = np.cumsum([0, *(s.stop - s.start for s in segments)])
+    lengths = [s.stop - s.start for s in segments]
+    cu_seqlens = np.append(0, np.cumsum(lengths))
     parent = np.array([s.parent for s in segments])
-    child = np.flatnonzero(parent >= 0)
-    before = np.arange(-1, len(ids) - 1)  # where the token before each stands
-    before[cu_seqlens[child]] = cu_seqlens[parent[child] + 1] - 1
+    # A token is predicted by the one before it, the first of a branch by the last of its parent.
+    before = np.arange(-1, len(ids) - 1)
+    branches = np.flatnonzero(parent >= 0)
+    ends = cu_seqlens[1:]
+    before[cu_seqlens[branches]] = ends[parent[branches]] - 1
     label_at = np.flatnonzero(weights)
     return Pack(
         ids=ids.astype(np.int32),
@@ -164,7 +173,7 @@ def build_shared_pack(
         label=ids[label_at].astype(np.int32),
         weight=weights[label_at],
         examples=indices,
-        parent=parent.astype(np.int32) if len(child) else None,
+        parent=parent.astype(np.int32) if len(branches) else None,
     )
 
 
@@ -172,5 +181,5 @@ def summed_weights(examples: Sequence[Example], segment: Segment) -> Float32:
     """float32: the weights of a segment's tokens, added up in float64 over its examples."""
     total = np.zeros(segment.stop - segment.start)
     for example in examples[segment.first : segment.last]:
-        total += example.weights[segment.start : segment.stop]
+        total += example.weights[segment.tokens]
     return total.astype(np.float32)

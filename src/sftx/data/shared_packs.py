@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sftx.data.pack import Float64, balanced
 from sftx.data.plan import Plan
@@ -16,16 +17,20 @@ from sftx.data.store.corpus import Corpus
 from sftx.evenly import evenly
 from sftx.types import Example, Pack
 
+Unit = tuple[int, int]
+"""(first, one past the last) of examples in shared order."""
 FINER = (1, 2, 4, 8)
 """Into how many units the share of a rank is cut at least: finer ones can be dealt more equally,
 and compute more prefixes again.
 """
 EVEN = 1.02
 """The work of the busiest rank, by that of an average one, with which no finer cut is tried."""
-
-
 SAMPLE = 20
 """Steps that are looked at to tell what sharing saves."""
+SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+"""Tokens per pack that are compared: a tree that is cut computes its prefix again in each part."""
+MORE = 1.1
+"""Work in packs of a size, by that in packs that cut no tree, up to which the size is large enough."""
 
 
 class Members(NamedTuple):
@@ -38,7 +43,8 @@ class Members(NamedTuple):
 
     def build(self, read: Callable[[int], Example]) -> Pack:
         """The pack, whose examples `read` gives by their numbers."""
-        return build_shared_pack([read(i) for i in self.examples], self.examples, self.shared)
+        examples = [read(number) for number in self.examples]
+        return build_shared_pack(examples, self.examples, self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Saving:
     saved_squares: float = 0.0
     work: float = 0.0
     saved_work: float = 0.0
+    pack_size: int = 0  # of `SIZES`, the smallest that saves nearly all of it
 
     @property
     def share(self) -> float:
@@ -69,11 +76,6 @@ class Saving:
         if not self.saved_tokens:
             return []
         return [f"shared prefixes are computed once: {self.share:.0%} of the tokens are saved"]
-
-    @property
-    def prefix(self) -> int:
-        """Tokens of the prefix that an average saved token stands in."""
-        return round(self.saved_squares / max(self.saved_tokens, 1.0))
 
 
 def packs_of_step(
@@ -97,46 +99,67 @@ def packs_of_step(
 
 def saving_of(plan: Plan, corpus: Corpus, tokens_per_pack: int = 1 << 60) -> Saving:
     """What sharing saves in a sample of the steps of a run, on one process."""
-    squares = plan.lengths.astype(np.float64) ** 2
-    sums = np.zeros(6)
+    longest = int(plan.lengths.max())
+    tokens, squares, work = 0.0, 0.0, 0.0
+    saved_tokens, saved_squares, saved_work = 0.0, 0.0, 0.0
+    saved_by_size = np.zeros(len(SIZES))
     for step in evenly(plan.num_steps, SAMPLE):
-        examples, chosen = _examples(plan, corpus, step), plan.examples(step)
-        sums[::2] += [x[chosen].sum() for x in (plan.lengths, squares, plan.work)]
-        for members in shared_packs(plan, step, tokens_per_pack, 1, examples)[0]:
-            shared = np.array(members.shared, np.float64)
-            saved = _saved_work(plan, members, examples)
-            sums[1::2] += [shared.sum(), (shared**2).sum(), saved.sum()]
-    return Saving(*sums.tolist())
+        chosen = plan.examples(step)
+        lengths = plan.lengths[chosen].astype(np.float64)
+        tokens += float(lengths.sum())
+        squares += float((lengths**2).sum())
+        work += float(plan.work[chosen].sum())
+        found = _in_shared_order(plan, step, _examples(plan, corpus, step))
+        if found is None:
+            continue
+        once = found.computed_once(max(tokens_per_pack, longest))
+        shared = found.shared[once].astype(np.float64)
+        saved_tokens += float(shared.sum())
+        saved_squares += float((shared**2).sum())
+        saved_work += float(found.saved[once].sum())
+        for place, size in enumerate(SIZES):
+            once = found.computed_once(max(size, longest))
+            saved_by_size[place] += found.saved[once].sum()
+    return Saving(
+        tokens=tokens,
+        saved_tokens=saved_tokens,
+        squares=squares,
+        saved_squares=saved_squares,
+        work=work,
+        saved_work=saved_work,
+        pack_size=_enough(work - saved_by_size),
+    )
+
+
+def _enough(work: Float64) -> int:
+    """The smallest size of packs with which little more is computed than with any; `work`: with packs
+    of each of `SIZES`.
+    """
+    is_enough = work <= MORE * work.min()
+    return SIZES[int(is_enough.argmax())]
 
 
 def _examples(plan: Plan, corpus: Corpus, step: int) -> dict[int, Example]:
-    return {i: corpus.example(i) for i in plan.examples(step).tolist()}
+    chosen: list[int] = plan.examples(step).tolist()
+    return {number: corpus.example(number) for number in chosen}
 
 
 def _plain_packs(
     plan: Plan, step: int, tokens_per_pack: int, world_size: int, padded: bool = False
 ) -> list[list[Members]]:
-    plain = plan.packs(step, tokens_per_pack, world_size, padded)
-    return [[Members(members) for members in bins] for bins in plain]
-
-
-def _saved_work(plan: Plan, members: Members, examples: Mapping[int, Example]) -> Float64:
-    """float64[n]: the work that each example is spared behind the one before it."""
-    shared = np.array(members.shared, np.int64)
-    targets = np.zeros(len(shared))
-    for k in np.flatnonzero(shared).tolist():
-        targets[k] = np.count_nonzero(examples[members.examples[k]].weights[: shared[k]])
-    tokens = shared.astype(np.float64)
-    return plan.cost(tokens, targets, tokens**2)
+    ranks: list[list[Members]] = []
+    for bins in plan.packs(step, tokens_per_pack, world_size, padded):
+        ranks.append([Members(numbers) for numbers in bins])
+    return ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedStep:
-    """The examples of a step in shared order: int64[n], and what each costs alone and saves behind
-    the one before it.
+    """The examples of a step in shared order, and what each costs alone and saves behind the one
+    before it.
     """
 
-    examples: Int64
+    examples: Int64  # [n] their numbers
     lengths: Int64
     shared: Int64
     work: Float64
@@ -144,11 +167,51 @@ class SharedStep:
 
     def tokens(self, first: int, last: int) -> int:
         """Tokens that examples `first` up to `last` take in one pack."""
-        return int(self.lengths[first:last].sum() - self.shared[first + 1 : last].sum())
+        whole = self.lengths[first:last].sum()
+        return int(whole - self.shared[first + 1 : last].sum())
 
     def costs(self, first: int, last: int) -> float:
         """Work that they take in one pack."""
-        return float(self.work[first:last].sum() - self.saved[first + 1 : last].sum())
+        whole = self.work[first:last].sum()
+        return float(whole - self.saved[first + 1 : last].sum())
+
+    def trees(self) -> list[Unit]:
+        """The examples of every tree."""
+        roots: list[int] = np.flatnonzero(self.shared == 0).tolist()
+        return list(pairwise([*roots, len(self.shared)]))
+
+    def units(self, limit: int) -> list[Unit]:
+        """Examples that stay together: whole trees of at most `limit` tokens, and parts of larger
+        ones.
+        """
+        units: list[Unit] = []
+        for first, last in self.trees():
+            while self.tokens(first, last) > limit and last - first > 1:
+                cut = self._cut(first, last, limit)
+                units.append((first, cut))
+                first = cut
+            units.append((first, last))
+        return units
+
+    def computed_once(self, limit: int) -> NDArray[np.bool_]:
+        """bool[n]: which examples find what they share already computed, in units of that size."""
+        once = self.shared > 0
+        for first, _ in self.units(limit):
+            once[first] = False
+        return once
+
+    def _cut(self, first: int, last: int, limit: int) -> int:
+        """Where a tree that is too large is cut: where least is shared, in the second half of the
+        `limit` tokens that a part may have.
+        """
+        own = self.lengths[first + 1 : last] - self.shared[first + 1 : last]
+        sizes = int(self.lengths[first]) + np.append(0, np.cumsum(own))  # of 1, 2, ... of them
+        most = max(1, int(np.searchsorted(sizes, limit, side="right")))
+        half = int(np.searchsorted(sizes, limit / 2)) + 1
+        counts = np.arange(min(half, most), most + 1)
+        shared = self.shared[first + counts]
+        least = np.flatnonzero(shared == shared.min())
+        return first + int(counts[least[-1]])
 
 
 def shared_packs(
@@ -164,83 +227,73 @@ def shared_packs(
     Where nothing is worth sharing, these are the packs of `plan.packs`.
     """
     found = _in_shared_order(plan, step, examples)
-    if not found.shared.any():
+    if found is None:
         return _plain_packs(plan, step, tokens_per_pack, world_size)
     # No pack is larger than the longest example makes one anyway.
     most = max(tokens_per_pack, int(plan.lengths.max()))
     if world_size == 1:
-        return _dealt(found, _units(found, most), tokens_per_pack, 1)[1]
-    whole = sum(found.costs(a, b) for a, b in _trees(found.shared))
-    share = sum(found.tokens(a, b) for a, b in _trees(found.shared)) / world_size
-    best, busiest = None, np.inf
+        _, ranks = _dealt(found, found.units(most), tokens_per_pack, 1)
+        return ranks
+    trees = found.trees()
+    share_of_work = sum(found.costs(*tree) for tree in trees) / world_size
+    share_of_tokens = sum(found.tokens(*tree) for tree in trees) / world_size
+    best: list[list[Members]] = []
+    least = np.inf
     for parts in FINER:
-        units = _units(found, max(1, min(most, int(share / parts))))
-        load, ranks = _dealt(found, units, tokens_per_pack, world_size)
-        if load < busiest:
-            best, busiest = ranks, load
-        if busiest <= EVEN * whole / world_size:
+        limit = max(1, min(most, int(share_of_tokens / parts)))
+        busiest, ranks = _dealt(found, found.units(limit), tokens_per_pack, world_size)
+        if busiest < least:
+            least = busiest
+            best = ranks
+        if least <= EVEN * share_of_work:
             break
-    assert best is not None
     return best
 
 
-def _in_shared_order(plan: Plan, step: int, examples: Mapping[int, Example]) -> SharedStep:
+def _in_shared_order(plan: Plan, step: int, examples: Mapping[int, Example]) -> SharedStep | None:
+    """None where nothing is worth sharing."""
     chosen = plan.examples(step)
-    order, shared = shared_order([examples[i].ids for i in chosen.tolist()])
+    found = shared_order([examples[number].ids for number in chosen.tolist()])
+    if found is None:
+        return None
+    order, shared = found
     chosen = chosen[order]
-    saved = _saved_work(plan, Members(tuple(chosen.tolist()), tuple(shared.tolist())), examples)
+    targets = np.zeros(len(chosen))  # of each example, in what it shares
+    for place in np.flatnonzero(shared).tolist():
+        weights = examples[int(chosen[place])].weights
+        targets[place] = np.count_nonzero(weights[: shared[place]])
+    length = shared.astype(np.float64)
+    saved = plan.cost(length, targets, length**2)
     return SharedStep(chosen, plan.lengths[chosen], shared, plan.work[chosen], saved)
 
 
-def _trees(shared: Int64) -> Iterable[tuple[int, int]]:
-    """(first, one past the last) of the examples of every tree."""
-    return pairwise([*np.flatnonzero(shared == 0).tolist(), len(shared)])
-
-
-def _units(found: SharedStep, limit: int) -> list[tuple[int, int]]:
-    """Examples that stay together: whole trees of at most `limit` tokens, and parts of larger
-    ones.
-    """
-    units: list[tuple[int, int]] = []
-    for first, last in _trees(found.shared):
-        while found.tokens(first, last) > limit and last - first > 1:
-            cut = _cut(found, first, last, limit)
-            units.append((first, cut))
-            first = cut
-        units.append((first, last))
-    return units
-
-
-def _cut(found: SharedStep, first: int, last: int, limit: int) -> int:
-    """Where a tree that is too large is cut: where least is shared, in the second half of the
-    `limit` tokens that a part may have.
-    """
-    own = found.lengths[first + 1 : last] - found.shared[first + 1 : last]
-    sizes = int(found.lengths[first]) + np.concatenate(
-        [[0], np.cumsum(own)]
-    )  # of 1, 2, ... of them
-    fitting = max(1, int(np.searchsorted(sizes, limit, side="right")))
-    fewest = min(fitting, int(np.searchsorted(sizes, limit / 2)) + 1)
-    counts = np.arange(fewest, fitting + 1)
-    least = found.shared[first + counts]
-    return first + int(counts[np.flatnonzero(least == least.min())[-1]])
-
-
 def _dealt(
-    found: SharedStep, units: list[tuple[int, int]], tokens_per_pack: int, world_size: int
+    found: SharedStep, units: list[Unit], tokens_per_pack: int, world_size: int
 ) -> tuple[float, list[list[Members]]]:
     """The work of the busiest rank, and the packs of all."""
-    tokens = [found.tokens(a, b) for a, b in units]
-    work = np.array([found.costs(a, b) for a, b in units])
-    ranks = balanced(tokens, tokens_per_pack, world_size, work if world_size > 1 else None)
-    packs = [[_members(found, [units[u] for u in some]) for some in bins] for bins in ranks]
-    loads = [sum(float(work[list(some)].sum()) for some in bins) for bins in ranks]
-    return max(loads), packs
+    tokens = [found.tokens(*unit) for unit in units]
+    work = np.array([found.costs(*unit) for unit in units])
+    # One process has nobody to wait for: see `Plan.packs`.
+    by_work = work if world_size > 1 else None
+    busiest = 0.0
+    packs: list[list[Members]] = []
+    for bins in balanced(tokens, tokens_per_pack, world_size, by_work):
+        load = sum(float(work[list(some)].sum()) for some in bins)
+        busiest = max(busiest, load)
+        packs.append([_members(found, [units[u] for u in some]) for some in bins])
+    return busiest, packs
 
 
-def _members(found: SharedStep, units: list[tuple[int, int]]) -> Members:
+def _members(found: SharedStep, units: list[Unit]) -> Members:
     """A pack of units that stand in shared order."""
-    places = [k for first, last in units for k in range(first, last)]
-    shared = [int(found.shared[a + 1 : b + 1].min()) for a, b in pairwise(places)]
-    numbers = tuple(int(found.examples[k]) for k in places)
-    return Members(numbers, (0, *shared) if any(shared) else ())
+    places: list[int] = []
+    for first, last in units:
+        places += range(first, last)
+    shared = [0]
+    for before, place in pairwise(places):
+        common = found.shared[before + 1 : place + 1]
+        shared.append(int(common.min()))
+    numbers = tuple(int(found.examples[place]) for place in places)
+    if not any(shared):
+        return Members(numbers)
+    return Members(numbers, tuple(shared))

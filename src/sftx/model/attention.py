@@ -6,7 +6,7 @@ and here segments are cut by `cu_seqlens`. Callers never choose a kernel:
 
 * CUDA, half precision: `torch.nn.attention.varlen.varlen_attn`, flash attention as a custom op;
 * CPU, soft-capping, sinks: `cpu_attention`, the formula as large products;
-* segments that share prefixes: `prefix_attention`, which merges parts of flash attention or of such products;
+* segments that share prefixes: `prefix_attention`, parts of flash attention, merged, or such products;
 * the rest (fp32 on CUDA, dropout, a head size that flash attention does not have): one segment at a time through
   PyTorch's own attention.
 
@@ -149,7 +149,7 @@ def _shared(
     if flash and not _HAS_GROUPS:
         key = repeat_heads(key, query.shape[1])
         value = repeat_heads(value, query.shape[1])
-    return shared_segments(query, key, value, sinks, prefix_index, *form, flash)[0]
+    return shared_segments(query, key, value, sinks, prefix_index, *form, flash)
 
 
 def repeat_heads(states: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,7 @@ from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import PADDING, blank_pack
 from sftx.data.plan import Plan
-from sftx.data.shared_packs import Saving
+from sftx.data.shared_packs import SIZES, Saving
 from sftx.evenly import evenly
 from sftx.model.architecture import auto_class
 from sftx.model.context_parallel import Context
@@ -41,9 +41,9 @@ MARGIN = 0.92
 """Share of the available memory that a prediction may take: allocators cannot use the rest to the
 last byte.
 """
-SHARED_SIZES = (65536, 32768, 16384, 8192, 4096, 2048)
-PREFIXES = 4
-"""Packs that share a prefix may get this many times its tokens: it is computed again in each pack.
+LARGER = 8
+"""Packs in which prefixes are shared may get this many times as large as others: a prefix is computed
+again in each pack.
 """
 
 
@@ -56,7 +56,7 @@ class StepProfile:
     target_share: float  # targets per token
     tokens: float = 0.0  # of all steps
     squares: float = 0.0  # of the lengths of all examples of all steps
-    prefix: int = 0  # tokens of the prefixes that are computed once
+    shared_pack: int = 0  # tokens of a pack that shared prefixes are worth
 
     def sharing(self, saving: Saving) -> StepProfile:
         """What is asked where shared prefixes are computed once."""
@@ -66,7 +66,7 @@ class StepProfile:
             target_share=min(self.target_share / rest, 1.0),
             tokens=self.tokens * rest,
             squares=self.squares * (1 - saving.saved_squares / max(saving.squares, 1.0)),
-            prefix=saving.prefix,
+            shared_pack=saving.pack_size,
         )
 
     @classmethod
@@ -262,8 +262,10 @@ def _largest_batch(load: StepProfile, tokens_per_pack: int) -> Pack:
 
 def _with_larger(sizes: list[int], load: StepProfile) -> list[int]:
     """The sizes, and before them the larger ones that shared prefixes are worth."""
-    most = PREFIXES * load.prefix
-    return [size for size in SHARED_SIZES if sizes[0] < size <= most] + sizes
+    usual = sizes[0]
+    most = min(load.shared_pack, LARGER * usual)
+    larger = [size for size in reversed(SIZES) if usual < size <= most]
+    return larger + sizes
 
 
 def _candidates(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sftx.model.checks.isolation import EQUAL, matching_transform
@@ -22,6 +23,7 @@ from sftx.model.pack_loss import PackLoss, Paths, TensorPack, to_tensors
 from sftx.model.prefix_attention import shared_segments
 from sftx.types import Float32, Int32, Pack
 
+Int64 = NDArray[np.int64]
 CPU = torch.device("cpu")
 PARENTS = (-1, 0, 0, 2, 0, -1)
 ORDERS = ((0, 1, 2, 3, 4, 5), (5, 0, 4, 2, 3, 1))
@@ -37,20 +39,23 @@ def shares_prefixes(loss: PackLoss, longest: int) -> bool:
     `longest` tokens. What cannot be tried is not.
     """
     long = max(segment_lengths(loss.model.config.to_dict(), longest))
-    small = None if not 8 <= long <= LONGEST else stand_in(loss.model)
+    if not 8 <= long <= LONGEST:
+        return False
+    small = stand_in(loss.model)
     if small is None:
         return False
     tokens, weights = _random_segments(long, vocabulary(small))
     pairs = [_both_ways(tokens, weights, order) for order in ORDERS]
+    shared, separate = pairs[0]
     ours = PackLoss(small).eval()
     try:
         with torch.no_grad():
-            transform = matching_transform(ours, pairs[0][1], EQUAL)
+            transform = matching_transform(ours, separate, EQUAL)
         ours.take(Paths(transform=transform, shares_prefixes=True))
         if not all(_same(ours, *pair) for pair in pairs):
             return False
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            ours.train().own_logits(pairs[0][0])
+            ours.train().own_logits(shared)
     except FOREIGN_ERRORS:  # the model's forward does not take such segments
         return False
     return True
@@ -59,17 +64,23 @@ def shares_prefixes(loss: PackLoss, longest: int) -> bool:
 def _same(loss: PackLoss, shared: TensorPack, separate: TensorPack) -> bool:
     """Whether two packs give the same logits, loss and gradient of every weight."""
     with torch.no_grad():
-        logits, wanted = loss.own_logits(shared), loss.own_logits(separate)
+        logits = loss.own_logits(shared)
+        wanted = loss.own_logits(separate)
     if logits.shape != wanted.shape:
         return False
-    if float((logits - wanted).abs().max()) > EQUAL * float(wanted.abs().max()):
+    difference = (logits - wanted).abs().max()
+    if float(difference) > EQUAL * float(wanted.abs().max()):
         return False
-    (value, gradients), (same, others) = _step(loss, shared), _step(loss, separate)
-    least = 1e-3 * max(float(g.norm()) for g in others)  # what has no gradient but by rounding
-    return abs(value - same) <= EQUAL * abs(same) and all(
-        float((a - b).norm()) <= EQUAL * max(float(b.norm()), least)
-        for a, b in zip(gradients, others, strict=True)
-    )
+    value, gradients = _step(loss, shared)
+    same, others = _step(loss, separate)
+    if abs(value - same) > EQUAL * abs(same):
+        return False
+    norms = [float(gradient.norm()) for gradient in others]
+    least = 1e-3 * max(norms)  # below it a gradient is rounding
+    for ours, theirs, norm in zip(gradients, others, norms, strict=True):
+        if float((ours - theirs).norm()) > EQUAL * max(norm, least):
+            return False
+    return True
 
 
 def _step(loss: PackLoss, pack: TensorPack) -> tuple[float, list[Tensor]]:
@@ -77,7 +88,10 @@ def _step(loss: PackLoss, pack: TensorPack) -> tuple[float, list[Tensor]]:
     loss.zero_grad()
     value = loss(pack)
     value.backward()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in loss.parameters()]
+    found: list[Tensor] = []
+    for parameter in loss.parameters():
+        gradient = parameter.grad
+        found.append(torch.zeros_like(parameter) if gradient is None else gradient)
     return float(value.detach()), found
 
 
@@ -89,62 +103,84 @@ def apart(loss: PackLoss, probe: TensorPack) -> float:
     bounds = probe.cu_seqlens_cpu.tolist()
     ids = probe.ids.cpu().numpy().astype(np.int32)
     root, *branches = [ids[a:b] for a, b in itertools.pairwise(bounds)]
-    ones = [np.ones(len(branch), np.float32) for branch in branches]
     nothing = np.zeros(len(root), np.float32)
-    shared = tree_pack([root, *branches], [nothing, *ones], [-1, *(0 for _ in branches)])
-    whole = [np.concatenate([root, branch]) for branch in branches]
-    of_branch = [np.concatenate([nothing, one]) for one in ones]
-    separate = tree_pack(whole, of_branch, [-1] * len(branches))
+    segments, weights, parents = [root], [nothing], [-1]
+    whole: list[Int32] = []
+    whole_weights: list[Float32] = []
+    for branch in branches:
+        ones = np.ones(len(branch), np.float32)
+        segments.append(branch)
+        weights.append(ones)
+        parents.append(0)
+        whole.append(np.concatenate([root, branch]))
+        whole_weights.append(np.concatenate([nothing, ones]))
+    shared = tree_pack(segments, weights, parents)
+    separate = tree_pack(whole, whole_weights, [-1] * len(branches))
     device = probe.ids.device
     try:
-        ours, theirs = (loss.own_logits(to_tensors(x, device)) for x in (shared, separate))
+        ours = loss.own_logits(to_tensors(shared, device))
+        theirs = loss.own_logits(to_tensors(separate, device))
     except FOREIGN_ERRORS:
         return float("inf")
-    return float((ours.float() - theirs.float()).abs().amax(-1).mean())
+    difference = ours.float() - theirs.float()
+    return float(difference.abs().amax(-1).mean())
 
 
 @torch.enable_grad()
 def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether flash attention, merged, gives the output and the gradients of merged blocks."""
-    parents, lengths = [-1, 0, 0, 2, -1], [70, 33, 1, 150, 9]
+    parents = [-1, 0, 0, 2, -1]
+    lengths = [70, 33, 1, 150, 9]
     tokens = [np.zeros(length, np.int32) for length in lengths]
-    pack = to_tensors(
-        tree_pack(tokens, [np.zeros(len(x), np.float32) for x in tokens], parents), device
-    )
+    weights = [np.zeros(length, np.float32) for length in lengths]
+    pack = to_tensors(tree_pack(tokens, weights, parents), device)
+    index = [pack.positions, *pack.prefixes]
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, 4, sum(lengths), 64, generator=generator) for _ in range(3)]
+    shape = (1, 4, sum(lengths), 64)
+    drawn = [torch.randn(shape, generator=generator) for _ in range(3)]
     found: list[list[Tensor]] = []
     for flash in (True, False):
         given = [x.to(device, dtype).requires_grad_() for x in drawn]
-        index = [pack.positions, *pack.prefixes]
         try:
-            out = shared_segments(*given, None, index, 0.125, 0, 0.0, flash)[0]
-            found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), given)])
+            out = shared_segments(*given, None, index, 0.125, 0, 0.0, flash)
+            loss = out.float().square().sum()
+            gradients = torch.autograd.grad(loss, given)
         except FOREIGN_ERRORS:  # this torch has other kernels
             return False
-    pairs = zip(*found, strict=True)
-    return all(float((a - b).norm()) <= KERNELS_EQUAL * float(b.norm()) for a, b in pairs)
+        found.append([out.detach(), *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        difference = (ours - theirs).norm()
+        if float(difference) > KERNELS_EQUAL * float(theirs.norm()):
+            return False
+    return True
 
 
 def tree_pack(tokens: Sequence[Int32], weights: Sequence[Float32], parents: Sequence[int]) -> Pack:
     """Segments as a pack: the tokens of each, their weights as targets, and their parents."""
-    starts = np.cumsum([0, *map(len, tokens)])
-    positions, index = [], []
+    lengths = [len(segment) for segment in tokens]
+    starts = np.append(0, np.cumsum(lengths))
+    positions: list[Int64] = []
+    index: list[Int64] = []
     for segment, parent in enumerate(parents):
-        before = positions[parent][-1] + 1 if parent >= 0 else 0
-        positions.append(before + np.arange(len(tokens[segment])))
-        places = starts[segment] + np.flatnonzero(weights[segment]) - 1
-        if weights[segment][0]:
+        before = 0
+        if parent >= 0:
+            before = positions[parent][-1] + 1
+        positions.append(before + np.arange(lengths[segment]))
+        targets = np.flatnonzero(weights[segment])
+        places = starts[segment] + targets - 1
+        if weights[segment][0]:  # the last token of the parent predicts it
             places[0] = starts[parent + 1] - 1
         index.append(places)
-    chosen = [weight != 0 for weight in weights]
+    ids = np.concatenate(tokens)
+    weight = np.concatenate(weights)
+    is_target = weight != 0
     return Pack(
-        ids=np.concatenate(tokens).astype(np.int32),
+        ids=ids.astype(np.int32),
         positions=np.concatenate(positions).astype(np.int32),
         cu_seqlens=starts.astype(np.int32),
         index=np.concatenate(index).astype(np.int32),
-        label=np.concatenate([x[at] for x, at in zip(tokens, chosen, strict=True)]),
-        weight=np.concatenate([x[at] for x, at in zip(weights, chosen, strict=True)]),
+        label=ids[is_target].astype(np.int32),
+        weight=weight[is_target],
         parent=np.array(parents, np.int32),
     )
 
@@ -155,13 +191,16 @@ def _random_segments(long: int, ids: int) -> tuple[list[Int32], list[Float32]]:
     room = long - long // 2
     short = min(7, room // 2)
     lengths = [long // 2, room, short, min(23, room - short), 1, 5]
-    tokens = [random.randint(min(3, ids - 1), ids, length).astype(np.int32) for length in lengths]
-    weights = []
-    for segment, length in enumerate(lengths):
-        some = (random.rand(length) * (random.rand(length) < 0.5)).astype(np.float32)
+    first = min(3, ids - 1)
+    tokens = [random.randint(first, ids, length).astype(np.int32) for length in lengths]
+    weights: list[Float32] = []
+    for length, parent in zip(lengths, PARENTS, strict=True):
+        some = random.rand(length)
+        is_context = random.rand(length) >= 0.5
+        some[is_context] = 0.0
         some[-1] = 1.0
-        some[0] = 0.0 if PARENTS[segment] < 0 else 0.5
-        weights.append(some)
+        some[0] = 0.0 if parent < 0 else 0.5
+        weights.append(some.astype(np.float32))
     return tokens, weights
 
 
@@ -171,17 +210,22 @@ def _both_ways(
     """The segments in this order, behind shared prefixes, and each as a whole sequence of its own,
     the weights of its ancestors 0.
     """
-    place = {-1: -1} | {segment: number for number, segment in enumerate(order)}
-    parents = [place[PARENTS[segment]] for segment in order]
-    whole, own = [], []
+    parents: list[int] = []
+    whole: list[Int32] = []
+    whole_weights: list[Float32] = []
     for segment in order:
         above = PARENTS[segment]
-        before = tokens[segment][:0]
+        parents.append(order.index(above) if above >= 0 else -1)
+        ids = tokens[segment]
         while above >= 0:
-            before = np.concatenate([tokens[above], before])
+            ids = np.concatenate([tokens[above], ids])
             above = PARENTS[above]
-        whole.append(np.concatenate([before, tokens[segment]]))
-        own.append(np.concatenate([np.zeros(len(before), np.float32), weights[segment]]))
-    chosen = [tokens[segment] for segment in order], [weights[segment] for segment in order]
-    shared = tree_pack(*chosen, parents)
-    return to_tensors(shared, CPU), to_tensors(tree_pack(whole, own, [-1] * len(order)), CPU)
+        before = len(ids) - len(tokens[segment])
+        nothing = np.zeros(before, np.float32)
+        whole.append(ids)
+        whole_weights.append(np.concatenate([nothing, weights[segment]]))
+    own = [tokens[segment] for segment in order]
+    own_weights = [weights[segment] for segment in order]
+    shared = tree_pack(own, own_weights, parents)
+    separate = tree_pack(whole, whole_weights, [-1] * len(order))
+    return to_tensors(shared, CPU), to_tensors(separate, CPU)
