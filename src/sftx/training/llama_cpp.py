@@ -175,7 +175,9 @@ class _Server:
         return scores
 
     def answer(self, ids: Sequence[int], most: int) -> list[int]:
-        return cast("list[int]", self._complete(ids, most)["tokens"])
+        found = self._complete(ids, most)
+        said = cast("list[int]", found["tokens"])
+        return said[:-1] if found["stop_type"] == "eos" else said
 
     def stops_at(self, token: int) -> bool:
         letter = self.cut("a")[-1:]

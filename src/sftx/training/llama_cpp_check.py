@@ -122,16 +122,20 @@ def _is_same_answer(
     """Whether `said` is the greedy answer; UserError where a token was taken that is not as good as
     the best, within the rounding.
     """
-    taken = [*said, None][:NEW_TOKENS]  # None: it stopped
+    with torch.no_grad():
+        whole = torch.tensor([[*ids, *said]])
+        logits = model(input_ids=whole, use_cache=False).logits[0, len(ids) - 1 :].float()
+    taken = [[token] for token in said]
+    if len(said) < NEW_TOKENS:
+        taken.append(list(stops))
     is_same = True
-    for at, token in enumerate(taken):
-        scores = _next_token(model, [*ids, *said[:at]])
-        best = scores.max()
-        found = scores[list(stops)].max() if token is None else scores[token]
-        is_same &= bool(found == best)
-        if float(best - found) > 2 * within * float(scores.abs().max()):
+    for token, scores in zip(taken, logits, strict=False):
+        best = int(scores.argmax())
+        is_same &= best in token
+        lost = float(scores[best] - scores[token].max())
+        if lost > 2 * within * float(_centred(scores).abs().max()):
             raise UserError(
-                f"sftx export: llama.cpp answers with token {token or 'stop'} where the trained model "
-                f"says {int(scores.argmax())}; nothing was written"
+                f"sftx export: llama.cpp answers with token {token[0]} where the trained model says "
+                f"{best}; nothing was written"
             )
     return is_same
