@@ -235,6 +235,8 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> N
     site = tmp_path / "build" / "site"
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > len(list(DOCS.rglob("*.md")))
+    assert (site / "search.js").exists()  # the index, for search in pages opened from disk
+    assert "assets/iframe-worker/shim.js" in (site / "index.html").read_text(encoding="utf-8")
     loads = r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^\">\s]*"
     for page in pages:
         found = re.findall(loads, page.read_text(encoding="utf-8"))

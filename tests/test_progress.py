@@ -21,7 +21,9 @@ from sftx.types import StepRecord
 pty = pytest.importorskip("pty")
 
 
-def on_a_terminal(command: list[str], columns: int, cwd: Path) -> tuple[str, float, int]:
+def on_a_terminal(
+    command: list[str], columns: int, cwd: Path, **more: str
+) -> tuple[str, float, int]:
     """What `command` writes to a terminal, after how many seconds it begins, and its exit code."""
     import fcntl
     import struct
@@ -29,12 +31,12 @@ def on_a_terminal(command: list[str], columns: int, cwd: Path) -> tuple[str, flo
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    hidden = ("COLUMNS", "LINES", "NO_COLOR")
+    hidden = ("COLUMNS", "LINES", "NO_COLOR", "JPY_PARENT_PID")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     began = time.monotonic()
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd,
-        env={**environment, "TERM": "xterm-256color"},
+        env={**environment, "TERM": "xterm-256color", **more},
     )  # fmt: skip
     os.close(theirs)
     first, text = 0.0, b""
@@ -95,6 +97,27 @@ def test_no_line_is_longer_than_the_terminal(tmp_path: Path, columns: int) -> No
         assert word in whole
     assert re.search(r"step +60/60", whole)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is there again
+
+
+SAYS_SOMETHING = (
+    "import time\nfrom sftx.report.progress import Progress\nfrom sftx.report import progress\n"
+    "progress.LONG = progress.REFRESH = 0.05\n"
+    "with Progress(on=True) as shown:\n"
+    "    shown.phase('a job')\n    time.sleep(0.3)\n    shown.say('done')\n"
+)
+
+
+def test_nothing_is_drawn_anew_in_the_output_of_a_notebook(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SAYS_SOMETHING]
+    notebook = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
+    environment = {**os.environ, **notebook, "TERM": "xterm-color"}
+    piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    as_terminal, _, _ = on_a_terminal(command, 80, tmp_path, **notebook, JPY_PARENT_PID="1")
+    for said in (piped.stderr, as_terminal):
+        assert "a job" in said
+        assert "\x1b[" not in said
+    redrawn, _, _ = on_a_terminal(command, 80, tmp_path)
+    assert "\x1b[" in redrawn
 
 
 def plain(shown: io.StringIO) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_it_trains_and_is_handed_over(
     assert main([*command, f"data={rows}"]) == 0
     said = capsys.readouterr().out
     assert "6 rows give the token ids of training" in said
+    if find_spec("llama_cpp") or find_spec("xllamacpp"):
+        assert "4 of 4 greedy answers equal, stops where the model does" in said
     assert "You are a helpful AI assistant" in (tmp_path / "gguf" / "Modelfile").read_text()
     again = Path(model_folder(str(tmp_path / "gguf")))
     assert AutoTokenizer.from_pretrained(again).eos_token == "<|im_end|>"

@@ -4,6 +4,7 @@ nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,11 +56,20 @@ class Phase:
         return f"{name} {self.done:,} of {self.total:,} {unit}, about {duration(left)} left"
 
 
+def can_redraw() -> bool:
+    """Whether lines can be drawn anew: stderr is a terminal, and not the output of a notebook, which
+    asks for colours (FORCE_COLOR) and would keep every drawing.
+    """
+    return sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ
+
+
 class Progress:
     """Prints to stderr; silent when `on` is false. Inside `with`, what takes long is shown."""
 
     def __init__(self, on: bool) -> None:
-        self.console = Console(stderr=True, quiet=not on, highlight=False)
+        self.console = Console(
+            stderr=True, quiet=not on, highlight=False, force_terminal=can_redraw()
+        )
         self.limit = 0  # bytes that this process may take
         self._phase: Phase | None = None
         self._record: StepRecord | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftx.boundary import boundary
 from sftx.eval.divergence import divergence
 from sftx.model.load import load_model, stored_dtype
 from sftx.model.save import load_tokenizer, save_model
@@ -25,6 +26,7 @@ from sftx.training.export import Allowed, read_trained
 from sftx.training.hand_over_adapter import check_adapter
 from sftx.training.hand_over_card import card_of
 from sftx.training.hand_over_gguf import kind_of, read_back, round_as_gguf, write
+from sftx.training.llama_cpp_check import ByLlamaCpp, check_llama_cpp
 from sftx.training.merging import Trained, beside
 from sftx.training.mixing import general_text, mix, read_averaged, read_base, text_loss
 from sftx.training.parity import (
@@ -78,16 +80,18 @@ class Checked:
     rounding: float = 0.0
     same_answers: int = 0
     answers: int = 0
+    llama_cpp: ByLlamaCpp | None = None
     forgotten: dict[str, str] = field(default_factory=dict[str, str])
 
     def line(self) -> str:
         """The whole in one line."""
         forgotten = "".join(f"; {name}: {value}" for name, value in self.forgotten.items())
+        llama_cpp = "" if self.llama_cpp is None else f"; llama.cpp: {self.llama_cpp.line()}"
         return (
             f"{self.questions} rows give the token ids of training in {', '.join(self.readers)}; "
             f"logits moved by {self.merging:.1e} of the largest in merging, by {self.rounding:.1e} as "
             f"stored ({self.conversion:.1e} beyond the rounding of the dtype); {self.same_answers} of "
-            f"{self.answers} greedy answers equal{forgotten}"
+            f"{self.answers} greedy answers equal{llama_cpp}{forgotten}"
         )
 
 
@@ -218,6 +222,11 @@ def _gguf(
         seen = measure(other, questions, stops)
         further = check_model("the GGUF file as transformers reads it", expected, seen)
         checked.conversion = max(checked.conversion, further)
+    if back.llama_cpp is not None:
+        with boundary("sftx export: llama.cpp cannot run the GGUF file"):
+            checked.llama_cpp = check_llama_cpp(
+                back.llama_cpp, kind, back.model(), questions, stops
+            )
     shutil.rmtree(scratch)
     return found
 

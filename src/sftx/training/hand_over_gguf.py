@@ -11,8 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +34,17 @@ from sftx.gguf.write import KINDS, layout_of, rounded, write_gguf
 from sftx.model.load import load_model
 from sftx.model.save import load_tokenizer, serving_config
 from sftx.settings.schema import Model
+from sftx.training.llama_cpp import LlamaCpp, open_llama_cpp
 from sftx.training.merging import Trained
-from sftx.training.parity import Question, Reading, check_ids, reading_of, rendered
+from sftx.training.parity import (
+    LONGEST,
+    NEW_TOKENS,
+    Question,
+    Reading,
+    check_ids,
+    reading_of,
+    rendered,
+)
 from sftx.types import Json, Message, UserError
 
 FILE = "model.gguf"
@@ -87,11 +94,14 @@ def kind_of(dtype: str, stored: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Back:
-    """A GGUF file as others read it; `folder` is what sftx makes of it."""
+    """A GGUF file as others read it; `folder` is what sftx makes of it, `llama_cpp` is None where no
+    llama.cpp is installed.
+    """
 
     file: Path
     folder: Path
     readers: list[str]
+    llama_cpp: LlamaCpp | None
 
     def model(self) -> PreTrainedModel:
         """The model as sftx reads it."""
@@ -179,17 +189,17 @@ def read_back(
     folder.mkdir()
     write_folder(read_header(file), folder)
     _check_config(config, folder)
-    back = Back(file, folder, [])
     tokenizer = load_tokenizer(Model(path=str(folder)))
     readings: dict[str, Reading] = {"the GGUF file": reading_of(tokenizer)}
     with boundary(f"sftx export: {file.name} cannot be read back"):
         readings |= _independent(file, tokenizer)
-        if find_spec("llama_cpp") is not None:
-            readings["llama.cpp"] = _by_llama_cpp(file, tokenizer)
+        llama_cpp = open_llama_cpp(file, config.get_text_config().vocab_size, LONGEST + NEW_TOKENS)
+    if llama_cpp is not None:
+        cut = llama_cpp.cut
+        readings["llama.cpp"] = lambda question: cut(rendered(tokenizer, question))
     for name, reading in readings.items():
         check_ids(name, reading, questions)
-        back.readers.append(name)
-    return back
+    return Back(file, folder, list(readings), llama_cpp)
 
 
 def _independent(file: Path, tokenizer: Any) -> dict[str, Reading]:
@@ -207,17 +217,6 @@ def _independent(file: Path, tokenizer: Any) -> dict[str, Reading]:
         return ids_of_pieces(vocabulary, rendered(tokenizer, question))
 
     return {"the scores of the GGUF file": ids}
-
-
-def _by_llama_cpp(file: Path, tokenizer: Any) -> Reading:
-    """How llama.cpp cuts the text of the template into tokens."""
-    vocabulary = import_module("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
-
-    def ids(question: Question) -> list[int]:
-        text = rendered(tokenizer, question)
-        return list(vocabulary.tokenize(text.encode(), add_bos=False, special=True))
-
-    return ids
 
 
 def _check_config(config: PreTrainedConfig, folder: Path) -> None:

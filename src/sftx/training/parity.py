@@ -164,12 +164,17 @@ class Measured:
     answers: list[list[int]]
 
 
+def longest_question(model: PreTrainedModel) -> int:
+    """The most tokens of a question that leave room for an answer; longer ones lose their beginning."""
+    positions = positions_in(model.config.get_text_config().to_dict()) or LONGEST
+    return max(min(LONGEST, positions - NEW_TOKENS), 1)
+
+
 def measure(
     model: PreTrainedModel, questions: Sequence[Question], stops: Sequence[int]
 ) -> Measured:
     """What a model says to the first `LOOKED_AT` questions."""
-    positions = positions_in(model.config.get_text_config().to_dict()) or LONGEST
-    longest = max(min(LONGEST, positions - NEW_TOKENS), 1)
+    longest = longest_question(model)
     logits = [probe(model)]
     answers = list[list[int]]()
     greedy = GenerationConfig(
