@@ -23,11 +23,6 @@ ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(44)]
 TRAIN, HELD = ROWS[:40], ROWS[40:]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A run of six steps, evaluated every second one."""
     base: dict[str, Any] = {
@@ -44,9 +39,7 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
         "eval": {"every": 2, "prompts": 3, "new_tokens": 6, "general": False},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -32,15 +32,27 @@ import sftx.compat.trlx
 sys.modules['trlx'] = sftx.compat.trlx
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
 runpy.run_path(sys.argv[1], run_name='sweep')['main'](json.loads(sys.argv[2]))"""
+_MANY = 1 << 30
 # Strategy: how many values it takes at least and at most.
 _STRATEGIES = {
-    "uniform": (2, 2), "quniform": (3, 3), "loguniform": (2, 3), "qloguniform": (3, 4),
-    "randn": (2, 2), "qrandn": (3, 3), "choice": (1, None), "grid": (1, None),
-    "randint": (2, 2), "qrandint": (3, 3), "lograndint": (2, 3), "qlograndint": (3, 4),
-}  # fmt: skip
+    "uniform": (2, 2),
+    "quniform": (3, 3),
+    "loguniform": (2, 3),
+    "qloguniform": (3, 4),
+    "randn": (2, 2),
+    "qrandn": (3, 3),
+    "choice": (1, _MANY),
+    "grid": (1, _MANY),
+    "randint": (2, 2),
+    "qrandint": (3, 3),
+    "lograndint": (2, 3),
+    "qlograndint": (3, 4),
+}
 _SAMPLERS = {"random": "random", "bayesopt": "tpe", "bohb": "tpe"}
 _PRUNERS = {"fifo": "none", "hyperband": "hyperband", "hyperbandforbohb": "hyperband"}
 _TUNE_KEYS = ("mode", "metric", "search_alg", "scheduler", "num_samples")
+Row = dict[str, Any]
+"""What trials.csv says of a trial."""
 
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -65,57 +77,65 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _problem_of(spec: Mapping[str, Any]) -> str:
     """What is wrong with a parameter's strategy and values; empty if nothing."""
-    strategy, values = spec.get("strategy"), spec.get("values")
+    strategy = spec.get("strategy")
+    values = spec.get("values")
     if strategy not in _STRATEGIES:
         return f"strategy {strategy!r}; known: {', '.join(_STRATEGIES)}"
-    low, high = _STRATEGIES[strategy]
-    if not isinstance(values, list) or not low <= len(values) <= (high or len(values)):
-        return f"{strategy} takes {low} to {high or 'many'} values, found {values}"
+    least, most = _STRATEGIES[strategy]
+    if not isinstance(values, list) or not least <= len(values) <= most:
+        many = "many" if most == _MANY else most
+        return f"{strategy} takes {least} to {many} values, found {values}"
     return ""
 
 
 def suggest(trial: Trial, name: str, strategy: str, values: list[Any]) -> Any:
     """A value for one parameter, drawn by `trial`; upper bounds of plain integers are exclusive."""
+    if strategy in ("choice", "grid"):
+        number = trial.suggest_categorical(name, list(range(len(values))))
+        return values[number]
     log = "log" in strategy
+    low, high = values[:2]
     match strategy:
-        case "choice" | "grid":
-            return values[trial.suggest_categorical(name, list(range(len(values))))]
         case "randint" | "lograndint":
-            return trial.suggest_int(name, values[0], values[1] - 1, log=log)
+            return trial.suggest_int(name, low, high - 1, log=log)
         case "qrandint":
-            return trial.suggest_int(name, values[0], values[1], step=values[2])
+            return trial.suggest_int(name, low, high, step=values[2])
         case "quniform":
-            return trial.suggest_float(name, values[0], values[1], step=values[2])
+            return trial.suggest_float(name, low, high, step=values[2])
         case "randn" | "qrandn":
             share = trial.suggest_float(name, 1e-6, 1 - 1e-6)
-            value = NormalDist(values[0], values[1]).inv_cdf(share)
+            value = NormalDist(low, high).inv_cdf(share)
         case _:
-            value = trial.suggest_float(name, values[0], values[1], log=log)
+            value = trial.suggest_float(name, low, high, log=log)
     if not strategy.startswith("q"):
         return value
-    value = round(value / values[2]) * values[2]
+    step = values[2]
+    value = round(value / step) * step
     return int(value) if strategy == "qlograndint" else value
 
 
 def make_study(tune: Mapping[str, str], seed: int = 0) -> Study:
     """An optuna study for trlx's names of search algorithms and schedulers."""
-    search, scheduler = tune.get("search_alg") or "random", tune.get("scheduler") or "fifo"
-    for key, value, known in (
-        ("search_alg", search, _SAMPLERS),
-        ("scheduler", scheduler, _PRUNERS),
-    ):
-        if value not in known:
-            raise UserError(f"tune_config.{key}: found {value!r}; known: {', '.join(known)}")
-    return optuna_study(_SAMPLERS[search], seed, tune["mode"] == "min", _PRUNERS[scheduler])
+    sampler = _meant(tune, "search_alg", "random", _SAMPLERS)
+    pruner = _meant(tune, "scheduler", "fifo", _PRUNERS)
+    return optuna_study(sampler, seed, tune["mode"] == "min", pruner)
+
+
+def _meant(tune: Mapping[str, str], key: str, default: str, known: Mapping[str, str]) -> str:
+    """sftx's name for what trlx calls it."""
+    value = tune.get(key) or default
+    if value not in known:
+        raise UserError(f"tune_config.{key}: found {value!r}; known: {', '.join(known)}")
+    return known[value]
 
 
 def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of `metric`, a statistic of evaluation or `loss`, of the run in `folder`."""
     found: list[tuple[int, float]] = []
     for record in read_metrics(folder / "sftx"):
-        value = {**record, **(record["eval"] or {})}.get(metric)
-        if value is not None:
-            found.append((record["step"], value))
+        numbers = {**record, **(record["eval"] or {})}
+        if numbers.get(metric) is not None:
+            found.append((record["step"], numbers[metric]))
     return found
 
 
@@ -137,38 +157,57 @@ def run_trial(
         return trial.should_prune()
 
     code = run_process(command, folder / "output.txt", watch)
-    values = measured(folder, metric)
+    values = [value for _, value in measured(folder, metric)]
     if code is None:
-        return "PRUNED", values[-1][1]
-    return ("COMPLETE", values[-1][1]) if code == 0 and values else ("FAIL", None)
+        return "PRUNED", values[-1]
+    if code != 0 or not values:
+        return "FAIL", None
+    return "COMPLETE", values[-1]
 
 
-def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
+def sweep(config: str, script: str, output: Path) -> Row:
     """Run all trials; returns the best one's value, hparams and folder.
 
     Raises UserError if none succeeded.
     """
     tune, space = read_config(config)
-    metric = tune["metric"]
     study = make_study(tune)
+    rows: list[Row] = []
+    for point in _grid(space) * int(tune.get("num_samples", 1)):
+        study.enqueue_trial(point)
+        folder = output / f"trial_{len(rows)}"
+        row = _tried(study, space, script, folder, tune["metric"])
+        rows.append({"trial": len(rows), **row})
+        _write_rows(output / "trials.csv", rows)
+    result = _best(rows, space, tune, output)
+    text = json.dumps(result, indent=1)
+    (output / "best.json").write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def _tried(
+    study: Study, space: Mapping[str, Mapping[str, Any]], script: str, folder: Path, metric: str
+) -> Row:
+    """Run the next trial of the study, and say what became of it."""
     from optuna.trial import TrialState
 
-    rows: list[dict[str, Any]] = []
-    for number, point in enumerate(_grid(space) * int(tune.get("num_samples", 1))):
-        study.enqueue_trial(point)
-        trial = study.ask()
-        hparams = {
-            name: suggest(trial, name, spec["strategy"], spec["values"])
-            for name, spec in space.items()
-        }
-        folder = output / f"trial_{number}"
-        state, value = run_trial(trial, script, hparams, folder, metric)
-        study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
-        row = {"trial": number, "state": state, metric: value, **hparams, "folder": str(folder)}
-        rows.append(row)
-        said = f"trial {number} {state.lower()}: {metric}={value} {json.dumps(hparams)}"
-        print(said, flush=True)
-        _write_rows(output / "trials.csv", rows)
+    trial = study.ask()
+    hparams = {
+        name: suggest(trial, name, spec["strategy"], spec["values"]) for name, spec in space.items()
+    }
+    state, value = run_trial(trial, script, hparams, folder, metric)
+    told = value if state == "COMPLETE" else None
+    study.tell(trial, told, state=TrialState[state])
+    said = f"{state.lower()}: {metric}={value} {json.dumps(hparams)}"
+    print(f"trial {trial.number} {said}", flush=True)
+    return {"state": state, metric: value, **hparams, "folder": str(folder)}
+
+
+def _best(
+    rows: Sequence[Row], space: Mapping[str, object], tune: Mapping[str, str], output: Path
+) -> Row:
+    """Value, hparams and folder of the best trial; UserError if none succeeded."""
+    metric = tune["metric"]
     done = [row for row in rows if row["state"] == "COMPLETE"]
     if not done:
         raise UserError(
@@ -176,20 +215,19 @@ def sweep(config: str, script: str, output: Path) -> dict[str, Any]:
         )
     choose = max if tune["mode"] == "max" else min
     best = choose(done, key=lambda row: row[metric])
-    result = {
-        "value": best[metric],
-        "hparams": {name: best[name] for name in space},
-        "folder": best["folder"],
-    }
-    (output / "best.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    hparams = {name: best[name] for name in space}
+    return {"value": best[metric], "hparams": hparams, "folder": best["folder"]}
 
 
 def _grid(space: Mapping[str, Mapping[str, Any]]) -> list[dict[str, int]]:
     """Every combination of the parameters with the strategy `grid`, as numbers of their values."""
-    grid = {name: spec["values"] for name, spec in space.items() if spec["strategy"] == "grid"}
-    points = itertools.product(*[range(len(values)) for values in grid.values()])
-    return [dict(zip(grid, point, strict=True)) for point in points]
+    counts = {
+        name: range(len(spec["values"]))
+        for name, spec in space.items()
+        if spec["strategy"] == "grid"
+    }
+    points = itertools.product(*counts.values())
+    return [dict(zip(counts, point, strict=True)) for point in points]
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
