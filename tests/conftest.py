@@ -1,7 +1,23 @@
-"""Settings of the process the tests run in."""
+"""Settings of the process the tests run in, and what many tests start from."""
 
 import os
+
+import pytest
 
 # Tiny models spend more time waiting for threads than computing; waiting threads must not take the
 # other core's time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny model with a chat template."""
+    import tiny  # brings PyTorch, which reads the setting above
+
+    return tiny.folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def no_prediction_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing a layer takes longer than the runs of some tests."""
+    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None, raising=False)

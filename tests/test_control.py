@@ -19,11 +19,6 @@ from sftx.training import checkpoint
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(40)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A run of five steps with held-out rows."""
     base: dict[str, Any] = {
@@ -39,9 +34,7 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"learning_rate": 3e-3},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,14 @@ def test_an_adapter_beside_its_base(tmp_path: Path, folder: str, rows: str) -> N
     same = _eval(tmp_path, folder, rows, f"base={folder}")
     assert same["model"]["numbers"]["kl"] == 0
     assert same["base"]["samples"] == found["base"]["samples"]  # the same base, the same answers
+    made = f"rows={tmp_path / 'made.jsonl'}"
+    for alone in ("base=false", made):
+        only = _eval(tmp_path, str(tmp_path / "adapter"), rows, alone)
+        assert list(only) == ["model"]
+        assert only["model"]["samples"] == found["model"]["samples"]
+        assert "kl" not in only["model"]["numbers"]
+    both = _eval(tmp_path, str(tmp_path / "adapter"), rows, made, f"base={folder}")
+    assert both == found
 
 
 def test_bounds_make_the_exit_code(folder: str, rows: str, capfd: pytest.CaptureFixture) -> None:

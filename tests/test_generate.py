@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
 
 from sftx import encode
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval import generate
+from sftx.eval import generation_memory
 from sftx.eval.generate import Prompt, answer, prompt_of
 
 PROMPTS = ["a", "What is the tower made of?", "copper", "seven salt lamps in the morning wind"]
@@ -37,7 +39,7 @@ def test_batches_answer_as_one_prompt_at_a_time_does(
         # A token that some answers have and others have not: these end there, those at the limit.
         stop = next(i for i in said if not all(i in new for new in free))
         expected = [_one_by_one(model, i, {stop}, 12) for i in ids]
-    monkeypatch.setattr(generate, "TOKENS_PER_BATCH", 96)
+    monkeypatch.setattr(generation_memory, "TOKENS_PER_BATCH", 96)
     random_numbers = torch.get_rng_state()
     model.train()
     samples = answer(model, tokenizer, prompts, [stop], 12)
@@ -50,6 +52,33 @@ def test_batches_answer_as_one_prompt_at_a_time_does(
         assert sample.output == tokenizer.decode([i for i in new if i != stop])
     assert any(sample.ended for sample in samples)
     assert not all(sample.ended for sample in samples)
+
+
+def test_little_memory_makes_small_batches_and_the_same_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model().eval()
+    tokenizer = Tokenizer.of(tiny.tokenizer())
+    prompts = [Prompt(tokenizer.encode(text), text, "") for text in PROMPTS]
+    sizes: list[int] = []
+    kind: Any = type(model)
+    generate = kind.generate
+
+    def watched(self: object, **given: torch.Tensor) -> object:
+        sizes.append(len(given["input_ids"]))
+        return generate(self, **given)
+
+    monkeypatch.setattr(kind, "generate", watched)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    of_two = 2 * generation_memory.bytes_of_row(model.config, longest, 8, 4)
+    found = [
+        answer(model, tokenizer, prompts, [], 8, free=free)
+        for free in (None, 1 << 40, int(of_two / generation_memory.SHARE) + 2, 1)
+    ]
+    assert sizes[:2] == [4, 4]  # all at once
+    assert sizes[2] == 2
+    assert sizes[-4:] == [1, 1, 1, 1]
+    assert all(samples == found[0] for samples in found)
 
 
 def test_settings_of_the_generation_config_are_those_of_the_answers() -> None:

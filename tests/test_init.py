@@ -17,11 +17,6 @@ from sftx.starter import choose as choosing
 from sftx.types import UserError
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,9 @@ config.json alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -72,17 +74,34 @@ def test_what_sharing_saves_is_in_the_plan(
     assert "prefixes are computed once" not in capsys.readouterr().out
 
 
-def test_what_answers_take_is_what_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model(num_key_value_heads=1).eval()
-    prompts, longest, new = 3, 10, 6
-    out = model(torch.ones(prompts, longest + new, dtype=torch.int64), use_cache=True)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
-    expected = held + 2 * out.logits[:, -1].nbytes
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_answers_take_holds_what_generating_takes(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(num_key_value_heads=heads, num_attention_heads=4, hidden_size=64).eval()
+    prompts, longest, new = 3, 200, 6
+    ids = torch.ones(prompts, longest, dtype=torch.int64)
     known = (model.config, prompts, longest, new, 4)
-    assert generation_memory.most_memory(*known) == expected
+    generate: Any = model.generate
+    peak = _peak(lambda: generate(ids, max_new_tokens=new, min_new_tokens=new))
+    assert peak < generation_memory.most_memory(*known) < 4 * peak
     monkeypatch.setattr(generation_memory, "TOKENS_PER_BATCH", 2 * (longest + new))
-    cut = held * 2 // 3 + 2 * out.logits[:, -1].nbytes  # short prompts may still be three at once
-    assert generation_memory.most_memory(*known) == cut
+    row = generation_memory.bytes_of_row(model.config, longest, new, 4)
+    assert generation_memory.most_memory(*known) == 2 * row
+    assert generation_memory.most_memory(*known, free=row) == row  # it does not fit: one at a time
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Bytes that PyTorch allocates inside `work` and has not freed, at their most."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    recorded: Any = profile.profiler
+    held = peak = 0
+    for event in recorded.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def test_answers_are_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

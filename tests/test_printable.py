@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
 
 from sftx.cli import main
@@ -21,11 +20,6 @@ from sftx.types import RowError, UserError
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9d8;;\x9c\u202e"
 OBEYED = [chr(code) for code in (*range(9), *range(11, 32), *range(127, 160), 0x202E, 0x2066)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
 
 
 def harmless(said: str) -> bool:

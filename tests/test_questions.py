@@ -17,15 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sftx
 from sftx.cli import main
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval import generate
+from sftx.eval import generate, generation_memory
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(44)]
 TRAIN, HELD = ROWS[:40], ROWS[40:]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
 
 
 def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
@@ -44,9 +39,7 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
         "eval": {"every": 2, "prompts": 3, "new_tokens": 6, "general": False},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -379,7 +372,7 @@ def test_ranks_share_the_prompts_and_give_the_answers_of_one(monkeypatch: Any) -
     tokenizer = Tokenizer.of(tiny.tokenizer())
     ids = [tokenizer.encode(row[0][: 5 + i]) for i, row in enumerate(ROWS[:7])]
     prompts = [generate.Prompt(each, "", "") for each in ids]
-    monkeypatch.setattr(generate, "TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(generation_memory, "TOKENS_PER_BATCH", 40)
     alone = generate.answer(net, tokenizer, prompts, [], 6)
     parts: list[torch.Tensor] = []
     for rank in (0, 1):

@@ -24,11 +24,6 @@ from sftx.training.export import export
 ROWS = [["What is one?", "1"], {"prompt": "Two?", "completion": "é\n2"}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 def test_a_run_is_repeated_from_its_folder(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

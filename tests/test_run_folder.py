@@ -25,11 +25,6 @@ ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(12)]
 TIMES = {"seconds", "seconds_left", "tokens_per_second", "memory"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run here needs its memory predicted, which takes most of its time."""
@@ -56,9 +51,7 @@ def settings(model: str, output: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"learning_rate": 3e-3},
         "runtime": {"progress": False, "device": "cpu", "threads": 1, "tokens_per_pack": 512},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def killed(config: dict[str, Any], after: int) -> None:

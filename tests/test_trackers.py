@@ -24,11 +24,6 @@ from sftx.types import UserError
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 class StandIn:
     """Stands in for the package `wandb`, and keeps what it is told."""
 

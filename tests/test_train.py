@@ -33,11 +33,6 @@ from sftx.training.signals import Diverged, StopFlag, Stopped
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}."] for i in range(40)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.folder(tmp_path_factory.mktemp("model"))
-
-
 def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
     """A run of ten steps; every setting may be replaced."""
     base: dict[str, Any] = {
@@ -48,9 +43,7 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"learning_rate": 3e-3, "weight_decay": 0.1},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def losses(folder: Path) -> list[float]:

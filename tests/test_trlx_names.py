@@ -55,10 +55,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_prediction_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing a layer takes longer than these runs."""
-    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None, raising=False)
+pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,7 @@ def settings(path: str, output: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"learning_rate": 1e-3},
         "runtime": {"progress": False, "device": "cpu", "threads": 1},
     }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
+    return tiny.merged(base, changes)
 
 
 def steps(

@@ -102,6 +102,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings `base` with `changes`: of a section only what is named."""
+    found = dict(base)
+    for key, value in changes.items():
+        is_section = isinstance(base.get(key), dict)
+        found[key] = {**base[key], **value} if is_section else value
+    return found
+
+
 def model(
     family: str = "Llama", vocab_size: int = 264, seed: int = 0, **changes: Any
 ) -> transformers.PreTrainedModel:

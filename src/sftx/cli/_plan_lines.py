@@ -96,8 +96,8 @@ def _answer_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"answers  up to {size:.2f} GiB of keys, values and logits, while no step is taken"
     if size > room:
         yield (
-            f"warning  {room:.2f} GiB are left for them: ask fewer eval.prompts, or take fewer "
-            "eval.new_tokens"
+            f"warning  {max(room, 0):.2f} GiB are left for them: fewer prompts are answered at once; "
+            "ask fewer eval.prompts, or take fewer eval.new_tokens, where one has no room"
         )
 
 

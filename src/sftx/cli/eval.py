@@ -3,7 +3,8 @@
 The exact loss over all rows, and answers to some of their prompts, as a server would give them: with
 the chat template, the stop tokens and the sampling settings of the model's folder. A prompt is all that
 stands before the last output of a row; that output is the reference. For the folder of an adapter its
-base is found, and measured too.
+base is found, and measured too; base=false leaves the base out, and so does rows= where no base is
+named.
 
 Metrics: exact, contains, number (the last number of both), f1, json_valid, tool_call, rouge_l, bleu,
 chrf, and functions of your own, as file.py:function, called with (samples, prompts, outputs,
@@ -67,7 +68,7 @@ UNLIMITED = 1 << 40
 POSITIONAL = ("model", "data")
 GROUPS = ("sampling",)
 EXTRA = {
-    "base": "A model to measure beside it; default: for an adapter its own base, else none.",
+    "base": "A model to measure beside it, or false; default: for an adapter its own base, else none.",
     "metrics": "Names with commas between them; default: exact,f1.",
     "prompts": "How many prompts are answered, taken evenly over the rows; default: 100, 0 = none.",
     "new_tokens": "Most tokens of an answer; default: 256.",
@@ -98,6 +99,8 @@ OF_ROWS = {
     "html": "",
 }
 """What holds for rows alone, and its defaults."""
+NO_BASE = "false"
+"""The value of `base` that leaves the base of an adapter out."""
 
 
 def run(
@@ -122,12 +125,13 @@ def run(
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
     limits = _limits(bounds or {})
+    base, compares = _base(base, rows)
     if tasks:
         given = (metrics, prompts, new_tokens, samples, rows, weight, shown, general, html)
         _check_alone(config, dict(zip(OF_ROWS, given, strict=True)), sampling or {})
         with working("looking for the tasks", config.runtime.progress):
             found = _tasks(tasks, tasks_path, limit, chat)
-        return _benchmarks(config, base, found, limits, json)
+        return _benchmarks(config, base, compares, found, limits, json)
     _check_rows(config, {"tasks_path": tasks_path, "limit": limit, "chat": chat})
     names = _names(metrics)
     count = whole_number("eval: prompts", prompts, 0)
@@ -149,7 +153,7 @@ def run(
     console.print(f"data     {corpus.ledger.summary()}; {drawn.said(questions)}")
     for note in questions.notes:
         console.print(f"note     {note}", markup=False)
-    judged = _judged(config, adapter, other, corpus, questions, drawn)
+    judged = _judged(config, adapter, other, compares, corpus, questions, drawn)
     _print(console, {name: judgement.numbers for name, judgement in judged.items()})
     _show(console, judged, whole_number("eval: shown", shown, 0))
     _write(judged, title, json, html)
@@ -165,6 +169,15 @@ def _write(judged: Mapping[str, Judgement], title: str, json: str, html: str) ->
         write_json(json, {name: _as_json(judgement) for name, judgement in judged.items()})
     if html:
         write_page(html, title, judged)
+
+
+def _base(base: str, rows: str) -> tuple[str, bool]:
+    """The base that is named, "" if none; and whether an adapter is measured beside its own: not
+    where its answers are written as rows, which are made of them alone.
+    """
+    if base == NO_BASE:
+        return "", False
+    return base, bool(base) or not rows
 
 
 def _questions(
@@ -210,7 +223,12 @@ def _tasks(names: str, folder: str, limit: str, chat: str) -> Tasks:
 
 
 def _benchmarks(
-    config: Config, base: str, tasks: Tasks, limits: list[tuple[str, str, float]], json: str
+    config: Config,
+    base: str,
+    compares: bool,
+    tasks: Tasks,
+    limits: list[tuple[str, str, float]],
+    json: str,
 ) -> int:
     """Print what the model scores on tasks, and its base where there is one; as `run` returns."""
     adapter = adapter_in(config.model.path)
@@ -222,8 +240,8 @@ def _benchmarks(
             model = on_base(model, adapter, base)
         elif base:
             other = model.model_copy(update={"path": base})
-            scores["base"] = score(other, None, template, tasks, here)["model"]
-        scores |= score(model, adapter, template, tasks, here)
+            scores["base"] = score(other, None, False, template, tasks, here)["model"]
+        scores |= score(model, adapter, compares, template, tasks, here)
     console = Console(highlight=False, soft_wrap=True)
     _print(console, {name: found.numbers for name, found in scores.items()})
     if json:
@@ -264,11 +282,14 @@ def _judged(
     config: Config,
     adapter: Adapter | None,
     base: str,
+    compares: bool,
     corpus: Corpus,
     questions: Questions,
     drawn: Sampled,
 ) -> dict[str, Judgement]:
-    """What the model scores, and its base where there is one, which is measured first."""
+    """What the model scores, and its base where there is one, which is measured first: `base`, or
+    with `compares` the model without its adapter.
+    """
     judged: dict[str, Judgement] = {}
     gauge = None
     shown = config.runtime.progress
@@ -290,7 +311,7 @@ def _judged(
             served = load_served(config.model, adapter, corpus, here)
             judge = judge_of(served)
             drawn.check_model(served)
-            if served.adapter is not None:
+            if served.adapter is not None and compares:
                 judge.remember(is_start=True)
                 gauge = judge.gauge
                 judge.gauge = None

@@ -97,9 +97,15 @@ def find_tasks(names: Sequence[str], folder: str, limit: int | None, chat: bool 
 
 
 def score(
-    model: Model, adapter: Adapter | None, template: str, tasks: Tasks, machine: Machine
+    model: Model,
+    adapter: Adapter | None,
+    compares: bool,
+    template: str,
+    tasks: Tasks,
+    machine: Machine,
 ) -> dict[str, Scores]:
-    """What `model` scores, as "model"; with an `adapter` in it also without that, as "base".
+    """What `model` scores, as "model"; with an `adapter` in it, and where it `compares`, also without
+    that, as "base".
 
     `template`: as `data.template`. Weights are float32.
 
@@ -124,7 +130,7 @@ def score(
             mixed_precision_dtype=half,
         )
     scores: dict[str, Scores] = {}
-    if wrapped is not None:
+    if wrapped is not None and compares:
         with wrapped.disable_adapter():
             scores["base"] = _run(harness, tasks, is_chat=bool(texts))
     scores["model"] = _run(harness, tasks, is_chat=bool(texts))

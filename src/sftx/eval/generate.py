@@ -16,6 +16,7 @@ import torch
 
 from sftx import distributed
 from sftx.data.tokenizer import Tokenizer
+from sftx.eval.generation_memory import rows_at_once
 from sftx.eval.sampling import AS_SAVED, Sampling, generation_config
 from sftx.model.checks.start import evaluating
 from sftx.model.save import serving_config
@@ -24,8 +25,6 @@ from sftx.types import Example
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-TOKENS_PER_BATCH = 16_384
-"""Tokens of prompts and answers, padding included, that are generated together."""
 Arguments = Mapping[str, Any]
 """Arguments of transformers' `generate`, by name."""
 AS_SERVED: Arguments = {}
@@ -94,12 +93,14 @@ def answer(
     stop: Callable[[], bool] = lambda: False,
     sampling: Sampling = AS_SAVED,
     settings: Arguments = AS_SERVED,
+    free: int | None = None,
 ) -> list[Sample]:
     """One answer to each prompt, in their order, by transformers' own `generate`. `settings` are
     arguments of it that come before those of the generation_config.
 
-    Prompts of about equal length are answered together, padded at the left; several ranks share
-    such groups, and all get all answers, which do not depend on how many ranks there are. Where the
+    Prompts of about equal length are answered together, padded at the left, as many as `free` bytes
+    hold (the same on all ranks; None: as much as it takes). Several ranks share such groups, and
+    all get all answers, which do not depend on how many ranks there are. Where the
     generation_config or `sampling` samples, `seed` decides what is drawn; the state of the random
     numbers outside is not touched. `stop` is asked between groups; where it says so, [] is returned.
     """
@@ -109,7 +110,12 @@ def answer(
     others = config.update(**settings)  # what is no part of the configuration
     new = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
-    groups = list(_groups([len(prompt.ids) for prompt in prompts], max_new_tokens))
+    itemsize = _itemsize(model)
+
+    def most(longest: int) -> int:
+        return rows_at_once(model.config, longest, max_new_tokens, itemsize, free)
+
+    groups = list(_groups([len(prompt.ids) for prompt in prompts], most))
     ranks = distributed.world_size()
     cache_was_used = model.config.use_cache
     with evaluating(model), torch.no_grad(), torch.random.fork_rng():
@@ -138,15 +144,23 @@ def answer(
     return samples
 
 
-def _groups(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+def _itemsize(model: PreTrainedModel) -> int:
+    """Bytes of a number in the keys and values that the model makes here."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind).itemsize
+    return parameter.dtype.itemsize
+
+
+def _groups(lengths: Sequence[int], most: Callable[[int], int]) -> Iterator[list[int]]:
     """Numbers of prompts to be answered together, the longest first, so that memory runs out at once
-    if it does.
+    if it does. `most`: how many of a length at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        widest = lengths[order[start]] + max_new_tokens
-        count = max(1, TOKENS_PER_BATCH // widest)
+        count = most(lengths[order[start]])
         yield order[start : start + count]
         start += count
 

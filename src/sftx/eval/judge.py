@@ -141,6 +141,7 @@ class Judge:
                     stop,
                     asked.sampling,
                     asked.generation,
+                    self.machine.free_memory(),
                 )
         finally:
             self.loss.use_segments(True)

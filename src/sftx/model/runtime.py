@@ -78,6 +78,16 @@ class Machine:
         )
         return -distributed.all_reduce_max(-available), distributed.all_reduce_max(reserved)
 
+    def free_memory(self) -> int:
+        """Bytes that new tensors may still take; of several ranks the least."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            reserved = torch.cuda.memory_reserved(self.device)
+            free += reserved - torch.cuda.memory_allocated(self.device)
+        else:
+            free = host_memory.free()
+        return -distributed.all_reduce_max(-free)
+
 
 def name_of(dtype: torch.dtype) -> str:
     """`float32`, `bfloat16`."""
