@@ -35,7 +35,7 @@ from rich.table import Table
 
 from sftx.cli._eval_page import write_page
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
-from sftx.cli._output import write_json
+from sftx.cli._output import check_target, write_json
 from sftx.cli._sampled import Sampled, sampled_of
 from sftx.data.encoder import Encoder
 from sftx.data.store.corpus import Corpus
@@ -122,6 +122,8 @@ def run(
 ) -> int:
     """Print what the model scores. Returns 1 where a `min.` or `max.` is missed, else 0."""
     limits = _limits(bounds or {})
+    for name, target in (("html", html), ("json", json), ("rows", rows)):
+        check_target(f"sftx eval: {name}", target)
     if tasks:
         given = (metrics, prompts, new_tokens, samples, rows, weight, shown, general, html)
         _check_alone(config, dict(zip(OF_ROWS, given, strict=True)), sampling or {})

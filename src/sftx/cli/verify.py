@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sftx.cli._inputs import whole_number
-from sftx.cli._output import write_json
+from sftx.cli._output import check_target, write_json
 from sftx.printable import printable
 from sftx.settings.schema import Config
 from sftx.types import UserError
@@ -54,6 +54,7 @@ def run(
     config: Config, rows: str = "32", tokens: str = "128", json: str = "", only: str = ""
 ) -> int:
     """Print the table. Returns 1 where something differs, else 0."""
+    check_target("sftx verify: json", json)
     has_data = bool(config.data.train or config.data.rows)
     if config.model.path == "families" and not has_data:
         return _families(json, only, config.runtime.progress)

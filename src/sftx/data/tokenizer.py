@@ -79,6 +79,10 @@ class Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
         path = model_folder(path)
         folder = Path(path) if Path(path).is_dir() else _download(path)
+        if not any(folder.glob("*.json")) and not any(folder.glob("*.model")):
+            raise UserError(
+                f"{path}: this folder holds no tokenizer; name the folder of a model or of a run"
+            )
         check_links(folder)
         with boundary(f"{path}: no usable tokenizer there"):
             return cls._of_folder(folder)
