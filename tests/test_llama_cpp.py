@@ -20,7 +20,7 @@ from sftx.gguf.tensors import Layout
 from sftx.training.llama_cpp import open_llama_cpp
 from sftx.training.llama_cpp_check import ByLlamaCpp, check_llama_cpp
 from sftx.training.parity import Question, own_rows, rendered
-from sftx.types import UserError
+from sftx.types import Message, UserError
 
 has_llama_cpp = pytest.mark.skipif(
     not (find_spec("llama_cpp") or find_spec("xllamacpp")), reason="needs a llama.cpp"
@@ -176,16 +176,16 @@ class Stand:
 def test_the_check_refuses_other_logits_answers_and_stops(tmp_path: Path) -> None:
     source = gguf_files.folder(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    message = {"role": "user", "content": "?"}
+    message: Message = {"role": "user", "content": "?"}
     asked = [Question([9, 20, 31], "", (message,)), Question([264, 40, 9, 8], "", (message,))]
     right = check_llama_cpp(Stand(model), "F32", model, asked, [3])
     assert (right.same_answers, right.answers) == (2, 2)
     assert (right.same_chats, right.chats) == (1, 2)
     assert right.moved < 1e-5
-    for stand, stops, message in (
+    for stand, stops, said in (
         (Stand(model, shift=1.0), [3], "other logits"),
         (Stand(model, wrong=11), [3], "answers with token 11 where the trained model"),
         (Stand(model), [2, 3], "does not stop at token 2"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=said):
             check_llama_cpp(stand, "Q8_0", model, asked, stops)

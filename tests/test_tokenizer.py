@@ -182,7 +182,7 @@ def test_fingerprint_follows_what_decides_ids(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match="holds no tokenizer"):
         Tokenizer.load(str(tmp_path))
     with pytest.raises(UserError, match="neither a folder here nor a tokenizer"):
         Tokenizer.load(str(tmp_path / "missing"))

@@ -26,7 +26,10 @@ def check_file(verb: str, key: str, path: str) -> None:
     if file.is_dir():
         raise UserError(f"sftx {verb} {key}={path}: this is a folder; name a file")
     if not file.parent.is_dir():
-        raise UserError(f"sftx {verb} {key}={path}: there is no folder {file.parent}")
+        raise UserError(
+            f"sftx {verb} {key}={path}: there is no folder {file.parent}; make it, or name another "
+            "file"
+        )
 
 
 def write_json(path: str, value: object) -> None:

@@ -82,6 +82,10 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             folder = _download(path)
+        if not any(folder.glob("*.json")) and not any(folder.glob("*.model")):
+            raise UserError(
+                f"{path}: this folder holds no tokenizer; name the folder of a model or of a run"
+            )
         check_links(folder)
         with boundary(f"{path}: no usable tokenizer there"):
             return cls._of_folder(folder)
