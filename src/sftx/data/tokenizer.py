@@ -273,9 +273,7 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _alternatives(texts: list[str]) -> str:
-    """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like
-    [control_8].
-    """
+    """A regular expression that shares beginnings, as hundreds of tokens like [control_8] do."""
     branches: list[str] = []
     for _, group in itertools.groupby(texts, key=lambda text: text[0]):
         words = list(group)
