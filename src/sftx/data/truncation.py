@@ -94,19 +94,19 @@ def _piece(
     making room.
     """
     needs_one = sequence.begins_with_bos or sequence.weights[begin] != 0
-    has_bos = begin > 0 and sequence.bos is not None and needs_one
-    if has_bos:
+    bos = sequence.bos if begin > 0 and needs_one else None
+    if bos is not None:
         begin = max(begin, end - max_length + 1)
     start = begin
-    if has_bos:
+    if bos is not None:
         start = begin - 1  # the BOS takes the place of the token there
     ids = sequence.ids[start:end].copy()
     weights = sequence.weights[start:end].copy()
     kinds = sequence.kinds
     if kinds is not None:
         kinds = kinds[start:end].copy()
-    if has_bos:
-        ids[0] = sequence.bos
+    if bos is not None:
+        ids[0] = bos
         weights[0] = 0
         if kinds is not None:
             kinds[0] = 0
