@@ -1283,7 +1283,7 @@ MUTANTS = [
     ),
     Mutant(
         "chat-skeleton-agrees-with-anything",
-        "data/chat/skeleton.py",
+        "data/chat/learn_skeleton.py",
         "return skeleton.turns(template, conversation) == turns",
         "return True",
         CHAT,

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from sftx.data.chat.answer import Turn
 from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
+from sftx.data.chat.learn_skeleton import learn_skeleton
 from sftx.data.chat.limits import watched
-from sftx.data.chat.skeleton import Skeleton, learn_skeleton
+from sftx.data.chat.skeleton import Skeleton
 from sftx.data.chat.spans import APART, SpanTokenizer
 from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.text_sequence import TextSequence, text_sequences

@@ -135,8 +135,8 @@ def _dealt(bins: Bins, load: Float64, world_size: int) -> list[Bins]:
     each = len(bins) // world_size
     ranks: list[Bins] = [[] for _ in range(world_size)]
     total = [0.0] * world_size
-    largest_first = np.argsort(-load, kind="stable")
-    for b in largest_first.tolist():
+    largest_first: list[int] = np.argsort(-load, kind="stable").tolist()
+    for b in largest_first:
         open_ranks = [r for r in range(world_size) if len(ranks[r]) < each]
         rank = min(open_ranks, key=total.__getitem__)  # of equal ones the first
         ranks[rank].append(bins[b])

@@ -123,11 +123,11 @@ class Tokenizer:
         if not all(texts):
             raise UserError("model.add_tokens: an empty text cannot be a token")
         known = made.vocab_size
-        tokens: list[str | tokenizers.AddedToken] = []
+        backend: Any = made.backend
         for k, text in enumerate(texts):
             is_special = k >= len(model.add_tokens)
-            tokens.append(tokenizers.AddedToken(text, normalized=False, special=is_special))
-        made.backend.add_tokens(tokens)
+            token = tokenizers.AddedToken(text, normalized=False, special=is_special)
+            backend.add_tokens([token])
         made = cls(made.backend, made.special, made.chat_templates, made.stop_ids)
         for text in texts:
             number = made.backend.token_to_id(text)
@@ -144,7 +144,7 @@ class Tokenizer:
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one"
             )
-        templates = tokenizer.chat_template or {}
+        templates: Any = tokenizer.chat_template or {}
         if isinstance(templates, str):
             templates = {"default": templates}
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -277,9 +277,7 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _alternatives(texts: list[str]) -> str:
-    """A regular expression that shares beginnings: some vocabularies hold hundreds of tokens like
-    [control_8].
-    """
+    """A regular expression that shares beginnings, as hundreds of tokens like [control_8] do."""
     branches: list[str] = []
     for _, group in itertools.groupby(texts, key=lambda text: text[0]):
         words = list(group)
@@ -319,9 +317,7 @@ def _named(config: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _add_missing(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
-) -> None:
+def _add_missing(backend: Any, config: dict[str, Any], special: dict[str, str]) -> None:
     """Add the tokens that only tokenizer_config.json knows, as transformers does."""
     declared = config.get("added_tokens_decoder", {})
     for number in sorted(declared, key=int):
@@ -375,9 +371,7 @@ def _stop_ids(folder: Path) -> list[int]:
     eos = read_json(file).get("eos_token_id")
     if eos is None:
         return []
-    given: list[object] = [eos]
-    if isinstance(eos, list):
-        given = eos
+    given = cast("list[object]", eos) if isinstance(eos, list) else [eos]
     found = [i for i in given if type(i) is int]
     if len(found) < len(given):
         raise UserError(

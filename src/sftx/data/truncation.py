@@ -94,34 +94,41 @@ def _piece(
     making room.
     """
     needs_one = sequence.begins_with_bos or sequence.weights[begin] != 0
-    has_bos = begin > 0 and sequence.bos is not None and needs_one
-    if has_bos:
+    bos = sequence.bos if begin > 0 and needs_one else None
+    if bos is not None:
         begin = max(begin, end - max_length + 1)
-    ids = sequence.ids[begin:end]
-    weights = sequence.weights[begin:end]
+    start = begin
+    if bos is not None:
+        start = begin - 1  # the BOS takes the place of the token there
+    ids = sequence.ids[start:end].copy()
+    weights = sequence.weights[start:end].copy()
     kinds = sequence.kinds
     if kinds is not None:
-        kinds = kinds[begin:end]
-    if has_bos:
-        ids = np.insert(ids, 0, sequence.bos)
-        weights = np.insert(weights, 0, 0)
+        kinds = kinds[start:end].copy()
+    if bos is not None:
+        ids[0] = bos
+        weights[0] = 0
         if kinds is not None:
-            kinds = np.insert(kinds, 0, 0)
+            kinds[0] = 0
+    piece = replace(
+        sequence,
+        ids=ids,
+        weights=weights,
+        kinds=kinds,
+        spans=(),
+        asked=(),
+        shortened=sequence.shortened or _loses_prompt(sequence, begin),
+    )
+    return piece, begin
+
+
+def _loses_prompt(sequence: TokenSequence, begin: int) -> bool:
+    """Whether something of a prompt stands before token `begin`."""
     is_prompt = ~sequence.said
     # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
     is_output = not is_prompt[1:2].all()
     first = 1 if sequence.begins_with_bos or is_output else 0
-    gone = is_prompt[first:begin]
-    piece = replace(
-        sequence,
-        ids=ids,
-        weights=weights.copy(),
-        kinds=None if kinds is None else kinds.copy(),
-        spans=(),
-        asked=(),
-        shortened=sequence.shortened or bool(gone.any()),
-    )
-    return piece, begin
+    return bool(is_prompt[first:begin].any())
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:

@@ -90,7 +90,7 @@ class MessageReader:
         if _is_plain(raw):
             return cast(Message, raw)
         _check_role(raw["role"], at)
-        message = {key: value for key, value in raw.items() if value is not None}
+        message: dict[str, Json] = {k: value for k, value in raw.items() if value is not None}
         foreign.own_marks(message, at)
         _check_names(message, at)
         if "tool_calls" in message:
