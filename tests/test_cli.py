@@ -28,6 +28,28 @@ def verb(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int], **attributes:
     monkeypatch.setitem(sys.modules, "sftx.cli.train", module)
 
 
+@pytest.mark.parametrize("key", ["json", "html"])
+def test_a_file_without_its_folder_is_refused_before_the_work(
+    key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+
+    def run(config: Config, json: str = "", html: str = "") -> int:
+        calls.append(json or html)
+        return 0
+
+    verb(monkeypatch, run, EXTRA={"json": "A file.", "html": "A page."}, DEFAULTS=["output=none"])
+    there, missing = tmp_path / "there", tmp_path / "missing" / "out"
+    assert cli.main(["train", "model=m", "data=d", f"{key}={missing}"]) == 2
+    said = f"sftx train {key}={missing}: there is no folder {missing.parent}"
+    assert said in capsys.readouterr().err
+    assert cli.main(["train", "model=m", "data=d", f"{key}={tmp_path}"]) == 2
+    assert "this is a folder" in capsys.readouterr().err
+    assert calls == []
+    assert cli.main(["train", "model=m", "data=d", f"{key}={there}"]) == 0
+    assert calls == [str(there)]
+
+
 def test_a_verb_gets_its_config_and_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Config, str]] = []
 

@@ -27,8 +27,8 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "tokens on the run path": Limit(now=147_700, aim=55_000),
-    "tokens per line of code": Limit(now=8.68, aim=8.5),
+    "tokens on the run path": Limit(now=147_650, aim=55_000),
+    "tokens per line of code": Limit(now=8.67, aim=8.5),
     "annotations with Any, in percent": Limit(now=5.0, aim=5),
     "functions of a complexity over 10": Limit(now=1, aim=0),
     "lines of the longest file": Limit(now=400, aim=400),
