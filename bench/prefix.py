@@ -185,7 +185,8 @@ def pack_size(plan: Any, known: dict[int, Any]) -> int:
     from sftx.data.shared_packs import saving_of
     from sftx.training.memory_plan import LARGER
 
-    saving = saving_of(plan, SimpleNamespace(example=known.__getitem__))
+    corpus: Any = SimpleNamespace(example=known.__getitem__)
+    saving = saving_of(plan, corpus)
     return min(max(saving.pack_size, 1024), LARGER * 1024)
 
 
