@@ -12,10 +12,10 @@ of 6 turns with reasoning, whose template strips the reasoning of earlier turns,
 is a sequence of its own.
 
 Without and with sharing run in turn in one process, forward and backward over the packs that a run
-would take; CPU seconds are medians of the rounds after one of warm-up. (b) has one layer
-instead of four, on all sides: it is 115,000 tokens. Memory is what a step adds at its peak to the memory of a process of its
-own that holds the model and its gradients (Linux). `saving` is the share of the FLOPs that need not be
-computed, `reached` how much of it became time: (1 - t_with / t_without) / saving, of the pairs of each
+would take; CPU seconds are medians of the rounds after one of warm-up. (b) has one layer instead of
+four, on all sides: it is 115,000 tokens. Memory is what a step adds at its peak to the memory of a
+process of its own that holds the model and its gradients (Linux). `saving` is the share of the FLOPs
+that need not be computed, `reached` how much of it became time: (1 - t_with / t_without) / saving, of the pairs of each
 round. TRL's SFTTrainer over the same rows (padded, as it does by default) is measured where it is
 installed, or lies in `--trl-path`, which only its process sees.
 """
@@ -185,7 +185,8 @@ def pack_size(plan: Any, known: dict[int, Any]) -> int:
     from sftx.data.shared_packs import saving_of
     from sftx.training.memory_plan import LARGER
 
-    saving = saving_of(plan, SimpleNamespace(example=known.__getitem__))
+    corpus: Any = SimpleNamespace(example=known.__getitem__)
+    saving = saving_of(plan, corpus)
     return min(max(saving.pack_size, 1024), LARGER * 1024)
 
 
