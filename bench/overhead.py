@@ -48,25 +48,29 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="answered at each evaluation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--track", nargs="*", default=["tensorboard"])
+    parser.add_argument("--counted", action="store_true", help="count alone, compare nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--to", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         measure(args, is_on=args.job == "with")
         return
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    sides = SIDES[:1] if args.counted else SIDES
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(args.rounds):
-        for side in SIDES if number % 2 else reversed(SIDES):
+        for side in sides if number % 2 else reversed(sides):
             found[side].append(_in_a_process(side))
             print(f"round {number + 1}  {side:8}", *_told(found[side][-1]), flush=True)
-    medians = {side: _medians(found[side]) for side in SIDES}
-    for side in SIDES:
+    medians = {side: _medians(found[side]) for side in sides}
+    for side in sides:
         print(f"median   {side:8}", *_told(medians[side]))
     counted = medians["with"]
     extra = sum(counted[name] for name in EXTRAS)
-    counted_share = extra / (counted["cpu"] - extra)
-    compared = medians["with"]["cpu"] / medians["without"]["cpu"] - 1
-    print(f"overhead counted {100 * counted_share:.2f} %  compared {100 * compared:.2f} %")
+    share = extra / (counted["cpu"] - extra)
+    print(f"overhead counted {100 * share:.2f} %")
+    if not args.counted:
+        compared = medians["with"]["cpu"] / medians["without"]["cpu"] - 1
+        print(f"overhead compared {100 * compared:.2f} %")
 
 
 def _in_a_process(side: str) -> dict[str, float]:

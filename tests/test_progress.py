@@ -129,6 +129,7 @@ def plain(shown: io.StringIO) -> Progress:
 def test_a_job_that_takes_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONG", 0.2)
     monkeypatch.setattr(module, "REFRESH", 0.02)
+    monkeypatch.setattr(module, "DRAW_EVERY", 0.02)
     monkeypatch.setattr(module, "PLAIN_EVERY", 0.3)
     with plain(shown := io.StringIO()) as progress:
         progress.phase("a short job")

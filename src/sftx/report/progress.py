@@ -32,7 +32,9 @@ that is more.
 SLOWEST = 60.0
 """The most seconds between them."""
 REFRESH = 0.5
-"""Seconds between two drawings of the live lines; one takes a processor about 2 ms."""
+"""Seconds between two looks at how things are."""
+DRAW_EVERY = 1.0
+"""Seconds between two drawings of the steps; one takes a processor about 2 ms."""
 INDENT = 9
 """Cells of the word that a line begins with."""
 
@@ -261,12 +263,13 @@ class Progress:
 
     def _tick(self) -> None:
         """Show, now and then, how things are."""
-        drawn: StepRecord | None = None
+        drawn = 0.0
         while not self._over.wait(REFRESH):
+            now = time.monotonic()
             if not self.console.is_terminal:
                 self._name_long_phase()
-            elif self._phase is not None or self._record is not drawn:
-                drawn = self._record
+            elif self._phase is not None or now - drawn >= DRAW_EVERY:
+                drawn = now
                 self._refresh()
 
     def _refresh(self) -> None:
