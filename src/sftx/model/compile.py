@@ -67,6 +67,9 @@ def compile_layers(
     # A layer with hooks inside stays as it is: what they do is not part of a graph. Those on the
     # layer itself, by which `fully_shard` gathers its weights, run around the compiled `forward`.
     hooked = {id(m) for m in loss.modules() if m._forward_pre_hooks or m._forward_hooks}
+    # But for routers: they are watched inside a graph too, and not when it is computed again.
+    hooked -= {id(m) for m in loss.routers.modules}
+    dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     layers = [
         m
         for m in decoder_layers(loss.model)

@@ -115,12 +115,14 @@ class MemoryEstimator:
         """How many processes compute a pack together."""
         return 1 if self.context is None else self.context.size
 
-    def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
+    def predict(
+        self, pack: Pack, recomputed: int = 0, accumulate: bool = True, gathered: bool = False
+    ) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
 
         `accumulate`: a step has more than one pack, so that gradients exist during the forward
-        pass. Raises what the model raises when its shapes depend on data (RuntimeError and its
-        kind).
+        pass. `gathered`: weights in shards are gathered once a step. Raises what the model raises
+        when its shapes depend on data (RuntimeError and its kind).
         """
         body, forward, *backward = self._marks(pack, False, accumulate)
         # How much a GPU's compiled layers keep was not measured.
@@ -144,10 +146,10 @@ class MemoryEstimator:
         shards = self.shards or 1
         # Gradients before the backward pass.
         earlier = self.trained / shards if accumulate or self.shards else 0
-        gathered, reduced = self._buffers()
+        whole, reduced = self._buffers(gathered)
         peak, gradients = max(
-            (earlier + forward + gathered, earlier),
-            (earlier + max(backward) + gathered + reduced, self.trained / shards),
+            (earlier + forward + whole, earlier),
+            (earlier + max(backward) + whole + reduced, self.trained / shards),
         )
         activations = min(body, peak - gradients)
         weights = self.weights // shards + int(NF4 * _count(self.packed))
@@ -162,14 +164,14 @@ class MemoryEstimator:
             base=self.base,
         )
 
-    def _buffers(self) -> tuple[int, int]:
+    def _buffers(self, gathered: bool) -> tuple[int, int]:
         """What `fully_shard` and 4 bits take beside: (weights made whole, gradients on their way),
         in bytes.
 
-        One layer in use, the next one arriving and being copied out, and what belongs to no layer
-        as a whole; in the backward pass the gradients of one layer in their own dtype, and float32
-        copies of two layers' in flight (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py
-        and _fsdp_param_group.py).
+        One layer in use (all, where they stay `gathered`), the next one arriving and being copied
+        out, and what belongs to no layer as a whole; in the backward pass the gradients of one
+        layer in their own dtype, and float32 copies of two layers' in flight
+        (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py).
         """
         size = self.precision.itemsize
         one = size * max((p.numel() for p in self.packed), default=0)
@@ -178,10 +180,11 @@ class MemoryEstimator:
         layer = max(
             (_count({*layer.parameters()} - self.packed) for layer in self.layers), default=0
         )
+        used = _count({*self.layers.parameters()} - self.packed) if gathered else layer
         trained = max((_count(_trained(layer)) for layer in self.layers), default=0)
         inside = {id(p) for p in self.layers.parameters()}
         root = [p for p in self.loss.parameters() if id(p) not in inside]
-        return one + 3 * size * layer + _bytes(root), (size + 8) * trained + _bytes(
+        return one + size * (used + 2 * layer) + _bytes(root), (size + 8) * trained + _bytes(
             p for p in root if p.requires_grad
         )
 

@@ -39,6 +39,8 @@ DROPPED = 100
 """Dropped rows that are listed."""
 COLUMNS = ("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "memory")
 """Numbers of every step that are drawn as they stand in metrics.jsonl."""
+ROUTERS = ("balance", "largest_load", "smallest_load", "unused")
+"""Numbers of routers, as a record has them under `routers`."""
 
 Lines = list[dict[str, Json]]
 Float64 = NDArray[np.float64]
@@ -146,7 +148,18 @@ def _series(steps: Lines) -> dict[str, object]:
     for line in steps:
         line["targets_per_second"] = _rate(line)
     names = (*COLUMNS, "targets_per_second", "tokens", "targets")
-    return {name: _drawn(steps, name) for name in names}
+    series = {name: _drawn(steps, name) for name in names}
+    return series | _of_routers(steps)
+
+
+def _of_routers(steps: Lines) -> dict[str, object]:
+    """The series of routers, as `router_NAME`; none where no step has them."""
+    found: Lines = []
+    for line in steps:
+        numbers = line.get("routers")
+        if isinstance(numbers, dict):
+            found.append({"step": line["step"], **numbers})
+    return {f"router_{name}": _drawn(found, name) for name in ROUTERS if found}
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:
