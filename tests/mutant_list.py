@@ -174,8 +174,8 @@ MUTANTS = [
     Mutant(
         "step-loss-of-own-rank",
         "training/step.py",
-        "distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))",
-        "torch.stack([loss.double(), tally.correct])",
+        "distributed.all_reduce_sum(torch.cat(own))",
+        "torch.cat(own)",
         RANKS,
     ),
     Mutant(

@@ -125,6 +125,8 @@ def test_a_step_reports_what_its_routers_did_however_it_is_computed(family: str)
     loss.take(Paths())
     recompute(model, 2)
     assert one_step(loss, plain(data, PACKINGS[1])) == pytest.approx(first, rel=1e-5)
+    tokens = loss.routers.sums(CPU)[:, 1].sum(-1)
+    assert tokens.tolist() == pytest.approx([9 + 30 + 17 + 22] * len(tokens), rel=1e-6)
 
 
 def test_a_shared_prefix_counts_as_often_as_examples_hold_it() -> None:

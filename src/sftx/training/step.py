@@ -70,17 +70,12 @@ def train_step(
     # to the next.
     with torch.autocast(loss.device.type, enabled=False):
         for number, pack in enumerate(packs, 1):
-            # Replicas exchange what they have summed once, with the last pack.
-            last = number == len(packs)
-            if isinstance(model, FSDPModule):
-                model.set_requires_all_reduce(last)
-                keep_gathered(model, model.keeps_gathered, model.keeps_gathered and not last)
+            _before_pack(model, number == len(packs))
             with autocast():
                 pack_loss = model(pack, tally)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
-    if isinstance(model, FSDPModule):
-        keep_gathered(model, until_backward=False, until_next=False)
+    keep_gathered(model, until_backward=False, until_next=False)
     routed = model.routers.sums(loss.device)
     own = [torch.stack([loss.double(), tally.correct]), routed.flatten()]
     sums = distributed.all_reduce_sum(torch.cat(own))
@@ -108,3 +103,12 @@ def train_step(
         numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
         arrived.record()
     return StepResult(loss, accuracy, grad_norm, bad, numbers, arrived)
+
+
+def _before_pack(model: PackLoss, last: bool) -> None:
+    """Replicas exchange what they have summed once, with the `last` pack of a step; weights in
+    shards are gathered once, where there is memory.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        keep_gathered(model, model.keeps_gathered, model.keeps_gathered and not last)
