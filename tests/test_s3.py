@@ -15,7 +15,7 @@ import tiny
 import sftx
 
 server = pytest.importorskip("moto.server", reason="needs moto[server]")
-pytest.importorskip("s3fs", reason="needs s3fs")
+s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 pytestmark = pytest.mark.long
 ROWS = "".join(json.dumps([f"What is {i} plus {i}?", f"It is {2 * i}."]) + "\n" for i in range(16))
 
@@ -23,8 +23,6 @@ ROWS = "".join(json.dumps([f"What is {i} plus {i}?", f"It is {2 * i}."]) + "\n" 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The store with an empty bucket, as s3fs sees it."""
-    import s3fs
-
     running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()

@@ -78,7 +78,8 @@ class _Watched:
         outputs = out if isinstance(out, tuple) else (out,)
         logits = outputs[self.index]
         if self.sums is None:  # before a layer is compiled, so that its graph has always some
-            self.sums = logits.new_zeros(2, logits.shape[-1], dtype=torch.float64)
+            shape = (2, logits.shape[-1])
+            self.sums = torch.zeros(shape, dtype=torch.float64, device=logits.device)
         if self.times is None:
             return
         probability = logits.reshape(-1, logits.shape[-1]).float()
