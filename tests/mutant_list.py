@@ -46,6 +46,9 @@ CHAT = ("test_template.py test_chat.py", "test_small_templates.py", "test_encode
 ANSWERS = ("test_questions.py",)
 RANKS = ("test_shard.py", "test_dist.py")
 SHARED = ("test_prefix_attention.py", "test_sharing.py")
+PADDED = ("test_padded.py -k 'stand or batches or like_lengths or rows_of_a_batch'",)
+CONTEXT = ("test_context_parallel.py",)
+ROUTING = ("test_routing.py",)
 
 MUTANTS = [
     # --- the loss
@@ -171,8 +174,8 @@ MUTANTS = [
     Mutant(
         "step-loss-of-own-rank",
         "training/step.py",
-        "distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))",
-        "torch.stack([loss.double(), tally.correct])",
+        "distributed.all_reduce_sum(torch.cat(own))",
+        "torch.cat(own)",
         RANKS,
     ),
     Mutant(
@@ -1428,5 +1431,64 @@ MUTANTS = [
         "place.stop] += seen",
         "place.stop] = seen",
         SHARED,
+    ),
+    # --- right-padded batches
+    Mutant(
+        "padded-places-of-another-row",
+        "model/padded.py",
+        "places = np.flatnonzero(column < lengths)",
+        "places = np.arange(lengths.sum())",
+        PADDED,
+    ),
+    Mutant(
+        "padded-rows-of-the-first",
+        "model/padded.py",
+        "rows = bounds[:-1, None] + np",
+        "rows = bounds[:1, None] + np",
+        PADDED,
+    ),
+    Mutant(
+        "padded-more-padding-than-said",
+        "data/pack.py",
+        "tokens + sizes[i] < (1 - PADDING) * padded",
+        "tokens + sizes[i] < PADDING * padded",
+        PADDED,
+    ),
+    # --- context parallelism
+    Mutant(
+        "context-filler-with-a-place",
+        "model/context_parallel.py",
+        "examples=(*pack.examples, FILLER)",
+        "examples=(*pack.examples, 0)",
+        CONTEXT,
+    ),
+    Mutant(
+        "context-targets-of-all-ranks",
+        "model/pack_loss.py",
+        "index=move(pack.index[mine] - first, torch.int64)",
+        "index=move(pack.index[mine], torch.int64)",
+        CONTEXT,
+    ),
+    Mutant(
+        "context-heads-not-enough",
+        "model/context_parallel.py",
+        "repeated = key_heads * (size // gcd(key_heads, size))",
+        "repeated = key_heads",
+        CONTEXT,
+    ),
+    # --- what the record says of routers
+    Mutant(
+        "routing-counted-again-going-backward",
+        "model/routing.py",
+        "            for watched in self._watched:\n                watched.times = None\n",
+        "            pass\n",
+        ROUTING,
+    ),
+    Mutant(
+        "routing-shared-prefix-once",
+        "model/pack_loss.py",
+        "if pack.times is not None:",
+        "if False:",
+        ROUTING,
     ),
 ]

@@ -5,6 +5,7 @@ where it fails.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,12 +109,33 @@ def check(loss: PackLoss, tolerance: float, graphs: int) -> None:
         ("Qwen3", {}, 1),
         ("Gemma2", {}, 3),  # with and without a window, and packs shorter than the window
         ("GPT2", {}, 1),
-        ("Mixtral", {}, 1),
+        ("Mixtral", {}, 2),  # what is counted of routers has one length first, then any
         ("Llama", {"adapter": "lora", "dropout": 0.0}, 2),  # its layers as one autograd function
     ],
 )
 def test_one_graph_serves_every_pack(family: str, options: dict[str, Any], graphs: int) -> None:
     check(make(family, **options), 0.0, graphs)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_routers_are_watched_in_a_graph_as_without_one(recomputed: int) -> None:
+    loss = make("Mixtral", recomputed=recomputed)
+    reference = routed(loss)
+    compile_layers(loss, PACKS[0], MACHINE, "on")
+    torch.testing.assert_close(routed(loss), reference, rtol=1e-6, atol=0)
+    assert not counters["graph_break"]
+
+
+def routed(loss: PackLoss) -> torch.Tensor:
+    """What the routers did with the tokens of all packs."""
+    loss.routers.restart()
+    for pack in PACKS:
+        # A pack without numbers of its examples is one that fills.
+        numbered = replace(pack, examples=tuple(range(len(pack.cu_seqlens) - 1)))
+        loss(to_tensors(numbered, CPU)).backward()
+    return loss.routers.sums(CPU).clone()
 
 
 @pytest.mark.long

@@ -114,6 +114,50 @@ def test_padded_batches_on_two_ranks_give_the_numbers_of_one_process(folder: Pat
     assert_equal(folder, "padded-2", "padded-1", weights=1e-5)
 
 
+GATHERED = """
+import sys
+from pathlib import Path
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+from sftx.settings.load import load_config
+from sftx.training import memory_plan
+from sftx.training.loop import train
+
+config = load_config(sys.argv[1])
+if "again" in config.output:
+    memory_plan._gathered = lambda chosen, *_: chosen
+own, calls = fsdp.foreach_all_gather, []
+fsdp.foreach_all_gather = lambda *args: (calls.append(1), own(*args))[1]
+train(config)
+Path(config.output, "gathers").write_text(str(len(calls)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_weights_gathered_once_a_step_give_the_same_to_the_bit(folder: Path, method: str) -> None:
+    program = folder / "gathered.py"
+    program.write_text(GATHERED, encoding="utf-8")
+    gathers = []
+    for name in (f"once-{method}", f"again-{method}"):
+        path = write(
+            folder,
+            name,
+            adapter=method,
+            batch={"epochs": 5 / 9},
+            runtime={"parallel": "fsdp", "tokens_per_pack": 24},
+            eval={"every": 2},
+            checkpoint={"every": 2},
+        )
+        ranks.run(path, 2, program=[str(program)])
+        gathers.append(int((folder / name / "gathers").read_text()))
+    once, again = (ranks.records(folder / f"{name}-{method}") for name in ("once", "again"))
+    assert once[0]["packs"] > 2  # of two ranks
+    for ours, theirs in zip(once, again, strict=True):
+        assert (ours["loss"], ours["eval"]) == (theirs["loss"], theirs["eval"])
+    assert ranks.difference(folder / f"once-{method}", folder / f"again-{method}") == 0
+    assert gathers[0] < 0.7 * gathers[1]
+
+
 TRACED = """
 import sys
 from sftx.model import compile

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -172,3 +173,32 @@ def test_rows_are_read_from_a_url(
     given["data"]["train"] = "memory://bucket/none.jsonl"
     with pytest.raises(UserError, match=r"memory://bucket/none\.jsonl: there is no such file"):
         sftx.train(**given)
+
+
+LEFT = """
+import sys
+import sftx
+from sftx.settings.load import load_config
+
+for record in sftx.steps(load_config(sys.argv[1])):
+    if record.step == 12:
+        break
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_with_an_empty_folder_go_on_from_the_mirror(tmp_path: Path) -> None:
+    model = ranks.model(tmp_path / "model")
+    program = tmp_path / "left.py"
+    program.write_text(LEFT, encoding="utf-8")
+    mirror = {"every": 5, "mirror": f"file://{tmp_path}/mirror"}
+    runtime = {"parallel": "fsdp"}
+    ranks.run(ranks.write_run(tmp_path, model, "whole", runtime=runtime), 2)
+    path = ranks.write_run(tmp_path, model, "lost", runtime=runtime, checkpoint=mirror)
+    ranks.run(path, 2, program=[str(program)])
+    shutil.rmtree(tmp_path / "lost")
+    said = ranks.run(path, 2)
+    assert said.count("the run was brought here from file://") == 1
+    assert [record["step"] for record in ranks.records(tmp_path / "lost")] == [*range(1, 21)]
+    assert weights(tmp_path / "lost") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "mirror") == weights(tmp_path / "lost")

@@ -197,6 +197,7 @@ class Pack:
     weight: Float32  # [M]
     examples: tuple[int, ...] = ()
     parent: Int32 | None = None  # [n]; None: no segment has one
+    times: Int32 | None = None  # [n] examples that hold a segment; None: one each
 
 
 class KindCount(TypedDict):
@@ -325,7 +326,12 @@ class StepRecord:
     whose argmax is right, in the model as it trains (with its dropout); a record of an older run has
     none.
 
-    `loss`, `accuracy` and `grad_norm` are None where loss or gradient was not finite: such a step was
+    `routers`, of a mixture of experts, over all tokens of the step: `balance`, what `loss.router_aux`
+    multiplies (the number of experts per token where all are chosen alike, more where they are not),
+    `largest_load` and `smallest_load`, the share of the tokens that an expert of a layer gets, and
+    `unused`, how many experts of all layers get no token. None for other models.
+
+    `loss`, `accuracy`, `grad_norm` and `routers` are None where loss or gradient was not finite: such a step was
     not applied. Step 0 stands for the model before training: it has held-out numbers alone, and the
     defaults for all else.
     """
@@ -349,3 +355,4 @@ class StepRecord:
     eval: dict[str, float] | None = None
     seconds_left: float | None = None
     accuracy: float | None = None
+    routers: dict[str, float] | None = None

@@ -174,6 +174,7 @@ def build_shared_pack(
         weight=weights[label_at],
         examples=indices,
         parent=parent.astype(np.int32) if len(branches) else None,
+        times=np.array([s.last - s.first for s in segments], np.int32),
     )
 
 

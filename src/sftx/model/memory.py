@@ -118,12 +118,14 @@ class MemoryEstimator:
             return 1
         return self.context.size
 
-    def predict(self, pack: Pack, recomputed: int = 0, accumulate: bool = True) -> Memory:
+    def predict(
+        self, pack: Pack, recomputed: int = 0, accumulate: bool = True, gathered: bool = False
+    ) -> Memory:
         """Memory of a step with packs like `pack`, the first `recomputed` layers recomputed.
 
         `accumulate`: a step has more than one pack, so that gradients exist during the forward
-        pass. Raises what the model raises when its shapes depend on data (RuntimeError and its
-        kind).
+        pass. `gathered`: weights in shards are gathered once a step. Raises what the model raises
+        when its shapes depend on data (RuntimeError and its kind).
         """
         body, forward, *backward = self._marks(pack, False, accumulate)
         # How much a GPU's compiled layers keep was not measured.
@@ -144,9 +146,9 @@ class MemoryEstimator:
         trained = self.trained / shards
         # Gradients before the backward pass.
         earlier = trained if accumulate or self.shards else 0
-        gathered, reduced = self._buffers()
-        at_forward = (earlier + forward + gathered, earlier)
-        at_backward = (earlier + max(backward) + gathered + reduced, trained)
+        whole, reduced = self._buffers(gathered)
+        at_forward = (earlier + forward + whole, earlier)
+        at_backward = (earlier + max(backward) + whole + reduced, trained)
         peak, gradients = max(at_forward, at_backward)
         activations = min(body, peak - gradients)
         weights = self.weights // shards + int(NF4 * _count(self.packed))
@@ -164,14 +166,14 @@ class MemoryEstimator:
             base=self.base,
         )
 
-    def _buffers(self) -> tuple[int, int]:
+    def _buffers(self, gathered: bool) -> tuple[int, int]:
         """What `fully_shard` and 4 bits take beside: (weights made whole, gradients on their way),
         in bytes.
 
-        One layer in use, the next one arriving and being copied out, and what belongs to no layer
-        as a whole; in the backward pass the gradients of one layer in their own dtype, and float32
-        copies of two layers' in flight (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py
-        and _fsdp_param_group.py).
+        One layer in use (all, where they stay `gathered`), the next one arriving and being copied
+        out, and what belongs to no layer as a whole; in the backward pass the gradients of one
+        layer in their own dtype, and float32 copies of two layers' in flight
+        (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py and _fsdp_param_group.py).
         """
         size = self.precision.itemsize
         one = size * max((p.numel() for p in self.packed), default=0)
@@ -182,12 +184,15 @@ class MemoryEstimator:
         for layer in self.layers:
             widest = max(widest, _count({*layer.parameters()} - self.packed))
             trained = max(trained, _count(_trained(layer)))
+        used = widest
+        if gathered:
+            used = _count({*self.layers.parameters()} - self.packed)
         inside = {id(p) for p in self.layers.parameters()}
         root = [p for p in self.loss.parameters() if id(p) not in inside]
         trained_root = [p for p in root if p.requires_grad]
-        gathered = one + 3 * size * widest + _bytes(root)
+        whole = one + size * (used + 2 * widest) + _bytes(root)
         reduced = (size + 8) * trained + _bytes(trained_root)
-        return gathered, reduced
+        return whole, reduced
 
     def _marks(self, pack: Pack, every: bool, accumulate: bool) -> Marks:
         """Marks of the whole depth, with no layer recomputed or all."""

@@ -68,6 +68,16 @@ def describe_adapter(model: nn.Module) -> str:
     """What is adapted, by kind of module: how many of it, and how many parameters the adapter has
     there; empty where nothing is.
     """
+    adapted = _adapted_kinds(model)
+    if not adapted:
+        return ""
+    kinds = [f"{kind} x {count} ({size:,})" for kind, (count, size) in sorted(adapted.items())]
+    of_experts = _describe_experts(model, set(adapted))
+    return "; ".join([f"the adapter is in (parameters): {', '.join(kinds)}", *of_experts])
+
+
+def _adapted_kinds(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """By kind of adapted module: how many there are, and how many parameters the adapter has there."""
     counts: dict[str, int] = defaultdict(int)
     sizes: dict[str, int] = defaultdict(int)
     for path, module in model.named_modules():
@@ -76,18 +86,19 @@ def describe_adapter(model: nn.Module) -> str:
             counts[kind] += not path.endswith("base_layer")
             own = [p for part in (module.lora_A, module.lora_B) for p in part.parameters()]
             sizes[kind] += sum(math.prod(p.shape) for p in own)
-    if not counts:
-        return ""
-    kinds = [f"{kind} x {counts[kind]} ({sizes[kind]:,})" for kind in sorted(counts)]
-    untouched = routers(model)
-    said = f"the adapter is in (parameters): {', '.join(kinds)}"
-    if any("experts" in kind.split(".") for kind in counts):
-        said += "; every expert has a pair of matrices of its own, of the full rank"
+    return {kind: (count, sizes[kind]) for kind, count in counts.items()}
+
+
+def _describe_experts(model: nn.Module, kinds: set[str]) -> list[str]:
+    """What an adapter in these kinds of modules does to experts and routers."""
+    said = []
+    if any("experts" in kind.split(".") for kind in kinds):
+        said.append("every expert has a pair of matrices of its own, of the full rank")
     elif has_joint_experts(model):
-        said += "; experts are left as they are"
-    adapted = {kind.split(".")[-1] for kind in counts}
-    if untouched and not adapted & ROUTERS:
-        said += "; routers are left alone (name them in adapter.targets to adapt them)"
+        said.append("experts are left as they are")
+    names = {kind.split(".")[-1] for kind in kinds}
+    if routers(model) and not names & ROUTERS:
+        said.append("routers are left alone (name them in adapter.targets to adapt them)")
     return said
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
-from sftx.model.context_parallel import Context
+from sftx.model.context_parallel import FILLER, Context
 from sftx.model.fallbacks import use_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import (
@@ -28,6 +28,7 @@ from sftx.model.mixture import cast_grouped_products
 from sftx.model.padded import as_batch
 from sftx.model.prefix_index import prefix_index
 from sftx.model.regularization import embedding_noise, router_balance
+from sftx.model.routing import Routers
 from sftx.settings.schema import Loss
 from sftx.types import Pack, UserError
 
@@ -49,6 +50,7 @@ class TensorPack:
     longest: int  # tokens of the longest segment, with its ancestors
     counts: tuple[int, ...]  # targets of each segment; () where they share prefixes
     examples: tuple[int, ...] = ()  # their numbers, by which noise is drawn
+    times: tuple[int, ...] = ()  # how many examples each segment is part of
     prefixes: tuple[Tensor, ...] = ()  # `prefix_index`, where segments share them
     context: Context | None = None  # the ranks that compute the pack together
 
@@ -130,9 +132,18 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         longest=max(longest, deepest),
         counts=counts,
         examples=pack.examples,
+        times=_times(pack),
         prefixes=prefixes,
         context=context,
     )
+
+
+def _times(pack: Pack) -> tuple[int, ...]:
+    """How many examples each segment is part of: none, where it only fills the pack."""
+    if pack.times is not None:
+        return tuple(pack.times.tolist())
+    numbers = pack.examples or (FILLER,) * (len(pack.cu_seqlens) - 1)
+    return tuple(int(number != FILLER) for number in numbers)
 
 
 class Tally:
@@ -178,7 +189,8 @@ class PackLoss(nn.Module):
     losses comes out.
 
     `model` may carry an adapter. `objective` holds while training; in evaluation the sum is the
-    plain one. `noise_seed` is that of the step.
+    plain one. `noise_seed` is that of the step. With `keeps_gathered` a step gathers weights that
+    are in shards once.
     """
 
     def __init__(self, model: PreTrainedModel, objective: Loss = PLAIN) -> None:
@@ -187,10 +199,13 @@ class PackLoss(nn.Module):
         cast_grouped_products()
         self.objective = objective
         self.noise_seed = 0
+        self.keeps_gathered = False
         self._noise: Tensor | None = None
         self._router_logits: tuple[Tensor, ...] = ()
+        self._times: Tensor | None = None
         text = model.config.get_text_config()
         self._experts_per_token: int = getattr(text, "num_experts_per_tok", None) or 0
+        self.routers = Routers(model, self._experts_per_token)
         if objective.router_aux and not self._experts_per_token:
             name = type(model).__name__
             raise UserError(f"loss.router_aux: {name} has no experts to balance; leave it out")
@@ -225,6 +240,7 @@ class PackLoss(nn.Module):
         objective = self.objective if self.training else PLAIN
         if objective.neftune_alpha:
             self._noise = self._draw_noise(pack)
+        self._times = self._token_times(pack)
         if not (self.paths.isolate or self.paths.padded):
             return self._one_by_one(pack, objective, tally)
         if self.paths.transform is None:
@@ -290,6 +306,8 @@ class PackLoss(nn.Module):
         batch = as_batch(pack.cu_seqlens_cpu, pack.ids.device)
         if self._noise is not None:
             self._noise = self._noise.to(pack.ids.device)[batch.rows]
+        if self._times is not None:
+            self._times = batch.padded(self._times)
         # AttributeError where the model has no such part, as in `hidden`: its speed is then unknown.
         found: Tensor = getattr(self._run(module, pack.ids[batch.rows]), name)
         self._router_logits = tuple(map(batch.flat, self._router_logits))
@@ -297,12 +315,13 @@ class PackLoss(nn.Module):
 
     def _one_by_one(self, pack: TensorPack, objective: Loss, tally: Tally) -> Tensor:
         total = torch.zeros((), device=pack.ids.device)
-        noise = self._noise
+        noise, times = self._noise, self._times
         for a, b, at, mine in pack.parts():
             # A pack of nothing still passes through all weights, see `forward`.
             if not len(at) and len(pack.index):
                 continue
             self._noise = None if noise is None else noise[a:b]
+            self._times = None if times is None else times[a:b]
             logits = self._logits_alone(pack.ids[a:b])[at]
             label = pack.label[mine]
             weight = pack.weight[mine]
@@ -316,9 +335,15 @@ class PackLoss(nn.Module):
         """The module's output for `ids` [rows, tokens]; its routers' logits are kept where the
         objective needs them.
         """
-        if not (self.training and self.objective.router_aux):
-            return module(input_ids=ids, use_cache=False, **inputs)
-        out = module(input_ids=ids, use_cache=False, output_router_logits=True, **inputs)
+        # Once, as with noise.
+        times, self._times = self._times, None
+        balances = bool(self.training and self.objective.router_aux)
+        if balances:
+            inputs["output_router_logits"] = True
+        with self.routers.watching(times):
+            out = module(input_ids=ids, use_cache=False, **inputs)
+        if not balances:
+            return out
         self._router_logits = getattr(out, "router_logits", None) or ()
         if not self._router_logits:
             name = type(self.model).__name__
@@ -334,6 +359,16 @@ class PackLoss(nn.Module):
         balance = router_balance(self._router_logits, self._experts_per_token, cu_seqlens, share)
         self._router_logits = ()
         return self.objective.router_aux * balance
+
+    def _token_times(self, pack: TensorPack) -> Tensor | None:
+        """float64[T]: how many examples each token is part of; None where no router is watched."""
+        if not (self.training and self.routers.modules and pack.times):
+            return None
+        lengths = np.diff(pack.cu_seqlens_cpu.tolist())
+        times = torch.from_numpy(np.repeat(np.array(pack.times, np.float64), lengths))
+        if pack.context is not None:
+            times = times[pack.context.part(len(times))]
+        return times.to(pack.ids.device)
 
     def _draw_noise(self, pack: TensorPack) -> Tensor:
         """[T, h]; an example meets the same noise in a step wherever its pack puts it, and whichever

@@ -26,6 +26,12 @@ class Batch:
         """What a model gives for the batch, [n, L, C] or [n * L, C], for the pack: [T, C]."""
         return found.reshape(-1, found.shape[-1]).index_select(0, self.places)
 
+    def padded(self, values: Tensor) -> Tensor:
+        """A number of each token of the pack, [T], where it stands in the batch, [n * L]; 0 for
+        padding.
+        """
+        return values.new_zeros(self.rows.numel()).index_copy(0, self.places, values)
+
 
 def as_batch(cu_seqlens_cpu: Tensor, device: torch.device) -> Batch:
     """The batch of a pack whose segments begin and end at `cu_seqlens_cpu`, int32[n + 1]."""

@@ -107,6 +107,17 @@ def shard(loss: PackLoss, mesh: DeviceMesh, precision: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def keep_gathered(loss: nn.Module, until_backward: bool, until_next: bool) -> None:
+    """Whether the layers of a sharded model stay whole from the forward pass to the backward pass
+    (its other weights do anyway), and all of it until the next pack.
+    """
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_backward(not until_next, recurse=False)
+            if module is not loss:
+                module.set_reshard_after_forward(not until_backward, recurse=False)
+
+
 @dataclass(frozen=True)
 class Unread:
     """A model whose weights are still in their files; its parameters are address space that nothing

@@ -40,6 +40,8 @@ DROPPED = 100
 """Dropped rows that are listed."""
 COLUMNS = ("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "memory")
 """Numbers of every step that are drawn as they stand in metrics.jsonl."""
+ROUTERS = ("balance", "largest_load", "smallest_load", "unused")
+"""Numbers of routers, as a record has them under `routers`."""
 
 Lines = list[dict[str, Json]]
 Float64 = NDArray[np.float64]
@@ -157,7 +159,17 @@ def _series(steps: Lines) -> dict[str, object]:
     series: dict[str, object] = {}
     for name in (*COLUMNS, "targets_per_second", "tokens", "targets"):
         series[name] = _drawn(steps, name)
-    return series
+    return series | _of_routers(steps)
+
+
+def _of_routers(steps: Lines) -> dict[str, object]:
+    """The series of routers, as `router_NAME`; none where no step has them."""
+    found: Lines = []
+    for line in steps:
+        numbers = line.get("routers")
+        if isinstance(numbers, dict):
+            found.append({"step": line["step"], **numbers})
+    return {f"router_{name}": _drawn(found, name) for name in ROUTERS if found}
 
 
 def _rate(line: Mapping[str, Json]) -> float | None:

@@ -68,6 +68,14 @@ function curves() {
   overSteps("Learning rate", run => [{ ...run.series.learning_rate, label: "learning rate" }]);
   overSteps("Gradient norm", run => [{ ...run.series.grad_norm, label: "gradient norm", smoothed: true },
     ...(several ? [] : [marks(run, run.series.grad_norm)])], { warning: "stands out: click or press Enter for its rows", onPick: toSpike });
+  overSteps("Balance of the experts (even: the number of experts per token)", run =>
+    [{ ...(run.series.router_balance || NONE), label: "balance", smoothed: true }]);
+  overSteps("Share of a layer's tokens that one expert gets", run => [
+    { ...(run.series.router_largest_load || NONE), label: "largest", smoothed: true },
+    { ...(run.series.router_smallest_load || NONE), label: "smallest", ...nth(1) },
+  ], { say: percent });
+  if (runs.some(run => run.series.router_unused?.values.some(count => count)))
+    overSteps("Experts without a token", run => [{ ...(run.series.router_unused || NONE), label: "experts" }]);
   overSteps("Tokens per second", run => [{ ...run.series.tokens_per_second, label: "tokens/s", smoothed: true }]);
   overSteps("Targets per second", run => [{ ...run.series.targets_per_second, label: "targets/s", smoothed: true }]);
   overSteps("Share of the machine's measured limit", run => limit(run)

@@ -55,6 +55,8 @@ def numbers_of(record: Record) -> dict[str, float]:
     if record["step"] > 0:
         for name in TRAIN_NUMBERS:
             numbers[f"train/{name}"] = record.get(name)
+        for name, value in (record.get("routers") or {}).items():
+            numbers[f"train/router_{name}"] = value
         numbers["train/targets_per_second"] = record["targets"] / max(record["seconds"], 1e-9)
     for name, value in (record["eval"] or {}).items():
         numbers["eval/" + re.sub(r"[^\w.-]", "_", name)] = value

@@ -308,6 +308,7 @@ def _choose_packing(
         chosen = replace(chosen, tokens_per_pack=1)
     notes = [*chosen.notes, *_pack_notes(data, loss, padding, shares)]
     chosen = replace(chosen, shares_prefixes=shares, context=context, notes=tuple(notes))
+    loss.keeps_gathered = chosen.gathered
     return chosen, seconds
 
 
@@ -335,8 +336,7 @@ def _begin(job: Job, packing: Packing, threads: int, peak: float, notes: list[st
     decides = job.state.mathematics
     job.tell("looking for a checkpoint", 0, 0)
     distributed.heartbeat("looking for a checkpoint")
-    packs = {"tokens per pack": job.tokens_per_pack, "shared prefixes": packing.shares_prefixes}
-    check_ranks({**flat(decides), **packs})
+    check_ranks({**flat(decides), **packing.of_all_ranks()})
     found = find_beginning(job.config, run, job.plan, decides, job.loss, job.optimizer)
     job.state = found.state
     notes += found.notes

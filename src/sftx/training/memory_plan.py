@@ -101,8 +101,17 @@ class Packing:
     memory: Memory | None
     available: int  # bytes
     notes: tuple[str, ...] = ()
+    gathered: bool = False  # whether weights in shards are gathered once a step
     shares_prefixes: bool = False  # whether packs compute them once
     context: Context | None = None  # the ranks that compute each pack together with this one
+
+    def of_all_ranks(self) -> dict[str, object]:
+        """What every rank must have chosen alike, in words."""
+        return {
+            "tokens per pack": self.tokens_per_pack,
+            "shared prefixes": self.shares_prefixes,
+            "weights gathered once a step": self.gathered,
+        }
 
     def parts(self) -> dict[str, int]:
         """Bytes by what holds them, and their sum at the peak; {} where they could not be
@@ -193,12 +202,23 @@ def choose_packing(
             first = bisect_left(
                 counts, x=True, key=lambda n: predict(estimator, load, size, n).peak <= fitting
             )
-            return Packing(
-                size, counts[first], predict(estimator, load, size, counts[first]), available
-            )
+            memory = predict(estimator, load, size, counts[first])
+            return _gathered(Packing(size, counts[first], memory, available), estimator, load)
     assert found is not None
     assert found.memory is not None
     raise UserError(_refusal(found, found.memory, load))
+
+
+def _gathered(chosen: Packing, estimator: MemoryEstimator, load: StepProfile) -> Packing:
+    """The choice with weights that are gathered once a step, where they are in shards and fit."""
+    if (estimator.shards or 1) == 1:
+        return chosen
+    size, count = chosen.tokens_per_pack, chosen.recomputed
+    memory = predict(estimator, load, size, count, gathered=True)
+    if memory.peak > MARGIN * chosen.available:
+        return chosen
+    note = "weights in shards are gathered once a step: there is memory to keep them until its end"
+    return replace(chosen, memory=memory, gathered=True, notes=(*chosen.notes, note))
 
 
 def seconds_of(
@@ -237,7 +257,11 @@ def seconds_of(
 
 
 def predict(
-    estimator: MemoryEstimator, load: StepProfile, tokens_per_pack: int, recomputed: int
+    estimator: MemoryEstimator,
+    load: StepProfile,
+    tokens_per_pack: int,
+    recomputed: int,
+    gathered: bool = False,
 ) -> Memory:
     """Memory with packs of that size: those of a step are about equally full, and an example is
     never cut.
@@ -249,7 +273,7 @@ def predict(
     else:
         tokens = max(-(-load.step_tokens // count), load.longest)
         pack = blank_pack(tokens, load.longest, load.target_share)
-    return estimator.predict(pack, recomputed, accumulate=count > 1)
+    return estimator.predict(pack, recomputed, count > 1, gathered)
 
 
 def _largest_batch(load: StepProfile, tokens_per_pack: int) -> Pack:

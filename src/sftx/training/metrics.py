@@ -111,6 +111,7 @@ class StepMetrics:
             total_targets=state.total_targets,
             seconds_left=self.eta.after(step, seconds),
             accuracy=None if bad else accuracy,
+            routers=None if bad else result.routers(),
         )
 
     def _stop_if_lost(self, loss: float, grad_norm: float) -> None:

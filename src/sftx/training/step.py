@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from sftx import distributed
 from sftx.model.pack_loss import PackLoss, Tally, TensorPack
-from sftx.model.shard import full_tensor
+from sftx.model.routing import NUMBERS, router_numbers
+from sftx.model.shard import full_tensor, keep_gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class StepResult:
     bad: (
         Tensor  # 1.0 where loss or gradient was not finite and the update was therefore not applied
     )
-    numbers: Tensor  # the four, in the host's memory once `arrived`
+    numbers: Tensor  # the four and those of routers, in the host's memory once `arrived`
     arrived: torch.cuda.Event | None  # None where the device is the host
 
     def read(self) -> tuple[float, float, float, bool]:
@@ -38,8 +39,14 @@ class StepResult:
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, accuracy, grad_norm, bad = cast(list[float], self.numbers.tolist())
+        loss, accuracy, grad_norm, bad = cast(list[float], self.numbers[:4].tolist())
         return loss, accuracy, grad_norm, bool(bad)
+
+    def routers(self) -> dict[str, float] | None:
+        """What `model.routing` says of the routers, once `read`; None where there are none."""
+        return (
+            dict(zip(NUMBERS, cast(list[float], self.numbers[4:].tolist()), strict=False)) or None
+        )
 
 
 def train_step(
@@ -58,20 +65,23 @@ def train_step(
     """
     loss = torch.zeros((), device=next(model.parameters()).device)
     tally = Tally(loss.device)
+    model.routers.restart()
     # The outer context, itself switched off, keeps the weights that autocast has cast from one pack
     # to the next.
     with torch.autocast(loss.device.type, enabled=False):
         for number, pack in enumerate(packs, 1):
-            # Replicas exchange what they have summed once, with the last pack.
-            if isinstance(model, FSDPModule):
-                model.set_requires_all_reduce(number == len(packs))
+            _before_pack(model, number == len(packs))
             with autocast():
                 pack_loss = model(pack, tally)
             (pack_loss / total_weight).backward()
             loss += pack_loss.detach() / total_weight
-    sums = distributed.all_reduce_sum(torch.stack([loss.double(), tally.correct]))
+    keep_gathered(model, until_backward=False, until_next=False)
+    routed = model.routers.sums(loss.device)
+    own = [torch.stack([loss.double(), tally.correct]), routed.flatten()]
+    sums = distributed.all_reduce_sum(torch.cat(own))
     loss = sums[0].float()
     accuracy = sums[1] / total_weight
+    of_routers = router_numbers(sums[2:].reshape(routed.shape))
 
     parameters = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -89,10 +99,19 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    numbers = torch.stack([loss, accuracy, grad_norm, bad])
+    numbers = torch.cat([torch.stack([loss, accuracy, grad_norm, bad]), of_routers])
     arrived = None
     if numbers.is_cuda:
         numbers = numbers.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
     return StepResult(loss, accuracy, grad_norm, bad, numbers, arrived)
+
+
+def _before_pack(model: PackLoss, last: bool) -> None:
+    """Replicas exchange what they have summed once, with the `last` pack of a step; weights in
+    shards are gathered once, where there is memory.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        keep_gathered(model, model.keeps_gathered, model.keeps_gathered and not last)
