@@ -20,14 +20,14 @@ def lost_call(message: ChatMessage, output: str) -> str:
 
     What the content and the thought say too is not taken for a call.
     """
-    calls = [call["function"] for call in message.get("tool_calls", ())]
+    calls = _functions(message)
     if not calls:
         return ""
     texts = [message["content"], message.get("reasoning_content", "")]
     said = [text for text in texts if text in output]
     needed: Counter[str] = Counter()
-    for k, call in enumerate(calls, 1):
-        where = f"call {k} of {len(calls)} ({call['name']})"
+    for number, call in enumerate(calls, 1):
+        where = f"call {number} of {len(calls)} ({call['name']})"
         fewest = len(output)
         for text, forms in _parts(call):
             needed[text] += 1
@@ -40,6 +40,11 @@ def lost_call(message: ChatMessage, output: str) -> str:
         if fewest > 1 and _is_doubled(call, calls, output):
             return f"{where} stands there more than once"
     return ""
+
+
+def _functions(message: ChatMessage) -> list[Function]:
+    """The functions that a message calls."""
+    return [call["function"] for call in message.get("tool_calls", ())]
 
 
 def _is_doubled(call: Function, calls: list[Function], output: str) -> bool:

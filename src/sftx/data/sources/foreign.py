@@ -59,21 +59,24 @@ def own_marks(message: dict[str, Json], at: str) -> None:
         if not _is_empty(message.get(field)):
             raise RowError(f"{at}.{field} is not read: {advice}")
         message.pop(field, None)
-    for field, tool in _TRAIN.items():
-        if field not in message:
-            continue
-        value = message.pop(field)
-        if not isinstance(value, bool):
-            raise RowError(
-                f"{at}.{field} must be true or false (as in {tool}), not {kind_name(value)}"
-            )
-        if field == "loss" and value and message.get("role") != "assistant":
-            raise RowError(
-                f"{at}.loss: {tool} reads it on assistant messages only; to train this one, say "
-                "train: true"
-            )
-        if message.setdefault("train", value) != value:
-            raise RowError(f"{at} says train: {message['train']!r} and {field}: {value!r}")
+    for field in _TRAIN:
+        if field in message:
+            _rename(message, field, at)
+
+
+def _rename(message: dict[str, Json], field: str, at: str) -> None:
+    """Make another tool's name of `train` ours; raises as `own_marks` does."""
+    value = message.pop(field)
+    tool = _TRAIN[field]
+    if not isinstance(value, bool):
+        raise RowError(f"{at}.{field} must be true or false (as in {tool}), not {kind_name(value)}")
+    if field == "loss" and value and message.get("role") != "assistant":
+        raise RowError(
+            f"{at}.loss: {tool} reads it on assistant messages only; to train this one, say "
+            "train: true"
+        )
+    if message.setdefault("train", value) != value:
+        raise RowError(f"{at} says train: {message['train']!r} and {field}: {value!r}")
 
 
 def check_part(part: dict[str, Json], at: str) -> None:
