@@ -1450,8 +1450,8 @@ MUTANTS = [
     Mutant(
         "padded-more-padding-than-said",
         "data/pack.py",
-        "tokens + sizes[i] < (1 - PADDING) * padded",
-        "tokens + sizes[i] < PADDING * padded",
+        "tokens + size >= (1 - PADDING) * padded",
+        "tokens + size >= PADDING * padded",
         PADDED,
     ),
     # --- context parallelism

@@ -182,7 +182,8 @@ def test_nulls_in_frames_and_data_sets() -> None:
 
     assert list(rows_of(Dataset(rows))) == rows
     Table.table = pa.Table.from_pylist([*rows, {"text": "c", "calls": [{"y": 1}]}])
-    assert [row["calls"] for row in rows_of(Dataset(rows))] == [[{"x": 1}], [{"x": 2}]]
+    read_rows: list[Any] = list(rows_of(Dataset(rows)))
+    assert [row["calls"] for row in read_rows] == [[{"x": 1}], [{"x": 2}]]
     read = {
         "text": "a",
         "calls": np.array([{"x": 1, "y": None, "z": np.array([1, 2])}], dtype=object),

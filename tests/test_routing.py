@@ -136,7 +136,9 @@ def test_a_shared_prefix_counts_as_often_as_examples_hold_it() -> None:
         Example(np.concatenate([begin.ids, end.ids]), np.concatenate([begin.weights, end.weights]))
         for end in [*ends, ends[0]]
     ]
-    order, shared = shared_order([example.ids for example in data])
+    found = shared_order([example.ids for example in data])
+    assert found is not None
+    order, shared = found
     assert shared.max() > 40  # two are one and the same
     tree = build_shared_pack([data[i] for i in order], tuple(order.tolist()), shared.tolist())
     assert len(tree.ids) < sum(len(example.ids) for example in data)
