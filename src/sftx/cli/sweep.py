@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class Sweep:
         try:
             return self.config(first)
         except UserError as error:
-            for point in (p for p, _ in zip(random_points(self.space, 1), range(50), strict=False)):
+            for point in islice(random_points(self.space, 1), 50):
                 try:
                     return self.config(point)
                 except UserError:

@@ -137,7 +137,8 @@ class Encoder:
         }
         if self.data.weights:
             state["weights"] = self.data.weights
-        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+        text = json.dumps(state, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | RowError]:
         """One result for each row, in order. A bad row gives its `RowError` and leaves the others

@@ -62,4 +62,5 @@ def _tokens(row: Row, tokenizer: Tokenizer, by_kind: bool) -> TokenSequence:
     kinds = None
     if by_kind:
         kinds = np.where(weights != 0, KINDS.index("output"), 0).astype(np.uint8)
-    return TokenSequence(np.array(row.ids, np.int32), weights, kinds=kinds, spans=runs(weights))
+    ids = np.array(row.ids, np.int32)
+    return TokenSequence(ids, weights, kinds=kinds, spans=runs(weights))

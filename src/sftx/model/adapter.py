@@ -270,4 +270,5 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     # Two 4-bit weights are one element.
     whole = [(p, getattr(p, "quant_state", p)) for p in model.parameters()]
     sizes = [(p, math.prod(q.shape)) for p, q in whole]
-    return sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)
+    trained = sum(size for p, size in sizes if p.requires_grad)
+    return trained, sum(size for _, size in sizes)

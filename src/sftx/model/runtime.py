@@ -208,5 +208,6 @@ def _fast_exact_matmul() -> None:
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
     torch.set_float32_matmul_precision("medium")
-    if float(((a @ b).double() - exact).norm() / exact.norm()) > 2e-6:
+    error = (a @ b).double() - exact
+    if float(error.norm() / exact.norm()) > 2e-6:
         torch.set_float32_matmul_precision("highest")

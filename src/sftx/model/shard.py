@@ -271,7 +271,11 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
     _, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    return tensor.to_local(), offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0
+    local = tensor.to_local()
+    if not offset:
+        return local, 0
+    row = tensor.numel() // max(len(tensor), 1)
+    return local, offset[0] * row
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -148,10 +148,10 @@ def add_rows(model: PreTrainedModel, added_token_ids: dict[int, bool], seed: int
     generator = torch.Generator().manual_seed(seed % 2**63)
     for tensor in _matrices(model) if new else []:
         known = tensor[: min(new[0], rows)].float()
-        noise = torch.randn(len(new), *tensor.shape[1:], generator=generator, device="cpu").to(
-            tensor.device
-        )
-        tensor[new] = (known.mean(0) + NOISE * known.std(0) * noise).to(tensor.dtype)
+        shape = (len(new), *tensor.shape[1:])
+        noise = torch.randn(shape, generator=generator, device="cpu").to(tensor.device)
+        drawn = known.mean(0) + NOISE * known.std(0) * noise
+        tensor[new] = drawn.to(tensor.dtype)
     grown = f"; the embeddings grew from {rows:,} to {needed:,} rows" if needed > rows else ""
     return [
         f"{len(added_token_ids)} listed tokens have rows that train, {len(new)} of them new{grown}"

@@ -98,7 +98,8 @@ class LiveReport:
         steps = [line for line in read_metrics(job.run.folder) if line["step"]]
         found = [spike.step for spike in spikes(job.run.folder, steps)]
         self._rows = {step: self._rows.get(step) or self._rows_of(step) for step in found}
-        return self._noted | {"rows": {str(step): rows for step, rows in self._rows.items()}}
+        by_step = {str(step): rows for step, rows in self._rows.items()}
+        return self._noted | {"rows": by_step}
 
     def _rows_of(self, step: int) -> dict[str, object]:
         """The rows of `step` (counted from 1), the first of them in its order."""

@@ -167,7 +167,8 @@ class Progress:
             self._record = None
         if is_due or is_last:
             self._last_line = now
-            said = "  ".join([*self._numbers(record), *self._speed(record), *_left(record)])
+            parts = [*self._numbers(record), *self._speed(record), *_left(record)]
+            said = "  ".join(parts)
             self.say(f"step     {record.step:,}/{record.num_steps:,}  {said}")
         if record.loss is None:
             self.say(

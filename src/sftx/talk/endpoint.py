@@ -151,7 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RequestError(
                 "the token is missing or wrong: Authorization: Bearer TOKEN", None, 401
             )
-        host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+        given = self.headers.get("Host", "")
+        host = given.rpartition(":")[0] or given
         if self.server.local and not is_local(host.strip("[]")):
             raise RequestError(f"Host {host} is not this machine", None, 403)
 
@@ -213,7 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = "content" if piece.kind == "content" else "reasoning_content"
             self._event({**head, "choices": [_delta({name: piece.text})]})
         for number, call in enumerate(answer.calls):
-            self._event({**head, "choices": [_delta({"tool_calls": [{"index": number, **call}]})]})
+            delta = _delta({"tool_calls": [{"index": number, **call}]})
+            self._event({**head, "choices": [delta]})
         self._event({**head, "choices": [_delta({}, _finish(answer))]})
         if asked.with_usage:
             self._event({**head, "choices": [], "usage": _usage(answer)})

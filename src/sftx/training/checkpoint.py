@@ -81,7 +81,8 @@ def save(
         name: {key: _on_host(tensor, copied) for key, tensor in some.items()}
         for name, some in tensors.items()
     }
-    texts = {"state.json": json.dumps(asdict(state), indent=1), **(records or {})}
+    text = json.dumps(asdict(state), indent=1)
+    texts = {"state.json": text, **(records or {})}
     work = partial(_save, final, texts, on_host, keep, optional, dict(costs or {}), sealed)
     if background is None:
         work()

@@ -112,7 +112,8 @@ def _take_best(job: Job, progress: Progress) -> int:
 
 def _whole_tensors(job: Job) -> dict[str, Tensor]:
     """The tensors of the trained model, on the main rank."""
-    check_replicas({n: p.detach() for n, p in job.loss.named_parameters() if p.requires_grad})
+    named = job.loss.named_parameters()
+    check_replicas({name: p.detach() for name, p in named if p.requires_grad})
     if job.adapted is None:
         return whole_state(job.trained, job.save_dtype, trained_only=False)
     return whole_state(job.trained, None, trained_only=True)

@@ -162,7 +162,8 @@ def _digest(model: PreTrainedModel, tokenizer: Any) -> str:
     state = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        values = tensor.detach().cpu().contiguous()
+        state.update(values.reshape(-1).view(torch.uint8).numpy())
     about_text = [str(tokenizer.chat_template), str(tokenizer.special_tokens_map), len(tokenizer)]
     state.update(json.dumps(about_text).encode())
     state.update(

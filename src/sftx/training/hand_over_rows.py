@@ -16,7 +16,8 @@ def rows_of_file(path: str, count: int) -> tuple[Row, ...]:
     with raw_tables(config) as tables:
         for table in tables:
             wanted = count - len(found)
-            found += [row for _, row in islice(read_rows(table), wanted) if isinstance(row, Row)]
+            rows = islice(read_rows(table), wanted)
+        found += [row for _, row in rows if isinstance(row, Row)]
     if not found:
         raise UserError(f"sftx export: data={path}: no row there can be read")
     return tuple(found)

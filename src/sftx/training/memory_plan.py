@@ -80,7 +80,8 @@ class StepProfile:
         )
         # Ranks have equal work, not equal tokens: the one with the most of them decides.
         ranks = [] if largest is None else plan.packs(largest, 1 << 60, world_size)
-        most = max((int(plan.lengths[list(members)].sum()) for (members,) in ranks), default=1)
+        loads = [int(plan.lengths[list(members)].sum()) for (members,) in ranks]
+        most = max(loads, default=1)
         epochs = plan.epoch(plan.num_steps - 1) if plan.num_steps else 0.0
         tokens, squares = (
             epochs * float((plan.lengths**power * plan.shares).sum()) for power in (1, 2)

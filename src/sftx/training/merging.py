@@ -162,7 +162,8 @@ def _is_alive(process: int) -> bool:
 def probe(model: Any) -> torch.Tensor:
     """Logits [1, 64, V] of tokens drawn from the whole vocabulary."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(rows, (1, 64), generator=generator)
     ids[0, -8:] = torch.arange(rows - 8, rows)  # the rows of added tokens are the last
     with torch.no_grad():
         return model.eval()(input_ids=ids, use_cache=False).logits.float()
@@ -170,4 +171,5 @@ def probe(model: Any) -> torch.Tensor:
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """How far a logit of `other` is from that of `one` at most, relative to the largest of `one`."""
-    return float((other - one).abs().max() / one.abs().max())
+    moved = (other - one).abs().max()
+    return float(moved / one.abs().max())

@@ -42,7 +42,8 @@ class Eta:
         if self._taken <= 2:  # what was learned from the first is forgotten with the second
             self._seconds = self._work = 0.0
         self._seconds = MEMORY * self._seconds + seconds
-        self._work = MEMORY * self._work + float(plan.work[plan.examples(step)].sum())
+        work = plan.work[plan.examples(step)].sum()
+        self._work = MEMORY * self._work + float(work)
         if step + 1 == plan.num_steps:
             return 0.0
         if self._taken == 1:

@@ -137,10 +137,10 @@ class StochasticAdamW(torch.optim.AdamW):
                     found_inf=self.found_inf,
                     **settings,
                 )
-                bits = random_bits(first - p.numel() + start, weight.numel(), p.device).view(
-                    weight.shape
-                )
-                shard.copy_(((weight.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32))
+                bits = random_bits(first - p.numel() + start, weight.numel(), p.device)
+                raised = weight.view(torch.int32) + bits.view(weight.shape)
+                cut = raised & -(1 << 16)
+                shard.copy_(cut.view(torch.float32))
 
 
 def random_bits(first: int, count: int, device: torch.device) -> Tensor:
@@ -149,7 +149,10 @@ def random_bits(first: int, count: int, device: torch.device) -> Tensor:
 
     An integer hash (Wellons' lowbias32): a generator would have to draw all that other ranks draw.
     """
-    x = torch.arange(count, dtype=torch.int32, device=device) + ((first + 2**31) % 2**32 - 2**31)
+    first_of_32_bits = (first + 2**31) % 2**32 - 2**31
+    x = torch.arange(count, dtype=torch.int32, device=device)
+    x = x + first_of_32_bits
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+        lower = (1 << (32 - shift)) - 1  # without copies of the sign
+        x = (x ^ ((x >> shift) & lower)) * factor
     return (x >> 16) & 0xFFFF

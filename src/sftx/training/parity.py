@@ -75,7 +75,8 @@ def own_rows() -> list[Row]:
             {"role": "user", "content": _ASKED[number - 1]},
             {"role": "assistant", "content": "Good."},
         ]
-        rows += [Row("messages", messages=tuple(one)), Row("messages", messages=(*more, *one))]
+        rows.append(Row("messages", messages=tuple(one)))
+        rows.append(Row("messages", messages=(*more, *one)))
     return rows
 
 
@@ -196,7 +197,8 @@ def measure(
 
 def distance(one: Measured, other: Measured) -> float:
     """How far a logit of `other` is from that of `one` at most, relative to the largest of `one`."""
-    return max(apart(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+    pairs = zip(one.logits, other.logits, strict=True)
+    return max(apart(a, b) for a, b in pairs)
 
 
 def check_model(name: str, expected: Measured, found: Measured) -> float:

@@ -48,7 +48,8 @@ class RunData:
 
     def probe(self) -> Pack:
         """A few tokens of the data, to try the model with."""
-        return probe_pack([self.corpus.example(i) for i in range(min(len(self.corpus), 3))])
+        few = min(len(self.corpus), 3)
+        return probe_pack([self.corpus.example(i) for i in range(few)])
 
 
 def longest_example(config: Config, model_config: PreTrainedConfig) -> int:

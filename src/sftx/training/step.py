@@ -44,9 +44,8 @@ class StepResult:
 
     def routers(self) -> dict[str, float] | None:
         """What `model.routing` says of the routers, once `read`; None where there are none."""
-        return (
-            dict(zip(NUMBERS, cast(list[float], self.numbers[4:].tolist()), strict=False)) or None
-        )
+        numbers = cast(list[float], self.numbers[4:].tolist())
+        return dict(zip(NUMBERS, numbers, strict=False)) or None
 
 
 def train_step(

@@ -63,7 +63,9 @@ def trained_turns(row: Row, data: Data) -> Iterator[int]:
 def _is_trained_behind(served: Sequence[int], examples: Sequence[Example]) -> bool:
     size = len(served)
     for example in examples:
-        if example.ids[:size].tolist() == list(served) and example.weights[size : size + 1].any():
+        begins = example.ids[:size].tolist() == list(served)
+        behind = example.weights[size : size + 1]
+        if begins and behind.any():
             return True
     return False
 

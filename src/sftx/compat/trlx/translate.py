@@ -246,7 +246,8 @@ def learning_rate(scheduler: SchedulerConfig, peak: float) -> Callable[[int], fl
     if name not in known:
         raise UserError(f"scheduler.name: {name!r} is not offered; {' and '.join(known)} are")
     _refuse_others("scheduler.kwargs", scheduler.kwargs, set(known[name]))
-    values = {key: float(value) for key, value in {**known[name], **scheduler.kwargs}.items()}
+    given = {**known[name], **scheduler.kwargs}
+    values = {key: float(value) for key, value in given.items()}
     if values.get("T_max") == 0:
         raise UserError(
             "scheduler.kwargs: cosine_annealing needs T_max, the number of steps to its lowest "

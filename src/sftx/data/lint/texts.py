@@ -85,7 +85,8 @@ def problems(row: Row, text: str, control: re.Pattern[str]) -> Iterator[str]:
 
 
 def _has_foreign_marker(text: str, control: re.Pattern[str]) -> bool:
-    return any(not control.fullmatch(match.group()) for match in MARKERS.finditer(text))
+    found = [match.group() for match in MARKERS.finditer(text)]
+    return not all(control.fullmatch(marker) for marker in found)
 
 
 def _has_card(text: str) -> bool:

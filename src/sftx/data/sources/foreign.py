@@ -127,9 +127,14 @@ def _is_grounding(value: Json) -> bool:
 
 
 def _ends_unanswered(raw: dict[str, Json], form: str) -> bool:
-    turns = {"messages": raw.get("messages"), "sharegpt": raw.get("conversations")}.get(form)
-    last = turns[-1] if isinstance(turns, list) and turns else None
-    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    column = {"messages": "messages", "sharegpt": "conversations"}.get(form, "")
+    turns = raw.get(column)
+    if not isinstance(turns, list) or not turns:
+        return False
+    last = turns[-1]
+    if not isinstance(last, dict):
+        return False
+    return last.get("role", last.get("from")) in ("user", "human")
 
 
 def _is_empty(value: Json) -> bool:

@@ -106,7 +106,8 @@ class WordCache(dict[str, bytes]):
     def encode(self, text: str) -> Int32:
         """Ids int32[T] of a text, word by word."""
         if len(text) <= AT_ONCE:
-            return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), np.int32)
+            words = WORD.findall(text)
+        return np.frombuffer(b"".join(map(self.__getitem__, words)), np.int32)
         # A list of all words of a large file would take ten times its memory.
         words = (match.group() for match in WORD.finditer(text))
         parts: list[bytes] = []

@@ -160,7 +160,8 @@ def _alone(fresh: PreTrainedModel, one: TensorPack) -> _Alone:
     losses = torch.nn.functional.cross_entropy(logits, one.label, reduction="none")
     value = (losses * one.weight.double()).sum()
     value.backward()
-    return _Alone(logits.detach(), float(value.detach()), [p.grad for p in fresh.parameters()])
+    gradients = [p.grad for p in fresh.parameters()]
+    return _Alone(logits.detach(), float(value.detach()), gradients)
 
 
 def _exact(loss: PackLoss, trial: _Trial, logits_of: Callable[[TensorPack], Tensor]) -> bool:
