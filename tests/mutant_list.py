@@ -531,8 +531,8 @@ MUTANTS = [
     Mutant(
         "ranks-own-part-from-zero",
         "model/shard.py",
-        "offset[0] * (tensor.numel() // max(len(tensor), 1)) if offset else 0",
-        "0",
+        "return local, offset[0] * row",
+        "return local, 0",
         (*RANKS, "test_weights.py"),
     ),
     Mutant(

@@ -17,7 +17,7 @@ from sftx.settings.schema import Config, Data
 from sftx.types import UserError
 
 GENERAL_TEXT = "general.txt"
-"""Beside this file: the first ten paragraphs of Alice's Adventures in Wonderland, Lewis Carroll, 1865,
+"""Beside this file: ten paragraphs of Alice's Adventures in Wonderland, the last cut short, 1865,
 in the public domain; the text of Project Gutenberg's eBook 11, without its marks of emphasis, and
 with each paragraph as one line.
 """
