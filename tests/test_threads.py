@@ -14,10 +14,11 @@ import torch
 from test_control import settings
 
 import sftx
-from sftx import cores
+from sftx import cli, cores
 from sftx.model import threads
 from sftx.model.runtime import machine
 from sftx.settings.schema import Runtime
+from sftx.training import memory_plan
 
 
 @pytest.fixture
@@ -153,3 +154,32 @@ def test_a_run_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kept, notes = begin(threads=2)
     assert (kept, "threads" in notes) == (2, False)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("verb", ["plan", "init"])
+def test_time_is_predicted_with_the_threads_that_a_run_would_take(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With as many as there are cores, beside other work, minutes were told for seconds."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threads, "default_threads", lambda _: 2)
+    monkeypatch.setattr(threads, "fastest", lambda _: 1)
+    timed: list[int] = []
+
+    def speed(*_: object) -> float:
+        timed.append(torch.get_num_threads())
+        return 1e9
+
+    monkeypatch.setattr(memory_plan, "reached_speed", speed)
+    rows = [{"prompt": "a question", "completion": "so " * (i + 1)} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"model={tiny.folder(tmp_path / 'model')}", "data=rows.jsonl"]
+    if verb == "init":
+        arguments.append("goal=instruct")
+    else:
+        arguments += ["runtime.device=cpu", f"data.cache={tmp_path / 'cache'}"]
+    assert cli.main([verb, *arguments]) == 0
+    assert set(timed) == {1}
+    if verb == "plan":
+        assert "of 1 to 2 threads 1 are fastest now" in capsys.readouterr().out

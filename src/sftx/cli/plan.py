@@ -40,6 +40,7 @@ from sftx.model.mixture import describe_adapter
 from sftx.model.pack_loss import PackLoss, Paths
 from sftx.model.regularization import of_each_example
 from sftx.model.runtime import CUBLAS_WORKSPACE, Machine, machine, name_of
+from sftx.model.threads import choose_threads
 from sftx.model_config import positions_in
 from sftx.printable import printable
 from sftx.report.progress import working
@@ -87,12 +88,14 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
     _choose_path(loss, min(profile_of(count).longest, LENGTH_TRIED))
     runtime = config.runtime
     shown = working("planning memory and time", runtime.progress)
+    notes: list[str] = []
     with machine(runtime) as here, shown:
         if gpus:
             available = _bytes(gpu_memory)
             reserved = CUBLAS_WORKSPACE
             here = _with_gpus(here, config)
         else:
+            _, notes = choose_threads(runtime, here.device, None)
             available, reserved = here.available_memory()
         estimator = _estimator(config, loss, here, reserved, count)
         sizes = context_sizes(config, model_config, count)
@@ -107,6 +110,7 @@ def run(config: Config, gpus: str = "", gpu_memory: str = "", json: str = "") ->
         facts["precision"] = name_of(here.precision)
         facts["answers"] = _answers(config, loss, here.precision)
         facts |= _packing(config, estimator, None if gpus else data, load, available)
+        facts["notes"] = [*notes, *facts.get("notes", [])]
         if gpus:
             facts["gpus_needed"] = _fewest_gpus(config, estimator, profile_of, available)
             facts["longest_that_fits"] = _longest_that_fits(config, estimator, load, available)

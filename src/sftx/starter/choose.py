@@ -16,6 +16,7 @@ from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.folder import load_config
 from sftx.model.memory import MemoryEstimator
 from sftx.model.runtime import Machine, machine
+from sftx.model.threads import choose_threads
 from sftx.settings.load import make_config
 from sftx.settings.schema import Config
 from sftx.starter.look import Seen
@@ -104,6 +105,7 @@ def choose(seen: Seen, goal: Goal, output: str) -> Choice:
     choice.add("output", output, "the trained model and the record of the run")
     _batch(choice, seen, goal, rows - round(held_out * rows))
     with machine(seen.config.runtime) as here:
+        choose_threads(seen.config.runtime, here.device, None)
         method = _fitting(choice, seen, goal, here)
     choice.parameters = method.weights[1]
     choice.steps = method.steps
