@@ -17,7 +17,7 @@ def rows_of_file(path: str, count: int) -> tuple[Row, ...]:
         for table in tables:
             wanted = count - len(found)
             rows = islice(read_rows(table), wanted)
-        found += [row for _, row in rows if isinstance(row, Row)]
+            found += [row for _, row in rows if isinstance(row, Row)]
     if not found:
         raise UserError(f"sftx export: data={path}: no row there can be read")
     return tuple(found)

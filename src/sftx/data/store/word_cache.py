@@ -107,7 +107,7 @@ class WordCache(dict[str, bytes]):
         """Ids int32[T] of a text, word by word."""
         if len(text) <= AT_ONCE:
             words = WORD.findall(text)
-        return np.frombuffer(b"".join(map(self.__getitem__, words)), np.int32)
+            return np.frombuffer(b"".join(map(self.__getitem__, words)), np.int32)
         # A list of all words of a large file would take ten times its memory.
         words = (match.group() for match in WORD.finditer(text))
         parts: list[bytes] = []
