@@ -19,7 +19,7 @@ from sftx.cli import main
 from sftx.gguf.modelfile import modelfile, pieces_of
 from sftx.gguf.tensors import Layout
 from sftx.gguf.vocabulary_of import vocabulary_of
-from sftx.training import hand_over_push
+from sftx.training import hand_over_push, hand_over_rows
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}, as river and stone."] for i in range(16)]
 IDS = torch.tensor([[264, 20, 31, 30, 264, 40, 9]])
@@ -273,3 +273,11 @@ def test_a_template_that_cannot_be_told_in_pieces_has_no_template_line() -> None
 
     assert pieces_of(render, "") is None
     assert "TEMPLATE" not in modelfile("m.gguf", None, [])
+
+
+def test_rows_come_from_each_file_in_turn(tmp_path: Path) -> None:
+    for name, texts in {"a": ["one", "two"], "b": ["three", "four"]}.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    rows = hand_over_rows.rows_of_file(str(tmp_path), 3)
+    assert [row.text for row in rows] == ["one", "two", "three"]
