@@ -361,7 +361,7 @@ for record in steps(load_config(sys.argv[1])):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one_and_back(folder: Path) -> None:
     (folder / "die.py").write_text(DIE, encoding="utf-8")
     lora: dict[str, Any] = {"adapter": {"method": "lora", "rank": 4}, "checkpoint": {"every": 5}}

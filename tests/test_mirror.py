@@ -186,7 +186,7 @@ for record in sftx.steps(load_config(sys.argv[1])):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_with_an_empty_folder_go_on_from_the_mirror(tmp_path: Path) -> None:
     model = ranks.model(tmp_path / "model")
     program = tmp_path / "left.py"

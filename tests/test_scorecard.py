@@ -65,7 +65,7 @@ def test_a_failing_check_is_a_failing_line(tmp_path: Path) -> None:
     assert [one["found"] for one in outcomes] == ["measured", "found 1", "not done after 1 s"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_hypothesis_only_the_check_that_needs_it_fails_and_says_so(tmp_path: Path) -> None:
     script = (
         "import sys, importlib.util\nfind = importlib.util.find_spec\n"
