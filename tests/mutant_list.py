@@ -1245,8 +1245,8 @@ MUTANTS = [
     Mutant(
         "chat-cut-one-piece-early",
         "data/chat/spans.py",
-        "borders.append(sizes[k + 1])",
-        "borders.append(sizes[k])",
+        "borders.append(sizes[k + 1] // _ID_BYTES)",
+        "borders.append(sizes[k] // _ID_BYTES)",
         CHAT,
     ),
     Mutant(

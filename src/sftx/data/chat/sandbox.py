@@ -101,7 +101,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> object:
         # The sandbox asks a dozen questions of every attribute. For what templates are full of, the
         # answers are known.
-        kind = cast("type[object]", type(obj))
+        kind: type[object] = type(obj)  # pyright: ignore[reportUnknownVariableType]
         if kind is dict and attribute not in _DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if kind is str and attribute in _TEXT_METHODS:

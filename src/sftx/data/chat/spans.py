@@ -199,14 +199,14 @@ class SpanTokenizer:
         of two chunks.
         """
         ends = list(itertools.accumulate(map(len, cut.raw)))  # in characters
-        sizes = [0, *itertools.accumulate(map(_count, cut.ids))]  # in tokens
+        sizes = [0, *itertools.accumulate(map(len, cut.ids))]  # in bytes
         borders = [0]
         at = 0
         for chunk, _ in sequence.chunks[:-1]:
             at += len(chunk)
             k = bisect.bisect_left(ends, at)  # the piece that the border lies in or ends
             if at == ends[k]:
-                borders.append(sizes[k + 1])
+                borders.append(sizes[k + 1] // _ID_BYTES)
                 continue
             head = cut.raw[k][: at - ends[k]]  # without what stands behind the border
             if k and cut.raw[k - 1] in self._rstrip:
@@ -214,7 +214,7 @@ class SpanTokenizer:
             head_ids = self._ids_of(head, sequence.mark, inside=k > 0)
             if not cut.ids[k].startswith(head_ids):
                 return None
-            borders.append(sizes[k] + _count(head_ids))
+            borders.append((sizes[k] + len(head_ids)) // _ID_BYTES)
         return borders
 
     def _letters(self, cut: _Pieces, inside: bool) -> Letters:
