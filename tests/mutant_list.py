@@ -365,8 +365,8 @@ MUTANTS = [
     Mutant(
         "attention-softcap-slope",
         "model/cpu_attention.py",
-        "d_z = d_z * slope",
-        "pass",
+        "return d_z * slope",
+        "return d_z",
         BLOCKS,
     ),
     Mutant(

@@ -142,13 +142,7 @@ def _segments_backward(
                     block, keys[:, seen], sinks, rows, seen, window, softcap
                 )
                 d_p = at_least_fp32(torch.bmm(g, values[:, seen].mT))
-                if sink is not None:  # what a sink gives is 0, and so is its d_p
-                    pull = sink * (p * d_p).sum(-1, keepdim=True)
-                    d_sinks -= pull.view(len(d_sinks), -1).sum(1)
-                d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-                if slope is not None:
-                    d_z = d_z * slope
-                d_z = d_z.to(keys.dtype)
+                d_z = of_scores(d_p, p, slope, sink, d_sinks).to(keys.dtype)
                 # Neither in a name of its own, which would keep memory into the next segment.
                 d_q[:, :, rows] = torch.bmm(d_z, keys[:, seen]).mul_(scale).view_as(d_q[:, :, rows])
                 d_k[:, seen] += torch.bmm(d_z.mT, block)
@@ -158,6 +152,21 @@ def _segments_backward(
     if sinks is not None:
         found.append(d_sinks.to(sinks.dtype))
     return found
+
+
+def of_scores(
+    d_p: Tensor, p: Tensor, slope: Tensor | None, sink: Tensor | None, d_sinks: Tensor
+) -> Tensor:
+    """The gradient of the scores before soft-capping, from `d_p`, that of the probabilities `p`; that
+    of the sinks, float[H], is added to `d_sinks` in place.
+    """
+    if sink is not None:  # what a sink gives is 0, and so is its d_p
+        pull = sink * (p * d_p).sum(-1, keepdim=True)
+        d_sinks -= pull.view(len(d_sinks), -1).sum(1)
+    d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
+    if slope is None:
+        return d_z
+    return d_z * slope
 
 
 segments.register_fake(lambda q, k, v, *_: q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftx.model.cpu_attention import FILL, ROWS, at_least_fp32, scores
+from sftx.model.cpu_attention import FILL, ROWS, at_least_fp32, of_scores, scores
 from sftx.model.prefix_index import Run, families_of
 
 UNSEEN = float("-inf")
@@ -72,13 +72,7 @@ def _shared_blocks_backward(
             p, slope, sink = _probabilities(block, sinks, softcap)
             g = block.by_key_head(grad[0]).to(block.values.dtype)
             d_p = at_least_fp32(torch.bmm(g, block.values.mT))
-            if sink is not None:  # what a sink gives is 0, and so is its d_p
-                pull = sink * (p * d_p).sum(-1, keepdim=True)
-                d_sinks -= pull.view(len(d_sinks), -1).sum(1)
-            d_z = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-            if slope is not None:
-                d_z = d_z * slope
-            d_z = d_z.to(block.keys.dtype)
+            d_z = of_scores(d_p, p, slope, sink, d_sinks).to(block.keys.dtype)
             d_block = torch.bmm(d_z, block.keys).mul_(scale)
             d_q[block.rows] = block.by_query(d_block)
             block.add_to(d_k, torch.bmm(d_z.mT, block.queries))
