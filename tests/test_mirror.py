@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
 import sftx
+from sftx.training import checkpoint
 from sftx.types import UserError
 
 ROWS = [[f"What is {i} plus {i}?", f"It is {2 * i}."] for i in range(16)]
@@ -87,6 +89,29 @@ def test_a_lost_run_goes_on_from_its_mirror(
     shutil.rmtree(run.folder)
     sftx.train(**sections(model, tmp_path / "lost", mirror=url))
     assert weights(tmp_path / "lost") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_no_run_ends_while_its_folder_is_written(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None
+) -> None:
+    def seal_late(temporary: Path, final: Path, texts: dict[str, str]) -> None:
+        time.sleep(1)
+        seal(temporary, final, texts)
+
+    seal = checkpoint._seal
+    monkeypatch.setattr(checkpoint, "_seal", seal_late)
+    steps = sftx.steps(**sections(model, tmp_path / "run", background=True))
+    for record in steps:
+        if record.step == 3:
+            break
+    # The owner's lock is gone with the run: what is written later is written into another's run
+    if error is None:
+        steps.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            steps._records.throw(error)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 @pytest.mark.slow

@@ -6,14 +6,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Thread
+from types import TracebackType
+from typing import Self
+
+from sftx import distributed
 
 
 class AsyncWriter:
-    """Used for writing checkpoints while training goes on."""
+    """Used for writing checkpoints while training goes on. As a context: nothing is being written
+    after it, however it ends; other ranks may be gone after an error, so there nobody is waited for.
+    """
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or kind is GeneratorExit:
+            self.wait()
+        elif self._thread is not None and not distributed.is_joined():
+            self._thread.join()
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work` once the work before it is done."""

@@ -118,6 +118,7 @@ def _run(
             if mirror is not None:
                 # Whatever ends the run: a checkpoint on its way arrives.
                 stack.callback(mirror.finish, whole=False)
+            stack.enter_context(control.job.writer)
             stop.at_once = False
             stack.enter_context(tracking(run, config.track, progress.say))
             yield None
