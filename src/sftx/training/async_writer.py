@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Thread
-from types import TracebackType
 from typing import Self
 
 from sftx import distributed
 
 
 class AsyncWriter:
-    """Used for writing checkpoints while training goes on. As a context: nothing is being written
-    after it, however it ends; other ranks may be gone after an error, so there nobody is waited for.
+    """Used for writing checkpoints while training goes on.
+
+    A context: its end waits for what is being written. Not after an error among several ranks: the
+    write needs all of them, and some may be gone.
     """
 
     def __init__(self) -> None:
@@ -24,12 +25,7 @@ class AsyncWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None or kind is GeneratorExit:
             self.wait()
         elif self._thread is not None and not distributed.is_joined():
