@@ -84,11 +84,11 @@ def test_what_answers_take_holds_what_generating_takes(
     known = (model.config, prompts, longest, new, 4)
     generate: Any = model.generate
     peak = _peak(lambda: generate(ids, max_new_tokens=new, min_new_tokens=new))
-    assert peak < generation_memory.most_memory(*known) < 4 * peak
+    assert peak < plan.most_memory(*known) < 4 * peak
     monkeypatch.setattr(generation_memory, "TOKENS_PER_BATCH", 2 * (longest + new))
     row = generation_memory.bytes_of_row(model.config, longest, new, 4)
-    assert generation_memory.most_memory(*known) == 2 * row
-    assert generation_memory.most_memory(*known, free=row) == row  # it does not fit: one at a time
+    assert plan.most_memory(*known) == 2 * row
+    assert plan.most_memory(*known, free=row) == row  # it does not fit: one at a time
 
 
 def _peak(work: Callable[[], object]) -> int:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
@@ -29,7 +30,7 @@ from sftx.data.plan import Plan, plan_of
 from sftx.data.shared_packs import Saving, packs_of_step, saving_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.eval.generation_memory import most_memory
+from sftx.eval.generation_memory import bytes_of_row, rows_at_once
 from sftx.model.adapter import cast_frozen_weights, trainable
 from sftx.model.checks.isolation import measure_isolation
 from sftx.model.compile import planned
@@ -296,8 +297,9 @@ def _seconds(
         return {"seconds": alone}
     saving = saving_of(data.plan, data.corpus, chosen.tokens_per_pack)
     # By their work, from one measurement: two would differ by chance.
-    seconds = None if alone is None else alone * (1 - saving.work_share)
-    shared = {"tokens": saving.share, "flops": saving.work_share, "seconds_without": alone}
+    saved_work = saving.saved_work / max(saving.work, 1.0)
+    seconds = None if alone is None else alone * (1 - saved_work)
+    shared = {"tokens": saving.share, "flops": saved_work, "seconds_without": alone}
     return {"seconds": seconds, "shared_prefixes": shared}
 
 
@@ -337,6 +339,21 @@ def _answers(config: Config, loss: PackLoss, precision: torch.dtype) -> int:
     about = loss.model.config
     longest = longest_example(config, about)
     return most_memory(about, prompts, longest, config.eval.new_tokens, precision.itemsize)
+
+
+def most_memory(
+    config: PreTrainedConfig,
+    prompts: int,
+    longest: int,
+    new_tokens: int,
+    itemsize: int,
+    free: int | None = None,
+) -> int:
+    """Bytes that the largest group of `prompts` takes that are answered together, `longest` tokens
+    the longest of them: an upper bound. `free`: as in `rows_at_once`.
+    """
+    rows = min(prompts, rows_at_once(config, longest, new_tokens, itemsize, free))
+    return rows * bytes_of_row(config, longest, new_tokens, itemsize)
 
 
 def _fewest_gpus(

@@ -66,11 +66,6 @@ class Saving:
         """The share of the tokens that need not be computed."""
         return self.saved_tokens / max(self.tokens, 1.0)
 
-    @property
-    def work_share(self) -> float:
-        """The share of the work that need not be done."""
-        return self.saved_work / max(self.work, 1.0)
-
     def notes(self) -> list[str]:
         """What a run says of it."""
         if not self.saved_tokens:

@@ -51,18 +51,3 @@ def bytes_of_row(config: PreTrainedConfig, longest: int, new_tokens: int, itemsi
     of_a_token += HIDDEN * text.hidden_size + INNER * inner
     mask = longest * tokens
     return (tokens * of_a_token + mask) * itemsize + LOGITS * text.vocab_size * FLOAT32
-
-
-def most_memory(
-    config: PreTrainedConfig,
-    prompts: int,
-    longest: int,
-    new_tokens: int,
-    itemsize: int,
-    free: int | None = None,
-) -> int:
-    """Bytes that the largest group of `prompts` takes that are answered together, `longest` tokens
-    the longest of them: an upper bound. `free`: as in `rows_at_once`.
-    """
-    rows = min(prompts, rows_at_once(config, longest, new_tokens, itemsize, free))
-    return rows * bytes_of_row(config, longest, new_tokens, itemsize)

@@ -7,7 +7,7 @@ not a guess.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import cast
 
@@ -191,7 +191,8 @@ def renamed(raw: Json, columns: Mapping[str, str | None]) -> Json:
 
 def check_names(columns: Mapping[str, str | None]) -> None:
     """`UserError` if `data.columns` gives a column a name that no format reads."""
-    known = _all_names()
+    formats = (*REQUIRED.values(), *OPTIONAL.values())
+    known = {name for names in formats for name in names}
     for column, name in columns.items():
         if name is not None and name not in known:
             close = difflib.get_close_matches(name, known, 1)
@@ -199,8 +200,3 @@ def check_names(columns: Mapping[str, str | None]) -> None:
             raise UserError(
                 f"data.columns: {column}: {name!r} is a column that no format reads; {hint}"
             )
-
-
-def _all_names() -> set[str]:
-    groups: Iterable[tuple[str, ...]] = (*REQUIRED.values(), *OPTIONAL.values())
-    return {name for group in groups for name in group}
