@@ -20,7 +20,7 @@ def usable_cores(physical: bool = False) -> int:
     )
     siblings = "cpu{}/topology/thread_siblings_list"
     cores = (
-        {_read(CPUS / siblings.format(cpu)) or cpu for cpu in allowed} if physical else set(allowed)
+        {read(CPUS / siblings.format(cpu)) or cpu for cpu in allowed} if physical else set(allowed)
     )
     return max(1, min([len(cores), *map(int, quotas())]))
 
@@ -32,15 +32,15 @@ def quotas() -> Iterator[float]:
     Version 2 writes `quota period` into cpu.max, version 1 each into a file of its own; both in
     microseconds.
     """
-    for line in _read(PROC / "self/cgroup").splitlines():
+    for line in read(PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         group = CGROUPS / controllers / path.strip("/")
         for folder in (group, *group.parents):
-            limit = _read(folder / "cpu.max").split() or [
-                _read(folder / "cpu.cfs_quota_us").strip(),
-                _read(folder / "cpu.cfs_period_us").strip(),
+            limit = read(folder / "cpu.max").split() or [
+                read(folder / "cpu.cfs_quota_us").strip(),
+                read(folder / "cpu.cfs_period_us").strip(),
             ]
             if all(number.isdecimal() for number in limit):  # "max" and -1 are no limit
                 yield int(limit[0]) / int(limit[1])
@@ -57,7 +57,7 @@ def omp_threads() -> int | None:
     return int(first) if first.isdecimal() and int(first) and not by_torchrun else None
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     """A file that the kernel writes; empty where there is none."""
     try:
         return path.read_text(encoding="ascii")

@@ -16,6 +16,9 @@ from sftx.printable import printable
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 """A value as it stands in a file of JSON."""
 ONE_EACH = "one sequence per turn"
@@ -164,7 +167,7 @@ class Example:
         return int(np.count_nonzero(self.weights))
 
     @property
-    def said(self) -> NDArray[np.bool_]:
+    def said(self) -> Bools:
         """bool[T]: the tokens of what the model says, even where they weigh nothing; a prompt's are
         not, even where they weigh something.
         """

@@ -277,7 +277,8 @@ def _verb_help(verb: str, told: Declared) -> str:
     for key, meaning in told.extra.items():
         lines += entry(key if key.endswith(".") else f"{key}=...", meaning)
     if "config" in told.takes:
-        from sftx.settings.describe import doc, in_words, settings
+        from sftx.settings.describe import doc, settings
+        from sftx.settings.documents import in_words
 
         lines += ["Settings, as dotted keys here, nested in YAML and Python:", ""]
         for key, field in settings().items():

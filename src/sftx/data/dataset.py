@@ -179,9 +179,8 @@ def _warn_of_lost_reasoning(corpus: Corpus, encoder: Encoder) -> None:
 
 def _warn_of_idle_weights(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
     """Warn where `data.weights` weighs something that no row has."""
-    found = {*corpus.ledger.kinds}
-    if held_out is not None:
-        found.update(held_out.ledger.kinds)
+    corpora = [corpus] if held_out is None else [corpus, held_out]
+    found = {kind for each in corpora for kind in each.ledger.kinds}
     if "output" in found:
         found.add("assistant")
     for name in data.weights:
@@ -190,9 +189,8 @@ def _warn_of_idle_weights(data: Data, corpus: Corpus, held_out: Corpus | None) -
 
 
 def _check_renamed(data: Data, corpus: Corpus, held_out: Corpus | None) -> None:
-    found = {*corpus.renamed}
-    if held_out is not None:
-        found.update(held_out.renamed)
+    corpora = [corpus] if held_out is None else [corpus, held_out]
+    found = {column for each in corpora for column in each.renamed}
     for column in data.columns:
         if column not in found:
             raise UserError(f"data.columns: {column}: no row has a column of this name")

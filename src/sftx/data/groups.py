@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from sftx.data.sources.read import parse_line
 from sftx.data.sources.tables import Table
 from sftx.data.store.corpus import Corpus
-from sftx.types import Json, UserError
+from sftx.types import Int64, Json, UserError
 
-Int64 = NDArray[np.int64]
 WITHOUT_FIELD = ("none", "row", "prompt")
 """Groupings that need no field of the rows; any other name is one."""
 

@@ -12,6 +12,7 @@ from sftx.data.rotation import Rotation
 from sftx.data.store.block import Table
 from sftx.data.store.corpus import Corpus
 from sftx.settings.schema import Source
+from sftx.types import Bools
 
 Indices = NDArray[np.intp]
 
@@ -73,9 +74,7 @@ def weighted_held_out(corpus: Corpus, sources: Sequence[Source], seed: int) -> C
     return mixed
 
 
-def choose(
-    table: Table, mask: NDArray[np.bool_], share: float, salt: str, least: int = 0
-) -> NDArray[np.bool_]:
+def choose(table: Table, mask: Bools, share: float, salt: str, least: int = 0) -> Bools:
     """bool[N]: a `share` of the rows in `mask`, all examples of a row together, by a hash of row
     and salt.
     """

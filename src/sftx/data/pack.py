@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.types import Example, Pack
+from sftx.types import Example, Float64, Int64, Pack
 
 Bins = list[tuple[int, ...]]
 """Some packs, each as the indices of its examples."""
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
 Lengths = Sequence[int] | NDArray[np.integer]
 PADDING = 0.1
 """Share of a right-padded batch that is padding, at most."""
@@ -26,7 +24,7 @@ def balanced(
     lengths: Lengths, capacity: int, world_size: int = 1, work: Float64 | None = None
 ) -> list[Bins]:
     """The bins of every rank: equally many on each, and with as equal sums of `work` as whole
-    examples allow.
+    examples allow; on one rank with equal tokens, as it waits for no other.
 
     Examples go, the most work first, to the bin with the least of it that has room, in the fewest
     bins for which that succeeds (or 2 % more). Ranks that run short get empty bins, so that every
@@ -34,7 +32,7 @@ def balanced(
     """
     sizes = np.asarray(lengths, np.int64)
     costs = sizes.astype(np.float64)
-    if work is not None:
+    if work is not None and world_size > 1:
         costs = work
     by_tokens = rounded_up(int(sizes.sum()), capacity * world_size)
     # More bins would be empty, where examples are longer than `capacity`.
@@ -109,22 +107,18 @@ def _halve_largest(bins: list[list[int]], sizes: Int64, world_size: int) -> None
     """Halve the largest bin, and again, until the bins can be dealt evenly or no bin has two
     examples.
     """
-
-    def padded(members: list[int]) -> int:
-        return len(members) * int(sizes[members[0]])
-
     while len(bins) % world_size:
         several = [members for members in bins if len(members) > 1]
         if not several:
             return
-        largest = max(several, key=padded)
+        largest = max(several, key=lambda members: batch_tokens(sizes, members))
         half = len(largest) // 2
         bins.remove(largest)
         bins.append(largest[:half])
         bins.append(largest[half:])
 
 
-def batch_tokens(lengths: NDArray[np.integer], members: tuple[int, ...]) -> int:
+def batch_tokens(lengths: Int64, members: Sequence[int]) -> int:
     """Tokens of a bin as a right-padded batch, padding included."""
     longest = int(lengths[list(members)].max(initial=0))
     return len(members) * longest

@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sftx.data.groups import ends_of, grouped, groups_of
-from sftx.data.pack import Bins, Float64, Int64, balanced, batch_tokens, like_lengths, rounded_up
+from sftx.data.pack import Bins, balanced, batch_tokens, like_lengths, rounded_up
 from sftx.data.rotation import Rotation
 from sftx.data.store.corpus import Corpus
 from sftx.settings.schema import Batch, Config
-from sftx.types import Int32, UserError
+from sftx.types import Bools, Float64, Int32, Int64, UserError
 
 
 def plan_of(corpus: Corpus, config: Config) -> Plan:
@@ -131,7 +130,7 @@ class Plan:
         end = self._begin(epoch + 1)
         return epoch + (position - begin) / (end - begin)
 
-    def shown(self) -> NDArray[np.bool_]:
+    def shown(self) -> Bools:
         """bool[examples]: those that at least one step shows."""
         shown = np.zeros(len(self.lengths), np.bool_)
         epoch = 0
@@ -151,9 +150,6 @@ class Plan:
         lengths = self.lengths[chosen]
         if padded:
             ranks = like_lengths(lengths, tokens_per_pack, world_size)
-        elif world_size == 1:
-            # One process waits for no other: equal tokens make the largest pack smallest.
-            ranks = balanced(lengths, tokens_per_pack)
         else:
             ranks = balanced(lengths, tokens_per_pack, world_size, self.work[chosen])
         packs: list[Bins] = []

@@ -13,12 +13,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sftx.data.pack import build_pack
-from sftx.types import Example, Float32, Int32, Pack
+from sftx.types import Example, Float32, Int32, Int64, Pack
 
-Int64 = NDArray[np.int64]
 LEAST = 16
 """Tokens that a shared piece must have: a shorter one costs about what it saves, as it is one more
 segment to attend to.

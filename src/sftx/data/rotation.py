@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int64 = NDArray[np.int64]
+from sftx.types import Int64
 
 
 @dataclass(frozen=True, slots=True, eq=False)

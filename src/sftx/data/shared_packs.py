@@ -8,14 +8,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sftx.data.pack import Float64, balanced
+from sftx.data.pack import balanced
 from sftx.data.plan import Plan
-from sftx.data.prefixes import Int64, build_shared_pack, shared_order
+from sftx.data.prefixes import build_shared_pack, shared_order
 from sftx.data.store.corpus import Corpus
 from sftx.evenly import evenly
-from sftx.types import Example, Pack
+from sftx.types import Bools, Example, Float64, Int64, Pack
 
 Unit = tuple[int, int]
 """(first, one past the last) of examples in shared order."""
@@ -188,7 +187,7 @@ class SharedStep:
             units.append((first, last))
         return units
 
-    def computed_once(self, limit: int) -> NDArray[np.bool_]:
+    def computed_once(self, limit: int) -> Bools:
         """bool[n]: which examples find what they share already computed, in units of that size."""
         once = self.shared > 0
         for first, _ in self.units(limit):
@@ -268,11 +267,9 @@ def _dealt(
     """The work of the busiest rank, and the packs of all."""
     tokens = [found.tokens(*unit) for unit in units]
     work = np.array([found.costs(*unit) for unit in units])
-    # One process has nobody to wait for: see `Plan.packs`.
-    by_work = work if world_size > 1 else None
     busiest = 0.0
     packs: list[list[Members]] = []
-    for bins in balanced(tokens, tokens_per_pack, world_size, by_work):
+    for bins in balanced(tokens, tokens_per_pack, world_size, work):
         load = sum(float(work[list(some)].sum()) for some in bins)
         busiest = max(busiest, load)
         packs.append([_members(found, [units[u] for u in some]) for some in bins])

@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sftx.types import KINDS, Example, Float32, RowError
+from sftx.types import KINDS, Bools, Example, Float32, RowError
 
 TooLong = Literal["split", "truncate_left", "truncate_right", "drop", "error"]
 
@@ -45,7 +44,7 @@ class Fitted:
     targets_lost: int = 0
 
 
-def runs(weights: Float32 | NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+def runs(weights: Float32 | Bools) -> tuple[tuple[int, int], ...]:
     """The (begin, end) of the stretches of weights other than 0."""
     changes = np.diff(weights != 0, prepend=False, append=False)
     edges = np.flatnonzero(changes).tolist()

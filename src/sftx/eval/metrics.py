@@ -14,7 +14,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -154,15 +154,9 @@ def rouge_l(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
     return _of_each(lambda o, r: float(score(r, o)["rougeL"].fmeasure))(outputs, references)
 
 
-def bleu(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
-    """BLEU of each sample, 0 to 100, by sacrebleu (`sentence_bleu`, with its smoothing)."""
-    score = _needed("bleu", "sacrebleu").sentence_bleu
-    return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
-
-
-def chrf(outputs: Sequence[str], references: Sequence[str]) -> list[float]:
-    """chrF of each sample, 0 to 100, by sacrebleu (`sentence_chrf`)."""
-    score = _needed("chrf", "sacrebleu").sentence_chrf
+def _by_sacrebleu(name: str, outputs: Sequence[str], references: Sequence[str]) -> list[float]:
+    """`bleu` (with its smoothing) or `chrf` of each sample, 0 to 100."""
+    score = getattr(_needed(name, "sacrebleu"), f"sentence_{name}")
     return _of_each(lambda o, r: float(score(o, [r]).score))(outputs, references)
 
 
@@ -193,8 +187,8 @@ METRICS: dict[str, Metric] = {
     "json_valid": _of_each(json_valid),
     "tool_call": _of_each(tool_call),
     "rouge_l": rouge_l,
-    "bleu": bleu,
-    "chrf": chrf,
+    "bleu": partial(_by_sacrebleu, "bleu"),
+    "chrf": partial(_by_sacrebleu, "chrf"),
 }
 """The metrics by name, as `eval.metrics` and `sftx eval metrics=` name them."""
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from sftx.cores import read
+
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -65,11 +67,3 @@ def _field(path: Path, name: str) -> int:
     if found:
         return int(found[1]) << 10
     return 0
-
-
-def read(path: Path) -> str:
-    """A file that the kernel writes; empty where there is none."""
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""

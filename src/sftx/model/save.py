@@ -47,33 +47,33 @@ def serving_config(model: PreTrainedModel, tokenizer: Any, stop_ids: list[int]) 
     """The model's generation config, whose EOS now includes every token that training taught to
     stop at.
     """
-    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
+    config = _generation_config(model)
     before = config.eos_token_id
     eos = [*stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
     config.eos_token_id = list(dict.fromkeys(eos)) or None
     if config.pad_token_id is None and tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id
-    _allow_temperature(config)
     return config
 
 
 def check_generation_config(model: PreTrainedModel, path: str) -> None:
     """Refuse now, before training, what could not be written with the trained model."""
-    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
-    _allow_temperature(config)
+    config = _generation_config(model)
     with boundary(f"model.path: {path}: generation_config.json cannot be saved with the model"):
         config.validate(strict=True)
 
 
-def _allow_temperature(config: GenerationConfig) -> None:
-    """Let a config sample that names a temperature or a share: some published folders forget to say
-    so, and transformers refuses to save that.
+def _generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A copy of the model's own. One that names a temperature or a share samples: some published
+    folders forget to say so, and transformers refuses to save that.
     """
+    config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
     settings = (config.temperature, config.top_p, config.top_k)
     if config.do_sample or all(value is None for value in settings):
-        return
+        return config
     samples = config.temperature not in (None, 1.0) or config.top_p not in (None, 1.0)
     config.do_sample = True if samples else None
+    return config
 
 
 def save_model(

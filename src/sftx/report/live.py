@@ -14,7 +14,6 @@ from sftx import distributed
 from sftx.files import write_json
 from sftx.report.histograms import LOOKED_AT, lengths_of, weights_of
 from sftx.report.progress import Progress
-from sftx.report.record import read_metrics
 from sftx.report.run_data import NOTED, spikes
 from sftx.report.run_page import NAME, write_report
 from sftx.training.job import Job
@@ -95,7 +94,7 @@ class LiveReport:
                 "weights": weights_of(job.corpus),
                 "weights_of": min(LOOKED_AT, len(job.corpus)),
             }
-        steps = [line for line in read_metrics(job.run.folder) if line["step"]]
+        steps = [line for line in job.run.metrics() if line["step"]]
         found = [spike.step for spike in spikes(job.run.folder, steps)]
         self._rows = {step: self._rows.get(step) or self._rows_of(step) for step in found}
         by_step = {str(step): rows for step, rows in self._rows.items()}

@@ -209,7 +209,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far, without lines that cannot be read."""
-        return read_metrics(self.folder)
+        return read_lines(self.folder / METRICS)
 
     def _text(self, name: str) -> str:
         return _text_of(self.folder / name)
@@ -222,11 +222,6 @@ class Run:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The steps recorded in a run's folder, as `Run.metrics` reads them."""
-    return read_lines(folder / METRICS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sftx.evenly import evenly
 from sftx.report.facts import RunFacts, read_facts
 from sftx.report.record import read_lines
 from sftx.settings.flat import flat
-from sftx.types import Json, UserError
+from sftx.types import Float64, Json, UserError
 
 NOTED = "report.json"
 """What a run keeps for its page; `report/record.py` says what is in it."""
@@ -44,7 +43,6 @@ ROUTERS = ("balance", "largest_load", "smallest_load", "unused")
 """Numbers of routers, as a record has them under `routers`."""
 
 Lines = list[dict[str, Json]]
-Float64 = NDArray[np.float64]
 
 
 class Spike(NamedTuple):

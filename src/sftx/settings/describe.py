@@ -210,10 +210,3 @@ def shown(value: object) -> str:
     if len(text) > 80:
         text = text[:77] + "..."
     return text
-
-
-def in_words(field: FieldInfo) -> str:
-    """What a setting allows, and `required` or its default as YAML would show it."""
-    if field.is_required():
-        return f"{allowed(field)}; required"
-    return f"{allowed(field)}; default {shown(field.default)}"

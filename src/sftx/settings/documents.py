@@ -5,8 +5,17 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from sftx.settings.describe import doc, fields, in_words, section_of
+from pydantic.fields import FieldInfo
+
+from sftx.settings.describe import allowed, doc, fields, section_of, shown
 from sftx.settings.schema import SHORT_FORMS, Config
+
+
+def in_words(field: FieldInfo) -> str:
+    """What a setting allows, and `required` or its default as YAML would show it."""
+    if field.is_required():
+        return f"{allowed(field)}; required"
+    return f"{allowed(field)}; default {shown(field.default)}"
 
 
 def as_markdown() -> str:

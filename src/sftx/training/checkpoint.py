@@ -314,7 +314,7 @@ def _shortage(folder: Path, needed: int) -> str:
 
 def _no_room(folder: Path, needed: int) -> str:
     return (
-        f"{folder}: the checkpoint cannot be written: {numbers(folder, needed)}. Those written "
+        f"{folder}: the checkpoint cannot be written: {_numbers(folder, needed)}. Those written "
         "before are whole: make room, then run the same command to continue"
     )
 
@@ -324,14 +324,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shortage(folder: Path, needed: int) -> bool:
-    """Whether the disk of `folder`, which need not be there yet, lacks room for tensors of `needed`
-    bytes.
+def shortage(folder: Path, needed: int) -> str:
+    """Needed and free, where the disk of `folder`, which need not be there yet, lacks room for
+    tensors of `needed` bytes; else empty.
     """
-    return _free(folder) < SPARE * needed
+    if _free(folder) < SPARE * needed:
+        return _numbers(folder, needed)
+    return ""
 
 
-def numbers(folder: Path, needed: int) -> str:
+def _numbers(folder: Path, needed: int) -> str:
     """Needed and free, in words."""
     return f"{SPARE * needed / 2**20:,.1f} MiB needed, {_free(folder) / 2**20:,.1f} MiB free"
 

@@ -237,7 +237,5 @@ class Job:
         needed = whole if self.adapted is None else trained * torch.float32.itemsize
         if self.config.adapter.merge:
             needed += whole
-        problem = ""
-        if distributed.is_main() and checkpoint.shortage(self.run.folder, needed):
-            problem = checkpoint.numbers(self.run.folder, needed)
+        problem = checkpoint.shortage(self.run.folder, needed) if distributed.is_main() else ""
         return distributed.broadcast(problem)

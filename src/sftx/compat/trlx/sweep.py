@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from sftx.report.record import read_metrics
+from sftx.report.record import METRICS, read_lines
 from sftx.settings.strict_yaml import parse
 from sftx.sweep import optuna_study, run_process
 from sftx.types import UserError
@@ -132,7 +132,7 @@ def _meant(tune: Mapping[str, str], key: str, default: str, known: Mapping[str, 
 def measured(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of `metric`, a statistic of evaluation or `loss`, of the run in `folder`."""
     found: list[tuple[int, float]] = []
-    for record in read_metrics(folder / "sftx"):
+    for record in read_lines(folder / "sftx" / METRICS):
         numbers = {**record, **(record["eval"] or {})}
         if numbers.get(metric) is not None:
             found.append((record["step"], numbers[metric]))

@@ -16,6 +16,7 @@ _TRAIN = {"training": "Axolotl", "loss": "ms-swift", "trainable": "Tinker"}
 
 _WEIGHT = "'weight', a number of at least 0 by which each token of the message counts"
 _NO_MEDIA = "only text can be trained on"
+_MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_MEDIA)
 _MESSAGE = {
     "train_detail": "a part of a message has no weight of its own; write the row as segments or "
     "tokens",
@@ -23,7 +24,7 @@ _MESSAGE = {
     "loss_weight": f"write it as {_WEIGHT}",
     "loss_mask": "write it as 'train': true or false",
     "step_loss_mask": "write it as 'train': true or false",
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_MEDIA),
+    **_MEDIA,
 }
 """Fields of a message that are refused unless they are empty, and what to do."""
 
@@ -34,7 +35,7 @@ _PART = ("train", "training", "loss", "weight", "loss_scale", "loss_weight")
 
 _COLUMN = {
     "functions": 'write it as \'tools\': [{"type": "function", "function": {...}}, ...]',
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_MEDIA),
+    **_MEDIA,
 }
 """Columns of a row that are refused unless they are empty, and what to do."""
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sftx.data.rotation import Rotation
 from sftx.data.store.block import EXAMPLE, Block, Facts, Table, open_block
-from sftx.types import KINDS, ONE_EACH, Example, Int32, KindCount, Ledger, UserError
+from sftx.types import KINDS, ONE_EACH, Bools, Example, Int32, KindCount, Ledger, UserError
 
 OPEN_BLOCKS = 64  # mapped at once; each holds a file descriptor
 
@@ -201,7 +201,7 @@ class Corpus:
         chosen._use(self.table[np.asarray(indices, np.intp)])
         return chosen
 
-    def count_shown(self, shown: NDArray[np.bool_]) -> None:
+    def count_shown(self, shown: Bools) -> None:
         """Write into the ledgers how many different rows a run shows, of whose examples it shows
         those in `shown`.
         """
@@ -211,7 +211,7 @@ class Corpus:
             mine = rows[(self.source == number) & shown]
             self.ledgers[name].shown = len(np.unique(mine))
 
-    def divide(self, held_out: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
+    def divide(self, held_out: Bools) -> tuple[Corpus, Corpus]:
         """(the others, those held out), each with a ledger of its own. Dropped rows stay with the
         first.
         """
@@ -315,7 +315,7 @@ class Corpus:
         return int(lengths.sum() - longest.sum())
 
 
-def _add_kind(ledger: Ledger, kind: str, mine: Table, some: NDArray[np.bool_]) -> None:
+def _add_kind(ledger: Ledger, kind: str, mine: Table, some: Bools) -> None:
     """Count the targets of `some` examples as one kind of text, and all else in them as context."""
     if not some.any():
         return
