@@ -1,6 +1,8 @@
 """Settings of the process the tests run in, and what many tests start from."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +17,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import tiny  # brings PyTorch, which reads the setting above
 
     return tiny.folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    """Runs in one process find out once what they want to know about equal models before their
+    first step.
+    """
+    if "sftx.training.build" not in sys.modules:  # no run in any file that is tested
+        yield
+        return
+    import remembered
+
+    with remembered.remembering():
+        yield
 
 
 @pytest.fixture
