@@ -1,4 +1,6 @@
-"""Runs of several ranks for tests: real processes that torchrun starts, on the CPU, over gloo."""
+"""Runs of several ranks for tests: real processes, on the CPU, over gloo; `start` has torchrun start
+them, `run` forks them, which is quicker.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 from safetensors.torch import load_file
+
+from sftx.settings.load import load_config
+from sftx.training.loop import train
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -76,15 +82,53 @@ def start(
     )
 
 
-def run(path: Path, ranks: int, expect: int = 0, **options: Any) -> str:
-    """What a run printed, once it has ended with the exit code that was expected."""
-    process = start(path, ranks, **options)
-    try:
+def run(path: Path, ranks: int, program: list[str] | None = None) -> str:
+    """What a run printed, once it has ended well. `program` replaces `-m sftx train`; 0 ranks run in
+    this process, unless there is a program.
+    """
+    if not ranks and program is None:
+        train(load_config(str(path)))
+        return ""
+    if not ranks:
+        process = start(path, 0, program)
         output, _ = process.communicate(timeout=150)
-    finally:
-        process.kill()
-    assert process.returncode == expect, output
+        assert process.returncode == 0, output
+        return output
+    log = path.with_name("ranks.log")
+    log.write_bytes(b"")
+    words = [*(program or ["-m", "sftx", "train"]), str(path)]
+    pool = _pool()
+    assert pool.stdin is not None
+    assert pool.stdout is not None
+    pool.stdin.write(json.dumps({"words": words, "count": ranks, "log": str(log)}) + "\n")
+    pool.stdin.flush()
+    code = pool.stdout.readline().strip()
+    output = log.read_text(encoding="utf-8", errors="replace")
+    assert code == "0", output
     return output
+
+
+def together(paths: list[Path], ranks: int) -> None:
+    """Train one run after the other in the same processes."""
+    if not ranks:
+        for path in paths:
+            run(path, 0)
+        return
+    several = Path(__file__).with_name("several_runs.py")
+    run(Path(",".join(map(str, paths))), ranks, [str(several)])
+
+
+@cache
+def _pool() -> subprocess.Popen[str]:
+    """The process that ranks are forked from; it ends when this one closes its input."""
+    program = Path(__file__).with_name("rank_pool.py")
+    return subprocess.Popen(
+        [sys.executable, str(program)],
+        text=True,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

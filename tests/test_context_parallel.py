@@ -19,8 +19,6 @@ from sftx.model.pack_loss import to_tensors
 from sftx.settings.load import load_config, make_config
 from sftx.types import Example, UserError
 
-SEVERAL = [str(Path(__file__).with_name("several_runs.py"))]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -106,17 +104,17 @@ def test_any_way_of_training_is_the_same_on_ranks_that_share_packs(folder: Path)
     }
     layouts = {"2x2": (2, 2, "fsdp"), "4x2": (4, 2, "hsdp"), "4x4": (4, 4, "replicate")}
 
-    def paths(suffix: str, **runtime: Any) -> Path:
+    def paths(suffix: str, **runtime: Any) -> list[Path]:
         made = []
         for name, way in ways.items():
             merged = {**way, "runtime": {**way.get("runtime", {}), **runtime}}
-            made.append(str(write(folder, f"{name}-{suffix}", **merged)))
-        return Path(",".join(made))
+            made.append(write(folder, f"{name}-{suffix}", **merged))
+        return made
 
-    ranks.run(paths("1"), 0, program=SEVERAL)
+    ranks.together(paths("1"), 0)
     for suffix, (count, size, parallel) in layouts.items():
         runtime = {"context_parallel": size, "parallel": parallel}
-        ranks.run(paths(suffix, **runtime), count, program=SEVERAL)
+        ranks.together(paths(suffix, **runtime), count)
         for name in ways:
             assert_same_run(folder, f"{name}-{suffix}", f"{name}-1")
 

@@ -29,7 +29,6 @@ from sftx.settings.schema import Model
 from sftx.types import UserError
 
 CPU = torch.device("cpu")
-SEVERAL = [str(Path(__file__).with_name("several_runs.py"))]
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +89,7 @@ def test_any_layout_on_any_number_of_ranks_gives_the_numbers_of_one_process(fold
         return names
 
     for count in (0, 2, 4):
-        ranks.run(
-            Path(",".join(str(folder / f"{name}.yaml") for name in runs(count))),
-            count,
-            program=SEVERAL,
-        )
+        ranks.together([folder / f"{name}.yaml" for name in runs(count)], count)
     packs = [record["packs"] for record in ranks.records(folder / "none-fsdp-4")]
     assert {2, 4} == set(packs), "some steps have fewer packs than ranks"
     for count in (2, 4):
@@ -240,7 +235,7 @@ def test_every_way_of_training_works_in_shards(folder: Path) -> None:
             "adapter": {"method": "dora", "path": str(folder / "dora-0")},
         }
         paths.append(write(folder, f"on-{count}", runtime={"parallel": "fsdp"}, **more))
-        ranks.run(Path(",".join(map(str, paths))), count, program=SEVERAL)
+        ranks.together(paths, count)
 
     run(0)
     run(2)
@@ -380,7 +375,8 @@ def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one_and_back(folder:
         ]
         assert not list((folder / name).rglob("*.metadata")), "safetensors and JSON only"
         path = write(folder, name, runtime={"parallel": then[1]}, **lora)
-        assert "resume   after step 10" in ranks.run(path, then[0])
+        output = ranks.run(path, then[0], ["-m", "sftx", "train"])
+        assert "resume   after step 10" in output
         assert_equal(folder, name, "whole")
 
 
