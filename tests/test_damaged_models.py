@@ -135,9 +135,9 @@ def test_a_damaged_config_is_named(
 ) -> None:
     damage, expected = CONFIGS[name]
     damage(folder)
-    began = time.monotonic()
+    began = time.process_time()
     said = refusal(folder, capsys)
-    assert time.monotonic() - began < 20  # a million layers took 150 s to build
+    assert time.process_time() - began < 20  # a million layers took 150 s to build
     assert str(folder) in said
     assert expected in said
 

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once(
     began = time.monotonic()
     with owned(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / OWNER).read_text())["process"] == os.getpid()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < lock.PATIENCE / 2
     assert capfd.readouterr().err == ""
 
 
@@ -115,14 +114,13 @@ def test_an_owner_on_another_machine_that_still_renews_its_mark_keeps_the_folder
 ) -> None:
     quick(monkeypatch)
     mark = elsewhere(tmp_path / "run")
-    alive = threading.Timer(0.1, os.utime, (mark,))
-    alive.start()
+    # Between two looks.
+    monkeypatch.setattr(lock.time, "sleep", lambda _: os.utime(mark))
     with (
         pytest.raises(sftx.UserError, match=r"process 4711 on node-17, started 2026-01-01"),
         owned(tmp_path / "run"),
     ):
         pass
-    alive.join()
     assert "node-17" in capfd.readouterr().err
     assert json.loads(mark.read_text())["process"] == 4711  # it is still the other's
 
@@ -146,8 +144,10 @@ def test_an_owner_renews_its_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     quick(monkeypatch)
     with owned(tmp_path / "run"):
         first = (tmp_path / "run" / OWNER).stat().st_mtime_ns
-        time.sleep(0.2)
-        assert (tmp_path / "run" / OWNER).stat().st_mtime_ns > first
+        end = time.monotonic() + 60
+        while (tmp_path / "run" / OWNER).stat().st_mtime_ns == first:
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("trace", ["", "{", "[1]", "\0" * 20])

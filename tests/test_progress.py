@@ -21,10 +21,8 @@ from sftx.types import StepRecord
 pty = pytest.importorskip("pty")
 
 
-def on_a_terminal(
-    command: list[str], columns: int, cwd: Path, **more: str
-) -> tuple[str, float, int]:
-    """What `command` writes to a terminal, after how many seconds it begins, and its exit code."""
+def on_a_terminal(command: list[str], columns: int, cwd: Path, **more: str) -> tuple[str, int]:
+    """What `command` writes to a terminal, and its exit code."""
     import fcntl
     import struct
     import termios
@@ -33,22 +31,20 @@ def on_a_terminal(
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     hidden = ("COLUMNS", "LINES", "NO_COLOR", "JPY_PARENT_PID")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    began = time.monotonic()
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd,
         env={**environment, "TERM": "xterm-256color", **more},
     )  # fmt: skip
     os.close(theirs)
-    first, text = 0.0, b""
+    text = b""
     while True:
         try:
             read = os.read(ours, 65536)
         except OSError:  # the other end is closed
             break
-        first = first or time.monotonic() - began
         text += read
     os.close(ours)
-    return text.decode(errors="replace"), first, process.wait()
+    return text.decode(errors="replace"), process.wait()
 
 
 def lines_of(text: str) -> list[str]:
@@ -58,12 +54,17 @@ def lines_of(text: str) -> list[str]:
 
 
 def test_the_first_line_comes_before_any_import(tmp_path: Path) -> None:
-    """0.2 s on a free core; more is allowed here, but torch alone takes longer."""
-    command = [sys.executable, "-m", "sftx", "train", "model=a", "data=x", "output=o", "seed=z"]
-    text, first, code = on_a_terminal(command, 80, tmp_path)
+    """Before those that take time; Python tells of each on the same terminal."""
+    words = ["train", "model=a", "data=x", "output=o", "seed=z"]
+    command = [sys.executable, "-X", "importtime", "-m", "sftx", *words]
+    text, code = on_a_terminal(command, 80, tmp_path)
     assert code == 2
-    assert text.startswith("start    sftx train model=a")
-    assert first < 2.0
+    before, shown, after = text.partition("start    sftx train model=a")
+    assert shown
+    for package in ("pydantic", "yaml"):
+        line = re.compile(rf"\| +{package}\b")
+        assert not line.search(before)
+        assert line.search(after)
 
 
 def test_a_first_line_that_the_settings_forbid_does_not_come(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_no_line_is_longer_than_the_terminal(tmp_path: Path, columns: int) -> No
     (tmp_path / "rows.jsonl").write_text(
         "".join(f'{{"text": "[red]one[/] line and {i} more"}}\n' for i in range(200))
     )
-    text, _, code = on_a_terminal(command, columns, tmp_path)
+    text, code = on_a_terminal(command, columns, tmp_path)
     assert code == 0, text
     shown = lines_of(text)
     assert max(map(len, shown)) <= columns
@@ -103,7 +104,7 @@ SAYS_SOMETHING = (
     "import time\nfrom sftx.report.progress import Progress\nfrom sftx.report import progress\n"
     "progress.LONG = progress.REFRESH = 0.05\n"
     "with Progress(on=True) as shown:\n"
-    "    shown.phase('a job')\n    time.sleep(0.3)\n    shown.say('done')\n"
+    "    shown.phase('a job')\n    time.sleep(0.8)\n    shown.say('done')\n"
 )
 
 
@@ -112,11 +113,11 @@ def test_nothing_is_drawn_anew_in_the_output_of_a_notebook(tmp_path: Path) -> No
     notebook = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}
     environment = {**os.environ, **notebook, "TERM": "xterm-color"}
     piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    as_terminal, _, _ = on_a_terminal(command, 80, tmp_path, **notebook, JPY_PARENT_PID="1")
+    as_terminal, _ = on_a_terminal(command, 80, tmp_path, **notebook, JPY_PARENT_PID="1")
     for said in (piped.stderr, as_terminal):
         assert "a job" in said
         assert "\x1b[" not in said
-    redrawn, _, _ = on_a_terminal(command, 80, tmp_path)
+    redrawn, _ = on_a_terminal(command, 80, tmp_path)
     assert "\x1b[" in redrawn
 
 
@@ -127,23 +128,42 @@ def plain(shown: io.StringIO) -> Progress:
 
 
 def test_a_job_that_takes_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONG", 0.2)
-    monkeypatch.setattr(module, "REFRESH", 0.02)
-    monkeypatch.setattr(module, "DRAW_EVERY", 0.02)
-    monkeypatch.setattr(module, "PLAIN_EVERY", 0.3)
-    with plain(shown := io.StringIO()) as progress:
+    now, looks = [1000.0], [0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "REFRESH", 0.005)
+    progress = plain(shown := io.StringIO())
+    name_long_phase = progress._name_long_phase
+
+    def look() -> None:
+        name_long_phase()
+        looks[0] += 1
+
+    monkeypatch.setattr(progress, "_name_long_phase", look)
+
+    def later(seconds: float) -> None:
+        """Let the time pass, and the thread look at it."""
+        now[0] += seconds
+        enough = looks[0] + 2
+        end = time.perf_counter() + 60
+        while looks[0] < enough:
+            assert time.perf_counter() < end
+            time.sleep(0.005)
+
+    with progress:
         progress.phase("a short job")
-        time.sleep(0.05)
+        later(1.9)
         progress.phase("a long job")
-        time.sleep(0.7)
+        for seconds in (1.9, 0.1, 9.9, 0.1):
+            later(seconds)
         progress.phase("evaluating|packs", 0, 8)
-        time.sleep(0.1)
+        later(1)
         progress.phase("evaluating|packs", 2, 8)
-        time.sleep(0.25)
-    said = shown.getvalue()
-    assert "short" not in said
-    assert 2 <= said.count("a long job, 0 s so far") + said.count("a long job, 1 s so far") <= 3
-    assert "evaluating 2 of 8 packs, about 1 s left" in said
+        later(3)
+    assert shown.getvalue().splitlines() == [
+        "a long job, 2 s so far",
+        "a long job, 12 s so far",
+        "evaluating 2 of 8 packs, about 12 s left",
+    ]
     with working("nothing", on=False) as silent:
         assert silent.console.quiet
 

@@ -173,11 +173,12 @@ def test_a_reader_that_stops_ends_the_model(folder: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(assistant._model), "forward", counted)
     answer = Answer()
     stream = assistant.stream(TALK, Sampling(max_tokens=200, temperature=0), answer)
+    earlier = {*threading.enumerate()}
     next(stream)
-    before = threading.active_count()
+    (model,) = {*threading.enumerate()} - earlier
     stream.close()
     assert answer.reason == "interrupted"
-    assert threading.active_count() == before - 1
+    assert not model.is_alive()
     assert len(steps) < 100, "of the 200 that it would have taken"
     assert len(_answer(assistant).ids) == 12, "the lock is free again"
 
