@@ -46,6 +46,7 @@ LAYERS = {
         "files",
         "gguf",
         "first_line",
+        "hub",
         "model_config",
         "printable",
         "remote",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.boundary import boundary
+from sftx.hub import ask_hub
 from sftx.types import UserError
 
 MOST = 10_000
@@ -97,6 +98,7 @@ def config_file(path: str) -> Path:
         return Path(path)
     from huggingface_hub import hf_hub_download
 
+    ask_hub(path)
     with boundary(f"{path}: neither a folder here nor a model that could be fetched"):
         return Path(hf_hub_download(path, "config.json"))
 

@@ -3,9 +3,10 @@
 Every verb is one module of this package. It has `run`; it may have `EXTRA`, the keys it takes
 besides the settings of a run (their values stay text; those that begin with a key ending in a dot
 come as one dictionary, `bounds`), `DEFAULTS`, overrides such as `output=unused` for settings that
-this verb can do without, `POSITIONAL`, the settings that arguments without `=` stand for, and
-`GROUPS`, keys that it shares with other verbs (`_groups.py`); all are literals, read from the file,
-and so are `STAGE` and `EXAMPLE` for the map (`_map.py`). A verb
+this verb can do without, `POSITIONAL`, the settings that arguments without `=` stand for,
+`SETTINGS`, the sections and settings that it reads where those are not all, and `GROUPS`, keys that
+it shares with other verbs (`_groups.py`); all are literals, read from the file, and so are `STAGE`
+and `EXAMPLE` for the map (`_map.py`). A verb
 whose `run` takes no `config` reads no settings at all; one that takes `path` is given the argument
 without `=`, one that takes `paths` all such arguments, and one that takes `overrides` the settings
 as they are written. A module is imported last, after mistakes in the settings were named and a
@@ -38,7 +39,7 @@ from sftx.types import UserError
 
 PRINTS = ("completion", "schema")
 """Verbs whose output goes into a file or a shell at once: they say nothing else."""
-_LITERALS = ("EXTRA", "GROUPS", "DEFAULTS", "POSITIONAL")
+_LITERALS = ("EXTRA", "GROUPS", "DEFAULTS", "POSITIONAL", "SETTINGS")
 _USAGE = "usage: sftx VERB [file.yaml] [key=value ...]"
 
 
@@ -68,8 +69,10 @@ def main(arguments: list[str] | None = None, said: bool = False) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
+        place = "" if error.filename is None else f"{error.filename}: "
         print(
-            f"error: {printable(str(error))}; mend that, then run the same command to continue",
+            f"error: {printable(place)}{error.strerror or error}; mend that, then run the same command to "
+            "continue",
             file=sys.stderr,
         )
         return 2
@@ -116,6 +119,7 @@ class Declared(NamedTuple):
     positional: tuple[str, ...]  # settings that arguments without `=` stand for
     takes: tuple[str, ...]  # parameters of its `run`
     groups: tuple[str, ...]
+    settings: tuple[str, ...]  # sections and settings that it reads; () = all
 
 
 def declared(verb: str) -> Declared:
@@ -147,6 +151,7 @@ def _declared(doc: str, literals: Mapping[str, Any], takes: tuple[str, ...]) -> 
         tuple(literals.get("POSITIONAL", ())),
         takes,
         groups,
+        tuple(literals.get("SETTINGS", ())),
     )
 
 
@@ -222,6 +227,9 @@ class _Given:
             self.extra.setdefault("paths", []).append(word)
         elif self._waiting and not is_settings:
             self.overrides.append(f"{self._waiting.pop(0)}={word}")
+        elif self._told.positional and not is_settings:
+            known = " ".join(self._told.positional).upper()
+            raise self._wrong(f"{word!r} means nothing here; without a key it takes {known}")
         elif self.path is not None:
             raise self._wrong(f"one YAML file at most: {self.path!r}, then {word!r}")
         else:
@@ -240,8 +248,17 @@ class _Given:
             self.extra[key] = value
         elif not prefix and (close := get_close_matches(key, self._told.extra, 1, 0.75)):
             raise self._wrong(f"no key {key!r}; did you mean `{close[0]}`?")
+        elif self._is_unread(key):
+            known = ", ".join([*self._told.extra, *self._told.settings])
+            raise self._wrong(f"no key {key!r}; it takes {known}")
         else:
             self.overrides.append(f"{key}={value}")
+
+    def _is_unread(self, key: str) -> bool:
+        """Whether a setting would change nothing of what the verb does."""
+        names = self._told.settings
+        read = any(key == name or key.startswith(f"{name}.") for name in names)
+        return bool(names) and not read
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f"sftx {self._verb}: {what}")

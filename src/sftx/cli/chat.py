@@ -22,6 +22,7 @@ STAGE = "talk"
 EXAMPLE = "sftx chat runs/first"
 POSITIONAL = ("model",)
 GROUPS = ("sampling", "answers")
+SETTINGS = ("model", "runtime", "data.template")
 EXTRA = {
     "base": "A model that answers beside it: a folder, a hub name, or `own` (an adapter's base).",
     "under": "The model under an adapter, where it is another than the adapter's files name.",

@@ -26,6 +26,7 @@ STAGE = "talk"
 EXAMPLE = "sftx serve runs/first"
 POSITIONAL = ("model",)
 GROUPS = ("sampling", "answers")
+SETTINGS = ("model", "runtime", "data.template")
 EXTRA = {
     "base": "A model to compare it with: a folder, a hub name, or `own` (an adapter's base).",
     "under": "The model under an adapter, where it is another than the adapter's files name.",

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from sftx.boundary import boundary
 from sftx.data.store.word_cache import WORD, WordCache, tokenises_by_word
+from sftx.hub import ask_hub
 from sftx.model_config import check_links, model_folder, read_json
 from sftx.settings.schema import Model
 from sftx.types import Int32, UserError
@@ -137,9 +138,7 @@ class Tokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
-        """Adapt a fast transformers tokenizer. The backend is copied: later changes to either do
-        not meet.
-        """
+        """Adapt a fast transformers tokenizer, of whose backend a copy is made."""
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast (Rust) backend; sftx needs one"
@@ -294,6 +293,7 @@ def _alternatives(texts: list[str]) -> str:
 
 
 def _download(name: str) -> Path:
+    ask_hub(name)
     download = import_module("huggingface_hub").snapshot_download
     with boundary(f"{name}: neither a folder here nor a tokenizer that could be fetched"):
         return Path(download(name, allow_patterns=_FILES))

@@ -12,6 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from sftx.boundary import boundary
 from sftx.data.pack import probe_pack
 from sftx.data.store.corpus import Corpus
+from sftx.hub import ask_hub
 from sftx.model.adapter import load_adapter
 from sftx.model.checks.start import check_paths, check_sizes
 from sftx.model.load import load_model
@@ -41,6 +42,8 @@ def adapter_in(path: str) -> Adapter | None:
     """
     if Path(path).is_file():  # of GGUF: a whole model
         return None
+    if not Path(path).is_dir():
+        ask_hub(path)
     with boundary(f"model.path: {path} cannot be looked at"):
         found = find_adapter_config_file(path)  # the name is the caller's own: it may be fetched
     if found is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx.boundary import boundary
+from sftx.hub import ask_hub
 from sftx.model import lora, mixture
 from sftx.model.architecture import beside_text
 from sftx.model.checkpointing import decoder_layers
@@ -203,6 +204,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """
     folder = path
     if not Path(path).is_dir():
+        ask_hub(path)
         folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
     _check_folder(Path(folder))
     names = [name for name, _ in model.named_modules()]

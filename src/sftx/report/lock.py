@@ -39,6 +39,7 @@ def owned(folder: Path) -> Iterator[None]:
 
     Raises UserError, with the owner's host, process and start time, where another run owns it.
     """
+    _refuse_files(folder)
     _refuse_links_out(folder)
     make_folder(folder)
     lock = FileLock(folder / LOCK, blocking=False, thread_local=False)
@@ -59,6 +60,13 @@ def owned(folder: Path) -> Iterator[None]:
             _remove_if_empty(folder)
     finally:
         lock.release()
+
+
+def _refuse_files(folder: Path) -> None:
+    """A file may stand where the folder, or one above it, is to be."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output: {folder}: {path} is a file; name another folder")
 
 
 def _refuse_links_out(folder: Path) -> None:

@@ -73,6 +73,10 @@ def make_config(**sections: Unpack[Sections]) -> Config:
 
 
 def _read(path: str) -> str:
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder, where a YAML file is expected; is it model={path}?")
+    if _DATA_FILE.fullmatch(path) and not path.endswith(".json"):
+        raise UserError(f"{path}: where a YAML file is expected; data is given as data={path}")
     try:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST + 1)
