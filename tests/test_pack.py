@@ -131,6 +131,22 @@ def test_a_step_takes_as_many_tokens_as_fit() -> None:
     assert [plan.epoch(step) for step in range(plan.num_steps)] == [2 / 7, 3 / 7, 4 / 7, 6 / 7, 1.0]
 
 
+def test_a_step_may_be_larger_than_the_data() -> None:
+    """It goes on with the next epoch, as a step of so many examples does."""
+    lengths = np.array([10, 20, 30, 40], np.int32)
+    for room, sizes in ((150, [130, 130, 150]), (250, [230, 230, 250]), (1000, [1000] * 3)):
+        plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=room, steps=3, shuffle=False), 0)
+        assert [plan.lengths[plan.examples(step)].sum() for step in range(3)] == sizes
+    plan = Plan(lengths, lengths / 2, Batch(tokens_per_step=250, epochs=2.5, shuffle=False), 0)
+    assert [plan.examples(step).tolist() for step in range(plan.num_steps)] == [
+        [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    ]
+    groups = np.array([0, 1, 1, 1])
+    batch = Batch(examples_per_step=9, steps=2, shuffle=False, group_by="row")
+    plan = Plan(lengths, lengths / 2, batch, 0, groups=groups)
+    assert [len(plan.examples(step)) for step in range(2)] == [9, 8]
+
+
 def test_part_of_an_epoch_is_the_nearest_number_of_examples() -> None:
     """In floating point, 47 / 35 times 35 is a little less than 47."""
     for examples in range(1, 200):

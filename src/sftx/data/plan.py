@@ -225,12 +225,11 @@ class Plan:
     def _cut(self) -> Int64:
         """Positions in the stream where steps begin, and the end; int64[num_steps + 1]."""
         batch = self.batch
+        steps = total = sys.maxsize
         if batch.steps is None:
-            steps = sys.maxsize
             total = self._end_of(batch.epochs)
         else:
             steps = batch.steps
-            total = sys.maxsize
         if batch.tokens_per_step is not None:
             return self._filled(batch.tokens_per_step, self.lengths, steps, total)
         size = batch.examples_per_step
@@ -244,20 +243,18 @@ class Plan:
         """The same where a step has `room` for examples of these `sizes`, and takes whole groups."""
         starts = [0]
         # Of the epochs looked at so far; steps that need more make them grow.
-        sums = np.cumsum(sizes[self._order(0)])
+        sums = np.append(0, np.cumsum(sizes[self._order(0)]))
         bounds = np.append(0, self._bounds(0))
         epochs = 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
-            while len(sums) < start + len(self.lengths):
-                bounds = np.append(bounds, len(sums) + self._bounds(epochs))
+            budget = sums[start] + room
+            while sums[-1] <= budget and len(sums) <= total:
+                bounds = np.append(bounds, len(sums) - 1 + self._bounds(epochs))
                 more = np.cumsum(sizes[self._order(epochs)])
                 sums = np.append(sums, sums[-1] + more)
                 epochs += 1
-            budget = room
-            if start:
-                budget += int(sums[start - 1])
-            end = int(np.searchsorted(sums, budget, side="right"))
+            end = int(np.searchsorted(sums, budget, side="right")) - 1
             end = max(end, start + 1)  # one example that is too large is a step by itself
             end = min(end, total)
             whole_groups = int(bounds[bisect_right(bounds, end) - 1])

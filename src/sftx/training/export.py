@@ -14,6 +14,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.tokenizer import Tokenizer
 from sftx.model.on_disk import on_disk
 from sftx.model.pack_loss import PackLoss
+from sftx.model.same_files import digest_of
 from sftx.report.facts import check_needed, damaged, read_facts, section
 from sftx.settings.schema import Adapter, Config, Data, Model
 from sftx.training.checkpoint import load_weights
@@ -119,7 +120,10 @@ def sources(
         return Model(
             path=str(folder), save_dtype=recorded.save_dtype, trust_remote_code=trust
         ), Adapter()
-    base = allowed.model or _on_disk(recorded.path, "model")
+    base = allowed.model
+    if not base:
+        base = _on_disk(recorded.path, "model")
+        _refuse_other_base(base, facts)
     tokenizer = allowed.tokenizer or recorded.tokenizer
     if tokenizer and not allowed.tokenizer:
         tokenizer = _on_disk(tokenizer, "tokenizer")
@@ -139,6 +143,17 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
     for name in ("model", "adapter", "data"):
         if not isinstance(config.get(name), dict):
             raise damaged(path, f"config.{name} must be an object")
+
+
+def _refuse_other_base(base: str, facts: dict[str, Any]) -> None:
+    """UserError where a folder holds another model than it did when the run began."""
+    recorded = facts["mathematics"].get("model")
+    before = recorded.get("files") if isinstance(recorded, dict) else None
+    if before not in (None, digest_of(base)):
+        raise UserError(
+            f"sftx export: {base} holds another model than the one that the run started from; "
+            "name the one to take: sftx export RUN model=..."
+        )
 
 
 def _first_adapter(given: dict[str, Any], allowed: Allowed) -> str:

@@ -54,7 +54,7 @@ def read_base(folder: Path, trained: Trained, allowed: Allowed) -> PreTrainedMod
         UserError: run.json names one that is not on this disk.
     """
     config = trained.facts["config"]
-    without_adapter = {"config": config | {"adapter": {}}}
+    without_adapter = trained.facts | {"config": config | {"adapter": {}}}
     source, _ = sources(folder, without_adapter, True, allowed)
     base = load_model(source, torch.device("cpu"))
     seed = config.get("seed")

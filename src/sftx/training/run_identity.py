@@ -85,7 +85,8 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    then = {"batch.group_by": "none"}  # what older runs did
+    # What older runs did; which files they began with, they do not say.
+    then = {"batch.group_by": "none", "model.files": now.get("model.files")}
     then |= flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     settings = sorted(then.keys() | now.keys())
     keys = [key for key in settings if then.get(key) != now.get(key)]
