@@ -182,7 +182,9 @@ def _blocks(
                 rows = slice(start, min(start + most, run.stop))
                 seen = _seen(run, rows, before, window)
                 filled = slice(seen.start, seen.start + _filled_up(len(seen), keys))
-                sure = 0 if window else before
+                sure = 0
+                if not window:  # all keys before the first query: several segments make one block
+                    sure = seen.stop - (rows.stop - rows.start)
                 yield _Block(
                     rows=rows,
                     places=[*family.chain, slice(run.start, rows.stop)],
