@@ -182,8 +182,7 @@ def packs_of(examples: Any, plan: Any, share: bool) -> list[Any]:
 
 def pack_size(plan: Any, known: dict[int, Any]) -> int:
     """What `choose_packing` takes where memory is plenty."""
-    from sftx.data.shared_packs import saving_of
-    from sftx.training.memory_plan import LARGER
+    from sftx.data.shared_packs import LARGER, saving_of
 
     corpus: Any = SimpleNamespace(example=known.__getitem__)
     saving = saving_of(plan, corpus)

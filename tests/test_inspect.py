@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftx.cli import main
-from sftx.cli.inspect import paint
+from sftx.cli.inspect import CPU_PACK, paint
 from sftx.data.dataset import load_corpora
 from sftx.data.encoder import encode
 from sftx.data.plan import Plan
@@ -315,3 +315,19 @@ def test_a_step_shows_shared_prefixes_once_with_their_branches_indented(
     assert [row["depth"] for row in pages.data_of(page.read_text())["rows"]][:5] == [0, 1, 1, 1, 1]
     assert main(["inspect", *arguments, "runtime.share_prefixes=off", f"json={out}"]) == 0
     assert sorted(row["ids"] for row in read_json(out)) == whole
+
+
+def test_a_tree_that_needs_a_larger_pack_is_shown_whole(run: list[str], tmp_path: Path) -> None:
+    """As the run will take it, where none has said yet how large its packs are."""
+    story = "once upon a time there was a story. " * 40
+    rows = [{"prompt": story, "completion": f"{i} is an answer"} for i in range(8)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.json"
+    batch = ["batch.examples_per_step=8", "data.max_length=4096"]
+    arguments = [run[0], f"data={tmp_path / 'c.jsonl'}", "step=1", *batch]
+    assert main(["inspect", *arguments, f"json={out}"]) == 0
+    root, *branches = read_json(out)
+    assert len(root["ids"]) > CPU_PACK
+    assert (root["examples"], len(branches)) == (8, 8)
+    assert main(["inspect", *arguments, "runtime.tokens_per_pack=1024", f"json={out}"]) == 0
+    assert len(read_json(out)) == 8

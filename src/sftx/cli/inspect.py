@@ -17,8 +17,8 @@ from rich.text import Text
 from sftx.cli._inputs import encoded, tokenizer_and_length, whole_number
 from sftx.cli._output import write_json
 from sftx.data.encoder import Encoder
-from sftx.data.plan import plan_of
-from sftx.data.shared_packs import packs_of_step
+from sftx.data.plan import Plan, plan_of
+from sftx.data.shared_packs import LARGER, packs_of_step, saving_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import View, raw_tables, views_of_pack, views_of_rows
 from sftx.printable import printable
@@ -123,8 +123,9 @@ def _views_of_step(
     plan = plan_of(corpus, config)
     step = _checked_step(asked, plan.num_steps)
     facts = Run(config).facts
-    size = config.runtime.tokens_per_pack or facts.tokens_per_pack or CPU_PACK
     share = _shares(config) and not facts.padded
+    known = config.runtime.tokens_per_pack or facts.tokens_per_pack
+    size = known or _usual_size(plan, corpus, share)
     (packs, *_), read = packs_of_step(plan, corpus, step - 1, size, share, padded=facts.padded)
     if pack and whole_number("inspect: pack", pack, 0) >= len(packs):
         raise UserError(f"sftx inspect: pack={pack}: step {step} has {len(packs)} packs, from 0 on")
@@ -137,6 +138,15 @@ def _views_of_step(
         return views, ""
     padding = f"{100 * plan.padding(size):.1f} % padding"
     return views, f"packs run padded, in batches of like lengths, {padding}"
+
+
+def _usual_size(plan: Plan, corpus: Corpus, share: bool) -> int:
+    """Tokens of a pack on a CPU that has memory enough."""
+    if not share:
+        return CPU_PACK
+    worth = saving_of(plan, corpus).pack_size
+    larger = min(worth, LARGER * CPU_PACK)
+    return max(larger, CPU_PACK)
 
 
 def _checked_step(asked: str, num_steps: int) -> int:

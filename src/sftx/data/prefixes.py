@@ -41,7 +41,7 @@ def shared_order(tokens: Sequence[Int32]) -> SharedOrder | None:
     common = np.zeros(len(alike), np.int64)
     for place, (before, example) in enumerate(pairwise(alike), 1):
         common[place] = _common(tokens[before], tokens[example])
-    lengths = np.array([len(tokens[i]) for i in alike], np.int64)
+    lengths = np.array([len(tokens[i]) for i in alike])
     worth = _worth_sharing(common, lengths)
     all_tokens = sum(len(ids) for ids in tokens)
     if worth.sum() < GAIN * all_tokens:
@@ -57,8 +57,6 @@ def _with_equal_beginnings(tokens: Sequence[Int32]) -> list[int]:
     """Numbers of the examples whose first `LEAST` tokens are those of another one too."""
     beginnings = [ids[:LEAST].tobytes() for ids in tokens]
     times = Counter(beginnings)
-    if len(times) == len(tokens):
-        return []
     alike: list[int] = []
     for number, beginning in enumerate(beginnings):
         if times[beginning] > 1 and len(tokens[number]) >= LEAST:
@@ -70,9 +68,8 @@ def _common(a: Int32, b: Int32) -> int:
     """How many tokens two examples share from their beginnings on."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
-    if not differs.any():
-        return length
-    return int(differs.argmax())
+    ended = np.append(differs, True)
+    return int(ended.argmax())
 
 
 def _worth_sharing(common: Int64, lengths: Int64) -> Int64:
@@ -118,7 +115,10 @@ class Segment(NamedTuple):
         return slice(self.start, self.stop)
 
 
-def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> list[Segment]:
+def segments_of(
+    lengths: Sequence[int],
+    shared: Sequence[int],
+) -> list[Segment]:
     """The segments of a pack, parents before their children, of examples in shared order.
 
     An example that ends where others fork has no segment of its own; neither have equal ones.
@@ -142,7 +142,9 @@ def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> list[Segment]:
 
 
 def build_shared_pack(
-    examples: Sequence[Example], indices: tuple[int, ...] = (), shared: Sequence[int] = ()
+    examples: Sequence[Example],
+    indices: tuple[int, ...] = (),
+    shared: Sequence[int] = (),
 ) -> Pack:
     """Lay `examples`, which are in shared order, into a pack that holds what they share once.
 
@@ -150,10 +152,12 @@ def build_shared_pack(
     """
     if not any(shared):
         return build_pack(examples, indices)
-    segments = segments_of([len(example.ids) for example in examples], shared)
+    whole = [len(example.ids) for example in examples]
+    segments = segments_of(whole, shared)
     ids = np.concatenate([examples[s.first].ids[s.tokens] for s in segments])
     weights = np.concatenate([summed_weights(examples, s) for s in segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in segments])
+    times = np.array([s.last - s.first for s in segments])
     lengths = [s.stop - s.start for s in segments]
     cu_seqlens = np.append(0, np.cumsum(lengths))
     parent = np.array([s.parent for s in segments])
@@ -172,7 +176,7 @@ def build_shared_pack(
         weight=weights[label_at],
         examples=indices,
         parent=parent.astype(np.int32) if len(branches) else None,
-        times=np.array([s.last - s.first for s in segments], np.int32),
+        times=times.astype(np.int32),
     )
 
 

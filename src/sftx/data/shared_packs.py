@@ -28,6 +28,10 @@ SAMPLE = 20
 """Steps that are looked at to tell what sharing saves."""
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 """Tokens per pack that are compared: a tree that is cut computes its prefix again in each part."""
+LARGER = 8
+"""Packs in which prefixes are shared may get this many times as large as others: a prefix is computed
+again in each pack.
+"""
 MORE = 1.1
 """Work in packs of a size, by that in packs that cut no tree, up to which the size is large enough."""
 
@@ -100,19 +104,20 @@ def saving_of(plan: Plan, corpus: Corpus, tokens_per_pack: int = 1 << 60) -> Sav
     for step in evenly(plan.num_steps, SAMPLE):
         chosen = plan.examples(step)
         lengths = plan.lengths[chosen].astype(np.float64)
-        tokens += float(lengths.sum())
-        squares += float((lengths**2).sum())
-        work += float(plan.work[chosen].sum())
+        tokens += lengths.sum()
+        squares += (lengths**2).sum()
+        work += plan.work[chosen].sum()
         found = _in_shared_order(plan, step, _examples(plan, corpus, step))
         if found is None:
             continue
         once = found.computed_once(max(tokens_per_pack, longest))
         shared = found.shared[once].astype(np.float64)
-        saved_tokens += float(shared.sum())
-        saved_squares += float((shared**2).sum())
-        saved_work += float(found.saved[once].sum())
+        saved_tokens += shared.sum()
+        saved_squares += (shared**2).sum()
+        saved_work += found.saved[once].sum()
         for place, size in enumerate(SIZES):
-            once = found.computed_once(max(size, longest))
+            limit = max(size, longest)
+            once = found.computed_once(limit)
             saved_by_size[place] += found.saved[once].sum()
     return Saving(
         tokens=tokens,
@@ -139,11 +144,16 @@ def _examples(plan: Plan, corpus: Corpus, step: int) -> dict[int, Example]:
 
 
 def _plain_packs(
-    plan: Plan, step: int, tokens_per_pack: int, world_size: int, padded: bool = False
+    plan: Plan,
+    step: int,
+    tokens_per_pack: int,
+    world_size: int,
+    padded: bool = False,
 ) -> list[list[Members]]:
     ranks: list[list[Members]] = []
     for bins in plan.packs(step, tokens_per_pack, world_size, padded):
-        ranks.append([Members(numbers) for numbers in bins])
+        packs = [Members(numbers) for numbers in bins]
+        ranks.append(packs)
     return ranks
 
 
@@ -198,11 +208,14 @@ class SharedStep:
         """Where a tree that is too large is cut: where least is shared, in the second half of the
         `limit` tokens that a part may have.
         """
-        own = self.lengths[first + 1 : last] - self.shared[first + 1 : last]
-        sizes = int(self.lengths[first]) + np.append(0, np.cumsum(own))  # of 1, 2, ... of them
-        most = max(1, int(np.searchsorted(sizes, limit, side="right")))
+        added = self.lengths[first:last] - self.shared[first:last]
+        added[0] = self.lengths[first]
+        sizes = np.cumsum(added)  # of 1, 2, ... of them
+        most = int(np.searchsorted(sizes, limit, side="right"))
+        most = max(1, most)
         half = int(np.searchsorted(sizes, limit / 2)) + 1
-        counts = np.arange(min(half, most), most + 1)
+        fewest = min(half, most)
+        counts = np.arange(fewest, most + 1)
         shared = self.shared[first + counts]
         least = np.flatnonzero(shared == shared.min())
         return first + int(counts[least[-1]])
@@ -244,10 +257,15 @@ def shared_packs(
     return best
 
 
-def _in_shared_order(plan: Plan, step: int, examples: Mapping[int, Example]) -> SharedStep | None:
+def _in_shared_order(
+    plan: Plan,
+    step: int,
+    examples: Mapping[int, Example],
+) -> SharedStep | None:
     """None where nothing is worth sharing."""
     chosen = plan.examples(step)
-    found = shared_order([examples[number].ids for number in chosen.tolist()])
+    tokens = [examples[number].ids for number in chosen.tolist()]
+    found = shared_order(tokens)
     if found is None:
         return None
     order, shared = found
@@ -272,7 +290,8 @@ def _dealt(
     for bins in balanced(tokens, tokens_per_pack, world_size, work):
         load = sum(float(work[list(some)].sum()) for some in bins)
         busiest = max(busiest, load)
-        packs.append([_members(found, [units[u] for u in some]) for some in bins])
+        of_rank = [_members(found, [units[u] for u in some]) for some in bins]
+        packs.append(of_rank)
     return busiest, packs
 
 

@@ -42,7 +42,8 @@ def shared_blocks(
     `index` = int64[T] positions, then what `prefix_index` returns, its bounds twice: on the device
     and on the host, where the table is too. `window` and `softcap` are 0 where there is none.
     """
-    whole = at_least_fp32(q.new_empty(q.shape[2], q.shape[1], v.shape[3]))
+    _, heads, tokens, _ = q.shape
+    whole = at_least_fp32(q.new_empty(tokens, heads, v.shape[3]))
     with torch.autocast(q.device.type, enabled=False):
         for block in _blocks(q, k, v, index, scale, window):
             p, _, _ = _probabilities(block, sinks, softcap)
@@ -63,10 +64,11 @@ def _shared_blocks_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and, where there are any, of the sinks."""
     q, k, v = qkv
-    d_q = at_least_fp32(q.new_empty(q.shape[2], q.shape[1], q.shape[3]))
-    d_k = torch.zeros_like(k[0], dtype=d_q.dtype, memory_format=torch.contiguous_format)
-    d_v = torch.zeros_like(v[0], dtype=d_q.dtype, memory_format=torch.contiguous_format)
-    d_sinks = at_least_fp32(grad.new_zeros(q.shape[1]))
+    _, heads, tokens, width = q.shape
+    d_q = at_least_fp32(q.new_empty(tokens, heads, width))
+    d_k = k.new_zeros(k.shape[1:], dtype=d_q.dtype)
+    d_v = v.new_zeros(v.shape[1:], dtype=d_q.dtype)
+    d_sinks = at_least_fp32(grad.new_zeros(heads))
     with torch.autocast(grad.device.type, enabled=False):
         for block in _blocks(q, k, v, index, scale, window):
             p, slope, sink = _probabilities(block, sinks, softcap)
@@ -75,8 +77,10 @@ def _shared_blocks_backward(
             d_z = of_scores(d_p, p, slope, sink, d_sinks).to(block.keys.dtype)
             d_block = torch.bmm(d_z, block.keys).mul_(scale)
             d_q[block.rows] = block.by_query(d_block)
-            block.add_to(d_k, torch.bmm(d_z.mT, block.queries))
-            block.add_to(d_v, torch.bmm(p.to(g.dtype).mT, g))
+            d_keys = torch.bmm(d_z.mT, block.queries)
+            block.add_to(d_k, d_keys)
+            d_values = torch.bmm(p.to(g.dtype).mT, g)
+            block.add_to(d_v, d_values)
     totals = [d_q.transpose(0, 1), d_k, d_v]
     found = [total[None].to(q.dtype).contiguous() for total in totals]
     if sinks is not None:
@@ -90,7 +94,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 
 
 @_shared_blocks_backward.register_fake
-def _(grad: Tensor, qkv: list[Tensor], sinks: Tensor | None, *_: object) -> list[Tensor]:
+def _(
+    grad: Tensor,
+    qkv: list[Tensor],
+    sinks: Tensor | None,
+    *_: object,
+) -> list[Tensor]:
     found = [x.new_empty(x.shape) for x in qkv]
     if sinks is not None:
         found.append(sinks.new_empty(sinks.shape))
@@ -162,7 +171,12 @@ class _Block:
 
 
 def _blocks(
-    q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: list[Tensor],
+    scale: float,
+    window: int,
 ) -> Iterator[_Block]:
     """The blocks of a pack, family by family."""
     most = ROWS
@@ -180,40 +194,47 @@ def _blocks(
             values[:, own] = v[0, :, run.start : run.stop]
             for start in range(run.start, run.stop, most):
                 rows = slice(start, min(start + most, run.stop))
-                seen = _seen(run, rows, before, window)
-                filled = slice(seen.start, seen.start + _filled_up(len(seen), keys))
-                sure = 0
-                if not window:  # all keys before the first query: several segments make one block
-                    sure = seen.stop - (rows.stop - rows.start)
+                first, unsure, last = _seen(run, rows, before, window)
+                end = first + _filled_up(last - first, keys)
+                hidden = _hidden(run, rows, before, range(unsure, end), window)
                 yield _Block(
                     rows=rows,
                     places=[*family.chain, slice(run.start, rows.stop)],
-                    first=seen.start,
+                    first=first,
                     queries=_laid_out(by_token[rows], len(keys)) * scale,
-                    keys=keys[:, filled],
-                    values=values[:, filled],
-                    sure=sure,
-                    hidden=_hidden(run, rows, before, filled, sure, window).to(q.device),
+                    keys=keys[:, first:end],
+                    values=values[:, first:end],
+                    sure=unsure - first,
+                    hidden=hidden.to(q.device),
                 )
 
 
-def _seen(run: Run, rows: slice, before: int, window: int) -> range:
-    """The numbers of the keys that some of the queries see."""
+def _seen(run: Run, rows: slice, before: int, window: int) -> tuple[int, int, int]:
+    """Numbers of keys: the first that some of the queries see, the first that some may not see, and
+    one past the last.
+    """
     first_query = before + rows.start - run.start
     last_query = before + rows.stop - run.start
-    first = 0
-    if window:
-        first = max(0, first_query - window + 1)
-    return range(first, last_query)
+    if not window:  # several segments make one block: what is before it, all see
+        return 0, first_query, last_query
+    first = max(0, first_query - window + 1)
+    return first, first, last_query
 
 
-def _hidden(run: Run, rows: slice, before: int, keys: slice, sure: int, window: int) -> Tensor:
-    """bool[rows, keys - sure]: whether a query of the run does not see a key. The first `sure` of the
-    keys are left out. What is filled up has numbers behind every query.
+def _hidden(
+    run: Run,
+    rows: slice,
+    before: int,
+    keys: range,
+    window: int,
+) -> Tensor:
+    """bool[rows, keys]: whether a query of the run does not see a key. What is filled up has numbers
+    behind every query.
     """
     offset = before - run.start
-    key = torch.arange(keys.start + sure, keys.stop)
-    query = torch.arange(rows.start, rows.stop)[:, None] + offset
+    key = torch.arange(keys.start, keys.stop)
+    row = torch.arange(rows.start, rows.stop)
+    query = row[:, None] + offset
     start = _starts(run)[:, None] + offset
     in_chain = key < before
     is_later = key > query
@@ -248,7 +269,8 @@ def _probabilities(
         return torch.softmax(z, -1), slope, None
     by_key_head = sinks.to(z.dtype).view(len(z), -1, 1)
     rows = z.shape[1] // by_key_head.shape[1]
-    column = by_key_head.expand(-1, -1, rows).reshape(len(z), -1, 1)
+    by_row = by_key_head.expand(-1, -1, rows)
+    column = by_row.reshape(len(z), -1, 1)
     p = torch.softmax(torch.cat([z, column], -1), -1)
     return p[..., :-1].contiguous(), slope, p[..., -1:]
 
@@ -258,10 +280,8 @@ def _buffer(x: Tensor, chain: list[slice], longest: int) -> Tensor:
     on a CPU. Zeros, as what is filled up must be finite.
     """
     pieces = [x[:, piece] for piece in chain]
-    if x.device.type == "cpu":
-        longest += FILL
-    pieces.append(x.new_zeros(len(x), longest, x.shape[2]))
-    buffer = torch.cat(pieces, dim=1)
+    room = x.new_zeros(len(x), longest + FILL, x.shape[2])
+    buffer = torch.cat([*pieces, room], dim=1)
     if x.device.type == "cpu":
         return at_least_fp32(buffer)
     return buffer
@@ -278,6 +298,8 @@ def _laid_out(x: Tensor, key_heads: int) -> Tensor:
     """[rows, H, D] -> [H_kv, G x rows, D], where G heads share keys; a CPU's rows are filled up."""
     missing = _filled_up(len(x), x) - len(x)
     if x.device.type == "cpu":
-        x = F.pad(at_least_fp32(x), (0, 0, 0, 0, 0, missing))
-    by_key_head = x.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
+        behind = (0, 0, 0, 0, 0, missing)
+        x = F.pad(at_least_fp32(x), behind)
+    by_token = x.unflatten(1, (key_heads, -1))
+    by_key_head = by_token.permute(1, 2, 0, 3)
     return by_key_head.flatten(1, 2)

@@ -20,7 +20,7 @@ from sftx import distributed
 from sftx.boundary import boundary
 from sftx.data.pack import PADDING, blank_pack
 from sftx.data.plan import Plan
-from sftx.data.shared_packs import SIZES, Saving
+from sftx.data.shared_packs import LARGER, SIZES, Saving
 from sftx.evenly import evenly
 from sftx.model.architecture import auto_class
 from sftx.model.context_parallel import Context
@@ -40,10 +40,6 @@ layers keep half as much of every token.
 MARGIN = 0.92
 """Share of the available memory that a prediction may take: allocators cannot use the rest to the
 last byte.
-"""
-LARGER = 8
-"""Packs in which prefixes are shared may get this many times as large as others: a prefix is computed
-again in each pack.
 """
 
 

@@ -101,15 +101,16 @@ def apart(loss: PackLoss, probe: TensorPack) -> float:
     they cannot be had.
     """
     bounds = probe.cu_seqlens_cpu.tolist()
-    ids = probe.ids.cpu().numpy().astype(np.int32)
-    root, *branches = [ids[a:b] for a, b in itertools.pairwise(bounds)]
+    ids = probe.ids.cpu().numpy()
+    segments = [ids[a:b].astype(np.int32) for a, b in itertools.pairwise(bounds)]
+    root, *branches = segments
     nothing = np.zeros(len(root), np.float32)
-    segments, weights, parents = [root], [nothing], [-1]
+    weights = [nothing]
+    parents = [-1]
     whole: list[Int32] = []
     whole_weights: list[Float32] = []
     for branch in branches:
         ones = np.ones(len(branch), np.float32)
-        segments.append(branch)
         weights.append(ones)
         parents.append(0)
         whole.append(np.concatenate([root, branch]))
@@ -191,9 +192,11 @@ def _random_segments(long: int, ids: int) -> tuple[list[Int32], list[Float32]]:
     random = np.random.RandomState(0)
     room = long - long // 2
     short = min(7, room // 2)
-    lengths = [long // 2, room, short, min(23, room - short), 1, 5]
+    rest = min(23, room - short)
+    lengths = [long // 2, room, short, rest, 1, 5]
     first = min(3, ids - 1)
-    tokens = [random.randint(first, ids, length).astype(np.int32) for length in lengths]
+    drawn = [random.randint(first, ids, length) for length in lengths]
+    tokens = [segment.astype(np.int32) for segment in drawn]
     weights: list[Float32] = []
     for length, parent in zip(lengths, PARENTS, strict=True):
         some = random.rand(length)
