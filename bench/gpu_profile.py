@@ -122,6 +122,8 @@ def _move_to_owners(events: list[Any], by_kind: Counter[str]) -> None:
     for event in events:
         owner = _owner(event)
         for kernel in event.kernels if owner else []:
+            if kernel.name in (LOSS, OPTIMISER):  # the span of the part, not work
+                continue
             by_kind[_kind(kernel.name)] -= kernel.duration
             by_kind[str(owner)] += kernel.duration
 

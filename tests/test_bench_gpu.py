@@ -77,6 +77,40 @@ def test_a_question_that_kills_its_process_costs_no_other(
     assert kept["kills"]["traceback"] == "where"
 
 
+def test_a_failure_of_every_kind_of_cell_stays_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a device that answers, every cell fails; one process is late, one says nothing."""
+    import gpu
+
+    errors = ["CUDA out of memory", "layers do not compile: why", "not done after 240 s"]
+
+    def ask(_: Any, work: dict[str, Any], __: float, told: Any = None) -> dict[str, Any]:
+        if work["do"] == "first":
+            here = {"cuda": True, "name": "NVIDIA H200", "memory_gib": 139.0}
+            told({"name": "device", "answer": here, "seconds": 0.1})
+            return {}
+        return {"error": errors[len(work["name"]) % 3], "traceback": "where"}
+
+    monkeypatch.setattr(gpu, "ask", ask)
+    monkeypatch.setattr(gpu, "needed", lambda _: [])
+    file = tmp_path / "gpu.json"
+    options = ["--skip-checks", "--json", str(file), "--scratch", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    gpu.main()
+    kept = json.loads(file.read_text())["cells"]
+    assert [cell["name"] for cell in kept] == [cell["name"] for cell in gpu.cells(False)]
+    assert {cell["system"] for cell in kept} == {
+        *("sftx", "sftx-fsdp", "sftx-deterministic"),
+        *("trl-packing", "trl-packing-liger", "unsloth"),
+    }
+    for cell in kept:
+        assert cell["failed"]
+        assert {entry["traceback"] for entry in cell["failed"]} == {"where"}
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    assert last.startswith("gpu qwen3-0.6b=none")
+
+
 def test_a_part_that_fails_leaves_its_traceback(tmp_path: Path) -> None:
     import gpu
 

@@ -332,7 +332,9 @@ class StepRecord:
     `routers`, of a mixture of experts, over all tokens of the step: `balance`, what `loss.router_aux`
     multiplies (the number of experts per token where all are chosen alike, more where they are not),
     `largest_load` and `smallest_load`, the share of the tokens that an expert of a layer gets, and
-    `unused`, how many experts of all layers get no token. None for other models.
+    `unused`, how many experts of all layers get no token. A router's probabilities are the softmax
+    of its logits, or their sigmoids divided by their sum; `balance` is left out where its code is
+    neither. None for other models.
 
     `loss`, `accuracy`, `grad_norm` and `routers` are None where loss or gradient was not finite: such a step was
     not applied. Step 0 stands for the model before training: it has held-out numbers alone, and the

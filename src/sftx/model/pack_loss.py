@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -206,15 +206,20 @@ class PackLoss(nn.Module):
         text = model.config.get_text_config()
         self._experts_per_token: int = getattr(text, "num_experts_per_tok", None) or 0
         self.routers = Routers(model, self._experts_per_token)
-        if objective.router_aux and not self._experts_per_token:
-            name = type(model).__name__
-            raise UserError(f"loss.router_aux: {name} has no experts to balance; leave it out")
+        if objective.router_aux:
+            self.routers.check_balance(type(model).__name__)
         if objective.neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._own_attention = model.config._attn_implementation or "eager"
         use_fallbacks(model)
         self.paths = Paths()
         self.use_segments(True)
+
+    def train(self, mode: bool = True) -> Self:
+        """Train, or evaluate; routers choose alike in both."""
+        super().train(mode)
+        self.routers.serve()
+        return self
 
     def take(self, paths: Paths) -> None:
         """Compute by `paths` from now on."""

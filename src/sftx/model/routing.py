@@ -6,20 +6,26 @@ Sums over tokens alone are kept, so that nothing depends on how a step is cut in
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from sftx.types import UserError
+
 BALANCE, LARGEST, SMALLEST, UNUSED = "balance", "largest_load", "smallest_load", "unused"
 NUMBERS = (BALANCE, LARGEST, SMALLEST, UNUSED)
 """What the record says of the routers, see `router_numbers`."""
 _GIVE_PROBABILITIES = {"Gemma4TextRouter", "DiffusionGemmaTextRouter"}
 """Routers whose "logits" are probabilities already."""
+Scores = Literal["softmax", "sigmoid", "given", "unknown"]
+"""How a router makes scores of its logits; `given`: its "logits" are probabilities."""
 
 
 class Routers:
@@ -32,9 +38,32 @@ class Routers:
     def __init__(self, model: nn.Module, top_k: int) -> None:
         found = dict(_routers(model))
         self.modules = list(found)
-        self._watched = [_Watched(index, top_k) for index in found.values()]
-        for module, watched in zip(found, self._watched, strict=True):
+        self.top_k = top_k
+        self.scores = {_scores(module) for module in found}
+        self._watched: list[_Watched] = []
+        for module, index in found.items():
+            watched = _Watched(index, top_k, _scores(module))
+            self._watched.append(watched)
             module.register_forward_hook(watched.add)
+
+    def serve(self) -> None:
+        """Let routers choose as they do when the model is served, while all else trains."""
+        for module in self.modules:
+            module.training = False
+
+    def choose_otherwise(self) -> bool:
+        """Whether some would choose in another way while they train."""
+        return any("training" in _names(module) for module in self.modules)
+
+    def check_balance(self, name: str) -> None:
+        """Refuse `loss.router_aux` where it is not what the model `name` chooses by."""
+        if self.scores - {"softmax"}:
+            raise UserError(
+                "loss.router_aux balances experts that are chosen by a softmax of logits; the "
+                f"routers of {name} do not give these; leave it out"
+            )
+        if not self.top_k:
+            raise UserError(f"loss.router_aux: {name} has no experts to balance; leave it out")
 
     def restart(self) -> None:
         """Forget what was added: a step begins."""
@@ -67,13 +96,14 @@ class Routers:
 class _Watched:
     """One router: `sums`, float64[2, experts], of the tokens that count `times`, float64[T]."""
 
-    def __init__(self, index: int, top_k: int) -> None:
+    def __init__(self, index: int, top_k: int, scores: Scores) -> None:
         self.index, self.top_k = index, top_k
+        self.scores: Scores = scores
         self.times: Tensor | None = None
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, module: nn.Module, _inputs: Any, out: Any) -> None:
+    def add(self, _module: nn.Module, _inputs: Any, out: Any) -> None:
         """Add what the router gave, `out`, for the tokens of a pack."""
         outputs = out if isinstance(out, tuple) else (out,)
         logits = outputs[self.index]
@@ -82,15 +112,46 @@ class _Watched:
             self.sums = torch.zeros(shape, dtype=torch.float64, device=logits.device)
         if self.times is None:
             return
-        probability = logits.reshape(-1, logits.shape[-1]).float()
-        if type(module).__name__ not in _GIVE_PROBABILITIES:
-            probability = probability.softmax(-1)
+        probability = _probability(logits.reshape(-1, logits.shape[-1]), self.scores)
         chosen = [x for x in outputs if x.dtype == torch.int64]
         choice = chosen[0] if chosen else probability.topk(self.top_k).indices
         choice = choice.reshape(len(probability), -1)
-        times = self.times[:, None]
-        self.sums[0].index_add_(0, choice.flatten(), times.expand_as(choice).flatten())
-        self.sums[1] += (probability * times).sum(0)
+        times = self.times[:, None].expand_as(choice)
+        self.sums[0].index_add_(0, choice.flatten(), times.flatten())
+        # A product in float64, which autocast leaves alone: a tenth of the time of a sum over rows.
+        self.sums[1] += self.times @ probability.double()
+
+
+def _probability(logits: Tensor, scores: Scores) -> Tensor:
+    """float32[T, E], rows that sum to 1.
+
+    Sigmoids are divided by their sum, as DeepSeek-V3 balances them (arXiv:2412.19437, equations 17
+    to 20).
+    """
+    if scores == "given":
+        return logits
+    if scores == "sigmoid":
+        score = logits.float().sigmoid()
+        return score / score.sum(-1, keepdim=True)
+    return logits.float().softmax(-1)
+
+
+def _names(router: nn.Module) -> set[str]:
+    """The names of functions and attributes in the code of a router."""
+    return {*inspect.unwrap(type(router).forward).__code__.co_names}
+
+
+def _scores(router: nn.Module) -> Scores:
+    """What the code of a router calls; unknown where it is neither, or both by a setting."""
+    if type(router).__name__ in _GIVE_PROBABILITIES:
+        return "given"
+    match sorted(_names(router) & {"sigmoid", "softmax"}):
+        case ["sigmoid"]:
+            return "sigmoid"
+        case ["softmax"]:
+            return "softmax"
+        case _:
+            return "unknown"
 
 
 def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
@@ -106,19 +167,22 @@ def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
                     yield module, recorder.index
 
 
-def router_numbers(sums: Tensor) -> Tensor:
+def router_numbers(sums: Tensor, scores: set[Scores]) -> Tensor:
     """`NUMBERS` of a step, float64[4], from the sums of all its tokens; [0] where there are none.
 
     The balance is E * sum_e f_e P_e, what `loss.router_aux` multiplies, over the tokens of the step
     and all layers: f = mean choices of expert e, P = its mean probability (Switch Transformer,
     equations 4 to 6). It is the number of experts per token where all are chosen alike, and more
     where they are not. Loads are the share of the tokens that an expert of a layer gets: the
-    largest, the smallest, and how many experts of all layers get no token.
+    largest, the smallest, and how many experts of all layers get no token. The balance is not a
+    number where the `scores` of some router are unknown.
     """
     if not sums.numel():
         return sums.flatten()
     tokens = sums[:, 1].sum(-1, keepdim=True)
     load, probability = sums[:, 0] / tokens, sums[:, 1] / tokens
     balance = sums.shape[-1] * (load.mean(0) * probability.mean(0)).sum()
+    if "unknown" in scores:
+        balance = balance * math.nan
     unused = (load == 0).sum().double()
     return torch.stack([balance, load.max(), load.min(), unused])

@@ -241,6 +241,10 @@ def _check_model(
     share = wants_to_share(config.runtime, data.saving)
     notes = check_paths(loss, data.probe(), machine.precision, longest, largest, share)
     refuse_unshared(config.runtime, loss, notes)
+    if loss.routers.choose_otherwise():
+        name = type(loss.model).__name__
+        how = "here they choose as when the model is served"
+        notes.append(f"routers of {name} choose at random in training mode: {how}")
     return notes
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,9 +44,12 @@ class StepResult:
         return loss, accuracy, grad_norm, bool(bad)
 
     def routers(self) -> dict[str, float] | None:
-        """What `model.routing` says of the routers, once `read`; None where there are none."""
+        """What `model.routing` says of the routers, once `read`, without what is not known; None
+        where there are none.
+        """
         numbers = cast(list[float], self.numbers[4:].tolist())
-        return dict(zip(NUMBERS, numbers, strict=False)) or None
+        named = zip(NUMBERS, numbers, strict=False)
+        return {name: number for name, number in named if not math.isnan(number)} or None
 
 
 def train_step(
@@ -80,7 +84,7 @@ def train_step(
     sums = distributed.all_reduce_sum(torch.cat(own))
     loss = sums[0].float()
     accuracy = sums[1] / total_weight
-    of_routers = router_numbers(sums[2:].reshape(routed.shape))
+    of_routers = router_numbers(sums[2:].reshape(routed.shape), model.routers.scores)
 
     parameters = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
