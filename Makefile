@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## train the model that comes with the project, and se
 	@$(RUN) -m sftx.demo
 
 test: $(VENV)/.installed-dev  ## everything that must pass before a change goes in; PYTEST="-m slow" adds arguments
-	@$(MAKE) --no-print-directory lint; lint=$$?; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) $(PYTEST); tests=$$?; exit $$((lint || tests))
+	@$(MAKE) --no-print-directory lint; lint=$$?; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST); tests=$$?; exit $$((lint || tests))
 
 test-oldest:  ## the tests with the oldest torch and transformers that are supported, in .venv-oldest; PYTEST as above
 	$(PYTHON) -m venv .venv-oldest

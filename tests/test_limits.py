@@ -143,10 +143,10 @@ def test_splitting_takes_time_in_proportion_to_the_text() -> None:
         assert sum(piece.targets for piece in fitted.pieces) == count - 1
 
     split(10_000)
-    small = min(seconds(lambda: split(40_000)) for _ in range(2))
     # 64 times as long where it grew with the square; 8 times, and a busy machine's noise, if not.
-    large = min(seconds(lambda: split(320_000)) for _ in range(2))
-    assert large < 32 * small
+    assert any(
+        seconds(lambda: split(320_000)) < 32 * seconds(lambda: split(40_000)) for _ in range(3)
+    )
 
 
 TEXT = (

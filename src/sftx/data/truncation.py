@@ -75,10 +75,11 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
         case "split":
             return _split(sequence, max_length)
         case "truncate_left":
-            piece, begin = _piece(sequence, length - max_length, length, max_length)
+            prompt = _first_prompt(sequence)
+            piece, begin = _piece(sequence, length - max_length, length, max_length, prompt)
             lost = begin - sequence.begins_with_bos
         case "truncate_right":
-            piece, _ = _piece(sequence, 0, max_length, max_length)
+            piece, _ = _piece(sequence, 0, max_length, max_length, 0)
             lost = length - max_length
     targets_lost = targets - piece.targets
     if not piece.targets:
@@ -87,10 +88,10 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
 
 
 def _piece(
-    sequence: TokenSequence, begin: int, end: int, max_length: int
+    sequence: TokenSequence, begin: int, end: int, max_length: int, prompt: int
 ) -> tuple[TokenSequence, int]:
     """Tokens `begin..end` with the BOS before them where one is wanted, and where they begin after
-    making room.
+    making room. `prompt` = where the first prompt begins.
     """
     needs_one = sequence.begins_with_bos or sequence.weights[begin] != 0
     bos = sequence.bos if begin > 0 and needs_one else None
@@ -116,18 +117,21 @@ def _piece(
         kinds=kinds,
         spans=(),
         asked=(),
-        shortened=sequence.shortened or _loses_prompt(sequence, begin),
+        shortened=sequence.shortened or prompt < begin,
     )
     return piece, begin
 
 
-def _loses_prompt(sequence: TokenSequence, begin: int) -> bool:
-    """Whether something of a prompt stands before token `begin`."""
+def _first_prompt(sequence: TokenSequence) -> int:
+    """Where the first token of a prompt stands; the length where there is none."""
     is_prompt = ~sequence.said
     # A BOS comes back, and the first token of a plain text is output, though it carries no weight.
     is_output = not is_prompt[1:2].all()
     first = 1 if sequence.begins_with_bos or is_output else 0
-    return bool(is_prompt[first:begin].any())
+    found = np.flatnonzero(is_prompt[first:])
+    if len(found):
+        return first + int(found[0])
+    return len(is_prompt)
 
 
 def _split(sequence: TokenSequence, max_length: int) -> Fitted:
@@ -135,6 +139,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
     pieces: list[TokenSequence] = []
     covered = np.zeros(len(sequence.ids), dtype=np.bool_)
     done = 0  # spans that are in a piece
+    first_prompt = _first_prompt(sequence)
     while done < len(spans):
         first = spans[done][0]
         if sequence.context is None:
@@ -151,7 +156,7 @@ def _split(sequence: TokenSequence, max_length: int) -> Fitted:
             count += 1
         end = spans[done + count - 1][1]
         start = max(end - max_length, first - context, 0)
-        piece, begin = _piece(sequence, start, end, max_length)
+        piece, begin = _piece(sequence, start, end, max_length, first_prompt)
         own = end - first
         _make_context(piece, len(piece.ids) - own)
         pieces.append(piece)
