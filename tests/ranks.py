@@ -94,7 +94,8 @@ def run(path: Path, ranks: int, program: list[str] | None = None) -> str:
         output, _ = process.communicate(timeout=150)
         assert process.returncode == 0, output
         return output
-    log = path.with_name("ranks.log")
+    first, *_ = str(path).split(",")
+    log = Path(first).with_name("ranks.log")
     log.write_bytes(b"")
     words = [*(program or ["-m", "sftx", "train"]), str(path)]
     pool = _pool()

@@ -29,10 +29,12 @@ _FOUND: dict[Hashable, Any] = {}
 
 
 def once(key: Hashable, find: Callable[[], Found]) -> Found:
-    """What `find` gives, or gave for an equal `key`; without a key it is always called."""
+    """What `find` gives, or gave for an equal `key`. Without a key it is always called, and again
+    where it found nothing: a time that could not be told.
+    """
     if key is None:
         return find()
-    if key not in _FOUND:
+    if _FOUND.get(key) is None:
         _FOUND[key] = find()
     return _FOUND[key]
 
