@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checkpointing import decoder_layers
-from sftx.model.checks.stand_in import kinds_of_layers, stand_in
+from sftx.model.checks.stand_in import kinds_of_layers, stand_in, vocabulary
 from sftx.model.checks.start import check_paths
 from sftx.model.pack_loss import PackLoss, to_tensors
 from sftx.types import Example
@@ -70,6 +70,46 @@ def test_a_stand_in_holds_every_kind_of_layer(name: str) -> None:
     assert windows == {
         getattr(layer.self_attn, "sliding_window", None) for layer in decoder_layers(whole)
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers"),
+    [
+        # eight groups of experts, under another name than most
+        pytest.param(
+            "bailing_hybrid",
+            {"num_hidden_layers": 3, "layer_group_size": 2},
+            3,
+            marks=pytest.mark.slow,
+        ),
+        # two attentions in every layer, each with a number
+        pytest.param("longcat_flash", {"num_layers": 4}, 2, marks=pytest.mark.slow),
+        # the last layers take keys and values of earlier ones
+        (
+            "gemma3n_text",
+            {
+                **TEXT,
+                "num_hidden_layers": 10,
+                "intermediate_size": [16384] * 10,
+                "num_kv_shared_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 5,
+            },
+            8,
+        ),
+    ],
+)
+def test_a_small_copy_is_made_of_what_is_unlike_most(
+    name: str, settings: dict[str, Any], layers: int
+) -> None:
+    small = stand_in(model(name, **settings))
+    assert small is not None
+    assert len(decoder_layers(small)) == layers
+
+
+def test_tokens_without_a_row_of_the_head_are_not_drawn() -> None:
+    small: Any = tiny.model("Llama")
+    small.lm_head = torch.nn.Linear(32, 100, bias=False)
+    assert vocabulary(small) == 100
 
 
 ODD: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.process import BaseProcess
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from sftx.boundary import boundary
 from sftx.cores import usable_cores
 from sftx.data.pack import build_pack, probe_pack
 from sftx.model.checks.sharing import tree_pack
-from sftx.model.checks.stand_in import stand_in
+from sftx.model.checks.stand_in import stand_in, vocabulary
 from sftx.model.checks.start import check_paths
 from sftx.model.fallbacks import own_fallbacks
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
@@ -56,8 +56,28 @@ BY_LENGTH = {
     "window_size",
 }
 """Lengths in configurations that are shortened."""
-MORE = {
-    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 2,
+    "indexer_head_dim": 64,
+    "indexer_budget": 40,
+    "indexer_compress_ratio": 4,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+    "xmod": {"default_language": "en_XX"},
 }
 """What default configurations lack."""
 SECONDS = 240
@@ -211,7 +231,7 @@ def try_family(name: str) -> Family:
     try:
         with boundary(name):  # whatever a class wants that is not known here
             model = small_model(name)
-            data = examples(_vocabulary(model))
+            data = examples(vocabulary(model))
             value, gradients = alone_in_float64(model, data)
             whole, shared = behind_a_prefix(data)
             shared_value, shared_gradients = alone_in_float64(model, whole)
@@ -356,9 +376,3 @@ def _weight(data: Sequence[Example]) -> float:
     for example in data:
         total += float(example.weights[1:].astype(float).sum())
     return total
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]

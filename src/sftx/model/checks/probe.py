@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sftx.model.checks.stand_in import WIDTHS
+from sftx.model.checks.widths import WIDTHS
 from sftx.model.pack_loss import TensorPack
 
 SHORT = 256

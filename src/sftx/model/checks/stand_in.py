@@ -23,6 +23,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sftx.model.checkpointing import decoder_layers
+from sftx.model.checks.widths import (
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KEY_HEADS,
+    LAYERS,
+    LIMITS,
+    LINEAR_HEADS,
+    MIXERS,
+)
 
 FOREIGN_ERRORS = (
     ArithmeticError,
@@ -35,71 +46,6 @@ FOREIGN_ERRORS = (
     ValueError,
 )
 """What the code of a model raises where a configuration or an argument does not suit it."""
-
-HEADS = {"num_attention_heads", "n_head", "n_heads", "num_heads"}
-KEY_HEADS = {"num_key_value_heads", "num_kv_heads", "n_head_kv"}
-HIDDEN = {
-    "hidden_size",
-    "n_embd",
-    "d_model",
-    "dim",
-    "embedding_size",
-    "word_embed_proj_dim",
-    "attention_hidden_size",
-}
-INNER = {
-    "expert_ffn_hidden_size", "ffn_dim", "ffn_hidden_size", "intermediate_size", "intermediate_size_mlp",
-    "moe_intermediate_size", "moe_shared_expert_intermediate_size", "n_inner", "shared_expert_intermediate_size",
-    "shared_intermediate_size",
-}  # fmt: skip
-EXPERTS = {"moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"}
-CHOSEN_EXPERTS = {"moe_k", "moe_topk", "moe_top_k", "num_experts_per_tok", "top_k_experts"}
-LAYERS = {"n_layer", "n_layers", "num_hidden_layers", "num_layers"}
-VOCABULARY = {"vocab_size", "vocab_size_per_layer_input"}
-RANKS = {"kv_lora_rank", "o_lora_rank", "q_lora_rank"}
-LINEAR_HEADS = {"linear_num_key_heads", "linear_num_value_heads"}
-LINEAR_DIMS = {"linear_key_head_dim", "linear_value_head_dim"}
-OTHER_WIDTHS = {
-    "head_dim", "v_head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "global_head_dim",
-    "hidden_size_per_layer_input", "lru_width", "n_group", "topk_group", "num_key_value_groups",
-    "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq", "default_theta", "rotary_emb_base",
-    "pretraining_tp", "num_global_key_value_heads", "max_window_layers", "first_k_dense_replace",
-}  # fmt: skip
-WIDTHS = (
-    HEADS
-    | KEY_HEADS
-    | HIDDEN
-    | INNER
-    | EXPERTS
-    | CHOSEN_EXPERTS
-    | LAYERS
-    | VOCABULARY
-    | RANKS
-    | LINEAR_HEADS
-    | LINEAR_DIMS
-    | OTHER_WIDTHS
-)
-"""Names, in configurations, of numbers that are no lengths: they are never compared with a
-position.
-"""
-
-LIMITS = {
-    **dict.fromkeys(INNER, 64),
-    **dict.fromkeys(CHOSEN_EXPERTS, 2),
-    **dict.fromkeys(VOCABULARY, 128),
-    **dict.fromkeys(RANKS, 32),
-    **dict.fromkeys(LINEAR_DIMS, 16),
-}
-"""What is left, at most, of a width in the stand-in."""
-
-MIXERS = (
-    ("expand", "num_heads", "head_dim"),
-    ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
-    ("mamba_expand", "n_mamba_heads", "mamba_headdim"),
-)
-"""Names of three numbers of a mixer with states: the first, times the width of the model, is the
-product of the others.
-"""
 
 Settings = dict[str, Any]
 """A configuration, or a section of it."""
@@ -167,9 +113,9 @@ def _build(
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Rows of the embeddings."""
-    embeddings: Any = model.get_input_embeddings()
-    return embeddings.weight.shape[0]
+    """How many tokens have an embedding and a row of the head."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return min(len(end.weight) for end in ends if end is not None)
 
 
 def kinds_of_layers(model: nn.Module) -> list[tuple[Any, ...]]:
@@ -212,13 +158,22 @@ def _facts_of_layers(model: PreTrainedModel) -> list[dict[str, Any]]:
     layers = decoder_layers(model)
     facts = [_plain_values(layer) for layer in layers]
     for name in set().union(*facts):
-        if all(found.get(name, number) == number for number, found in enumerate(facts)):
+        if _numbers_layers(facts, name, 1) or _numbers_layers(facts, name, 2):
             for found in facts:
                 found.pop(name, None)
     for name, values in _lists_by_layer(model.config.to_dict(), len(layers)):
         for found, value in zip(facts, values, strict=True):
             found[name] = value
     return facts
+
+
+def _numbers_layers(facts: list[Settings], name: str, parts: int) -> bool:
+    """Whether what goes by that name numbers the layers, or `parts` parts of each."""
+    for number, found in enumerate(facts):
+        value = found.get(name, number * parts)
+        if not isinstance(value, int) or value // parts != number:
+            return False
+    return True
 
 
 def _plain_values(layer: nn.Module) -> Settings:
@@ -250,6 +205,8 @@ def _few_layers(settings: Settings, layers: int, depth: int) -> Settings:
             few[name] = _few_layers(_of_first_layers(value, layers, depth), layers, depth)
         elif name in LAYERS and value == layers:
             few[name] = depth
+        elif name == "num_kv_shared_layers":  # the last ones
+            few[name] = max(0, (value or 0) - layers + depth)
         elif isinstance(value, list):
             few[name] = _few_of_list(str(name), value, layers, depth)
         else:
@@ -291,19 +248,17 @@ def _narrow_with_whole_heads(settings: Settings) -> Settings:
 def _narrowed(settings: Settings, head_dim: int | None) -> Settings:
     heads = _first_number(settings, HEADS)
     numbers = _narrow_widths(settings, heads, head_dim)
-    groups = max(1, settings.get("n_group") or 1)
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
     few: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             few[name] = _narrowed(value, head_dim)
         elif str(name).endswith("_token_id"):
             few[name] = _small_ids(value)
-        elif isinstance(value, bool) or not isinstance(value, int):
-            few[name] = value
-        elif name in numbers:
+        elif name in numbers and isinstance(value, int):
             few[name] = numbers[name]
         else:
-            few[name] = _narrow_number(name, value, heads, groups)
+            few[name] = _narrow_value(name, value, heads, groups)
     return few | _heads_of_mixer(few, numbers["hidden_size"])
 
 
@@ -317,6 +272,15 @@ def _narrow_widths(settings: Settings, heads: int, head_dim: int | None) -> dict
     if head_dim is not None:
         numbers["head_dim"] = head_dim
     return numbers
+
+
+def _narrow_value(name: str, value: Any, heads: int, groups: int) -> Any:
+    """Any other value: numbers, and lists with a width for each layer, small."""
+    if isinstance(value, list) and name in INNER:
+        return [min(width, LIMITS[name]) for width in value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return _narrow_number(name, value, heads, groups)
 
 
 def _narrow_number(name: str, value: int, heads: int, groups: int) -> int:
