@@ -5,7 +5,9 @@ is what it is alone.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_isolation import LENGTHS, alone_in_float64, sharpened, trained
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mamba import modeling_mamba
 
@@ -22,8 +27,10 @@ import sftx
 from sftx import cli
 from sftx.data.pack import PADDING, batch_tokens, build_pack, like_lengths, probe_pack
 from sftx.data.plan import Plan
+from sftx.model import fallbacks
+from sftx.model.checks.isolation import measure_isolation
 from sftx.model.checks.start import check_paths
-from sftx.model.fallbacks import causal_conv, own_fallbacks
+from sftx.model.fallbacks import causal_conv, own_fallbacks, without_kernels
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.padded import as_batch
 from sftx.model.scan import selective_scan
@@ -155,6 +162,87 @@ def test_what_looks_across_rows_runs_alone(
     check_paths(loss, probe_pack(tiny.examples([60, 60, 60])), torch.float32, longest=60)
     assert not loss.paths.isolate
     assert loss.paths.padded == (way == "padded")
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, keeps_apart: bool) -> None:
+    """Let LFM2's convolution be computed by a kernel that takes float32 alone, as one that
+    transformers has found; where it `keeps_apart`, no tap reaches into another segment.
+    """
+
+    def kernel(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("this kernel takes float32 alone")
+        assert bias is None
+        assert activation is None
+        taps = weight.shape[-1]
+        out = torch.zeros_like(x)
+        for back in range(taps):
+            seen = x.roll(back, -1)
+            seen[..., :back] = 0
+            if seq_idx is not None and keeps_apart:
+                seen = seen * (seq_idx.roll(back, -1) == seq_idx)[:, None]
+            out = out + seen * weight[:, taps - 1 - back, None]
+        return out
+
+    package = ModuleType("some_kernels")
+    package.causal_conv1d_fn = kernel  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "some_kernels", package)
+    with own_fallbacks():
+        plain = modeling_lfm2.causal_conv1d_fn.__wrapped__
+    wrapped = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "some_kernels")(plain)
+    name = (modeling_lfm2.__name__, "causal_conv1d_fn")
+    monkeypatch.delitem(fallbacks._replaced, name, raising=False)
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", wrapped)
+
+
+@pytest.mark.parametrize("keeps_apart", [True, False])
+def test_kernels_that_keep_segments_apart_pack(
+    keeps_apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernel(monkeypatch, keeps_apart)
+    kernel = modeling_lfm2.causal_conv1d_fn
+    model = sharpened(*FAMILIES["LFM2"])
+    data = tiny.examples([60, 9, 47])
+    with without_kernels(model):
+        assert modeling_lfm2.causal_conv1d_fn is not kernel
+        value, kept = alone_in_float64(model, data)
+    assert modeling_lfm2.causal_conv1d_fn is kernel
+    loss = PackLoss(model)
+    check_paths(loss, probe_pack(data), torch.float32, longest=60, largest_pack=128)
+    assert loss.paths.isolate == keeps_apart
+    assert loss.paths.padded != keeps_apart
+    assert trained(loss, data, [0, 1, 2]) == pytest.approx(value, rel=3e-6)
+    assert tiny.gradient_difference(model, kept) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_recurrent_layers_round_is_not_taken_for_a_leak() -> None:
+    """They compute in float32: in this shape a gradient is 2e-5 off, one segment at a time."""
+    config = Qwen3_5TextConfig(
+        vocab_size=50304,
+        hidden_size=384,
+        intermediate_size=1280,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=8,
+        linear_num_value_heads=8,
+        linear_key_head_dim=48,
+        linear_value_head_dim=48,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = measure_isolation(model, 341, 1024)
+    assert found.pads
+    assert not found.packs
 
 
 def test_where_the_tokens_of_a_pack_stand() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,35 +53,66 @@ OURS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": selective_scan,
 }
 """By the name of the function in transformers' modules."""
-_replaced: dict[tuple[str, str], Callable[..., Any]] = {}
-"""By module and name, the functions of transformers in whose place ours stand."""
+KERNEL = "is_new_implementation"
+"""The name, in such a wrapper, of the variable that says whether it has found a kernel."""
+Functions = dict[tuple[str, str], Any]
+"""By module and name."""
+_replaced: Functions = {}
+"""The functions of transformers in whose place ours stand."""
 
 
 def use_fallbacks(model: nn.Module) -> None:
     """Let the layers of `model` compute by `OURS`, where they have no kernels."""
-    for module in {type(part).__module__ for part in model.modules()}:
-        for name, ours in OURS.items():
-            own = getattr(sys.modules[module], name, None)
-            if own is not None and _falls_back(own):
-                _replaced[module, name] = own
-                setattr(sys.modules[module], name, ours)
+    for place, own in _wrapped_functions(model).items():
+        if place[1] in OURS and not _has_kernel(own):
+            _replaced[place] = own
+    _use_ours()
 
 
 @contextmanager
 def own_fallbacks() -> Iterator[None]:
     """Inside, models compute as transformers does: what is measured must not measure itself."""
-    for (module, name), own in _replaced.items():
-        setattr(sys.modules[module], name, own)
+    _put(_replaced)
     try:
         yield
     finally:
-        for module, name in _replaced:
-            setattr(sys.modules[module], name, OURS[name])
+        _use_ours()
 
 
-def _falls_back(function: Any) -> bool:
-    """Whether the wrapper that transformers puts around a function of its own has found no kernel."""
-    code = function.__code__
-    cells = function.__closure__ or ()
-    found = dict(zip(code.co_freevars, cells, strict=True)).get("is_new_implementation")
-    return found is not None and not found.cell_contents
+@contextmanager
+def without_kernels(model: nn.Module) -> Iterator[bool]:
+    """Inside, the layers of `model` compute by transformers' plain functions, which take float64 and
+    the CPU too; gives whether any of them has a kernel.
+    """
+    found = _wrapped_functions(model).items()
+    kernels = {place: own for place, own in found if _has_kernel(own)}
+    _put({place: own.__wrapped__ for place, own in kernels.items()})
+    try:
+        yield bool(kernels)
+    finally:
+        _put(kernels)
+
+
+def _use_ours() -> None:
+    _put({place: OURS[place[1]] for place in _replaced})
+
+
+def _put(functions: Functions) -> None:
+    for (module, name), function in functions.items():
+        setattr(sys.modules[module], name, function)
+
+
+def _wrapped_functions(model: nn.Module) -> Functions:
+    """The functions of its layers that transformers would replace by kernels."""
+    found: Functions = {}
+    for module in {type(part).__module__ for part in model.modules()}:
+        for name, value in vars(sys.modules[module]).items():
+            if isinstance(value, FunctionType) and KERNEL in value.__code__.co_freevars:
+                found[module, name] = value
+    return found
+
+
+def _has_kernel(function: Any) -> bool:
+    """Whether the wrapper that transformers puts around a function of its own has found a kernel."""
+    place = function.__code__.co_freevars.index(KERNEL)
+    return function.__closure__[place].cell_contents

@@ -64,6 +64,10 @@ class TensorPack:
             "max_length_k": self.longest,
             "cu_seqlens_cpu": self.cu_seqlens_cpu,
         }
+        if self.context is None:  # recurrent layers begin anew where the segment is another
+            tokens = torch.arange(len(self.ids), device=self.ids.device)
+            segment = torch.bucketize(tokens, cu_seqlens[1:], right=True, out_int32=True)
+            known["seq_idx"] = segment[None]
         if self.prefixes:
             known["prefix_index"] = [self.positions, *self.prefixes]
         if self.context is not None:

@@ -30,7 +30,7 @@ from sftx.model.checks.probe import (
     segment_lengths,
 )
 from sftx.model.checks.stand_in import FOREIGN_ERRORS, stand_in, vocabulary
-from sftx.model.fallbacks import own_fallbacks
+from sftx.model.fallbacks import own_fallbacks, without_kernels
 from sftx.model.forward_state import ForwardState, Names
 from sftx.model.loss import LogitTransform
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack
@@ -40,9 +40,10 @@ EQUAL = 1e-5
 """Largest difference of logits (of the largest one), of the loss and of a weight's gradient that is
 rounding: of float64 and, in the loss, of float32.
 """
-EQUAL_IN_A_BATCH = 1e-4
-"""The same of a gradient in padded batches. Recurrent layers compute in float32 whatever the weights
-are, which moves the gradients of their decay by 1e-5; a leak moves one by more than 1e-3.
+EQUAL_UNPACKED = 1e-4
+"""The same of a gradient in padded batches and of segments one at a time. Recurrent layers compute in
+float32 whatever the weights are, which moves the gradients of their decay by 2e-5; a leak moves one
+by more than 1e-3.
 """
 
 ODD_ROWS = 0.1
@@ -85,27 +86,42 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
     Raises UserError where segments are not exact even one at a time.
     """
     settings = model.config.to_dict()
-    reaches = reach(settings, longest)
     lengths = segment_lengths(settings, longest)
-    small = None if max(lengths) > LONGEST else stand_in(model)
+    reaches = reach(settings, longest)
     untried = Isolation(reaches == 0, 0, reaches, None, pads=reaches == 0)
-    if small is None:
-        return untried
-    pack = random_pack(lengths, vocabulary(small))
+    with without_kernels(model) as has_kernels:
+        small = None if max(lengths) > LONGEST else stand_in(model)
+        if small is None:
+            return untried
+        pack = random_pack(lengths, vocabulary(small))
+        order = places(settings, lengths, largest_pack)
+        try:
+            trial = _trial(small, pack, order)
+        except FOREIGN_ERRORS:
+            return untried
+        if _at_once(_fresh_loss(small), Paths(), trial):
+            return Isolation(True, max(lengths), reaches)
+        forget = _forget(_fresh_loss(small), replace(trial, order=list(range(len(lengths)))))
+        loss = _fresh_loss(small)
+        forgets = ForwardState(loss.model, forget) if forget else None
+        padded = Paths(isolate=False, padded=True, forgets=forgets)
+        pads = _at_once(loss, padded, trial)
+    packs = has_kernels and _kernels_pack(small.to(model.device, torch.float32), pack, order)
+    return Isolation(packs, max(lengths), reaches, forget, pads)
+
+
+def _kernels_pack(small: PreTrainedModel, pack: TensorPack, order: list[int]) -> bool:
+    """Whether kernels of recurrent layers, which take neither float64 nor a CPU, keep segments
+    apart.
+    """
+    tensors = ("ids", "positions", "index", "label", "weight")
+    moved = {name: getattr(pack, name).to(small.device) for name in tensors}
+    pack = replace(pack, **moved)
     try:
-        alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(lengths))]
+        trial = _trial(small, pack, order)
     except FOREIGN_ERRORS:
-        return untried
-    order = places(settings, lengths, largest_pack)
-    loss = _fresh_loss(small)
-    if _at_once(loss, Paths(), _Trial(pack, alone, order)):
-        return Isolation(True, max(lengths), reaches)
-    forget = _forget(_fresh_loss(small), _Trial(pack, alone, list(range(len(alone)))))
-    loss = _fresh_loss(small)
-    forgets = ForwardState(loss.model, forget) if forget else None
-    padded = Paths(isolate=False, padded=True, forgets=forgets)
-    pads = _at_once(loss, padded, _Trial(pack, alone, order))
-    return Isolation(False, max(lengths), reaches, forget, pads)
+        return False
+    return _at_once(_fresh_loss(small), Paths(), trial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +131,11 @@ class _Trial:
     pack: TensorPack
     alone: list[_Alone]
     order: list[int]
+
+
+def _trial(small: PreTrainedModel, pack: TensorPack, order: list[int]) -> _Trial:
+    alone = [_alone(copy.deepcopy(small), part(pack, number)) for number in range(len(pack.counts))]
+    return _Trial(pack, alone, order)
 
 
 def _fresh_loss(small: PreTrainedModel) -> PackLoss:
@@ -184,7 +205,7 @@ def _exact(loss: PackLoss, trial: _Trial, logits_of: Callable[[TensorPack], Tens
     wanted_loss, wanted = _sum([trial.alone[number] for number in order])
     if abs(float(value.detach()) - wanted_loss) > EQUAL * abs(wanted_loss):
         return False
-    limit = EQUAL_IN_A_BATCH if loss.paths.padded else EQUAL
+    limit = EQUAL if loss.paths.isolate else EQUAL_UNPACKED
     return _furthest([p.grad for p in loss.model.parameters()], wanted) <= limit
 
 
