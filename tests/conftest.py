@@ -34,6 +34,11 @@ def quick_starts() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_prediction_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing a layer takes longer than the runs of some tests."""
-    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None, raising=False)
+def no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To predict time and memory takes longer than the runs of some tests."""
+
+    def unpredictable(*_: object) -> None:
+        raise RuntimeError("not predicted")
+
+    monkeypatch.setattr("sftx.training.build.seconds_of", lambda *_: None)
+    monkeypatch.setattr("sftx.training.memory_plan.predict", unpredictable)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sftx.model import flops
 from sftx.model.checks import isolation, start
+from sftx.model.checks.probe import places, reach, segment_lengths
 from sftx.model.checks.stand_in import kinds_of_layers, own_class
 from sftx.model.memory import Marks, MemoryEstimator
 from sftx.types import Pack
@@ -67,8 +68,17 @@ def measure_isolation(
     """As that of sftx, whose stand-in is made from the class and the configuration alone."""
     key = None
     if not is_patched(model):
-        kinds = str(kinds_of_layers(model))
-        key = ("isolation", own_class(model), settings_of(model), kinds, longest, largest_pack)
+        settings = model.config.to_dict()
+        lengths = segment_lengths(settings, longest)
+        key = (
+            "isolation",
+            own_class(model),
+            settings_of(model),
+            str(kinds_of_layers(model)),
+            reach(settings, longest),
+            tuple(lengths),
+            tuple(places(settings, lengths, largest_pack)),
+        )
     return once(key, lambda: isolation.measure_isolation(model, longest, largest_pack))
 
 

@@ -44,7 +44,7 @@ SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 STORIES = SHARED / "models" / "stories260K"
 
 
-pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
+pytestmark = pytest.mark.usefixtures("no_predictions")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ NAMES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
+pytestmark = pytest.mark.usefixtures("no_predictions")
 
 
 @pytest.fixture(scope="module")

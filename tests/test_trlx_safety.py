@@ -35,7 +35,7 @@ LORA = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
+pytestmark = pytest.mark.usefixtures("no_predictions")
 
 
 @pytest.fixture(scope="module")
