@@ -49,6 +49,7 @@ SHARED = ("test_prefix_attention.py", "test_sharing.py")
 PADDED = ("test_padded.py -k 'stand or batches or like_lengths or rows_of_a_batch'",)
 CONTEXT = ("test_context_parallel.py",)
 ROUTING = ("test_routing.py",)
+FLASH = ("test_flash.py",)
 
 MUTANTS = [
     # --- the loss
@@ -1490,5 +1491,40 @@ MUTANTS = [
         "if pack.times is not None:",
         "if False:",
         ROUTING,
+    ),
+    Mutant(
+        "routing-sigmoid-not-divided",
+        "model/routing.py",
+        "return score / score.sum(-1, keepdim=True)",
+        "return score",
+        ROUTING,
+    ),
+    Mutant(
+        "routing-probabilities-taken-for-logits",
+        "model/routing.py",
+        'if scores == "given":',
+        "if False:",
+        ROUTING,
+    ),
+    Mutant(
+        "routing-drawn-at-random",
+        "model/pack_loss.py",
+        "        self.routers.serve()\n",
+        "",
+        ROUTING,
+    ),
+    Mutant(
+        "flash-window-one-wider",
+        "model/attention.py",
+        "(window - 1, 0) if window",
+        "(window, 0) if window",
+        FLASH,
+    ),
+    Mutant(
+        "flash-parts-added-unweighed",
+        "model/prefix_attention.py",
+        "added = (more_lse - new).exp().float()[..., None]",
+        "added = torch.ones_like(kept)",
+        FLASH,
     ),
 ]

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,14 @@ NUMBERS = (BALANCE, LARGEST, SMALLEST, UNUSED)
 """What the record says of the routers, see `router_numbers`."""
 _GIVE_PROBABILITIES = {"Gemma4TextRouter", "DiffusionGemmaTextRouter"}
 """Routers whose "logits" are probabilities already."""
-Scores = Literal["softmax", "sigmoid", "given", "unknown"]
-"""How a router makes scores of its logits; `given`: its "logits" are probabilities."""
+UNKNOWN = "unknown"
 
 
 class Routers:
     """The routers of `model`, watched while the packs of a step are computed; none where it has
     none.
 
-    `top_k`: how many experts a router chooses that does not tell which.
+    `top_k`: how many experts a router chooses that does not tell which. `scores`: see `_scores`.
     """
 
     def __init__(self, model: nn.Module, top_k: int) -> None:
@@ -40,10 +39,8 @@ class Routers:
         self.modules = list(found)
         self.top_k = top_k
         self.scores = {_scores(module) for module in found}
-        self._watched: list[_Watched] = []
-        for module, index in found.items():
-            watched = _Watched(index, top_k, _scores(module))
-            self._watched.append(watched)
+        self._watched = [_Watched(i, top_k, _scores(module)) for module, i in found.items()]
+        for module, watched in zip(found, self._watched, strict=True):
             module.register_forward_hook(watched.add)
 
     def serve(self) -> None:
@@ -96,9 +93,8 @@ class Routers:
 class _Watched:
     """One router: `sums`, float64[2, experts], of the tokens that count `times`, float64[T]."""
 
-    def __init__(self, index: int, top_k: int, scores: Scores) -> None:
-        self.index, self.top_k = index, top_k
-        self.scores: Scores = scores
+    def __init__(self, index: int, top_k: int, scores: str) -> None:
+        self.index, self.top_k, self.scores = index, top_k, scores
         self.times: Tensor | None = None
         self.sums: Tensor | None = None
 
@@ -122,7 +118,7 @@ class _Watched:
         self.sums[1] += self.times @ probability.double()
 
 
-def _probability(logits: Tensor, scores: Scores) -> Tensor:
+def _probability(logits: Tensor, scores: str) -> Tensor:
     """float32[T, E], rows that sum to 1.
 
     Sigmoids are divided by their sum, as DeepSeek-V3 balances them (arXiv:2412.19437, equations 17
@@ -141,17 +137,14 @@ def _names(router: nn.Module) -> set[str]:
     return {*inspect.unwrap(type(router).forward).__code__.co_names}
 
 
-def _scores(router: nn.Module) -> Scores:
-    """What the code of a router calls; unknown where it is neither, or both by a setting."""
+def _scores(router: nn.Module) -> str:
+    """`softmax` or `sigmoid`, as its code makes scores of logits; `given` where its "logits" are
+    probabilities; `unknown` where its code calls neither, or both by a setting.
+    """
     if type(router).__name__ in _GIVE_PROBABILITIES:
         return "given"
-    match sorted(_names(router) & {"sigmoid", "softmax"}):
-        case ["sigmoid"]:
-            return "sigmoid"
-        case ["softmax"]:
-            return "softmax"
-        case _:
-            return "unknown"
+    called = _names(router) & {"sigmoid", "softmax"}
+    return called.pop() if len(called) == 1 else UNKNOWN
 
 
 def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
@@ -167,7 +160,7 @@ def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
                     yield module, recorder.index
 
 
-def router_numbers(sums: Tensor, scores: set[Scores]) -> Tensor:
+def router_numbers(sums: Tensor, scores: set[str]) -> Tensor:
     """`NUMBERS` of a step, float64[4], from the sums of all its tokens; [0] where there are none.
 
     The balance is E * sum_e f_e P_e, what `loss.router_aux` multiplies, over the tokens of the step
@@ -182,7 +175,7 @@ def router_numbers(sums: Tensor, scores: set[Scores]) -> Tensor:
     tokens = sums[:, 1].sum(-1, keepdim=True)
     load, probability = sums[:, 0] / tokens, sums[:, 1] / tokens
     balance = sums.shape[-1] * (load.mean(0) * probability.mean(0)).sum()
-    if "unknown" in scores:
+    if UNKNOWN in scores:
         balance = balance * math.nan
     unused = (load == 0).sum().double()
     return torch.stack([balance, load.max(), load.min(), unused])

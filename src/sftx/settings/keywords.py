@@ -225,7 +225,7 @@ class LossSettings(TypedDict, total=False):
     router_aux: float
     """Add this times the load-balancing loss of a mixture of experts: computed for each example
     alone, over its tokens and all layers, and averaged over the examples by their weight, so that
-    packing does not change it.
+    packing does not change it. Refused where experts are not chosen by a softmax (DeepSeek-V3).
     """
 
 

@@ -176,7 +176,7 @@ class Loss(Section):
     router_aux: float = Field(default=0.0, ge=0)
     """Add this times the load-balancing loss of a mixture of experts: computed for each example
     alone, over its tokens and all layers, and averaged over the examples by their weight, so that
-    packing does not change it.
+    packing does not change it. Refused where experts are not chosen by a softmax (DeepSeek-V3).
     """
 
 
