@@ -4,6 +4,7 @@
     python bench/memory.py
     python bench/memory.py --recompute none --compile on
     python bench/memory.py --shape small --json out.json
+    python bench/memory.py --shape qwen3.5-like mamba-like --precision fp32  # in padded batches
 
 Each set-up is a process of its own that takes three steps through `sftx.steps`. Measured is the
 peak of what the process holds (a GPU: of what PyTorch allocated) over its steps, in MiB; `base` is
@@ -21,8 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hybrids import SHAPES as HYBRIDS
 from peers import SHAPES, folder, rows
 
+SHAPES.update(HYBRIDS)
 SHAPES["small"] = {
     "family": "Qwen3",
     "hidden_size": 512,
