@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 import sftx.cli.train
 import sftx.training.loop  # noqa: F401
