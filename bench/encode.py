@@ -31,7 +31,7 @@ SFTX = """
 import json, resource, sys, time
 from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 data, path, length, cache, workers = sys.argv[1:]
 tokenizer = Tokenizer.load(path)
 extra = {} if workers == "auto" else {"workers": int(workers)}

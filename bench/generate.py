@@ -30,7 +30,7 @@ from sftx.eval.questions import prompts_of
 from sftx.model.load import load_model
 from sftx.model.runtime import machine
 from sftx.settings.keywords import DataSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Runtime
 
 System = Callable[[], list[list[int]]]

@@ -248,7 +248,7 @@ def _records(**sections: Any) -> Any:
 
     if not torch.cuda.is_available():
         return sftx.steps(**sections)
-    from sftx.settings.load import make_config
+    from sftx.settings.make import make_config
     from sftx.training import loop
     from sftx.training.control import Control, Steps
 

@@ -138,7 +138,7 @@ def prepared(case: str, data: Path) -> tuple[Any, Any, Any]:
     import torch
     import transformers
 
-    from sftx.data.encoder import encode
+    from sftx.data.encode_row import encode
     from sftx.data.plan import Plan
     from sftx.model.pack_loss import PackLoss, Paths
     from sftx.settings.schema import Batch

@@ -50,7 +50,7 @@ def balance(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     from sftx.data.plan import Plan
     from sftx.data.tokenizer import Tokenizer
     from sftx.model.pack_loss import PackLoss
-    from sftx.settings.load import make_config
+    from sftx.settings.make import make_config
     from sftx.settings.schema import Batch
     from sftx.training.memory_plan import set_example_cost
 

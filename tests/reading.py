@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import tokenize
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,14 +87,17 @@ def load(package: Path) -> dict[str, Module]:
 
 
 def _imports(module: Module, modules: dict[str, Module]) -> set[str]:
+    """The modules that this one imports; a package that runs on the way to another module imports
+    nothing for type checkers alone.
+    """
+    is_package = module.path.name == "__init__.py"
     wanted: set[str] = set()
-    for node in ast.walk(module.tree):
+    for node in _executed(module.tree) if is_package else ast.walk(module.tree):
         if isinstance(node, ast.Import):
             wanted |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                is_package = module.path.name == "__init__.py"
                 parts = module.name.split(".")
                 parts = parts[: len(parts) - node.level + is_package]
                 base = ".".join([*parts, base]).rstrip(".")
@@ -105,6 +109,13 @@ def _imports(module: Module, modules: dict[str, Module]) -> set[str]:
             name = name.rpartition(".")[0]
             found.add(name)
     return found - {module.name}
+
+
+def _executed(tree: ast.Module) -> Iterator[ast.AST]:
+    """All of a file but what stands below `if TYPE_CHECKING`."""
+    for statement in tree.body:
+        if not isinstance(statement, ast.If) or ast.unparse(statement.test) != "TYPE_CHECKING":
+            yield from ast.walk(statement)
 
 
 def closure(modules: dict[str, Module], root: str) -> list[Module]:

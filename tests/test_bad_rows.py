@@ -15,7 +15,7 @@ from small_tokenizers import ours
 
 from sftx.data.dataset import load_corpora
 from sftx.data.store.corpus import Corpus
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import UserError
 
 HINT = "\n(data.on_bad_row=skip leaves bad rows out and lists them)"

@@ -23,7 +23,7 @@ from sftx.data.store.block import Facts, make_block, open_block
 from sftx.data.store.cache import Cache
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import DataSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import Example, UserError
 
 

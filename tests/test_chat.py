@@ -21,7 +21,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.data.lint.rules import lint
 from sftx.data.sources.rows import parse
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import RowError, UserError
 
 HEADER = "<|im_start|>assistant\n"

@@ -16,7 +16,8 @@ from sftx.cli.plan import run as plan
 from sftx.data.pack import build_pack
 from sftx.model.context_parallel import FILLER, Context, _key_heads
 from sftx.model.pack_loss import to_tensors
-from sftx.settings.load import load_config, make_config
+from sftx.settings.load import load_config
+from sftx.settings.make import make_config
 from sftx.types import Example, UserError
 
 

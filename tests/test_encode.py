@@ -27,7 +27,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import BatchSettings, SourceSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config
 from sftx.types import Example, Row, UserError
 
@@ -540,7 +540,7 @@ import sys
 from sftx.data.sources import read
 from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 read.MIN_BLOCK, read.MAX_BLOCK = 1 << 16, 1 << 18
 config = make_config(model="m", output="o", data={"train": sys.argv[1], "workers": 0})
 print(load_corpora(config, Tokenizer.load(sys.argv[2]), 64)[0].fingerprint)
@@ -586,7 +586,7 @@ def test_reading_data_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from sftx.data.dataset import load_corpora; from sftx.data.tokenizer import "
         "Tokenizer;"
-        "from sftx.settings.load import make_config;"
+        "from sftx.settings.make import make_config;"
         f"c = make_config(model='m', output='o', data={{'train': {path!r}}});"
         f"print(len(load_corpora(c, Tokenizer.load({str(tmp_path / 't')!r}), 64)[0]));"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & sys.modules.keys()"

@@ -16,7 +16,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.plan import Plan, plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Batch, Config
 from sftx.types import UserError
 

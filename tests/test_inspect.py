@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from sftx.cli import main
 from sftx.cli.inspect import CPU_PACK, paint
 from sftx.data.dataset import load_corpora
-from sftx.data.encoder import encode
+from sftx.data.encode_row import encode
 from sftx.data.plan import Plan
 from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import load_config, make_config
+from sftx.settings.load import load_config
+from sftx.settings.make import make_config
 from sftx.types import Example
 
 TOKENIZER = Tokenizer.of(tiny.tokenizer())

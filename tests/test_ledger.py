@@ -15,7 +15,7 @@ from sftx.data.plan import plan_of
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import BatchSettings, DataSettings, SourceSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

@@ -16,13 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from sftx.cli import main
-from sftx.data.encoder import Encoder, encode
+from sftx.data.encode_row import encode
+from sftx.data.encoder import Encoder
 from sftx.data.lint.minhash import NearDuplicates
 from sftx.data.lint.rules import Finding, lint
 from sftx.data.token_view import view
 from sftx.data.tokenizer import Tokenizer
 from sftx.settings.keywords import SourceSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import UserError
 
 WORDS = [

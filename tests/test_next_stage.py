@@ -19,7 +19,7 @@ from sftx.data.dataset import load_corpora
 from sftx.data.encoder import Encoder
 from sftx.eval import answer_rows as written
 from sftx.eval.generate import Prompt, Sample
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEEP = """

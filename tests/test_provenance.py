@@ -12,7 +12,7 @@ import sftx
 from sftx.cli import main
 from sftx.report import provenance
 from sftx.report.provenance import card_fields
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.training.hand_over_card import licence_text
 
 CARD = """---

@@ -18,7 +18,8 @@ import sftx
 from sftx import cli
 from sftx.report.model_card import public_name
 from sftx.settings.load import load_config
-from sftx.settings.strict_yaml import dump, parse
+from sftx.settings.read_yaml import parse
+from sftx.settings.strict_yaml import dump
 from sftx.training.export import export
 
 ROWS = [["What is one?", "1"], {"prompt": "Two?", "completion": "é\n2"}]

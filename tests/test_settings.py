@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from sftx.settings.describe import FOREIGN_NAMES, settings, suggestion
 from sftx.settings.documents import as_json_schema, as_markdown
 from sftx.settings.keywords import OptimSettings
-from sftx.settings.load import load_config, make_config
+from sftx.settings.load import load_config
+from sftx.settings.make import make_config
+from sftx.settings.read_yaml import parse
 from sftx.settings.schema import Batch, Config, Model, Runtime
-from sftx.settings.strict_yaml import parse
 from sftx.types import UserError
 
 BASE = "model: m\ndata: d.jsonl\noutput: o\n"

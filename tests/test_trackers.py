@@ -18,7 +18,7 @@ import sftx
 from sftx.report import trackers
 from sftx.report.send import send
 from sftx.report.trackers import Feed, Tail, card_of, numbers_of, tracking
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import UserError
 
 STEPS = 4

@@ -19,7 +19,7 @@ from test_trlx import SAMPLES, TEXTS, config, weights
 import sftx
 import sftx.compat.trlx as trlx
 from sftx.compat.trlx.pipeline.offline_pipeline import PromptPipeline, tokenize_dialogue
-from sftx.data.encoder import encode
+from sftx.data.encode_row import encode
 from sftx.settings.load import load_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migrating-from-trlx.md").read_text(encoding="utf-8")

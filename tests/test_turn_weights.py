@@ -30,7 +30,8 @@ from sftx.data.encoder import Encoded, Encoder
 from sftx.data.sources.rows import parse
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import load_config, make_config
+from sftx.settings.load import load_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Data
 from sftx.types import KINDS, Example, RowError, UserError
 

@@ -23,7 +23,7 @@ from sftx.cli import verify as verify_verb
 from sftx.model.pack_loss import PackLoss, Paths, TensorPack
 from sftx.model.runtime import machine
 from sftx.settings.keywords import RuntimeSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Adapter, Config
 from sftx.training import checkpoint
 from sftx.types import Example

@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in `_PUBLIC`, for editors and type checkers
-    from sftx.data.encoder import encode
+    from sftx.data.encode_row import encode
     from sftx.data.tokenizer import Tokenizer
-    from sftx.settings.load import load_config, make_config
+    from sftx.settings.load import load_config
+    from sftx.settings.make import make_config
     from sftx.settings.schema import Config
     from sftx.training.control import Steps
     from sftx.training.loop import steps, train
@@ -36,10 +37,10 @@ __all__ = [
 
 _PUBLIC = {
     "Config": "sftx.settings.schema",
-    "encode": "sftx.data.encoder",
+    "encode": "sftx.data.encode_row",
     "Tokenizer": "sftx.data.tokenizer",
     "load_config": "sftx.settings.load",
-    "make_config": "sftx.settings.load",
+    "make_config": "sftx.settings.make",
     "Steps": "sftx.training.control",
     "steps": "sftx.training.loop",
     "train": "sftx.training.loop",

@@ -20,7 +20,7 @@ from scorecard.runs import on_call, records, run, settings, write_rows
 from sftx.data.dataset import load_corpora
 from sftx.data.store.corpus import Corpus
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.training import build
 from sftx.types import UserError
 

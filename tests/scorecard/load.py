@@ -17,7 +17,7 @@ from scorecard.runs import Child, on_call, run, settings, write_config, write_ro
 from sftx.cli import main
 from sftx.data.dataset import load_corpora
 from sftx.data.tokenizer import Tokenizer
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.training import checkpoint
 
 ROWS = 1_000_000

@@ -12,10 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Unpack
-
-from pydantic import ValidationError
+from typing import Literal
 
 from sftx.data.chat.answer import Turn
 from sftx.data.chat.conversation import Conversation, conversation_of, marked, spells
@@ -27,27 +24,18 @@ from sftx.data.chat.template_files import template_texts
 from sftx.data.chat.text_sequence import TextSequence, text_sequences
 from sftx.data.chat.turns import ChatTemplate
 from sftx.data.chat.weighing import set_weights, set_weights_joined
-from sftx.data.oversize import check_size
 from sftx.data.plain import without_turns
 from sftx.data.shorten import shorten
-from sftx.data.sources.formats import check_names, detect, renamed
-from sftx.data.sources.rows import parse
-from sftx.data.sources.validate import as_json
-from sftx.data.tokenizer import Tokenizer, as_tokenizer
+from sftx.data.tokenizer import Tokenizer
 from sftx.data.truncation import Fitted, TokenSequence, fit
 from sftx.settings.schema import Data
-from sftx.types import ONE_EACH, Example, Row, RowError, UserError, joined_notes
-
-if TYPE_CHECKING:
-    from sftx.settings.keywords import DataSettings
+from sftx.types import ONE_EACH, Example, Row, RowError, joined_notes
 
 DECIDES = ("template", "train_on", "too_long", "forced_opening", "special_tokens", "lost_reasoning")
 """The settings of `data` that decide, beside the length, which examples a row becomes."""
 KEPT_AS_TEXT = "special tokens kept as text"
 """The note of a row whose own text spells special tokens."""
 VERSION = 6  # raise it when the same rows and settings become other tokens
-ENCODING = {*DECIDES, "weights", "format", "columns", "max_length", "on_bad_row"}
-"""The settings of `data` that `encode` takes."""
 DEFAULT_LENGTH = 8192  # where no model says how many positions it has
 _KINDS = 16  # so many kinds of rows, by their template and its settings, may have a skeleton each
 
@@ -349,51 +337,3 @@ def _add_pieces(encoded: Encoded, fitted: Fitted) -> None:
         encoded.examples.append(
             Example(piece.ids, piece.weights, note, part, piece.shortened, piece.kinds)
         )
-
-
-def encode(row: object, tokenizer: object, **settings: Unpack[DataSettings]) -> list[Example]:
-    """What one row of data becomes: a list of examples with `ids` int32[T] and `weights`
-    float32[T].
-
-    `row` is a text, a [prompt, output, ...] list or a dictionary in any format; `tokenizer` a fast
-    transformers tokenizer, a `Tokenizer`, or the path of one; `settings` those fields of `data`
-    that decide how a row is encoded (`max_length`, `template`, `train_on`, ...). More than one
-    example comes back where a row was split, or where its turns cannot share one sequence; none
-    where it was dropped.
-
-    Raises:
-        UserError: the row or a setting is wrong; the message names the field.
-    """
-    if strange := settings.keys() - ENCODING:
-        names = ", ".join(sorted(strange))
-        known = ", ".join(sorted(ENCODING))
-        raise UserError(f"encode: no setting {names}; known: {known}")
-    try:
-        data = Data.model_validate(settings)
-    except ValidationError as error:
-        problems: list[str] = []
-        for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            problems.append(f"{place}: {problem['msg']}")
-        raise UserError("encode: " + "; ".join(problems)) from None
-    state = json.dumps(data.model_dump())
-    encoder = _encoder(as_tokenizer(tokenizer), state, data.max_length or DEFAULT_LENGTH)
-    try:
-        check_names(data.columns)
-        plain = renamed(as_json(row), data.columns)
-        form = detect(plain) if data.format == "auto" else data.format
-        parsed = parse(plain, form)
-        check_size(parsed, encoder.tokenizer)
-        encoded = encoder.encode([parsed])[0]
-        if isinstance(encoded, RowError):
-            raise encoded
-    except RowError:
-        if data.on_bad_row == "skip":
-            return []
-        raise
-    return list(encoded.examples)
-
-
-@lru_cache(16)
-def _encoder(tokenizer: Tokenizer, settings: str, max_length: int) -> Encoder:
-    return Encoder(tokenizer, Data.model_validate_json(settings), max_length)

@@ -12,11 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
@@ -31,7 +30,6 @@ from sftx.types import Int32, UserError
 
 # The named special tokens a chat template may refer to (bos_token, ...).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_adapted: WeakKeyDictionary[object, tuple[tuple[str, int, str], Tokenizer]] = WeakKeyDictionary()
 Letters = NDArray[np.int64]
 """[T, 2]: the characters of each token of a text, as (begin, end)."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -378,22 +376,3 @@ def _stop_ids(folder: Path) -> list[int]:
             f"{file}: eos_token_id: found {eos!r}; a token's number, or a list of them, is needed"
         )
     return found
-
-
-def as_tokenizer(tokenizer: Any) -> Tokenizer:
-    """A `Tokenizer` from one, from a transformers tokenizer (adapted once), or from a path."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if isinstance(tokenizer, str | Path):
-        return _load_tokenizer(str(tokenizer))
-    state = (str(tokenizer.chat_template), len(tokenizer), str(tokenizer.special_tokens_map))
-    if tokenizer in _adapted:
-        earlier, made = _adapted[tokenizer]
-        if earlier == state:
-            return made
-    made = Tokenizer.of(tokenizer)
-    _adapted[tokenizer] = state, made
-    return made
-
-
-_load_tokenizer = lru_cache(4)(Tokenizer.load)

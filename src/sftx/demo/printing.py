@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sftx.data.encoder import encode
+from sftx.data.encode_row import encode
 from sftx.data.tokenizer import Tokenizer
 from sftx.demo.tiny_model import END
 from sftx.demo.village import Question, Village

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sftx.data.encoder import encode
+from sftx.data.encode_row import encode
 from sftx.data.tokenizer import Tokenizer
 from sftx.eval.divergence import divergence
 from sftx.eval.forgetting import Continuation

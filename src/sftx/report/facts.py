@@ -7,14 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from sftx.boundary import boundary
 from sftx.types import UserError
 
-_Section = TypeVar("_Section", bound=BaseModel)
 STATUS = ("running", "stopped", "diverged", "finished")
 AGAIN = "; put a copy of it back, or move the folder away and start the run anew in an empty one"
 
@@ -148,16 +145,6 @@ def check_needed(facts: dict[str, object], path: Path) -> None:
     missing = [name for name in NEEDED if name not in facts]
     if missing:
         raise damaged(path, f"{', '.join(missing)} is missing")
-
-
-def section(kind: type[_Section], values: object, path: Path, name: str) -> _Section:
-    """A section of the settings that a run.json records; UserError where it does not fit."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, ("config", name, *first["loc"])))
-        raise damaged(path, f"{field}: {first['msg']}") from None
 
 
 def damaged(path: Path, what: str) -> UserError:

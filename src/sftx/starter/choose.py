@@ -17,7 +17,7 @@ from sftx.model.folder import load_config
 from sftx.model.memory import MemoryEstimator
 from sftx.model.runtime import Machine, machine
 from sftx.model.threads import choose_threads
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config
 from sftx.starter.look import Seen
 from sftx.training.memory_plan import (

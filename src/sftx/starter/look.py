@@ -16,7 +16,7 @@ from sftx.data.store.corpus import Corpus
 from sftx.data.token_view import raw_tables, read_rows
 from sftx.data.tokenizer import Tokenizer
 from sftx.model_config import positions
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config
 from sftx.types import Row, RowError, UserError
 

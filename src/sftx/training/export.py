@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from sftx.data.chat.template_files import bundled_templates
 from sftx.data.encoder import Encoder
@@ -15,12 +17,13 @@ from sftx.data.tokenizer import Tokenizer
 from sftx.model.on_disk import on_disk
 from sftx.model.pack_loss import PackLoss
 from sftx.model.same_files import digest_of
-from sftx.report.facts import check_needed, damaged, read_facts, section
+from sftx.report.facts import check_needed, damaged, read_facts
 from sftx.settings.schema import Adapter, Config, Data, Model
 from sftx.training.checkpoint import load_weights
 from sftx.training.merging import Trained, load_trained, write_merged
 from sftx.types import UserError
 
+_Model = TypeVar("_Model", bound=BaseModel)
 TRLX = "trlx"
 """The fact in run.json that tells a run of a trlx script (`sftx.compat.trlx`)."""
 
@@ -76,7 +79,7 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
         step = ""
     source, adapter = sources(folder, facts, bool(step), allowed)
     if dtype:
-        source = section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
+        source = _section(Model, source.model_dump() | {"save_dtype": dtype}, path, "model")
     tokenizer = Tokenizer.of_model(source)
     encoder = Encoder(*_encoding(folder, facts, tokenizer, bool(step), allowed), 1 << 20)
     seed = facts["config"].get("seed", 0)
@@ -113,7 +116,7 @@ def sources(
     config = facts["config"]
     _check_sections(config, path)
     trust = allowed.trust_remote_code
-    recorded = section(Model, config["model"] | {"trust_remote_code": trust}, path, "model")
+    recorded = _section(Model, config["model"] | {"trust_remote_code": trust}, path, "model")
     given = dict(config["adapter"])
     method = given.get("method", "none")
     if method == "none" and not is_step:
@@ -134,9 +137,9 @@ def sources(
     if is_step:
         start = _first_adapter(given, allowed)
         if not start:
-            return source, section(Adapter, given, path, "adapter")
+            return source, _section(Adapter, given, path, "adapter")
     kept = {"method": method, "path": start, "quantize": given.get("quantize", "none")}
-    return source, section(Adapter, kept, path, "adapter")
+    return source, _section(Adapter, kept, path, "adapter")
 
 
 def _check_sections(config: dict[str, Any], path: Path) -> None:
@@ -194,7 +197,7 @@ def _encoding(
             )
         tokenizer = Tokenizer.load(str(folder))
         template = "auto"
-    data = section(Data, recorded | {"template": template}, path, "data")
+    data = _section(Data, recorded | {"template": template}, path, "data")
     return tokenizer, data
 
 
@@ -212,3 +215,13 @@ def _model_of_trlx(folder: Path, step: int) -> Path:
             f"sftx export: {folder.parent} has no checkpoint of step {step}; there are: {known}"
         )
     return found[step] / "hf_model"
+
+
+def _section(kind: type[_Model], values: object, path: Path, name: str) -> _Model:
+    """A section of the settings that a run.json records; UserError where it does not fit."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("config", name, *first["loc"])))
+        raise damaged(path, f"{field}: {first['msg']}") from None

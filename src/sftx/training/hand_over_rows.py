@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from sftx.data.token_view import raw_tables, read_rows
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.types import Row, UserError
 
 

@@ -23,7 +23,7 @@ from sftx.report.lock import owned
 from sftx.report.progress import Progress, working
 from sftx.report.record import Run
 from sftx.report.trackers import check_installed, tracking
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config
 from sftx.training.build import prepare
 from sftx.training.control import Control, Steps

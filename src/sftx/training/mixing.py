@@ -18,7 +18,7 @@ from sftx.eval.questions import read_general
 from sftx.model.load import load_model
 from sftx.model.trainable import add_rows
 from sftx.model_config import positions_in
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.training.export import Allowed, read_trained, sources
 from sftx.training.merging import Trained
 from sftx.types import Example, Json, UserError

@@ -20,7 +20,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from sftx.report.record import METRICS, read_lines
-from sftx.settings.strict_yaml import parse
+from sftx.settings.read_yaml import parse
 from sftx.sweep import optuna_study, run_process
 from sftx.types import UserError
 

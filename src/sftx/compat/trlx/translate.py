@@ -19,7 +19,7 @@ from sftx.compat.trlx.data.configs import OptimizerConfig, SchedulerConfig, TRLC
 from sftx.compat.trlx.names import StandIn, refuse
 from sftx.model.folder import load_config
 from sftx.settings.keywords import AdapterSettings
-from sftx.settings.load import make_config
+from sftx.settings.make import make_config
 from sftx.settings.schema import Config, Model
 from sftx.types import UserError
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import cast
-
-import numpy as np
 
 from sftx.types import Json, RowError
 
@@ -35,20 +32,6 @@ def from_json(text: str, at: str = "") -> Json:
         problem = "a number of thousands of digits"
     where = f"{at} is " if at else ""
     raise RowError(f"{where}not valid JSON: {problem}")
-
-
-def as_json(value: object) -> Json:
-    """Tuples as lists and arrays as lists, as they would be had they come from a file."""
-    match value:
-        case dict():
-            items = cast("dict[str, object]", value).items()
-            return {key: as_json(item) for key, item in items}
-        case list() | tuple():
-            return [as_json(item) for item in cast("list[object]", value)]
-        case np.ndarray() | np.generic():
-            return cast("Json", value.tolist())
-        case _:
-            return cast("Json", value)
 
 
 def checked_text(value: Json, field: str) -> str:

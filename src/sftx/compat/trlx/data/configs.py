@@ -15,7 +15,7 @@ from sftx.compat.trlx.data.method_configs import (
     get_method,
     refuse_unknown,
 )
-from sftx.settings.strict_yaml import parse
+from sftx.settings.read_yaml import parse
 from sftx.types import UserError
 
 
