@@ -169,7 +169,7 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file"):
         load_config("nowhere.yaml", [])
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match="a folder, where a YAML file"):
         load_config(str(tmp_path), [])
 
 

@@ -184,7 +184,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="holds no tokenizer"):
         Tokenizer.load(str(tmp_path))
-    with pytest.raises(UserError, match="neither a folder here nor a tokenizer"):
+    with pytest.raises(UserError, match="no such folder or file here"):
         Tokenizer.load(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="no fast"):
         Tokenizer.of(object())
