@@ -89,10 +89,16 @@ def test_dora_on_experts_is_refused_in_words_of_our_own() -> None:
 def test_a_merge_into_weights_that_layers_share_is_refused_before_training() -> None:
     with pytest.raises(
         UserError,
-        match=r"adapter\.merge: Zamba2ForCausalLM uses the weight of .* in several layers",
+        match=r"adapter\.merge: Zamba2ForCausalLM uses the weight of .* in several places",
     ):
         attach(tiny.model("Zamba2", **ZAMBA2), Adapter(method="lora", rank=4, merge=True), 0)
     attach(tiny.model("Zamba2", **ZAMBA2), Adapter(method="lora", rank=4), 0)
+    for targets in (["q_proj", "lm_head"], ["embed_tokens"]):
+        tied = Adapter(method="lora", targets=targets, merge=True)
+        with pytest.raises(UserError, match=r"uses the weight of .*(lm_head|embed_tokens) in sev"):
+            attach(tiny.model(tie_word_embeddings=True), tied, 0)
+        attach(tiny.model(tie_word_embeddings=False), tied, 0)
+    attach(tiny.model(tie_word_embeddings=True), Adapter(method="lora", merge=True), 0)
 
 
 @pytest.mark.skipif(

@@ -266,6 +266,8 @@ def test_truncation_loses_only_what_it_says(
     fitted = fit(whole, length, how)
     kept = sum(piece.targets for piece in fitted.pieces)
     assert kept + fitted.targets_lost == whole.targets
+    if not fitted.pieces:
+        assert fitted.tokens_lost == len(whole.ids)
     if len(whole.ids) <= length:
         assert fitted.pieces == [whole]
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import sftx
 from sftx.cli import main
 from sftx.model.same_files import digest_of
-from sftx.training import loop
 
 pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
 
@@ -27,8 +27,9 @@ def other_base(path: Path) -> None:
     model.save_pretrained(path)
 
 
+@pytest.mark.slow
 def test_another_base_is_neither_continued_nor_merged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "model"
     run = {
@@ -41,13 +42,11 @@ def test_another_base_is_neither_continued_nor_merged(
         "eval": {"at_start": False},
         "runtime": {"progress": False, "report": False},
     }
-    monkeypatch.setattr(loop, "finish", lambda *_: None)  # as if it were killed there
-    sftx_steps = sftx.steps(**run)
-    for record in sftx_steps:
+    steps = sftx.steps(**run)
+    for record in steps:
         if record.step == 2:
             break
-    sftx_steps.close()
-    monkeypatch.undo()
+    steps.close()
     other_base(base)
     with pytest.raises(sftx.UserError, match=r"(?s)other settings or data.*model\.files"):
         sftx.train(**run)
@@ -59,11 +58,13 @@ def test_another_base_is_neither_continued_nor_merged(
     assert "model.files" in facts["changed"][0]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     facts = tmp_path / "run" / "run.json"
+    rows = {"rows": tiny.pairs(2), "eval_rows": tiny.pairs(3)}
     run = {
         "model": tiny.folder(tmp_path / "model"),
-        "data": {"rows": tiny.pairs(2), "cache": str(tmp_path / "cache"), "workers": 0},
+        "data": {**rows, "cache": str(tmp_path / "cache"), "workers": 0},
         "output": str(tmp_path / "run"),
         "batch": {"steps": 1},
         "runtime": {"progress": False, "report": False},
@@ -71,14 +72,23 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     sftx.train(**run)
     said = json.loads(facts.read_text())
     assert said["mathematics"]["model"].pop("files")
+    assert said["mathematics"]["data"].pop("held_out")
     facts.write_text(json.dumps(said))
     assert list(sftx.steps(**run)) == []
+    run["data"]["eval_rows"] = tiny.pairs(4)
+    sftx.train(**(run | {"output": str(tmp_path / "new")}))
+    run["data"]["eval_rows"] = tiny.pairs(5)
+    with pytest.raises(sftx.UserError, match=r"(?s)other settings or data.*data\.held_out"):
+        sftx.train(**(run | {"output": str(tmp_path / "new")}))
 
 
 def test_the_digest_is_of_weights_and_configuration(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     tiny.folder(whole)
     digest = digest_of(str(whole))
+    os.mkfifo(whole / "strange.safetensors")  # would be waited for
+    assert digest_of(str(whole)) == digest
+    (whole / "strange.safetensors").unlink()
     model = AutoModelForCausalLM.from_pretrained(whole)
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1

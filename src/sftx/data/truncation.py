@@ -83,7 +83,7 @@ def fit(sequence: TokenSequence, max_length: int, too_long: TooLong) -> Fitted:
             lost = length - max_length
     targets_lost = targets - piece.targets
     if not piece.targets:
-        return Fitted([], lost, targets_lost)
+        return Fitted([], length, targets_lost)
     return Fitted([piece], lost, targets_lost)
 
 

@@ -81,8 +81,8 @@ def _new(
     if adapter.merge and shared:
         raise UserError(
             f"adapter.merge: {type(model).__name__} uses the weight of {shared[0]} in several "
-            "layers; merged, each "
-            "layer's adapter would be added for all. Leave adapter.merge out: the adapter is "
+            "places; merged, the adapter "
+            "would be added in all of them. Leave adapter.merge out: the adapter is "
             "saved beside the model"
         )
     return wrapped

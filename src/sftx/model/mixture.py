@@ -49,19 +49,18 @@ def has_joint_experts(model: nn.Module) -> bool:
 
 
 def shared_adapters(model: nn.Module) -> list[str]:
-    """The names of adapted modules whose own weight another adapted module has too, or that are in
-    several layers.
+    """The names of adapted modules whose own weight stands in several places: in another layer, or
+    in the embeddings that the head is tied to.
     """
-    paths: dict[int, list[str]] = defaultdict(list)
+    adapted: dict[int, str] = {}
+    places: dict[int, int] = defaultdict(int)
     for path, module in model.named_modules(remove_duplicate=False):
-        weight = (
-            getattr(module.get_base_layer(), "weight", None)
-            if isinstance(module, LoraLayer)
-            else None
-        )
-        if weight is not None:
-            paths[id(weight)].append(path)
-    return [several[0] for several in paths.values() if len(several) > 1]
+        if isinstance(module, LoraLayer):
+            weight = getattr(module.get_base_layer(), "weight", None)
+            adapted.setdefault(id(weight), path)
+        elif "weight" in module._parameters:
+            places[id(module.weight)] += 1
+    return [path for weight, path in adapted.items() if places[weight] > 1]
 
 
 def describe_adapter(model: nn.Module) -> str:

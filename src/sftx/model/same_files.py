@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sftx.boundary import boundary
-from sftx.model_config import config_file, read_json
+from sftx.model_config import check_links, config_file, read_json
 
 SAMPLE = 1024
 """Bytes that are read at the begin and at the end of each tensor: training changes some of them, and
@@ -29,14 +29,17 @@ def digest_of(path: str) -> str:
     How the tensors are spread over files does not matter.
 
     Raises:
-        UserError: a file of weights is damaged.
+        UserError: a file is damaged, or leads out of the folder.
     """
     file = config_file(path)
+    check_links(file.parent)  # a stranger's file may be a pipe, which would be waited for
     config = read_json(file)
     for name in _NO_MATTER:
         config.pop(name, None)
     tensors: dict[str, str] = {}
     for weights in sorted(file.parent.glob("*.safetensors")):
+        if not weights.is_file():
+            continue
         with boundary(weights, "; the file is damaged: copy or download it again"):
             tensors |= _tensors_of(weights)
     text = json.dumps([config, tensors], sort_keys=True)
@@ -47,7 +50,7 @@ def _tensors_of(file: Path) -> dict[str, str]:
     """For each tensor in a file of safetensors, by its name: its kind, shape and sample, in hash."""
     found: dict[str, str] = {}
     with file.open("rb") as content:
-        size = int.from_bytes(content.read(8), "little")
+        size = min(int.from_bytes(content.read(8), "little"), file.stat().st_size)
         header = json.loads(content.read(size))
         header.pop("__metadata__", None)
         for name, tensor in header.items():

@@ -242,7 +242,9 @@ class AdapterSettings(TypedDict, total=False):
     alpha: float
     """Scale of the adapter: alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: float
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. What it drops is drawn pack by pack: here, as with dropout of
+    the model's own, another pack size, number of processes or `share_prefixes` is another draw.
+    """
     targets: Text | Sequence[Text]
     """Modules to adapt: `all-linear` (all but the head), or names."""
     path: Text | None
@@ -324,7 +326,9 @@ class CheckpointSettings(TypedDict, total=False):
 
 
 class RuntimeSettings(TypedDict, total=False):
-    """The machine. Only `precision` changes the numbers beyond rounding."""
+    """The machine. Only `precision` changes the numbers beyond rounding; and where there is
+    dropout, what changes the packs changes what is dropped.
+    """
 
     device: Literal["auto", "cpu", "cuda"]
     """Where to compute; `auto` takes a GPU if there is one."""

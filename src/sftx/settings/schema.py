@@ -3,7 +3,7 @@
 The schema is the only list of settings: help, documentation and checks are made from it. `batch`,
 `optim`, `loss`, `adapter`, `data` and `seed` describe the mathematics of a run; `runtime` describes
 the machine it happens to run on, and nothing in `runtime` but `precision` changes a result beyond
-rounding.
+rounding. (Dropout is drawn pack by pack: with it, other packs are another draw.)
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ class Adapter(Section):
     alpha: float = Field(default=32.0, gt=0)
     """Scale of the adapter: alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. What it drops is drawn pack by pack: here, as with dropout of the
+    model's own, another pack size, number of processes or `share_prefixes` is another draw.
+    """
     targets: str | list[str] = "all-linear"
     """Modules to adapt: `all-linear` (all but the head), or names."""
     path: str | None = None
@@ -255,7 +257,9 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Runtime(Section):
-    """The machine. Only `precision` changes the numbers beyond rounding."""
+    """The machine. Only `precision` changes the numbers beyond rounding; and where there is dropout,
+    what changes the packs changes what is dropped.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU if there is one."""

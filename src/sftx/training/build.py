@@ -145,6 +145,7 @@ def _begin_phase(progress: Progress, name: str) -> None:
 def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.State:
     """The state before the first step."""
     decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
+    decides["data"]["held_out"] = data.held_out and data.held_out.fingerprint
     decides["model"]["files"] = import_module("sftx.model.same_files").digest_of(config.model.path)
     return checkpoint.State(0, data.plan.fingerprint, decides)
 

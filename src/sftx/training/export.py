@@ -152,7 +152,7 @@ def _refuse_other_base(base: str, facts: dict[str, Any]) -> None:
     """UserError where a folder holds another model than it did when the run began."""
     recorded = facts["mathematics"].get("model")
     before = recorded.get("files") if isinstance(recorded, dict) else None
-    if before not in (None, digest_of(base)):
+    if before is not None and before != digest_of(base):
         raise UserError(
             f"sftx export: {base} holds another model than the one that the run started from; "
             "name the one to take: sftx export RUN model=..."

@@ -180,7 +180,7 @@ def choose_packing(
             found = choose_packing(runtime, estimator, load, available)
             note = (
                 f"the run had packs of {earlier:,} tokens, which no longer fit: from here on "
-                "it differs by rounding"
+                "it differs by rounding (and what dropout drops is another draw)"
             )
             return replace(found, notes=(*found.notes, note))
     fitting = MARGIN * available

@@ -85,8 +85,9 @@ def changes(config: Config, run: Run, mathematics: dict[str, Any]) -> dict[str, 
     _refuse_unknown(allowed, now)
     if not run.exists:
         return {}
-    # What older runs did; which files they began with, they do not say.
-    then = {"batch.group_by": "none", "model.files": now.get("model.files")}
+    then = {"batch.group_by": "none"}  # what older runs did
+    # What they do not say.
+    then |= {name: now.get(name) for name in ("data.held_out", "model.files")}
     then |= flat(run.facts.mathematics) | {"runtime.precision": run.facts.precision}
     settings = sorted(then.keys() | now.keys())
     keys = [key for key in settings if then.get(key) != now.get(key)]
