@@ -85,6 +85,8 @@ def read_trained(folder: Path, dtype: str, step: str, allowed: Allowed) -> Train
     seed = facts["config"].get("seed", 0)
     seed = seed if type(seed) is int else 0
     trained = load_trained(source, adapter, encoder, tokenizer.added_token_ids, seed, facts)
+    if source.path != str(folder) and not allowed.model:
+        refuse_other_base(source.path, facts)
     if step:
         loss = PackLoss(trained.model)
         load_weights(folder / "checkpoints" / f"step-{step:0>8}", loss)
@@ -123,10 +125,7 @@ def sources(
         return Model(
             path=str(folder), save_dtype=recorded.save_dtype, trust_remote_code=trust
         ), Adapter()
-    base = allowed.model
-    if not base:
-        base = _on_disk(recorded.path, "model")
-        _refuse_other_base(base, facts)
+    base = allowed.model or _on_disk(recorded.path, "model")
     tokenizer = allowed.tokenizer or recorded.tokenizer
     if tokenizer and not allowed.tokenizer:
         tokenizer = _on_disk(tokenizer, "tokenizer")
@@ -148,7 +147,7 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
             raise damaged(path, f"config.{name} must be an object")
 
 
-def _refuse_other_base(base: str, facts: dict[str, Any]) -> None:
+def refuse_other_base(base: str, facts: dict[str, Any]) -> None:
     """UserError where a folder holds another model than it did when the run began."""
     recorded = facts["mathematics"].get("model")
     before = recorded.get("files") if isinstance(recorded, dict) else None

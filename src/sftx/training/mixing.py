@@ -19,7 +19,7 @@ from sftx.model.load import load_model
 from sftx.model.trainable import add_rows
 from sftx.model_config import positions_in
 from sftx.settings.make import make_config
-from sftx.training.export import Allowed, read_trained, sources
+from sftx.training.export import Allowed, read_trained, refuse_other_base, sources
 from sftx.training.merging import Trained
 from sftx.types import Example, Json, UserError
 
@@ -54,9 +54,11 @@ def read_base(folder: Path, trained: Trained, allowed: Allowed) -> PreTrainedMod
         UserError: run.json names one that is not on this disk.
     """
     config = trained.facts["config"]
-    without_adapter = trained.facts | {"config": config | {"adapter": {}}}
+    without_adapter = {"config": config | {"adapter": {}}}
     source, _ = sources(folder, without_adapter, True, allowed)
     base = load_model(source, torch.device("cpu"))
+    if not allowed.model:
+        refuse_other_base(source.path, trained.facts)
     seed = config.get("seed")
     ids = trained.encoder.tokenizer.added_token_ids
     add_rows(base, ids, seed if isinstance(seed, int) else 0)
