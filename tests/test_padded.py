@@ -194,7 +194,8 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, keeps_apart: bool) -> None:
     package.causal_conv1d_fn = kernel  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "some_kernels", package)
     with own_fallbacks():
-        plain = modeling_lfm2.causal_conv1d_fn.__wrapped__
+        wrapper: Any = modeling_lfm2.causal_conv1d_fn
+    plain = wrapper.__wrapped__
     wrapped = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "some_kernels")(plain)
     name = (modeling_lfm2.__name__, "causal_conv1d_fn")
     monkeypatch.delitem(fallbacks._replaced, name, raising=False)

@@ -58,8 +58,8 @@ BY_LENGTH = {
 """Lengths in configurations that are shortened."""
 INDEXER = {
     "indexer_n_heads": 4,
-    "indexer_kv_heads": 2,
-    "indexer_head_dim": 64,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
     "indexer_budget": 40,
     "indexer_compress_ratio": 4,
 }

@@ -106,16 +106,19 @@ def measure_isolation(model: PreTrainedModel, longest: int, largest_pack: int) -
         forgets = ForwardState(loss.model, forget) if forget else None
         padded = Paths(isolate=False, padded=True, forgets=forgets)
         pads = _at_once(loss, padded, trial)
-    packs = has_kernels and _kernels_pack(small.to(model.device, torch.float32), pack, order)
+    packs = has_kernels and _kernels_pack(small, model.device, pack, order)
     return Isolation(packs, max(lengths), reaches, forget, pads)
 
 
-def _kernels_pack(small: PreTrainedModel, pack: TensorPack, order: list[int]) -> bool:
+def _kernels_pack(
+    small: PreTrainedModel, device: torch.device, pack: TensorPack, order: list[int]
+) -> bool:
     """Whether kernels of recurrent layers, which take neither float64 nor a CPU, keep segments
     apart.
     """
+    torch.nn.Module.to(small, device, torch.float32)
     tensors = ("ids", "positions", "index", "label", "weight")
-    moved = {name: getattr(pack, name).to(small.device) for name in tensors}
+    moved = {name: getattr(pack, name).to(device) for name in tensors}
     pack = replace(pack, **moved)
     try:
         trial = _trial(small, pack, order)
