@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sftx.settings.describe import section_of, shown
-from sftx.settings.make import checked, long_form, mapping
+from sftx.settings.make import DATA_FILE, checked, long_form, mapping
 from sftx.settings.read_yaml import LARGEST, check_text_size, parse
 from sftx.settings.schema import Config
 from sftx.settings.strict_yaml import Places, dotted
@@ -47,7 +47,7 @@ def _top_level(override: str) -> str:
 def _read(path: str) -> str:
     if Path(path).is_dir():
         raise UserError(f"{path}: a folder, where a YAML file is expected; is it model={path}?")
-    if _DATA_FILE.fullmatch(path) and not path.endswith(".json"):
+    if DATA_FILE.fullmatch(path) and not path.endswith(".json"):
         raise UserError(f"{path}: where a YAML file is expected; data is given as data={path}")
     try:
         with Path(path).open("rb") as file:
