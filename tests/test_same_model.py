@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -32,7 +33,7 @@ def test_another_base_is_neither_continued_nor_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "model"
-    run = {
+    run: dict[str, Any] = {
         "model": tiny.folder(base),
         "data": {"rows": tiny.pairs(6), "cache": str(tmp_path / "cache"), "workers": 0},
         "output": str(tmp_path / "run"),
@@ -62,7 +63,7 @@ def test_another_base_is_neither_continued_nor_merged(
 def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     facts = tmp_path / "run" / "run.json"
     rows = {"rows": tiny.pairs(2), "eval_rows": tiny.pairs(3)}
-    run = {
+    run: dict[str, Any] = {
         "model": tiny.folder(tmp_path / "model"),
         "data": {**rows, "cache": str(tmp_path / "cache"), "workers": 0},
         "output": str(tmp_path / "run"),
