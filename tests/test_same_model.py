@@ -16,7 +16,7 @@ import sftx
 from sftx.cli import main
 from sftx.model.same_files import digest_of
 
-pytestmark = pytest.mark.usefixtures("no_prediction_of_time")
+pytestmark = pytest.mark.usefixtures("no_predictions")
 
 
 def other_base(path: Path) -> None:

@@ -28,6 +28,7 @@ from sftx.model.load import load_model, stored_dtype
 from sftx.model.memory import MemoryEstimator
 from sftx.model.pack_loss import PackLoss
 from sftx.model.runtime import Machine, name_of
+from sftx.model.same_files import digest_of
 from sftx.model.shard import Unread, build_mesh, choose_layout, shard, unread_model
 from sftx.model.threads import choose_threads
 from sftx.model.trainable import choose_weights
@@ -146,7 +147,7 @@ def _beginning(config: Config, data: RunData, machine: Machine) -> checkpoint.St
     """The state before the first step."""
     decides = mathematics(config, data.corpus.fingerprint, data.max_length, machine.precision)
     decides["data"]["held_out"] = data.held_out and data.held_out.fingerprint
-    decides["model"]["files"] = import_module("sftx.model.same_files").digest_of(config.model.path)
+    decides["model"]["files"] = digest_of(config.model.path)
     return checkpoint.State(0, data.plan.fingerprint, decides)
 
 
