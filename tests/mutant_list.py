@@ -1487,7 +1487,7 @@ MUTANTS = [
     ),
     Mutant(
         "routing-shared-prefix-once",
-        "model/pack_loss.py",
+        "model/context_parallel.py",
         "if pack.times is not None:",
         "if False:",
         ROUTING,

@@ -203,7 +203,7 @@ def test_settings_that_contradict_a_saved_adapter_are_refused(tmp_path: Path) ->
         ({"adapter": {"targets": ["q_proj"]}}, r"adapter\.targets"),
         (
             {"adapter": {"path": str(tmp_path / "nothing")}},
-            r"adapter\.path: .* cannot be continued",
+            r"adapter\.path: .*nothing: there is no such folder",
         ),
         (
             {"adapter": {"path": str(pickled)}},

@@ -111,6 +111,7 @@ def test_a_failure_of_every_kind_of_cell_stays_in_the_file(
     assert last.startswith("gpu qwen3-0.6b=none")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_leaves_its_traceback(tmp_path: Path) -> None:
     import gpu
 

@@ -156,6 +156,7 @@ def test_what_cannot_be_shared_is_refused_by_name(folder: Path) -> None:
         plan(heads, gpus="3", gpu_memory="1GiB")
 
 
+@pytest.mark.slow
 def test_the_plan_shares_packs_where_an_example_does_not_fit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_model_beside_another(tmp_path: Path, folder: str, rows: str) -> None:
     assert found["model"]["numbers"]["f1"] == pytest.approx(mean)
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_its_base(tmp_path: Path, folder: str, rows: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -103,7 +104,7 @@ def test_bounds_make_the_exit_code(folder: str, rows: str, capfd: pytest.Capture
         (["prompts=some"], "expected a whole number of at least 0"),
         (["new_tokens=0"], "expected a whole number of at least 1"),
         (["min.loss=low"], "min.loss='low': a number is needed"),
-        (["more.jsonl", "yet.jsonl"], "one YAML file at most"),
+        (["more.jsonl", "yet.jsonl"], "without a key it takes MODEL DATA"),
     ],
 )
 def test_mistakes_are_named_before_a_model_is_loaded(

@@ -34,6 +34,7 @@ def needed(estimator: MemoryEstimator, size: int, layers: int) -> int:
     return int(predict(estimator, LOAD, size, layers).peak / MARGIN) + 1
 
 
+@pytest.mark.slow
 def test_packs_shrink_first_then_the_fewest_layers_are_recomputed(
     estimator: MemoryEstimator,
 ) -> None:

@@ -143,6 +143,7 @@ def test_average_and_mix_are_means_of_whole_weights(
     assert "general text" not in said, "the run has no eval.general"
 
 
+@pytest.mark.slow
 def test_the_loss_on_the_general_text_stands_beside_a_mixture(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

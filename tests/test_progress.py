@@ -108,6 +108,7 @@ SAYS_SOMETHING = (
 )
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_anew_in_the_output_of_a_notebook(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAYS_SOMETHING]
     notebook = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}

@@ -78,6 +78,7 @@ def test_a_model_without_layers_to_be_found_is_left_alone_or_refused() -> None:
         recompute(strange, 1)
 
 
+@pytest.mark.slow
 def test_the_setting_reaches_the_layers_and_changes_nothing(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "model")
 

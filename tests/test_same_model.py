@@ -28,6 +28,11 @@ def other_base(path: Path) -> None:
     model.save_pretrained(path)
 
 
+def changed(run: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """The sections of a run with others in their place."""
+    return {**run, **sections}
+
+
 @pytest.mark.slow
 def test_another_base_is_neither_continued_nor_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -54,7 +59,7 @@ def test_another_base_is_neither_continued_nor_merged(
     assert main(["export", str(tmp_path / "run"), "step=1"]) == 2
     assert "holds another model" in capsys.readouterr().err
     checkpoint = {"every": 1, "resume_allow": ["model.files"]}
-    assert sftx.train(**(run | {"checkpoint": checkpoint})).steps == 3
+    assert sftx.train(**changed(run, checkpoint=checkpoint)).steps == 3
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "model.files" in facts["changed"][0]
 
@@ -77,10 +82,10 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     facts.write_text(json.dumps(said))
     assert list(sftx.steps(**run)) == []
     run["data"]["eval_rows"] = tiny.pairs(4)
-    sftx.train(**(run | {"output": str(tmp_path / "new")}))
+    sftx.train(**changed(run, output=str(tmp_path / "new")))
     run["data"]["eval_rows"] = tiny.pairs(5)
     with pytest.raises(sftx.UserError, match=r"(?s)other settings or data.*data\.held_out"):
-        sftx.train(**(run | {"output": str(tmp_path / "new")}))
+        sftx.train(**changed(run, output=str(tmp_path / "new")))
 
 
 def test_the_digest_is_of_weights_and_configuration(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 from scorecard import frame, fuzz
 
 CHECKS = frame.checks()
-NO_NUMBER = 19  # several runs that diverge
-QUICK = [number for number, one in CHECKS.items() if one.quick and number != NO_NUMBER]
+SLOW = (1, 6, 19)  # several runs each
+QUICK = [number for number, one in CHECKS.items() if one.quick and number not in SLOW]
 
 
 @pytest.mark.parametrize(
     "number",
-    [*QUICK, pytest.param(NO_NUMBER, marks=pytest.mark.slow)],
+    [*QUICK, *(pytest.param(number, marks=pytest.mark.slow) for number in SLOW)],
     ids=lambda number: CHECKS[number].name,
 )
 def test_check(number: int, tmp_path: Path) -> None:
@@ -35,6 +35,7 @@ def test_check_of_its_own_process(number: int) -> None:
     assert outcome.passed, outcome.found
 
 
+@pytest.mark.slow
 def test_broken_rows_files_and_templates(tmp_path: Path) -> None:
     assert fuzz.rows(tmp_path, 100) >= 100
     assert fuzz.files(tmp_path, 200) + fuzz.templates(tmp_path, 150) == 350

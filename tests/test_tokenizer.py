@@ -56,7 +56,9 @@ def test_ids_are_those_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared tokenizers")
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral_v3", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", pytest.param("llama3", marks=pytest.mark.slow), "mistral_v3", "qwen3"]
+)
 def test_real_tokenizers_are_loaded_as_transformers_loads_them(name: str) -> None:
     from transformers import AutoTokenizer
 

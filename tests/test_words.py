@@ -98,6 +98,7 @@ def test_others_are_left_alone() -> None:
     assert not tokenises_by_word(Tokenizer(models.Unigram()))
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     words = WordCache(TOKENIZERS[0])
     words.encode("word " + "x" * (LONGEST + 1))

@@ -52,14 +52,7 @@ def main(arguments: list[str] | None = None, said: bool = False) -> int:
     try:
         return _dispatch(arguments, own_process, said)
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(
-                2
-                # Rank 0 mostly says the same; the launcher then ends this rank before it does.
-            )
-        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -69,13 +62,27 @@ def main(arguments: list[str] | None = None, said: bool = False) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:  # not of the user's files
             raise
-        place = "" if error.filename is None else f"{error.filename}: "
-        print(
-            f"error: {printable(place)}{error.strerror or error}; mend that, then run the same command to "
-            "continue",
-            file=sys.stderr,
-        )
+        return _refused(_explained(error))
+
+
+def _refused(message: str) -> int:
+    """Print what is wrong; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if not rank:
+        print(f"error: {message}", file=sys.stderr)
         return 2
+    # Rank 0 mostly says the same; the launcher then ends this rank before it does.
+    time.sleep(2)
+    print(f"rank {rank}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _explained(error: OSError) -> str:
+    """What a file or disk refused, and what to do."""
+    cause = error.strerror or str(error)
+    if error.filename is not None:
+        cause = f"{printable(str(error.filename))}: {cause}"
+    return f"{cause}; mend that, then run the same command to continue"
 
 
 def verbs() -> dict[str, str]:

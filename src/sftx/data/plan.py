@@ -243,12 +243,12 @@ class Plan:
         """The same where a step has `room` for examples of these `sizes`, and takes whole groups."""
         starts = [0]
         # Of the epochs looked at so far; steps that need more make them grow.
-        sums = np.append(0, np.cumsum(sizes[self._order(0)]))
+        sums: Int64 = np.append(0, np.cumsum(sizes[self._order(0)]))
         bounds = np.append(0, self._bounds(0))
         epochs = 1
         while len(starts) <= steps and starts[-1] < total:
             start = starts[-1]
-            budget = sums[start] + room
+            budget = int(sums[start]) + room
             while sums[-1] <= budget and len(sums) <= total:
                 bounds = np.append(bounds, len(sums) - 1 + self._bounds(epochs))
                 more = np.cumsum(sizes[self._order(epochs)])

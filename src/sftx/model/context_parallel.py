@@ -60,6 +60,14 @@ class Context:
         return slice(self.rank * each, (self.rank + 1) * each)
 
 
+def times_of(pack: Pack) -> tuple[int, ...]:
+    """How many examples each segment is part of: none, where it only fills the pack."""
+    if pack.times is not None:
+        return tuple(pack.times.tolist())
+    numbers = pack.examples or (FILLER,) * (len(pack.cu_seqlens) - 1)
+    return tuple(int(number != FILLER) for number in numbers)
+
+
 def group_and_count(context: Context | None) -> tuple[int, int]:
     """The number of the group that computes this rank's packs, and how many groups there are."""
     size = 1 if context is None else context.size

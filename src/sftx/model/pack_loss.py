@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sftx.model import attention
 from sftx.model.adapter import bare, head_weights
-from sftx.model.context_parallel import FILLER, Context
+from sftx.model.context_parallel import Context, times_of
 from sftx.model.fallbacks import use_fallbacks
 from sftx.model.forward_state import ForwardState
 from sftx.model.loss import (
@@ -136,18 +136,10 @@ def to_tensors(pack: Pack, device: torch.device, context: Context | None = None)
         longest=max(longest, deepest),
         counts=counts,
         examples=pack.examples,
-        times=_times(pack),
+        times=times_of(pack),
         prefixes=prefixes,
         context=context,
     )
-
-
-def _times(pack: Pack) -> tuple[int, ...]:
-    """How many examples each segment is part of: none, where it only fills the pack."""
-    if pack.times is not None:
-        return tuple(pack.times.tolist())
-    numbers = pack.examples or (FILLER,) * (len(pack.cu_seqlens) - 1)
-    return tuple(int(number != FILLER) for number in numbers)
 
 
 class Tally:

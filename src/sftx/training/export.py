@@ -18,6 +18,7 @@ from sftx.model.on_disk import on_disk
 from sftx.model.pack_loss import PackLoss
 from sftx.model.same_files import digest_of
 from sftx.report.facts import check_needed, damaged, read_facts
+from sftx.settings.flat import flat
 from sftx.settings.schema import Adapter, Config, Data, Model
 from sftx.training.checkpoint import load_weights
 from sftx.training.merging import Trained, load_trained, write_merged
@@ -149,8 +150,7 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
 
 def refuse_other_base(base: str, facts: dict[str, Any]) -> None:
     """UserError where a folder holds another model than it did when the run began."""
-    recorded = facts["mathematics"].get("model")
-    before = recorded.get("files") if isinstance(recorded, dict) else None
+    before = flat(facts["mathematics"]).get("model.files")
     if before is not None and before != digest_of(base):
         raise UserError(
             f"sftx export: {base} holds another model than the one that the run started from; "
