@@ -410,6 +410,22 @@ def test_a_family_that_is_not_exact_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert family.verdict == "wrong"
 
 
+def test_what_float32_rounds_is_measured_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = PackLoss.forward
+
+    def rounding(self: PackLoss, pack: TensorPack) -> torch.Tensor:
+        total = forward(self, pack)
+        return total * 1.01 if self.model.dtype == torch.float32 else total
+
+    monkeypatch.setattr(PackLoss, "forward", rounding)
+    monkeypatch.setattr("sftx.verify.families.check_paths", lambda *_, **__: [])
+    (family,) = try_families(["gpt2"], shown=False)
+    assert family.verdict == "packed"
+    assert family.why == "measured in float64: float32 rounds gradients by 1.0e-02"
+    assert family.gradient is not None
+    assert family.gradient < 1e-6
+
+
 def test_a_family_without_an_answer_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "try_family", lambda name: os._exit(3))
     (family,) = try_families(["gpt2"], shown=False)
