@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sftx.cli import main
 from sftx.gguf.modelfile import modelfile, pieces_of
 from sftx.gguf.tensors import Layout
 from sftx.gguf.vocabulary_of import vocabulary_of
-from sftx.training import hand_over_push, hand_over_rows
+from sftx.training import hand_over_gguf, hand_over_push, hand_over_rows
 
 ROWS = [[f"What is {i} plus one?", f"It is {i + 1}, as river and stone."] for i in range(16)]
 IDS = torch.tensor([[264, 20, 31, 30, 264, 40, 9]])
@@ -282,3 +283,19 @@ def test_rows_come_from_each_file_in_turn(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     rows = hand_over_rows.rows_of_file(str(tmp_path), 3)
     assert [row.text for row in rows] == ["one", "two", "three"]
+
+
+def test_a_bar_of_transformers_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reader of GGUF has one that no setting of transformers hides."""
+    folder = gguf_files.folder(tmp_path)
+
+    def loaded(*_: object, **__: object) -> torch.nn.Module:
+        print("Converting and de-quantizing GGUF tensors...: 100%", file=sys.stderr)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(hand_over_gguf.AutoModelForCausalLM, "from_pretrained", loaded)
+    back = hand_over_gguf.Back(tmp_path / "model.gguf", Path(folder), [], None)
+    assert back.by_transformers() is not None
+    assert capsys.readouterr().err == ""

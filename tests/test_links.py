@@ -174,6 +174,21 @@ def test_the_output_itself_may_be_a_link(tmp_path: Path) -> None:
     sftx.train(**settings(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json.tmp"])
+def test_a_link_made_while_a_run_writes_is_not_followed(
+    name: str, tmp_path: Path, private: Path
+) -> None:
+    tiny.folder(tmp_path / "model")
+    steps = sftx.steps(**settings(tmp_path, batch={"steps": 2}))
+    next(steps)
+    file = tmp_path / "run" / name
+    file.unlink(missing_ok=True)
+    file.symlink_to(private)
+    with pytest.raises(OSError, match="symbolic link"):
+        list(steps)
+    assert private.read_text() == SECRET
+
+
 def test_an_export_does_not_write_through_a_link(
     tmp_path: Path, private: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

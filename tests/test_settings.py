@@ -345,6 +345,7 @@ def test_nothing_given_twice_is_left_out_silently(tmp_path: Path) -> None:
             "`final_ratio` says where a schedule ends, but the schedule is",
         ),
         ({"betas": (0.9, 1.5)}, r"`betas` are \(0.9, 1.5\); each is at least 0 and below 1"),
+        ({"warmup": 1.5}, "`warmup` is 1.5; give a share of the steps below 1, or a whole number"),
     ],
 )
 def test_settings_that_would_do_nothing_or_fail_late(optim: OptimSettings, message: str) -> None:

@@ -25,6 +25,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for files of a run's folder; OSError where a link stands there, which somebody
+    made after the folder was looked through.
+    """
+    if os.name != "nt":
+        flags |= os.O_NOFOLLOW
+    return os.open(path, flags, 0o666)
+
+
 def make_folder(path: Path) -> None:
     """Make the folder, and those above it that are missing; each is on the disk."""
     missing = []
@@ -45,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` so that the file is the old one or the new one, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", opener=no_link) as file:
             file.write(text)
         sync(temporary)
         temporary.replace(path)

@@ -41,7 +41,9 @@ def _gpu_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"GPUs     {needed} of this size are needed at least"
     longest = facts["longest_that_fits"]
     said = f"of {longest:,} tokens" if longest else "of less than 1,024 tokens"
-    yield f"longest  an example {said} fits, with {facts['context_parallel']} GPUs to each pack"
+    size = facts["context_parallel"]
+    gpus = "1 GPU" if size == 1 else f"{size} GPUs"
+    yield f"longest  an example {said} fits, with {gpus} to each pack"
 
 
 def _model_lines(facts: dict[str, Any], config: Config) -> Iterator[str]:

@@ -97,9 +97,10 @@ def _print(views: Sequence[View], console: Console) -> None:
     weight = sum(sum(v.weights) for v in views)
     behind = sum(v.targets for v in views if v.shortened)
     shortened = f", {behind:,} targets behind a shortened prompt" if behind else ""
+    number = _number_of_examples(views)
+    examples = "1 example" if number == 1 else f"{number:,} examples"
     console.print(
-        f"{_number_of_examples(views)} examples, {_counts(views)}{shortened}, total weight "
-        f"{weight:g}{_shared(views)}"
+        f"{examples}, {_counts(views)}{shortened}, total weight {weight:g}{_shared(views)}"
     )
 
 

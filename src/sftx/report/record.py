@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sftx.files import make_folder, sync, write_json, write_text
+from sftx.files import make_folder, no_link, sync, write_json, write_text
 from sftx.report.facts import RunFacts, check_needed, read_facts
 from sftx.settings.schema import Config
 from sftx.types import StepRecord, UserError
@@ -220,7 +220,7 @@ class Run:
 
     def _append(self, name: str, line: dict[str, object]) -> None:
         if self.writes:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
+            with open(self.folder / name, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps(line) + "\n")
 
 

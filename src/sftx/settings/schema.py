@@ -147,6 +147,11 @@ class Optim(Section):
             raise ValueError(
                 "`final_ratio` says where a schedule ends, but the schedule is constant"
             )
+        if self.warmup > 1 and not self.warmup.is_integer():
+            raise ValueError(
+                f"`warmup` is {self.warmup}; give a share of the steps below 1, or a whole number "
+                "of steps"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` are {self.betas}; each is at least 0 and below 1")
         return self

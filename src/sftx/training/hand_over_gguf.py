@@ -10,7 +10,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,9 +116,10 @@ class Back:
         config = cast("PreTrainedConfig", AutoConfig.from_pretrained(self.folder))
         if config.model_type in _UNREAD:
             return None
-        return AutoModelForCausalLM.from_pretrained(
-            self.file.parent, gguf_file=self.file.name, config=config, dtype=torch.float32
-        ).eval()
+        with redirect_stderr(StringIO()):  # it shows a bar that cannot be switched off
+            return AutoModelForCausalLM.from_pretrained(
+                self.file.parent, gguf_file=self.file.name, config=config, dtype=torch.float32
+            ).eval()
 
 
 def write(folder: Path, scratch: Path, trained: Trained, model: PreTrainedModel, kind: str) -> Path:
