@@ -28,7 +28,7 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "tokens on the run path": Limit(now=151_700, aim=55_000),
+    "tokens on the run path": Limit(now=151_800, aim=55_000),
     "tokens per line of code": Limit(now=8.5, aim=8.5),
     "annotations with Any, in percent": Limit(now=5.0, aim=5),
     "functions of a complexity over 10": Limit(now=0, aim=0),

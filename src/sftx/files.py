@@ -29,9 +29,8 @@ def no_link(path: str, flags: int) -> int:
     """An `opener` for files of a run's folder; OSError where a link stands there, which somebody
     made after the folder was looked through.
     """
-    if os.name != "nt":
-        flags |= os.O_NOFOLLOW
-    return os.open(path, flags, 0o666)
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    return os.open(path, flags | no_follow, 0o666)
 
 
 def make_folder(path: Path) -> None:

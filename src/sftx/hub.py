@@ -22,7 +22,7 @@ _WITHOUT_OWNER = re.compile(r"(distil)?gpt2(-medium|-large|-xl)?")
 def ask_hub(name: str, setting: str = "") -> None:
     """Ask whether the hub is there, before a model is fetched that is not a folder here; nothing is
     asked where files of it were fetched before, or the hub is not to be asked. Messages begin with
-    the `setting` that gave the name.
+    `setting`, the one that gave the name, and a colon.
 
     Raises:
         UserError: no model of the hub is named so, or the hub does not answer.
@@ -33,9 +33,7 @@ def ask_hub(name: str, setting: str = "") -> None:
     fetched = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     if fetched.is_dir():
         return
-    missing = f"{name}: there is no such folder or file here"
-    if setting:
-        missing = f"{setting}: {missing}"
+    missing = f"{setting}{name}: there is no such folder or file here"
     if not _NAME.fullmatch(name) and not _WITHOUT_OWNER.fullmatch(name):
         raise UserError(f"{missing}; a model on the hub would be OWNER/NAME")
     if constants.HF_HUB_OFFLINE:

@@ -204,7 +204,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """
     folder = path
     if not Path(path).is_dir():
-        ask_hub(path, "adapter.path")
+        ask_hub(path, "adapter.path: ")
         folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
     _check_folder(Path(folder))
     names = [name for name, _ in model.named_modules()]
