@@ -17,6 +17,7 @@ from sftx.types import UserError
     ("command", "message"),
     [
         ("chat {home}/empty", "this folder holds no tokenizer; name the folder of a model"),
+        ("chat {home}/rows.jsonl", "a file; name the folder of a model"),
         ("serve {home}/empty", "this folder holds no tokenizer; name the folder of a model"),
         ("chat {home}/model {home}/rows.jsonl", "rows.jsonl' means nothing here; without a key it"),
         ("chat {home}/model new_tokens=3", "no key 'new_tokens'; it takes base, under, system"),

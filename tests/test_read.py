@@ -218,6 +218,11 @@ def test_nulls_in_frames_and_data_sets() -> None:
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.arrow", b"neither is this", "not a readable Arrow file"),
         ("utf16.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
+        (
+            "a.csv",
+            "a,b\n1,2\n".encode("utf-16-le"),
+            ":1: not UTF-8 text: byte 0x00 (is it UTF-16?)",
+        ),
     ],
 )
 def test_unreadable_files_are_named(
@@ -241,6 +246,22 @@ def test_bad_bytes_are_row_errors() -> None:
         "not valid JSON",
         "not valid JSON",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"One.\n\xffTwo.", "not UTF-8: byte 0xff in line 2"),
+        ("One.\n".encode("utf-16-le"), "not UTF-8 text: byte 0x00 (is it UTF-16?) in line 1"),
+    ],
+)
+def test_a_file_that_is_no_text_is_a_row_error(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    ((_, value),) = converted(tmp_path / "a.txt")
+    assert isinstance(value, RowError)
+    assert str(value).strip() == message
 
 
 def test_a_folder_is_read_without_what_stands_beside_its_data(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ class Tokenizer:
         """The tokenizer in a folder, or of that name on the hub. `UserError` if there is none."""
         path = model_folder(path)
         folder = Path(path)
+        if folder.is_file():
+            raise UserError(f"{path}: a file; name the folder of a model, or a GGUF file")
         if not folder.is_dir():
             folder = _download(path)
         if not any(folder.glob("*.json")) and not any(folder.glob("*.model")):

@@ -108,13 +108,13 @@ def _lines(stream: IO[bytes], out: IO[bytes], name: str) -> None:
 
 def _text(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     data = stream.read()
-    try:
+    wrong = _no_text(data)
+    if wrong is None:
         out.write(dump(data.decode("utf-8-sig")) + b"\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        out.write(
-            ERROR_MARK + f"not UTF-8: byte 0x{data[error.start]:02x} in line {line}\n".encode()
-        )
+        return
+    offset, what = wrong
+    line = data.count(b"\n", 0, offset) + 1
+    out.write(ERROR_MARK + f"{what} in line {line}\n".encode())
 
 
 def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -133,12 +133,28 @@ def _json(stream: IO[bytes], out: IO[bytes], name: str) -> None:
     out.write(text.encode())
 
 
-def _decoded(data: bytes, name: str) -> str:
-    try:
+def _decoded(data: bytes, name: str, line: int = 1) -> str:
+    """The text of what begins in that line of the file."""
+    wrong = _no_text(data)
+    if wrong is None:
         return data.decode("utf-8-sig")
+    offset, what = wrong
+    line += data.count(b"\n", 0, offset)
+    raise UserError(f"{name}:{line}: {what}")
+
+
+def _no_text(data: bytes) -> tuple[int, str] | None:
+    """Where bytes are not text in UTF-8, and why not. UTF-16 without a mark is full of zeros, which
+    UTF-8 allows.
+    """
+    zero = data.find(b"\0")
+    if zero >= 0:
+        return zero, "not UTF-8 text: byte 0x00 (is it UTF-16?)"
+    try:
+        data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from None
+        return error.start, f"not UTF-8: byte 0x{data[error.start]:02x}"
+    return None
 
 
 class _Array:
@@ -223,11 +239,7 @@ def _table(stream: IO[bytes], out: IO[bytes], name: str, numbers: Collection[str
 
 def _lines_of_text(stream: IO[bytes], name: str) -> Iterator[str]:
     for number, raw in enumerate(stream, 1):
-        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        try:
-            yield str(line, "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}:{number}: not UTF-8: byte 0x{line[error.start]:02x}") from None
+        yield _decoded(raw, name, number)
 
 
 def _refuse_doubles(header: list[str], name: str) -> None:
