@@ -22,7 +22,7 @@ def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "gpu.py"), "--smoke", "--minutes", "4"]
     command += ["--only", "full,fsdp,trl", "--json", str(tmp_path / "gpu.json")]

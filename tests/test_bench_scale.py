@@ -13,7 +13,7 @@ import tiny
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_counts_of_two_ranks(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     rows = [json.dumps([f"What is {i}?", "It is " + "!" * (7 * i % 50)]) for i in range(64)]

@@ -117,13 +117,16 @@ from sftx.settings.load import load_config
 from sftx.training import memory_plan
 from sftx.training.loop import train
 
-config = load_config(sys.argv[1])
-if "again" in config.output:
-    memory_plan._gathered = lambda chosen, *_: chosen
 own, calls = fsdp.foreach_all_gather, []
 fsdp.foreach_all_gather = lambda *args: (calls.append(1), own(*args))[1]
-train(config)
-Path(config.output, "gathers").write_text(str(len(calls)))
+as_chosen = memory_plan._gathered
+for path in sys.argv[1].split(","):
+    config = load_config(path)
+    again = "again" in config.output
+    memory_plan._gathered = (lambda chosen, *_: chosen) if again else as_chosen
+    calls.clear()
+    train(config)
+    Path(config.output, "gathers").write_text(str(len(calls)))
 """
 
 
@@ -151,6 +154,37 @@ def test_weights_gathered_once_a_step_give_the_same_to_the_bit(folder: Path, met
         assert (ours["loss"], ours["eval"]) == (theirs["loss"], theirs["eval"])
     assert ranks.difference(folder / f"once-{method}", folder / f"again-{method}") == 0
     assert gathers[0] < 0.7 * gathers[1]
+
+
+@pytest.mark.long
+def test_four_ranks_that_gather_once_a_step_give_the_numbers_of_one_process(folder: Path) -> None:
+    """Several packs on each rank, in one group of shards and in two: once and again are the same to
+    the bit.
+    """
+    program = folder / "gathered.py"
+    program.write_text(GATHERED, encoding="utf-8")
+
+    def written(name: str, parallel: str, method: str) -> Path:
+        return write(
+            folder,
+            name,
+            adapter={"method": method, "rank": 4} if method != "none" else {},
+            batch={"examples_per_step": 12, "epochs": 1},
+            runtime={"parallel": parallel, "tokens_per_pack": 24},
+        )
+
+    ranks.together([written(f"one-{m}", "auto", m) for m in ("none", "lora")], 0)
+    several = [(p, m) for p in ("fsdp", "hsdp") for m in ("none", "lora")]
+    paths = [written(f"{how}-{p}-{m}", p, m) for p, m in several for how in ("once", "again")]
+    ranks.run(Path(",".join(map(str, paths))), 4, program=[str(program)])
+    for parallel, method in several:
+        once, again = folder / f"once-{parallel}-{method}", folder / f"again-{parallel}-{method}"
+        assert min(record["packs"] for record in ranks.records(once)[:2]) > 4
+        assert ranks.difference(once, again) == 0
+        assert [r["loss"] for r in ranks.records(once)] == [r["loss"] for r in ranks.records(again)]
+        gathers = [int((each / "gathers").read_text()) for each in (once, again)]
+        assert gathers[0] < 0.7 * gathers[1]
+        assert_equal(folder, once.name, f"one-{method}")
 
 
 TRACED = """
