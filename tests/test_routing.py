@@ -18,11 +18,13 @@ import tiny
 import torch
 from test_mixture import MIXTURES
 from test_step import OPTIM
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import sftx
 from sftx.data.pack import build_pack
 from sftx.data.prefixes import build_shared_pack, shared_order
+from sftx.model import routing
 from sftx.model.checkpointing import recompute
 from sftx.model.pack_loss import PackLoss, Paths, to_tensors
 from sftx.model.routing import NUMBERS
@@ -138,9 +140,17 @@ def sigmoid_balance(logits: Sequence[torch.Tensor], chosen: Sequence[torch.Tenso
     return experts * sum(f / tokens * p / tokens for f, p in zip(choices, shares, strict=True))
 
 
+def watched(family: str) -> PreTrainedModel:
+    """A small model of the family, where transformers says which modules are its routers."""
+    model = tiny.model(family, **FAMILIES[family])
+    if not [*routing._routers(model)]:
+        pytest.skip("transformers 5.17 does not record the routers of DeepSeek-V3")
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_reports_what_its_routers_did_however_it_is_computed(family: str) -> None:
-    model = tiny.model(family, **FAMILIES[family])
+    model = watched(family)
     data = tiny.examples([9, 30, 17, 22])
     expected = oracle(model.eval(), data)
     loss = PackLoss(model)
@@ -177,7 +187,7 @@ def test_a_router_that_draws_experts_in_training_chooses_as_when_it_is_served() 
 
 @pytest.mark.parametrize("family", ["DeepseekV3", "Gemma4Text", "Phimoe"])
 def test_only_a_softmax_of_logits_is_balanced(family: str) -> None:
-    model = tiny.model(family, **FAMILIES[family])
+    model = watched(family)
     with pytest.raises(sftx.UserError, match=f"by a softmax .* {type(model).__name__} do not"):
         PackLoss(model, Loss(router_aux=0.1))
 
