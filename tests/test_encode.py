@@ -179,6 +179,7 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_blocks")
 def test_only_new_rows_are_encoded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Rows added re-encode one block; an edit that keeps size and time is noticed; a torn block is

@@ -42,7 +42,13 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("method", "tied"), [("lora", True), ("lora", False), ("rslora", True), ("dora", False)]
+    ("method", "tied"),
+    [
+        ("lora", True),
+        ("lora", False),
+        pytest.param("rslora", True, marks=pytest.mark.slow),
+        ("dora", False),
+    ],
 )
 def test_merged_is_the_adapter(
     method: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -124,6 +124,7 @@ def test_an_adapter_that_changes_nothing_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_average_and_mix_are_means_of_whole_weights(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

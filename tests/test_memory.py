@@ -77,7 +77,7 @@ def measured(loss: PackLoss, packs: list[TensorPack], precision: torch.dtype) ->
 
 QUICK = [
     ("Llama", {"tie_word_embeddings": True}, "none", 0, 32),
-    ("GPT2", {"num_hidden_layers": 6}, "none", 6, 16),
+    pytest.param("GPT2", {"num_hidden_layers": 6}, "none", 6, 16, marks=pytest.mark.slow),
 ]
 LONG = [(*kind, count, bits) for kind in KINDS for count, bits in ((0, 16), (2, 32), (6, 16))]
 

@@ -183,6 +183,7 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=4))
 @hypothesis_settings(deadline=None, max_examples=60)
+@pytest.mark.slow
 def test_settings_that_are_written_are_read_as_the_same(value: dict[str, Any]) -> None:
     problems: list[str] = []
     written = dump(value)

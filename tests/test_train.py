@@ -194,6 +194,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(model: str, tmp_pa
     assert AutoTokenizer.from_pretrained(result.folder).chat_template == tiny.CHAT_TEMPLATE
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_exits_with_75(model: str, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "run", batch={"epochs": 400})
     script = f"import sftx\nfor r in sftx.steps(**{config!r}):\n    print(r.step, flush=True)\n"
